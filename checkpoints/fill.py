@@ -1,0 +1,54 @@
+"""Putting tensors into a model: checked key by key, without copying them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints.errors import CheckpointError
+from models.base import LoopedModel
+from models.config import LoopedConfig
+from models.registry import build
+
+
+def build_from(cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, path: Path) -> LoopedModel:
+    """A model of `cfg` that holds exactly these tensors (assigned, so memory-mapped ones stay on disk until used).
+
+    Args:
+        tensors: By the file's own keys.
+        names: Our parameter name for each key that the file may have; None where the keys are our names.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: A missing or unexpected key, a wrong shape, a type that is not floating point, or a value that
+            is not finite; the first is named by the file's own key.
+    """
+    with torch.device("meta"):
+        model = build(cfg)
+    expected = model.state_dict()
+    ours = {name: name for name in expected} if names is None else names
+    unexpected = [key for key in tensors if ours.get(key) not in expected]
+    if unexpected:
+        raise CheckpointError(f"{path} has {len(unexpected)} unexpected key(s), first {unexpected[0]!r}; a {cfg.family} model has none of that name")
+    found = {ours[key]: key for key in tensors}
+    theirs = {name: key for key, name in reversed(list(ours.items()))}
+    missing = [theirs[name] for name in expected if name not in found]
+    if missing:
+        raise CheckpointError(f"{path} lacks {len(missing)} key(s) of a {cfg.family} model with {cfg.n_layers} layers, first {missing[0]!r}")
+    for name, want in expected.items():
+        _check_tensor(found[name], tensors[found[name]], want.shape, path)
+    model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)
+    return model
+
+
+def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, path: Path) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(f"{path}: {key!r} must have the shape {list(shape)}, got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{path}: {key!r} must hold floating-point numbers, got {tensor.dtype}")
+    bad = sum(int((~chunk.isfinite()).sum()) for chunk in tensor.detach().flatten().split(1 << 20))
+    if bad:
+        raise CheckpointError(f"{path}: {key!r} holds {bad} value(s) that are NaN or infinite; the weights are damaged")

@@ -1,0 +1,153 @@
+"""Loading and saving models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from checkpoints.errors import CheckpointError
+from checkpoints.fill import build_from
+from checkpoints.locate import CheckpointFiles, locate
+from checkpoints.release import ReleaseFacts, infer_config, key_names, read_state_dict
+from models.base import LoopedModel
+from models.config import LoopedConfig
+from models.registry import config_from_dict
+from models.tokens import Readout, Vocabulary
+
+
+def load(
+    source: str | Path,
+    *,
+    n_heads: int | None = None,
+    input_injection: bool | None = None,
+    n_loops: int | None = None,
+    readout: str | None = None,
+    vocab: str | Path | None = None,
+) -> LoopedModel:
+    """Load a model, in eval mode, with exactly the weights that the file holds.
+
+    Args:
+        source: A shipped name ("ltg_trained"), a file (checkpoint_epoch_<N>.pt), or a folder.
+        n_heads, input_injection, n_loops: What a released pickle does not say; for our own format they must agree with it
+            (n_loops replaces the recorded number of iterations).
+        readout: Where answers are read: "last_real", "first_pad" or "column:K".
+        vocab: vocab.json, where it does not lie beside the weights.
+
+    Raises:
+        FileNotFoundError: No such checkpoint.
+        CheckpointError: A file that cannot be used; the message says why and what to do.
+    """
+    files = locate(source)
+    card = _read_json(files.card) if files.card else {}
+    if files.is_release:
+        model = _load_release(files, card, ReleaseFacts(n_heads, input_injection, n_loops))
+    else:
+        model = _load_own(files.weights, {"n_heads": n_heads, "input_injection": input_injection, "n_loops": n_loops})
+    where = readout or card.get("readout") or files.readout
+    model.read_at = Readout.parse(where) if where else None
+    vocab_file = Path(vocab) if vocab else files.vocab
+    if vocab_file:
+        model.vocab = _read_vocabulary(vocab_file, model.cfg)
+    return model
+
+
+def save(model: LoopedModel, folder: str | Path, card: Mapping[str, Any] | None = None, graph: Mapping[str, Any] | None = None) -> None:
+    """Write a model as model.safetensors, config.json, card.json and vocab.json (and graph.json), whole or not at all.
+
+    Args:
+        folder: Must not exist yet, or be empty.
+        card: What is known of the checkpoint: recipe, seed, accuracy, ...; where answers are read is added.
+        graph: The knowledge graph that it was trained on.
+
+    Raises:
+        CheckpointError: The folder holds something already.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; saving never overwrites, so choose another folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        draft.chmod(0o755)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, draft / "model.safetensors")
+        _write_json(draft / "config.json", model.cfg.to_dict())
+        readout = {"readout": str(model.read_at)} if model.read_at else {}
+        _write_json(draft / "card.json", {**(card or {}), **readout})
+        if model.vocab:
+            _write_json(draft / "vocab.json", list(model.vocab.words))
+        if graph is not None:
+            _write_json(draft / "graph.json", graph)
+        draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def read_card(source: str | Path) -> dict[str, Any]:
+    """What card.json says of a checkpoint; empty where there is none."""
+    files = locate(source)
+    return _read_json(files.card) if files.card else {}
+
+
+def _load_release(files: CheckpointFiles, card: Mapping[str, Any], given: ReleaseFacts) -> LoopedModel:
+    tensors = read_state_dict(files.weights)
+    merged = {}
+    for name in ("n_heads", "input_injection", "n_loops"):
+        known = (getattr(given, name), card.get(name), getattr(files.layout, name))
+        merged[name] = next((value for value in known if value is not None), None)
+    cfg = infer_config(tensors, files.weights, ReleaseFacts(**merged))
+    if files.n_layers not in (None, cfg.n_layers):
+        raise CheckpointError(
+            f"{files.weights}: the folder name promises {files.n_layers} layers, but the file holds {cfg.n_layers}"
+        )
+    return build_from(cfg, tensors, key_names(cfg.n_layers), files.weights)
+
+
+def _load_own(weights: Path, given: Mapping[str, Any]) -> LoopedModel:
+    config_file = weights.with_name("config.json")
+    if weights.suffix != ".safetensors" or not config_file.is_file():
+        raise CheckpointError(f"{weights} is not a checkpoint: expected a .pt file, or a .safetensors file with config.json beside it")
+    values = _read_json(config_file)
+    if "family" not in values:
+        kind = values.get("model_type", "none")
+        raise CheckpointError(f"{config_file} names no family that can be loaded (its model_type is {kind!r})")
+    cfg = config_from_dict(values)
+    for name in ("n_heads", "input_injection"):
+        if given[name] not in (None, getattr(cfg, name, None)):
+            raise CheckpointError(f"{config_file} says {name}={getattr(cfg, name, None)}, but {given[name]} was passed")
+    if given["n_loops"] is not None:
+        cfg = dataclasses.replace(cfg, n_loops=given["n_loops"])
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is damaged or cut short: {error}") from None
+    return build_from(cfg, tensors, None, weights)
+
+
+def _read_vocabulary(path: Path, cfg: LoopedConfig) -> Vocabulary:
+    words = _read_json(path)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise CheckpointError(f"{path} must be a JSON list of tokens, got {type(words).__name__}")
+    vocabulary = Vocabulary(words)
+    if len(vocabulary) != cfg.d_vocab:
+        raise CheckpointError(f"{path} has {len(vocabulary)} tokens with <pad>, but the model has d_vocab={cfg.d_vocab}")
+    return vocabulary
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")

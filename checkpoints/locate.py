@@ -1,0 +1,101 @@
+"""Which files make up a checkpoint, given a name, a file or a folder."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints.errors import CheckpointError
+from checkpoints.release import ReleaseFacts
+
+SHIPPED = Path(__file__).parent / "shipped"
+_OWN_WEIGHTS = "model.safetensors"
+_COMPANIONS = {"card": "card.json", "vocab": "vocab.json", "graph": "graph.json", "questions": "test.json"}
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of one checkpoint; what is absent is None.
+
+    Attributes:
+        weights: model.safetensors, or a release's .pt file.
+        card, vocab, graph, questions: card.json, vocab.json, graph.json and test.json beside the weights.
+        layout: What the release's folder names say.
+        n_layers: Blocks that the folder name r<X>_l<Y> promises.
+        readout: Where the release reads its answers, where the layout tells.
+    """
+
+    weights: Path
+    card: Path | None = None
+    vocab: Path | None = None
+    graph: Path | None = None
+    questions: Path | None = None
+    layout: ReleaseFacts = ReleaseFacts()
+    n_layers: int | None = None
+    readout: str | None = None
+
+    @property
+    def is_release(self) -> bool:
+        """Whether the weights are a released pickle and not our own format."""
+        return self.weights.suffix == ".pt"
+
+
+def shipped_names() -> list[str]:
+    """Names of the checkpoints that travel with the project."""
+    found = {path.parent for pattern in ("**/*.pt", f"**/{_OWN_WEIGHTS}") for path in SHIPPED.glob(pattern)}
+    return sorted(str(folder.relative_to(SHIPPED)) for folder in found)
+
+
+def locate(source: str | Path) -> CheckpointFiles:
+    """Find a checkpoint's files.
+
+    Args:
+        source: A shipped name, a checkpoint file, or a folder that holds one.
+
+    Raises:
+        FileNotFoundError: Neither a shipped name nor a path that exists.
+        CheckpointError: A folder with no checkpoint, or with several.
+    """
+    path = Path(source)
+    if str(source) in shipped_names():
+        path = SHIPPED / source
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{str(source)!r} is neither a shipped checkpoint ({', '.join(shipped_names())}) nor a file or folder; "
+            "loopscope.available() lists the known ones"
+        )
+    weights = _weights_in(path) if path.is_dir() else path
+    beside = {kind: weights.parent / name for kind, name in _COMPANIONS.items()}
+    present = {kind: file for kind, file in beside.items() if file.is_file()}
+    facts, n_layers, readout = _layout(weights)
+    return CheckpointFiles(weights, **present, layout=facts, n_layers=n_layers, readout=readout)
+
+
+def _weights_in(folder: Path) -> Path:
+    if (folder / _OWN_WEIGHTS).is_file():
+        return folder / _OWN_WEIGHTS
+    found = sorted(folder.glob("*.pt"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(f"{folder} holds {len(found)} checkpoints; name one of {', '.join(p.name for p in found)}")
+    below = sorted({str(p.parent.relative_to(folder)) for p in folder.glob("**/*.pt")})
+    hint = f"; there are some in {', '.join(below[:8])}" if below else ""
+    raise CheckpointError(f"{folder} holds no checkpoint: expected {_OWN_WEIGHTS} with config.json, or a .pt file{hint}")
+
+
+def _layout(weights: Path) -> tuple[ReleaseFacts, int | None, str | None]:
+    """What `systematicity/r<X>_l<Y>` and `multi_hop/{final_models,12_hop}/{r<X>,r_dyn}` say; released models inject no input.
+
+    Multi-hop releases read their answer at a padding column; without positions all padding columns are alike.
+    """
+    folder = weights.resolve().parent
+    fixed = re.fullmatch(r"r(\d+)_l(\d+)", folder.name)
+    if fixed:
+        return ReleaseFacts(input_injection=False, n_loops=int(fixed.group(1))), int(fixed.group(2)), None
+    hop = re.fullmatch(r"r(\d+|_dyn)", folder.name)
+    if hop and folder.parent.name in ("final_models", "12_hop"):
+        loops = int(hop.group(1)) if hop.group(1).isdigit() else None
+        return ReleaseFacts(input_injection=False, n_loops=loops), None, "first_pad"
+    return ReleaseFacts(), None, None

@@ -1,0 +1,129 @@
+"""The released pickles of "Loop, Think, & Generalize": `checkpoint_epoch_<N>.pt`.
+
+Torch pickles with `epoch`, `model_state_dict` and optimiser state. Heads, iterations, injection and where answers are read
+are not in the file. Projections are stored input-first (GPT-2's Conv1D), as our own weights are.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints.errors import CheckpointError
+from models.recurrent_depth import Positions, RecurrentDepthConfig
+
+PAPER_D_MODEL, PAPER_HEADS = 768, 12
+_WHAT_IT_IS = "a released checkpoint is a torch file with a 'model_state_dict'"
+_MASK_BUFFER = re.compile(r"blocks\.\d+\.attn\.(bias|masked_bias)")
+_EDGE_KEYS = {
+    "token_embedding.weight": "embedding",
+    "position_embedding.weight": "W_pos",
+    "pe": "W_pos",
+    "ln_f.weight": "ln_final.w",
+    "ln_f.bias": "ln_final.b",
+}
+_BLOCK_KEYS = {
+    "ln_1.weight": "ln1.w",
+    "ln_1.bias": "ln1.b",
+    "attn.c_attn.weight": "attn.W_QKV",
+    "attn.c_attn.bias": "attn.b_QKV",
+    "attn.c_proj.weight": "attn.W_O_flat",
+    "attn.c_proj.bias": "attn.b_O",
+    "ln_2.weight": "ln2.w",
+    "ln_2.bias": "ln2.b",
+    "mlp.c_fc.weight": "mlp.W_in",
+    "mlp.c_fc.bias": "mlp.b_in",
+    "mlp.c_proj.weight": "mlp.W_out",
+    "mlp.c_proj.bias": "mlp.b_out",
+}
+
+
+@dataclass(frozen=True)
+class ReleaseFacts:
+    """What a release file does not say about its model; None where nobody knows it."""
+
+    n_heads: int | None = None
+    input_injection: bool | None = None
+    n_loops: int | None = None
+
+
+def key_names(n_layers: int) -> dict[str, str]:
+    """Our parameter name for each key of a release with this many blocks."""
+    blocks = {f"blocks.{i}.{key}": f"blocks.{i}.{name}" for i in range(n_layers) for key, name in _BLOCK_KEYS.items()}
+    return {**_EDGE_KEYS, **blocks}
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The model's tensors of a release file, still on disk (memory-mapped); optimiser state is never read.
+
+    The tied head and the causal-mask buffers of old transformers versions are checked and left out.
+
+    Raises:
+        CheckpointError: Not a torch file, cut short, holding code, without a model, or with a head that is not tied.
+    """
+    start = path.open("rb").read(2)
+    if start not in (b"PK", b"\x80\x02"):
+        raise CheckpointError(f"{path} is not a checkpoint: {_WHAT_IT_IS}, and this file does not begin like one")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK")
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global|class|function)\s+`?([A-Za-z_][\w.]*\.[\w.]+)", str(error))
+        what = f"code ({named.group(1)})" if named else "code or objects"
+        raise CheckpointError(f"{path} holds {what}, not only tensors; it is refused, because unpickling it would run that code") from None
+    except Exception as error:  # torch raises many types on damaged files; each is the same fact to the caller
+        raise CheckpointError(f"{path} is damaged or cut short: {_WHAT_IT_IS}, and reading it failed with {type(error).__name__}") from None
+    state = content.get("model_state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        found = sorted(map(str, content))[:6] if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f"{path} holds no model: {_WHAT_IT_IS}, but this file holds {found}")
+    tensors = {str(key).removeprefix("_orig_mod."): value for key, value in state.items()}
+    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("token_embedding.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise CheckpointError(f"{path}: lm_head.weight differs from token_embedding.weight, but this family's head is tied")
+    return {key: value for key, value in tensors.items() if not _MASK_BUFFER.fullmatch(key)}
+
+
+def infer_config(tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts) -> RecurrentDepthConfig:
+    """The configuration that the shapes imply, completed by what is known beside the file.
+
+    At the paper's size (d_model 768) the releases have 12 heads and no injection.
+
+    Raises:
+        CheckpointError: A tensor that the sizes depend on is missing, or heads or injection are not known.
+    """
+    for key in ("token_embedding.weight", "blocks.0.mlp.c_fc.weight"):
+        if key not in tensors or tensors[key].ndim != 2:
+            raise CheckpointError(f"{path} lacks the matrix {key!r}, so the model's sizes cannot be told")
+    d_vocab, d_model = tensors["token_embedding.weight"].shape
+    paper_size = d_model == PAPER_D_MODEL
+    n_heads = facts.n_heads or (PAPER_HEADS if paper_size else None)
+    if n_heads is None:
+        raise CheckpointError(f"{path} does not say into how many heads its d_model={d_model} is split; pass n_heads=")
+    if facts.input_injection is None and not paper_size:
+        raise CheckpointError(
+            f"{path} does not say whether the embedding is added again before each later iteration; "
+            "pass input_injection=True or input_injection=False"
+        )
+    positions: Positions = "none"
+    if "position_embedding.weight" in tensors:
+        positions = "learned"
+    elif "pe" in tensors:
+        positions = "sinusoidal"
+    table = tensors.get("position_embedding.weight", tensors.get("pe"))
+    return RecurrentDepthConfig(
+        n_layers=1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        n_loops=facts.n_loops,
+        d_model=d_model,
+        n_heads=n_heads,
+        d_mlp=tensors["blocks.0.mlp.c_fc.weight"].shape[1],
+        d_vocab=d_vocab,
+        n_ctx=None if table is None else table.shape[0],
+        positions=positions,
+        input_injection=bool(facts.input_injection),
+    )

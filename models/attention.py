@@ -1,0 +1,130 @@
+"""Attention for any set of rows: which keys a row may see, and the kernel.
+
+A row is one (batch, position). A block may be run on all rows of a batch or on a subset of them; the keys and values of
+the other rows are then supplied from elsewhere (the same run, a stored run, a generation cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from models.hooks import Taps, tap
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values as they enter the kernel, with where they stand.
+
+    Attributes:
+        k: Float[Tensor, "batch key head d_head"], after rotation where the family rotates.
+        v: Float[Tensor, "batch key head d_head"].
+        positions: Int[Tensor, "batch key"].
+        mask: Bool[Tensor, "batch key"], True for real tokens.
+    """
+
+    k: Float[Tensor, "batch key head d_head"]
+    v: Float[Tensor, "batch key head d_head"]
+    positions: Int[Tensor, "batch key"]
+    mask: Bool[Tensor, "batch key"]
+
+
+KeyValueStore = MutableMapping[str, KeyValues]
+Visible = Callable[[Int[Tensor, "batch query"], Int[Tensor, "batch key"]], Bool[Tensor, "batch query key"]]
+
+
+def causal_keys(queries: Int[Tensor, "batch query"], keys: Int[Tensor, "batch key"]) -> Bool[Tensor, "batch query key"]:
+    """A row sees the keys at its own position and before it."""
+    return keys[:, None, :] <= queries[:, :, None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows a block is given at one visit, and the keys that they see.
+
+    Attributes:
+        positions: Int[Tensor, "batch row"], where each row stands in its sequence.
+        mask: Bool[Tensor, "batch row"], True for real tokens; a padded row is never a key.
+        allowed: Bool[Tensor, "batch 1 query key"]; None means plain causal attention over unpadded rows.
+        supplied: Keys and values of other rows, put before the rows' own. A supplied key at a position that the
+            rows themselves cover is not used.
+        store, visit: Where to keep this visit's keys and values, when asked.
+    """
+
+    positions: Int[Tensor, "batch row"]
+    mask: Bool[Tensor, "batch row"]
+    allowed: Bool[Tensor, "batch 1 query key"] | None
+    supplied: KeyValues | None = None
+    store: KeyValueStore | None = None
+    visit: str = ""
+
+    @classmethod
+    def make(cls, positions: Tensor, mask: Tensor, visible: Visible, others: KeyValues | None = None) -> Rows:
+        """Work out once what each row sees; `others` is an example of what will be supplied at every visit.
+
+        Raises:
+            ValueError: A row would see no key at all (a padded row whose sequence is neither given nor supplied).
+        """
+        if others is None and visible is causal_keys and _is_whole(positions, mask):
+            return cls(positions, mask, None)
+        allowed = visible(positions, positions) & mask[:, None, :]
+        if others is not None:
+            covered = (others.positions[:, :, None] == positions[:, None, :]).any(-1)
+            seen = visible(positions, others.positions) & (others.mask & ~covered)[:, None, :]
+            allowed = torch.cat([seen, allowed], dim=-1)
+        if not bool(allowed.any(-1).all()):
+            raise ValueError(
+                "each row must see at least one key: these rows leave out the real tokens before them; "
+                "supply their keys and values, or give the rows from position 0"
+            )
+        return cls(positions, mask, allowed[:, None])
+
+    def at(self, visit: str, supplied: KeyValueStore | None, store: KeyValueStore | None) -> Rows:
+        """These rows at one visit of the schedule."""
+        if supplied is None and store is None:
+            return self
+        return replace(self, supplied=None if supplied is None else supplied[visit], store=store, visit=visit)
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch row head d_head"],
+        k: Float[Tensor, "batch row kv_head d_head"],
+        v: Float[Tensor, "batch row kv_head d_head"],
+        taps: Taps,
+    ) -> Float[Tensor, "batch row head d_head"]:
+        """Scaled dot-product attention of the rows over what they see; scores and pattern only when hooked."""
+        if self.store is not None:
+            self.store[self.visit] = KeyValues(k, v, self.positions, self.mask)
+        if self.supplied is not None:
+            k = torch.cat([self.supplied.k, k], dim=1)
+            v = torch.cat([self.supplied.v, v], dim=1)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        grouped = k.shape[1] != q.shape[1]
+        if "attn.hook_attn_scores" in taps or "attn.hook_pattern" in taps:
+            if grouped:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            z = self._explicit(q, k, v, taps)
+        elif self.allowed is None:
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=grouped)
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed, enable_gqa=grouped)
+        return z.transpose(1, 2)
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, taps: Taps) -> Tensor:
+        allowed = self.allowed
+        if allowed is None:
+            allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        scores = tap(taps, "attn.hook_attn_scores", scores.masked_fill(~allowed, -torch.inf))
+        return tap(taps, "attn.hook_pattern", scores.softmax(-1)) @ v
+
+
+def _is_whole(positions: Tensor, mask: Tensor) -> bool:
+    """Whether the rows are positions 0..n-1 of sequences without padding."""
+    expected = torch.arange(positions.shape[1], device=positions.device)
+    return bool(mask.all()) and bool((positions == expected).all())

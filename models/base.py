@@ -1,0 +1,282 @@
+"""The base of all looped models: a program over shared blocks that can stop and resume at every visit.
+
+A forward pass is a schedule of visits. `begin` makes the state before the first visit, `advance` runs visits, `readout`
+reads logits; everything else in this project is built on these three. Axes: batch pos d_model head d_head d_mlp d_vocab
+loop layer.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from models.attention import KeyValueStore, Rows, Visible, causal_keys
+from models.config import LoopedConfig
+from models.hooks import NO_TAPS, Taps, live
+from models.intervene import HookedLoops
+from models.state import Slot, State, Visit, checked_loops, checked_mask, checked_tokens
+from models.tokens import Batch, Readout, Vocabulary, pad_right
+
+
+class LoopedModel(HookedLoops):
+    """A looped transformer whose weights live once and whose hook points live once per iteration.
+
+    A family gives: `plan` (its schedule), `embed`, `enter` and `leave` (what happens where an iteration opens and
+    closes), `project` (final norm and head), the names of its sites, and four facts.
+
+    Attributes:
+        cfg: The frozen configuration.
+        vocab: Set where the checkpoint has one; `encode` and `to_tokens` need it.
+        read_at: Where answers are read; None where the checkpoint does not say.
+        causal: A later token never changes an earlier result.
+        prefix_readout: Stopping after t iterations and reading out equals a call with n_loops=t.
+        additive_residual: The residual stream is a plain sum of component outputs.
+        batch_independent: A row's result does not depend on the other rows.
+        visible: Which keys a row may see, by position.
+    """
+
+    causal: ClassVar[bool] = True
+    prefix_readout: ClassVar[bool] = True
+    batch_independent: ClassVar[bool] = True
+    visible: ClassVar[Visible] = staticmethod(causal_keys)
+
+    def __init__(self, cfg: LoopedConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.vocab: Vocabulary | None = None
+        self.read_at: Readout | None = None
+        self._schedules: dict[int, list[Visit]] = {}
+
+    # What a family declares
+
+    @property
+    def additive_residual(self) -> bool:
+        """Whether the residual stream is a plain sum of component outputs."""
+        return True
+
+    @property
+    def positional(self) -> bool:
+        """Whether a token's position changes what the model computes for it."""
+        return True
+
+    @abstractmethod
+    def plan(self, n_loops: int) -> list[Slot]:
+        """The schedule of a call, in order."""
+
+    @abstractmethod
+    def embed(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps) -> tuple[Tensor, dict[str, Tensor]]:
+        """The residual stream before the first visit, and the family's other parts of the state."""
+
+    def enter(self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What happens before a visit that opens an iteration."""
+        return resid, parts
+
+    def leave(self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What happens after a visit that closes an iteration."""
+        return resid, parts
+
+    @abstractmethod
+    def project(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_vocab"]:
+        """Final norm and head of any residual stream."""
+
+    # Running
+
+    def begin(self, tokens: Tensor, mask: Tensor | None = None, *, n_loops: int | None = None) -> State:
+        """The state before the first visit.
+
+        Args:
+            tokens: Int[Tensor, "batch pos"].
+            mask: "batch pos", ones for real tokens and then zeros; None means no padding.
+            n_loops: Iterations; None means the number that the checkpoint records.
+
+        Raises:
+            ValueError: Tokens outside the vocabulary, a mask that is not ones then zeros, an input longer than learned
+                positions allow, fewer than one iteration, or a hook at an iteration that this call does not have.
+        """
+        tokens = checked_tokens(tokens, self.cfg.d_vocab)
+        real = checked_mask(mask, tokens)
+        n_loops = checked_loops(n_loops, self.cfg.n_loops)
+        if self.cfg.n_ctx is not None and tokens.shape[1] > self.cfg.n_ctx:
+            raise ValueError(f"inputs may have at most n_ctx={self.cfg.n_ctx} positions in this model, got {tokens.shape[1]}")
+        self.refuse_late_hooks(n_loops)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
+        resid, parts = self.embed(tokens, positions, taps)
+        return State(0, n_loops, resid, positions, real, parts)
+
+    def advance(
+        self,
+        state: State,
+        until: int | str | None = None,
+        *,
+        supplied: KeyValueStore | None = None,
+        store: KeyValueStore | None = None,
+    ) -> State:
+        """Run visits from where the state stands.
+
+        Args:
+            state: From `begin`, `advance`, or rows of such a state.
+            until: The visit to stop before: its index, its name ("loops.3.blocks.0"), an iteration ("loops.3"), or None
+                for the end of the schedule.
+            supplied: Keys and values of other rows at each visit, by the visit's name, for a state that holds a subset of
+                the rows. `store` of an earlier run has the form that is needed.
+            store: A dictionary that is given each visit's keys and values.
+        """
+        schedule = self.schedule(state.n_loops)
+        stop = self._index_of(until, state)
+        if stop == state.visit:
+            return state
+        hooked = self.any_hook()
+        if hooked:
+            self.refuse_late_hooks(state.n_loops)
+        example = None if supplied is None else supplied[schedule[state.visit].name]
+        rows = Rows.make(state.positions, state.mask, type(self).visible, example)
+        resid, parts = state.resid, state.parts
+        for visit in schedule[state.visit : stop]:
+            if visit.opening:
+                resid, parts = self.enter(visit, resid, parts, live(visit.boundary) if hooked else NO_TAPS)
+            taps = live(visit.points) if hooked else NO_TAPS
+            resid = visit.block(resid, rows.at(visit.name, supplied, store), taps)
+            if visit.closing:
+                resid, parts = self.leave(visit, resid, parts, live(visit.boundary) if hooked else NO_TAPS)
+        return replace(state, visit=stop, resid=resid, parts=parts)
+
+    def readout(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Tensor:
+        """Logits of a state that has finished an iteration: the family's own readout.
+
+        Args:
+            state: At the end of the schedule, or of an iteration.
+            positions: Int[Tensor, " batch"], one column of each row; None for all of them.
+
+        Returns:
+            Float[Tensor, "batch d_vocab"] at the positions, or Float[Tensor, "batch pos d_vocab"].
+        """
+        taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
+        if positions is None:
+            return self.project(state.resid, taps)
+        return self.project(at_columns(state.resid, positions)[:, None], taps)[:, 0]
+
+    def forward(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """Logits at all positions, Float[Tensor, "batch pos d_vocab"]; the arguments are those of `begin`."""
+        return self.readout(self.advance(self.begin(tokens, mask, n_loops=n_loops)))
+
+    # The schedule
+
+    def schedule(self, n_loops: int | None = None) -> list[Visit]:
+        """The visits of a call with `n_loops` iterations, in order."""
+        n_loops = checked_loops(n_loops, self.cfg.n_loops)
+        if n_loops not in self._schedules:
+            self.grow(n_loops)
+            self._schedules[n_loops] = [self._visit(i, slot) for i, slot in enumerate(self.plan(n_loops))]
+        return self._schedules[n_loops]
+
+    def iteration_ends(self, n_loops: int) -> list[int]:
+        """For each iteration, the index in the schedule of the visit after its last one."""
+        schedule = self.schedule(n_loops)
+        return [max(v.index for v in schedule if v.loop == t) + 1 for t in range(n_loops)]
+
+    def _names_of_call(self, n_loops: int) -> list[str]:
+        before, after = self.edge_sites()
+        return [*before, *(name for slot in self.plan(n_loops) for name in slot.hook_names()), *after]
+
+    def _visit(self, index: int, slot: Slot) -> Visit:
+        points = {site: self.hook_dict[f"{slot.name}.{site}"] for site in slot.sites}
+        boundary = {site: self.hook_dict[f"{slot.scope}.{site}"] for site in slot.opening + slot.closing}
+        own = {f.name: getattr(slot, f.name) for f in fields(Slot)}
+        return Visit(**own, index=index, points=points, boundary=boundary)
+
+    def _index_of(self, until: int | str | None, state: State) -> int:
+        schedule = self.schedule(state.n_loops)
+        if until is None:
+            return len(schedule)
+        if isinstance(until, str):
+            found = [v.index for v in schedule if v.name == until or v.name.startswith(until + ".")]
+            if not found:
+                raise KeyError(f"{until!r} is no visit of a schedule with n_loops={state.n_loops}; it starts with {schedule[0].name!r}")
+            until = found[0]
+        if not state.visit <= until <= len(schedule):
+            raise ValueError(f"the state stands before visit {state.visit} of {len(schedule)}, so it cannot be run to visit {until}")
+        return until
+
+    # Tokens
+
+    def encode(self, texts: str | Sequence[str]) -> Batch:
+        """Right-padded tokens, mask and readout column of some texts, with the padding that the readout needs.
+
+        Raises:
+            ValueError: The checkpoint has no vocabulary, or does not say where answers are read.
+        """
+        if self.read_at is None:
+            raise ValueError(
+                "this checkpoint does not say where its answers are read; "
+                "load it with readout='last_real', 'first_pad' or 'column:K'"
+            )
+        rows = [self._vocabulary().ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        columns, width = self.read_at.place([len(row) for row in rows], self.cfg.n_ctx, self.positional)
+        tokens, mask = pad_right(rows, width)
+        return Batch(tokens, mask, torch.tensor(columns)).to(self.device)
+
+    def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
+        """Token ids of some texts, padded on the right with id 0."""
+        rows = [self._vocabulary().ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        return pad_right(rows, max(map(len, rows)))[0].to(self.device)
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token."""
+        ids = self._vocabulary().ids(text)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens, not one")
+        return ids[0]
+
+    def to_str_tokens(self, tokens: str | Int[Tensor, " pos"]) -> list[str]:
+        """The tokens of one text, or of one row of ids, as strings."""
+        ids = self._vocabulary().ids(tokens) if isinstance(tokens, str) else tokens.reshape(-1).tolist()
+        return [self._vocabulary().words[i] for i in ids]
+
+    def _vocabulary(self) -> Vocabulary:
+        if self.vocab is None:
+            raise ValueError("this checkpoint has no vocabulary; load it with vocab='path/to/vocab.json'")
+        return self.vocab
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    # Weight views that every family has
+
+    @property
+    @abstractmethod
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The token embedding."""
+
+    @property
+    @abstractmethod
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding."""
+
+    @property
+    @abstractmethod
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The unembedding's bias; zeros where the head has none."""
+
+
+def at_columns(x: Float[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:
+    """One position of each row."""
+    return x[torch.arange(x.shape[0], device=x.device), columns.to(x.device)]
+
+
+def family_facts(model: LoopedModel) -> dict[str, Any]:
+    """The four facts that tests are parametrised by."""
+    names = ("causal", "prefix_readout", "additive_residual", "batch_independent")
+    return {name: getattr(model, name) for name in names}
+
+
+__all__ = ["HookPoint", "LoopedModel", "at_columns", "family_facts", "nn"]

@@ -1,0 +1,39 @@
+"""Parts that several families are built from. Weight names and shapes are TransformerLens's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.hooks import Taps, tap
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias. Asked for its scale, it computes in TransformerLens's steps instead of the fused kernel.
+
+    Args:
+        site: Where its points are: `{site}.hook_scale` and `{site}.hook_normalized` (after weight and bias).
+    """
+
+    def __init__(self, d_model: int, eps: float, site: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(d_model))
+        self.b = nn.Parameter(torch.zeros(d_model))
+        self.eps = eps
+        self.scale_site, self.normalized_site = f"{site}.hook_scale", f"{site}.hook_normalized"
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], taps: Taps) -> Float[Tensor, "batch pos d_model"]:
+        if self.scale_site in taps:
+            x = x - x.mean(-1, keepdim=True)
+            scale = tap(taps, self.scale_site, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            out = x / scale * self.w + self.b
+        else:
+            out = F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+        return tap(taps, self.normalized_site, out)
+
+
+def linear(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_in d_out"], bias: Tensor) -> Float[Tensor, "... d_out"]:
+    """x @ weight + bias with input-first weights, in one addmm as GPT-2's Conv1D does it."""
+    return torch.addmm(bias, x.reshape(-1, weight.shape[0]), weight).view(*x.shape[:-1], weight.shape[1])

@@ -1,0 +1,72 @@
+"""What every looped model's configuration says, in TransformerLens's field names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopedConfig:
+    """The sizes that all families share. Each family extends it with its own fields.
+
+    Attributes:
+        n_layers: Physical blocks in the shared stack (not multiplied by the iterations).
+        n_loops: Iterations that the checkpoint records (training R); None where it records none.
+        d_model, n_heads, d_head, d_mlp, d_vocab: Widths, in elements.
+        n_ctx: The longest input in tokens; None where positions set no limit.
+        act_fn: Name of the MLP's activation.
+        normalization_type: "LN" or "RMS".
+        eps: Added to the variance inside each norm.
+    """
+
+    family: ClassVar[str] = ""
+    n_layers: int
+    n_loops: int | None = None
+    d_model: int
+    n_heads: int
+    d_head: int = field(init=False)
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int | None = None
+    act_fn: str = "gelu_new"
+    normalization_type: str = "LN"
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "d_mlp", "d_vocab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_loops is not None and self.n_loops < 1:
+            raise ValueError(f"n_loops must be at least 1, got {self.n_loops}")
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"n_heads must divide d_model: {self.n_heads} heads do not divide d_model={self.d_model}; "
+                f"pass one of {_divisors(self.d_model)}"
+            )
+        object.__setattr__(self, "d_head", self.d_model // self.n_heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that `from_dict` takes, with the family's name."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {"family": self.family, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build the config from `to_dict`'s output; an unknown or missing key is a ValueError."""
+        given = {k: v for k, v in values.items() if k != "family"}
+        known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {sorted(known)}")
+        required = [k for k, f in known.items() if f.default is dataclasses.MISSING]
+        missing = [k for k in required if k not in given]
+        if missing:
+            raise ValueError(f"{cls.__name__} needs the field {missing[0]!r}, which was not given")
+        return cls(**given)
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]

@@ -1,0 +1,131 @@
+"""Text to tokens and back: the vocabulary, where an answer is read, and the batch a model is given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+PAD = "<pad>"
+
+
+class Vocabulary:
+    """Whole-word tokens of the form `<...>`, written one after another without spaces.
+
+    Args:
+        words: The tokens in the order of their ids. `<pad>` is put in front (id 0) when absent, as the releases do.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words: tuple[str, ...] = tuple(words) if PAD in words else (PAD, *words)
+        self._ids = {word: i for i, word in enumerate(self.words)}
+        if len(self._ids) != len(self.words):
+            twice = sorted({w for w in self.words if self.words.count(w) > 1})
+            raise ValueError(f"a vocabulary must hold each token once, but {twice[0]!r} occurs more often")
+        if self._ids[PAD] != 0:
+            raise ValueError(f"{PAD!r} must have id 0, got {self._ids[PAD]}")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text; ValueError names the first piece that is not in the vocabulary."""
+        pieces = re.findall(r"<[^<>]*>|[^<\s]+|<", text)
+        for piece in pieces:
+            if piece not in self._ids:
+                raise ValueError(
+                    f"{piece!r} is not one of the {len(self)} tokens of this vocabulary "
+                    f"(such as {', '.join(self.words[1:4])}); tokens are written without spaces, as in '<e_12><r_3>'"
+                )
+        if not pieces:
+            raise ValueError("a text must hold at least one token, got an empty one")
+        return [self._ids[piece] for piece in pieces]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Where an answer is read.
+
+    Attributes:
+        kind: "last_real" (the last token that is not padding), "first_pad" (the column after it, clamped to the last
+            column that positions allow), or "column" (one fixed column of the padded input).
+        column: The fixed column, from 0; None for the other kinds.
+    """
+
+    kind: Literal["last_real", "first_pad", "column"]
+    column: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.column is None) != (self.kind != "column") or (self.column is not None and self.column < 0):
+            raise ValueError(f"a fixed readout column must be given with kind 'column' only and be >= 0, got {self}")
+
+    @classmethod
+    def parse(cls, text: str) -> Readout:
+        """From "last_real", "first_pad" or "column:49"."""
+        kind, _, column = text.partition(":")
+        if kind == "column" and column.isdigit():
+            return cls("column", int(column))
+        if kind in ("last_real", "first_pad") and not column:
+            return cls(kind)  # type: ignore[arg-type]  # narrowed by the test above
+        raise ValueError(f"readout must be 'last_real', 'first_pad' or 'column:K', got {text!r}")
+
+    def __str__(self) -> str:
+        return self.kind if self.column is None else f"{self.kind}:{self.column}"
+
+    def place(self, lengths: Sequence[int], n_ctx: int | None, positional: bool) -> tuple[list[int], int]:
+        """The column read in each row, and the padded width that holds it.
+
+        Without positions every padding column carries the same state, so a fixed column far to the right is read at
+        the first column after the longest input; with positions the padded width is the trained one.
+        """
+        longest = max(lengths)
+        if self.kind == "last_real":
+            return [n - 1 for n in lengths], longest
+        if self.kind == "first_pad":
+            last = longest if n_ctx is None else min(longest, n_ctx - 1)
+            return [min(n, last) for n in lengths], last + 1 if last >= longest else longest
+        assert self.column is not None, "kind 'column' always has a column"
+        if longest > self.column + 1:
+            raise ValueError(f"answers are read at column {self.column}, so inputs have at most {self.column + 1} tokens, got {longest}")
+        column = self.column if positional else min(self.column, longest)
+        return [column] * len(lengths), column + 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded inputs with the column at which each answer is read.
+
+    Attributes:
+        tokens: Int[Tensor, "batch pos"].
+        mask: Int[Tensor, "batch pos"], ones for real tokens, then zeros.
+        readout: Int[Tensor, " batch"], a column of each row.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    readout: Int[Tensor, " batch"]
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> Batch:
+        return Batch(self.tokens[rows], self.mask[rows], self.readout[rows])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        return Batch(self.tokens.to(device), self.mask.to(device), self.readout.to(device))
+
+
+def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
+    """Token and mask matrices of a given width; padding has id 0."""
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return tokens, mask
