@@ -32,12 +32,16 @@ def build_from(cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[
     ours = {name: name for name in expected} if names is None else names
     unexpected = [key for key in tensors if ours.get(key) not in expected]
     if unexpected:
-        raise CheckpointError(f"{path} has {len(unexpected)} unexpected key(s), first {unexpected[0]!r}; a {cfg.family} model has none of that name")
+        raise CheckpointError(
+            f"{path} has {len(unexpected)} unexpected key(s), first {unexpected[0]!r}; a {cfg.family} model has none of that name"
+        )
     found = {ours[key]: key for key in tensors}
     theirs = {name: key for key, name in reversed(list(ours.items()))}
     missing = [theirs[name] for name in expected if name not in found]
     if missing:
-        raise CheckpointError(f"{path} lacks {len(missing)} key(s) of a {cfg.family} model with {cfg.n_layers} layers, first {missing[0]!r}")
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} key(s) of a {cfg.family} model with {cfg.n_layers} layers, first {missing[0]!r}"
+        )
     for name, want in expected.items():
         _check_tensor(found[name], tensors[found[name]], want.shape, path)
     model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)

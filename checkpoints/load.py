@@ -105,9 +105,7 @@ def _load_release(files: CheckpointFiles, card: Mapping[str, Any], given: Releas
         merged[name] = next((value for value in known if value is not None), None)
     cfg = infer_config(tensors, files.weights, ReleaseFacts(**merged))
     if files.n_layers not in (None, cfg.n_layers):
-        raise CheckpointError(
-            f"{files.weights}: the folder name promises {files.n_layers} layers, but the file holds {cfg.n_layers}"
-        )
+        raise CheckpointError(f"{files.weights}: the folder name promises {files.n_layers} layers, but the file holds {cfg.n_layers}")
     return build_from(cfg, tensors, key_names(cfg.n_layers), files.weights)
 
 

@@ -25,8 +25,8 @@ _EDGE_KEYS = {
     "token_embedding.weight": "embedding",
     "position_embedding.weight": "W_pos",
     "pe": "W_pos",
-    "ln_f.weight": "ln_final.w",
-    "ln_f.bias": "ln_final.b",
+    "ln_f.weight": "final_norm.w",
+    "ln_f.bias": "final_norm.b",
 }
 _BLOCK_KEYS = {
     "ln_1.weight": "ln1.w",

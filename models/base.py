@@ -10,12 +10,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from models.attention import KeyValueStore, Rows, Visible, causal_keys
 from models.config import LoopedConfig
@@ -29,7 +28,7 @@ class LoopedModel(HookedLoops):
     """A looped transformer whose weights live once and whose hook points live once per iteration.
 
     A family gives: `plan` (its schedule), `embed`, `enter` and `leave` (what happens where an iteration opens and
-    closes), `project` (final norm and head), the names of its sites, and four facts.
+    closes), `normalize` and `unembed` (final norm, head), the names of its sites, and four facts.
 
     Attributes:
         cfg: The frozen configuration.
@@ -40,6 +39,7 @@ class LoopedModel(HookedLoops):
         additive_residual: The residual stream is a plain sum of component outputs.
         batch_independent: A row's result does not depend on the other rows.
         visible: Which keys a row may see, by position.
+        visit_blocks: One block per visit in a copy made by `untied`; None where the weights are shared.
     """
 
     causal: ClassVar[bool] = True
@@ -52,6 +52,7 @@ class LoopedModel(HookedLoops):
         self.cfg = cfg
         self.vocab: Vocabulary | None = None
         self.read_at: Readout | None = None
+        self.visit_blocks: nn.ModuleList | None = None
         self._schedules: dict[int, list[Visit]] = {}
 
     # What a family declares
@@ -83,8 +84,12 @@ class LoopedModel(HookedLoops):
         return resid, parts
 
     @abstractmethod
-    def project(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_vocab"]:
-        """Final norm and head of any residual stream."""
+    def normalize(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_model"]:
+        """The final norm of any residual stream."""
+
+    @abstractmethod
+    def unembed(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """The head, which reads a normalised residual stream."""
 
     # Running
 
@@ -100,16 +105,19 @@ class LoopedModel(HookedLoops):
             ValueError: Tokens outside the vocabulary, a mask that is not ones then zeros, an input longer than learned
                 positions allow, fewer than one iteration, or a hook at an iteration that this call does not have.
         """
-        tokens = checked_tokens(tokens, self.cfg.d_vocab)
-        real = checked_mask(mask, tokens)
-        n_loops = checked_loops(n_loops, self.cfg.n_loops)
-        if self.cfg.n_ctx is not None and tokens.shape[1] > self.cfg.n_ctx:
-            raise ValueError(f"inputs may have at most n_ctx={self.cfg.n_ctx} positions in this model, got {tokens.shape[1]}")
+        tokens, real, n_loops = self.checked_inputs(tokens, mask, n_loops)
         self.refuse_late_hooks(n_loops)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
         resid, parts = self.embed(tokens, positions, taps)
         return State(0, n_loops, resid, positions, real, parts)
+
+    def checked_inputs(self, tokens: Tensor, mask: Tensor | None, n_loops: int | None) -> tuple[Tensor, Tensor, int]:
+        """Tokens, mask and iterations of a call in their checked form; raises what `begin` says."""
+        tokens = checked_tokens(tokens, self.cfg.d_vocab)
+        if self.cfg.n_ctx is not None and tokens.shape[1] > self.cfg.n_ctx:
+            raise ValueError(f"inputs may have at most n_ctx={self.cfg.n_ctx} positions in this model, got {tokens.shape[1]}")
+        return tokens, checked_mask(mask, tokens), checked_loops(n_loops, self.cfg.n_loops)
 
     def advance(
         self,
@@ -148,6 +156,12 @@ class LoopedModel(HookedLoops):
                 resid, parts = self.leave(visit, resid, parts, live(visit.boundary) if hooked else NO_TAPS)
         return replace(state, visit=stop, resid=resid, parts=parts)
 
+    def read_state(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        """What the head reads of a state that has finished an iteration; the arguments are those of `readout`."""
+        taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
+        resid = state.resid if positions is None else at_columns(state.resid, positions)[:, None]
+        return self.normalize(resid, taps)
+
     def readout(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Tensor:
         """Logits of a state that has finished an iteration: the family's own readout.
 
@@ -158,10 +172,8 @@ class LoopedModel(HookedLoops):
         Returns:
             Float[Tensor, "batch d_vocab"] at the positions, or Float[Tensor, "batch pos d_vocab"].
         """
-        taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
-        if positions is None:
-            return self.project(state.resid, taps)
-        return self.project(at_columns(state.resid, positions)[:, None], taps)[:, 0]
+        logits = self.unembed(self.read_state(state, positions))
+        return logits if positions is None else logits[:, 0]
 
     def forward(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits at all positions, Float[Tensor, "batch pos d_vocab"]; the arguments are those of `begin`."""
@@ -174,7 +186,12 @@ class LoopedModel(HookedLoops):
         n_loops = checked_loops(n_loops, self.cfg.n_loops)
         if n_loops not in self._schedules:
             self.grow(n_loops)
-            self._schedules[n_loops] = [self._visit(i, slot) for i, slot in enumerate(self.plan(n_loops))]
+            visits = [self._visit(i, slot) for i, slot in enumerate(self.plan(n_loops))]
+            if self.visit_blocks is not None:
+                if len(visits) != len(self.visit_blocks):
+                    raise ValueError(f"an untied copy runs only the n_loops={self.cfg.n_loops} that it was made for, got {n_loops}")
+                visits = [replace(visit, block=block) for visit, block in zip(visits, self.visit_blocks, strict=True)]
+            self._schedules[n_loops] = visits
         return self._schedules[n_loops]
 
     def iteration_ends(self, n_loops: int) -> list[int]:
@@ -215,8 +232,7 @@ class LoopedModel(HookedLoops):
         """
         if self.read_at is None:
             raise ValueError(
-                "this checkpoint does not say where its answers are read; "
-                "load it with readout='last_real', 'first_pad' or 'column:K'"
+                "this checkpoint does not say where its answers are read; load it with readout='last_real', 'first_pad' or 'column:K'"
             )
         rows = [self._vocabulary().ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
         columns, width = self.read_at.place([len(row) for row in rows], self.cfg.n_ctx, self.positional)
@@ -271,12 +287,3 @@ class LoopedModel(HookedLoops):
 def at_columns(x: Float[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:
     """One position of each row."""
     return x[torch.arange(x.shape[0], device=x.device), columns.to(x.device)]
-
-
-def family_facts(model: LoopedModel) -> dict[str, Any]:
-    """The four facts that tests are parametrised by."""
-    names = ("causal", "prefix_readout", "additive_residual", "batch_independent")
-    return {name: getattr(model, name) for name in names}
-
-
-__all__ = ["HookPoint", "LoopedModel", "at_columns", "family_facts", "nn"]

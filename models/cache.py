@@ -70,7 +70,7 @@ class LoopCache(Mapping[str, Tensor]):
         Raises:
             KeyError: The site is missing at some iteration or layer; the first missing one is named.
         """
-        places = {_coordinate(name): name for name in self if self._is_site(name, site) and name.startswith("loops.")}
+        places = {coordinate(name): name for name in self if is_site(name, site) and name.startswith("loops.")}
         if not places:
             raise KeyError(self._missing(site))
         layers = sorted({place[1:] for place in places}, key=str)
@@ -109,22 +109,17 @@ class LoopCache(Mapping[str, Tensor]):
                 return key
             key = (key,)
         site, place = str(key[0]), key[1:]
-        here = [name for name in self if self._is_site(name, site)]
-        depth = max((len(_coordinate(name)) for name in here), default=0)
+        here = [name for name in self if is_site(name, site)]
+        depth = max((len(coordinate(name)) for name in here), default=0)
         if place and isinstance(place[0], int) and place[0] < 0:
             place = (self.n_loops + place[0], *place[1:])
         if len(place) == depth and place and isinstance(place[-1], int) and place[-1] < 0:
-            last = max(c[-1] for c in map(_coordinate, here) if isinstance(c[-1], int))
+            last = max(c[-1] for c in map(coordinate, here) if isinstance(c[-1], int))
             place = (*place[:-1], last + 1 + place[-1])
-        found = [name for name in here if _coordinate(name) == place]
+        found = [name for name in here if coordinate(name) == place]
         if len(found) != 1:
             raise KeyError(self._missing(key) if not found else f"{key} could be {' or '.join(found)}; name the site in full")
         return found[0]
-
-    @staticmethod
-    def _is_site(name: str, site: str) -> bool:
-        own = _site(name)
-        return site in (own, own.replace("hook_", ""), own.rpartition(".")[2], own.rpartition(".")[2].removeprefix("hook_"))
 
     def _missing(self, key: object) -> str:
         asked = ".".join(map(str, key)) if isinstance(key, tuple) else str(key)
@@ -139,9 +134,18 @@ def _parts(name: str) -> tuple[list[str], list[str]]:
     return segments[: last + 1], segments[last + 1 :]
 
 
-def _coordinate(name: str) -> tuple[str | int, ...]:
+def coordinate(name: str) -> tuple[str | int, ...]:
+    """The place in a hook name: `loops.3.blocks.0.hook_z` is (3, 0), `prelude.1.hook_z` is ("prelude", 1)."""
     return tuple(int(s) if s.isdigit() else s for s in _parts(name)[0] if s not in _PLACE_WORDS)
 
 
-def _site(name: str) -> str:
+def site_of(name: str) -> str:
+    """The site in a hook name: `loops.3.blocks.0.attn.hook_z` is `attn.hook_z`."""
     return ".".join(_parts(name)[1])
+
+
+def is_site(name: str, site: str) -> bool:
+    """Whether a hook name is at a site, given as "attn.hook_z", "attn.z", "hook_z" or "z"."""
+    own = site_of(name)
+    last = own.rpartition(".")[2]
+    return site in (own, own.replace("hook_", ""), last, last.removeprefix("hook_"))

@@ -71,11 +71,26 @@ def add_point(root: nn.Module, name: str, training: bool) -> HookPoint:
     return point
 
 
+class HookWatch:
+    """Tells at the cost of a few nanoseconds per point whether any of many points holds a hook.
+
+    It looks at PyTorch's own dictionaries, so no way of attaching a hook escapes it.
+    """
+
+    def __init__(self) -> None:
+        self._dicts: list[Mapping[int, object]] = []
+
+    def add(self, point: HookPoint) -> None:
+        """Watch a point."""
+        self._dicts += [point._forward_hooks, point._backward_hooks, point._forward_pre_hooks, point._backward_pre_hooks]
+
+    def __bool__(self) -> bool:
+        return any(self._dicts)
+
+
 def is_hooked(point: HookPoint) -> bool:
     """Whether anything, TransformerLens's or PyTorch's own, is attached to the point."""
-    return bool(
-        point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks
-    )
+    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks)
 
 
 def live(points: Mapping[str, HookPoint]) -> Taps:

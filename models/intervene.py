@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 from models.cache import LoopCache, position_axis
 from models.config import LoopedConfig
-from models.hooks import NamesFilter, add_point, is_hooked, is_pattern, loop_of, resolve
+from models.hooks import HookWatch, NamesFilter, add_point, is_hooked, is_pattern, loop_of, resolve
 from models.state import checked_loops
 
 Hook = Callable[..., Any]
@@ -35,7 +35,7 @@ class HookedLoops(HookedRootModule):
     def __init__(self) -> None:
         super().__init__()
         self._grown = 0
-        self._hook_dicts: list[dict[int, Any]] = []
+        self._watch = HookWatch()
         self._loop_points: list[tuple[int, HookPoint]] = []
         self._edge_points: dict[str, HookPoint] = {}
         self._pattern_loops: dict[int, set[int]] = {}
@@ -69,7 +69,7 @@ class HookedLoops(HookedRootModule):
             loop = loop_of(name)
             if loop is not None:
                 self._loop_points.append((loop, point))
-            self._hook_dicts += [point._forward_hooks, point._backward_hooks, point._forward_pre_hooks, point._backward_pre_hooks]
+            self._watch.add(point)
         self._edge_points = {site: self.hook_dict[site] for side in self.edge_sites() for site in side}
         self._grown = n_loops
 
@@ -79,7 +79,7 @@ class HookedLoops(HookedRootModule):
 
     def any_hook(self) -> bool:
         """Whether any point holds a hook."""
-        return any(self._hook_dicts)
+        return bool(self._watch)
 
     def refuse_late_hooks(self, n_loops: int) -> None:
         """Raise if a hook would silently never fire in a call of `n_loops` iterations.
@@ -93,8 +93,7 @@ class HookedLoops(HookedRootModule):
         for loop, point in self._loop_points:
             if loop >= n_loops and is_hooked(point):
                 raise ValueError(
-                    f"a hook is attached at {point.name!r}, but a call with n_loops={n_loops} "
-                    f"has only the iterations 0 to {n_loops - 1}"
+                    f"a hook is attached at {point.name!r}, but a call with n_loops={n_loops} has only the iterations 0 to {n_loops - 1}"
                 )
         for resolved_for in set().union(*self._pattern_loops.values()) - {n_loops}:
             raise ValueError(
@@ -290,9 +289,7 @@ class HookedLoops(HookedRootModule):
         batch = model_args[0].shape[0] if model_args and isinstance(model_args[0], Tensor) and model_args[0].ndim == 2 else 1
         if remove_batch_dim and batch != 1:
             raise ValueError(f"remove_batch_dim needs a batch of one, got {batch}")
-        store, fwd, _ = self.get_caching_hooks(
-            names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, n_loops=n_loops
-        )
+        store, fwd, _ = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, n_loops=n_loops)
         with self.hooks(fwd, [], reset_hooks_end, clear_contexts, n_loops):
             logits: Tensor = self(*model_args, **model_kwargs)
         return logits, LoopCache(store, n_loops, has_batch_dim=not remove_batch_dim)

@@ -155,7 +155,7 @@ class RecurrentDepth(LoopedModel):
         elif cfg.positions == "sinusoidal":
             self.register_buffer("W_pos", sinusoids(cfg.n_ctx or 0, cfg.d_model))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.ln_final = LayerNorm(cfg.d_model, cfg.eps, "ln_final")
+        self.final_norm = LayerNorm(cfg.d_model, cfg.eps, "ln_final")
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -210,8 +210,11 @@ class RecurrentDepth(LoopedModel):
     def leave(self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
         return tap(taps, "hook_state_out", resid), parts
 
-    def project(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_vocab"]:
-        return F.linear(self.ln_final(resid, taps), self.embedding)
+    def normalize(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_model"]:
+        return self.final_norm(resid, taps)
+
+    def unembed(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return F.linear(normalized, self.embedding)
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

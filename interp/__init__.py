@@ -1,0 +1,1 @@
+"""Methods: lenses, patching, halting, gradients. Pure functions of a model."""

@@ -1,0 +1,51 @@
+"""Gradients of a metric with respect to activations, each with its own iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch
+from models.base import LoopedModel
+from models.cache import LoopCache
+from models.hooks import NamesFilter
+from models.state import checked_loops
+
+
+def gradients(
+    model: LoopedModel,
+    inputs: Inputs,
+    metric: Metric,
+    names: NamesFilter,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+) -> tuple[LoopCache, LoopCache]:
+    """Activations at some sites, and the gradient of the metric's sum over the batch with respect to each.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, " batch"].
+        names: A hook name, a pattern, a list or a predicate.
+        n_loops: Iterations; None means what the checkpoint records.
+
+    Returns:
+        Two caches under the same names: activations and gradients.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    seen: dict[str, Tensor] = {}
+
+    def watch(value: Tensor, hook: HookPoint) -> Tensor | None:
+        assert hook.name is not None, "every hook point is named when it is made"
+        replaced = None if value.requires_grad else value.detach().requires_grad_()
+        seen[hook.name] = value if replaced is None else replaced
+        return replaced
+
+    with torch.enable_grad(), model.hooks([(names, watch)], n_loops=n_loops):
+        state = model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops))
+        total = metric(model.readout(state, batch.readout)).sum()
+        found = torch.autograd.grad(total, list(seen.values()), allow_unused=True)
+    grads = {name: torch.zeros_like(value) if grad is None else grad for (name, value), grad in zip(seen.items(), found, strict=True)}
+    return LoopCache({k: v.detach() for k, v in seen.items()}, n_loops), LoopCache(grads, n_loops)

@@ -1,0 +1,257 @@
+"""The same computation without sharing: as a TransformerLens model, or with one copy of the weights per visit."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule
+
+from models.attention import Rows
+from models.base import LoopedModel
+from models.components import LayerNorm
+from models.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
+from models.recurrent_depth import RecurrentDepth
+from models.state import checked_loops
+
+
+def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
+    """The same schedule with one copy of the block weights per visit, as an oracle for everything that sharing could break.
+
+    Args:
+        n_loops: The only number of iterations that the copy runs.
+
+    Returns:
+        A model of the same class and hook names. `copy.visit_blocks[i]` holds the weights of visit i.
+    """
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    twin = copy.deepcopy(model)
+    twin.reset_hooks(including_permanent=True)
+    twin.cfg = replace(model.cfg, n_loops=n_loops)
+    twin.visit_blocks = nn.ModuleList(copy.deepcopy(visit.block) for visit in twin.schedule(n_loops))
+    twin._schedules = {}
+    return twin
+
+
+def unrolled(model: RecurrentDepth, n_loops: int | None = None, *, fold_ln: bool = False) -> Unrolled:
+    """The same computation under TransformerLens names: visit i of the schedule is `blocks.{i}`.
+
+    Args:
+        n_loops: Iterations; None means what the checkpoint records.
+        fold_ln: Fold the norms' weights into what reads them, in a copy of the weights; then the attributions of all
+            components plus the biases sum to the logit.
+
+    Raises:
+        TypeError: A family that is not a flat stack of blocks over shared weights.
+    """
+    if not isinstance(model, RecurrentDepth):
+        raise TypeError(f"unrolled serves flat causal families, got {type(model).__name__}; check it against untied(model, n_loops)")
+    return Unrolled(model, checked_loops(n_loops, model.cfg.n_loops), fold_ln)
+
+
+@dataclass(frozen=True)
+class UnrolledConfig:
+    """The fields of a TransformerLens config that its tools read; n_layers counts visits."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    act_fn: str
+    normalization_type: str
+    eps: float
+    positional_embedding_type: str
+    device: torch.device
+    dtype: torch.dtype
+    attn_only: bool = False
+    use_attn_result: bool = False
+    original_architecture: str = "recurrent_depth"
+    default_prepend_bos: bool = False
+
+
+class UnrolledCache(ActivationCache):
+    """TransformerLens's cache; it refuses decompositions where the residual is not a plain sum of component outputs."""
+
+    def _refuse(self, method: str) -> None:
+        if not self.model.additive_residual:
+            raise ValueError(
+                f"{method} needs a residual stream that is the sum of its components, but this model adds the input again "
+                "before each iteration, so the sum would be wrong"
+            )
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse("decompose_resid")
+        return super().decompose_resid(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse("get_full_resid_decomposition")
+        return super().get_full_resid_decomposition(*args, **kwargs)
+
+    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse("logit_attrs")
+        return super().logit_attrs(*args, **kwargs)
+
+
+class _Part(nn.Module):
+    """A place of hook points that also shows some weights of the shared module, without owning them."""
+
+    def __init__(self, weights: nn.Module, shown: tuple[str, ...]) -> None:
+        super().__init__()
+        self.__dict__["_weights"] = weights
+        self.__dict__["_shown"] = shown
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_shown", ()):
+            return getattr(self.__dict__["_weights"], name)
+        return super().__getattr__(name)
+
+
+class _UnrolledBlock(nn.Module):
+    hook_out_is_single_residual_stream = True
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.attn = _Part(block.attn, ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"))
+        self.mlp = _Part(block.mlp, ("W_in", "W_out", "b_in", "b_out"))
+
+
+class _FinalNorm(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.hook_scale = LoopHookPoint()
+        self.hook_normalized = LoopHookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps = live({"ln_final.hook_scale": self.hook_scale, "ln_final.hook_normalized": self.hook_normalized})
+        normalized: Tensor = self.norm(x, taps)
+        return normalized
+
+
+class _Unembed(nn.Module):
+    def __init__(self, weight: Float[Tensor, "d_model d_vocab"], bias: Float[Tensor, " d_vocab"]) -> None:
+        super().__init__()
+        self.W_U, self.b_U = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.W_U + self.b_U
+
+
+class Unrolled(HookedRootModule):
+    """What `unrolled` returns. It shares the looped model's weights (folded copies with fold_ln) and runs its steps."""
+
+    def __init__(self, model: RecurrentDepth, n_loops: int, fold_ln: bool) -> None:
+        super().__init__()
+        source = _folded(model) if fold_ln else model
+        self.__dict__["_source"] = source
+        self.shared_blocks = source.blocks
+        self._visits = source.schedule(n_loops)
+        self.additive_residual = model.additive_residual
+        self.blocks = nn.ModuleList(_UnrolledBlock(visit.block) for visit in self._visits)
+        self.ln_final = _FinalNorm(source.final_norm)
+        weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
+        bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
+        self.unembed = _Unembed(weight, bias.detach())
+        self._edge = {name: add_point(self, name, False) for name in source.edge_sites()[0]}
+        self._points = [{site: add_point(self, f"blocks.{v.index}.{site}", False) for site in v.sites} for v in self._visits]
+        shared = ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "act_fn", "eps")
+        self.cfg = UnrolledConfig(
+            n_layers=len(self._visits),
+            **{name: getattr(model.cfg, name) for name in shared},
+            n_ctx=model.cfg.n_ctx or 2**31,
+            normalization_type="LNPre" if fold_ln else "LN",
+            positional_embedding_type="standard" if model.positional else "none",
+            device=model.device,
+            dtype=model.W_E.dtype,
+        )
+        inner = {f"ln_final.{site}": getattr(self.ln_final, site) for site in ("hook_scale", "hook_normalized")}
+        for name, point in inner.items():
+            point.name = name
+        found = [*self._edge.values(), *(point for points in self._points for point in points.values()), *inner.values()]
+        self.hook_dict = {str(point.name): point for point in found}  # not setup(), which would rename the shared modules
+        self.mod_dict = dict(self.hook_dict)
+        self.train(model.training)
+        self._watch = HookWatch()
+        for point in found:
+            self._watch.add(point)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits at all positions."""
+        source = self._source
+        tokens, real, _ = source.checked_inputs(tokens, mask, 1)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        hooked = bool(self._watch)
+        resid, parts = source.embed(tokens, positions, live(self._edge))
+        rows = Rows.make(positions, real, type(source).visible)
+        for visit, points in zip(self._visits, self._points, strict=True):
+            if visit.opening:
+                resid, parts = source.enter(visit, resid, parts, NO_TAPS)
+            resid = visit.block(resid, rows, live(points) if hooked else NO_TAPS)
+            if visit.closing:
+                resid, parts = source.leave(visit, resid, parts, NO_TAPS)
+        logits: Tensor = self.unembed(self.ln_final(resid))
+        return logits
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLens's, with an `ActivationCache` that refuses decompositions which would be wrong."""
+        logits, cache = super().run_with_cache(*args, **kwargs)
+        return logits, UnrolledCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self._source.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.unembed.b_U
+
+    def to_tokens(self, text: str | list[str], prepend_bos: bool = False) -> Int[Tensor, "batch pos"]:
+        """Token ids; these models have no BOS token, so prepend_bos changes nothing."""
+        return self._source.to_tokens(text)
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token."""
+        return self._source.to_single_token(text)
+
+    def to_str_tokens(self, tokens: str | Tensor) -> list[str]:
+        """The tokens as strings."""
+        return self._source.to_str_tokens(tokens)
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
+        """The unembedding vectors of some tokens."""
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        return self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)]
+
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
+        """The sum of the output biases of all components before a block."""
+        total = torch.zeros_like(self.W_E[0])
+        for block in self.blocks[:layer]:
+            total = total + block.attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)
+        return total + self.blocks[layer].attn.b_O if mlp_input else total
+
+
+@torch.no_grad()
+def _folded(model: RecurrentDepth) -> RecurrentDepth:
+    """A copy whose norms have weight one and bias zero, with theirs folded into the projections that read them."""
+    twin = copy.deepcopy(model)
+    twin.reset_hooks(including_permanent=True)
+    for block in twin.blocks:
+        for norm, owner, weight, bias in ((block.ln1, block.attn, "W_QKV", "b_QKV"), (block.ln2, block.mlp, "W_in", "b_in")):
+            W, b = getattr(owner, weight), getattr(owner, bias)
+            b += norm.b @ W
+            W *= norm.w[:, None]
+    for norm in (m for m in twin.modules() if isinstance(m, LayerNorm)):
+        norm.w.fill_(1.0)
+        norm.b.zero_()
+    return twin

@@ -1,0 +1,1 @@
+"""What the checkpoints were trained on: knowledge graphs, questions, and their file formats."""
