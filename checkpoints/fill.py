@@ -53,6 +53,6 @@ def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, path: Path) -> No
         raise CheckpointError(f"{path}: {key!r} must have the shape {list(shape)}, got {list(tensor.shape)}")
     if not tensor.is_floating_point():
         raise CheckpointError(f"{path}: {key!r} must hold floating-point numbers, got {tensor.dtype}")
-    bad = sum(int((~chunk.isfinite()).sum()) for chunk in tensor.detach().flatten().split(1 << 20))
+    bad: int = sum(int(chunk.isfinite().logical_not().sum()) for chunk in tensor.detach().flatten().split(1 << 20))
     if bad:
         raise CheckpointError(f"{path}: {key!r} holds {bad} value(s) that are NaN or infinite; the weights are damaged")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
@@ -31,7 +31,7 @@ class CheckpointFiles:
     vocab: Path | None = None
     graph: Path | None = None
     questions: Path | None = None
-    layout: ReleaseFacts = ReleaseFacts()
+    layout: ReleaseFacts = field(default_factory=ReleaseFacts)
     n_layers: int | None = None
     readout: str | None = None
 

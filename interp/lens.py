@@ -19,6 +19,7 @@ from models.state import checked_loops
 from models.tokens import Batch
 
 _CHUNK = 1 << 22  # logits held at a time
+Place = tuple[int | None, int | None, str]
 Statistic = Callable[[Tensor, slice], Tensor]
 
 
@@ -206,7 +207,7 @@ def logit_lens(
         with model.hooks([(name, keep) for name in names], n_loops=n_loops):
             model.advance(model.begin(part.tokens, part.mask, n_loops=n_loops))
         collected.append(torch.stack(seen))
-    places = [(visit.loop, visit.layer, visit.name) for visit in visits]
+    places: list[Place] = [(visit.loop, visit.layer, visit.name) for visit in visits]
     return _lens(model, torch.cat(collected, dim=1), places, columns, keep_logits)
 
 
@@ -239,13 +240,11 @@ def readout_lens(
             ended = model.advance(replace(state, n_loops=loop))
             seen.append(model.read_state(ended, part.readout)[:, 0])
         collected.append(torch.stack(seen))
-    places = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
+    places: list[Place] = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
     return _lens(model, torch.cat(collected, dim=1), places, batch.readout[:, None], keep_logits)
 
 
-def _lens(
-    model: LoopedModel, heads_input: Tensor, places: list[tuple[int | None, int | None, str]], columns: Tensor, keep_logits: bool
-) -> Lens:
+def _lens(model: LoopedModel, heads_input: Tensor, places: list[Place], columns: Tensor, keep_logits: bool) -> Lens:
     loops, layers, names = zip(*places, strict=True)
     example = torch.arange(columns.shape[0], device=columns.device)[:, None].expand(columns.shape).flatten()
     lens = Lens(heads_input, loops, layers, names, example, columns.flatten(), model)

@@ -249,4 +249,5 @@ def _put(value: Tensor, hook: HookPoint, cells: list[Cell], source: Tensor) -> T
             head = slice(None) if cell.head is None else cell.head
             index = (slice(None), cell.position, head) if position_first else (slice(None), head, cell.position)
         row[index] = source[index]
-    return patched.flatten(0, 1)
+    flat: Tensor = patched.flatten(0, 1)
+    return flat

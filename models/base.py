@@ -72,7 +72,7 @@ class LoopedModel(HookedLoops):
         """The schedule of a call, in order."""
 
     @abstractmethod
-    def embed(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The residual stream before the first visit, and the family's other parts of the state."""
 
     def enter(self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:

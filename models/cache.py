@@ -100,7 +100,7 @@ class LoopCache(Mapping[str, Tensor]):
             about = file.metadata() or {}
             if "n_loops" not in about:
                 raise ValueError(f"{path} was not written by LoopCache.save: its metadata has no n_loops")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # a safetensors file is no mapping
         return cls(tensors, int(about["n_loops"]), about["has_batch_dim"] == "True")
 
     def _full_name(self, key: Key) -> str:
@@ -124,7 +124,10 @@ class LoopCache(Mapping[str, Tensor]):
     def _missing(self, key: object) -> str:
         asked = ".".join(map(str, key)) if isinstance(key, tuple) else str(key)
         nearest = difflib.get_close_matches(asked, list(self), n=3, cutoff=0.2)
-        return f"{key!r} is not in this cache of {len(self)} activations; nearest: {', '.join(nearest) or 'none'}; run_with_cache(names_filter=...) chooses what is kept"
+        return (
+            f"{key!r} is not in this cache of {len(self)} activations; nearest: {', '.join(nearest) or 'none'}; "
+            "run_with_cache(names_filter=...) chooses what is kept"
+        )
 
 
 def _parts(name: str) -> tuple[list[str], list[str]]:

@@ -22,6 +22,9 @@ NO_TAPS: Taps = {}
 class LoopHookPoint(HookPoint):
     """A TransformerLens HookPoint that knows its iteration: `hook.loop()` and `hook.layer()`."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # TransformerLens leaves it unannotated
+
     def loop(self) -> int | None:
         """The iteration in this point's name, counted from 0; None outside the loop."""
         return _number_after("loops", self.name)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.slice import Slice, SliceInput
 
 from models.cache import LoopCache, position_axis
 from models.config import LoopedConfig
@@ -41,6 +42,10 @@ class HookedLoops(HookedRootModule):
         self._pattern_loops: dict[int, set[int]] = {}
 
     # Which points exist
+
+    def setup(self) -> None:
+        """Name the modules; a family calls it when its weights are made."""
+        super().setup()  # type: ignore[no-untyped-call]  # TransformerLens leaves it unannotated
 
     @abstractmethod
     def _names_of_call(self, n_loops: int) -> list[str]:
@@ -109,6 +114,7 @@ class HookedLoops(HookedRootModule):
         An exact name may lie beyond `n_loops=None`'s call; a pattern or predicate needs to know the call's length.
         """
         if n_loops is None and not is_pattern(names):
+            assert not callable(names), "a predicate counts as a pattern"
             entries = [names] if isinstance(names, str) else list(names or ())
             furthest = max((loop_of(entry + ".") or 0 for entry in entries), default=0) + 1
             n_loops = max(furthest, self.cfg.n_loops or 1, self._grown)
@@ -144,7 +150,7 @@ class HookedLoops(HookedRootModule):
     ) -> None:
         """Remove hooks from every point, also from those of iterations that later calls do not reach."""
         super().remove_all_hook_fns(direction, including_permanent, level)
-        kept = {key for key in self._pattern_loops if key == -1 and not including_permanent or level not in (None, key)}
+        kept = {key for key in self._pattern_loops if (key == -1 and not including_permanent) or level not in (None, key)}
         self._pattern_loops = {key: loops for key, loops in self._pattern_loops.items() if key in kept}
 
     @contextmanager
@@ -216,7 +222,7 @@ class HookedLoops(HookedRootModule):
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
-        pos_slice: slice | int | None = None,
+        pos_slice: Slice | SliceInput = None,
         n_loops: int | None = None,
     ) -> tuple[dict[str, Tensor], list[tuple[NamesFilter, Hook]], list[tuple[NamesFilter, Hook]]]:
         """Hooks that fill a dictionary; they are not attached yet. See `run_with_cache` for the arguments."""
@@ -228,9 +234,7 @@ class HookedLoops(HookedRootModule):
             assert hook.name is not None, "every hook point is named when it is made"
             kept = value.detach()
             if pos_slice is not None:
-                window = pos_slice if isinstance(pos_slice, slice) else slice(pos_slice, pos_slice + 1 or None)
-                axis = position_axis(hook.name)
-                kept = kept[(slice(None),) * axis + (window,)]
+                kept = Slice.unwrap(pos_slice).apply(kept, dim=position_axis(hook.name))
             if remove_batch_dim:
                 kept = kept.squeeze(0)
             store[hook.name] = kept if device is None else kept.to(device)
@@ -265,7 +269,7 @@ class HookedLoops(HookedRootModule):
         incl_bwd: bool = False,
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-        pos_slice: slice | int | None = None,
+        pos_slice: Slice | SliceInput = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor, LoopCache]:
         """Run the model and keep activations, each under the name of its own iteration.
@@ -276,7 +280,8 @@ class HookedLoops(HookedRootModule):
             device: Where to keep it, e.g. "cpu".
             remove_batch_dim: Drop the batch axis of a batch of one.
             reset_hooks_end, clear_contexts: As in `hooks`.
-            pos_slice: Positions to keep (for scores and patterns: query positions); an int keeps an axis of one.
+            pos_slice: Positions to keep (for scores and patterns: query positions), in any form of TransformerLens's Slice;
+                an int drops the axis.
 
         Returns:
             The logits and a `LoopCache`.

@@ -195,7 +195,7 @@ class RecurrentDepth(LoopedModel):
                 )
         return slots
 
-    def embed(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
         resid = tap(taps, "hook_embed", F.embedding(tokens, self.embedding))
         if self.positional:
             resid = resid + tap(taps, "hook_pos_embed", self.W_pos[positions])
@@ -211,7 +211,8 @@ class RecurrentDepth(LoopedModel):
         return tap(taps, "hook_state_out", resid), parts
 
     def normalize(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_model"]:
-        return self.final_norm(resid, taps)
+        normalized: Tensor = self.final_norm(resid, taps)
+        return normalized
 
     def unembed(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return F.linear(normalized, self.embedding)

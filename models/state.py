@@ -104,13 +104,16 @@ def cat_states(states: Sequence[State]) -> State:
     places = {(s.visit, s.n_loops, s.resid.shape[1], tuple(s.parts)) for s in states}
     if len(places) > 1:
         raise ValueError(f"states to join must stand at one visit with the same width and parts, got {sorted(map(str, places))}")
-    join = lambda tensors: torch.cat(list(tensors))  # noqa: E731
+
+    def join(part: Callable[[State], Tensor]) -> Tensor:
+        return torch.cat([part(state) for state in states])
+
     return replace(
         first,
-        resid=join(s.resid for s in states),
-        positions=join(s.positions for s in states),
-        mask=join(s.mask for s in states),
-        parts={name: join(s.parts[name] for s in states) for name in first.parts},
+        resid=join(lambda s: s.resid),
+        positions=join(lambda s: s.positions),
+        mask=join(lambda s: s.mask),
+        parts={name: torch.cat([s.parts[name] for s in states]) for name in first.parts},
     )
 
 

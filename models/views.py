@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from models.attention import Rows
 from models.base import LoopedModel
 from models.components import LayerNorm
 from models.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
-from models.recurrent_depth import RecurrentDepth
+from models.recurrent_depth import Block, RecurrentDepth
 from models.state import checked_loops
 
 
@@ -80,7 +80,7 @@ class UnrolledCache(ActivationCache):
     """TransformerLens's cache; it refuses decompositions where the residual is not a plain sum of component outputs."""
 
     def _refuse(self, method: str) -> None:
-        if not self.model.additive_residual:
+        if not cast("Unrolled", self.model).additive_residual:
             raise ValueError(
                 f"{method} needs a residual stream that is the sum of its components, but this model adds the input again "
                 "before each iteration, so the sum would be wrong"
@@ -116,7 +116,10 @@ class _Part(nn.Module):
 class _UnrolledBlock(nn.Module):
     hook_out_is_single_residual_stream = True
 
-    def __init__(self, block: nn.Module) -> None:
+    attn: _Part
+    mlp: _Part
+
+    def __init__(self, block: Block) -> None:
         super().__init__()
         self.attn = _Part(block.attn, ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"))
         self.mlp = _Part(block.mlp, ("W_in", "W_out", "b_in", "b_out"))
@@ -147,6 +150,8 @@ class _Unembed(nn.Module):
 class Unrolled(HookedRootModule):
     """What `unrolled` returns. It shares the looped model's weights (folded copies with fold_ln) and runs its steps."""
 
+    _source: RecurrentDepth
+
     def __init__(self, model: RecurrentDepth, n_loops: int, fold_ln: bool) -> None:
         super().__init__()
         source = _folded(model) if fold_ln else model
@@ -154,7 +159,7 @@ class Unrolled(HookedRootModule):
         self.shared_blocks = source.blocks
         self._visits = source.schedule(n_loops)
         self.additive_residual = model.additive_residual
-        self.blocks = nn.ModuleList(_UnrolledBlock(visit.block) for visit in self._visits)
+        self.blocks = nn.ModuleList(_UnrolledBlock(cast(Block, visit.block)) for visit in self._visits)
         self.ln_final = _FinalNorm(source.final_norm)
         weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
         bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
@@ -236,9 +241,10 @@ class Unrolled(HookedRootModule):
     def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
         """The sum of the output biases of all components before a block."""
         total = torch.zeros_like(self.W_E[0])
-        for block in self.blocks[:layer]:
+        parts = [cast(_UnrolledBlock, block) for block in self.blocks]
+        for block in parts[:layer]:
             total = total + block.attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)
-        return total + self.blocks[layer].attn.b_O if mlp_input else total
+        return total + parts[layer].attn.b_O if mlp_input else total
 
 
 @torch.no_grad()
@@ -246,7 +252,7 @@ def _folded(model: RecurrentDepth) -> RecurrentDepth:
     """A copy whose norms have weight one and bias zero, with theirs folded into the projections that read them."""
     twin = copy.deepcopy(model)
     twin.reset_hooks(including_permanent=True)
-    for block in twin.blocks:
+    for block in (cast(Block, block) for block in twin.blocks):
         for norm, owner, weight, bias in ((block.ln1, block.attn, "W_QKV", "b_QKV"), (block.ln2, block.mlp, "W_in", "b_in")):
             W, b = getattr(owner, weight), getattr(owner, bias)
             b += norm.b @ W

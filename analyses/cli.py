@@ -1,0 +1,125 @@
+"""The command line: one subcommand for each analysis, made from its config."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from analyses.configs import (
+    HaltingConfig,
+    LensConfig,
+    OutputConfig,
+    OverthinkingConfig,
+    PatchConfig,
+    RecurrenceConfig,
+    ReportConfig,
+)
+
+Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class List:
+    """Show the checkpoints that are shipped, and the known public releases."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write all analyses of one checkpoint into one HTML page that works offline."""
+
+    config: Annotated[ReportConfig, Flat]
+    out: Path = Path("out/report.html")
+    """The page to write."""
+
+
+@dataclass(frozen=True)
+class Overthinking:
+    """Mean logit margin after each iteration, per hop count."""
+
+    config: Annotated[OverthinkingConfig, Flat]
+    output: Annotated[OutputConfig, Flat]
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Accuracy for each hop count and number of iterations."""
+
+    config: Annotated[RecurrenceConfig, Flat]
+    output: Annotated[OutputConfig, Flat]
+
+
+@dataclass(frozen=True)
+class Halting:
+    """Iterations used and accuracy of adaptive halting rules."""
+
+    config: Annotated[HaltingConfig, Flat]
+    output: Annotated[OutputConfig, Flat]
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Logit lens of one question: every position after every block."""
+
+    config: Annotated[LensConfig, Flat]
+    output: Annotated[OutputConfig, Flat]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Effect of restoring one clean activation in a corrupted run."""
+
+    config: Annotated[PatchConfig, Flat]
+    output: Annotated[OutputConfig, Flat]
+
+
+_MODULES = {
+    Overthinking: "overthinking",
+    Recurrence: "recurrence_grid",
+    Halting: "halting_curves",
+    Lens: "lens_heatmap",
+    Patch: "patching_map",
+}
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "list": List,
+    "report": Report,
+    "lens": Lens,
+    "overthinking": Overthinking,
+    "recurrence": Recurrence,
+    "halting": Halting,
+    "patch": Patch,
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse a command and run it; a user's mistake is one sentence on stderr and exit status 2."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        _COMMANDS, prog="loopscope", description="Mechanistic interpretability of looped transformers.", args=args
+    )
+    try:
+        _run(command)
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        print(f"loopscope: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run(command: Any) -> None:
+    if isinstance(command, List):
+        print(import_module("checkpoints.catalog").available().to_string(index=False))
+        return
+    import_module("torch").set_num_threads(command.config.threads)
+    if isinstance(command, Report):
+        page = import_module("analyses.report").write_report(command.config, command.out)
+        print(f"Open {page.resolve()}")
+    else:
+        name = _MODULES[type(command)]
+        analysis, records = import_module(f"analyses.{name}"), import_module("analyses.records")
+        record = analysis.run(command.config)
+        print(record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+        for path in records.write(name, record, analysis.figure(record), command.output):
+            print(f"wrote {path}")

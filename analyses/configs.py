@@ -1,0 +1,123 @@
+"""What each analysis can be told: frozen, and free of heavy imports, because the command line reads them to print its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+DEFAULT_CHECKPOINT = "ltg_trained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Which checkpoint, and what its file does not say."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional] = DEFAULT_CHECKPOINT
+    """A name from `loopscope list`, a checkpoint file, or a folder."""
+    data: Path | None = None
+    """test.json with the questions; by default the one beside the weights."""
+    vocab: Path | None = None
+    """vocab.json; by default the one beside the weights."""
+    n_heads: int | None = None
+    """Attention heads, where a released pickle does not say."""
+    input_injection: bool | None = None
+    """Whether the embedding is added again before each later iteration, where a released pickle does not say."""
+    readout: str | None = None
+    """Where answers are read: last_real, first_pad or column:K."""
+    per_hop: int | None = None
+    """Use at most this many questions of each hop count."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, ..."""
+    threads: int = 1
+    """CPU threads. One is fastest for small models and on a shared machine; take more for wide ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverthinkingConfig(SourceConfig):
+    """Mean logit margin of the answer after each iteration, one curve per hop count (figure 8 of arXiv 2604.07822)."""
+
+    n_loops: int = 24
+    """Iterations to run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrenceConfig(SourceConfig):
+    """Accuracy for each hop count and each number of iterations (figures 5, 7 and 12 to 18)."""
+
+    n_loops: int = 24
+    """Iterations to run; one run gives the accuracy after each of them."""
+    kl: float = 0.01
+    """Row r*: halt when KL(p_t || p_t-1) is below this ..."""
+    entropy: float = 3.0
+    """... and the entropy is below this, both in nats."""
+    trained_hops: int | None = None
+    """Deepest hop count seen in training, to mark in the figure; by default what card.json says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaltingConfig(SourceConfig):
+    """Iterations used and accuracy per hop count, for several halting rules (figures 9 and 10)."""
+
+    n_loops: int = 16
+    """The cap: an example that never halts uses the last iteration."""
+    kl: float = 0.01
+    """Threshold of KL(p_t || p_t-1), in nats."""
+    entropy: float = 3.0
+    """Threshold of the entropy, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensConfig(SourceConfig):
+    """Logit lens of one question: every token position, after every block of every iteration (figure 4 for one example)."""
+
+    text: str | None = None
+    """The question; by default the first one of the data with the most hops that were trained."""
+    n_loops: int | None = None
+    """Iterations; by default what the checkpoint records."""
+    track: tuple[str, ...] = ()
+    """Tokens whose rank to show; by default the entities that the question passes, where the graph is known, or its answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig(SourceConfig):
+    """Effect of restoring one clean activation in a corrupted run, for each iteration and layer and position (figures 11 and 21)."""
+
+    clean: str | None = None
+    """The clean question; by default the mean over all questions of one hop count is shown."""
+    corrupted: str | None = None
+    """The corrupted question, of the same length; by default the clean one with another head entity."""
+    hops: int | None = None
+    """Hop count of the questions to average over; by default about half of what was trained."""
+    site: str = "resid_post"
+    """What is patched: resid_pre, resid_mid, resid_post, attn_out, mlp_out, ..."""
+    n_loops: int | None = None
+    """Iterations; by default what the checkpoint records."""
+    direction: Literal["denoise", "noise"] = "denoise"
+    """denoise: clean into corrupted; noise: corrupted into clean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(SourceConfig):
+    """All analyses of one checkpoint in one HTML page that works offline."""
+
+    n_loops: int = 24
+    """Iterations of the margin and accuracy figures."""
+    hops: int | None = None
+    """Hops of the example in the lens and the patching map; by default about half of what was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What to write."""
+
+    out: Path = field(default_factory=lambda: Path("out"))
+    """Folder for the files."""
+    csv: bool = True
+    """Write the numbers as CSV."""
+    json: bool = True
+    """Write the record as JSON."""
+    html: bool = True
+    """Write the figure as an HTML page that works offline."""

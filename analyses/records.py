@@ -1,0 +1,70 @@
+"""What every analysis returns: a frozen record with tidy numbers, and how records and figures are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+from torch import Tensor
+
+from analyses.configs import OutputConfig
+from models.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Record:
+    """The base of all records."""
+
+    def frame(self) -> pd.DataFrame:
+        """The numbers of the figure, one observation per row."""
+        raise NotImplementedError
+
+    def summary(self) -> pd.DataFrame:
+        """The few numbers that a reader would quote, for the table under the figure."""
+        raise NotImplementedError
+
+
+def write(name: str, record: Record, figure: go.Figure, output: OutputConfig) -> list[Path]:
+    """Write a record and its figure as the output config says, each file whole or not at all.
+
+    Returns:
+        The files written.
+    """
+    texts = {
+        ".csv": record.frame().to_csv(index=False) if output.csv else None,
+        ".json": json.dumps(_plain(record), indent=1) if output.json else None,
+        ".html": pio.to_html(figure, include_plotlyjs=True, config=FIGURE_CONFIG) if output.html else None,
+    }
+    return [write_text(output.out / (name + suffix), text) for suffix, text in texts.items() if text is not None]
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+FIGURE_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+
+
+def _plain(value: Any) -> Any:
+    """JSON for a record: tensors as lists, what is not a number as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool) or value is None else str(value)
