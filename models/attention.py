@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,23 @@ from torch import Tensor
 from models.hooks import Taps, tap
 
 
+class Places(Protocol):
+    """Where some rows or keys stand: what a mask can depend on.
+
+    Attributes:
+        positions: Int[Tensor, "batch row"], in the sequence.
+        mask: Bool[Tensor, "batch row"], True for real tokens.
+        tags: Int[Tensor, "batch row"], what else a family's mask needs (a token type, say); None for most.
+    """
+
+    @property
+    def positions(self) -> Int[Tensor, "batch row"]: ...
+    @property
+    def mask(self) -> Bool[Tensor, "batch row"]: ...
+    @property
+    def tags(self) -> Int[Tensor, "batch row"] | None: ...
+
+
 @dataclass(frozen=True)
 class KeyValues:
     """Keys and values as they enter the kernel, with where they stand.
@@ -24,23 +42,23 @@ class KeyValues:
     Attributes:
         k: Float[Tensor, "batch key head d_head"], after rotation where the family rotates.
         v: Float[Tensor, "batch key head d_head"].
-        positions: Int[Tensor, "batch key"].
-        mask: Bool[Tensor, "batch key"], True for real tokens.
+        positions, mask, tags: As in `Places`.
     """
 
     k: Float[Tensor, "batch key head d_head"]
     v: Float[Tensor, "batch key head d_head"]
     positions: Int[Tensor, "batch key"]
     mask: Bool[Tensor, "batch key"]
+    tags: Int[Tensor, "batch key"] | None = None
 
 
 KeyValueStore = MutableMapping[str, KeyValues]
-Visible = Callable[[Int[Tensor, "batch query"], Int[Tensor, "batch key"]], Bool[Tensor, "batch query key"]]
+Visible = Callable[[Places, Places], Bool[Tensor, "batch query key"]]
 
 
-def causal_keys(queries: Int[Tensor, "batch query"], keys: Int[Tensor, "batch key"]) -> Bool[Tensor, "batch query key"]:
+def causal_keys(queries: Places, keys: Places) -> Bool[Tensor, "batch query key"]:
     """A row sees the keys at its own position and before it."""
-    return keys[:, None, :] <= queries[:, :, None]
+    return keys.positions[:, None, :] <= queries.positions[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -48,41 +66,39 @@ class Rows:
     """The rows a block is given at one visit, and the keys that they see.
 
     Attributes:
-        positions: Int[Tensor, "batch row"], where each row stands in its sequence.
-        mask: Bool[Tensor, "batch row"], True for real tokens; a padded row is never a key.
+        places: Where each row stands; a padded row is never a key.
         allowed: Bool[Tensor, "batch 1 query key"]; None means plain causal attention over unpadded rows.
         supplied: Keys and values of other rows, put before the rows' own. A supplied key at a position that the
             rows themselves cover is not used.
         store, visit: Where to keep this visit's keys and values, when asked.
     """
 
-    positions: Int[Tensor, "batch row"]
-    mask: Bool[Tensor, "batch row"]
+    places: Places
     allowed: Bool[Tensor, "batch 1 query key"] | None
     supplied: KeyValues | None = None
     store: KeyValueStore | None = None
     visit: str = ""
 
     @classmethod
-    def make(cls, positions: Tensor, mask: Tensor, visible: Visible, others: KeyValues | None = None) -> Rows:
+    def make(cls, places: Places, visible: Visible, others: KeyValues | None = None) -> Rows:
         """Work out once what each row sees; `others` is an example of what will be supplied at every visit.
 
         Raises:
             ValueError: A row would see no key at all (a padded row whose sequence is neither given nor supplied).
         """
-        if others is None and visible is causal_keys and _is_whole(positions, mask):
-            return cls(positions, mask, None)
-        allowed = visible(positions, positions) & mask[:, None, :]
+        if others is None and visible is causal_keys and _is_whole(places):
+            return cls(places, None)
+        allowed = visible(places, places) & places.mask[:, None, :]
         if others is not None:
-            covered = (others.positions[:, :, None] == positions[:, None, :]).any(-1)
-            seen = visible(positions, others.positions) & (others.mask & ~covered)[:, None, :]
+            covered = (others.positions[:, :, None] == places.positions[:, None, :]).any(-1)
+            seen = visible(places, others) & (others.mask & ~covered)[:, None, :]
             allowed = torch.cat([seen, allowed], dim=-1)
         if not bool(allowed.any(-1).all()):
             raise ValueError(
                 "each row must see at least one key: these rows leave out the real tokens before them; "
                 "supply their keys and values, or give the rows from position 0"
             )
-        return cls(positions, mask, allowed[:, None])
+        return cls(places, allowed[:, None])
 
     def at(self, visit: str, supplied: KeyValueStore | None, store: KeyValueStore | None) -> Rows:
         """These rows at one visit of the schedule."""
@@ -99,7 +115,7 @@ class Rows:
     ) -> Float[Tensor, "batch row head d_head"]:
         """Scaled dot-product attention of the rows over what they see; scores and pattern only when hooked."""
         if self.store is not None:
-            self.store[self.visit] = KeyValues(k, v, self.positions, self.mask)
+            self.store[self.visit] = KeyValues(k, v, self.places.positions, self.places.mask, self.places.tags)
         if self.supplied is not None:
             k = torch.cat([self.supplied.k, k], dim=1)
             v = torch.cat([self.supplied.v, v], dim=1)
@@ -124,7 +140,7 @@ class Rows:
         return tap(taps, "attn.hook_pattern", scores.softmax(-1)) @ v
 
 
-def _is_whole(positions: Tensor, mask: Tensor) -> bool:
+def _is_whole(places: Places) -> bool:
     """Whether the rows are positions 0..n-1 of sequences without padding."""
-    expected = torch.arange(positions.shape[1], device=positions.device)
-    return bool(mask.all()) and bool((positions == expected).all())
+    expected = torch.arange(places.positions.shape[1], device=places.positions.device)
+    return bool(places.mask.all()) and bool((places.positions == expected).all())

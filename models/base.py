@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -38,7 +38,7 @@ class LoopedModel(HookedLoops):
         prefix_readout: Stopping after t iterations and reading out equals a call with n_loops=t.
         additive_residual: The residual stream is a plain sum of component outputs.
         batch_independent: A row's result does not depend on the other rows.
-        visible: Which keys a row may see, by position.
+        visible: Which keys a row may see.
         visit_blocks: One block per visit in a copy made by `untied`; None where the weights are shared.
     """
 
@@ -72,8 +72,16 @@ class LoopedModel(HookedLoops):
         """The schedule of a call, in order."""
 
     @abstractmethod
-    def embed(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The residual stream before the first visit, and the family's other parts of the state."""
+    def embed(
+        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The residual stream before the first visit, and the family's other parts of the state; may take options of its own."""
+
+    def visit_block(
+        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], rows: Rows, taps: Taps
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Run one block. A family whose blocks read or write other parts of the state does so here."""
+        return visit.block(resid, rows, taps), parts
 
     def enter(self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
         """What happens before a visit that opens an iteration."""
@@ -93,13 +101,14 @@ class LoopedModel(HookedLoops):
 
     # Running
 
-    def begin(self, tokens: Tensor, mask: Tensor | None = None, *, n_loops: int | None = None) -> State:
+    def begin(self, tokens: Tensor, mask: Tensor | None = None, *, n_loops: int | None = None, **options: Any) -> State:
         """The state before the first visit.
 
         Args:
             tokens: Int[Tensor, "batch pos"].
             mask: "batch pos", ones for real tokens and then zeros; None means no padding.
             n_loops: Iterations; None means the number that the checkpoint records.
+            options: What a family's `embed` takes besides (an initial state, a seed, token types).
 
         Raises:
             ValueError: Tokens outside the vocabulary, a mask that is not ones then zeros, an input longer than learned
@@ -109,7 +118,7 @@ class LoopedModel(HookedLoops):
         self.refuse_late_hooks(n_loops)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
-        resid, parts = self.embed(tokens, positions, taps)
+        resid, parts = self.embed(tokens, positions, taps, **options)
         return State(0, n_loops, resid, positions, real, parts)
 
     def checked_inputs(self, tokens: Tensor, mask: Tensor | None, n_loops: int | None) -> tuple[Tensor, Tensor, int]:
@@ -145,13 +154,13 @@ class LoopedModel(HookedLoops):
         if hooked:
             self.refuse_late_hooks(state.n_loops)
         example = None if supplied is None else supplied[schedule[state.visit].name]
-        rows = Rows.make(state.positions, state.mask, type(self).visible, example)
+        rows = Rows.make(state, type(self).visible, example)
         resid, parts = state.resid, state.parts
         for visit in schedule[state.visit : stop]:
             if visit.opening:
                 resid, parts = self.enter(visit, resid, parts, live(visit.boundary) if hooked else NO_TAPS)
             taps = live(visit.points) if hooked else NO_TAPS
-            resid = visit.block(resid, rows.at(visit.name, supplied, store), taps)
+            resid, parts = self.visit_block(visit, resid, parts, rows.at(visit.name, supplied, store), taps)
             if visit.closing:
                 resid, parts = self.leave(visit, resid, parts, live(visit.boundary) if hooked else NO_TAPS)
         return replace(state, visit=stop, resid=resid, parts=parts)
@@ -175,9 +184,11 @@ class LoopedModel(HookedLoops):
         logits = self.unembed(self.read_state(state, positions))
         return logits if positions is None else logits[:, 0]
 
-    def forward(self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits at all positions, Float[Tensor, "batch pos d_vocab"]; the arguments are those of `begin`."""
-        return self.readout(self.advance(self.begin(tokens, mask, n_loops=n_loops)))
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, mask: Tensor | None = None, **options: Any
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits at all positions; the arguments are those of `begin`."""
+        return self.readout(self.advance(self.begin(tokens, mask, n_loops=n_loops, **options)))
 
     # The schedule
 

@@ -195,7 +195,9 @@ class RecurrentDepth(LoopedModel):
                 )
         return slots
 
-    def embed(self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def embed(
+        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         resid = tap(taps, "hook_embed", F.embedding(tokens, self.embedding))
         if self.positional:
             resid = resid + tap(taps, "hook_pos_embed", self.W_pos[positions])

@@ -80,6 +80,11 @@ class State:
     mask: Bool[Tensor, "batch pos"]
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def tags(self) -> Int[Tensor, "batch pos"] | None:
+        """The part that a family's attention mask depends on besides positions, where it has one."""
+        return self.parts.get("tags")
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
         """The state with `fn` applied to each of its tensors."""
         parts = {name: fn(part) for name, part in self.parts.items()}

@@ -16,7 +16,7 @@ from models.base import LoopedModel
 from models.components import LayerNorm
 from models.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
 from models.recurrent_depth import Block, RecurrentDepth
-from models.state import checked_loops
+from models.state import State, checked_loops
 
 
 def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
@@ -194,11 +194,11 @@ class Unrolled(HookedRootModule):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         hooked = bool(self._watch)
         resid, parts = source.embed(tokens, positions, live(self._edge))
-        rows = Rows.make(positions, real, type(source).visible)
+        rows = Rows.make(State(0, 1, resid, positions, real, parts), type(source).visible)
         for visit, points in zip(self._visits, self._points, strict=True):
             if visit.opening:
                 resid, parts = source.enter(visit, resid, parts, NO_TAPS)
-            resid = visit.block(resid, rows, live(points) if hooked else NO_TAPS)
+            resid, parts = source.visit_block(visit, resid, parts, rows, live(points) if hooked else NO_TAPS)
             if visit.closing:
                 resid, parts = source.leave(visit, resid, parts, NO_TAPS)
         logits: Tensor = self.unembed(self.ln_final(resid))
