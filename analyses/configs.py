@@ -121,3 +121,5 @@ class OutputConfig:
     """Write the record as JSON."""
     html: bool = True
     """Write the figure as an HTML page that works offline."""
+    png: bool = False
+    """Write the figure as a picture (needs the dev extra and a Chromium or Chrome)."""

@@ -37,12 +37,26 @@ def write(name: str, record: Record, figure: go.Figure, output: OutputConfig) ->
     Returns:
         The files written.
     """
+    image = _image(figure) if output.png else None
     texts = {
         ".csv": record.frame().to_csv(index=False) if output.csv else None,
-        ".json": json.dumps(_plain(record), indent=1) if output.json else None,
+        ".json": json.dumps(_plain(record), separators=(",", ":")) if output.json else None,
         ".html": pio.to_html(figure, include_plotlyjs=True, config=FIGURE_CONFIG) if output.html else None,
     }
-    return [write_text(output.out / (name + suffix), text) for suffix, text in texts.items() if text is not None]
+    written = [write_text(output.out / (name + suffix), text) for suffix, text in texts.items() if text is not None]
+    if image is not None:
+        with atomic_path(output.out / f"{name}.png") as temporary:
+            temporary.write_bytes(image)
+        written.append(output.out / f"{name}.png")
+    return written
+
+
+def _image(figure: go.Figure) -> bytes:
+    try:
+        image: bytes = pio.to_image(figure, format="png", width=1100, scale=1.5)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"a picture needs kaleido (pip install 'loopscope[dev]') and a Chromium or Chrome: {error}") from None
+    return image
 
 
 def write_text(path: Path, text: str) -> Path:

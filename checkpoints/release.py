@@ -67,7 +67,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Not a torch file, cut short, holding code, without a model, or with a head that is not tied.
     """
-    start = path.open("rb").read(2)
+    with path.open("rb") as file:
+        start = file.read(2)
     if start not in (b"PK", b"\x80\x02"):
         raise CheckpointError(f"{path} is not a checkpoint: {_WHAT_IT_IS}, and this file does not begin like one")
     try:

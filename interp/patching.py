@@ -14,6 +14,7 @@ from typing import Literal
 
 import pandas as pd
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -140,7 +141,7 @@ def activation_patch(
     bar = tqdm(total=len(cells), desc="patching", leave=False, disable=len(cells) * len(base) < 8 * batch_size)
     for name, start in _starts(model, base, n_loops, list(groups)):
         for packed in (groups[name][i : i + size] for i in range(0, len(groups[name]), size)):
-            logits = _continue(model, start, base, packed, source_values[name])
+            logits = _continue(model, start, base, n_loops, packed, source_values[name])
             results |= {cell: metric(part) for cell, part in zip(packed, logits.split(len(base)), strict=True)}
             bar.update(len(packed))
     bar.close()
@@ -222,17 +223,19 @@ def _starts(model: LoopedModel, base: Batch, n_loops: int, names: list[str]) -> 
     yield from ((name, state) for name in names if name in after)
 
 
-def _continue(model: LoopedModel, start: State | None, base: Batch, cells: list[Cell], source: Tensor) -> Float[Tensor, "row d_vocab"]:
+def _continue(
+    model: LoopedModel, start: State | None, base: Batch, n_loops: int, cells: list[Cell], source: Tensor
+) -> Float[Tensor, "row d_vocab"]:
     """Logits at the readout of the base run with each cell patched; rows are (cell, batch)."""
     times = len(cells)
-    columns = base.readout.repeat(times)
+    columns = repeat(base.readout, "batch -> (cell batch)", cell=times)
     put = partial(_put, cells=cells, source=source)
-    n_loops = start.n_loops if start else None
     with model.hooks([(cells[0].name, put)], n_loops=n_loops):
         if start is None:
-            state = model.begin(base.tokens.repeat(times, 1), base.mask.repeat(times, 1), n_loops=n_loops)
+            tokens, mask = (repeat(x, "batch pos -> (cell batch) pos", cell=times) for x in (base.tokens, base.mask))
+            state = model.begin(tokens, mask, n_loops=n_loops)
         else:
-            state = start.map(lambda x: x.repeat(times, *(1,) * (x.ndim - 1)))
+            state = start.map(lambda x: repeat(x, "batch ... -> (cell batch) ...", cell=times))
         state = model.advance(state)
         return at_columns(model.readout(state), columns)
 
@@ -242,12 +245,12 @@ def _put(value: Tensor, hook: HookPoint, cells: list[Cell], source: Tensor) -> T
     site = site_of(cells[0].name)
     head_axis = _HEAD_AXIS.get(site)
     position_first = head_axis is None or head_axis == 2
-    patched = value.clone().unflatten(0, (len(cells), -1))
+    patched = rearrange(value.clone(), "(cell batch) ... -> cell batch ...", cell=len(cells))
     for row, cell in zip(patched, cells, strict=True):
         index: tuple[slice | int, ...] = (slice(None), cell.position)
         if cell.head is not None or not position_first:
             head = slice(None) if cell.head is None else cell.head
             index = (slice(None), cell.position, head) if position_first else (slice(None), head, cell.position)
         row[index] = source[index]
-    flat: Tensor = patched.flatten(0, 1)
+    flat: Tensor = rearrange(patched, "cell batch ... -> (cell batch) ...")
     return flat

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from models.hooks import Taps, tap
 
 
+@runtime_checkable
 class Places(Protocol):
     """Where some rows or keys stand: what a mask can depend on.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class LoopedConfig:
         return {"family": self.family, **values}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> LoopedConfig:
         """Build the config from `to_dict`'s output; an unknown or missing key is a ValueError."""
         given = {k: v for k, v in values.items() if k != "family"}
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -63,37 +64,39 @@ class Attention(nn.Module):
         z = tap(taps, "attn.hook_z", rows.attend(q, k, v, taps))
         return linear(z.flatten(-2), self.W_O_flat, self.b_O)
 
-    def _part(self, index: int) -> tuple[Tensor, Tensor]:
-        weight = self.W_QKV.view(-1, 3, self.n_heads, self.d_head)[:, index].permute(1, 0, 2)
-        return weight, self.b_QKV.view(3, self.n_heads, self.d_head)[index]
+    def _weight(self, index: int) -> Float[Tensor, "head d_model d_head"]:
+        return rearrange(self.W_QKV, "d_model (three head d_head) -> three head d_model d_head", three=3, head=self.n_heads)[index]
+
+    def _bias(self, index: int) -> Float[Tensor, "head d_head"]:
+        return rearrange(self.b_QKV, "(three head d_head) -> three head d_head", three=3, head=self.n_heads)[index]
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
-        return self._part(0)[0]
+        return self._weight(0)
 
     @property
     def W_K(self) -> Float[Tensor, "head d_model d_head"]:
-        return self._part(1)[0]
+        return self._weight(1)
 
     @property
     def W_V(self) -> Float[Tensor, "head d_model d_head"]:
-        return self._part(2)[0]
+        return self._weight(2)
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
-        return self._part(0)[1]
+        return self._bias(0)
 
     @property
     def b_K(self) -> Float[Tensor, "head d_head"]:
-        return self._part(1)[1]
+        return self._bias(1)
 
     @property
     def b_V(self) -> Float[Tensor, "head d_head"]:
-        return self._part(2)[1]
+        return self._bias(2)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        return self.W_O_flat.view(self.n_heads, self.d_head, -1)
+        return rearrange(self.W_O_flat, "(head d_head) d_model -> head d_head d_model", head=self.n_heads)
 
 
 class MLP(nn.Module):

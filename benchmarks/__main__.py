@@ -1,0 +1,21 @@
+"""Run every benchmark and print one line each, with the machine."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from benchmarks import overhead, sweep
+
+
+def main() -> None:
+    """Print the machine, then each benchmark's line."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for benchmark in (overhead, sweep):
+        print(benchmark.run(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""One torch thread, the toy models as fixtures, and the table of parity errors at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from toy import VARIANTS, toy
+
+from models.recurrent_depth import RecurrentDepth
+
+torch.set_num_threads(1)
+WORST_ERRORS = pytest.StashKey[dict[tuple[str, str], float]]()
+
+
+def variant_name(variant: tuple[str, bool, torch.dtype]) -> str:
+    positions, injection, dtype = variant
+    return f"{positions}{'-injected' if injection else ''}-{'64' if dtype == torch.float64 else '32'}"
+
+
+@pytest.fixture(params=VARIANTS, ids=variant_name)
+def model(request: pytest.FixtureRequest) -> RecurrentDepth:
+    """A toy model for each kind of positions with and without input injection, in float64 and for two of them in float32."""
+    return toy(*request.param)
+
+
+@pytest.fixture
+def plain() -> RecurrentDepth:
+    """A toy model in float64 without positions and without injection."""
+    return toy()
+
+
+@pytest.fixture
+def record_error(request: pytest.FixtureRequest) -> Callable[[str, str, float], None]:
+    """Remember the worst error of a case for the summary."""
+    worst = request.config.stash.setdefault(WORST_ERRORS, {})
+
+    def record(case: str, precision: str, error: float) -> None:
+        worst[case, precision] = max(error, worst.get((case, precision), 0.0))
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    worst = config.stash.get(WORST_ERRORS, {})
+    if not worst:
+        return
+    terminalreporter.section("golden outputs: worst error, relative to the largest magnitude of its tensor")
+    for (case, precision), error in sorted(worst.items()):
+        terminalreporter.write_line(f"{case:32} {precision:24} {error:.1e}")

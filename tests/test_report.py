@@ -1,0 +1,70 @@
+"""The report page, in a real browser."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from analyses import report
+from analyses.configs import ReportConfig
+from browser import Page, visit
+
+FIGURES = ("margin", "grid", "lens", "patching", "halting")
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.write_report(ReportConfig(per_hop=20), tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def page(page_file: Path) -> Page:
+    drawn = "document.querySelectorAll('.js-plotly-plot .main-svg').length"
+    widths = "[...document.querySelectorAll('.js-plotly-plot')].map(d => [d.id, d.clientWidth, d.clientHeight])"
+    overflow = "document.documentElement.scrollWidth - window.innerWidth"
+    rows = "[...document.querySelectorAll('section')].map(s => s.querySelectorAll('table tr').length)"
+    marks = (
+        "[...document.querySelectorAll('.js-plotly-plot')].map(d => "
+        "d.querySelectorAll('path.js-line, .heatmaplayer image, .heatmap-label').length)"
+    )
+    return visit(page_file, [drawn, widths, overflow, rows, marks], ready=f"{drawn} >= {3 * len(FIGURES)}")
+
+
+@pytest.mark.browser
+def test_every_figure_is_drawn_inside_the_window(page: Page) -> None:
+    _, boxes, overflow, _, marks = page.values
+    assert [box[0] for box in boxes] == [f"figure-{key}" for key in FIGURES]
+    assert all(width > 800 and height > 300 for _, width, height in boxes)
+    assert overflow <= 0
+    assert all(count > 5 for count in marks)
+
+
+@pytest.mark.browser
+def test_the_page_logs_no_error_and_asks_the_network_for_nothing(page: Page) -> None:
+    assert page.errors == []
+    assert page.requests == []
+
+
+@pytest.mark.browser
+def test_every_section_has_its_table(page: Page) -> None:
+    assert all(rows > 4 for rows in page.values[3])
+
+
+def test_plotly_is_inlined_once_and_nothing_is_linked(page_file: Path) -> None:
+    text = page_file.read_text(encoding="utf-8")
+    assert len(re.findall(r"plotly\.js v\d", text)) == 1
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", text)
+
+
+def test_hover_text_has_the_tokens(page_file: Path) -> None:
+    text = page_file.read_text(encoding="utf-8")
+    assert re.search(r"clean .{0,12}e_\d+.{0,6}, corrupted .{0,12}e_\d+", text)
+    assert re.search(r"rank of .{0,12}e_\d+", text)
+
+
+def test_a_failing_run_leaves_no_page(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 to 14 hops, got hops=99"):
+        report.write_report(ReportConfig(per_hop=1, n_loops=2, hops=99), tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
