@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from checkpoints.load import read_card
+from checkpoints.load import read_family
 from checkpoints.locate import locate, shipped_names
 
 RELEASES_AT = "https://drive.google.com/drive/folders/1AQvp8erdtRRn9_ix7E1ssmyWarwFNLVU"
@@ -22,7 +22,7 @@ def available() -> pd.DataFrame:
     rows = []
     for name in shipped_names():
         files = locate(name)
-        family = read_card(name).get("family", "recurrent_depth")
+        family = read_family(name)
         rows.append((name, family, str(files.weights.stat().st_size), "shipped", str(files.weights.parent), _UNKNOWN, _UNKNOWN))
     runs = [f"r{r}" for r in range(1, 9)] + ["r_dyn"]
     released = {f"multi_hop/final_models/{run}": _KNOWN_EPOCHS.get(run, _UNKNOWN) for run in runs}

@@ -42,6 +42,9 @@ def build_from(cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[
         raise CheckpointError(
             f"{path} lacks {len(missing)} key(s) of a {cfg.family} model with {cfg.n_layers} layers, first {missing[0]!r}"
         )
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{path} mixes the number formats {sorted(map(str, kinds))}; all tensors of a model must have one")
     for name, want in expected.items():
         _check_tensor(found[name], tensors[found[name]], want.shape, path)
     model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)

@@ -46,7 +46,7 @@ def load(
         CheckpointError: A file that cannot be used; the message says why and what to do.
     """
     files = locate(source)
-    card = _read_json(files.card) if files.card else {}
+    card = read_card(source)
     if files.is_release:
         model = _load_release(files, card, ReleaseFacts(n_heads, input_injection, n_loops))
     else:
@@ -73,6 +73,7 @@ def save(model: LoopedModel, folder: str | Path, card: Mapping[str, Any] | None 
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not empty; saving never overwrites, so choose another folder or remove it")
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -89,12 +90,21 @@ def save(model: LoopedModel, folder: str | Path, card: Mapping[str, Any] | None 
         draft.replace(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if not folder.exists():
+            for parent in made:
+                parent.rmdir()
 
 
 def read_card(source: str | Path) -> dict[str, Any]:
     """What card.json says of a checkpoint; empty where there is none."""
     files = locate(source)
-    return _read_json(files.card) if files.card else {}
+    return _read_object(files.card) if files.card else {}
+
+
+def read_family(source: str | Path) -> str:
+    """The family of a checkpoint, without loading its weights; released pickles are recurrent-depth models."""
+    files = locate(source)
+    return "recurrent_depth" if files.is_release else str(_read_object(files.weights.with_name("config.json"))["family"])
 
 
 def _load_release(files: CheckpointFiles, card: Mapping[str, Any], given: ReleaseFacts) -> LoopedModel:
@@ -103,6 +113,8 @@ def _load_release(files: CheckpointFiles, card: Mapping[str, Any], given: Releas
     for name in ("n_heads", "input_injection", "n_loops"):
         known = (getattr(given, name), card.get(name), getattr(files.layout, name))
         merged[name] = next((value for value in known if value is not None), None)
+        if not isinstance(merged[name], int | None):
+            raise CheckpointError(f"{files.card}: {name} must be a number, got {merged[name]!r}")
     cfg = infer_config(tensors, files.weights, ReleaseFacts(**merged))
     if files.n_layers not in (None, cfg.n_layers):
         raise CheckpointError(f"{files.weights}: the folder name promises {files.n_layers} layers, but the file holds {cfg.n_layers}")
@@ -113,11 +125,14 @@ def _load_own(weights: Path, given: Mapping[str, Any]) -> LoopedModel:
     config_file = weights.with_name("config.json")
     if weights.suffix != ".safetensors" or not config_file.is_file():
         raise CheckpointError(f"{weights} is not a checkpoint: expected a .pt file, or a .safetensors file with config.json beside it")
-    values = _read_json(config_file)
+    values = _read_object(config_file)
     if "family" not in values:
         kind = values.get("model_type", "none")
         raise CheckpointError(f"{config_file} names no family that can be loaded (its model_type is {kind!r})")
-    cfg = config_from_dict(values)
+    try:
+        cfg = config_from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{config_file}: {error}") from None
     for name in ("n_heads", "input_injection"):
         if given[name] not in (None, getattr(cfg, name, None)):
             raise CheckpointError(f"{config_file} says {name}={getattr(cfg, name, None)}, but {given[name]} was passed")
@@ -134,7 +149,10 @@ def _read_vocabulary(path: Path, cfg: LoopedConfig) -> Vocabulary:
     words = _read_json(path)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise CheckpointError(f"{path} must be a JSON list of tokens, got {type(words).__name__}")
-    vocabulary = Vocabulary(words)
+    try:
+        vocabulary = Vocabulary(words)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if len(vocabulary) != cfg.d_vocab:
         raise CheckpointError(f"{path} has {len(vocabulary)} tokens with <pad>, but the model has d_vocab={cfg.d_vocab}")
     return vocabulary
@@ -143,8 +161,15 @@ def _read_vocabulary(path: Path, cfg: LoopedConfig) -> Vocabulary:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must be a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -75,7 +75,7 @@ def locate(source: str | Path) -> CheckpointFiles:
 def _weights_in(folder: Path) -> Path:
     if (folder / _OWN_WEIGHTS).is_file():
         return folder / _OWN_WEIGHTS
-    found = sorted(folder.glob("*.pt"))
+    found = sorted(path for path in folder.glob("*.pt") if path.is_file())
     if len(found) == 1:
         return found[0]
     if found:
@@ -90,7 +90,7 @@ def _layout(weights: Path) -> tuple[ReleaseFacts, int | None, str | None]:
 
     Multi-hop releases read their answer at a padding column; without positions all padding columns are alike.
     """
-    folder = weights.resolve().parent
+    folder = weights.absolute().parent
     fixed = re.fullmatch(r"r(\d+)_l(\d+)", folder.name)
     if fixed:
         return ReleaseFacts(input_injection=False, n_loops=int(fixed.group(1))), int(fixed.group(2)), None

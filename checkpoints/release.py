@@ -21,6 +21,7 @@ from models.recurrent_depth import Positions, RecurrentDepthConfig
 PAPER_D_MODEL, PAPER_HEADS = 768, 12
 _WHAT_IT_IS = "a released checkpoint is a torch file with a 'model_state_dict'"
 _MASK_BUFFER = re.compile(r"blocks\.\d+\.attn\.(bias|masked_bias)")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 _EDGE_KEYS = {
     "token_embedding.weight": "embedding",
     "position_embedding.weight": "W_pos",
@@ -75,8 +76,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK")
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|global|class|function)\s+`?([A-Za-z_][\w.]*\.[\w.]+)", str(error))
-        what = f"code ({named.group(1)})" if named else "code or objects"
-        raise CheckpointError(f"{path} holds {what}, not only tensors; it is refused, because unpickling it would run that code") from None
+        what = f" ({named.group(1)})" if named else ""
+        raise CheckpointError(
+            f"{path} holds code{what}, not only tensors; it is refused, because unpickling classes and functions can run anything"
+        ) from None
     except Exception as error:  # torch raises many types on damaged files; each is the same fact to the caller
         raise CheckpointError(f"{path} is damaged or cut short: {_WHAT_IT_IS}, and reading it failed with {type(error).__name__}") from None
     state = content.get("model_state_dict") if isinstance(content, Mapping) else None
@@ -84,8 +87,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         found = sorted(map(str, content))[:6] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{path} holds no model: {_WHAT_IT_IS}, but this file holds {found}")
     tensors = {str(key).removeprefix("_orig_mod."): value for key, value in state.items()}
+    if len(tensors) < len(state):
+        raise CheckpointError(f"{path} holds some keys both with and without the prefix '_orig_mod.'; it must be one or the other")
     head, embedding = tensors.pop("lm_head.weight", None), tensors.get("token_embedding.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
+    if head is not None and embedding is not None and not torch.equal(head.nan_to_num(), embedding.nan_to_num()):
         raise CheckpointError(f"{path}: lm_head.weight differs from token_embedding.weight, but this family's head is tied")
     return {key: value for key, value in tensors.items() if not _MASK_BUFFER.fullmatch(key)}
 
@@ -103,7 +108,7 @@ def infer_config(tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts)
             raise CheckpointError(f"{path} lacks the matrix {key!r}, so the model's sizes cannot be told")
     d_vocab, d_model = tensors["token_embedding.weight"].shape
     paper_size = d_model == PAPER_D_MODEL
-    n_heads = facts.n_heads or (PAPER_HEADS if paper_size else None)
+    n_heads = PAPER_HEADS if facts.n_heads is None and paper_size else facts.n_heads
     if n_heads is None:
         raise CheckpointError(f"{path} does not say into how many heads its d_model={d_model} is split; pass n_heads=")
     if facts.input_injection is None and not paper_size:
@@ -116,9 +121,14 @@ def infer_config(tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts)
         positions = "learned"
     elif "pe" in tensors:
         positions = "sinusoidal"
-    table = tensors.get("position_embedding.weight", tensors.get("pe"))
+    tables = [key for key in ("position_embedding.weight", "pe") if key in tensors]
+    if len(tables) > 1:
+        raise CheckpointError(f"{path} has both pe and position_embedding.weight, but positions are sinusoidal or learned")
+    table = tensors[tables[0]] if tables else None
+    if table is not None and table.ndim != 2:
+        raise CheckpointError(f"{path}: {tables[0]!r} must have the shape [n_positions, {d_model}], got {list(table.shape)}")
     return RecurrentDepthConfig(
-        n_layers=1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        n_layers=1 + max(int(found.group(1)) for found in map(_BLOCK.match, tensors) if found),
         n_loops=facts.n_loops,
         d_model=d_model,
         n_heads=n_heads,

@@ -19,7 +19,7 @@ def check_siblings() -> None:
     for name in SIBLINGS:
         loaded = sys.modules.get(name)
         spec = None if loaded else importlib.util.find_spec(name)
-        found = loaded.__file__ if loaded else spec.origin if spec else None
+        found = getattr(loaded, "__file__", None) if loaded else spec.origin if spec else None
         ours = root / name / "__init__.py"
         if found is None or Path(found).resolve() != ours:
             shadow = found or (spec and list(spec.submodule_search_locations or ())) or "nothing"

@@ -17,12 +17,13 @@ class LoopedConfig:
         n_loops: Iterations that the checkpoint records (training R); None where it records none.
         d_model, n_heads, d_head, d_mlp, d_vocab: Widths, in elements.
         n_ctx: The longest input in tokens; None where positions set no limit.
-        act_fn: Name of the MLP's activation.
-        normalization_type: "LN" or "RMS".
         eps: Added to the variance inside each norm.
+        act_fn, normalization_type: Fixed for a family: the MLP's activation, and "LN" or "RMS".
     """
 
     family: ClassVar[str] = ""
+    act_fn: ClassVar[str]
+    normalization_type: ClassVar[str]
     n_layers: int
     n_loops: int | None = None
     d_model: int
@@ -31,16 +32,17 @@ class LoopedConfig:
     d_mlp: int
     d_vocab: int
     n_ctx: int | None = None
-    act_fn: str = "gelu_new"
-    normalization_type: str = "LN"
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "n_heads", "d_mlp", "d_vocab"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_loops is not None and self.n_loops < 1:
-            raise ValueError(f"n_loops must be at least 1, got {self.n_loops}")
+        for name in ("n_layers", "n_loops", "d_model", "n_heads", "d_mlp", "d_vocab", "n_ctx"):
+            value = getattr(self, name)
+            if value is None and name in ("n_loops", "n_ctx"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"n_heads must divide d_model: {self.n_heads} heads do not divide d_model={self.d_model}; "
@@ -56,11 +58,16 @@ class LoopedConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoopedConfig:
         """Build the config from `to_dict`'s output; an unknown or missing key is a ValueError."""
+        if values.get("family", cls.family) != cls.family:
+            raise ValueError(f"{cls.__name__} is of the family {cls.family!r}, got {values['family']!r}")
         given = {k: v for k, v in values.items() if k != "family"}
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {sorted(known)}")
+        for name, value in given.items():  # before the constructor, whose own types are checked while testing
+            if name.startswith(("n_", "d_")) and not isinstance(value, int | None):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
         required = [k for k, f in known.items() if f.default is dataclasses.MISSING]
         missing = [k for k in required if k not in given]
         if missing:

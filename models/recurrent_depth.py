@@ -33,6 +33,8 @@ class RecurrentDepthConfig(LoopedConfig):
     """Sizes, positions ("learned", "sinusoidal", "none") and whether the embedding is added again before each later iteration."""
 
     family: ClassVar[str] = "recurrent_depth"
+    act_fn: ClassVar[str] = "gelu_new"
+    normalization_type: ClassVar[str] = "LN"
     positions: Positions = "none"
     input_injection: bool = False
 
@@ -160,7 +162,7 @@ class RecurrentDepth(LoopedModel):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.final_norm = LayerNorm(cfg.d_model, cfg.eps, "ln_final")
         for parameter in self.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim == 2 and not parameter.is_meta:
                 nn.init.normal_(parameter, std=0.02)
         self.setup()
         self.grow(cfg.n_loops or 1)

@@ -61,17 +61,21 @@ class Readout:
     column: int | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in ("last_real", "first_pad", "column"):
+            raise ValueError(f"readout must be 'last_real', 'first_pad' or 'column:K', got {self.kind!r}")
         if (self.column is None) != (self.kind != "column") or (self.column is not None and self.column < 0):
             raise ValueError(f"a fixed readout column must be given with kind 'column' only and be >= 0, got {self}")
 
     @classmethod
     def parse(cls, text: str) -> Readout:
         """From "last_real", "first_pad" or "column:49"."""
-        kind, _, column = text.partition(":")
-        if kind == "column" and column.isdigit():
-            return cls("column", int(column))
-        if kind in ("last_real", "first_pad") and not column:
-            return cls(kind)  # type: ignore[arg-type]  # narrowed by the test above
+        column = re.fullmatch(r"column:([0-9]+)", text)
+        if column:
+            return cls("column", int(column.group(1)))
+        if text == "last_real":
+            return cls("last_real")
+        if text == "first_pad":
+            return cls("first_pad")
         raise ValueError(f"readout must be 'last_real', 'first_pad' or 'column:K', got {text!r}")
 
     def __str__(self) -> str:

@@ -30,7 +30,7 @@ class Question:
     def from_item(cls, item: dict[str, Any]) -> Question:
         """From `{"input_text": ..., "target_text": ...}`; the answer is the last token before `</a>`."""
         text, target = str(item["input_text"]), str(item["target_text"])
-        tokens = _TOKEN.findall(target.removesuffix("</a>"))
+        tokens = _TOKEN.findall(target.partition("</a>")[0])
         return cls(text, tokens[-1], sum(token.startswith("<r_") for token in _TOKEN.findall(text)))
 
 
@@ -63,12 +63,20 @@ class PermutationGraph:
     @classmethod
     def read(cls, path: str | Path) -> PermutationGraph:
         """From graph.json, `{"permutations": [[...], ...]}`."""
-        rows = json.loads(Path(path).read_text())["permutations"]
-        return cls(tuple(tuple(row) for row in rows))
+        try:
+            rows = json.loads(Path(path).read_text())["permutations"]
+            return cls(tuple(tuple(map(int, row)) for row in rows))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must be JSON with 'permutations', a list of lists of entities: {error!r}") from None
 
     def walk(self, text: str) -> list[str]:
         """The entities that a question passes: its head, every intermediate one, and the answer."""
-        head, *relations = [int(re.sub(r"\D", "", token)) for token in _TOKEN.findall(text)]
+        n_relations, n_entities = len(self.permutations), len(self.permutations[0])
+        if not re.fullmatch(r"<e_\d+>(<r_\d+>)*", text):
+            raise ValueError(f"a question is an entity and its relations, as in '<e_12><r_3><r_7>', got {text!r}")
+        head, *relations = map(int, re.findall(r"\d+", text))
+        if head >= n_entities or any(relation >= n_relations for relation in relations):
+            raise ValueError(f"this graph has {n_entities} entities and {n_relations} relations, so it does not know {text!r}")
         entities = [head]
         for relation in relations:
             entities.append(self.permutations[relation][entities[-1]])

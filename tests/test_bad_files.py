@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from release_files import D_VOCAB, FACTS, WORDS, files_under, release_tensors, toy_model, write_bomb, write_release
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
 from checkpoints.load import load, save
+from release_files import D_VOCAB, FACTS, WORDS, files_under, release_tensors, toy_model, write_bomb, write_release
 
 Tensors = dict[str, Tensor]
 FC = "blocks.1.mlp.c_fc.weight"
@@ -389,3 +389,16 @@ def test_a_left_padded_mask_is_named() -> None:
 def test_a_mask_with_a_hole_is_named() -> None:
     with pytest.raises(ValueError, match="must be ones then zeros along pos, but row 0 has real tokens after padding"):
         toy_model()(torch.tensor([[1, 0, 2]]), mask=torch.tensor([[1, 0, 1]]))
+
+
+def test_a_mixture_of_number_formats_is_refused(tmp_path: Path) -> None:
+    tensors = release_tensors()
+    tensors["ln_f.bias"] = tensors["ln_f.bias"].double()
+    path = write_release(tmp_path / "a.pt", tensors)
+    refuse(path, r"a\.pt mixes the number formats \['torch.float32', 'torch.float64'\]", within=tmp_path, **FACTS)
+
+
+def test_a_key_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
+    tensors = release_tensors()
+    path = write_release(tmp_path / "a.pt", {**tensors, "_orig_mod.ln_f.bias": tensors["ln_f.bias"]})
+    refuse(path, r"a\.pt holds some keys both with and without the prefix", within=tmp_path, **FACTS)

@@ -20,9 +20,7 @@ def test_list_names_the_shipped_and_the_known(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_prints_its_numbers_and_writes_what_is_asked(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_command_prints_its_numbers_and_writes_what_is_asked(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([command, "--n-loops", "2", "--per-hop", "2", "--out", str(tmp_path), "--no-html"])
     out = capsys.readouterr().out
     assert out.count("wrote") == 2

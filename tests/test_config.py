@@ -93,7 +93,12 @@ def test_a_dictionary_names_the_family_and_leaves_out_what_follows() -> None:
     values = config().to_dict()
     assert values["family"] == "recurrent_depth"
     assert "d_head" not in values
-    assert set(values) == {"family", *SIZES, "n_loops", "n_ctx", "act_fn", "normalization_type", "eps", "positions", "input_injection"}
+    assert set(values) == {"family", *SIZES, "n_loops", "n_ctx", "eps", "positions", "input_injection"}
+
+
+def test_the_dictionary_of_another_family_is_refused() -> None:
+    with pytest.raises(ValueError, match="of the family 'recurrent_depth', got 'ouro'"):
+        RecurrentDepthConfig.from_dict({**config().to_dict(), "family": "ouro"})
 
 
 @pytest.mark.parametrize("key", ["n_experts", "d_head", "N_LAYERS"])

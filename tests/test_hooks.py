@@ -368,7 +368,9 @@ def test_hook_points_know_their_iteration_and_layer(model: RecurrentDepth) -> No
 
 def test_hooks_can_ask_for_their_iteration(plain: RecurrentDepth) -> None:
     seen = []
-    plain.run_with_hooks(random_tokens(), n_loops=2, fwd_hooks=[("**.hook_mlp_out", lambda v, hook: seen.append((hook.loop(), hook.layer())))])
+    plain.run_with_hooks(
+        random_tokens(), n_loops=2, fwd_hooks=[("**.hook_mlp_out", lambda v, hook: seen.append((hook.loop(), hook.layer())))]
+    )
     assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
@@ -446,9 +448,7 @@ def test_backward_hooks_in_a_context_see_the_gradient_of_their_iteration(plain: 
 
 def test_backward_hooks_may_stay_for_the_backward_pass(plain: RecurrentDepth) -> None:
     seen = []
-    logits = plain.run_with_hooks(
-        random_tokens(), bwd_hooks=[(LATE, lambda grad, hook: seen.append(grad.shape))], reset_hooks_end=False
-    )
+    logits = plain.run_with_hooks(random_tokens(), bwd_hooks=[(LATE, lambda grad, hook: seen.append(grad.shape))], reset_hooks_end=False)
     logits.sum().backward()
     plain.reset_hooks()
     assert seen == [(BATCH, POS, D_MODEL)]

@@ -355,9 +355,7 @@ def site_names(model: LoopedModel) -> list[str]:
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("heads", [None, [1, 4]])
 @pytest.mark.parametrize(("positions", "injection"), SWEEP_MODELS)
-def test_each_cell_of_a_sweep_is_one_run_with_that_patch(
-    positions: str, injection: bool, heads: list[int] | None, direction: str
-) -> None:
+def test_each_cell_of_a_sweep_is_one_run_with_that_patch(positions: str, injection: bool, heads: list[int] | None, direction: str) -> None:
     model = toy(positions, injection)
     clean, corrupted = padded(seed=1), padded(seed=2)
     sites = [site for site in site_names(model) if heads is None or site in HEAD_SITES]

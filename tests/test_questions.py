@@ -164,3 +164,21 @@ def test_the_shipped_questions_have_as_many_tokens_as_hops_and_a_head(trained: l
     counts = Counter(question.hops for question in trained)
     assert {hops: len(group) for hops, group in by_hops(trained).items()} == counts
     assert set(counts) >= set(range(1, 15))
+
+
+@pytest.mark.parametrize("text", ["", "<r_1>", "<e_1><e_2>", "e_1"])
+def test_walk_needs_an_entity_and_its_relations(text: str) -> None:
+    with pytest.raises(ValueError, match="a question is an entity and its relations"):
+        PermutationGraph(((1, 0), (0, 1))).walk(text)
+
+
+@pytest.mark.parametrize("text", ["<e_2>", "<e_0><r_2>"])
+def test_walk_refuses_what_the_graph_does_not_know(text: str) -> None:
+    with pytest.raises(ValueError, match="2 entities and 2 relations, so it does not know"):
+        PermutationGraph(((1, 0), (0, 1))).walk(text)
+
+
+def test_a_graph_file_without_permutations_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "graph.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"graph\.json must be JSON with 'permutations'"):
+        PermutationGraph.read(tmp_path / "graph.json")

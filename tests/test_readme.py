@@ -24,7 +24,10 @@ def test_the_numbers_of_the_table() -> None:
     best = grid.accuracy.max(1).values
     assert ", ".join(f"{accuracy:.2f}" for accuracy in best[8:].tolist()) in README
     assert f"{float(best[:8].min()):.2f} or better on 1 to 8 trained hops" in README
-    assert f"accuracy {float(grid.accuracy[12].max()):.2f} at {int(grid.accuracy[12].argmax()) + 1}, {float(grid.accuracy[12, -1]):.2f} at 24" in README
+    assert (
+        f"accuracy {float(grid.accuracy[12].max()):.2f} at {int(grid.accuracy[12].argmax()) + 1}, {float(grid.accuracy[12, -1]):.2f} at 24"
+        in README
+    )
     margins = overthinking.run(OverthinkingConfig())
     peak, where = (float(part[12]) for part in margins.peak())
     assert f"mean margin {peak:.2f} after {where:.0f} iterations, {float(margins.margin[12, -1]):.2f} after 24" in README
