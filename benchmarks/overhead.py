@@ -35,7 +35,6 @@ def measure(model: LoopedModel, n_loops: int, width: int, rounds: int = 7) -> fl
 def run() -> str:
     """One line: the overhead at the paper's size and at the shipped size."""
     large = paper_size()
-    assert isinstance(large, LoopedModel), "build returns a looped model"
     shipped = load("ltg_trained")
     at_large, at_small = measure(large, 4, 14), measure(shipped, 8, 9, rounds=49)
     return f"idle hook points: {100 * at_large:+.1f} % at d=768, {100 * at_small:+.1f} % at the shipped size (batch 16)"
