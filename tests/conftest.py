@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from toy import VARIANTS, toy
 
 from models.recurrent_depth import RecurrentDepth
+from toy import VARIANTS, toy
 
 torch.set_num_threads(1)
 WORST_ERRORS = pytest.StashKey[dict[tuple[str, str], float]]()

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy import BATCH, D_HEAD, D_MODEL, HEADS, LAYERS, LOOPS, POS, expected_shape, hook_count, random_tokens, toy
 
 from models.cache import LoopCache
 from models.recurrent_depth import RecurrentDepth
+from toy import BATCH, D_HEAD, D_MODEL, HEADS, LAYERS, LOOPS, POS, expected_shape, hook_count, random_tokens, toy
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ MISSING = {
     "blocks.0.hook_resid_pre": r"nearest: loops\.\d\.blocks\.0\.hook_resid_pre.*names_filter",
     ("nowhere", 0, 0): r"is not in this cache",
     ("scale", 1, 0): r"could be loops\.1\.blocks\.0\.ln1\.hook_scale or loops\.1\.blocks\.0\.ln2\.hook_scale; name the site in full",
+    # ln_final has a "normalized" too, which stands in no layer
     ("normalized", -1, -1): r"could be loops\.3\.blocks\.1\.ln1\.hook_normalized or",
 }
 
@@ -236,7 +237,7 @@ def test_remove_batch_dim(plain: RecurrentDepth) -> None:
 def test_remove_batch_dim_of_more_than_one_is_refused(plain: RecurrentDepth) -> None:
     with pytest.raises(ValueError, match="remove_batch_dim needs a batch of one, got 3"):
         plain.run_with_cache(random_tokens(), remove_batch_dim=True)
-    with pytest.raises(ValueError, match="remove_batch_dim needs a batch of one, got 3"):
+    with pytest.raises(ValueError, match="remove_batch_dim needs a batch of one, got 3"):  # however the tokens are passed
         plain.run_with_cache(tokens=random_tokens(), remove_batch_dim=True)
     assert hook_count(plain) == 0
 

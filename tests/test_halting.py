@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import BATCH, D_VOCAB, assert_close, hook_count, nothing, padded, random_tokens, toy, toy_config
 from torch import Tensor
 
 from interp.halting import Halting, HaltingRule, apply_rule, halting
@@ -12,6 +11,7 @@ from interp.lens import Lens, readout_lens
 from models.recurrent_depth import RecurrentDepth
 from models.registry import build
 from models.tokens import Batch
+from toy import BATCH, D_VOCAB, assert_close, hook_count, nothing, padded, random_tokens, toy, toy_config
 
 CAP = 9
 MANY = 12

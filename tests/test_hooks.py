@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from toy import BATCH, BLOCK_SITES, D_MODEL, LOOPS, POS, explode, full, hook_count, nothing, random_tokens, toy
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from interp.gradients import gradients
 from models.base import LoopedModel
 from models.recurrent_depth import RecurrentDepth
+from toy import BATCH, BLOCK_SITES, D_MODEL, LOOPS, POS, explode, full, hook_count, nothing, random_tokens, toy
 
 LATE = "loops.3.blocks.1.hook_resid_post"
 Resolver = Callable[[LoopedModel, object, int], list[str]]
@@ -283,6 +283,8 @@ def test_resumed_run_with_a_hook_beyond_its_iterations_raises(plain: RecurrentDe
     plain.add_hook(LATE, nothing)
     with pytest.raises(ValueError, match="hook is attached at"):
         plain.advance(state)
+    with pytest.raises(ValueError, match="hook is attached at"):
+        plain.begin(random_tokens(), n_loops=2)
 
 
 def test_run_with_hooks_at_an_iteration_that_the_call_lacks_is_a_key_error(plain: RecurrentDepth) -> None:
@@ -333,6 +335,7 @@ def manual_slice(name: str, value: Tensor, window: slice) -> Tensor:
 
 @pytest.mark.parametrize("window", [slice(2, 5), slice(-3, None), slice(None, None, 2), slice(4, 5)])
 def test_pos_slice_cuts_the_position_axis_of_every_site(window: slice, model: RecurrentDepth) -> None:
+    """Python's own slice is taken, as TransformerLens's Slice takes it."""
     tokens = random_tokens()
     _, whole = model.run_with_cache(tokens, n_loops=2, names_filter="**")
     logits, cut = model.run_with_cache(tokens, n_loops=2, names_filter="**", pos_slice=window)

@@ -8,6 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
+from interp.gradients import gradients
+from interp.halting import HaltingRule, halting
+from interp.lens import logit_lens, readout_lens
+from interp.patching import activation_patch
+from models.attention import KeyValues
+from models.base import LoopedModel
+from models.recurrent_depth import RecurrentDepth
+from models.state import State, cat_states
+from models.tokens import Batch
+from models.views import Unrolled, unrolled, untied
 from toy import (
     BATCH,
     HEAD_SITES,
@@ -35,21 +47,9 @@ from toy import (
     site_of,
     toy,
 )
-from torch import Tensor
-
-from interp.gradients import gradients
-from interp.halting import HaltingRule, halting
-from interp.lens import logit_lens, readout_lens
-from interp.patching import activation_patch
-from models.attention import KeyValues
-from models.base import LoopedModel
-from models.recurrent_depth import RecurrentDepth
-from models.state import State, cat_states
-from models.tokens import Batch
-from models.views import Unrolled, unrolled, untied
 
 POSITION, HEAD = 2, 3
-SHORT = 3  # iterations where every hook point is tried; not what the checkpoint records
+SHORT, SHORTEST = 3, 2  # iterations where every hook point is tried; not what the checkpoint records
 
 
 @pytest.fixture(params=[Bidirectional, ShortEnding, BatchCentred])
@@ -147,12 +147,12 @@ def test_unrolled_model_has_the_same_activations_and_logits(model: RecurrentDept
 
 
 def test_untied_and_unrolled_have_the_same_patched_logits(model: RecurrentDepth) -> None:
-    batch, twin, plain = padded(), untied(model, SHORT), unrolled(model, SHORT)
-    source = cached(model, padded(seed=1), n_loops=SHORT)
-    for name in block_names(model, SHORT):
+    batch, twin, plain = padded(), untied(model, SHORTEST), unrolled(model, SHORTEST)
+    source = cached(model, padded(seed=1), n_loops=SHORTEST)
+    for name in block_names(model, SHORTEST):
         patch = put(source[name], index_at(name, POSITION, HEAD))
-        logits = run_hooked(model, batch, name, patch, SHORT)
-        assert_close(run_hooked(twin, batch, name, patch, SHORT), logits)
+        logits = run_hooked(model, batch, name, patch, SHORTEST)
+        assert_close(run_hooked(twin, batch, name, patch, SHORTEST), logits)
         assert_close(plain.run_with_hooks(batch.tokens, mask=batch.mask, fwd_hooks=[(visit_name(name), patch)]), logits)
 
 
@@ -349,7 +349,7 @@ SWEEP_MODELS = [("none", False), ("sinusoidal", False), ("learned", True)]
 
 
 def site_names(model: LoopedModel) -> list[str]:
-    return list(dict.fromkeys(map(site_of, model.hook_names(SHORT))))
+    return list(dict.fromkeys(map(site_of, model.hook_names(SHORTEST))))
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
@@ -360,20 +360,20 @@ def test_each_cell_of_a_sweep_is_one_run_with_that_patch(positions: str, injecti
     clean, corrupted = padded(seed=1), padded(seed=2)
     sites = [site for site in site_names(model) if heads is None or site in HEAD_SITES]
     places = {"positions": [0, 5], "heads": heads}
-    sweep = activation_patch(model, clean, corrupted, projection(), SHORT, sites=sites, **places, direction=direction, batch_size=8)
+    sweep = activation_patch(model, clean, corrupted, projection(), SHORTEST, sites=sites, **places, direction=direction, batch_size=8)
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    names = [name for name in model.hook_names(SHORT) if site_of(name) in sites]
+    names = [name for name in model.hook_names(SHORTEST) if site_of(name) in sites]
     expected_cells = list(itertools.product(names, places["positions"], heads or [None]))
     assert [(cell.name, cell.position, cell.head) for cell in sweep.cells] == expected_cells
-    values = {name: cached(model, source, name, SHORT)[name] for name in {cell.name for cell in sweep.cells}}
+    values = {name: cached(model, source, name, SHORTEST)[name] for name in {cell.name for cell in sweep.cells}}
     read = torch.arange(BATCH), base.readout
     naive = []
     for name, position, head in expected_cells:
         patch = put(values[name], index_at(name, position, head))
-        naive.append(projection()(run_hooked(model, base, name, patch, SHORT)[read]))
+        naive.append(projection()(run_hooked(model, base, name, patch, SHORTEST)[read]))
     assert_close(sweep.values, torch.stack(naive))
-    assert_close(sweep.clean, projection()(run(model, clean, SHORT)[read]))
-    assert_close(sweep.corrupted, projection()(run(model, corrupted, SHORT)[read]))
+    assert_close(sweep.clean, projection()(run(model, clean, SHORTEST)[read]))
+    assert_close(sweep.corrupted, projection()(run(model, corrupted, SHORTEST)[read]))
     assert sweep.values.std(0).min() > 0
 
 
@@ -439,6 +439,18 @@ def other_rows_matter(model: LoopedModel) -> bool:
 def test_later_tokens_never_change_an_earlier_result(model: RecurrentDepth) -> None:
     assert model.causal
     assert not later_tokens_matter(model)
+
+
+@pytest.mark.parametrize("names", [[], ["loops.*.blocks.*.attn.hook_pattern"], ["loops.*.blocks.*.attn.hook_attn_scores"]])
+def test_later_tokens_never_change_an_earlier_result_in_any_kernel(names: list[str], model: RecurrentDepth) -> None:
+    """With padding, and with scores and patterns written out, as well as in the fused causal kernel."""
+    batch = padded(lengths=(7, 6, 5))
+    changed = batch.tokens.clone()
+    changed[:, POSITION + 1 :] = random_tokens(seed=8)[:, POSITION + 1 :]
+    with model.hooks([(name, nothing) for name in names], n_loops=LOOPS):
+        logits, others = run(model, batch), run(model, replace(batch, tokens=changed))
+    assert_close(others[:, : POSITION + 1], logits[:, : POSITION + 1])
+    assert not is_close(others[:, POSITION + 1], logits[:, POSITION + 1])
 
 
 def test_other_rows_never_change_a_result(model: RecurrentDepth) -> None:

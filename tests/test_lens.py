@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 import torch
-from toy import BATCH, D_MODEL, D_VOCAB, LAYERS, LOOPS, POS, assert_close, full, padded, random_tokens, toy, with_words
 from torch import Tensor
 
 import interp.lens
@@ -16,6 +15,7 @@ from interp.lens import Lens, logit_lens, readout_lens
 from interp.metrics import logit_diff, logit_margin, margin
 from models.base import LoopedModel
 from models.recurrent_depth import RecurrentDepth
+from toy import BATCH, D_MODEL, D_VOCAB, LAYERS, LOOPS, POS, assert_close, full, padded, random_tokens, toy, with_words
 
 ANSWERS = torch.tensor([4, 17, 28])
 LENSES: dict[str, Callable[..., Lens]] = {"logit_lens": logit_lens, "readout_lens": readout_lens}

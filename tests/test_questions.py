@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from checkpoints.locate import SHIPPED
-from tasks.questions import PermutationGraph, Question, by_hops, read_questions
+from tasks.graphs import PermutationGraph
+from tasks.questions import Question, by_hops, read_questions
 
 TRAINED = SHIPPED / "ltg_trained"
 GRAPH = PermutationGraph(((1, 2, 0), (2, 1, 0)))

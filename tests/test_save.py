@@ -14,7 +14,7 @@ import checkpoints.load
 from checkpoints.errors import CheckpointError
 from checkpoints.load import load, read_card, save
 from models.base import LoopedModel
-from tasks.questions import PermutationGraph
+from tasks.graphs import PermutationGraph
 
 LOOPS = 4
 VARIANTS = [(positions, injection) for positions in ("none", "learned", "sinusoidal") for injection in (False, True)]

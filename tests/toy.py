@@ -38,7 +38,6 @@ SHAPES = {
     "ln2.hook_scale": ("pos", 1),
     "ln_final.hook_scale": ("pos", 1),
 }
-RESIDUAL_SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 BLOCK_SITES = (
     "hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_q", "attn.hook_k", "attn.hook_v",
     "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "ln2.hook_scale",
