@@ -7,7 +7,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch
-from models.base import LoopedModel
+from models.base import LoopedModel, at_columns
 from models.cache import LoopCache
 from models.hooks import NamesFilter
 from models.state import checked_loops
@@ -45,7 +45,8 @@ def gradients(
 
     with torch.enable_grad(), model.hooks([(names, watch)], n_loops=n_loops):
         state = model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops))
-        total = metric(model.readout(state, batch.readout)).sum()
+        read = at_columns(model.read_state(state), batch.readout)  # after the norm, whose sites then have all positions
+        total = metric(model.unembed(read[:, None])[:, 0]).sum()
         found = torch.autograd.grad(total, list(seen.values()), allow_unused=True)
     grads = {name: torch.zeros_like(value) if grad is None else grad for (name, value), grad in zip(seen.items(), found, strict=True)}
     return LoopCache({k: v.detach() for k, v in seen.items()}, n_loops), LoopCache(grads, n_loops)

@@ -96,11 +96,10 @@ class Lens:
 
     def kl(self) -> Float[Tensor, "visit read"]:
         """KL(p_t || p_{t-1}) in nats, p_{t-1} being the same layer one iteration earlier; NaN in the first iteration."""
-        rows = torch.full(self.heads_input.shape[:2], torch.nan, dtype=self.heads_input.dtype, device=self.heads_input.device)
-        for now, before in enumerate(self._one_loop_earlier()):
-            if before is not None:
-                rows[now] = self._kl_between(now, before)
-        return rows
+        earlier = self._one_loop_earlier()
+        kind = torch.float64 if self.heads_input.dtype == torch.float64 else torch.float32
+        none = self.heads_input.new_full((len(self.example),), torch.nan, dtype=kind)
+        return torch.stack([none if before is None else self._kl_between(now, before) for now, before in enumerate(earlier)])
 
     def logits_at(self, visits: Int[Tensor, " read"]) -> Float[Tensor, "read d_vocab"]:
         """Logits of each read at a visit of its own."""
@@ -235,10 +234,9 @@ def readout_lens(
     for part in in_chunks(batch, batch_size, "iterations"):
         state = model.begin(part.tokens, part.mask, n_loops=n_loops)
         seen = []
-        for loop, end in enumerate(model.iteration_ends(n_loops), start=1):
+        for loop, end in enumerate(model.iteration_ends(n_loops)):
             state = model.advance(state, end)
-            ended = model.advance(replace(state, n_loops=loop))
-            seen.append(model.read_state(ended, part.readout)[:, 0])
+            seen.append(model.read_state(model.finish(state, loop), part.readout)[:, 0])
         collected.append(torch.stack(seen))
     places: list[Place] = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
     return _lens(model, torch.cat(collected, dim=1), places, batch.readout[:, None], keep_logits)

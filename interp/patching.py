@@ -99,7 +99,7 @@ def activation_patch(
     metric: Metric,
     n_loops: int | None = None,
     *,
-    sites: Sequence[str] = ("resid_pre",),
+    sites: str | Sequence[str] = ("resid_pre",),
     positions: Literal["all"] | Sequence[int] = "all",
     heads: Literal["all"] | Sequence[int] | None = None,
     loops: Sequence[int] | None = None,
@@ -125,7 +125,7 @@ def activation_patch(
         KeyError: A site that this model does not have.
         ValueError: Inputs that do not match, or a position, head, loop or layer out of range.
     """
-    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    n_loops, sites = checked_loops(n_loops, model.cfg.n_loops), [sites] if isinstance(sites, str) else sites
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}")
     clean_batch, corrupted_batch = as_batch(model, clean, readout), as_batch(model, corrupted, readout)

@@ -165,6 +165,16 @@ class LoopedModel(HookedLoops):
                 resid, parts = self.leave(visit, resid, parts, live(visit.boundary) if hooked else NO_TAPS)
         return replace(state, visit=stop, resid=resid, parts=parts)
 
+    def finish(self, state: State, loop: int) -> State:
+        """The state after iteration `loop` (from 0), run through what follows the loop; this is what a readout there reads."""
+        if self.iteration_ends(state.n_loops)[-1] == len(self.schedule(state.n_loops)):
+            return state
+        return self.advance(replace(state, n_loops=loop + 1))
+
+    def state_parts(self, state: State) -> Mapping[str, Tensor]:
+        """What an analysis may read of a state, by name: the residual stream, and the family's other parts."""
+        return {"resid": state.resid, **state.parts}
+
     def read_state(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch pos d_model"]:
         """What the head reads of a state that has finished an iteration; the arguments are those of `readout`."""
         taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
@@ -185,7 +195,7 @@ class LoopedModel(HookedLoops):
         return logits if positions is None else logits[:, 0]
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], n_loops: int | None = None, mask: Tensor | None = None, **options: Any
+        self, tokens: Tensor, n_loops: int | None = None, mask: Tensor | None = None, **options: Any
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits at all positions; the arguments are those of `begin`."""
         return self.readout(self.advance(self.begin(tokens, mask, n_loops=n_loops, **options)))
@@ -229,6 +239,8 @@ class LoopedModel(HookedLoops):
             if not found:
                 raise KeyError(f"{until!r} is no visit of a schedule with n_loops={state.n_loops}; it starts with {schedule[0].name!r}")
             until = found[0]
+        if isinstance(until, bool):
+            raise TypeError("until must be a visit's index, its name, or None, got a bool")
         if not state.visit <= until <= len(schedule):
             raise ValueError(f"the state stands before visit {state.visit} of {len(schedule)}, so it cannot be run to visit {until}")
         return until
@@ -245,14 +257,14 @@ class LoopedModel(HookedLoops):
             raise ValueError(
                 "this checkpoint does not say where its answers are read; load it with readout='last_real', 'first_pad' or 'column:K'"
             )
-        rows = [self._vocabulary().ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        rows = self._ids(texts)
         columns, width = self.read_at.place([len(row) for row in rows], self.cfg.n_ctx, self.positional)
         tokens, mask = pad_right(rows, width)
         return Batch(tokens, mask, torch.tensor(columns)).to(self.device)
 
     def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Token ids of some texts, padded on the right with id 0."""
-        rows = [self._vocabulary().ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        rows = self._ids(texts)
         return pad_right(rows, max(map(len, rows)))[0].to(self.device)
 
     def to_single_token(self, text: str) -> int:
@@ -266,6 +278,12 @@ class LoopedModel(HookedLoops):
         """The tokens of one text, or of one row of ids, as strings."""
         ids = self._vocabulary().ids(tokens) if isinstance(tokens, str) else tokens.reshape(-1).tolist()
         return [self._vocabulary().words[i] for i in ids]
+
+    def _ids(self, texts: str | Sequence[str]) -> list[list[int]]:
+        rows = [self._vocabulary().ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        if not rows:
+            raise ValueError("at least one text is needed, got an empty list")
+        return rows
 
     def _vocabulary(self) -> Vocabulary:
         if self.vocab is None:

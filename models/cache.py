@@ -70,9 +70,12 @@ class LoopCache(Mapping[str, Tensor]):
         Raises:
             KeyError: The site is missing at some iteration or layer; the first missing one is named.
         """
-        places = {coordinate(name): name for name in self if is_site(name, site) and name.startswith("loops.")}
-        if not places:
+        here = [name for name in self if is_site(name, site) and name.startswith("loops.")]
+        if not here:
             raise KeyError(self._missing(site))
+        places = {coordinate(name): name for name in here}
+        if len(places) < len(here):
+            raise KeyError(f"{site!r} could be {' or '.join(sorted({site_of(name) for name in here}))}; name the site in full")
         layers = sorted({place[1:] for place in places}, key=str)
         rows = []
         for loop in range(self.n_loops):
@@ -108,13 +111,15 @@ class LoopCache(Mapping[str, Tensor]):
             if key in self._tensors:
                 return key
             key = (key,)
+        if not key:
+            raise KeyError(self._missing(key))
         site, place = str(key[0]), key[1:]
         here = [name for name in self if is_site(name, site)]
         depth = max((len(coordinate(name)) for name in here), default=0)
         if place and isinstance(place[0], int) and place[0] < 0:
             place = (self.n_loops + place[0], *place[1:])
         if len(place) == depth and place and isinstance(place[-1], int) and place[-1] < 0:
-            last = max(c[-1] for c in map(coordinate, here) if isinstance(c[-1], int))
+            last = max(c[-1] for c in map(coordinate, here) if len(c) == depth and isinstance(c[-1], int))
             place = (*place[:-1], last + 1 + place[-1])
         found = [name for name in here if coordinate(name) == place]
         if len(found) != 1:

@@ -116,12 +116,12 @@ def is_pattern(names: NamesFilter) -> bool:
     return True
 
 
-def resolve(names: NamesFilter, available: Sequence[str], n_loops: int) -> list[str]:
+def resolve(names: NamesFilter, available: Mapping[str, None], n_loops: int) -> list[str]:
     """The hook names, in order of execution, that a filter means in a call of `n_loops` iterations.
 
     Args:
-        names: A name, a pattern (`*` stays inside one segment, `**` is any number of segments), a list of those, or
-            a predicate.
+        names: A name, a pattern (`*` stays inside one segment, `**` is any number of segments), a list of those, a
+            predicate, or None for all.
         available: The names of the call, in order of execution.
         n_loops: Iterations of the call, for the message.
 
@@ -130,19 +130,24 @@ def resolve(names: NamesFilter, available: Sequence[str], n_loops: int) -> list[
     """
     if names is None:
         return list(available)
+    if isinstance(names, str) and names in available:
+        return [names]
     if callable(names):
         chosen = {name for name in available if names(name)}
-        if not chosen:
-            raise KeyError(f"the predicate matches none of the {len(available)} hook names of a call with n_loops={n_loops}")
     else:
-        entries = [names] if isinstance(names, str) else list(names)
+        entries = [names] if isinstance(names, str) else names
         chosen = set().union(*(_matches(entry, available, n_loops) for entry in entries))
+    if not chosen:
+        what = "predicate matches none" if callable(names) else "list is empty and so matches none"
+        raise KeyError(f"the {what} of the {len(available)} hook names of a call with n_loops={n_loops}")
     return [name for name in available if name in chosen]
 
 
-def _matches(entry: str, available: Sequence[str], n_loops: int) -> set[str]:
+def _matches(entry: str, available: Mapping[str, None], n_loops: int) -> set[str]:
+    if entry in available:
+        return {entry}
     matcher = _compile(entry)
-    found = {name for name in available if matcher.fullmatch(name + ".")}
+    found = {name for name in available if matcher.fullmatch(name + ".")} if "*" in entry else set()
     if not found:
         raise KeyError(_nothing_matches(entry, available, n_loops))
     return found
@@ -157,7 +162,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
-def _nothing_matches(entry: str, available: Sequence[str], n_loops: int) -> str:
+def _nothing_matches(entry: str, available: Mapping[str, None], n_loops: int) -> str:
     loop = loop_of(entry + ".")
     if loop is not None and loop >= n_loops:
         return f"{entry!r} is not in this call: with n_loops={n_loops} the iterations are loops.0 to loops.{n_loops - 1}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from models.state import checked_loops
 
 Hook = Callable[..., Any]
 Direction = Literal["fwd", "bwd"]
+PosSlice = Slice | SliceInput | slice
 RESIDUAL_STREAM = ["hook_embed", "**.hook_resid_*"]
 
 
@@ -40,6 +41,7 @@ class HookedLoops(HookedRootModule):
         self._loop_points: list[tuple[int, HookPoint]] = []
         self._edge_points: dict[str, HookPoint] = {}
         self._pattern_loops: dict[int, set[int]] = {}
+        self._names: dict[int, dict[str, None]] = {}
 
     # Which points exist
 
@@ -57,9 +59,15 @@ class HookedLoops(HookedRootModule):
 
     def hook_names(self, n_loops: int | None = None) -> list[str]:
         """Every hook name of a call with `n_loops` iterations, in order of execution."""
+        return list(self._known_names(n_loops))
+
+    def _known_names(self, n_loops: int | None) -> dict[str, None]:
+        """The names of a call in order, quick to look one up in."""
         n_loops = checked_loops(n_loops, self.cfg.n_loops)
-        self.grow(n_loops)
-        return self._names_of_call(n_loops)
+        if n_loops not in self._names:
+            self.grow(n_loops)
+            self._names[n_loops] = dict.fromkeys(self._names_of_call(n_loops))
+        return self._names[n_loops]
 
     def grow(self, n_loops: int) -> None:
         """Make the points of calls of up to `n_loops` iterations; they never go away."""
@@ -119,7 +127,7 @@ class HookedLoops(HookedRootModule):
             furthest = max((loop_of(entry + ".") or 0 for entry in entries), default=0) + 1
             n_loops = max(furthest, self.cfg.n_loops or 1, self._grown)
         n_loops = checked_loops(n_loops, self.cfg.n_loops)
-        return resolve(names, self.hook_names(n_loops), n_loops)
+        return resolve(names, self._known_names(n_loops), n_loops)
 
     def add_hook(
         self,
@@ -222,7 +230,7 @@ class HookedLoops(HookedRootModule):
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
-        pos_slice: Slice | SliceInput = None,
+        pos_slice: PosSlice = None,
         n_loops: int | None = None,
     ) -> tuple[dict[str, Tensor], list[tuple[NamesFilter, Hook]], list[tuple[NamesFilter, Hook]]]:
         """Hooks that fill a dictionary; they are not attached yet. See `run_with_cache` for the arguments."""
@@ -234,7 +242,7 @@ class HookedLoops(HookedRootModule):
             assert hook.name is not None, "every hook point is named when it is made"
             kept = value.detach()
             if pos_slice is not None:
-                kept = Slice.unwrap(pos_slice).apply(kept, dim=position_axis(hook.name))
+                kept = Slice.unwrap(cast(SliceInput, pos_slice)).apply(kept, dim=position_axis(hook.name))
             if remove_batch_dim:
                 kept = kept.squeeze(0)
             store[hook.name] = kept if device is None else kept.to(device)
@@ -269,7 +277,7 @@ class HookedLoops(HookedRootModule):
         incl_bwd: bool = False,
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-        pos_slice: Slice | SliceInput = None,
+        pos_slice: PosSlice = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor, LoopCache]:
         """Run the model and keep activations, each under the name of its own iteration.
@@ -281,7 +289,7 @@ class HookedLoops(HookedRootModule):
             remove_batch_dim: Drop the batch axis of a batch of one.
             reset_hooks_end, clear_contexts: As in `hooks`.
             pos_slice: Positions to keep (for scores and patterns: query positions), in any form of TransformerLens's Slice;
-                an int drops the axis.
+                an int keeps an axis of one.
 
         Returns:
             The logits and a `LoopCache`.
@@ -291,9 +299,9 @@ class HookedLoops(HookedRootModule):
             ValueError: `remove_batch_dim` with a batch of more than one, or `incl_bwd`.
         """
         n_loops = self._loops_of_call(model_args, model_kwargs)
-        batch = model_args[0].shape[0] if model_args and isinstance(model_args[0], Tensor) and model_args[0].ndim == 2 else 1
-        if remove_batch_dim and batch != 1:
-            raise ValueError(f"remove_batch_dim needs a batch of one, got {batch}")
+        tokens = model_kwargs.get("tokens", model_args[0] if model_args else None)
+        if remove_batch_dim and isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) != 1:
+            raise ValueError(f"remove_batch_dim needs a batch of one, got {len(tokens)}")
         store, fwd, _ = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, n_loops=n_loops)
         with self.hooks(fwd, [], reset_hooks_end, clear_contexts, n_loops):
             logits: Tensor = self(*model_args, **model_kwargs)

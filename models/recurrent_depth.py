@@ -61,7 +61,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], rows: Rows, taps: Taps) -> Float[Tensor, "batch pos d_model"]:
         qkv = linear(x, self.W_QKV, self.b_QKV)
-        q, k, v = qkv.view(*x.shape[:-1], 3, self.n_heads, self.d_head).unbind(-3)
+        split = qkv.view(*x.shape[:-1], 3, self.n_heads, self.d_head).movedim(-3, 0)
+        q, k, v = split.contiguous().unbind(0)  # one layout, so that a hook's copy goes through the same kernel
         q, k, v = tap(taps, "attn.hook_q", q), tap(taps, "attn.hook_k", k), tap(taps, "attn.hook_v", v)
         z = tap(taps, "attn.hook_z", rows.attend(q, k, v, taps))
         return linear(z.flatten(-2), self.W_O_flat, self.b_O)

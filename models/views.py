@@ -128,13 +128,13 @@ class _UnrolledBlock(nn.Module):
 class _FinalNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.norm = norm
+        self.__dict__["_norm"] = norm  # the source's own, not a part of this module
         self.hook_scale = LoopHookPoint()
         self.hook_normalized = LoopHookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         taps = live({"ln_final.hook_scale": self.hook_scale, "ln_final.hook_normalized": self.hook_normalized})
-        normalized: Tensor = self.norm(x, taps)
+        normalized: Tensor = self.__dict__["_norm"](x, taps)
         return normalized
 
 
@@ -156,7 +156,6 @@ class Unrolled(HookedRootModule):
         super().__init__()
         source = _folded(model) if fold_ln else model
         self.__dict__["_source"] = source
-        self.shared_blocks = source.blocks
         self._visits = source.schedule(n_loops)
         self.additive_residual = model.additive_residual
         self.blocks = nn.ModuleList(_UnrolledBlock(cast(Block, visit.block)) for visit in self._visits)
@@ -203,6 +202,9 @@ class Unrolled(HookedRootModule):
                 resid, parts = source.leave(visit, resid, parts, NO_TAPS)
         logits: Tensor = self.unembed(self.ln_final(resid))
         return logits
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise TypeError("an unrolled view has no weights of its own; convert or move the looped model and unroll it again")
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """As TransformerLens's, with an `ActivationCache` that refuses decompositions which would be wrong."""

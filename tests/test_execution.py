@@ -580,3 +580,16 @@ def test_missing_field_is_refused() -> None:
 def test_models_are_built_in_eval_mode() -> None:
     model = build(toy_config())
     assert not any(module.training for module in model.modules())
+
+
+def test_until_is_no_truth_value(plain: RecurrentDepth) -> None:
+    with pytest.raises(TypeError, match="until must be a visit's index"):
+        plain.advance(plain.begin(random_tokens()), True)
+
+
+def test_state_parts_are_what_an_analysis_may_read() -> None:
+    injecting = toy("none", True)
+    state = injecting.begin(random_tokens(), n_loops=2)
+    parts = injecting.state_parts(state)
+    assert set(parts) == {"resid", "input"}
+    assert torch.equal(parts["input"], injecting.W_E[random_tokens()])

@@ -538,3 +538,8 @@ def test_get_caching_hooks_are_attached_by_the_caller(plain: RecurrentDepth) -> 
     plain.run_with_hooks(random_tokens(), n_loops=2, fwd_hooks=forward)
     assert {value.shape[1] for value in store.values()} == {2}
     assert len(store) == 4
+
+
+def test_an_empty_list_of_names_is_refused(plain: RecurrentDepth) -> None:
+    with pytest.raises(KeyError, match="list is empty"):
+        plain.run_with_cache(random_tokens(), n_loops=2, names_filter=[])

@@ -12,7 +12,7 @@ from transformer_lens import patching
 from transformer_lens.tools import analysis
 
 from interp.gradients import gradients
-from interp.lens import logit_lens
+from interp.lens import logit_lens, readout_lens
 from interp.patching import activation_patch
 from models.base import LoopedModel
 from models.recurrent_depth import RecurrentDepth
@@ -294,8 +294,22 @@ def test_folding_changes_no_logit(model: RecurrentDepth) -> None:
     assert (view.cfg.normalization_type, unrolled(model, LOOPS).cfg.normalization_type) == ("LNPre", "LN")
     batch = padded()
     assert_close(view(batch.tokens, mask=batch.mask), model(batch.tokens, n_loops=LOOPS, mask=batch.mask))
-    assert (view.ln_final.norm.w == 1).all()
-    assert (view.ln_final.norm.b == 0).all()
+    normalized = view.ln_final(3 * torch.randn(2, 5, model.cfg.d_model, dtype=model.W_E.dtype) + 1)
+    torch.testing.assert_close(normalized.mean(-1), torch.zeros_like(normalized[..., 0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalized.var(-1, unbiased=False), torch.ones_like(normalized[..., 0]), atol=1e-2, rtol=0)
+
+
+def test_a_view_cannot_be_converted_apart_from_its_source(plain: RecurrentDepth) -> None:
+    with pytest.raises(TypeError, match="an unrolled view has no weights of its own"):
+        unrolled(plain, LOOPS).float()
+    assert plain.W_E.dtype == torch.float64
+    assert list(unrolled(plain, LOOPS).parameters()) == []
+
+
+def test_an_untied_copy_can_be_read_after_every_iteration(model: RecurrentDepth) -> None:
+    batch = padded()
+    theirs, ours = readout_lens(untied(model, LOOPS), batch, LOOPS), readout_lens(model, batch, LOOPS)
+    assert_close(theirs.heads_input, ours.heads_input)
 
 
 REFUSED: dict[str, Callable[[object], object]] = {
