@@ -14,11 +14,14 @@ import tyro
 from analyses.configs import (
     HaltingConfig,
     LensConfig,
+    MultiHopDataConfig,
     OutputConfig,
     OverthinkingConfig,
     PatchConfig,
     RecurrenceConfig,
     ReportConfig,
+    TrainConfig,
+    TwoHopDataConfig,
 )
 
 Flat = tyro.conf.arg(name="")
@@ -78,6 +81,24 @@ class Patch:
     output: Annotated[OutputConfig, Flat]
 
 
+MultiHopTask = Annotated[MultiHopDataConfig, tyro.conf.subcommand("multi-hop", prefix_name=False)]
+TwoHopTask = Annotated[TwoHopDataConfig, tyro.conf.subcommand("two-hop", prefix_name=False)]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Make the data of a task, as files in the released format."""
+
+    config: Annotated[MultiHopTask | TwoHopTask, Flat]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model by a named recipe."""
+
+    config: Annotated[TrainConfig, Flat]
+
+
 _MODULES = {
     Overthinking: "overthinking",
     Recurrence: "recurrence_grid",
@@ -93,6 +114,8 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "recurrence": Recurrence,
     "halting": Halting,
     "patch": Patch,
+    "data": Data,
+    "train": Train,
 }
 
 
@@ -112,8 +135,14 @@ def _run(command: Any) -> None:
     if isinstance(command, List):
         print(import_module("checkpoints.catalog").available().to_string(index=False))
         return
+    if isinstance(command, Data):
+        for line in import_module("analyses.data").make(command.config):
+            print(line)
+        return
     import_module("torch").set_num_threads(command.config.threads)
-    if isinstance(command, Report):
+    if isinstance(command, Train):
+        print(f"Finished {import_module('training.trainer').train(command.config.recipe, command.config.out, command.config.resume)}")
+    elif isinstance(command, Report):
         page = import_module("analyses.report").write_report(command.config, command.out)
         print(f"Open {page.resolve()}")
     else:

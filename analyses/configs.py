@@ -110,6 +110,66 @@ class ReportConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MultiHopDataConfig:
+    """Distinct random facts of many hops, split into train and test; the defaults are the paper's sizes (arXiv 2604.07822)."""
+
+    out: Path
+    """Folder for the files, which must be new or empty."""
+    graph: Literal["permutation", "random"] = "permutation"
+    """permutation: every relation is a permutation of the entities; random: tails are random, which invites a shortcut."""
+    n_entities: int = 200
+    """Entities of the graph."""
+    n_relations: int = 10
+    """Relations of the graph; every entity has all of them."""
+    max_hops: int = 40
+    """Facts have 1 to this many hops."""
+    train: int = 15_000
+    """Facts of each hop count to train on, from 2 hops; those of 1 hop are all trained on."""
+    test: int = 750
+    """Facts of each hop count to test on."""
+    seed: int = 42
+    """Seed of the graph and of the facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoHopDataConfig:
+    """Atomic facts and their compositions, with some atoms that no training composition uses; the defaults are the paper's sizes."""
+
+    out: Path
+    """Folder for the files, which must be new or empty."""
+    n_entities: int = 2000
+    """Entities of the graph."""
+    n_relations: int = 200
+    """Relations of the graph."""
+    out_degree: int = 20
+    """Relations that each entity has."""
+    ood_share: float = 0.05
+    """Share of atomic facts that no training fact of two hops uses."""
+    phi: float = 7.2
+    """Training facts of two hops for each atomic fact that they may use."""
+    iid_share: float = 0.005
+    """Probability with which a fact of two hops that could be trained on is kept for the test."""
+    test: int = 3000
+    """At most this many facts of each group in test.json."""
+    seed: int = 42
+    """Seed of the graph and of the split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a model by a named recipe, or go on with a run that was stopped."""
+
+    recipe: Annotated[str, tyro.conf.Positional]
+    """A recipe's name, such as mini/multi_hop/r_dyn."""
+    out: Path | None = None
+    """Folder of the run: its state, its log and the finished checkpoints; by default runs/RECIPE."""
+    resume: bool = False
+    """Go on from the state in the folder."""
+    threads: int = 1
+    """CPU threads; a run resumes bit for bit at the same number of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """What to write."""
 

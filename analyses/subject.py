@@ -16,7 +16,8 @@ from checkpoints.load import load, read_card
 from checkpoints.locate import locate
 from models.base import LoopedModel
 from models.tokens import Batch
-from tasks.questions import PermutationGraph, Question, by_hops, read_questions
+from tasks.graphs import PermutationGraph, TableGraph, read_graph
+from tasks.questions import Question, by_hops, read_questions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Subject:
     name: str
     model: LoopedModel
     questions: dict[int, list[Question]]
-    graph: PermutationGraph | None
+    graph: PermutationGraph | TableGraph | None
     card: dict[str, Any]
 
     @property
@@ -97,5 +98,5 @@ def open_subject(config: SourceConfig) -> Subject:
     groups = by_hops(read_questions(data))
     kept = {hops: group[: config.per_hop] for hops, group in groups.items()}
     model.encode([next(iter(kept.values()))[0].text])  # refuses here, before any work, when the readout or vocabulary is unknown
-    graph = PermutationGraph.read(files.graph) if files.graph else None
+    graph = read_graph(files.graph) if files.graph else None
     return Subject(Path(config.checkpoint).name, model, kept, graph, read_card(config.checkpoint))

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-SIBLINGS = ("models", "checkpoints", "tasks", "interp", "analyses")
+SIBLINGS = ("models", "checkpoints", "tasks", "training", "interp", "analyses")
 
 
 def check_siblings() -> None:

@@ -1,15 +1,18 @@
-"""Questions in the released file format, and the permutation graph that answers them."""
+"""Questions in the released file format."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_TOKEN = re.compile(r"<[^<>]*>")
+from tqdm.auto import tqdm
+
+_RELATION = re.compile(r"<r_[^<>]*>")
+_LAST_TOKEN = re.compile(r".*(<[^<>]*>)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -20,29 +23,37 @@ class Question:
         text: The input, tokens joined without spaces.
         answer: The token to predict.
         hops: Relations in the input, counted from its tokens (the files' own `type` labels are offset in places).
+        kind: The file's label, such as "test_inferred_ood"; empty where it has none. Two questions are the same whatever theirs.
     """
 
     text: str
     answer: str
     hops: int
+    kind: str = field(default="", compare=False)
 
     @classmethod
     def from_item(cls, item: dict[str, Any]) -> Question:
         """From `{"input_text": ..., "target_text": ...}`; the answer is the last token before `</a>`."""
         text, target = str(item["input_text"]), str(item["target_text"])
-        tokens = _TOKEN.findall(target.partition("</a>")[0])
-        return cls(text, tokens[-1], sum(token.startswith("<r_") for token in _TOKEN.findall(text)))
+        last = _LAST_TOKEN.match(target.partition("</a>")[0])
+        if last is None:
+            raise ValueError(f"a target must hold a token before </a>, got {target!r}")
+        return cls(text, last[1], len(_RELATION.findall(text)), str(item.get("type", "")))
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path, progress: bool = False) -> list[Question]:
     """All questions of a dataset file (test.json, train.json, ...).
+
+    Args:
+        progress: Show a progress bar.
 
     Raises:
         ValueError: Not a JSON list of items with input_text and target_text.
     """
     try:
-        return [Question.from_item(item) for item in json.loads(Path(path).read_text())]
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        items = json.loads(Path(path).read_text())
+        return [Question.from_item(item) for item in tqdm(items, desc=f"reading {Path(path).name}", unit="fact", disable=not progress)]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a JSON list of items with 'input_text' and 'target_text': {error!r}") from None
 
 
@@ -52,32 +63,3 @@ def by_hops(questions: Sequence[Question]) -> dict[int, list[Question]]:
     for question in questions:
         found.setdefault(question.hops, []).append(question)
     return dict(sorted(found.items()))
-
-
-@dataclass(frozen=True)
-class PermutationGraph:
-    """Every relation is a permutation of the entities: `permutations[r][e]` is the entity that r leads to from e."""
-
-    permutations: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def read(cls, path: str | Path) -> PermutationGraph:
-        """From graph.json, `{"permutations": [[...], ...]}`."""
-        try:
-            rows = json.loads(Path(path).read_text())["permutations"]
-            return cls(tuple(tuple(map(int, row)) for row in rows))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} must be JSON with 'permutations', a list of lists of entities: {error!r}") from None
-
-    def walk(self, text: str) -> list[str]:
-        """The entities that a question passes: its head, every intermediate one, and the answer."""
-        n_relations, n_entities = len(self.permutations), len(self.permutations[0])
-        if not re.fullmatch(r"<e_\d+>(<r_\d+>)*", text):
-            raise ValueError(f"a question is an entity and its relations, as in '<e_12><r_3><r_7>', got {text!r}")
-        head, *relations = map(int, re.findall(r"\d+", text))
-        if head >= n_entities or any(relation >= n_relations for relation in relations):
-            raise ValueError(f"this graph has {n_entities} entities and {n_relations} relations, so it does not know {text!r}")
-        entities = [head]
-        for relation in relations:
-            entities.append(self.permutations[relation][entities[-1]])
-        return [f"<e_{entity}>" for entity in entities]

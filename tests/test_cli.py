@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,29 @@ def test_report_ends_with_the_path_of_the_page(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
+    ("args", "facts"),
+    [
+        (["multi-hop", "--n-entities", "11", "--n-relations", "3", "--max-hops", "4", "--train", "47", "--test", "13"], 33 + 3 * 47),
+        (["multi-hop", "--graph", "random", "--n-entities", "7", "--max-hops", "3", "--train", "15", "--test", "5"], 70 + 2 * 15),
+        (["two-hop", "--n-entities", "31", "--n-relations", "13", "--out-degree", "9", "--phi", "3"], 279 + 3 * 265),
+    ],
+)
+def test_data_writes_a_folder_and_says_what(args: list[str], facts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "made"
+    main(["data", *args, "--out", str(folder)])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"wrote {folder / 'train.json'}: {facts:,} facts"
+    assert out[-1] == f"wrote {folder / 'vocab.json'} and {folder / 'graph.json'}"
+    assert len(json.loads((folder / "train.json").read_text())) == facts
+    assert all(str(path) in "\n".join(out) for path in folder.iterdir())
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(SystemExit):
+        main(["data", *args, "--out", str(folder)])
+    assert "data are written into a new or empty folder" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
     ("args", "sentence"),
     [
         (["report", "no/such/thing"], "neither a shipped checkpoint"),
@@ -42,6 +66,8 @@ def test_report_ends_with_the_path_of_the_page(tmp_path: Path, capsys: pytest.Ca
         (["lens", "--text", "<e_99>"], "'<e_99>' is not one of the 47 tokens"),
         (["patch", "--site", "residual"], "this model has no site 'residual'"),
         (["report", "--readout", "middle"], "readout must be 'last_real'"),
+        (["data", "multi-hop", "--n-entities", "7"], "15,750 distinct facts of 2 hops were asked for, but this graph has only 700"),
+        (["data", "two-hop", "--out-degree", "201"], "out_degree is at most 200, got 201"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(args: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "analyses": EVERYTHING,
     "loopscope": EVERYTHING,
 }
-COMMANDS = ("list", "report", "lens", "overthinking", "recurrence", "halting", "patch")
+COMMANDS = ("list", "report", "lens", "overthinking", "recurrence", "halting", "patch", "data")
 
 
 # The import graph, read from the sources

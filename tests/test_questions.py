@@ -1,4 +1,4 @@
-"""Questions in the released file format, and the graph that answers them; worked examples on three entities."""
+"""Questions in the released file format; worked examples."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 
 from checkpoints.locate import SHIPPED
-from tasks.graphs import PermutationGraph
 from tasks.questions import Question, by_hops, read_questions
 
 TRAINED = SHIPPED / "ltg_trained"
-GRAPH = PermutationGraph(((1, 2, 0), (2, 1, 0)))
 
 
 def item(text: str, answer: str, kind: str = "") -> dict[str, Any]:
@@ -40,12 +38,22 @@ def test_hops_are_counted_and_not_read_from_the_type(kind: str) -> None:
     assert Question.from_item(item("<e_1><r_2><r_3>", "<e_4>", kind)).hops == 2
 
 
+def test_the_type_is_kept_and_does_not_count() -> None:
+    question = Question.from_item(item("<e_1><r_2>", "<e_4>", "ood_atomic"))
+    assert question.kind == "ood_atomic"
+    assert question == Question("<e_1><r_2>", "<e_4>", 1)
+
+
 def test_the_type_may_be_absent() -> None:
     assert Question.from_item({"input_text": "<e_1><r_2>", "target_text": "<e_1><r_2><e_3></a>"}) == Question("<e_1><r_2>", "<e_3>", 1)
 
 
 def test_a_target_without_end_mark_gives_its_last_token() -> None:
     assert Question.from_item({"input_text": "<e_1><r_2>", "target_text": "<e_1><r_2><e_3>"}).answer == "<e_3>"
+
+
+def test_text_after_the_last_token_of_a_target_is_no_answer() -> None:
+    assert Question.from_item({"input_text": "<e_1><r_2>", "target_text": "<e_1><r_2><e_3>< a b"}).answer == "<e_3>"
 
 
 def test_a_question_is_frozen() -> None:
@@ -111,29 +119,6 @@ def test_by_hops_of_nothing_is_empty() -> None:
     assert by_hops([]) == {}
 
 
-# The graph
-
-
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [
-        ("<e_0>", [0]),
-        ("<e_0><r_0>", [0, 1]),
-        ("<e_2><r_1>", [2, 0]),
-        ("<e_0><r_0><r_1>", [0, 1, 1]),
-        ("<e_0><r_1><r_0>", [0, 2, 0]),
-        ("<e_1><r_0><r_0><r_0>", [1, 2, 0, 1]),
-    ],
-)
-def test_a_walk_passes_these_entities(text: str, path: list[int]) -> None:
-    assert GRAPH.walk(text) == [f"<e_{entity}>" for entity in path]
-
-
-def test_a_graph_is_read_from_its_file(tmp_path: Path) -> None:
-    (tmp_path / "graph.json").write_text(json.dumps({"permutations": [[1, 2, 0], [2, 1, 0]], "seed": 3}))
-    assert PermutationGraph.read(tmp_path / "graph.json") == GRAPH
-
-
 # The shipped questions
 
 
@@ -142,44 +127,8 @@ def trained() -> list[Question]:
     return read_questions(TRAINED / "test.json")
 
 
-def test_the_shipped_graph_answers_every_shipped_question(trained: list[Question]) -> None:
-    graph = PermutationGraph.read(TRAINED / "graph.json")
-    wrong = [question for question in trained if graph.walk(question.text)[-1] != question.answer]
-    assert len(trained) == 700
-    assert wrong == []
-
-
-def test_a_walk_has_one_entity_more_than_hops(trained: list[Question]) -> None:
-    graph = PermutationGraph.read(TRAINED / "graph.json")
-    assert all(len(graph.walk(question.text)) == question.hops + 1 for question in trained)
-
-
-def test_every_shipped_relation_is_a_permutation() -> None:
-    graph = PermutationGraph.read(TRAINED / "graph.json")
-    assert len(graph.permutations) == 10
-    assert all(sorted(row) == list(range(30)) for row in graph.permutations)
-
-
 def test_the_shipped_questions_have_as_many_tokens_as_hops_and_a_head(trained: list[Question]) -> None:
     assert all(question.text.count("<") == question.hops + 1 for question in trained)
     counts = Counter(question.hops for question in trained)
     assert {hops: len(group) for hops, group in by_hops(trained).items()} == counts
     assert set(counts) >= set(range(1, 15))
-
-
-@pytest.mark.parametrize("text", ["", "<r_1>", "<e_1><e_2>", "e_1"])
-def test_walk_needs_an_entity_and_its_relations(text: str) -> None:
-    with pytest.raises(ValueError, match="a question is an entity and its relations"):
-        PermutationGraph(((1, 0), (0, 1))).walk(text)
-
-
-@pytest.mark.parametrize("text", ["<e_2>", "<e_0><r_2>"])
-def test_walk_refuses_what_the_graph_does_not_know(text: str) -> None:
-    with pytest.raises(ValueError, match="2 entities and 2 relations, so it does not know"):
-        PermutationGraph(((1, 0), (0, 1))).walk(text)
-
-
-def test_a_graph_file_without_permutations_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "graph.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"graph\.json must be JSON with 'permutations'"):
-        PermutationGraph.read(tmp_path / "graph.json")

@@ -1,0 +1,1 @@
+"""Recipes that make checkpoints: recurrence sampling, curriculum, resume."""

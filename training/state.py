@@ -1,0 +1,85 @@
+"""The full state of a run on disk: written atomically, so that a kill at any moment loses at most the updates since then."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.files import atomic_path
+from training.recipes import Recipe
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        stage: Index of the stage.
+        stage_update: Updates done in it.
+        update: Updates done in all.
+        seconds: Time spent.
+    """
+
+    stage: int = 0
+    stage_update: int = 0
+    update: int = 0
+    seconds: float = 0.0
+
+
+def save_state(path: Path, recipe: Recipe, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write everything that the next update depends on."""
+    content = {
+        "recipe": recipe_text(recipe),
+        "progress": asdict(progress),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_state(path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a saved state into a model and its optimiser.
+
+    Raises:
+        ValueError: The state is of another recipe.
+    """
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    if content["recipe"] != recipe_text(recipe):
+        raise ValueError(f"{path} was written by a run of another recipe; choose another folder, or the recipe that it was started with")
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["torch_rng"])
+    return Progress(**content["progress"])
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as JSON, to compare and to show."""
+    return json.dumps(asdict(recipe), sort_keys=True)
+
+
+class Log:
+    """Lines of JSON, one per evaluation; what a resumed run had written after its last saved state is cut off.
+
+    Args:
+        path: The file.
+        update: Updates of the state that the run resumes from.
+    """
+
+    def __init__(self, path: Path, update: int) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["update"] <= update]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
