@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from release_files import toy_model
 
 import checkpoints.locate
 from checkpoints.catalog import available
 from checkpoints.load import load, save
+from release_files import toy_model
 
 COLUMNS = ["name", "family", "size", "where", "at", "epoch", "sha256"]
 KNOWN_EPOCHS = {"r2": "2765", "r6": "1015", "r7": "1050", "r8": "1259", "r_dyn": "5388"}

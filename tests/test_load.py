@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from release_files import D_MLP, D_MODEL, D_VOCAB, FACTS, GOLDEN, N_LAYERS, N_POSITIONS, WORDS, release_tensors, write_release
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
@@ -18,6 +17,7 @@ from checkpoints.load import load
 from checkpoints.locate import SHIPPED
 from models.recurrent_depth import RecurrentDepth
 from models.tokens import Readout
+from release_files import D_MLP, D_MODEL, D_VOCAB, FACTS, GOLDEN, N_LAYERS, N_POSITIONS, WORDS, release_tensors, write_release
 from tasks.questions import by_hops, read_questions
 
 CASES = ("ltg_nope", "ltg_nope_compiled_injection", "ltg_sinusoidal", "ltg_systematicity", "ltg_trained")

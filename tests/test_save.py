@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from release_files import FACTS, WORDS, files_under, release_tensors, toy_model, write_release
 
 import checkpoints.load
 from checkpoints.errors import CheckpointError
 from checkpoints.load import load, read_card, save
 from models.base import LoopedModel
+from release_files import FACTS, WORDS, files_under, release_tensors, toy_model, write_release
 from tasks.graphs import PermutationGraph
 
 LOOPS = 4
