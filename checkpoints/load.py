@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from models.base import LoopedModel
 from models.config import LoopedConfig
 from models.registry import config_from_dict
 from models.tokens import Readout, Vocabulary
+from tasks.questions import Question
 
 
 def load(
@@ -59,13 +60,20 @@ def load(
     return model
 
 
-def save(model: LoopedModel, folder: str | Path, card: Mapping[str, Any] | None = None, graph: Mapping[str, Any] | None = None) -> None:
-    """Write a model as model.safetensors, config.json, card.json and vocab.json (and graph.json), whole or not at all.
+def save(
+    model: LoopedModel,
+    folder: str | Path,
+    card: Mapping[str, Any] | None = None,
+    graph: Mapping[str, Any] | None = None,
+    questions: Sequence[Question] = (),
+) -> None:
+    """Write a model as model.safetensors, config.json, card.json and vocab.json (graph.json, test.json), whole or not at all.
 
     Args:
         folder: Must not exist yet, or be empty.
         card: What is known of the checkpoint: recipe, seed, accuracy, ...; where answers are read is added.
         graph: The knowledge graph that it was trained on.
+        questions: What the analyses should ask it.
 
     Raises:
         CheckpointError: The folder holds something already.
@@ -87,6 +95,8 @@ def save(model: LoopedModel, folder: str | Path, card: Mapping[str, Any] | None 
             _write_json(draft / "vocab.json", list(model.vocab.words))
         if graph is not None:
             _write_json(draft / "graph.json", graph)
+        if questions:
+            _write_json(draft / "test.json", [question.to_item() for question in questions])
         draft.replace(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

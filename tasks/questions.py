@@ -40,6 +40,10 @@ class Question:
             raise ValueError(f"a target must hold a token before </a>, got {target!r}")
         return cls(text, last[1], len(_RELATION.findall(text)), str(item.get("type", "")))
 
+    def to_item(self) -> dict[str, str]:
+        """The file format's item; the inverse of `from_item`."""
+        return {"input_text": self.text, "target_text": f"{self.text}{self.answer}</a>", "type": self.kind}
+
 
 def read_questions(path: str | Path, progress: bool = False) -> list[Question]:
     """All questions of a dataset file (test.json, train.json, ...).

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from checkpoints.load import load, read_card
 from models.recurrent_depth import RecurrentDepth
 from tasks.facts import is_held_out
+from tasks.graphs import read_graph
+from tasks.questions import by_hops, read_questions
 from training.recipes import RECIPES, Loops, Recipe, Stage, curriculum
 from training.setup import Questions, fresh_model
 from training.trainer import Trainer, train
@@ -138,6 +140,10 @@ def test_a_run_improves_exports_and_logs(tmp_path: Path) -> None:
     assert set(card["accuracy"]) == {str(k) for k in range(1, 10)}
     assert all(len(row) == 24 for row in card["accuracy"].values())
     assert read_card(tmp_path / "run" / "stage_2")["trained_hops"] == 2
+    asked = by_hops(read_questions(tmp_path / "run" / "final" / "test.json"))
+    graph = read_graph(tmp_path / "run" / "final" / "graph.json")
+    assert {hops: len(group) for hops, group in asked.items()} == dict.fromkeys(range(1, 10), 50)
+    assert all(graph.walk(question.text)[-1] == question.answer for group in asked.values() for question in group)
 
 
 def test_a_gate_ends_its_stage_early(tmp_path: Path) -> None:

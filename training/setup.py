@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from models.recurrent_depth import Block, RecurrentDepth, RecurrentDepthConfig
 from models.registry import build
 from models.tokens import Readout, Vocabulary
-from tasks.facts import vocabulary
+from tasks.facts import FactBatch, vocabulary
 from tasks.graphs import PermutationGraph
 from tasks.multi_hop import sample_facts
+from tasks.questions import Question
+from tasks.text import to_questions
 from training.recipes import Recipe, Stage
 
 
@@ -57,9 +59,16 @@ class Questions:
 
     def held_out(self, hops: int, count: int) -> TrainingBatch:
         """Held-out questions of one hop count, the same at every call; one-hop facts are never held out."""
-        rng = np.random.default_rng((self.recipe.seed, 1 << 40, hops))
-        facts = sample_facts(self.graph, hops, count, rng, held_out=hops > 1)
+        facts = self._held_out_facts(hops, count)
         return TrainingBatch(torch.from_numpy(facts.tokens), torch.from_numpy(facts.answers), self.recipe.eval_loops)
+
+    def as_text(self, hops: int, count: int) -> list[Question]:
+        """The questions of `held_out`, for test.json."""
+        return to_questions(self._held_out_facts(hops, count), self.graph, f"{hops}hop_test" if hops > 1 else "atomic_facts")
+
+    def _held_out_facts(self, hops: int, count: int) -> FactBatch:
+        rng = np.random.default_rng((self.recipe.seed, 1 << 40, hops))
+        return sample_facts(self.graph, hops, count, rng, held_out=hops > 1)
 
 
 def fresh_model(recipe: Recipe) -> RecurrentDepth:

@@ -22,7 +22,7 @@ from training.recipes import RECIPES, Recipe, Stage
 from training.setup import Questions, TrainingBatch, fresh_model
 from training.state import Log, Progress, load_state, save_state
 
-_TABLE_LOOPS, _TABLE_BEYOND, _TABLE_QUESTIONS = 24, 6, 200
+_TABLE_LOOPS, _TABLE_BEYOND, _TABLE_QUESTIONS, _SHOWN_QUESTIONS = 24, 6, 200, 50
 
 
 def train(name: str, folder: Path | None, resume: bool) -> Path:
@@ -156,21 +156,27 @@ class Trainer:
         if folder.exists():
             return
         self.model.eval()
-        save(self.model, folder, self._card(), self.questions.graph.as_dict())
+        questions = [question for hops in self._table_hops() for question in self.questions.as_text(hops, _SHOWN_QUESTIONS)]
+        save(self.model, folder, self._card(), self.questions.graph.as_dict(), questions)
         self.model.train()
+
+    def _trained_hops(self) -> int:
+        return max(max(stage.hops) for stage in self.recipe.stages[: self.progress.stage + 1])
+
+    def _table_hops(self) -> range:
+        return range(1, self._trained_hops() + _TABLE_BEYOND + 1)
 
     def _card(self) -> dict[str, Any]:
         recipe = self.recipe
-        hops = range(1, max(max(stage.hops) for stage in recipe.stages[: self.progress.stage + 1]) + _TABLE_BEYOND + 1)
         return {
             "task": f"multi-hop questions on a permutation graph of {recipe.n_entities} entities and {recipe.n_relations} relations",
             "recipe": asdict(recipe),
             "training_loops": str(recipe.loops),
-            "trained_hops": max(max(stage.hops) for stage in recipe.stages[: self.progress.stage + 1]),
+            "trained_hops": self._trained_hops(),
             "updates": self.progress.update,
             "seconds": round(self.progress.seconds),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "accuracy": {str(k): _accuracy_by_loops(self.model, self.questions.held_out(k, _TABLE_QUESTIONS)) for k in hops},
+            "accuracy": {str(k): _accuracy_by_loops(self.model, self.questions.held_out(k, _TABLE_QUESTIONS)) for k in self._table_hops()},
         }
 
 
