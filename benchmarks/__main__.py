@@ -11,8 +11,8 @@ from benchmarks import overhead, sweep
 
 def main() -> None:
     """Print the machine, then each benchmark's line."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    torch.set_num_threads(1)  # steady on shared machines, and the same for both sides
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}")
     for benchmark in (overhead, sweep):
         print(benchmark.run(), flush=True)
 

@@ -19,6 +19,7 @@ from checkpoints.locate import CheckpointFiles, locate
 from checkpoints.release import ReleaseFacts, infer_config, key_names, read_state_dict
 from models.base import LoopedModel
 from models.config import LoopedConfig
+from models.files import usual_mode
 from models.registry import config_from_dict
 from models.tokens import Readout, Vocabulary
 from tasks.questions import Question
@@ -85,9 +86,10 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        draft.chmod(0o755)
+        usual_mode(draft)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, draft / "model.safetensors")
+        usual_mode(draft / "model.safetensors")
         _write_json(draft / "config.json", model.cfg.to_dict())
         readout = {"readout": str(model.read_at)} if model.read_at else {}
         _write_json(draft / "card.json", {**(card or {}), **readout})

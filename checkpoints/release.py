@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from models.recurrent_depth import Positions, RecurrentDepthConfig
+from models.files import atomic_path
+from models.recurrent_depth import Positions, RecurrentDepth, RecurrentDepthConfig
 
 PAPER_D_MODEL, PAPER_HEADS = 768, 12
 _WHAT_IT_IS = "a released checkpoint is a torch file with a 'model_state_dict'"
@@ -93,6 +94,27 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if head is not None and embedding is not None and not torch.equal(head.nan_to_num(), embedding.nan_to_num()):
         raise CheckpointError(f"{path}: lm_head.weight differs from token_embedding.weight, but this family's head is tied")
     return {key: value for key, value in tensors.items() if not _MASK_BUFFER.fullmatch(key)}
+
+
+def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = None) -> None:
+    """Write a model in the released layout, as checkpoint_epoch_<N>.pt (epoch N - 1) or checkpoint_final.pt; whole or not at all.
+
+    Args:
+        epoch: As the releases count it, from 0; None leaves it out, as checkpoint_final.pt does.
+
+    Raises:
+        TypeError: A family that has no such layout.
+    """
+    if not isinstance(model, RecurrentDepth):
+        raise TypeError(f"the released layout is that of recurrent-depth models, got {type(model).__name__}")
+    ours = model.state_dict()
+    table = "pe" if model.cfg.positions == "sinusoidal" else "position_embedding.weight"
+    names = {key: name for key, name in key_names(model.cfg.n_layers).items() if name in ours and (name != "W_pos" or key == table)}
+    tensors = {key: ours[name].detach().cpu() for key, name in names.items()}
+    tensors["lm_head.weight"] = tensors["token_embedding.weight"]
+    content = {"model_state_dict": tensors, "optimizer_state_dict": {}, "loss": None}
+    with atomic_path(path) as temporary:
+        torch.save(content if epoch is None else {"epoch": epoch, **content}, temporary)
 
 
 def infer_config(tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts) -> RecurrentDepthConfig:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from checkpoints.catalog import available as available
     from checkpoints.load import load as load
     from checkpoints.load import save as save
+    from checkpoints.release import save_release as save_release
     from interp.gradients import gradients as gradients
     from interp.halting import HaltingRule as HaltingRule
     from interp.halting import halting as halting
@@ -34,6 +35,7 @@ _HOME = {
     "available": "checkpoints.catalog",
     "load": "checkpoints.load",
     "save": "checkpoints.load",
+    "save_release": "checkpoints.release",
     "gradients": "interp.gradients",
     "HaltingRule": "interp.halting",
     "halting": "interp.halting",

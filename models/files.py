@@ -18,9 +18,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
+        usual_mode(Path(name))
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file or folder made as a private temporary one the permissions that it would have had otherwise."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

@@ -34,3 +34,9 @@ def test_the_numbers_of_the_table() -> None:
     stops = halting_curves.run(HaltingConfig())
     (both, alone), (many, few) = stops.accuracy.mean(1)[:2].tolist(), stops.loops_used.mean(1)[:2].tolist()
     assert f"KL and entropy: accuracy {both:.2f} in {many:.1f} iterations; KL alone: {alone:.2f} in {few:.1f}" in README
+
+
+def test_the_numbers_of_the_wider_model() -> None:
+    best = recurrence_grid.run(RecurrenceConfig(checkpoint="mini/multi_hop/r_dyn")).accuracy.max(1).values
+    assert f"at least {float(best[:10].min()):.2f} on 1 to 10 trained hops" in README
+    assert ", ".join(f"{accuracy:.2f}" for accuracy in best[10:].tolist()) + " on 11 to 16" in README

@@ -12,6 +12,7 @@ import torch
 import checkpoints.load
 from checkpoints.errors import CheckpointError
 from checkpoints.load import load, read_card, save
+from checkpoints.release import save_release
 from models.base import LoopedModel
 from release_files import FACTS, WORDS, files_under, release_tensors, toy_model, write_release
 from tasks.graphs import PermutationGraph
@@ -257,3 +258,24 @@ def test_the_source_file_may_be_deleted_while_its_model_is_in_use(tmp_path: Path
     expected = load(path, **FACTS)(tokens, n_loops=2)
     path.unlink()
     assert torch.equal(model(tokens, n_loops=2), expected)
+
+
+@pytest.mark.parametrize("positions", ["none", "learned", "sinusoidal"])
+@pytest.mark.parametrize("epoch", [None, 41])
+def test_the_released_layout_comes_back_the_same(tmp_path: Path, positions: str, epoch: int | None) -> None:
+    model = toy_model(positions)
+    save_release(model, tmp_path / "a.pt", epoch)
+    again = load(tmp_path / "a.pt", **FACTS, n_loops=model.cfg.n_loops)
+    assert again.cfg == model.cfg
+    assert {name: tensor.tolist() for name, tensor in again.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in model.state_dict().items()
+    }
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert content.get("epoch") == epoch
+    assert content["model_state_dict"]["lm_head.weight"].data_ptr() == content["model_state_dict"]["token_embedding.weight"].data_ptr()
+
+
+def test_what_is_saved_has_the_usual_permissions(tmp_path: Path) -> None:
+    save(toy_model(), tmp_path / "saved")
+    (tmp_path / "plain").write_text("")
+    assert {path.stat().st_mode for path in (tmp_path / "saved").iterdir()} == {(tmp_path / "plain").stat().st_mode}

@@ -139,7 +139,7 @@ def test_a_run_improves_exports_and_logs(tmp_path: Path) -> None:
     assert card["updates"] == trainer.progress.update
     assert set(card["accuracy"]) == {str(k) for k in range(1, 10)}
     assert all(len(row) == 24 for row in card["accuracy"].values())
-    assert read_card(tmp_path / "run" / "stage_2")["trained_hops"] == 2
+    assert read_card(tmp_path / "run" / "stage_2_hops")["trained_hops"] == 2
     asked = by_hops(read_questions(tmp_path / "run" / "final" / "test.json"))
     graph = read_graph(tmp_path / "run" / "final" / "graph.json")
     assert {hops: len(group) for hops, group in asked.items()} == dict.fromkeys(range(1, 10), 50)

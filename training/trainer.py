@@ -51,7 +51,7 @@ class Trainer:
 
     Args:
         recipe: What to run.
-        folder: Holds state.pt (to resume), log.jsonl, and the finished checkpoints in stage_<k> and final.
+        folder: Holds state.pt (to resume), log.jsonl, and a checkpoint for each stage (stage_<k>_hops) and final.
         resume: Go on from state.pt.
 
     Raises:
@@ -101,8 +101,8 @@ class Trainer:
                     self.save()
                     if passed:
                         break
-        if max(stage.hops) == 2:
-            self.export(self.folder / "stage_2")
+        if self.progress.stage + 1 < len(self.recipe.stages):
+            self.export(self.folder / f"stage_{max(stage.hops)}_hops")
 
     def step(self, stage: Stage) -> float:
         """One update.
