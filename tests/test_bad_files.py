@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 FC = "blocks.1.mlp.c_fc.weight"
 
 
-def refuse(source: Path | str, match: str, *, error: type[Exception] = CheckpointError, within: Path, **arguments: Any) -> str:
+def check_refused(source: Path | str, match: str, *, error: type[Exception] = CheckpointError, within: Path, **arguments: Any) -> str:
     """Check that loading is refused in one sentence and leaves the folder as it was; returns the sentence."""
     before = files_under(within)
     with pytest.raises(error, match=match) as caught:
@@ -50,7 +50,7 @@ def own(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("source", ["nothing_here", "no/such/checkpoint_epoch_1.pt", "ltg_trainde"])
 def test_what_is_not_there_is_named_with_the_known_checkpoints(tmp_path: Path, source: str) -> None:
     match = rf"'{source}' is neither a shipped checkpoint \(.*ltg_trained.*\) nor a file or folder; .*available\(\)"
-    refuse(source, match, error=FileNotFoundError, within=tmp_path)
+    check_refused(source, match, error=FileNotFoundError, within=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -61,31 +61,31 @@ def test_what_is_not_there_is_named_with_the_known_checkpoints(tmp_path: Path, s
 def test_a_file_that_is_no_torch_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint_epoch_1.pt"
     path.write_bytes(content)
-    refuse(path, r"checkpoint_epoch_1\.pt is not a checkpoint: .*torch file with a 'model_state_dict'", within=tmp_path, **FACTS)
+    check_refused(path, r"checkpoint_epoch_1\.pt is not a checkpoint: .*torch file with a 'model_state_dict'", within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(300), b"PK", b"\x80\x02", b"\x80\x02" + bytes(range(200))])
 def test_a_file_that_only_begins_like_a_torch_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(content)
-    refuse(path, r"a\.pt (is damaged or cut short|holds code)", within=tmp_path, **FACTS)
+    check_refused(path, r"a\.pt (is damaged or cut short|holds code)", within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model.bin", "model.safetensors"])
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"something")
     match = rf"{re.escape(name)} is not a checkpoint: expected a \.pt file, or a \.safetensors file with config\.json beside it"
-    refuse(tmp_path / name, match, within=tmp_path)
+    check_refused(tmp_path / name, match, within=tmp_path)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     match = r"holds no checkpoint: expected model\.safetensors with config\.json, or a \.pt file"
-    refuse(tmp_path, match, within=tmp_path)
+    check_refused(tmp_path, match, within=tmp_path)
 
 
 def test_weights_without_config_are_refused(own: Path, tmp_path: Path) -> None:
     (own / "config.json").unlink()
-    refuse(own, r"expected .*a \.safetensors file with config\.json beside it", within=tmp_path)
+    check_refused(own, r"expected .*a \.safetensors file with config\.json beside it", within=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_weights_without_config_are_refused(own: Path, tmp_path: Path) -> None:
 )
 def test_a_torch_file_without_a_model_is_refused(tmp_path: Path, content: object, found: str) -> None:
     torch.save(content, tmp_path / "a.pt")
-    refuse(tmp_path / "a.pt", rf"a\.pt holds no model: .*but this file holds {found}", within=tmp_path, **FACTS)
+    check_refused(tmp_path / "a.pt", rf"a\.pt holds no model: .*but this file holds {found}", within=tmp_path, **FACTS)
 
 
 # Cut short
@@ -113,14 +113,14 @@ def test_a_release_that_is_cut_short_is_refused(tmp_path: Path, share: float, le
     path = write_release(tmp_path / "a.pt", legacy=legacy)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share) - 1])
-    refuse(path, r"a\.pt is damaged or cut short: .* reading it failed with \w+", within=tmp_path, **FACTS)
+    check_refused(path, r"a\.pt is damaged or cut short: .* reading it failed with \w+", within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
 def test_our_own_weights_cut_short_are_refused(own: Path, tmp_path: Path, share: float) -> None:
     whole = (own / "model.safetensors").read_bytes()
     (own / "model.safetensors").write_bytes(whole[: int(len(whole) * share)])
-    refuse(own, r"model\.safetensors is damaged or cut short", within=tmp_path)
+    check_refused(own, r"model\.safetensors is damaged or cut short", within=tmp_path)
 
 
 # Code in the file
@@ -130,13 +130,13 @@ def test_our_own_weights_cut_short_are_refused(own: Path, tmp_path: Path, share:
 def test_code_in_a_torch_file_is_refused_and_does_not_run(tmp_path: Path, kind: str) -> None:
     marker = tmp_path / "the_code_ran"
     path = write_bomb(tmp_path / "a.pt", marker, kind)
-    refuse(path, r"a\.pt holds code \((posix|nt)\.mkdir\), not only tensors; it is refused", within=tmp_path, **FACTS)
+    check_refused(path, r"a\.pt holds code \((posix|nt)\.mkdir\), not only tensors; it is refused", within=tmp_path, **FACTS)
     assert not marker.exists()
 
 
 def test_code_in_a_newer_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     path = write_bomb(tmp_path / "a.pt", tmp_path / "the_code_ran", "pickle4")
-    refuse(path, r"a\.pt is not a checkpoint", within=tmp_path, **FACTS)
+    check_refused(path, r"a\.pt is not a checkpoint", within=tmp_path, **FACTS)
     assert not (tmp_path / "the_code_ran").exists()
 
 
@@ -148,7 +148,7 @@ def test_the_code_would_have_run_in_an_unsafe_load(tmp_path: Path) -> None:
 
 def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 3), tmp_path / "a.pt")
-    refuse(tmp_path / "a.pt", r"a\.pt holds code \(torch\.nn\.modules\.linear\.Linear\)", within=tmp_path, **FACTS)
+    check_refused(tmp_path / "a.pt", r"a\.pt holds code \(torch\.nn\.modules\.linear\.Linear\)", within=tmp_path, **FACTS)
 
 
 # Keys, shapes and values
@@ -158,18 +158,18 @@ def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     path = write_release(tmp_path / "a.pt", changed(**{key: None}))
     match = rf"a\.pt lacks 1 key\(s\) of a recurrent_depth model with 2 layers, first '{re.escape(key)}'"
-    refuse(path, match, within=tmp_path, **FACTS)
+    check_refused(path, match, within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize("key", ["token_embedding.weight", "blocks.0.mlp.c_fc.weight"])
 def test_a_missing_key_that_the_sizes_are_told_from_is_named(tmp_path: Path, key: str) -> None:
     path = write_release(tmp_path / "a.pt", changed(**{key: None}))
-    refuse(path, rf"a\.pt lacks the matrix '{re.escape(key)}', so the model's sizes cannot be told", within=tmp_path, **FACTS)
+    check_refused(path, rf"a\.pt lacks the matrix '{re.escape(key)}', so the model's sizes cannot be told", within=tmp_path, **FACTS)
 
 
 def test_a_whole_missing_block_is_noticed(tmp_path: Path) -> None:
     tensors = {key.replace("blocks.1.", "blocks.2."): value for key, value in release_tensors().items()}
-    refuse(
+    check_refused(
         write_release(tmp_path / "a.pt", tensors), r"lacks 12 key\(s\) .*with 3 layers, first 'blocks\.1\.ln_1", within=tmp_path, **FACTS
     )
 
@@ -178,12 +178,12 @@ def test_a_whole_missing_block_is_noticed(tmp_path: Path) -> None:
 def test_an_unexpected_key_is_named(tmp_path: Path, key: str) -> None:
     path = write_release(tmp_path / "a.pt", changed(**{key: torch.zeros(3)}))
     match = rf"a\.pt has 1 unexpected key\(s\), first '{re.escape(key)}'; a recurrent_depth model has none of that name"
-    refuse(path, match, within=tmp_path, **FACTS)
+    check_refused(path, match, within=tmp_path, **FACTS)
 
 
 def test_two_position_tables_are_refused(tmp_path: Path) -> None:
     tables = {"pe": torch.zeros(7, 15), "position_embedding.weight": torch.zeros(7, 15)}
-    refuse(write_release(tmp_path / "a.pt", changed(**tables)), "unexpected key|pe.*position_embedding", within=tmp_path, **FACTS)
+    check_refused(write_release(tmp_path / "a.pt", changed(**tables)), "unexpected key|pe.*position_embedding", within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +201,14 @@ def test_two_position_tables_are_refused(tmp_path: Path) -> None:
 def test_a_wrong_shape_is_named_with_the_right_one(tmp_path: Path, key: str, found: tuple[int, ...], expected: str) -> None:
     path = write_release(tmp_path / "a.pt", changed(**{key: torch.zeros(found)}))
     match = re.escape(f"{key!r} must have the shape {expected}, got {list(found)}")
-    refuse(path, match, within=tmp_path, **FACTS)
+    check_refused(path, match, within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize("key", ["pe", "position_embedding.weight"])
 @pytest.mark.parametrize("found", [(), (7,), (7, 15, 1)])
 def test_a_position_table_that_is_no_matrix_is_named(tmp_path: Path, key: str, found: tuple[int, ...]) -> None:
     path = write_release(tmp_path / "a.pt", changed(**{key: torch.zeros(found)}))
-    refuse(path, rf"'{re.escape(key)}' must have the shape \[.*15\], got {re.escape(str(list(found)))}", within=tmp_path, **FACTS)
+    check_refused(path, rf"'{re.escape(key)}' must have the shape \[.*15\], got {re.escape(str(list(found)))}", within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -217,26 +217,26 @@ def test_weights_that_are_not_finite_are_counted(tmp_path: Path, key: str, value
     tensors = release_tensors()
     tensors[key].view(-1)[[0, 4]] = value
     match = re.escape(f"{key!r} holds 2 value(s) that are NaN or infinite")
-    refuse(write_release(tmp_path / "a.pt", tensors), match, within=tmp_path, **FACTS)
+    check_refused(write_release(tmp_path / "a.pt", tensors), match, within=tmp_path, **FACTS)
 
 
 def test_the_last_value_of_a_large_matrix_is_looked_at_too(tmp_path: Path) -> None:
     tensors = release_tensors(d_mlp=80_000, n_layers=1)
     tensors["blocks.0.mlp.c_fc.weight"][-1, -1] = float("nan")
     path = write_release(tmp_path / "a.pt", tensors, optimizer_state_dict={})
-    refuse(path, r"'blocks\.0\.mlp\.c_fc\.weight' holds 1 value\(s\) that are NaN or infinite", within=tmp_path, **FACTS)
+    check_refused(path, r"'blocks\.0\.mlp\.c_fc\.weight' holds 1 value\(s\) that are NaN or infinite", within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
 def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     path = write_release(tmp_path / "a.pt", changed(**{FC: torch.ones(15, 60, dtype=dtype)}))
-    refuse(path, re.escape(f"{FC!r} must hold floating-point numbers, got {dtype}"), within=tmp_path, **FACTS)
+    check_refused(path, re.escape(f"{FC!r} must hold floating-point numbers, got {dtype}"), within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize("n_heads", [2, 4, 7, 16])
 def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path, n_heads: int) -> None:
     match = rf"n_heads must divide d_model: {n_heads} heads do not divide d_model=15; pass one of \[1, 3, 5, 15\]"
-    refuse(write_release(tmp_path / "a.pt"), match, error=ValueError, within=tmp_path, n_heads=n_heads, input_injection=False)
+    check_refused(write_release(tmp_path / "a.pt"), match, error=ValueError, within=tmp_path, n_heads=n_heads, input_injection=False)
 
 
 # Files beside the weights
@@ -246,7 +246,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(tmp_path: Path, n_heads:
 def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path, words: list[str], found: int) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps(words))
     match = rf"vocab\.json has {found} tokens with <pad>, but the model has d_vocab={D_VOCAB}"
-    refuse(write_release(tmp_path / "a.pt"), match, within=tmp_path, **FACTS)
+    check_refused(write_release(tmp_path / "a.pt"), match, within=tmp_path, **FACTS)
 
 
 @pytest.mark.parametrize(
@@ -262,27 +262,27 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path, words: list[str
 )
 def test_a_broken_vocabulary_is_refused(tmp_path: Path, text: str, rule: str) -> None:
     (tmp_path / "vocab.json").write_text(text)
-    sentence = refuse(write_release(tmp_path / "a.pt"), rule, within=tmp_path, **FACTS)
+    sentence = check_refused(write_release(tmp_path / "a.pt"), rule, within=tmp_path, **FACTS)
     assert "vocab.json" in sentence
 
 
 def test_a_vocabulary_argument_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = write_release(tmp_path / "a.pt")
-    refuse(path, r"no_such_vocab\.json", error=FileNotFoundError, within=tmp_path, **FACTS, vocab=tmp_path / "no_such_vocab.json")
+    check_refused(path, r"no_such_vocab\.json", error=FileNotFoundError, within=tmp_path, **FACTS, vocab=tmp_path / "no_such_vocab.json")
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "card.json", "config.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\x00"], ids=["empty", "cut", "text", "bytes"])
 def test_a_json_file_that_is_none_is_refused(own: Path, tmp_path: Path, name: str, content: bytes) -> None:
     (own / name).write_bytes(content)
-    refuse(own, rf"{re.escape(name)} is not valid JSON", within=tmp_path)
+    check_refused(own, rf"{re.escape(name)} is not valid JSON", within=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["card.json", "config.json"])
 @pytest.mark.parametrize("text", ["[1]", "null"])
 def test_a_json_file_that_is_no_object_is_refused(own: Path, tmp_path: Path, name: str, text: str) -> None:
     (own / name).write_text(text)
-    refuse(own, rf"{re.escape(name)} must be a JSON object", within=tmp_path)
+    check_refused(own, rf"{re.escape(name)} must be a JSON object", within=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_json_file_that_is_no_object_is_refused(own: Path, tmp_path: Path, nam
 )
 def test_a_card_that_says_something_impossible_is_refused(tmp_path: Path, card: dict[str, Any], rule: str) -> None:
     (tmp_path / "card.json").write_text(json.dumps({**FACTS, **card}))
-    refuse(write_release(tmp_path / "a.pt"), rule, error=ValueError, within=tmp_path)
+    check_refused(write_release(tmp_path / "a.pt"), rule, error=ValueError, within=tmp_path)
 
 
 # Our own config.json
@@ -331,14 +331,14 @@ def test_a_config_that_cannot_be_is_refused_and_named(
     values = json.loads((own / "config.json").read_text())
     damage(values)
     (own / "config.json").write_text(json.dumps(values))
-    assert "config.json" in refuse(own, rule, within=tmp_path)
+    assert "config.json" in check_refused(own, rule, within=tmp_path)
 
 
 @pytest.mark.parametrize("values", [{"model_type": "gpt2", "n_layer": 12}, {"hidden_size": 8}])
 def test_a_model_type_that_is_not_supported_is_named(own: Path, tmp_path: Path, values: dict[str, Any]) -> None:
     (own / "config.json").write_text(json.dumps(values))
     match = rf"config\.json names no family that can be loaded \(its model_type is '{values.get('model_type', 'none')}'\)"
-    refuse(own, match, within=tmp_path)
+    check_refused(own, match, within=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_model_type_that_is_not_supported_is_named(own: Path, tmp_path: Path, 
 def test_weights_that_do_not_fit_their_config_are_refused(own: Path, tmp_path: Path, changes: dict[str, Any], match: str) -> None:
     values = json.loads((own / "config.json").read_text())
     (own / "config.json").write_text(json.dumps({**values, **changes}))
-    refuse(own, match, within=tmp_path)
+    check_refused(own, match, within=tmp_path)
 
 
 # Bad calls of a good checkpoint
@@ -395,10 +395,10 @@ def test_a_mixture_of_number_formats_is_refused(tmp_path: Path) -> None:
     tensors = release_tensors()
     tensors["ln_f.bias"] = tensors["ln_f.bias"].double()
     path = write_release(tmp_path / "a.pt", tensors)
-    refuse(path, r"a\.pt mixes the number formats \['torch.float32', 'torch.float64'\]", within=tmp_path, **FACTS)
+    check_refused(path, r"a\.pt mixes the number formats \['torch.float32', 'torch.float64'\]", within=tmp_path, **FACTS)
 
 
 def test_a_key_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
     tensors = release_tensors()
     path = write_release(tmp_path / "a.pt", {**tensors, "_orig_mod.ln_f.bias": tensors["ln_f.bias"]})
-    refuse(path, r"a\.pt holds some keys both with and without the prefix", within=tmp_path, **FACTS)
+    check_refused(path, r"a\.pt holds some keys both with and without the prefix", within=tmp_path, **FACTS)
