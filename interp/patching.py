@@ -37,12 +37,14 @@ class Cell:
 
     Attributes:
         name: The hook point.
+        site: What the caller called it, or its full name where that could be several.
         loop, layer: Where it is; None where the site has no such coordinate.
         position: The column that is replaced (the query position for scores and patterns).
         head: The head that is replaced; None for all of the site.
     """
 
     name: str
+    site: str
     loop: int | None
     layer: int | None
     position: int
@@ -81,11 +83,8 @@ class Sweep:
 
     def frame(self) -> pd.DataFrame:
         """One row per cell: site, loop, layer, position, head, metric, value (mean over the batch)."""
-        rows = [(site_of(cell.name), cell.loop, cell.layer, cell.position, cell.head) for cell in self.cells]
+        rows = [(cell.site, cell.loop, cell.layer, cell.position, cell.head) for cell in self.cells]
         frame = pd.DataFrame(rows, columns=["site", "loop", "layer", "position", "head"])
-        frame["site"] = [
-            site.rpartition(".")[0] + "." * ("." in site) + site.rpartition(".")[2].removeprefix("hook_") for site in frame["site"]
-        ]
         frame["metric"] = self.metric
         frame["value"] = self.values.mean(1).cpu().numpy()
         return frame.astype({column: "Int64" for column in ("loop", "layer", "position", "head")})
@@ -184,7 +183,8 @@ def _cells(
             raise KeyError(f"this model has no site {site!r}; its sites are {', '.join(known)}")
     kept_loops = _chosen("loops", loops, n_loops)
     kept_layers = _chosen("layers", layers, model.cfg.n_layers)
-    cells = []
+    labels = _labels(names, sites)
+    cells: list[Cell] = []
     for name in (name for name in names if any(is_site(name, site) for site in sites)):
         place = coordinate(name)
         loop = place[0] if place and isinstance(place[0], int) else None
@@ -195,10 +195,20 @@ def _cells(
             continue
         one_by_one = heads is not None and site_of(name) in _HEAD_AXIS
         head_list: list[int] | list[None] = _chosen("heads", heads, model.cfg.n_heads) if one_by_one else [None]
-        cells += [Cell(name, loop, layer, position, head) for position, head in itertools.product(positions, head_list)]
+        label = labels[site_of(name)]
+        cells += [Cell(name, label, loop, layer, position, head) for position, head in itertools.product(positions, head_list)]
     if not cells:
         raise ValueError(f"no cell is left: the sites {list(sites)} do not occur at loops={loops}, layers={layers}")
     return cells
+
+
+def _labels(names: Sequence[str], sites: Sequence[str]) -> dict[str, str]:
+    """What to call each site that is swept: as the caller did, unless that could be several ("scale")."""
+    labels = {}
+    for site in sites:
+        meant = {site_of(name) for name in names if is_site(name, site)}
+        labels |= {own: site if len(meant) == 1 else own.replace("hook_", "") for own in meant}
+    return labels
 
 
 def _activations(model: LoopedModel, batch: Batch, names: set[str], n_loops: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def one_token_apart() -> tuple[Batch, Batch]:
 
 
 def sweep_of(values: list[list[float]], clean: list[float], corrupted: list[float]) -> Sweep:
-    cells = tuple(Cell(f"loops.{i}.hook_state_in", i, None, i, None) for i in range(len(values)))
+    cells = tuple(Cell(f"loops.{i}.hook_state_in", "state_in", i, None, i, None) for i in range(len(values)))
     return Sweep(cells, torch.tensor(values), torch.tensor(clean), torch.tensor(corrupted), "margin", "denoise")
 
 
@@ -127,7 +127,7 @@ def test_sweep_never_runs_again_what_the_patch_cannot_reach(plain: RecurrentDept
 def test_default_sites_are_the_residual_stream_at_every_position(plain: RecurrentDepth) -> None:
     sweep = activation_patch(plain, padded(1), padded(2), projection())
     expected = [
-        Cell(f"loops.{t}.blocks.{layer}.hook_resid_pre", t, layer, position, None)
+        Cell(f"loops.{t}.blocks.{layer}.hook_resid_pre", "resid_pre", t, layer, position, None)
         for t, layer, position in itertools.product(range(LOOPS), range(LAYERS), range(POS))
     ]
     assert sweep.cells == tuple(expected)
@@ -138,10 +138,10 @@ def test_cells_of_sites_without_a_layer_or_an_iteration(plain: RecurrentDepth) -
     sites = ["ln_final.normalized", "state_in", "embed"]
     sweep = activation_patch(plain, padded(1), padded(2), projection(), 2, sites=sites, positions=[4])
     assert sweep.cells == (
-        Cell("hook_embed", None, None, 4, None),
-        Cell("loops.0.hook_state_in", 0, None, 4, None),
-        Cell("loops.1.hook_state_in", 1, None, 4, None),
-        Cell("ln_final.hook_normalized", None, None, 4, None),
+        Cell("hook_embed", "embed", None, None, 4, None),
+        Cell("loops.0.hook_state_in", "state_in", 0, None, 4, None),
+        Cell("loops.1.hook_state_in", "state_in", 1, None, 4, None),
+        Cell("ln_final.hook_normalized", "ln_final.normalized", None, None, 4, None),
     )
 
 
@@ -149,6 +149,11 @@ def test_cells_of_sites_without_a_layer_or_an_iteration(plain: RecurrentDepth) -
 def test_sites_may_be_written_short_or_in_full(site: str, plain: RecurrentDepth) -> None:
     sweep = activation_patch(plain, padded(1), padded(2), projection(), 1, sites=[site], positions=[0])
     assert [cell.name for cell in sweep.cells] == ["loops.0.blocks.0.attn.hook_z", "loops.0.blocks.1.attn.hook_z"]
+
+
+def test_a_site_that_could_be_several_is_shown_in_full(plain: RecurrentDepth) -> None:
+    sweep = activation_patch(plain, padded(1), padded(2), projection(), 1, sites="scale", positions=[0], layers=[0])
+    assert list(sweep.frame()["site"]) == ["ln1.scale", "ln2.scale"]
 
 
 def test_heads_one_by_one_where_the_site_has_heads(plain: RecurrentDepth) -> None:
@@ -174,7 +179,7 @@ def test_frame_columns(plain: RecurrentDepth) -> None:
     assert len(frame) == len(sweep.cells) == 1 + 2 + 4 * 2 + 4
     assert frame["value"].tolist() == sweep.values.mean(1).tolist()
     assert set(frame["metric"]) == {"projection"}
-    assert set(frame["site"]) == {"embed", "state_in", "attn.z", "ln1.scale"}
+    assert set(frame["site"]) == {"embed", "state_in", "z", "ln1.scale"}
     for column in ("loop", "layer", "position", "head"):
         found = [None if value is None else int(value) for value in (getattr(cell, column) for cell in sweep.cells)]
         assert [None if missing else int(value) for value, missing in zip(frame[column], frame[column].isna(), strict=True)] == found
