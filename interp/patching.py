@@ -204,7 +204,7 @@ def _cells(
 
 def _labels(names: Sequence[str], sites: Sequence[str]) -> dict[str, str]:
     """What to call each site that is swept: as the caller did, unless that could be several ("scale")."""
-    labels = {}
+    labels: dict[str, str] = {}
     for site in sites:
         meant = {site_of(name) for name in names if is_site(name, site)}
         labels |= {own: site if len(meant) == 1 else own.replace("hook_", "") for own in meant}
