@@ -123,4 +123,4 @@ def figure(record: Overthinking) -> go.Figure:
     )  # fmt: skip
     plot.update_xaxes(title="iteration", dtick=2, range=[0.7, iterations[-1] + 0.3])
     plot.update_yaxes(title="mean logit margin of the answer", showgrid=True)
-    return styled(plot, 480)
+    return styled(plot, max(480, 150 + 25 * len(record.hops)))  # the legend fits without scrolling

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analyses.configs import SourceConfig
 from checkpoints.load import load, read_card
-from checkpoints.locate import locate
+from checkpoints.locate import locate, shipped_names
 from models.base import LoopedModel
 from models.tokens import Batch
 from tasks.graphs import PermutationGraph, TableGraph, read_graph
@@ -25,7 +25,7 @@ class Subject:
     """A loaded checkpoint and what is known beside it.
 
     Attributes:
-        name: As the user gave it.
+        name: Of a shipped checkpoint as the user gave it, else the file's or folder's.
         model: In eval mode, on the chosen device.
         questions: By hop count.
         graph: None where the checkpoint has none.
@@ -99,4 +99,5 @@ def open_subject(config: SourceConfig) -> Subject:
     kept = {hops: group[: config.per_hop] for hops, group in groups.items()}
     model.encode([next(iter(kept.values()))[0].text])  # refuses here, before any work, when the readout or vocabulary is unknown
     graph = read_graph(files.graph) if files.graph else None
-    return Subject(Path(config.checkpoint).name, model, kept, graph, read_card(config.checkpoint))
+    name = config.checkpoint if config.checkpoint in shipped_names() else Path(config.checkpoint).name
+    return Subject(name, model, kept, graph, read_card(config.checkpoint))
