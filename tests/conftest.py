@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoints.load import save
+from models.base import LoopedModel
 from models.recurrent_depth import RecurrentDepth
-from toy import VARIANTS, toy
+from release_files import toy_model
+from toy import VARIANTS, BatchCentred, Bidirectional, ShortEnding, odd_one, toy
 
 torch.set_num_threads(1)
 WORST_ERRORS = pytest.StashKey[dict[tuple[str, str], float]]()
@@ -29,6 +33,19 @@ def model(request: pytest.FixtureRequest) -> RecurrentDepth:
 def plain() -> RecurrentDepth:
     """A toy model in float64 without positions and without injection."""
     return toy()
+
+
+@pytest.fixture(params=[Bidirectional, ShortEnding, BatchCentred])
+def odd_model(request: pytest.FixtureRequest) -> LoopedModel:
+    """A family that says no to one of the declared facts."""
+    return odd_one(request.param)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder in our own format."""
+    save(toy_model("learned", read_at="last_real"), tmp_path / "own")
+    return tmp_path / "own"
 
 
 @pytest.fixture

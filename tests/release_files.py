@@ -1,4 +1,4 @@
-"""Checkpoint files in the layout of the public releases, at toy size: good ones, and ones with code in them; and models to save."""
+"""Checkpoint files in the layout of the public releases, at toy size: good ones and ones with code in them; models to save; loading."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from checkpoints.errors import CheckpointError
+from checkpoints.load import load
 from models.recurrent_depth import RecurrentDepth, RecurrentDepthConfig
 from models.registry import build
 from models.tokens import Readout, Vocabulary
@@ -74,6 +77,13 @@ def write_release(path: Path, tensors: Mapping[str, Tensor] | None = None, *, le
     return path
 
 
+def loaded(path: Path, positions: str = "none", **arguments: Any) -> RecurrentDepth:
+    """A toy release, written and loaded."""
+    model = load(write_release(path, release_tensors(positions)), **{**FACTS, **arguments})
+    assert isinstance(model, RecurrentDepth)
+    return model
+
+
 def toy_model(
     positions: str = "none",
     injection: bool = False,
@@ -120,3 +130,14 @@ def files_under(folder: Path) -> dict[str, tuple[int, bytes]]:
     for path in sorted(folder.rglob("*")):
         found[str(path.relative_to(folder))] = (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else (0, b"folder")
     return found
+
+
+def check_refused(source: Path | str, match: str, *, error: type[Exception] = CheckpointError, within: Path, **arguments: Any) -> str:
+    """Check that loading is refused in one sentence and leaves the folder as it was; returns the sentence."""
+    before = files_under(within)
+    with pytest.raises(error, match=match) as caught:
+        load(source, **arguments)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert files_under(within) == before
+    return sentence

@@ -1,10 +1,9 @@
-"""Released pickles: what is read from the file, from its folder, from the files beside it, and what has to be asked for."""
+"""Released pickles: what is read from the file, how it is read, and what has to be asked for."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ from torch import Tensor
 from checkpoints.errors import CheckpointError
 from checkpoints.load import load
 from checkpoints.locate import SHIPPED
-from models.recurrent_depth import RecurrentDepth
 from models.tokens import Readout
-from release_files import D_MLP, D_MODEL, D_VOCAB, FACTS, GOLDEN, N_LAYERS, N_POSITIONS, WORDS, release_tensors, write_release
+from release_files import D_MLP, D_MODEL, D_VOCAB, FACTS, GOLDEN, N_LAYERS, N_POSITIONS, loaded, release_tensors, write_release
 from tasks.questions import by_hops, read_questions
 
 CASES = ("ltg_nope", "ltg_nope_compiled_injection", "ltg_sinusoidal", "ltg_systematicity", "ltg_trained")
-HEADS = 5
-D_HEAD = D_MODEL // HEADS
 
 
 def golden(case: str) -> tuple[Path, dict[str, Any]]:
@@ -33,13 +29,6 @@ def golden(case: str) -> tuple[Path, dict[str, Any]]:
 def weights_of(path: Path) -> dict[str, Tensor]:
     state = torch.load(path, weights_only=True)["model_state_dict"]
     return {key.removeprefix("_orig_mod."): value for key, value in state.items()}
-
-
-def loaded(path: Path, positions: str = "none", **arguments: Any) -> RecurrentDepth:
-    """A toy release, written and loaded."""
-    model = load(write_release(path, release_tensors(positions)), **{**FACTS, **arguments})
-    assert isinstance(model, RecurrentDepth)
-    return model
 
 
 # What is in the file
@@ -244,21 +233,6 @@ def test_fewer_than_one_head_is_refused(paper_width: Path, n_heads: int) -> None
         load(paper_width, n_heads=n_heads)
 
 
-def test_a_card_beside_the_weights_tells_what_the_file_does_not(tmp_path: Path) -> None:
-    card = {"n_heads": 3, "input_injection": True, "n_loops": 6, "readout": "column:9"}
-    (tmp_path / "card.json").write_text(json.dumps(card))
-    model = load(write_release(tmp_path / "a.pt"))
-    assert (model.cfg.n_heads, model.cfg.input_injection, model.cfg.n_loops) == (3, True, 6)
-    assert model.read_at == Readout("column", 9)
-
-
-def test_arguments_win_over_the_card(tmp_path: Path) -> None:
-    (tmp_path / "card.json").write_text(json.dumps({"n_heads": 3, "input_injection": True, "n_loops": 6, "readout": "column:9"}))
-    model = load(write_release(tmp_path / "a.pt"), n_heads=5, input_injection=False, n_loops=2, readout="last_real")
-    assert (model.cfg.n_heads, model.cfg.input_injection, model.cfg.n_loops) == (5, False, 2)
-    assert model.read_at == Readout("last_real")
-
-
 def test_injection_changes_what_the_model_computes(tmp_path: Path) -> None:
     path, tokens = write_release(tmp_path / "a.pt"), torch.tensor([[1, 6, 7]])
     with_it, without = (load(path, n_heads=5, input_injection=flag) for flag in (True, False))
@@ -285,126 +259,6 @@ def test_fewer_than_one_iteration_is_refused(tmp_path: Path, n_loops: int) -> No
     path = write_release(tmp_path / "a.pt")
     with pytest.raises(ValueError, match=f"n_loops must be at least 1, got {n_loops}"):
         load(path, **FACTS, n_loops=n_loops)
-
-
-# The release's folders
-
-
-def test_a_systematicity_folder_tells_iterations_and_injection(tmp_path: Path) -> None:
-    path = tmp_path / "systematicity" / "r3_l2" / "checkpoint_epoch_77.pt"
-    write_release(path, release_tensors("learned"))
-    for source in (path, str(path), path.parent):
-        model = load(source, n_heads=5)
-        assert (model.cfg.n_loops, model.cfg.n_layers, model.cfg.input_injection) == (3, 2, False)
-        assert model.read_at is None, "the layout does not tell where these read their answers"
-
-
-def test_the_folders_number_of_layers_is_checked(tmp_path: Path) -> None:
-    path = write_release(tmp_path / "systematicity" / "r3_l4" / "checkpoint_epoch_77.pt", release_tensors("learned"))
-    with pytest.raises(CheckpointError, match="the folder name promises 4 layers, but the file holds 2"):
-        load(path, n_heads=5)
-
-
-@pytest.mark.parametrize("stage", ["final_models", "12_hop"])
-@pytest.mark.parametrize(("run", "n_loops"), [("r1", 1), ("r8", 8), ("r_dyn", None)])
-def test_a_multi_hop_folder_tells_iterations_injection_and_readout(tmp_path: Path, stage: str, run: str, n_loops: int | None) -> None:
-    folder = write_release(tmp_path / "multi_hop" / stage / run / "checkpoint_epoch_5388.pt").parent
-    model = load(folder, n_heads=5)
-    assert (model.cfg.n_loops, model.cfg.input_injection) == (n_loops, False)
-    assert model.read_at == Readout("first_pad")
-
-
-def test_a_file_inside_the_layout_is_known_from_the_working_directory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_release(tmp_path / "multi_hop" / "final_models" / "r6" / "checkpoint_epoch_1015.pt").parent
-    monkeypatch.chdir(folder)
-    for source in ("checkpoint_epoch_1015.pt", "."):
-        assert load(source, n_heads=5).cfg.n_loops == 6
-
-
-@pytest.mark.parametrize("folder", ["r6", "multi_hop/r6", "final_models/r6b", "final_models/my_r6", "final_models/r6_l2_old"])
-def test_other_folder_names_tell_nothing(tmp_path: Path, folder: str) -> None:
-    model = load(write_release(tmp_path / folder / "checkpoint_epoch_1.pt"), **FACTS)
-    assert (model.cfg.n_loops, model.read_at) == (None, None)
-
-
-def test_arguments_win_over_the_folder(tmp_path: Path) -> None:
-    path = write_release(tmp_path / "final_models" / "r6" / "checkpoint_epoch_1.pt")
-    model = load(path, n_heads=5, n_loops=9, input_injection=True, readout="column:8")
-    assert (model.cfg.n_loops, model.cfg.input_injection, model.read_at) == (9, True, Readout("column", 8))
-
-
-def test_a_folder_with_several_checkpoints_names_them(tmp_path: Path) -> None:
-    for epoch in (3, 50, 700):
-        write_release(tmp_path / "r3_l2" / f"checkpoint_epoch_{epoch}.pt")
-    names = r"checkpoint_epoch_3\.pt, checkpoint_epoch_50\.pt, checkpoint_epoch_700\.pt"
-    with pytest.raises(CheckpointError, match=rf"r3_l2 holds 3 checkpoints; name one of {names}"):
-        load(tmp_path / "r3_l2", n_heads=5)
-    assert load(tmp_path / "r3_l2" / "checkpoint_epoch_50.pt", n_heads=5).cfg.n_loops == 3
-
-
-def test_a_folder_of_folders_says_where_the_checkpoints_are(tmp_path: Path) -> None:
-    for run in ("r2", "r4"):
-        write_release(tmp_path / "final_models" / run / "checkpoint_epoch_1.pt")
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint: .*there are some in final_models/r2, final_models/r4"):
-        load(tmp_path)
-
-
-# Where answers are read, and the vocabulary
-
-
-@pytest.fixture
-def vocab_file(tmp_path: Path) -> Path:
-    (tmp_path / "words").mkdir()
-    path = tmp_path / "words" / "vocab.json"
-    path.write_text(json.dumps(WORDS))
-    return path
-
-
-def test_a_bare_file_runs_but_does_not_encode(tmp_path: Path, vocab_file: Path) -> None:
-    model = loaded(tmp_path / "a.pt", vocab=vocab_file)
-    assert model.read_at is None
-    assert model(torch.tensor([[1, 6, 7]]), n_loops=2).shape == (1, 3, D_VOCAB)
-    assert model.to_tokens("<e_0><r_0><r_1>").tolist() == [[1, 6, 7]]
-    with pytest.raises(ValueError, match=r"does not say where its answers are read; load it with readout='last_real'"):
-        model.encode("<e_0><r_0>")
-
-
-def test_without_a_vocabulary_texts_are_refused(tmp_path: Path) -> None:
-    model = loaded(tmp_path / "a.pt", readout="last_real")
-    with pytest.raises(ValueError, match=r"has no vocabulary; load it with vocab='path/to/vocab\.json'"):
-        model.encode("<e_0><r_0>")
-
-
-@pytest.mark.parametrize(
-    ("readout", "columns", "width"), [("last_real", [1, 2], 3), ("first_pad", [2, 3], 4), ("column:9", [3, 3], 4), ("column:2", [2, 2], 3)]
-)
-def test_encode_pads_as_the_readout_argument_needs(tmp_path: Path, vocab_file: Path, readout: str, columns: list[int], width: int) -> None:
-    model = loaded(tmp_path / "a.pt", vocab=vocab_file, readout=readout)
-    assert str(model.read_at) == readout
-    batch = model.encode(["<e_0><r_0>", "<e_1><r_1><r_2>"])
-    assert batch.tokens.shape == batch.mask.shape == (2, width)
-    assert batch.mask.sum(1).tolist() == [2, 3]
-    assert batch.readout.tolist() == columns
-
-
-@pytest.mark.parametrize("readout", ["first_real", "column", "column:", "column:-1", "column:x", "last_real:3"])
-def test_an_unknown_readout_is_refused(tmp_path: Path, readout: str) -> None:
-    path = write_release(tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=f"readout must be 'last_real', 'first_pad' or 'column:K', got '{readout}'"):
-        load(path, **FACTS, readout=readout)
-
-
-def test_a_vocabulary_beside_the_weights_is_found(tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text(json.dumps(WORDS[1:]))
-    model = loaded(tmp_path / "a.pt")
-    assert model.vocab is not None
-    assert model.vocab.words == tuple(WORDS), "padding is put in front"
-
-
-def test_the_vocabulary_argument_wins_over_the_one_beside_the_weights(tmp_path: Path, vocab_file: Path) -> None:
-    (tmp_path / "vocab.json").write_text(json.dumps(["<x>"]))
-    model = loaded(tmp_path / "a.pt", vocab=str(vocab_file))
-    assert model.to_single_token("<e_4>") == 5
 
 
 # The shipped checkpoint
@@ -435,72 +289,3 @@ def test_a_copied_folder_loads_like_the_shipped_one(tmp_path: Path) -> None:
     model, shipped = load(shutil.copytree(SHIPPED / "ltg_trained", tmp_path / "copy")), load("ltg_trained")
     assert (model.cfg, model.read_at) == (shipped.cfg, shipped.read_at)
     assert torch.equal(model(torch.tensor([[1, 33, 35]])), shipped(torch.tensor([[1, 33, 35]])))
-
-
-# Weight views
-
-
-def columns(part: int, head: int) -> slice:
-    """Where the fused projection keeps one head's queries (0), keys (1) or values (2)."""
-    start = part * D_MODEL + head * D_HEAD
-    return slice(start, start + D_HEAD)
-
-
-@pytest.mark.parametrize(("part", "name"), [(0, "Q"), (1, "K"), (2, "V")])
-def test_query_key_and_value_weights_are_columns_of_the_fused_projection(tmp_path: Path, part: int, name: str) -> None:
-    model, theirs = loaded(tmp_path / "a.pt"), release_tensors()
-    for layer, block in enumerate(model.blocks):
-        weight, bias = getattr(block.attn, f"W_{name}"), getattr(block.attn, f"b_{name}")
-        assert (weight.shape, bias.shape) == ((HEADS, D_MODEL, D_HEAD), (HEADS, D_HEAD))
-        for head in range(HEADS):
-            assert torch.equal(weight[head], theirs[f"blocks.{layer}.attn.c_attn.weight"][:, columns(part, head)])
-            assert torch.equal(bias[head], theirs[f"blocks.{layer}.attn.c_attn.bias"][columns(part, head)])
-
-
-def test_output_and_mlp_weights_have_transformer_lens_shapes(tmp_path: Path) -> None:
-    model, theirs = loaded(tmp_path / "a.pt"), release_tensors()
-    for layer, block in enumerate(model.blocks):
-        assert block.attn.W_O.shape == (HEADS, D_HEAD, D_MODEL)
-        for head in range(HEADS):
-            rows = slice(head * D_HEAD, (head + 1) * D_HEAD)
-            assert torch.equal(block.attn.W_O[head], theirs[f"blocks.{layer}.attn.c_proj.weight"][rows])
-        assert torch.equal(block.attn.b_O, theirs[f"blocks.{layer}.attn.c_proj.bias"])
-        assert torch.equal(block.mlp.W_in, theirs[f"blocks.{layer}.mlp.c_fc.weight"])
-        assert torch.equal(block.mlp.W_out, theirs[f"blocks.{layer}.mlp.c_proj.weight"])
-        assert torch.equal(block.mlp.b_in, theirs[f"blocks.{layer}.mlp.c_fc.bias"])
-        assert torch.equal(block.mlp.b_out, theirs[f"blocks.{layer}.mlp.c_proj.bias"])
-
-
-def test_embedding_and_unembedding_are_one_matrix_without_bias(tmp_path: Path) -> None:
-    model, theirs = loaded(tmp_path / "a.pt"), release_tensors()
-    assert torch.equal(model.W_E, theirs["token_embedding.weight"])
-    assert torch.equal(model.W_U, theirs["token_embedding.weight"].T)
-    assert torch.equal(model.b_U, torch.zeros(D_VOCAB))
-
-
-VIEWS: list[tuple[str, Callable[[RecurrentDepth], Tensor], str]] = [
-    ("W_E", lambda model: model.W_E, "embedding"),
-    ("W_U", lambda model: model.W_U, "embedding"),
-    ("W_pos", lambda model: model.W_pos, "W_pos"),
-    ("W_Q", lambda model: model.blocks[1].attn.W_Q, "blocks.1.attn.W_QKV"),
-    ("W_K", lambda model: model.blocks[1].attn.W_K, "blocks.1.attn.W_QKV"),
-    ("W_V", lambda model: model.blocks[1].attn.W_V, "blocks.1.attn.W_QKV"),
-    ("b_Q", lambda model: model.blocks[1].attn.b_Q, "blocks.1.attn.b_QKV"),
-    ("b_K", lambda model: model.blocks[1].attn.b_K, "blocks.1.attn.b_QKV"),
-    ("b_V", lambda model: model.blocks[1].attn.b_V, "blocks.1.attn.b_QKV"),
-    ("W_O", lambda model: model.blocks[1].attn.W_O, "blocks.1.attn.W_O_flat"),
-    ("W_in", lambda model: model.blocks[1].mlp.W_in, "blocks.1.mlp.W_in"),
-    ("W_out", lambda model: model.blocks[1].mlp.W_out, "blocks.1.mlp.W_out"),
-]
-
-
-@pytest.mark.parametrize(("name", "view", "parameter"), VIEWS, ids=[name for name, _, _ in VIEWS])
-def test_weight_views_share_storage_with_the_parameters(
-    tmp_path: Path, name: str, view: Callable[[RecurrentDepth], Tensor], parameter: str
-) -> None:
-    model = loaded(tmp_path / "a.pt", "learned")
-    owner = model.state_dict()[parameter]
-    assert view(model).untyped_storage().data_ptr() == owner.untyped_storage().data_ptr()
-    with torch.no_grad():
-        view(model).fill_(0.5)
-    assert bool((owner == 0.5).any()), f"writing to {name} changes the model"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from models.base import LoopedModel
 from models.hooks import Taps
@@ -20,6 +21,9 @@ from models.tokens import Batch, Readout, Vocabulary
 
 BATCH, POS, HEADS, D_HEAD, D_MODEL, D_MLP, D_VOCAB, LAYERS, LOOPS, N_CTX = 3, 7, 5, 7, 35, 44, 29, 2, 4, 11
 LENGTHS = (7, 4, 5)
+POSITION, HEAD = 2, 3  # where one place is patched
+SHORT, SHORTEST = 3, 2  # iterations where every hook point is tried; not what the checkpoint records
+LATE = "loops.3.blocks.1.hook_resid_post"
 VARIANTS = [(positions, injection, torch.float64) for positions in ("none", "learned", "sinusoidal") for injection in (False, True)]
 VARIANTS += [("none", False, torch.float32), ("learned", True, torch.float32)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -144,6 +148,18 @@ def full(seed: int = 0, read_at: int = POS - 1) -> Batch:
     return Batch(tokens, torch.ones_like(tokens), torch.full((BATCH,), read_at))
 
 
+def run(model: LoopedModel, batch: Batch, n_loops: int = LOOPS) -> Tensor:
+    return model(batch.tokens, n_loops=n_loops, mask=batch.mask)
+
+
+def run_hooked(model: LoopedModel, batch: Batch, name: str, hook: Callable[..., Tensor | None], n_loops: int = LOOPS) -> Tensor:
+    return model.run_with_hooks(batch.tokens, n_loops=n_loops, mask=batch.mask, fwd_hooks=[(name, hook)])
+
+
+def cached(model: LoopedModel, batch: Batch, names: str | list[str] = "**", n_loops: int = LOOPS) -> dict[str, Tensor]:
+    return dict(model.run_with_cache(batch.tokens, n_loops=n_loops, mask=batch.mask, names_filter=names)[1])
+
+
 def projection(seed: int = 5) -> Callable[[Tensor], Tensor]:
     """A metric that depends on every logit."""
     weights = torch.randn(D_VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -198,3 +214,13 @@ def nothing(value: Tensor, hook: object) -> None:
 
 def explode(value: Tensor, hook: object) -> None:
     raise RuntimeError("a hook failed")
+
+
+class Calls:
+    """A hook that keeps the names of the points that called it."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, value: Tensor, hook: HookPoint) -> None:
+        self.names.append(hook.name)
