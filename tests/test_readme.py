@@ -40,3 +40,12 @@ def test_the_numbers_of_the_wider_model() -> None:
     best = recurrence_grid.run(RecurrenceConfig(checkpoint="mini/multi_hop/r_dyn")).accuracy.max(1).values
     assert f"at least {float(best[:10].min()):.2f} on 1 to 10 trained hops" in README
     assert ", ".join(f"{accuracy:.2f}" for accuracy in best[10:].tolist()) + " on 11 to 16" in README
+
+
+def test_the_numbers_of_the_fixed_model() -> None:
+    accuracy = recurrence_grid.run(RecurrenceConfig(checkpoint="mini/multi_hop/r4")).accuracy
+    best = accuracy.max(1)
+    beyond = ", ".join(f"{value:.2f}" for value in best.values[8:11].tolist())
+    assert f"reaches {float(best.values[:8].min()):.2f} on 1 to 8 hops but {beyond} on 9 to 11" in README
+    fall = f"from {float(best.values[8]):.2f} at r = {int(best.indices[8]) + 1} to {float(accuracy[8, -1]):.2f} at r = 24"
+    assert f"9 hops fall {fall}" in README
