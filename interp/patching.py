@@ -137,17 +137,16 @@ def activation_patch(
     for cell in cells:
         groups.setdefault(cell.name, []).append(cell)
     results: dict[Cell, Tensor] = {}
-    bar = tqdm(total=len(cells), desc="patching", leave=False, disable=len(cells) * len(base) < 8 * batch_size)
-    for name, start in _starts(model, base, n_loops, list(groups)):
-        for packed in (groups[name][i : i + size] for i in range(0, len(groups[name]), size)):
-            logits = _continue(model, start, base, n_loops, packed, source_values[name])
-            results |= {cell: metric(part) for cell, part in zip(packed, logits.split(len(base)), strict=True)}
-            bar.update(len(packed))
-    bar.close()
-    unpatched = {id(b): metric(_final_logits(model, b, n_loops)) for b in (clean_batch, corrupted_batch)}
+    with tqdm(total=len(cells), desc="patching", leave=False, disable=len(cells) * len(base) < 8 * batch_size) as bar:
+        for name, start in _starts(model, base, n_loops, list(groups)):
+            for packed in (groups[name][i : i + size] for i in range(0, len(groups[name]), size)):
+                logits = _continue(model, start, base, n_loops, packed, source_values[name])
+                results |= {cell: metric(part) for cell, part in zip(packed, logits.split(len(base)), strict=True)}
+                bar.update(len(packed))
+    unpatched = (metric(_final_logits(model, clean_batch, n_loops)), metric(_final_logits(model, corrupted_batch, n_loops)))
     values = torch.stack([results[cell] for cell in cells])
     label = getattr(metric, "__name__", type(metric).__name__)
-    return Sweep(tuple(cells), values, unpatched[id(clean_batch)], unpatched[id(corrupted_batch)], label, direction)
+    return Sweep(tuple(cells), values, *unpatched, label, direction)
 
 
 def _check_pair(clean: Batch, corrupted: Batch) -> None:

@@ -74,6 +74,11 @@ def add_point(root: nn.Module, name: str, training: bool) -> HookPoint:
     return point
 
 
+def _hook_dicts(point: HookPoint) -> tuple[Mapping[int, object], ...]:
+    """Where PyTorch keeps what is attached to a module."""
+    return point._forward_hooks, point._backward_hooks, point._forward_pre_hooks, point._backward_pre_hooks
+
+
 class HookWatch:
     """Tells at the cost of a few nanoseconds per point whether any of many points holds a hook.
 
@@ -85,7 +90,7 @@ class HookWatch:
 
     def add(self, point: HookPoint) -> None:
         """Watch a point."""
-        self._dicts += [point._forward_hooks, point._backward_hooks, point._forward_pre_hooks, point._backward_pre_hooks]
+        self._dicts += _hook_dicts(point)
 
     def __bool__(self) -> bool:
         return any(self._dicts)
@@ -93,7 +98,7 @@ class HookWatch:
 
 def is_hooked(point: HookPoint) -> bool:
     """Whether anything, TransformerLens's or PyTorch's own, is attached to the point."""
-    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks or point._backward_pre_hooks)
+    return any(_hook_dicts(point))
 
 
 def live(points: Mapping[str, HookPoint]) -> Taps:
