@@ -126,7 +126,7 @@ def main(args: list[str] | None = None) -> None:
     )
     try:
         _run(command)
-    except (ValueError, FileNotFoundError, KeyError) as error:
+    except (ValueError, FileNotFoundError, KeyError, ImportError) as error:
         print(f"loopscope: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -141,7 +141,9 @@ def _run(command: Any) -> None:
         return
     import_module("torch").set_num_threads(command.config.threads)
     if isinstance(command, Train):
-        print(f"Finished {import_module('training.trainer').train(command.config.recipe, command.config.out, command.config.resume)}")
+        config = command.config
+        run = import_module("training.trainer").train
+        print(f"Finished {run(config.recipe, config.out, resume=config.resume, release=config.release, wandb=config.wandb)}")
     elif isinstance(command, Report):
         page = import_module("analyses.report").write_report(command.config, command.out)
         print(f"Open {page.resolve()}")

@@ -165,6 +165,10 @@ class TrainConfig:
     """Folder of the run: its state, its log and the finished checkpoints; by default runs/RECIPE."""
     resume: bool = False
     """Go on from the state in the folder."""
+    release: bool = False
+    """Write each checkpoint in the released layout too."""
+    wandb: bool = False
+    """Report to Weights & Biases, besides log.jsonl and TensorBoard's files."""
     threads: int = 1
     """CPU threads; a run resumes bit for bit at the same number of them."""
 

@@ -113,6 +113,7 @@ class Rows:
         k: Float[Tensor, "batch row kv_head d_head"],
         v: Float[Tensor, "batch row kv_head d_head"],
         taps: Taps,
+        dropout: float = 0.0,
     ) -> Float[Tensor, "batch row head d_head"]:
         """Scaled dot-product attention of the rows over what they see; scores and pattern only when hooked."""
         if self.store is not None:
@@ -125,20 +126,20 @@ class Rows:
         if "attn.hook_attn_scores" in taps or "attn.hook_pattern" in taps:
             if grouped:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            z = self._explicit(q, k, v, taps)
+            z = self._explicit(q, k, v, taps, dropout)
         elif self.allowed is None:
-            z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=grouped)
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, dropout_p=dropout, enable_gqa=grouped)
         else:
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed, enable_gqa=grouped)
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed, dropout_p=dropout, enable_gqa=grouped)
         return z.transpose(1, 2)
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, taps: Taps) -> Tensor:
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, taps: Taps, dropout: float) -> Tensor:
         allowed = self.allowed
         if allowed is None:
             allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         scores = tap(taps, "attn.hook_attn_scores", scores.masked_fill(~allowed, -torch.inf))
-        return tap(taps, "attn.hook_pattern", scores.softmax(-1)) @ v
+        return F.dropout(tap(taps, "attn.hook_pattern", scores.softmax(-1)), dropout, training=dropout > 0.0) @ v
 
 
 def _is_whole(places: Places) -> bool:

@@ -30,13 +30,15 @@ Positions = Literal["learned", "sinusoidal", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrentDepthConfig(LoopedConfig):
-    """Sizes, positions ("learned", "sinusoidal", "none") and whether the embedding is added again before each later iteration."""
+    """Sizes, positions ("learned", "sinusoidal", "none"), whether the embedding is added again before each later iteration, and
+    the share of attention weights and block outputs that is dropped while the model is in train mode."""
 
     family: ClassVar[str] = "recurrent_depth"
     act_fn: ClassVar[str] = "gelu_new"
     normalization_type: ClassVar[str] = "LN"
     positions: Positions = "none"
     input_injection: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +46,8 @@ class RecurrentDepthConfig(LoopedConfig):
             raise ValueError(f"positions must be 'learned', 'sinusoidal' or 'none', got {self.positions!r}")
         if (self.n_ctx is None) != (self.positions == "none"):
             raise ValueError(f"n_ctx must be given with positions and only then, got n_ctx={self.n_ctx}, positions={self.positions!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is a share, at least 0 and below 1, got {self.dropout}")
 
 
 class Attention(nn.Module):
@@ -53,7 +57,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: RecurrentDepthConfig) -> None:
         super().__init__()
-        self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
+        self.n_heads, self.d_head, self.dropout = cfg.n_heads, cfg.d_head, cfg.dropout
         self.W_QKV = nn.Parameter(torch.empty(cfg.d_model, 3 * cfg.d_model))
         self.b_QKV = nn.Parameter(torch.zeros(3 * cfg.d_model))
         self.W_O_flat = nn.Parameter(torch.empty(cfg.d_model, cfg.d_model))
@@ -64,7 +68,7 @@ class Attention(nn.Module):
         split = qkv.view(*x.shape[:-1], 3, self.n_heads, self.d_head).movedim(-3, 0)
         q, k, v = split.contiguous().unbind(0)  # one layout, so that a hook's copy goes through the same kernel
         q, k, v = tap(taps, "attn.hook_q", q), tap(taps, "attn.hook_k", k), tap(taps, "attn.hook_v", v)
-        z = tap(taps, "attn.hook_z", rows.attend(q, k, v, taps))
+        z = tap(taps, "attn.hook_z", rows.attend(q, k, v, taps, self.dropout if self.training else 0.0))
         return linear(z.flatten(-2), self.W_O_flat, self.b_O)
 
     def _weight(self, index: int) -> Float[Tensor, "head d_model d_head"]:
@@ -134,12 +138,13 @@ class Block(nn.Module):
         self.attn = Attention(cfg)
         self.ln2 = LayerNorm(cfg.d_model, cfg.eps, "ln2")
         self.mlp = MLP(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], rows: Rows, taps: Taps) -> Float[Tensor, "batch pos d_model"]:
         x = tap(taps, "hook_resid_pre", x)
-        attn_out = tap(taps, "hook_attn_out", self.attn(self.ln1(x, taps), rows, taps))
+        attn_out = tap(taps, "hook_attn_out", self.dropout(self.attn(self.ln1(x, taps), rows, taps)))
         x = tap(taps, "hook_resid_mid", x + attn_out)
-        mlp_out = tap(taps, "hook_mlp_out", self.mlp(self.ln2(x, taps), taps))
+        mlp_out = tap(taps, "hook_mlp_out", self.dropout(self.mlp(self.ln2(x, taps), taps)))
         return tap(taps, "hook_resid_post", x + mlp_out)
 
 

@@ -10,33 +10,31 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from checkpoints.load import load, read_card
-from models.recurrent_depth import RecurrentDepth
-from tasks.facts import is_held_out
+from interp.halting import HaltingRule, halting
 from tasks.graphs import read_graph
 from tasks.questions import by_hops, read_questions
-from training.recipes import RECIPES, Loops, Recipe, Stage, curriculum
-from training.setup import Questions, fresh_model
+from training.examination import accuracies
+from training.recipes import Loops, MultiHopTask, Recipe, Stage
+from training.setup import fresh_model, fresh_optimizer, pack
 from training.trainer import Trainer, train
 
 TINY = Recipe(
     name="tiny",
-    n_entities=7,
-    n_relations=3,
+    task=MultiHopTask(n_entities=7, n_relations=3, graph_seed=0, train=None),
     n_layers=1,
     d_model=15,
     n_heads=5,
     loops=Loops(mean=2.0, low=1, high=3),
     eval_loops=3,
     stages=(
-        Stage(hops=(1, 2), max_updates=13, gate_hops=2, gate=1.0, lr=1e-2, lr_end=1e-2, warmup=5),
-        Stage(hops=(1, 2, 3), max_updates=11, lr=1e-2, lr_end=1e-3),
+        Stage(name="2_hops", hops=(1, 2), max_updates=13, gate_on="2", gate=1.0, lr=1e-2, lr_end=1e-2, warmup=5),
+        Stage(name="final", hops=(1, 2, 3), max_updates=11, lr=1e-2, lr_end=1e-3),
     ),
     batch_size=12,
     weight_decay=0.1,
@@ -53,76 +51,12 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_loops_are_clipped_poisson_draws() -> None:
-    rng = np.random.default_rng(0)
-    draws = [Loops(mean=4.0, low=2, high=8).draw(rng) for _ in range(4000)]
-    assert (min(draws), max(draws)) == (2, 8)
-    assert 3.9 < np.mean(draws) < 4.2
-    assert {Loops.fixed(6).draw(rng) for _ in range(20)} == {6}
-    assert str(Loops(mean=4.0, low=2, high=8)) == "clip(Poisson(4), 2, 8)"
-    with pytest.raises(ValueError, match="1 <= low <= high, got low=3, high=2"):
-        Loops(mean=2.0, low=3, high=2)
-
-
-def test_the_rate_rises_then_falls_linearly() -> None:
-    stage = Stage(hops=(1,), max_updates=10, lr=1.0, lr_end=0.0, warmup=2)
-    assert [round(stage.rate(update), 3) for update in (0, 1, 2, 5, 10, 12)] == [0.5, 0.9, 0.8, 0.5, 0.0, 0.0]
-
-
-def test_a_curriculum_replays_all_earlier_hops() -> None:
-    stages = curriculum(2, 4, max_updates=5, gate=0.9, lr=1e-3, warmup=3)
-    assert [stage.hops for stage in stages] == [(1, 2), (1, 2, 3), (1, 2, 3, 4)]
-    assert [stage.gate_hops for stage in stages] == [2, 3, 4]
-    assert [stage.warmup for stage in stages] == [3, 0, 0]
-
-
-def test_batches_depend_on_the_seed_and_the_update_alone() -> None:
-    stage, twin = TINY.stages[1], Questions(TINY)
-    for update in range(20):
-        ours, theirs = Questions(TINY).batch(stage, update), twin.batch(stage, update)
-        assert torch.equal(ours.tokens, theirs.tokens)
-        assert ours.n_loops == theirs.n_loops
-    other = Questions(replace(TINY, seed=1)).batch(stage, 3)
-    assert other.tokens.shape != twin.batch(stage, 3).tokens.shape or not torch.equal(other.tokens, twin.batch(stage, 3).tokens)
-
-
-def test_training_never_sees_a_held_out_fact() -> None:
-    questions, first_relation = Questions(TINY), 1 + TINY.n_entities
-    for update in range(40):
-        tokens = questions.batch(TINY.stages[1], update).tokens.numpy()
-        assert not is_held_out(tokens[:, 0] - 1, tokens[:, 1:] - first_relation).any()
-    tokens = questions.held_out(3, 30).tokens.numpy()
-    assert is_held_out(tokens[:, 0] - 1, tokens[:, 1:] - first_relation).all()
-
-
 def test_a_fresh_loop_is_the_identity() -> None:
     model = fresh_model(TINY)
     state = model.begin(torch.tensor([[1, 8, 9]]), n_loops=3)
     assert torch.equal(model.advance(state).resid, state.resid)
-
-
-def test_loss_and_gradients_equal_those_of_padding_to_50() -> None:
-    def gradients(
-        model: RecurrentDepth, tokens: torch.Tensor, mask: torch.Tensor, column: int, answers: torch.Tensor
-    ) -> list[torch.Tensor]:
-        state = model.advance(model.begin(tokens, mask, n_loops=3))
-        loss = F.cross_entropy(model.readout(state, torch.full((len(tokens),), column)), answers)
-        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
-
-    model = fresh_model(TINY).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    batch = Questions(TINY).batch(TINY.stages[1], 5)
-    length = batch.tokens.shape[1]
-    padded = F.pad(batch.tokens, (0, 50 - length))
-    mask = (torch.arange(50) < length).expand(padded.shape)
-    one = F.pad(batch.tokens, (0, 1))
-    for column, short, width in ((length - 1, batch.tokens, length), (length, one, length + 1)):
-        ours = gradients(model, short, mask[:, :width], column, batch.answers)
-        theirs = gradients(model, padded, mask, column if column < length else 49, batch.answers)
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    other = fresh_model(replace(TINY, zero_init=False))
+    assert not torch.equal(other.advance(other.begin(torch.tensor([[1, 8, 9]]), n_loops=3)).resid, state.resid)
 
 
 def test_a_run_improves_exports_and_logs(tmp_path: Path) -> None:
@@ -139,7 +73,7 @@ def test_a_run_improves_exports_and_logs(tmp_path: Path) -> None:
     assert card["updates"] == trainer.progress.update
     assert set(card["accuracy"]) == {str(k) for k in range(1, 10)}
     assert all(len(row) == 24 for row in card["accuracy"].values())
-    assert read_card(tmp_path / "run" / "stage_2_hops")["trained_hops"] == 2
+    assert read_card(tmp_path / "run" / "2_hops")["trained_hops"] == 2
     asked = by_hops(read_questions(tmp_path / "run" / "final" / "test.json"))
     graph = read_graph(tmp_path / "run" / "final" / "graph.json")
     assert {hops: len(group) for hops, group in asked.items()} == dict.fromkeys(range(1, 10), 50)
@@ -170,6 +104,89 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="the loss became nan at update 0"):
         trainer.run()
     assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_the_same_numbers_go_to_tensorboard(tmp_path: Path) -> None:
+    Trainer(TINY, tmp_path).run()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert all(name in content for name in (b"loss", b"lr", b"accuracy/2", b"accuracy/3"))
+
+
+def test_without_wandb_asking_for_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="needs the package wandb; install it"):
+        Trainer(TINY, tmp_path, wandb=True)
+
+
+def test_wandb_is_given_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[tuple[dict[str, float], int]] = []
+    run = SimpleNamespace(log=lambda numbers, step: reported.append((numbers, step)), finish=lambda: reported.append(({}, -1)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    Trainer(TINY, tmp_path, wandb=True).run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [step for _, step in reported] == [*(line["update"] for line in lines), -1]
+    assert reported[0][0]["accuracy/2"] == lines[0]["accuracy"]["2"]
+
+
+def test_checkpoints_in_the_released_layout_give_the_same_logits(tmp_path: Path) -> None:
+    Trainer(TINY, tmp_path, release=True).run()
+    for stage, epoch in (("2_hops", 3), ("final", 6)):
+        ours, released = load(tmp_path / stage), load(tmp_path / "released" / stage)
+        assert (tmp_path / "released" / stage / f"checkpoint_epoch_{epoch}.pt").is_file()
+        assert str(released.read_at) == "last_real"
+        tokens = torch.tensor([[1, 8, 9], [2, 9, 10]])
+        assert torch.equal(ours(tokens, n_loops=3), released(tokens, n_loops=3))
+
+
+def test_dropout_is_on_while_training_only_and_the_same_after_a_resume(tmp_path: Path) -> None:
+    recipe = replace(TINY, dropout=0.3, zero_init=False)
+    whole, first = Trainer(recipe, tmp_path / "whole"), Trainer(recipe, tmp_path / "parts")
+    stage = recipe.stages[0]
+    losses = [whole.step(stage) for _ in range(6)]
+    assert [first.step(stage) for _ in range(3)] == losses[:3]
+    first.save()
+    second = Trainer(recipe, tmp_path / "parts", resume=True)
+    assert [second.step(stage) for _ in range(3)] == losses[3:]
+    tokens = torch.tensor([[1, 8, 9]])
+    assert not torch.equal(whole.model(tokens, n_loops=2), whole.model(tokens, n_loops=2))
+    whole.model.eval()
+    assert torch.equal(whole.model(tokens, n_loops=2), whole.model(tokens, n_loops=2))
+    assert Trainer(replace(recipe, dropout=0.0), tmp_path / "without").step(stage) != losses[0]
+
+
+def test_only_matrices_decay_when_asked() -> None:
+    model = fresh_model(TINY)
+    decayed, rest = fresh_optimizer(replace(TINY, decay_matrices_only=True), model).param_groups
+    assert decayed["weight_decay"] == TINY.weight_decay > rest["weight_decay"] == 0.0
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in model.parameters() if p.ndim == 2}
+    (every,) = fresh_optimizer(TINY, model).param_groups
+    assert len(every["params"]) == len(list(model.parameters()))
+
+
+def test_a_restart_forgets_the_moments(tmp_path: Path) -> None:
+    recipe = replace(TINY, stages=(TINY.stages[0], replace(TINY.stages[1], restart=True, max_updates=1)))
+    trainer = Trainer(recipe, tmp_path)
+    trainer.run()
+    assert {int(values["step"]) for values in trainer.optimizer.state_dict()["state"].values()} == {1}
+
+
+def test_a_gate_is_not_asked_before_its_forced_updates(tmp_path: Path) -> None:
+    recipe = replace(TINY, stages=(replace(TINY.stages[0], max_updates=100, gate=-1.0, min_updates=9), TINY.stages[1]))
+    trainer = Trainer(recipe, tmp_path)
+    trainer.run()
+    assert trainer.progress.update == 12 + TINY.stages[1].max_updates
+
+
+def test_a_halting_gate_judges_where_the_rule_stops(tmp_path: Path) -> None:
+    recipe = replace(TINY, halting_gate=True)
+    trainer = Trainer(recipe, tmp_path)
+    trainer.run()
+    trainer.model.eval()
+    batch = pack(recipe, [trainer.questions.held_out("2", recipe.eval_questions)], 3)
+    stopped = halting(trainer.model, batch.inputs, HaltingRule.while_training(50), 3).correct(batch.answers)
+    expected = round(float(stopped.float().mean()), 4)
+    assert accuracies(trainer.model, trainer.questions, ["2"]) == {"2": expected}
 
 
 CHILD = """
@@ -212,11 +229,4 @@ def test_a_killed_run_resumes_to_the_identical_weights(tmp_path: Path, delay: fl
 
 def test_an_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"there is no recipe 'maxi'; the recipes are mini/multi_hop/r_dyn"):
-        train("maxi", None, False)
-
-
-def test_the_recipes_are_of_one_graph_and_size() -> None:
-    minis = [recipe for name, recipe in RECIPES.items() if name.startswith("mini/multi_hop/")]
-    assert len({(r.n_entities, r.n_relations, r.graph_seed, r.n_layers, r.d_model, r.n_heads) for r in minis}) == 1
-    assert {recipe.name.rpartition("/")[2] for recipe in minis} == {"r_dyn", "r2", "r4", "r6"}
-    assert all(sum(p.numel() for p in fresh_model(recipe).parameters()) < 1_000_000 for recipe in minis)
+        train("maxi")

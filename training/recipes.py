@@ -1,13 +1,13 @@
-"""What a training run is: frozen configs, and the named recipes.
-
-A run is a list of stages. The curriculum of arXiv 2604.07822 has one stage per hop count, each ended by its gate.
-"""
+"""What a training run is, as frozen configs: the questions, the model, and the stages. The named ones are in `training.catalog`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
+
+from models.recurrent_depth import Positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +38,86 @@ class Loops:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of a run with one set of hop counts.
+class MultiHopTask:
+    """Facts of many hops; the defaults are the paper's.
 
     Attributes:
-        hops: Hop counts in the batches, each batch being of one of them, drawn uniformly.
+        n_entities, n_relations, graph_seed: The graph.
+        permutations: Whether each relation is a permutation; if not, tails are random, and a short suffix nearly fixes the answer.
+        train: Distinct facts of each hop count to train on, in shuffled epochs over all hop counts of the stage; None means
+            fresh random facts at every update, of one hop count per batch, of which a hash holds out a tenth.
+        test: Held-out facts of each hop count.
+    """
+
+    n_entities: int = 200
+    n_relations: int = 10
+    graph_seed: int = 42
+    permutations: bool = True
+    train: int | None = 15_000
+    test: int = 750
+
+    def __str__(self) -> str:
+        kind = "permutation" if self.permutations else "random"
+        return f"multi-hop questions on a {kind} graph of {self.n_entities} entities and {self.n_relations} relations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoHopTask:
+    """Atomic facts and their compositions, with atoms that no training composition uses; the defaults are the paper's.
+
+    Attributes:
+        n_entities, n_relations, out_degree, ood_share, graph_seed: The graph.
+        phi, iid_share, test: The split, as in `tasks.two_hop.make_two_hop`.
+    """
+
+    n_entities: int = 2000
+    n_relations: int = 200
+    out_degree: int = 20
+    ood_share: float = 0.05
+    graph_seed: int = 42
+    phi: float = 7.2
+    iid_share: float = 0.005
+    test: int = 3000
+
+    def __str__(self) -> str:
+        return (
+            f"two-hop questions on a graph of {self.n_entities} entities, {self.out_degree} of {self.n_relations} relations each, "
+            f"{self.ood_share:.3g} of the facts out of distribution"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run with one set of hop counts; at its end a checkpoint of its name is exported.
+
+    Attributes:
+        name: Of the checkpoint's folder.
+        hops: Hop counts of the questions.
         max_updates: The stage ends after so many updates.
-        gate_hops, gate: It also ends once held-out accuracy on gate_hops exceeds the gate; None means no gate.
-        lr, lr_end: The learning rate falls linearly from lr to lr_end over max_updates.
+        gate_on, gate: It also ends once accuracy on this group of test questions exceeds the gate; None means no gate. Groups
+            are hop counts ("3"), or those of the two-hop task ("test_inferred_iid").
+        min_updates: The gate is not asked before.
+        lr, lr_end: The learning rate stays at lr and then falls linearly to lr_end at max_updates.
+        fall_from: Share of max_updates after which it falls.
         warmup: Updates over which the rate rises from zero at the beginning.
         restart: Forget the optimiser's moments at the beginning.
     """
 
+    name: str
     hops: tuple[int, ...]
     max_updates: int
-    gate_hops: int | None = None
+    gate_on: str | None = None
     gate: float = 0.95
+    min_updates: int = 0
     lr: float
     lr_end: float
+    fall_from: float = 0.0
     warmup: int = 0
     restart: bool = False
 
     def rate(self, update: int) -> float:
         """The learning rate of an update, counted from 0 within the stage."""
-        share = min(1.0, update / self.max_updates)
+        share = min(1.0, max(0.0, update / self.max_updates - self.fall_from) / (1.0 - self.fall_from))
         rising = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
         return rising * (self.lr + share * (self.lr_end - self.lr))
 
@@ -72,35 +128,55 @@ class Recipe:
 
     Attributes:
         name: Its name on the command line and in the card.
-        n_entities, n_relations, graph_seed: The permutation graph.
-        n_layers, d_model, n_heads: The model; its MLP is four times as wide.
+        task: What is asked.
+        n_layers, d_model, n_heads, positions: The model; its MLP is four times as wide.
+        dropout: Of the blocks, while training.
+        zero_init: Start both output projections of every block at zero, so that the loop is the identity.
+        readout: Where answers are read: the last real token, or the last column of the inputs padded to `padded_to`.
+        padded_to: Columns of the padded inputs; None means those of the longest in the batch.
         loops: Iterations per batch.
-        eval_loops: Iterations at which gates are judged.
+        eval_loops: Iterations at which gates are judged; with `halting_gate` the most that the halting rule may use.
+        halting_gate: Judge gates after the iteration at which the paper's rule for evaluation while training stops.
         stages: In order.
         batch_size: Questions per update.
-        weight_decay, betas, clip: AdamW and gradient clipping (norm); decay acts on every parameter.
+        weight_decay, betas: Of AdamW.
+        decay_matrices_only: Leave biases and norms out of the decay.
+        clip: Largest gradient norm; None does not clip.
+        label_smoothing: Of the cross-entropy.
         eval_every: Updates between evaluations.
-        eval_questions: Held-out questions per hop count in an evaluation.
+        eval_questions: Test questions of each group in an evaluation.
         seed: Of weights and batches.
     """
 
     name: str
-    n_entities: int
-    n_relations: int
-    graph_seed: int = 0
+    task: MultiHopTask | TwoHopTask
     n_layers: int
     d_model: int
     n_heads: int
+    positions: Positions = "none"
+    dropout: float = 0.0
+    zero_init: bool = True
+    readout: Literal["last_real", "last_column"] = "last_real"
+    padded_to: int | None = None
     loops: Loops
     eval_loops: int
+    halting_gate: bool = False
     stages: tuple[Stage, ...]
     batch_size: int
     weight_decay: float
+    decay_matrices_only: bool = False
     betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = 1.0
+    clip: float | None = 1.0
+    label_smoothing: float = 0.0
     eval_every: int = 250
     eval_questions: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.stages or len({stage.name for stage in self.stages}) != len(self.stages):
+            raise ValueError(f"a recipe has stages, each with a name of its own, got {[stage.name for stage in self.stages]}")
+        if self.padded_to is None and (self.readout == "last_column" or self.positions != "none"):
+            raise ValueError("padded_to must be given where answers are read at the last column, or positions are not 'none'")
 
     @property
     def trained_hops(self) -> int:
@@ -108,40 +184,44 @@ class Recipe:
         return max(max(stage.hops) for stage in self.stages)
 
 
-def curriculum(first: int, last: int, *, max_updates: int, gate: float, lr: float, warmup: int = 0) -> tuple[Stage, ...]:
-    """One stage per hop count from `first` to `last`, each with all hop counts up to its own (joint replay)."""
-    stages = [
-        Stage(hops=tuple(range(1, k + 1)), max_updates=max_updates, gate_hops=k, gate=gate, lr=lr, lr_end=lr)
-        for k in range(first, last + 1)
-    ]
-    return (replace(stages[0], warmup=warmup), *stages[1:])
+def curriculum(
+    first: int,
+    last: int,
+    *,
+    max_updates: int,
+    gate: float = 0.95,
+    lr: float,
+    lr_end: float | None = None,
+    lr_decay: float = 1.0,
+    lr_floor: float = 0.0,
+    warmup: int = 0,
+    restart: bool = False,
+    forced_first: int = 0,
+) -> tuple[Stage, ...]:
+    """One stage per hop count from `first` to `last`, each with all hop counts up to its own (joint replay).
 
-
-def _mini(name: str, loops: Loops, eval_loops: int, hops: int, polish: int) -> Recipe:
-    """A multi-hop miniature: a gated curriculum at a constant rate, then all hop counts with a falling one."""
-    rising = curriculum(2, hops - 2, max_updates=12_000, gate=0.93, lr=2e-3, warmup=200)
-    final = Stage(hops=tuple(range(1, hops + 1)), max_updates=polish, lr=1.5e-3, lr_end=1e-5)
-    return Recipe(
-        name=name,
-        n_entities=40,
-        n_relations=10,
-        n_layers=2,
-        d_model=64,
-        n_heads=4,
-        loops=loops,
-        eval_loops=eval_loops,
-        stages=(*rising, final),
-        batch_size=192,
-        weight_decay=0.1,
-    )
-
-
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        _mini("mini/multi_hop/r_dyn", Loops(mean=4.0, low=2, high=8), 8, hops=10, polish=10_000),
-        _mini("mini/multi_hop/r6", Loops.fixed(6), 6, hops=10, polish=10_000),
-        _mini("mini/multi_hop/r4", Loops.fixed(4), 4, hops=8, polish=8_000),
-        _mini("mini/multi_hop/r2", Loops.fixed(2), 2, hops=6, polish=6_000),
-    )
-}
+    Args:
+        max_updates, gate: Of each stage.
+        lr: Of the first stage; each later one starts at `lr_decay` times the rate of the one before, but not below `lr_floor`.
+        lr_end: Where the rate of a stage falls to by max_updates; None keeps it constant.
+        warmup: Of the first stage, and with `restart` of each.
+        restart: Restart optimiser and schedule at each stage.
+        forced_first: Updates that the first stage runs, whatever its gate says.
+    """
+    stages = []
+    for k in range(first, last + 1):
+        rate = max(lr * lr_decay ** (k - first), lr_floor)
+        stages.append(
+            Stage(
+                name=f"{k}_hops",
+                hops=tuple(range(1, k + 1)),
+                max_updates=max_updates,
+                gate_on=str(k),
+                gate=gate,
+                lr=rate,
+                lr_end=rate if lr_end is None else lr_end,
+                warmup=warmup if k == first or restart else 0,
+                restart=restart and k > first,
+            )
+        )
+    return (replace(stages[0], min_updates=forced_first), *stages[1:])

@@ -1,79 +1,92 @@
-"""The model, the vocabulary and the questions of a recipe."""
+"""The model of a recipe, its optimiser, and the batches that it is trained on."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.recurrent_depth import Block, RecurrentDepth, RecurrentDepthConfig
 from models.registry import build
-from models.tokens import Readout, Vocabulary
+from models.tokens import Batch, Readout, Vocabulary
 from tasks.facts import FactBatch, vocabulary
-from tasks.graphs import PermutationGraph
-from tasks.multi_hop import sample_facts
-from tasks.questions import Question
-from tasks.text import to_questions
-from training.recipes import Recipe, Stage
+from training.recipes import Recipe
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Questions of one hop count, answered at their last token.
+    """Questions with their answers.
 
     Attributes:
-        tokens: Int[Tensor, "batch pos"].
+        inputs: Tokens, mask, and the column at which each answer is read.
         answers: Int[Tensor, " batch"].
         n_loops: Iterations to train it with.
     """
 
-    tokens: Int[Tensor, "batch pos"]
+    inputs: Batch
     answers: Int[Tensor, " batch"]
     n_loops: int
 
+    def share(self, rank: int, ranks: int) -> TrainingBatch:
+        """One rank's equal part."""
+        rows = slice(rank, None, ranks)
+        return TrainingBatch(self.inputs[rows], self.answers[rows], self.n_loops)
 
-@dataclass(frozen=True)
-class Questions:
-    """The questions of a recipe: fresh random facts for training, and held-out ones.
+    def to(self, device: torch.device) -> TrainingBatch:
+        """The batch on another device."""
+        return TrainingBatch(self.inputs.to(device), self.answers.to(device), self.n_loops)
 
-    A batch depends on the seed and the update's number alone, so a resumed run sees what it would have seen.
+
+def readout_of(recipe: Recipe) -> Readout:
+    """Where the model of a recipe is read."""
+    if recipe.readout == "last_real":
+        return Readout("last_real")
+    assert recipe.padded_to is not None, "a recipe that reads the last column says which that is"
+    return Readout("column", recipe.padded_to - 1)
+
+
+def pack(recipe: Recipe, facts: Sequence[FactBatch], n_loops: int) -> TrainingBatch:
+    """Facts of several hop counts as one right-padded batch.
+
+    Only the columns up to the longest real token are kept, and without positions one padding column more where answers are read
+    at the last column: every other padding column changes neither the loss nor a gradient.
     """
+    lengths = np.concatenate([np.full(len(batch), batch.hops + 1) for batch in facts])
+    columns, width = readout_of(recipe).place(lengths.tolist(), recipe.padded_to, recipe.positions != "none")
+    tokens = np.zeros((len(lengths), width), dtype=np.int64)
+    start = 0
+    for batch in facts:
+        tokens[start : start + len(batch), : batch.hops + 1] = batch.tokens
+        start += len(batch)
+    mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+    inputs = Batch(torch.from_numpy(tokens), torch.from_numpy(mask), torch.tensor(columns))
+    return TrainingBatch(inputs, torch.from_numpy(np.concatenate([batch.answers for batch in facts])), n_loops)
 
-    recipe: Recipe
 
-    @cached_property
-    def graph(self) -> PermutationGraph:
-        """The recipe's graph."""
-        return PermutationGraph.random(self.recipe.n_entities, self.recipe.n_relations, self.recipe.graph_seed)
+class Answering(nn.Module):
+    """A model as the function that is trained, from a batch to the logits of its answers; what data-parallel training wraps."""
 
-    def batch(self, stage: Stage, update: int) -> TrainingBatch:
-        """The batch of an update, counted over the whole run."""
-        rng = np.random.default_rng((self.recipe.seed, update))
-        hops = int(rng.choice(stage.hops))
-        facts = sample_facts(self.graph, hops, self.recipe.batch_size, rng, held_out=False)
-        return TrainingBatch(torch.from_numpy(facts.tokens), torch.from_numpy(facts.answers), self.recipe.loops.draw(rng))
+    def __init__(self, model: RecurrentDepth) -> None:
+        super().__init__()
+        self.model = model
 
-    def held_out(self, hops: int, count: int) -> TrainingBatch:
-        """Held-out questions of one hop count, the same at every call; one-hop facts are never held out."""
-        facts = self._held_out_facts(hops, count)
-        return TrainingBatch(torch.from_numpy(facts.tokens), torch.from_numpy(facts.answers), self.recipe.eval_loops)
+    def forward(self, batch: TrainingBatch) -> Float[Tensor, "batch d_vocab"]:
+        state = self.model.begin(batch.inputs.tokens, batch.inputs.mask, n_loops=batch.n_loops)
+        return self.model.readout(self.model.advance(state), batch.inputs.readout)
 
-    def as_text(self, hops: int, count: int) -> list[Question]:
-        """The questions of `held_out`, for test.json."""
-        return to_questions(self._held_out_facts(hops, count), self.graph, f"{hops}hop_test" if hops > 1 else "atomic_facts")
-
-    def _held_out_facts(self, hops: int, count: int) -> FactBatch:
-        rng = np.random.default_rng((self.recipe.seed, 1 << 40, hops))
-        return sample_facts(self.graph, hops, count, rng, held_out=hops > 1)
+    def loss(self, batch: TrainingBatch, label_smoothing: float) -> Float[Tensor, ""]:
+        """Mean cross-entropy at the answers, in nats."""
+        return F.cross_entropy(self(batch), batch.answers, label_smoothing=label_smoothing)
 
 
 def fresh_model(recipe: Recipe) -> RecurrentDepth:
-    """A model whose loop is the identity: both output projections of every block start at zero (the trainer's c_scale of 0)."""
-    words = Vocabulary(vocabulary(recipe.n_entities, recipe.n_relations))
+    """A new model; with `zero_init` its loop is the identity, because both output projections of every block are zero (c_scale = 0)."""
+    words = Vocabulary(vocabulary(recipe.task.n_entities, recipe.task.n_relations))
     cfg = RecurrentDepthConfig(
         n_layers=recipe.n_layers,
         n_loops=recipe.eval_loops,
@@ -81,14 +94,27 @@ def fresh_model(recipe: Recipe) -> RecurrentDepth:
         n_heads=recipe.n_heads,
         d_mlp=4 * recipe.d_model,
         d_vocab=len(words),
+        n_ctx=None if recipe.positions == "none" else recipe.padded_to,
+        positions=recipe.positions,
+        dropout=recipe.dropout,
     )
     torch.manual_seed(recipe.seed)
     model = build(cfg)
     assert isinstance(model, RecurrentDepth), "the config's family is recurrent-depth"
     nn.init.normal_(model.embedding, std=recipe.d_model**-0.5)
-    for block in model.blocks:
+    for block in model.blocks if recipe.zero_init else ():
         assert isinstance(block, Block), "a recurrent-depth model is made of these blocks"
         nn.init.zeros_(block.attn.W_O_flat)
         nn.init.zeros_(block.mlp.W_out)
-    model.vocab, model.read_at = words, Readout("last_real")
+    model.vocab, model.read_at = words, readout_of(recipe)
     return model
+
+
+def fresh_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW; the learning rate is set before each update."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    decayed = {"params": matrices, "weight_decay": recipe.weight_decay}
+    rest = {"params": others, "weight_decay": 0.0}
+    groups = [decayed, rest] if recipe.decay_matrices_only else list(model.parameters())
+    return torch.optim.AdamW(groups, lr=1.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)

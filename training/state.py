@@ -1,4 +1,7 @@
-"""The full state of a run on disk: written atomically, so that a kill at any moment loses at most the updates since then."""
+"""The full state of a run on disk, and its log.
+
+The state is written atomically, so that a kill at any moment loses at most the updates since then.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,12 @@ class Progress:
 
 
 def save_state(path: Path, recipe: Recipe, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write everything that the next update depends on."""
+    """Write everything that the next update depends on; random draws depend on the recipe's seed and the progress alone."""
     content = {
         "recipe": recipe_text(recipe),
         "progress": asdict(progress),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "torch_rng": torch.get_rng_state(),
     }
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
@@ -50,36 +52,14 @@ def load_state(path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.op
     Raises:
         ValueError: The state is of another recipe.
     """
-    content: dict[str, Any] = torch.load(path, weights_only=True)
+    content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     if content["recipe"] != recipe_text(recipe):
         raise ValueError(f"{path} was written by a run of another recipe; choose another folder, or the recipe that it was started with")
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["torch_rng"])
     return Progress(**content["progress"])
 
 
 def recipe_text(recipe: Recipe) -> str:
     """A recipe as JSON, to compare and to show."""
     return json.dumps(asdict(recipe), sort_keys=True)
-
-
-class Log:
-    """Lines of JSON, one per evaluation; what a resumed run had written after its last saved state is cut off.
-
-    Args:
-        path: The file.
-        update: Updates of the state that the run resumes from.
-    """
-
-    def __init__(self, path: Path, update: int) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["update"] <= update]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, **values: Any) -> None:
-        """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")

@@ -1,37 +1,40 @@
-"""The trainer: runs a recipe's stages, resumes bit for bit, and writes a checkpoint that `load` reads."""
+"""The trainer: runs a recipe's stages, resumes bit for bit, and writes checkpoints that `load` reads."""
 
 from __future__ import annotations
 
 import math
 import platform
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from checkpoints.load import save
-from interp.lens import readout_lens
-from models.recurrent_depth import RecurrentDepth
-from models.tokens import Batch
-from training.recipes import RECIPES, Recipe, Stage
-from training.setup import Questions, TrainingBatch, fresh_model
-from training.state import Log, Progress, load_state, save_state
+from checkpoints.release import save_release
+from training.catalog import RECIPES
+from training.examination import accuracies, accuracy_table
+from training.log import Log
+from training.questions import questions_of
+from training.recipes import Recipe, Stage
+from training.setup import Answering, TrainingBatch, fresh_model, fresh_optimizer, pack
+from training.state import Progress, load_state, save_state
 
-_TABLE_LOOPS, _TABLE_BEYOND, _TABLE_QUESTIONS, _SHOWN_QUESTIONS = 24, 6, 200, 50
 
-
-def train(name: str, folder: Path | None, resume: bool) -> Path:
+def train(name: str, folder: Path | None = None, *, resume: bool = False, release: bool = False, wandb: bool = False) -> Path:
     """Run a named recipe to its end.
 
     Args:
         name: Of the recipe.
         folder: Of the run; None means runs/<name>.
-        resume: Go on from the state in the folder.
+        resume, release, wandb: As in `Trainer`.
 
     Returns:
         The folder of the finished checkpoint.
@@ -41,56 +44,66 @@ def train(name: str, folder: Path | None, resume: bool) -> Path:
     """
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
-    trainer = Trainer(RECIPES[name], folder or Path("runs") / name, resume)
+    trainer = Trainer(RECIPES[name], folder or Path("runs") / name, resume=resume, release=release, wandb=wandb)
     trainer.run()
-    return trainer.folder / "final"
+    return trainer.folder / trainer.recipe.stages[-1].name
 
 
 class Trainer:
-    """One run of a recipe in a folder.
+    """One run of a recipe in a folder; under `accelerate launch` every process has one, and each batch is shared among them.
+
+    On a GPU it computes in bfloat16 autocast with compiled blocks, on a CPU in float32.
 
     Args:
         recipe: What to run.
-        folder: Holds state.pt (to resume), log.jsonl, and a checkpoint for each stage (stage_<k>_hops) and final.
+        folder: Holds state.pt (to resume), log.jsonl, TensorBoard's files, and a checkpoint for each stage, by its name.
         resume: Go on from state.pt.
+        release: Write each checkpoint in the released layout too, as released/<stage>/checkpoint_epoch_<N>.pt, where N counts
+            evaluations.
+        wandb: Report to Weights & Biases.
 
     Raises:
-        ValueError: The folder holds a run already and resume is False, or the state is of another recipe.
+        ValueError: The folder holds a run already and resume is False, the state is of another recipe, or the batch cannot be
+            shared equally.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, resume: bool = False) -> None:
-        self.recipe, self.folder = recipe, folder
-        self.questions = Questions(recipe)
-        self.model = fresh_model(recipe).train()
-        self.optimizer = self._new_optimizer()
-        self.progress = Progress()
+    def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False, release: bool = False, wandb: bool = False) -> None:
+        self.recipe, self.folder, self.release = recipe, folder, release
+        on_gpu = torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
+        if recipe.batch_size % self.accelerator.num_processes:
+            raise ValueError(f"{self.accelerator.num_processes} processes cannot share a batch of {recipe.batch_size} questions equally")
         state = folder / "state.pt"
         if state.exists() and not resume:
             raise ValueError(f"{folder} holds a run already; pass --resume to go on with it, or choose another folder")
-        if state.exists():
-            self.progress = load_state(state, recipe, self.model, self.optimizer)
-        self.log = Log(folder / "log.jsonl", self.progress.update)
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        recipe = self.recipe
-        return torch.optim.AdamW(self.model.parameters(), lr=1.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+        self.questions = questions_of(recipe)
+        self.model = fresh_model(recipe).train().to(self.accelerator.device)
+        optimizer = fresh_optimizer(recipe, self.model)
+        self.progress = load_state(state, recipe, self.model, optimizer) if state.exists() else Progress()
+        if on_gpu:
+            for block in self.model.blocks:
+                block.compile(dynamic=True)
+        self.answering, self.optimizer = self.accelerator.prepare(Answering(self.model), optimizer)
+        self.log = Log(folder, recipe, self.progress.update, wandb) if self.accelerator.is_main_process else None
 
     def run(self) -> None:
-        """Train to the end of the last stage, and export."""
+        """Train to the end of the last stage."""
         while self.progress.stage < len(self.recipe.stages):
             self._run_stage(self.recipe.stages[self.progress.stage])
             self.progress.stage += 1
             self.progress.stage_update = 0
             self.save()
-        self.export(self.folder / "final")
+        if self.log is not None:
+            self.log.close()
 
     def _run_stage(self, stage: Stage) -> None:
         if stage.restart and self.progress.stage_update == 0:
-            self.optimizer = self._new_optimizer()
-        label = f"stage {self.progress.stage + 1}/{len(self.recipe.stages)} to {max(stage.hops)} hops"
+            self.optimizer = self.accelerator.prepare(fresh_optimizer(self.recipe, self.model))
+        label = f"stage {self.progress.stage + 1}/{len(self.recipe.stages)} {stage.name}"
         started, before = time.perf_counter(), self.progress.seconds
         losses: list[float] = []
-        with tqdm(total=stage.max_updates, initial=self.progress.stage_update, desc=label) as bar:
+        main = self.accelerator.is_main_process
+        with tqdm(total=stage.max_updates, initial=self.progress.stage_update, desc=label, disable=not main) as bar:
             while self.progress.stage_update < stage.max_updates:
                 losses.append(self.step(stage))
                 bar.update()
@@ -101,87 +114,94 @@ class Trainer:
                     self.save()
                     if passed:
                         break
-        if self.progress.stage + 1 < len(self.recipe.stages):
-            self.export(self.folder / f"stage_{max(stage.hops)}_hops")
+        if main:
+            self.export(stage.name)
 
     def step(self, stage: Stage) -> float:
         """One update.
 
         Returns:
-            The loss, in nats.
+            The loss, in nats, over this process's share of the batch.
 
         Raises:
             FloatingPointError: The loss is not a number; the saved state is left as it was.
         """
-        batch = self.questions.batch(stage, self.progress.update)
+        batch = self.batch(stage)
         for group in self.optimizer.param_groups:
             group["lr"] = stage.rate(self.progress.stage_update)
-        loss = F.cross_entropy(self._answer_logits(batch), batch.answers)
+        torch.manual_seed(self.recipe.seed + 1_000_003 * self.progress.update + self.accelerator.process_index)  # of the dropout
+        loss = F.cross_entropy(self.answering(batch), batch.answers, label_smoothing=self.recipe.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss became {value} at update {self.progress.update}; resume with a lower learning rate")
         self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.accelerator.backward(loss)
+        if self.recipe.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.progress.update += 1
         self.progress.stage_update += 1
         return value
 
-    def _answer_logits(self, batch: TrainingBatch) -> Tensor:
-        state = self.model.advance(self.model.begin(batch.tokens, n_loops=batch.n_loops))
-        last = torch.full((len(batch.tokens),), batch.tokens.shape[1] - 1)
-        return self.model.readout(state, last)
+    def batch(self, stage: Stage) -> TrainingBatch:
+        """This process's share of the questions of the next update."""
+        rng = np.random.default_rng((self.recipe.seed, self.progress.update))
+        facts = self.questions.batch(stage, self.progress, rng)
+        whole = pack(self.recipe, facts, self.recipe.loops.draw(rng))
+        return whole.share(self.accelerator.process_index, self.accelerator.num_processes).to(self.accelerator.device)
 
-    @torch.no_grad()
     def _evaluate(self, stage: Stage, loss: float, bar: tqdm[Any]) -> bool:
-        self.model.eval()
-        accuracy = {}
-        for hops in stage.hops:
-            batch = self.questions.held_out(hops, self.recipe.eval_questions)
-            right = self._answer_logits(batch).argmax(-1) == batch.answers
-            accuracy[hops] = round(float(right.float().mean()), 4)
-        self.model.train()
-        self.log.write(**asdict(self.progress), loss=round(loss, 5), lr=self.optimizer.param_groups[0]["lr"], accuracy=accuracy)
-        deepest = stage.gate_hops or max(stage.hops)
-        bar.set_postfix({"loss": f"{loss:.3f}", f"{deepest} hops": f"{accuracy[deepest]:.2f}"})
-        return stage.gate_hops is not None and accuracy[stage.gate_hops] > stage.gate
+        """Whether the stage's gate is passed, as the main process finds."""
+        passed = [False]
+        if self.log is not None:
+            self.model.eval()
+            found = accuracies(self.model, self.questions, self.questions.groups(max(stage.hops)))
+            self.model.train()
+            self.log.write(self.progress, found, loss=round(loss, 5), lr=self.optimizer.param_groups[0]["lr"])
+            watched = stage.gate_on or list(found)[-1]
+            bar.set_postfix({"loss": f"{loss:.3f}", watched: f"{found[watched]:.2f}"})
+            asked = stage.gate_on is not None and self.progress.stage_update >= stage.min_updates
+            passed = [asked and found[watched] > stage.gate]
+        return bool(broadcast_object_list(passed)[0])
 
     def save(self) -> None:
         """Write the full state."""
-        save_state(self.folder / "state.pt", self.recipe, self.progress, self.model, self.optimizer)
+        if self.accelerator.is_main_process:
+            save_state(self.folder / "state.pt", self.recipe, self.progress, self.model, self.optimizer)
 
-    def export(self, folder: Path) -> None:
-        """Write the model in our own format, with its graph, its card and held-out questions; a folder that exists is left."""
-        if folder.exists():
-            return
-        self.model.eval()
-        questions = [question for hops in self._table_hops() for question in self.questions.as_text(hops, _SHOWN_QUESTIONS)]
-        save(self.model, folder, self._card(), self.questions.graph.as_dict(), questions)
-        self.model.train()
+    def export(self, name: str) -> None:
+        """Write the model in our own format, with its graph, its card and test questions; a folder that exists is left."""
+        folder = self.folder / name
+        if not folder.exists():
+            self.model.eval()
+            groups = self.questions.beyond(self._trained_hops())
+            asked = [question for group in groups for question in self.questions.as_text(group)]
+            save(self.model, folder, self._card(groups), self.questions.graph.as_dict(), asked)
+            self.model.train()
+        if self.release:
+            epoch = self.progress.update // self.recipe.eval_every
+            released = self.folder / "released" / name
+            save_release(self.model, released / f"checkpoint_epoch_{epoch}.pt", epoch)
+            for companion in folder.glob("*.json"):
+                if companion.name != "config.json":
+                    shutil.copy(companion, released)
 
     def _trained_hops(self) -> int:
         return max(max(stage.hops) for stage in self.recipe.stages[: self.progress.stage + 1])
 
-    def _table_hops(self) -> range:
-        return range(1, self._trained_hops() + _TABLE_BEYOND + 1)
-
-    def _card(self) -> dict[str, Any]:
+    def _card(self, groups: list[str]) -> dict[str, Any]:
         recipe = self.recipe
         return {
-            "task": f"multi-hop questions on a permutation graph of {recipe.n_entities} entities and {recipe.n_relations} relations",
+            "task": str(recipe.task),
+            "n_heads": recipe.n_heads,
+            "input_injection": False,
+            "n_loops": recipe.eval_loops,
             "recipe": asdict(recipe),
+            "stage": recipe.stages[self.progress.stage].name,
             "training_loops": str(recipe.loops),
             "trained_hops": self._trained_hops(),
             "updates": self.progress.update,
             "seconds": round(self.progress.seconds),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "accuracy": {str(k): _accuracy_by_loops(self.model, self.questions.held_out(k, _TABLE_QUESTIONS)) for k in self._table_hops()},
+            "accuracy": accuracy_table(self.model, self.questions, groups),
         }
-
-
-def _accuracy_by_loops(model: RecurrentDepth, batch: TrainingBatch) -> list[float]:
-    """Accuracy after each of the table's iterations, from one run."""
-    last = torch.full((len(batch.tokens),), batch.tokens.shape[1] - 1)
-    lens = readout_lens(model, Batch(batch.tokens, torch.ones_like(batch.tokens), last), _TABLE_LOOPS)
-    return [round(share, 3) for share in lens.correct(batch.answers).float().mean(1).tolist()]
