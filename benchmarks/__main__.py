@@ -6,14 +6,14 @@ import platform
 
 import torch
 
-from benchmarks import overhead, sweep
+from benchmarks import overhead, sweep, training
 
 
 def main() -> None:
     """Print the machine, then each benchmark's line."""
     torch.set_num_threads(1)  # steady on shared machines, and the same for both sides
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}")
-    for benchmark in (overhead, sweep):
+    for benchmark in (overhead, sweep, training):
         print(benchmark.run(), flush=True)
 
 

@@ -38,6 +38,8 @@ class LoopedModel(HookedLoops):
         prefix_readout: Stopping after t iterations and reading out equals a call with n_loops=t.
         additive_residual: The residual stream is a plain sum of component outputs.
         batch_independent: A row's result does not depend on the other rows.
+        rowwise: Outside attention each (batch, position) is computed on its own, and every part of the state is "batch pos ...",
+            so that any rows can be run side by side.
         visible: Which keys a row may see.
         visit_blocks: One block per visit in a copy made by `untied`; None where the weights are shared.
     """
@@ -45,6 +47,7 @@ class LoopedModel(HookedLoops):
     causal: ClassVar[bool] = True
     prefix_readout: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
     visible: ClassVar[Visible] = staticmethod(causal_keys)
 
     def __init__(self, cfg: LoopedConfig) -> None:
@@ -157,13 +160,23 @@ class LoopedModel(HookedLoops):
         rows = Rows.make(state, type(self).visible, example)
         resid, parts = state.resid, state.parts
         for visit in schedule[state.visit : stop]:
-            if visit.opening:
-                resid, parts = self.enter(visit, resid, parts, live(visit.boundary) if hooked else NO_TAPS)
-            taps = live(visit.points) if hooked else NO_TAPS
-            resid, parts = self.visit_block(visit, resid, parts, rows.at(visit.name, supplied, store), taps)
-            if visit.closing:
-                resid, parts = self.leave(visit, resid, parts, live(visit.boundary) if hooked else NO_TAPS)
+            resid, parts = self.run_visit(visit, resid, parts, rows.at(visit.name, supplied, store), hooked)
         return replace(state, visit=stop, resid=resid, parts=parts)
+
+    def run_visit(
+        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], rows: Rows, hooked: bool
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Run one visit on any rows: what opens the iteration, the block, what closes it.
+
+        Args:
+            resid, parts: Of the rows, "batch row ...".
+            hooked: Whether any hook point may hold a hook.
+        """
+        boundary = live(visit.boundary) if hooked else NO_TAPS
+        if visit.opening:
+            resid, parts = self.enter(visit, resid, parts, boundary)
+        resid, parts = self.visit_block(visit, resid, parts, rows, live(visit.points) if hooked else NO_TAPS)
+        return self.leave(visit, resid, parts, boundary) if visit.closing else (resid, parts)
 
     def finish(self, state: State, loop: int) -> State:
         """The state after iteration `loop` (from 0), run through what follows the loop; this is what a readout there reads."""

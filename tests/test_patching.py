@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from interp.cells import Cell
 from interp.metrics import logit_diff, logit_margin
-from interp.patching import Cell, Sweep, activation_patch
+from interp.patching import activation_patch
+from interp.sweep import Sweep
 from models.recurrent_depth import RecurrentDepth
 from models.tokens import Batch
 from toy import BATCH, D_VOCAB, HEADS, LAYERS, LOOPS, POS, assert_close, full, padded, projection, random_tokens, toy, with_words
@@ -79,10 +81,11 @@ def test_noise_is_denoise_with_the_runs_exchanged(model: RecurrentDepth) -> None
     assert noised.direction == "noise"
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])
-def test_number_of_cells_side_by_side_changes_nothing(batch_size: int, plain: RecurrentDepth) -> None:
-    expected = activation_patch(plain, padded(1), padded(2), projection(), 2, sites=["q", "embed", "state_out"])
-    found = activation_patch(plain, padded(1), padded(2), projection(), 2, sites=["q", "embed", "state_out"], batch_size=batch_size)
+@pytest.mark.parametrize("memory_gb", [1e-9, 1e-5, 5e-5, 1.0])
+@pytest.mark.parametrize("sites", [["q", "embed", "state_out"], ["ln_final.normalized", "pattern"]])
+def test_number_of_runs_side_by_side_changes_nothing(sites: list[str], memory_gb: float, plain: RecurrentDepth) -> None:
+    expected = activation_patch(plain, padded(1), padded(2), projection(), 2, sites=sites)
+    found = activation_patch(plain, padded(1), padded(2), projection(), 2, sites=sites, memory_gb=memory_gb)
     assert found.cells == expected.cells
     assert_close(found.values, expected.values)
 
@@ -175,7 +178,7 @@ def test_frame_columns(plain: RecurrentDepth) -> None:
         plain, padded(1), padded(2), projection(), 2, sites=["embed", "state_in", "z", "ln1.scale"], heads=[0, 4], positions=[1]
     )
     frame = sweep.frame()
-    assert list(frame.columns) == ["site", "loop", "layer", "position", "head", "metric", "value"]
+    assert list(frame.columns) == ["site", "loop", "layer", "position", "head", "metric", "value", "standard_error"]
     assert len(frame) == len(sweep.cells) == 1 + 2 + 4 * 2 + 4
     assert frame["value"].tolist() == sweep.values.mean(1).tolist()
     assert set(frame["metric"]) == {"projection"}

@@ -47,7 +47,7 @@ def test_each_cell_of_a_sweep_is_one_run_with_that_patch(positions: str, injecti
     clean, corrupted = padded(seed=1), padded(seed=2)
     sites = [site for site in site_names(model) if heads is None or site in HEAD_SITES]
     places = {"positions": [0, 5], "heads": heads}
-    sweep = activation_patch(model, clean, corrupted, projection(), SHORTEST, sites=sites, **places, direction=direction, batch_size=8)
+    sweep = activation_patch(model, clean, corrupted, projection(), SHORTEST, sites=sites, **places, direction=direction, memory_gb=1e-5)
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     names = [name for name in model.hook_names(SHORTEST) if site_of(name) in sites]
     expected_cells = list(itertools.product(names, places["positions"], heads or [None]))

@@ -118,7 +118,7 @@ class Trainer:
             self.export(stage.name)
 
     def step(self, stage: Stage) -> float:
-        """One update.
+        """The next update of a stage.
 
         Returns:
             The loss, in nats, over this process's share of the batch.
@@ -126,10 +126,16 @@ class Trainer:
         Raises:
             FloatingPointError: The loss is not a number; the saved state is left as it was.
         """
-        batch = self.batch(stage)
-        for group in self.optimizer.param_groups:
-            group["lr"] = stage.rate(self.progress.stage_update)
         torch.manual_seed(self.recipe.seed + 1_000_003 * self.progress.update + self.accelerator.process_index)  # of the dropout
+        value = self.update(self.batch(stage), stage.rate(self.progress.stage_update))
+        self.progress.update += 1
+        self.progress.stage_update += 1
+        return value
+
+    def update(self, batch: TrainingBatch, rate: float) -> float:
+        """Change the weights by one batch at a learning rate; returns and raises what `step` does."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         loss = F.cross_entropy(self.answering(batch), batch.answers, label_smoothing=self.recipe.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -139,8 +145,6 @@ class Trainer:
         if self.recipe.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
-        self.progress.update += 1
-        self.progress.stage_update += 1
         return value
 
     def batch(self, stage: Stage) -> TrainingBatch:
