@@ -93,6 +93,14 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Replication:
+    """Measure what the shipped miniatures show of the paper's claims, and write it as a page of Markdown."""
+
+    out: Path = Path("out/replication.md")
+    """The page to write."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model by a named recipe."""
 
@@ -114,6 +122,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "recurrence": Recurrence,
     "halting": Halting,
     "patch": Patch,
+    "replication": Replication,
     "data": Data,
     "train": Train,
 }
@@ -138,6 +147,10 @@ def _run(command: Any) -> None:
     if isinstance(command, Data):
         for line in import_module("analyses.data").make(command.config):
             print(line)
+        return
+    if isinstance(command, Replication):
+        import_module("torch").set_num_threads(1)
+        print(f"wrote {import_module('analyses.replication').write(command.out)}")
         return
     import_module("torch").set_num_threads(command.config.threads)
     if isinstance(command, Train):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-DEFAULT_CHECKPOINT = "ltg_trained"
+DEFAULT_CHECKPOINT = "mini/multi_hop/r_dyn"
 
 
 @dataclass(frozen=True, kw_only=True)

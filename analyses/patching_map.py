@@ -16,7 +16,8 @@ from analyses.look import styled
 from analyses.records import Record
 from analyses.subject import Subject, open_subject
 from interp.metrics import logit_margin
-from interp.patching import Direction, activation_patch
+from interp.patching import activation_patch
+from interp.sweep import Direction
 
 
 @dataclass(frozen=True)

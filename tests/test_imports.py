@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "analyses": EVERYTHING,
     "loopscope": EVERYTHING,
 }
-COMMANDS = ("list", "report", "lens", "overthinking", "recurrence", "halting", "patch", "data")
+COMMANDS = ("list", "report", "lens", "overthinking", "recurrence", "halting", "patch", "replication", "data", "train")
 
 
 # The import graph, read from the sources
