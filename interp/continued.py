@@ -28,7 +28,7 @@ def continued_logits(
         memory_gb: About how much memory the runs may take; it decides how many run side by side.
     """
     per_run = 4 * base.tokens.numel() * (3 * model.cfg.d_mlp + 16 * model.cfg.d_model)
-    size = max(1, int(memory_gb * 2**30 / per_run))
+    size = max(1, int(memory_gb * 2**30 / per_run)) if model.batch_independent else 1
     groups = {name: list(group) for name, group in groupby(cells, key=lambda cell: cell.name)}
     for name, start in _starts(model, base, n_loops, list(groups)):
         for first in range(0, len(groups[name]), size):
