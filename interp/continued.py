@@ -21,7 +21,7 @@ from models.tokens import Batch
 def continued_logits(
     model: LoopedModel, base: Batch, cells: Sequence[Cell], source: Mapping[str, Tensor], n_loops: int, memory_gb: float
 ) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-    """The logits at the readout with each cell patched, in the order of the cells, which is that of the schedule.
+    """The logits at the readout of the base run, and then with each cell patched, in the order of the cells (the schedule's).
 
     Args:
         source: The values that are put in, by hook name, with the whole batch.
@@ -29,6 +29,7 @@ def continued_logits(
     """
     per_run = 4 * base.tokens.numel() * (3 * model.cfg.d_mlp + 16 * model.cfg.d_model)
     size = max(1, int(memory_gb * 2**30 / per_run)) if model.batch_independent else 1
+    yield model.readout(model.advance(model.begin(base.tokens, base.mask, n_loops=n_loops)), base.readout)
     groups = {name: list(group) for name, group in groupby(cells, key=lambda cell: cell.name)}
     for name, start in _starts(model, base, n_loops, list(groups)):
         for first in range(0, len(groups[name]), size):

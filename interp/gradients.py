@@ -37,11 +37,11 @@ def gradients(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     seen: dict[str, Tensor] = {}
 
-    def watch(value: Tensor, hook: HookPoint) -> Tensor | None:
+    def watch(value: Tensor, hook: HookPoint) -> Tensor:
         assert hook.name is not None, "every hook point is named when it is made"
-        replaced = None if value.requires_grad else value.detach().requires_grad_()
-        seen[hook.name] = value if replaced is None else replaced
-        return replaced
+        own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        seen[hook.name] = own  # a tensor of this point alone: an injected input is the same object at every iteration
+        return own
 
     with torch.enable_grad(), model.hooks([(names, watch)], n_loops=n_loops):
         state = model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops))

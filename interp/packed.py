@@ -173,7 +173,7 @@ def lanes_of(model: LoopedModel, batch: Batch, cells: Sequence[Cell], n_loops: i
 def packed_logits(
     model: LoopedModel, base: Batch, cells: Sequence[Cell], source: Mapping[str, Tensor], n_loops: int, memory_gb: float
 ) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-    """The logits at the readout with each cell patched, in the order of the cells, which is that of the schedule.
+    """The logits at the readout of the base run, and then with each cell patched, in the order of the cells (the schedule's).
 
     Args:
         source: The values that are put in, by hook name, with the whole batch.
@@ -182,6 +182,7 @@ def packed_logits(
     lanes = lanes_of(model, base, cells, n_loops)
     run = BaseRun.of(model, base, n_loops, set(lanes.visit.tolist()))
     per_row = run.logits.element_size() * (3 * model.cfg.d_mlp + 24 * model.cfg.d_model)
+    yield run.logits
     first, carried = 0, run.logits
     for chunk in lanes.chunks(max(1, int(memory_gb * 2**30 / per_row))):
         last = int(chunk.cell[-1])
@@ -190,8 +191,7 @@ def packed_logits(
         logits[chunk.cell - first, chunk.example] = run_lanes(run, cells, source, chunk)
         yield from logits[:-1]
         first, carried = last, logits[-1]
-    yield carried
-    yield from run.logits.repeat(len(cells) - first - 1, 1, 1)
+    yield from torch.cat([carried[None], run.logits.repeat(len(cells), 1, 1)])[: len(cells) - first]
 
 
 def run_lanes(base: BaseRun, cells: Sequence[Cell], source: Mapping[str, Tensor], lanes: Lanes) -> Float[Tensor, "lane d_vocab"]:

@@ -6,7 +6,7 @@ causal or holds hooks of the caller's, whole runs are continued instead (`interp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -93,12 +93,9 @@ def activation_patch(
     metrics = {metric_name(metric): metric, **(also or {})}
     key = fingerprint(model, cells, (base, source), (n_loops, direction, *metrics)) if save_to is not None else ""
     job = _Job(model, cells, base, n_loops, metrics, memory_gb)
-    values = job.run(source, Unfinished(save_to, key, len(metrics), len(base)))
-    unpatched = [_final_logits(model, batch, n_loops) for batch in (pair.clean, pair.corrupted)]
-    first, *others = (
-        Sweep(tuple(cells), found, measure(unpatched[0]), measure(unpatched[1]), name, direction)
-        for (name, measure), found in zip(metrics.items(), values, strict=True)
-    )
+    values, unpatched = job.run(source, Unfinished(save_to, key, len(metrics), len(base)))
+    low, high = unpatched if direction == "denoise" else reversed(unpatched)
+    first, *others = (Sweep(tuple(cells), values[i], high[i], low[i], name, direction) for i, name in enumerate(metrics))
     return replace(first, also={sweep.metric: sweep for sweep in others})
 
 
@@ -141,29 +138,25 @@ class _Job:
     metrics: Mapping[str, Metric]
     memory_gb: float
 
-    def run(self, source: Batch, unfinished: Unfinished) -> Float[Tensor, "metric cell batch"]:
-        """The metrics of every cell; what was saved already is not computed again."""
+    def run(self, source: Batch, unfinished: Unfinished) -> tuple[Float[Tensor, "metric cell batch"], tuple[Tensor, Tensor]]:
+        """The metrics of every cell, and those of the base and the source run; what was saved already is not computed again."""
         missing = share([index for index in range(len(self.cells)) if index not in unfinished.done])
-        found: dict[int, Tensor] = {}
-        if missing:
-            names = sorted({name for index in missing for name in self.cells[index].names})
-            values = self.model.run_with_cache(source.tokens, n_loops=self.n_loops, mask=source.mask, names_filter=names)[1]
-            short = len(missing) * len(self.base) < _BAR_FROM
-            patched = tqdm(self._logits(missing, dict(values)), desc="patching", leave=False, disable=short, total=len(missing))
-            for index, logits in patched:
-                found[index] = torch.stack([measure(logits) for measure in self.metrics.values()])
-                unfinished.add(index, found[index])
-        everything = unfinished.done | gathered(found)
-        unfinished.forget()
-        device = self.model.device
-        return torch.stack([everything[index].to(device) for index in range(len(self.cells))], dim=1)
-
-    def _logits(self, missing: list[int], source: Mapping[str, Tensor]) -> Iterator[tuple[int, Float[Tensor, "batch d_vocab"]]]:
+        names = sorted({name for index in missing for name in self.cells[index].names})
+        _, cache = self.model.run_with_cache(source.tokens, n_loops=self.n_loops, mask=source.mask, names_filter=names)
+        state = self.model.advance(self.model.begin(source.tokens, source.mask, n_loops=self.n_loops))
+        logits = self.model.readout(state, source.readout)  # by the kernels of the base run, which caching may switch
         engine = packed_logits if packable(self.model) else continued_logits
         cells = [self.cells[index] for index in missing]
-        patched = engine(self.model, self.base, cells, source, self.n_loops, self.memory_gb)
-        return zip(missing, patched, strict=True)
+        patched = engine(self.model, self.base, cells, dict(cache), self.n_loops, self.memory_gb)
+        unpatched = self._measure(next(patched)), self._measure(logits)
+        found: dict[int, Tensor] = {}
+        short = len(missing) * len(self.base) < _BAR_FROM
+        for index, row in zip(missing, tqdm(patched, desc="patching", leave=False, disable=short, total=len(missing)), strict=True):
+            found[index] = self._measure(row)
+            unfinished.add(index, found[index])
+        everything = unfinished.done | gathered(found)
+        unfinished.forget()
+        return torch.stack([everything[index].to(logits.device) for index in range(len(self.cells))], dim=1), unpatched
 
-
-def _final_logits(model: LoopedModel, batch: Batch, n_loops: int) -> Float[Tensor, "batch d_vocab"]:
-    return model.readout(model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops)), batch.readout)
+    def _measure(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "metric batch"]:
+        return torch.stack([metric(logits) for metric in self.metrics.values()])
