@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: report test bench install dev clean
+.PHONY: report test bench minis install dev clean
 
 report: install
 	$(BIN)/loopscope report --out out/report.html
@@ -14,6 +14,9 @@ test: dev
 
 bench: dev
 	$(BIN)/python -m benchmarks
+
+minis: install
+	$(BIN)/python -m training.minis
 
 install: .venv/.installed
 

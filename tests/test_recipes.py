@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from training.catalog import RECIPES, extrapolation
+from training.minis import PLACES, ship
 from training.recipes import Loops, Recipe, Stage, curriculum
 from training.setup import fresh_model
 
@@ -78,3 +80,26 @@ def test_the_multi_hop_miniatures_are_of_one_graph_and_size() -> None:
 @pytest.mark.parametrize("recipe", [recipe for name, recipe in RECIPES.items() if name.startswith("mini/")], ids=lambda r: str(r.name))
 def test_a_miniature_has_at_most_a_million_parameters(recipe: Recipe) -> None:
     assert sum(p.numel() for p in fresh_model(recipe).parameters()) <= 1_000_000
+
+
+def test_every_miniature_is_trained_and_shipped_from_stages_that_it_has() -> None:
+    assert set(PLACES) == {name for name in RECIPES if name.startswith("mini/")}
+    for name, places in PLACES.items():
+        assert set(places) <= {stage.name for stage in RECIPES[name].stages}
+
+
+def test_shipping_copies_the_log_and_the_stages_of_a_finished_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for stage in ("2_hops", "6_hops", "final"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "model.safetensors").write_text(stage)
+    (run / "log.jsonl").write_text("{}")
+    ship("mini/multi_hop/r_dyn", run, tmp_path / "shipped")
+    home = tmp_path / "shipped" / "mini" / "multi_hop" / "r_dyn"
+    files = {str(path.relative_to(home)): path.read_text() for path in home.rglob("*") if path.is_file()}
+    weights = {"model.safetensors": "final", "2_hops/model.safetensors": "2_hops", "6_hops/model.safetensors": "6_hops"}
+    assert files == {"log.jsonl": "{}"} | weights
+    (run / "final" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no finished checkpoint 'final'; train the recipe mini/multi_hop/r_dyn"):
+        ship("mini/multi_hop/r_dyn", run, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()

@@ -1,0 +1,55 @@
+"""The miniatures that travel with the project: train them all, and put what is shipped of each run in its place."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from checkpoints.locate import SHIPPED
+from training.trainer import train
+
+_LAST = {"final": "."}
+PLACES: dict[str, dict[str, str]] = {
+    "mini/multi_hop/r_dyn": _LAST | {"2_hops": "2_hops", "6_hops": "6_hops"},
+    "mini/multi_hop/r2": _LAST,
+    "mini/multi_hop/r4": _LAST,
+    "mini/multi_hop/r6": _LAST,
+    "mini/shortcut": _LAST,
+    "mini/systematicity/r4_l2": {"train": "train", "id": "id", "ood": "ood"},
+    "mini/systematicity/r1_l8": {"train": "train", "id": "id"},
+    "mini/systematicity/r1_l2": {},
+    "mini/systematicity/r2_l2": {},
+}
+
+
+def ship(name: str, run: Path, shipped: Path = SHIPPED) -> None:
+    """Copy what is shipped of a finished run: its log, and the checkpoints of some stages, to a place under the recipe's name.
+
+    Raises:
+        FileNotFoundError: The run lacks one of these checkpoints.
+    """
+    missing = [stage for stage in PLACES[name] if not (run / stage / "model.safetensors").is_file()]
+    if missing:
+        raise FileNotFoundError(f"{run} has no finished checkpoint {missing[0]!r}; train the recipe {name} to its end first")
+    home = shipped / name
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "log.jsonl", home / "log.jsonl")
+    for stage, place in PLACES[name].items():
+        (home / place).mkdir(exist_ok=True)
+        for file in (run / stage).iterdir():
+            shutil.copyfile(file, home / place / file.name)
+
+
+def main() -> None:
+    """Train every miniature, one after another, going on with runs that were stopped, and ship each."""
+    torch.set_num_threads(1)
+    for name in PLACES:
+        run = Path("runs") / name
+        train(name, run, resume=True)
+        ship(name, run)
+
+
+if __name__ == "__main__":
+    main()
