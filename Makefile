@@ -12,7 +12,8 @@ test: dev
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-bench: dev
+bench: install
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
 minis: install

@@ -101,6 +101,14 @@ class Replication:
 
 
 @dataclass(frozen=True)
+class Findings:
+    """Measure the circuit that carries the answer through the default miniature, and write it as a page of Markdown."""
+
+    out: Path = Path("out/findings.md")
+    """The page to write."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model by a named recipe."""
 
@@ -114,6 +122,7 @@ _MODULES = {
     Lens: "lens_heatmap",
     Patch: "patching_map",
 }
+_PAGES = {Replication: "replication", Findings: "findings"}
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "list": List,
     "report": Report,
@@ -123,6 +132,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "halting": Halting,
     "patch": Patch,
     "replication": Replication,
+    "findings": Findings,
     "data": Data,
     "train": Train,
 }
@@ -148,9 +158,9 @@ def _run(command: Any) -> None:
         for line in import_module("analyses.data").make(command.config):
             print(line)
         return
-    if isinstance(command, Replication):
+    if type(command) in _PAGES:
         import_module("torch").set_num_threads(1)
-        print(f"wrote {import_module('analyses.replication').write(command.out)}")
+        print(f"wrote {import_module(f'analyses.{_PAGES[type(command)]}').write(command.out)}")
         return
     import_module("torch").set_num_threads(command.config.threads)
     if isinstance(command, Train):

@@ -66,6 +66,12 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A frame as a table of Markdown."""
+    rows = [list(frame.columns), ["---"] * len(frame.columns), *(list(row) for row in frame.itertuples(index=False))]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
 FIGURE_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 

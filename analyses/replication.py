@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from analyses import multi_hop_claims, two_hop_claims
 from analyses.claims import Claim
-from analyses.records import write_text
+from analyses.records import markdown_table, write_text
 
 _CHECKS = (
     multi_hop_claims.extrapolation,
@@ -45,17 +45,12 @@ def page(found: list[Claim]) -> str:
     """A table of claims, and below it every accuracy, as Markdown."""
     rows = pd.DataFrame([(c.paper, c.found, c.rule, c.verdict) for c in found], columns=["in the paper", "here", "rule", "shown?"])
     multi_hop = (*multi_hop_claims.FIXED, multi_hop_claims.DYNAMIC)
-    grids = [f"### {name}\n\n{_table(multi_hop_claims.grid(name).summary().round(2))}" for name in multi_hop]
+    grids = [f"### {name}\n\n{markdown_table(multi_hop_claims.grid(name).summary().round(2))}" for name in multi_hop]
     two_hop = {name: two_hop_claims.by_group(name) for name in (*two_hop_claims.LOOPED, *two_hop_claims.VANILLA)}
     groups = pd.DataFrame(two_hop).T.round(2).reset_index(names="checkpoint")
-    return "\n\n".join([_HEAD, _table(rows), _BELOW, *grids, "### Two hops", _table(groups)]) + "\n"
+    return "\n\n".join([_HEAD, markdown_table(rows), _BELOW, *grids, "### Two hops", markdown_table(groups)]) + "\n"
 
 
 def write(path: Path) -> Path:
     """Measure everything and write the page, whole or not at all."""
     return write_text(path, page(claims()))
-
-
-def _table(frame: pd.DataFrame) -> str:
-    rows = [list(frame.columns), ["---"] * len(frame.columns), *(list(row) for row in frame.itertuples(index=False))]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)

@@ -21,7 +21,7 @@ from interp.continued import continued_logits
 from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch
 from interp.packed import packable, packed_logits
 from interp.ranks import gathered, share
-from interp.sweep import Direction, Sweep
+from interp.sweep import Direction, Sweep, base_and_source
 from interp.unfinished import Unfinished, fingerprint
 from models.base import LoopedModel
 from models.state import checked_loops
@@ -48,7 +48,7 @@ def activation_patch(
     direction: Direction = "denoise",
     also: Mapping[str, Metric] | None = None,
     readout: ReadoutColumn = None,
-    memory_gb: float = 0.5,
+    memory_gb: float = 0.1,
     save_to: str | Path | None = None,
 ) -> Sweep:
     """Patch every chosen cell on its own and measure the answer (arXiv 2604.07822, figures 11 and 21).
@@ -76,10 +76,8 @@ def activation_patch(
         ValueError: Inputs that do not match, a position, head, loop or layer out of range, or partial results of another sweep.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}")
     pair = Pair.of(model, clean, corrupted, readout)
-    base, source = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
+    base, source = base_and_source(direction, pair.clean, pair.corrupted)
     places = Places(
         sites=(sites,) if isinstance(sites, str) else tuple(sites),
         positions=positions,

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "analyses": EVERYTHING,
     "loopscope": EVERYTHING,
 }
-COMMANDS = ("list", "report", "lens", "overthinking", "recurrence", "halting", "patch", "replication", "data", "train")
+COMMANDS = ("list", "report", "lens", "overthinking", "recurrence", "halting", "patch", "replication", "findings", "data", "train")
 
 
 # The import graph, read from the sources
