@@ -46,19 +46,17 @@ class HaltingRule:
         return " and ".join(conditions) or "fixed"
 
 
-@dataclass(frozen=True)
-class Halting:
-    """Where a rule stops each example.
+@dataclass(frozen=True, kw_only=True)
+class Stops:
+    """Where each example of a run stops.
 
     Attributes:
-        rule: The rule.
         lens: The run's answers after every iteration.
-        loops_used: Int[Tensor, " batch"], iterations counted from 1; the last where the rule never held.
-        halted: Bool[Tensor, " batch"], whether the rule ever held.
+        loops_used: Int[Tensor, " batch"], iterations counted from 1; the last where the example never stopped by itself.
+        halted: Bool[Tensor, " batch"], whether it stopped by itself.
         logits: Float[Tensor, "batch d_vocab"], after the iteration at which the example stopped.
     """
 
-    rule: HaltingRule
     lens: Lens
     loops_used: Int[Tensor, " batch"]
     halted: Bool[Tensor, " batch"]
@@ -75,6 +73,17 @@ class Halting:
         if answers is not None:
             frame["correct"] = self.correct(answers).cpu().numpy()
         return frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halting(Stops):
+    """Where a rule stops each example.
+
+    Attributes:
+        rule: The rule.
+    """
+
+    rule: HaltingRule
 
 
 def halting(
@@ -111,9 +120,14 @@ def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
     holds[: max(1, rule.min_loops - 1)] = False
     if rule.kl is None and rule.entropy is None:
         holds[:] = False
+    stop, halted = first_stop(holds)
+    return Halting(rule=rule, lens=lens, loops_used=stop + 1, halted=halted, logits=lens.logits_at(stop))
+
+
+def first_stop(holds: Bool[Tensor, "loop read"]) -> tuple[Int[Tensor, " read"], Bool[Tensor, " read"]]:
+    """The first iteration, from 0, at which each read may stop, the last one if none; and whether there is one."""
     halted = holds.any(0)
-    stop = torch.where(halted, holds.int().argmax(0), len(holds) - 1)
-    return Halting(rule, lens, stop + 1, halted, lens.logits_at(stop))
+    return torch.where(halted, holds.int().argmax(0), len(holds) - 1), halted
 
 
 def _nothing(value: Tensor, hook: HookPoint) -> Tensor:

@@ -14,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
 from interp.metrics import margin
+from interp.ranks import over_ranks
 from models.base import LoopedModel
 from models.state import checked_loops
 from models.tokens import Batch
@@ -181,6 +182,8 @@ def logit_lens(
 ) -> Lens:
     """Final norm and head of the running residual after every visit (nostalgebraist's logit lens; figure 4 of arXiv 2604.07822).
 
+    Under `accelerate launch` the examples are shared among the processes, and each returns the whole lens.
+
     Args:
         inputs: A batch, texts, or tokens with `readout`, the column at which answers are read.
         n_loops: Iterations; None means what the checkpoint records.
@@ -193,21 +196,26 @@ def logit_lens(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    columns = _columns(batch, positions)
+    columns = read_columns(batch, positions)
     visits = model.schedule(n_loops)
-    collected = []
-    for part, read in zip(in_chunks(batch, batch_size, "lens"), columns.split(batch_size), strict=True):
-        seen: list[Tensor] = []
+    names = [f"{visit.name}.hook_resid_post" for visit in visits]
 
-        def keep(resid: Tensor, hook: HookPoint, seen: list[Tensor] = seen, read: Tensor = read) -> None:
-            seen.append(model.normalize(_at(resid, read)).flatten(0, 1))
+    def heads_input(examples: Batch) -> Float[Tensor, "visit read d_model"]:
+        collected = []
+        for part in in_chunks(examples, batch_size, "lens"):
+            seen: list[Tensor] = []
+            read = read_columns(part, positions)
 
-        names = [f"{visit.name}.hook_resid_post" for visit in visits]
-        with model.hooks([(name, keep) for name in names], n_loops=n_loops):
-            model.advance(model.begin(part.tokens, part.mask, n_loops=n_loops))
-        collected.append(torch.stack(seen))
+            def keep(resid: Tensor, hook: HookPoint, seen: list[Tensor] = seen, read: Tensor = read) -> None:
+                seen.append(model.normalize(at_positions(resid, read)).flatten(0, 1))
+
+            with model.hooks([(name, keep) for name in names], n_loops=n_loops):
+                model.advance(model.begin(part.tokens, part.mask, n_loops=n_loops))
+            collected.append(torch.stack(seen))
+        return torch.cat(collected, dim=1)
+
     places: list[Place] = [(visit.loop, visit.layer, visit.name) for visit in visits]
-    return _lens(model, torch.cat(collected, dim=1), places, columns, keep_logits)
+    return _lens(model, over_ranks(model, batch, heads_input, dim=1), places, columns, keep_logits)
 
 
 @torch.no_grad()
@@ -222,6 +230,8 @@ def readout_lens(
 ) -> Lens:
     """The family's own readout after each iteration, from one run: iteration t is what a call with n_loops=t+1 answers.
 
+    Under `accelerate launch` the examples are shared among the processes, and each returns the whole lens.
+
     Args:
         inputs, n_loops, readout, keep_logits, batch_size: As for `logit_lens`.
 
@@ -230,16 +240,20 @@ def readout_lens(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    collected = []
-    for part in in_chunks(batch, batch_size, "iterations"):
-        state = model.begin(part.tokens, part.mask, n_loops=n_loops)
-        seen = []
-        for loop, end in enumerate(model.iteration_ends(n_loops)):
-            state = model.advance(state, end)
-            seen.append(model.read_state(model.finish(state, loop), part.readout)[:, 0])
-        collected.append(torch.stack(seen))
+
+    def heads_input(examples: Batch) -> Float[Tensor, "visit read d_model"]:
+        collected = []
+        for part in in_chunks(examples, batch_size, "iterations"):
+            state = model.begin(part.tokens, part.mask, n_loops=n_loops)
+            seen = []
+            for loop, end in enumerate(model.iteration_ends(n_loops)):
+                state = model.advance(state, end)
+                seen.append(model.read_state(model.finish(state, loop), part.readout)[:, 0])
+            collected.append(torch.stack(seen))
+        return torch.cat(collected, dim=1)
+
     places: list[Place] = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
-    return _lens(model, torch.cat(collected, dim=1), places, batch.readout[:, None], keep_logits)
+    return _lens(model, over_ranks(model, batch, heads_input, dim=1), places, batch.readout[:, None], keep_logits)
 
 
 def _lens(model: LoopedModel, heads_input: Tensor, places: list[Place], columns: Tensor, keep_logits: bool) -> Lens:
@@ -249,7 +263,8 @@ def _lens(model: LoopedModel, heads_input: Tensor, places: list[Place], columns:
     return replace(lens, logits=lens._each(lambda logits, rows: logits)) if keep_logits else lens
 
 
-def _columns(batch: Batch, positions: Literal["all"] | Sequence[int] | None) -> Int[Tensor, "batch k"]:
+def read_columns(batch: Batch, positions: Literal["all"] | Sequence[int] | None) -> Int[Tensor, "batch k"]:
+    """The columns of each row that are read: the readout, or the positions asked for."""
     if positions is None:
         return batch.readout[:, None]
     width = batch.tokens.shape[1]
@@ -259,5 +274,6 @@ def _columns(batch: Batch, positions: Literal["all"] | Sequence[int] | None) -> 
     return chosen.to(batch.tokens.device).expand(len(batch), -1)
 
 
-def _at(resid: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k d_model"]:
+def at_positions(resid: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k d_model"]:
+    """Some columns of each row."""
     return resid.gather(1, columns[..., None].expand(-1, -1, resid.shape[-1]))
