@@ -39,12 +39,12 @@ RUNS: list[tuple[ModuleType, SourceConfig]] = [
 
 @pytest.fixture(scope="module")
 def full_margins() -> overthinking.Overthinking:
-    return overthinking.run(OverthinkingConfig())
+    return overthinking.run(OverthinkingConfig(checkpoint="ltg_trained"))
 
 
 @pytest.fixture(scope="module")
 def full_grid() -> recurrence_grid.RecurrenceGrid:
-    return recurrence_grid.run(RecurrenceConfig())
+    return recurrence_grid.run(RecurrenceConfig(checkpoint="ltg_trained"))
 
 
 @pytest.mark.parametrize(("analysis", "config"), RUNS, ids=lambda x: getattr(x, "__name__", ""))
@@ -81,14 +81,14 @@ def test_accuracy_beyond_the_trained_hops(full_grid: recurrence_grid.RecurrenceG
 
 
 def test_the_grid_column_equals_a_call_with_that_many_loops(full_grid: recurrence_grid.RecurrenceGrid) -> None:
-    subject = open_subject(RecurrenceConfig())
+    subject = open_subject(RecurrenceConfig(checkpoint="ltg_trained"))
     batch, answers = subject.encode(subject.questions[9])
     logits = subject.model(batch.tokens, n_loops=7, mask=batch.mask)[torch.arange(len(batch)), batch.readout]
     assert float((logits.argmax(-1) == answers).float().mean()) == pytest.approx(float(full_grid.accuracy[8, 6]))
 
 
 def test_the_margin_is_that_of_a_separate_call(full_margins: overthinking.Overthinking) -> None:
-    subject = open_subject(OverthinkingConfig())
+    subject = open_subject(OverthinkingConfig(checkpoint="ltg_trained"))
     batch, answers = subject.encode(subject.questions[5])
     with torch.no_grad():
         logits = subject.model(batch.tokens, n_loops=6, mask=batch.mask)[torch.arange(len(batch)), batch.readout]

@@ -65,6 +65,6 @@ def test_hover_text_has_the_tokens(page_file: Path) -> None:
 
 
 def test_a_failing_run_leaves_no_page(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 to 14 hops, got hops=99"):
+    with pytest.raises(ValueError, match="1 to 16 hops, got hops=99"):
         report.write_report(ReportConfig(per_hop=1, n_loops=2, hops=99), tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
