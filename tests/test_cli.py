@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from analyses.cli import main
+from checkpoints.load import load
+from test_training import TINY
+from training.catalog import RECIPES
 
 COMMANDS = ("overthinking", "recurrence", "halting", "lens", "patch")
 
@@ -79,3 +82,20 @@ def test_a_mistake_is_one_sentence_and_status_2(args: list[str], sentence: str, 
     assert len(error.strip().splitlines()[-1]) > 20
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_train_runs_a_recipe_resumes_it_and_refuses_what_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    run = tmp_path / "run"
+    main(["train", "tiny", "--out", str(run), "--release"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"Finished {run / 'final'}"
+    assert str(load(run / "final").read_at) == str(load(run / "released" / "final").read_at) == "last_real"
+    with pytest.raises(SystemExit):
+        main(["train", "tiny", "--out", str(run)])
+    assert "pass --resume to go on with it" in capsys.readouterr().err
+    main(["train", "tiny", "--out", str(run), "--resume"])
+    with pytest.raises(SystemExit):
+        main(["train", "huge"])
+    assert "there is no recipe 'huge'; the recipes are mini/multi_hop/r_dyn" in capsys.readouterr().err
