@@ -17,14 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from interp.cells import in_range
-from interp.inputs import Inputs, as_batch, in_chunks
+from interp.inputs import Inputs, in_chunks
+from interp.places import Picked, at_columns_of, checked_columns, other_rows, recorded, reference_batch, visits_at
 from models.base import LoopedModel
 from models.state import Visit, checked_loops
 from models.tokens import Batch
 
 Kind = Literal["head", "attn", "mlp", "visit", "iteration"]
 How = Literal["zero", "mean", "mean_per_position", "resample"]
-Picked = Literal["all"] | Sequence[int]
 _SITES = {"head": "attn.hook_z", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
 _CHUNK = 512  # reference rows run at a time
 Substitute = Callable[[Tensor, str], Tensor]
@@ -109,54 +109,6 @@ def ablate(
         names = written.keys() | entering.keys()
         stack.enter_context(model.hooks([(names.__contains__, act)], n_loops=n_loops))  # a predicate, so that another n_loops is refused
         yield model
-
-
-# Places, shared with steering and path patching
-
-
-def checked_columns(positions: Picked) -> list[int] | None:
-    """Columns to write at; None for every one."""
-    if positions == "all":
-        return None
-    columns = [int(position) for position in positions]
-    if not columns or min(columns) < 0:
-        raise ValueError(f"positions must be 'all' or a list of columns counted from 0, got {columns}")
-    return columns
-
-
-def at_columns_of(value: Tensor, new: Tensor, columns: list[int] | None) -> Tensor:
-    """The value with some of its columns, or all of them, taken from another tensor of its shape."""
-    if columns is None:
-        return new
-    if max(columns) >= value.shape[1]:
-        raise ValueError(f"positions must be in 0..{value.shape[1] - 1} in this run, got {max(columns)}")
-    changed = value.clone()
-    changed[:, columns] = new[:, columns]
-    return changed
-
-
-def visits_at(model: LoopedModel, n_loops: int, loops: Picked, layers: Picked) -> list[Visit]:
-    """The visits inside the loop at some iterations and layers, in order."""
-    inside = [visit for visit in model.schedule(n_loops) if visit.loop is not None]
-    kept_loops = in_range("loops", loops, n_loops)
-    kept_layers = in_range("layers", layers, 1 + max(visit.layer for visit in inside))
-    return [visit for visit in inside if visit.loop in kept_loops and visit.layer in kept_layers]
-
-
-@torch.no_grad()
-def recorded(model: LoopedModel, batch: Batch, names: Sequence[str], n_loops: int) -> dict[str, Tensor]:
-    """Activations at some hook points of the visits, without computing what comes after the last of them."""
-    store, hooks, _ = model.get_caching_hooks(list(names), n_loops=n_loops)
-    wanted = set(names)
-    last = max(visit.index for visit in model.schedule(n_loops) if wanted & set(visit.hook_names()))
-    with model.hooks(hooks, n_loops=n_loops):
-        model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops), last + 1)
-    return store
-
-
-def reference_batch(model: LoopedModel, inputs: Inputs) -> Batch:
-    """A batch of which no answer is read, so that tokens need no readout column."""
-    return as_batch(model, inputs, -1 if isinstance(inputs, Tensor) else None)
 
 
 # Which points
@@ -287,18 +239,6 @@ def _substitute(model: LoopedModel, how: How, reference: Inputs, names: list[str
         return _means(model, batch, names, n_loops)
     values = {name: value.mean(0, keepdim=True) for name, value in _reference_values(model, batch, names, n_loops).items()}
     return _resampled(values, torch.zeros(1, dtype=torch.int64, device=model.device))
-
-
-def other_rows(count: int, seed: int) -> Int[Tensor, " row"]:
-    """A random permutation that leaves no row in place: each row's successor on a random circle.
-
-    Raises:
-        ValueError: Fewer than two rows.
-    """
-    if count < 2:
-        raise ValueError(f"a reference to resample from needs at least two rows, got {count}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return torch.empty_like(order).scatter(0, order, order.roll(-1))
 
 
 def _pieces(model: LoopedModel, batch: Batch) -> Iterator[Batch]:

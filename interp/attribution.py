@@ -24,7 +24,7 @@ from interp.direct_logit import check_sum, component_kind, require_additive
 from interp.gradients import gradients
 from interp.inputs import Inputs, Metric, ReadoutColumn
 from interp.patching import Pair, metric_name
-from interp.sweep import Direction, Sweep
+from interp.sweep import Direction, Sweep, base_and_source
 from models.base import LoopedModel, at_columns
 from models.cache import site_of
 from models.state import Visit, checked_loops
@@ -76,7 +76,8 @@ def attribution_patch(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     if steps < 0:
         raise ValueError(f"steps must be 0 (one gradient, at the base run) or the number of parts of the line, got {steps}")
-    base, source = _base_and_source(Pair.of(model, clean, corrupted, readout), direction)
+    pair = Pair.of(model, clean, corrupted, readout)
+    base, source = base_and_source(direction, pair.clean, pair.corrupted)
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
     places = Places(sites=sites, positions=positions, heads=heads, loops=loops, layers=layers)
     cells = choose(model, n_loops, base.tokens.shape[1], places)
@@ -175,7 +176,8 @@ def edge_attribution(
     """
     require_additive(model, "edge_attribution")
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    base, source = _base_and_source(Pair.of(model, clean, corrupted, readout), "denoise")
+    pair = Pair.of(model, clean, corrupted, readout)
+    base, source = pair.corrupted, pair.clean
     visits, before = model.schedule(n_loops), model.edge_sites()[0]
     _require_stream(visits)
     written = [*before, *(f"{visit.name}.{site}" for visit in visits for site in _WRITTEN)]
@@ -215,12 +217,6 @@ def _require_stream(visits: Sequence[Visit]) -> None:
         for site in (*_RESIDUAL, *_WRITTEN):
             if site not in visit.sites:
                 raise ValueError(f"every block must have the site {site!r} to tell its readers apart, but {visit.name} has none")
-
-
-def _base_and_source(pair: Pair, direction: Direction) -> tuple[Batch, Batch]:
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}")
-    return (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
 
 
 @torch.no_grad()

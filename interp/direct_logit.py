@@ -24,7 +24,7 @@ FINAL_SCALE = "ln_final.hook_scale"
 
 
 @dataclass(frozen=True)
-class Component:
+class LogitComponent:
     """One term of the residual stream.
 
     Attributes:
@@ -52,7 +52,7 @@ class DirectLogits:
         logits: Float[Tensor, " batch"], the model's own: the sum of the values and the constant.
     """
 
-    components: tuple[Component, ...]
+    components: tuple[LogitComponent, ...]
     values: Float[Tensor, "component batch"]
     constant: Float[Tensor, " batch"]
     logits: Float[Tensor, " batch"]
@@ -194,7 +194,7 @@ def _through_final_norm(
 
 def _run(
     model: LoopedModel, batch: Batch, n_loops: int, heads: bool
-) -> tuple[dict[Component, Tensor], Float[Tensor, "batch 1 d_model"], Float[Tensor, "batch d_vocab"]]:
+) -> tuple[dict[LogitComponent, Tensor], Float[Tensor, "batch 1 d_model"], Float[Tensor, "batch d_vocab"]]:
     """Every term of the residual stream at the readout, that stream, and the logits."""
     visits = model.schedule(n_loops)
     before, attn_site = model.edge_sites()[0], "attn.hook_z" if heads else "hook_attn_out"
@@ -208,28 +208,26 @@ def _run(
 
     with model.hooks([([*before, *inside], keep)], n_loops=n_loops):
         state = model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops))
-    terms = {Component(name, name.removeprefix("hook_"), None, None, None): seen[name] for name in before}
+    terms = {LogitComponent(name, name.removeprefix("hook_"), None, None, None): seen[name] for name in before}
     for visit in visits:
-        attn, mlp = f"{visit.name}.{attn_site}", f"{visit.name}.hook_mlp_out"
-        if heads:
-            terms |= _heads(visit, attn, seen[attn])
-        else:
-            terms[Component(attn, component_kind(visit, "attn"), visit.loop, visit.layer, None)] = seen[attn]
-        terms[Component(mlp, component_kind(visit, "mlp"), visit.loop, visit.layer, None)] = seen[mlp]
+        attn, mlp = _term(visit, attn_site, "attn"), _term(visit, "hook_mlp_out", "mlp")
+        terms |= _heads(visit, seen[attn.name]) if heads else {attn: seen[attn.name]}
+        terms[mlp] = seen[mlp.name]
     return terms, at_columns(state.resid, batch.readout)[:, None], model.readout(state, batch.readout)
 
 
-def _heads(visit: Visit, name: str, z: Float[Tensor, "batch head d_head"]) -> dict[Component, Tensor]:
+def _term(visit: Visit, site: str, what: str, head: int | None = None) -> LogitComponent:
+    return LogitComponent(f"{visit.name}.{site}", component_kind(visit, what), visit.loop, visit.layer, head)
+
+
+def _heads(visit: Visit, z: Float[Tensor, "batch head d_head"]) -> dict[LogitComponent, Tensor]:
     """What each head of a visit adds to the residual stream, and the output bias where there is one."""
     attn = cast(Any, visit.block).attn
     results = einsum(z, attn.W_O, "batch head d_head, head d_head d_model -> head batch d_model")
-    kind = component_kind(visit, "head")
-    terms = {Component(name, kind, visit.loop, visit.layer, head): result for head, result in enumerate(results)}
+    terms = {_term(visit, "attn.hook_z", "head", head): result for head, result in enumerate(results)}
     bias = getattr(attn, "b_O", None)  # families without biases have none
     if bias is not None:
-        terms[Component(f"{visit.name}.hook_attn_out", component_kind(visit, "attn_bias"), visit.loop, visit.layer, None)] = bias.expand_as(
-            results[0]
-        )
+        terms[_term(visit, "hook_attn_out", "attn_bias")] = bias.expand_as(results[0])
     return terms
 
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from interp.cells import HEAD_AXIS, Cell
-from models.attention import KeyValues, KeyValueStore, Rows
+from models.attention import KeyValueStore, Rows
 from models.base import LoopedModel
 from models.cache import site_of
-from models.hooks import Taps, live
+from models.hooks import live
+from models.packed_rows import PackedRows, RowPlaces
 from models.state import State
 from models.tokens import Batch
 
@@ -71,51 +72,6 @@ class Lanes:
 
 
 @dataclass(frozen=True)
-class _Where:
-    """Where rows stand, in the shape that a block expects: one sequence of all rows."""
-
-    positions: Int[Tensor, "one row"]
-    mask: Bool[Tensor, "one row"]
-    tags: Int[Tensor, "one row"] | None
-
-
-@dataclass(frozen=True)
-class PackedRows(Rows):
-    """Rows of several lanes, "one row ...", which see their own lane's keys and before them the base run's.
-
-    Attributes:
-        base: The base run's keys and values at this visit.
-        example: Int[Tensor, " lane"].
-        slots: Int[Tensor, " row"], each row's place in a (lane, column) grid.
-    """
-
-    base: KeyValues | None = None
-    example: Tensor | None = None
-    slots: Tensor | None = None
-
-    def attend(
-        self,
-        q: Float[Tensor, "one row head d_head"],
-        k: Float[Tensor, "one row kv_head d_head"],
-        v: Float[Tensor, "one row kv_head d_head"],
-        taps: Taps,
-        dropout: float = 0.0,
-    ) -> Float[Tensor, "one row head d_head"]:
-        """Attention on the grid of lanes and columns; what the rows do not fill is read from the base run, or not used."""
-        assert self.base is not None, "packed rows have a base run"
-        assert self.example is not None, "packed rows belong to examples"
-        assert self.slots is not None, "packed rows have places"
-        grid = (len(self.example), self.base.k.shape[1])
-        keys, values = self.base.k[self.example], self.base.v[self.example]
-        keys.flatten(0, 1)[self.slots], values.flatten(0, 1)[self.slots] = k[0], v[0]
-        queries = q.new_zeros(grid[0] * grid[1], *q.shape[2:])
-        queries[self.slots] = q[0]
-        whole = Rows(self.places, None if self.allowed is None else self.allowed[self.example])
-        z = whole.attend(queries.view(*grid, *q.shape[2:]), keys, values, taps, dropout)
-        return z.reshape(-1, *q.shape[2:])[self.slots][None]
-
-
-@dataclass(frozen=True)
 class BaseRun:
     """The run that patches change, kept for every lane to start from.
 
@@ -157,12 +113,11 @@ def lanes_of(model: LoopedModel, batch: Batch, cells: Sequence[Cell], n_loops: i
     """The lanes of all cells that can reach an example's answer, in the order in which they join."""
     joins = _joins(model, n_loops)
     last = len(model.schedule(n_loops))
-    visit = torch.tensor([joins[cell.name] for cell in cells])[:, None]
-    columns = [torch.tensor(cell.columns) for cell in cells]
-    first = torch.stack([c.min() for c in columns])[:, None]
+    visit = torch.tensor([joins[cell.name] for cell in cells], dtype=torch.int64)[:, None]
+    first = torch.tensor([min(cell.columns) for cell in cells], dtype=torch.int64)[:, None]
     stop = batch.readout.cpu()[None, :].expand(len(cells), -1)
-    read = torch.stack([(c[:, None] == batch.readout.cpu()).any(0) for c in columns])
-    reached = torch.where(visit == last, read, first <= stop)
+    read = torch.tensor([[column in cell.columns for column in batch.readout.tolist()] for cell in cells], dtype=torch.bool)
+    reached = torch.where(visit == last, read.view(stop.shape), first <= stop)
     start = torch.where(visit == last, stop, first.expand_as(stop))
     cell, example = torch.meshgrid(torch.arange(len(cells)), torch.arange(len(batch)), indexing="ij")
     kept = [x.expand_as(stop)[reached] for x in (cell, example, start, stop, visit)]
@@ -235,14 +190,15 @@ def _pass(base: BaseRun, lanes: Lanes) -> Tensor:
             joining = {name: part[at][None] for name, part in state.parts.items()}
             parts = {name: torch.cat([parts[name], part], dim=1) if rows else part for name, part in joining.items()}
         joined, rows = counts[visit.index]
-        here = _Where(places[0][:, :rows], places[1][:, :rows], None if tags is None else tags[:, :rows])
+        here = RowPlaces(places[0][:, :rows], places[1][:, :rows], None if tags is None else tags[:, :rows])
         packed = PackedRows(
             here,
             allowed,
             visit=visit.name,
-            base=base.store[visit.name],
             example=lanes.example[:joined],
             slots=row_lane[:rows] * width + row_column[:rows],
+            width=width,
+            base=base.store[visit.name],
         )
         resid, parts = model.run_visit(visit, resid, parts, packed, hooked=True)
     return _read(base, lanes, joined, resid, parts)

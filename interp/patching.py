@@ -140,12 +140,12 @@ class _Job:
         """The metrics of every cell, and those of the base and the source run; what was saved already is not computed again."""
         missing = share([index for index in range(len(self.cells)) if index not in unfinished.done])
         names = sorted({name for index in missing for name in self.cells[index].names})
-        _, cache = self.model.run_with_cache(source.tokens, n_loops=self.n_loops, mask=source.mask, names_filter=names)
+        cache = self._activations(source, names) if names else {}
         state = self.model.advance(self.model.begin(source.tokens, source.mask, n_loops=self.n_loops))
         logits = self.model.readout(state, source.readout)  # by the kernels of the base run, which caching may switch
         engine = packed_logits if packable(self.model) else continued_logits
         cells = [self.cells[index] for index in missing]
-        patched = engine(self.model, self.base, cells, dict(cache), self.n_loops, self.memory_gb)
+        patched = engine(self.model, self.base, cells, cache, self.n_loops, self.memory_gb)
         unpatched = self._measure(next(patched)), self._measure(logits)
         found: dict[int, Tensor] = {}
         short = len(missing) * len(self.base) < _BAR_FROM
@@ -155,6 +155,9 @@ class _Job:
         everything = unfinished.done | gathered(found)
         unfinished.forget()
         return torch.stack([everything[index].to(logits.device) for index in range(len(self.cells))], dim=1), unpatched
+
+    def _activations(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+        return dict(self.model.run_with_cache(batch.tokens, n_loops=self.n_loops, mask=batch.mask, names_filter=names)[1])
 
     def _measure(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "metric batch"]:
         return torch.stack([metric(logits) for metric in self.metrics.values()])

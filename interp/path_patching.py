@@ -1,39 +1,31 @@
 """Path patching: what one component sends to another along the residual stream alone, with the iteration as an axis.
 
-Three runs (Wang et al. 2022, arXiv 2211.00593, section 3.1 and appendix B): the base run; a run in which the sender has its value of
-the source run and all else that adds to the residual stream is frozen at the base run's values, from which the receivers' new inputs
-are taken; and the base run with those put in, everything after them free.
+The three runs of Wang et al. 2022 (arXiv 2211.00593), section 3.1 and appendix B, are in `interp.path_runs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import pandas as pd
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformer_lens.hook_points import HookPoint
 
-from interp.ablation import recorded, visits_at
 from interp.cells import in_range
 from interp.inputs import Inputs, Metric, ReadoutColumn
 from interp.patching import Pair, metric_name
-from interp.sweep import Direction
+from interp.path_runs import PathRuns, Spot
+from interp.places import visits_at
+from interp.sweep import Direction, base_and_source
 from models.base import LoopedModel
-from models.hooks import NamesFilter
-from models.intervene import Hook
-from models.state import State, Visit, checked_loops
-from models.tokens import Batch
+from models.state import checked_loops
 
 Freeze = Literal["attention+mlp", "attention"]
-Place = tuple[int | None, int | None]  # head and column; None for all
 _SENT = {"head": "attn.hook_z", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
+_ADDED = {"head": _SENT["attn"]}  # a head is in the residual stream once its attention's output is
 _RECEIVED = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "mlp": "hook_mlp_out"}
 _FROZEN: dict[str, tuple[str, ...]] = {"attention+mlp": ("hook_attn_out", "hook_mlp_out"), "attention": ("hook_attn_out",)}
 
@@ -175,9 +167,9 @@ def path_patch(
     Source:
         Wang et al. 2022 (arXiv 2211.00593); Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
     """
-    work = _Work(model, Pair.of(model, clean, corrupted, readout), receivers, n_loops, direction, freeze)
-    values = work.values([sender], metric, batch_size=1)
-    return PathPatch(sender, work.receivers, values[0], *work.unpatched(metric), metric_name(metric), direction, freeze)
+    paths = _Paths.of(model, Pair.of(model, clean, corrupted, readout), receivers, n_loops, direction, freeze)
+    values = paths.values([sender], metric, batch_size=1)
+    return PathPatch(sender, paths.receivers, values[0], *paths.unpatched(metric), metric_name(metric), direction, freeze)
 
 
 @torch.no_grad()
@@ -208,16 +200,16 @@ def path_patch_sweep(
     Raises:
         ValueError: As for `path_patch`, or no sender is earlier than the receivers.
     """
-    work = _Work(model, Pair.of(model, clean, corrupted, readout), receivers, n_loops, direction, freeze)
-    chosen = work.earlier_senders() if senders is None else list(senders)
+    paths = _Paths.of(model, Pair.of(model, clean, corrupted, readout), receivers, n_loops, direction, freeze)
+    chosen = paths.earlier_senders() if senders is None else list(senders)
     if not chosen:
-        raise ValueError(f"no sender is earlier than all of the receivers ({_listed(work.receivers)})")
-    values = work.values(chosen, metric, batch_size)
+        raise ValueError(f"no sender is earlier than all of the receivers ({_listed(paths.receivers)})")
+    values = paths.values(chosen, metric, batch_size)
     places = [(sender.kind, sender.loop, sender.layer, sender.head, sender.position) for sender in chosen]
     frame = pd.DataFrame(places, columns=["kind", "loop", "layer", "head", "position"])
     frame = frame.astype({column: "Int64" for column in ("loop", "layer", "head", "position")})
-    frame["receivers"], frame["metric"] = _listed(work.receivers), metric_name(metric)
-    frame["clean"], frame["corrupted"] = (run.mean().item() for run in work.unpatched(metric))
+    frame["receivers"], frame["metric"] = _listed(paths.receivers), metric_name(metric)
+    frame["clean"], frame["corrupted"] = (run.mean().item() for run in paths.unpatched(metric))
     frame["value"] = values.mean(1).cpu().numpy()
     return frame
 
@@ -226,167 +218,79 @@ def _listed(receivers: Sequence[Receiver]) -> str:
     return ", ".join(map(str, receivers))
 
 
-class _Work:
-    """Two runs and a set of receivers, for any number of senders."""
+@dataclass(frozen=True)
+class _Paths:
+    """All paths of two inputs into one set of receivers."""
 
-    def __init__(
-        self,
+    pair: Pair
+    receivers: tuple[Receiver, ...]
+    runs: PathRuns
+
+    @classmethod
+    def of(
+        cls,
         model: LoopedModel,
         pair: Pair,
         receivers: Receiver | Sequence[Receiver],
         n_loops: int | None,
         direction: Direction,
         freeze: Freeze,
-    ) -> None:
-        if direction not in ("denoise", "noise"):
-            raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}")
+    ) -> _Paths:
+        base, source = base_and_source(direction, pair.clean, pair.corrupted)
         if freeze not in _FROZEN:
             raise ValueError(f"freeze must be 'attention+mlp' or 'attention', got {freeze!r}")
-        self.model, self.n_loops = model, checked_loops(n_loops, model.cfg.n_loops)
-        self.pair = pair
-        self.base, self.source = (pair.corrupted, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupted)
-        self.frozen_sites = _FROZEN[freeze]
-        self.order = {name: place for place, name in enumerate(model.hook_names(self.n_loops))}
-        self.receivers = (receivers,) if isinstance(receivers, Receiver) else tuple(receivers)
-        if not self.receivers:
+        n_loops = checked_loops(n_loops, model.cfg.n_loops)
+        ends = (receivers,) if isinstance(receivers, Receiver) else tuple(receivers)
+        if not ends:
             raise ValueError("at least one receiver is needed, got none")
-        self.into_readout = any(receiver.kind == "readout" for receiver in self.receivers)
-        if self.into_readout and len(self.receivers) > 1:
-            raise ValueError(f"the readout comes after all other receivers, so it must stand alone, got {_listed(self.receivers)}")
-        found = [] if self.into_readout else [self._find(receiver, _RECEIVED) for receiver in self.receivers]
-        self.names = [name for name, _ in found]
-        schedule = model.schedule(self.n_loops)
-        self.first = min((visit.index for _, visit in found), default=len(schedule))
-        self.stop = max((visit.index + 1 for _, visit in found), default=len(schedule))
+        if len(ends) > 1 and any(receiver.kind == "readout" for receiver in ends):
+            raise ValueError(f"the readout comes after all other receivers, so it must stand alone, got {_listed(ends)}")
+        width = base.tokens.shape[1]
+        spots = tuple(_spot(model, n_loops, width, receiver, _RECEIVED) for receiver in ends if receiver.kind != "readout")
+        order = {name: place for place, name in enumerate(model.hook_names(n_loops))}
+        return cls(pair, ends, PathRuns(model, base, source, spots, _FROZEN[freeze], n_loops, order))
+
+    def values(self, senders: Sequence[Sender], metric: Metric, batch_size: int) -> Float[Tensor, "sender batch"]:
+        """The metric of each sender's patched run."""
+        spots = [self._sent(sender) for sender in senders]
+        for sender, spot in zip(senders, spots, strict=True):
+            # the readout has no spot, and nothing is later than it
+            late = [receiver for receiver, into in zip(self.receivers, self.runs.receivers, strict=False) if not self._earlier(spot, into)]
+            if late:
+                raise ValueError(f"a receiver must come later in the run than the sender, but ({late[0]}) is not later than ({sender})")
+        return self.runs.values(spots, metric, batch_size)
 
     def unpatched(self, metric: Metric) -> tuple[Tensor, Tensor]:
         """The metric of the clean and of the corrupted run."""
-        clean, corrupted = (metric(self._read(batch)) for batch in (self.pair.clean, self.pair.corrupted))
-        return clean, corrupted
-
-    def _read(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
-        state = self.model.begin(batch.tokens, batch.mask, n_loops=self.n_loops)
-        return self.model.readout(self.model.advance(state), batch.readout)
+        return metric(self.runs.unpatched(self.pair.clean)), metric(self.runs.unpatched(self.pair.corrupted))
 
     def earlier_senders(self) -> list[Sender]:
         """Each head and each MLP inside the loop that is earlier than all receivers."""
         everything: list[Sender] = []
-        for visit in visits_at(self.model, self.n_loops, "all", "all"):
+        for visit in visits_at(self.runs.model, self.runs.n_loops, "all", "all"):
             assert visit.loop is not None, "visits_at gives visits inside the loop"
-            heads = [Sender("head", visit.loop, visit.layer, head) for head in range(self.model.cfg.n_heads)]
+            heads = [Sender("head", visit.loop, visit.layer, head) for head in range(self.runs.model.cfg.n_heads)]
             everything += [*heads, Sender("mlp", visit.loop, visit.layer)]
-        limit = min((self.order[name] for name in self.names), default=len(self.order))
-        return [sender for sender in everything if self.order[self._find(sender, _SENT)[0]] < limit]
+        return [sender for sender in everything if all(self._earlier(self._sent(sender), into) for into in self.runs.receivers)]
 
-    def values(self, senders: Sequence[Sender], metric: Metric, batch_size: int) -> Float[Tensor, "sender batch"]:
-        """The metric of each sender's patched run."""
-        groups: dict[str, list[int]] = {}
-        visits: dict[str, Visit] = {}
-        for number, sender in enumerate(senders):
-            name, visits[name] = self._found_earlier(sender)
-            groups.setdefault(name, []).append(number)
-        sent = recorded(self.model, self.source, list(groups), self.n_loops)
-        frozen = self._frozen(min(self._added(name) for name in groups))
-        first = self._state(None, self.first)
-        size = max(1, batch_size // len(self.base)) if self.model.batch_independent else 1
-        results: dict[int, Tensor] = {}
-        state: State | None = None
-        with tqdm(total=len(senders), desc="path patching", leave=False, delay=2) as bar:
-            for name in sorted(groups, key=self.order.__getitem__):
-                state = self._state(state, visits[name].index)
-                for pack in (groups[name][i : i + size] for i in range(0, len(groups[name]), size)):
-                    put = partial(_put, source=sent[name], places=[[(senders[n].head, senders[n].position)] for n in pack])
-                    logits = self._logits(state, first, name, put, frozen, len(pack))
-                    results |= {n: metric(part) for n, part in zip(pack, logits.split(len(self.base)), strict=True)}
-                    bar.update(len(pack))
-        return torch.stack([results[number] for number in range(len(senders))])
+    def _sent(self, sender: Sender) -> Spot:
+        return _spot(self.runs.model, self.runs.n_loops, self.runs.base.tokens.shape[1], sender, _SENT)
 
-    def _logits(
-        self, state: State, first: State, name: str, put: Hook, frozen: dict[str, Tensor], times: int
-    ) -> Float[Tensor, "row d_vocab"]:
-        """Logits at the readout of `times` patched runs side by side; rows are (sender, batch)."""
-        received: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: HookPoint) -> None:
-            received[str(hook.name)] = value
-
-        def hold(value: Tensor, hook: HookPoint) -> Tensor:
-            return _times(frozen[str(hook.name)], times)
-
-        columns = _times(self.base.readout, times)
-        hooks: list[tuple[NamesFilter, Hook]] = [(name, put)]
-        hooks += [(receiver, keep) for receiver in dict.fromkeys(self.names)]  # an MLP is kept before it is held
-        hooks += [(later, hold) for later in frozen if self.order[later] > self._added(name)]
-        with self.model.hooks(hooks, n_loops=self.n_loops):
-            end = self.model.advance(state.map(partial(_times, times=times)), self.stop)
-            if self.into_readout:
-                return self.model.readout(end, columns)
-        places: dict[str, list[Place]] = {}
-        for receiver, receiving in zip(self.receivers, self.names, strict=True):
-            places.setdefault(receiving, []).append((receiver.head, receiver.position))
-        hooks = [(at, partial(_put, source=received[at], places=[where])) for at, where in places.items()]
-        with self.model.hooks(hooks, n_loops=self.n_loops):
-            return self.model.readout(self.model.advance(first.map(partial(_times, times=times))), columns)
-
-    def _state(self, state: State | None, visit: int) -> State:
-        """The base run before a visit, continued from an earlier state."""
-        state = state or self.model.begin(self.base.tokens, self.base.mask, n_loops=self.n_loops)
-        return self.model.advance(state, visit)
-
-    def _frozen(self, after: int) -> dict[str, Tensor]:
-        """What the base run adds to the residual stream after a place and up to the last receiver."""
-        names = []
-        for visit in self.model.schedule(self.n_loops)[: self.stop]:
-            missing = [site for site in self.frozen_sites if site not in visit.points]
-            if missing:
-                raise ValueError(f"{visit.name} has no {missing[0]}, so what it adds to the residual stream cannot be frozen")
-            names += [name for name in (f"{visit.name}.{site}" for site in self.frozen_sites) if self.order[name] > after]
-        return recorded(self.model, self.base, names, self.n_loops) if names else {}
-
-    def _added(self, name: str) -> int:
-        """Where in the run a sender has been added to the residual stream; for a head, where its attention has."""
-        return self.order[name.replace(_SENT["head"], _SENT["attn"])]
-
-    def _find(self, end: Sender | Receiver, sites: Mapping[str, str]) -> tuple[str, Visit]:
-        """The hook point of one end of the path, and its visit."""
-        assert end.loop is not None, "only the readout has no place"
-        assert end.layer is not None, "only the readout has no place"
-        visits = visits_at(self.model, self.n_loops, [end.loop], [end.layer])
-        if len(visits) != 1 or sites[end.kind] not in visits[0].points:
-            where = ", ".join(visit.name for visit in visits) or "none"
-            raise ValueError(f"one visit with {sites[end.kind]} is needed for {end}, found {where}")
-        if end.position is not None:
-            in_range("positions", [end.position], self.base.tokens.shape[1])
-        if end.head is not None and end.kind in ("head", "q"):
-            in_range("heads", [end.head], self.model.cfg.n_heads)
-        return f"{visits[0].name}.{sites[end.kind]}", visits[0]
-
-    def _found_earlier(self, sender: Sender) -> tuple[str, Visit]:
-        name, visit = self._find(sender, _SENT)
-        for receiver, receiving in zip(self.receivers, self.names, strict=not self.into_readout):
-            if self.order[receiving] <= self.order[name]:
-                raise ValueError(f"a receiver must come later in the run than the sender, but ({receiver}) is not later than ({sender})")
-        return name, visit
+    def _earlier(self, sender: Spot, receiver: Spot) -> bool:
+        return self.runs.order[sender.name] < self.runs.order[receiver.name]
 
 
-def _times(value: Tensor, times: int) -> Tensor:
-    return repeat(value, "batch ... -> (times batch) ...", times=times)
-
-
-def _put(value: Tensor, hook: HookPoint, source: Tensor, places: Sequence[Sequence[Place]]) -> Tensor:
-    """The value with some places taken from a source, which may have fewer rows.
-
-    `places` holds one list for each equal part of the rows, or one list for all of them.
-    """
-    patched = rearrange(value.clone(), "(part batch) ... -> part batch ...", part=len(places))
-    given = rearrange(_times(source, len(value) // len(source)), "(part batch) ... -> part batch ...", part=len(places))
-    for part, where in enumerate(places):
-        for head, position in where:
-            columns = slice(None) if position is None else slice(position, position + 1)
-            index: tuple[slice | int, ...] = (slice(None), columns)
-            if head is not None:
-                in_range("heads", [head], value.shape[2])
-                index = (*index, head)
-            patched[part][index] = given[part][index]
-    flat: Tensor = rearrange(patched, "part batch ... -> (part batch) ...")
-    return flat
+def _spot(model: LoopedModel, n_loops: int, width: int, end: Sender | Receiver, sites: Mapping[str, str]) -> Spot:
+    """The place in the run of one end of the path."""
+    assert end.loop is not None, "only the readout has no place"
+    assert end.layer is not None, "only the readout has no place"
+    visits = visits_at(model, n_loops, [end.loop], [end.layer])
+    if len(visits) != 1 or sites[end.kind] not in visits[0].points:
+        where = ", ".join(visit.name for visit in visits) or "none"
+        raise ValueError(f"one visit with {sites[end.kind]} is needed for {end}, found {where}")
+    if end.position is not None:
+        in_range("positions", [end.position], width)
+    if end.head is not None and end.kind in ("head", "q"):
+        in_range("heads", [end.head], model.cfg.n_heads)
+    name, added = (f"{visits[0].name}.{site}" for site in (sites[end.kind], _ADDED.get(end.kind, sites[end.kind])))
+    return Spot(name, added, visits[0].index, end.head, end.position)

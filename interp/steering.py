@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from interp.ablation import Picked, at_columns_of, checked_columns, recorded, reference_batch
 from interp.cells import in_range
 from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from interp.places import Picked, at_columns_of, checked_columns, recorded, reference_batch
 from models.base import LoopedModel, at_columns
 from models.cache import coordinate, is_site, position_axis, site_of
 from models.state import checked_loops

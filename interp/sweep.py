@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from interp.cells import Cell
 
 Direction = Literal["denoise", "noise"]
+_Run = TypeVar("_Run")
 
 
 class Interval(NamedTuple):
@@ -78,7 +79,8 @@ class Sweep:
         """Standard error over the batch of the mean metric, in the metric's unit; NaN for a single example."""
         if self.values.shape[1] < 2:
             return torch.full_like(self.values[:, 0], torch.nan)
-        return self.values.std(1) / self.values.shape[1] ** 0.5
+        error: Tensor = self.values.std(1) / self.values.shape[1] ** 0.5
+        return error
 
     def bootstrap(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Interval:
         """Percentile intervals of `normalized`, over examples drawn again with replacement (pairs stay together).
@@ -139,3 +141,14 @@ class Sweep:
 
 def _sorted(values: set[int | None]) -> tuple[int | None, ...]:
     return tuple(sorted(values, key=lambda value: (value is not None, value or 0)))
+
+
+def base_and_source(direction: Direction, clean: _Run, corrupted: _Run) -> tuple[_Run, _Run]:
+    """The run that is patched and the one that the patches come from.
+
+    Raises:
+        ValueError: Another direction than "denoise" and "noise".
+    """
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}")
+    return (corrupted, clean) if direction == "denoise" else (clean, corrupted)

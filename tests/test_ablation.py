@@ -12,11 +12,12 @@ from torch import Tensor
 
 from checkpoints.load import load
 from checkpoints.locate import SHIPPED
-from interp.ablation import Component, ablate, other_rows
+from interp.ablation import Component, ablate
 from interp.halting import halting
 from interp.lens import logit_lens, readout_lens
 from interp.metrics import margin
 from interp.patching import activation_patch
+from interp.places import other_rows
 from models.base import LoopedModel
 from models.hooks import Taps, tap
 from models.recurrent_depth import RecurrentDepth

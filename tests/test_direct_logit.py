@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from checkpoints.load import load
 from checkpoints.locate import SHIPPED
-from interp.direct_logit import Component, DirectLogits, direct_logit_attribution, frozen_norm
+from interp.direct_logit import DirectLogits, LogitComponent, direct_logit_attribution, frozen_norm
 from models.hooks import Taps, tap
 from models.recurrent_depth import RecurrentDepth
 from models.views import unrolled, untied
@@ -183,13 +183,13 @@ def test_a_norm_that_hides_its_scale_is_refused() -> None:
 
 def test_components_in_the_order_in_which_they_run() -> None:
     found = direct_logit_attribution(toy("learned"), padded(), ANSWERS, n_loops=3)
-    expected = [Component(f"hook_{kind}", kind, None, None, None) for kind in ("embed", "pos_embed")]
+    expected = [LogitComponent(f"hook_{kind}", kind, None, None, None) for kind in ("embed", "pos_embed")]
     for t, layer in itertools.product(range(3), range(LAYERS)):
         name = f"loops.{t}.blocks.{layer}"
-        expected += [Component(f"{name}.attn.hook_z", "head", t, layer, head) for head in range(HEADS)]
+        expected += [LogitComponent(f"{name}.attn.hook_z", "head", t, layer, head) for head in range(HEADS)]
         expected += [
-            Component(f"{name}.hook_attn_out", "attn_bias", t, layer, None),
-            Component(f"{name}.hook_mlp_out", "mlp", t, layer, None),
+            LogitComponent(f"{name}.hook_attn_out", "attn_bias", t, layer, None),
+            LogitComponent(f"{name}.hook_mlp_out", "mlp", t, layer, None),
         ]
     assert found.components == tuple(expected)
     assert found.values.shape == (len(expected), BATCH)

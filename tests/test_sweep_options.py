@@ -192,6 +192,19 @@ def test_an_interrupted_sweep_goes_on_where_it_was(plain: RecurrentDepth, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_stopped_after_its_last_cell_only_reads_its_file(
+    plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "sweep.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr("interp.unfinished.Unfinished.forget", lambda self: self.write())
+        whole = activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file)
+    again = activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file)
+    assert torch.equal(again.values, whole.values)
+    assert_close(again.clean, whole.clean)
+    assert not file.exists()
+
+
 def test_partial_results_of_another_sweep_are_refused(plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("interp.unfinished.Unfinished.forget", lambda self: self.write())
     file = tmp_path / "sweep.safetensors"

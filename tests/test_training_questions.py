@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.recurrent_depth import RecurrentDepth
 from tasks.facts import FactBatch, is_among, is_held_out
 from tasks.two_hop import TEST_GROUPS
 from training.questions import FixedFacts, Questions, TwoHop, questions_of
@@ -117,16 +119,13 @@ def test_a_random_graph_has_relations_that_are_no_permutations() -> None:
     assert any(len(set(row)) < len(row) for row in tails.tolist())
 
 
-def answer_gradients(batch: TrainingBatch, recipe: Recipe, width: int) -> list[torch.Tensor]:
-    """Loss and gradients in float64, with the inputs padded to a width and read at its last column or at the last real token."""
+def answer_gradients(answer: Callable[[RecurrentDepth], torch.Tensor], batch: TrainingBatch, recipe: Recipe) -> list[torch.Tensor]:
+    """Loss and gradients, in float64 and with weights far from zero."""
     model = fresh_model(recipe).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    tokens, mask = (F.pad(x, (0, width - x.shape[1])) for x in (batch.inputs.tokens, batch.inputs.mask))
-    columns = batch.inputs.readout if recipe.readout == "last_real" else torch.full((len(tokens),), width - 1)
-    logits = model.readout(model.advance(model.begin(tokens, mask, n_loops=batch.n_loops)), columns)
-    loss = F.cross_entropy(logits, batch.answers)
+    loss = F.cross_entropy(answer(model), batch.answers)
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
@@ -136,9 +135,25 @@ def test_loss_and_gradients_equal_those_of_padding_to_50(recipe: Recipe) -> None
     longest = int(batch.inputs.mask.sum(1).max())
     assert batch.inputs.tokens.shape[1] == longest + (recipe.readout == "last_column")
     assert len(set(batch.inputs.mask.sum(1).tolist())) > 1
-    ours = answer_gradients(batch, recipe, batch.inputs.tokens.shape[1])
-    for a, b in zip(ours, answer_gradients(batch, recipe, 50), strict=True):
+
+    def padded_to_50(model: RecurrentDepth) -> torch.Tensor:
+        tokens, mask = (F.pad(x, (0, 50 - x.shape[1])) for x in (batch.inputs.tokens, batch.inputs.mask))
+        columns = batch.inputs.readout if recipe.readout == "last_real" else torch.full((len(tokens),), 49)
+        return model.readout(model.advance(model.begin(tokens, mask, n_loops=3)), columns)
+
+    ours = answer_gradients(lambda model: Answering(model)(batch), batch, recipe)
+    for a, b in zip(ours, answer_gradients(padded_to_50, batch, recipe), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("recipe", [FIXED, LAST_COLUMN], ids=["last real token", "last column"])
+def test_only_real_tokens_and_readouts_are_computed(recipe: Recipe) -> None:
+    batch = pack(recipe, facts(questions_of(recipe), 3, stage=1), 3)
+    model, rows = fresh_model(recipe), set()
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, arguments, output: rows.add(output.shape[:2].numel()))
+    Answering(model)(batch)
+    assert rows == {int(batch.inputs.mask.sum()) + (recipe.readout == "last_column") * len(batch.answers)}
 
 
 def test_learned_positions_keep_the_padded_width_of_the_last_column() -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from models.packed_rows import advance_unpadded
 from models.recurrent_depth import Block, RecurrentDepth, RecurrentDepthConfig
 from models.registry import build
 from models.tokens import Batch, Readout, Vocabulary
@@ -53,8 +53,8 @@ def readout_of(recipe: Recipe) -> Readout:
 def pack(recipe: Recipe, facts: Sequence[FactBatch], n_loops: int) -> TrainingBatch:
     """Facts of several hop counts as one right-padded batch.
 
-    Only the columns up to the longest real token are kept, and without positions one padding column more where answers are read
-    at the last column: every other padding column changes neither the loss nor a gradient.
+    Its columns reach to the longest real token, and without positions one column further where answers are read at the last
+    one: no other padding column changes the loss or a gradient. Of the padding that is left only readouts are computed.
     """
     lengths = np.concatenate([np.full(len(batch), batch.hops + 1) for batch in facts])
     columns, width = readout_of(recipe).place(lengths.tolist(), recipe.padded_to, recipe.positions != "none")
@@ -77,11 +77,10 @@ class Answering(nn.Module):
 
     def forward(self, batch: TrainingBatch) -> Float[Tensor, "batch d_vocab"]:
         state = self.model.begin(batch.inputs.tokens, batch.inputs.mask, n_loops=batch.n_loops)
-        return self.model.readout(self.model.advance(state), batch.inputs.readout)
-
-    def loss(self, batch: TrainingBatch, label_smoothing: float) -> Float[Tensor, ""]:
-        """Mean cross-entropy at the answers, in nats."""
-        return F.cross_entropy(self(batch), batch.answers, label_smoothing=label_smoothing)
+        if bool(state.mask.all()):
+            return self.model.readout(self.model.advance(state), batch.inputs.readout)
+        read = advance_unpadded(self.model, state, batch.inputs.readout)
+        return self.model.readout(read, torch.zeros_like(batch.inputs.readout))
 
 
 def fresh_model(recipe: Recipe) -> RecurrentDepth:
