@@ -15,6 +15,7 @@ from analyses.configs import DEFAULT_CHECKPOINT, SourceConfig
 from analyses.records import markdown_table, write_text
 from analyses.subject import Subject, open_subject
 from interp.ablation import Component, How, ablate
+from interp.attribution import attribution_patch
 from interp.decoding import decodability
 from interp.lens import readout_lens
 from interp.metrics import logit_margin
@@ -24,6 +25,7 @@ from models.state import checked_loops
 from models.tokens import Batch
 
 HOPS, CLEAR = 5, 0.9
+_SWEPT: dict[str, Literal["all"] | None] = {"resid_post": None, "z": "all"}
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,18 @@ def movers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def estimates(pairs: Pairs) -> pd.DataFrame:
+    """How well attribution patching ranks the cells of two sweeps: Spearman's correlation with the exact patches."""
+    model, metric, rows = pairs.subject.model, logit_margin(pairs.answers), []
+    for site, heads in _SWEPT.items():
+        exact = pairs.sweep(site, heads).values.mean(1)
+        for steps in (0, 8):
+            found = attribution_patch(model, pairs.clean, pairs.corrupted, metric, pairs.n_loops, sites=site, heads=heads, steps=steps)
+            both = pd.DataFrame({"exact": exact.cpu().numpy(), "estimate": found.values.mean(1).cpu().numpy()})
+            rows.append((site, len(both), steps, float(both.rank().corr().to_numpy()[0, 1])))
+    return pd.DataFrame(rows, columns=["site", "cells", "steps", "rank correlation"])
+
+
 def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
     """Everything, as Markdown."""
     pairs = Pairs.of(open_subject(replace(SourceConfig(), checkpoint=checkpoint)), HOPS)
@@ -173,14 +187,14 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
     table = pd.DataFrame([(s.hop, s.hop, s.loop + 1, s.layer, s.share, s.before) for s in front])
     table.columns = ["entity after hop", "at position", "iteration", "block", "on top", "one block earlier"]
     skipped = {t + 1: pairs.accuracy_without(Component("iteration", loops=(t,)), "zero") for t in range(pairs.n_loops)}
-    tables = [table, restored(pairs), writers(pairs, front), movers(pairs, front)]
+    tables = [table, restored(pairs), writers(pairs, front), movers(pairs, front), estimates(pairs)]
     worst = min(skipped, key=lambda t: skipped[t])
     words = {
         "checkpoint": checkpoint, "hops": HOPS, "count": len(pairs.answers), "loops": pairs.n_loops, "accuracy": f"{pairs.accuracy():.2f}",
         "last": f"{front[-1].loop + 1}, block {front[-1].layer}", "worst": worst, "left": f"{skipped[worst]:.2f}",
     }  # fmt: skip
     text = _TEXT.format(**words)
-    for mark, frame in zip(("FRONT", "RESTORED", "WRITERS", "MOVERS"), tables, strict=True):
+    for mark, frame in zip(("FRONT", "RESTORED", "WRITERS", "MOVERS", "ESTIMATES"), tables, strict=True):
         text = text.replace(mark, markdown_table(frame.round(2)))
     return text
 
@@ -232,4 +246,11 @@ MOVERS
 
 Leaving out any one iteration altogether (the state passes unchanged) leaves an accuracy of at least {left} (iteration {worst}): the
 blocks do not count iterations, the same step is taken one iteration later.
+
+## How far to trust estimates
+
+Attribution patching estimates every cell of such a sweep from gradients: one of the corrupted run (0 steps), or the mean over steps
+on the way to the clean activation. Spearman's rank correlation of the estimated with the exact margins, over all cells:
+
+ESTIMATES
 """
