@@ -195,7 +195,7 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
     }  # fmt: skip
     text = _TEXT.format(**words)
     for mark, frame in zip(("FRONT", "RESTORED", "WRITERS", "MOVERS", "ESTIMATES"), tables, strict=True):
-        text = text.replace(mark, markdown_table(frame.round(2)))
+        text = text.replace(mark, markdown_table(frame))
     return text
 
 

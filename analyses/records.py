@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -67,9 +68,13 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
-    """A frame as a table of Markdown."""
-    rows = [list(frame.columns), ["---"] * len(frame.columns), *(list(row) for row in frame.itertuples(index=False))]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    """A frame as a table of Markdown, numbers that are not whole with two decimals."""
+    rows = [list(map(_cell, row)) for row in frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(frame.columns), ["---"] * len(frame.columns), *rows])
+
+
+def _cell(value: object) -> str:
+    return f"{float(value):.2f}".replace("-0.00", "0.00") if isinstance(value, float | np.floating) else str(value)
 
 
 FIGURE_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}

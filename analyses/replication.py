@@ -22,7 +22,6 @@ _CHECKS = (
     two_hop_claims.three_stages,
     two_hop_claims.vanilla,
     two_hop_claims.bridge,
-    two_hop_claims.more_iterations,
 )
 _HEAD = """# What the miniatures show
 
@@ -45,9 +44,9 @@ def page(found: list[Claim]) -> str:
     """A table of claims, and below it every accuracy, as Markdown."""
     rows = pd.DataFrame([(c.paper, c.found, c.rule, c.verdict) for c in found], columns=["in the paper", "here", "rule", "shown?"])
     multi_hop = (*multi_hop_claims.FIXED, multi_hop_claims.DYNAMIC)
-    grids = [f"### {name}\n\n{markdown_table(multi_hop_claims.grid(name).summary().round(2))}" for name in multi_hop]
+    grids = [f"### {name}\n\n{markdown_table(multi_hop_claims.grid(name).summary())}" for name in multi_hop]
     two_hop = {name: two_hop_claims.by_group(name) for name in (*two_hop_claims.LOOPED, *two_hop_claims.VANILLA)}
-    groups = pd.DataFrame(two_hop).T.round(2).reset_index(names="checkpoint")
+    groups = pd.DataFrame(two_hop).T.reset_index(names="checkpoint")
     return "\n\n".join([_HEAD, markdown_table(rows), _BELOW, *grids, "### Two hops", markdown_table(groups)]) + "\n"
 
 

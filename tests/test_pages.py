@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from analyses import findings
+from analyses import findings, replication
+from analyses.claims import verdict
 from analyses.configs import SourceConfig
 from analyses.findings import HOPS, Pairs
+from analyses.records import markdown_table
 from analyses.subject import open_subject
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -19,6 +23,22 @@ DOCS = Path(__file__).parent.parent / "docs"
 @pytest.fixture(scope="module")
 def pairs() -> Pairs:
     return Pairs.of(open_subject(SourceConfig()), HOPS)
+
+
+@pytest.mark.slow
+def test_claims_are_what_the_command_writes(tmp_path: Path) -> None:
+    assert replication.write(tmp_path / "replication.md").read_text() == (DOCS / "replication.md").read_text()
+
+
+def test_a_verdict_is_yes_partly_or_no() -> None:
+    assert [verdict(shown, partly) for shown, partly in ((True, True), (True, False), (False, True), (False, False))] == [
+        "yes", "yes", "partly", "no",
+    ]  # fmt: skip
+
+
+def test_a_table_has_two_decimals_and_no_negative_zero() -> None:
+    frame = pd.DataFrame({"n": [1, 2], "x": np.array([0.999, -0.001], dtype=np.float32), "word": ["a", "b"]})
+    assert markdown_table(frame).splitlines() == ["| n | x | word |", "| --- | --- | --- |", "| 1 | 1.00 | a |", "| 2 | 0.00 | b |"]
 
 
 @pytest.mark.slow
