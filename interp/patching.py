@@ -88,7 +88,7 @@ def activation_patch(
         window=window,
     )
     cells = choose(model, n_loops, base.tokens.shape[1], places)
-    metrics = {metric_name(metric): metric, **(also or {})}
+    metrics = _named(metric, also or {})
     key = fingerprint(model, cells, (base, source), (n_loops, direction, *metrics)) if save_to is not None else ""
     job = _Job(model, cells, base, n_loops, metrics, memory_gb)
     values, unpatched = job.run(source, Unfinished(save_to, key, len(metrics), len(base)))
@@ -123,6 +123,13 @@ class Pair:
 def metric_name(metric: Metric) -> str:
     """What a metric is called in a record."""
     return str(getattr(metric, "__name__", type(metric).__name__))
+
+
+def _named(metric: Metric, also: Mapping[str, Metric]) -> dict[str, Metric]:
+    name = metric_name(metric)
+    if name in also:
+        raise ValueError(f"each metric needs a name of its own, but the first one is called {name!r} and `also` has one of that name")
+    return {name: metric, **also}
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,8 @@ def test_more_metrics_of_the_same_runs(plain: RecurrentDepth) -> None:
     assert_close(both.also["second"].clean, alone.clean)
     assert_close(both.values, activation_patch(plain, CLEAN, CORRUPTED, projection(), 2).values)
     assert list(both.frame()["metric"].unique()) == ["projection", "second"]
+    with pytest.raises(ValueError, match="each metric needs a name of its own, but the first one is called 'second'"):
+        activation_patch(plain, CLEAN, CORRUPTED, second, 2, also={"second": second})
 
 
 def by_hand() -> Sweep:
