@@ -17,7 +17,6 @@ from models.tokens import Batch, Readout, Vocabulary
 from tasks.facts import FactBatch, vocabulary
 from training.recipes import Recipe
 
-
 _WORTH_PACKING = 0.9  # above this share of rows that matter, leaving the others out costs more than it saves
 
 

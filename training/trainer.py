@@ -6,6 +6,7 @@ import math
 import platform
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from training.log import Log
 from training.questions import questions_of
 from training.recipes import Recipe, Stage
 from training.setup import Answering, TrainingBatch, fresh_model, fresh_optimizer, pack
+from training.shared_gradients import SharedGradients
 from training.state import Progress, load_state, save_state
+
+_WIDE = 256  # from this width on it pays on a CPU to multiply the rows of all iterations at once
 
 
 def train(name: str, folder: Path | None = None, *, resume: bool = False, release: bool = False, wandb: bool = False) -> Path:
@@ -62,6 +66,9 @@ class Trainer:
             evaluations.
         wandb: Report to Weights & Biases.
 
+    Attributes:
+        shares_gradients: Whether weight gradients are made by `SharedGradients`; on a CPU it pays for wide models.
+
     Raises:
         ValueError: The folder holds a run already and resume is False, the state is of another recipe, or the batch cannot be
             shared equally.
@@ -76,6 +83,7 @@ class Trainer:
         state = folder / "state.pt"
         if state.exists() and not resume:
             raise ValueError(f"{folder} holds a run already; pass --resume to go on with it, or choose another folder")
+        self.shares_gradients = not on_gpu and recipe.d_model >= _WIDE
         self.questions = questions_of(recipe)
         self.model = fresh_model(recipe).train().to(self.accelerator.device)
         optimizer = fresh_optimizer(recipe, self.model)
@@ -136,12 +144,17 @@ class Trainer:
         """Change the weights by one batch at a learning rate; returns and raises what `step` does."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = F.cross_entropy(self.answering(batch), batch.answers, label_smoothing=self.recipe.label_smoothing)
+        shared = SharedGradients() if self.shares_gradients else nullcontext()
+        with shared:
+            logits = self.answering(batch)
+        loss = F.cross_entropy(logits, batch.answers, label_smoothing=self.recipe.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss became {value} at update {self.progress.update}; resume with a lower learning rate")
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
+        if isinstance(shared, SharedGradients):
+            shared.check()
         if self.recipe.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
