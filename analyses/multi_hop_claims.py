@@ -10,7 +10,7 @@ from analyses.claims import EXTRAPOLATES, LEARNED, Claim, read_log, short, verdi
 from analyses.configs import RecurrenceConfig
 from analyses.recurrence_grid import RecurrenceGrid
 
-FIXED = ("mini/multi_hop/r2", "mini/multi_hop/r4")
+FIXED = ("mini/multi_hop/r2", "mini/multi_hop/r4", "mini/multi_hop/r6")
 DYNAMIC = "mini/multi_hop/r_dyn"
 LOOPS = 24
 
