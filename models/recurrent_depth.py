@@ -46,8 +46,8 @@ class RecurrentDepthConfig(LoopedConfig):
             raise ValueError(f"positions must be 'learned', 'sinusoidal' or 'none', got {self.positions!r}")
         if (self.n_ctx is None) != (self.positions == "none"):
             raise ValueError(f"n_ctx must be given with positions and only then, got n_ctx={self.n_ctx}, positions={self.positions!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is a share, at least 0 and below 1, got {self.dropout}")
+        if not isinstance(self.dropout, float | int) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is a share, at least 0 and below 1, got {self.dropout!r}")
 
 
 class Attention(nn.Module):

@@ -50,6 +50,8 @@ def test_config_is_frozen_and_goes_through_a_dictionary() -> None:
         ({"n_loops": 0}, "n_loops must be at least 1, got 0"),
         ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
         ({"n_heads": 4}, r"n_heads must divide d_model: 4 heads do not divide d_model=35; pass one of \[1, 5, 7, 35\]"),
+        ({"dropout": 1.0}, "dropout is a share, at least 0 and below 1, got 1.0"),
+        ({"dropout": -0.1}, "dropout is a share, at least 0 and below 1, got -0.1"),
         ({"n_ctx": 5}, "n_ctx must be given with positions and only then"),
         ({"positions": "learned"}, "n_ctx must be given with positions and only then"),
         ({"d_modle": 3}, "has no field 'd_modle'"),

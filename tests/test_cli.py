@@ -66,7 +66,7 @@ def test_data_writes_a_folder_and_says_what(args: list[str], facts: int, tmp_pat
     [
         (["report", "no/such/thing"], "neither a shipped checkpoint"),
         (["overthinking", "--n-loops", "0", "--per-hop", "1"], "n_loops must be at least 1, got 0"),
-        (["lens", "--text", "<e_99>"], "'<e_99>' is not one of the 47 tokens"),
+        (["lens", "--text", "<e_99>"], "'<e_99>' is not one of the 57 tokens"),
         (["patch", "--site", "residual"], "this model has no site 'residual'"),
         (["report", "--readout", "middle"], "readout must be 'last_real'"),
         (["data", "multi-hop", "--n-entities", "7"], "15,750 distinct facts of 2 hops were asked for, but this graph has only 700"),

@@ -93,7 +93,7 @@ def test_a_dictionary_names_the_family_and_leaves_out_what_follows() -> None:
     values = config().to_dict()
     assert values["family"] == "recurrent_depth"
     assert "d_head" not in values
-    assert set(values) == {"family", *SIZES, "n_loops", "n_ctx", "eps", "positions", "input_injection"}
+    assert set(values) == {"family", *SIZES, "n_loops", "n_ctx", "eps", "positions", "input_injection", "dropout"}
 
 
 def test_the_dictionary_of_another_family_is_refused() -> None:
