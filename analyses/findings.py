@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,6 @@ from models.state import checked_loops
 from models.tokens import Batch
 
 HOPS, CLEAR = 5, 0.9
-_SWEPT: dict[str, Literal["all"] | None] = {"resid_post": None, "z": "all"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,16 @@ class Pairs:
         """The clean activation put into the corrupted run, one place at a time."""
         model, metric, also = self.subject.model, logit_margin(self.answers), {"right": self.right}
         return activation_patch(model, self.clean, self.corrupted, metric, self.n_loops, sites=site, heads=heads, also=also)
+
+    @cached_property
+    def residual(self) -> Sweep:
+        """The state after every block."""
+        return self.sweep("resid_post")
+
+    @cached_property
+    def heads(self) -> Sweep:
+        """Every head's output, one head at a time."""
+        return self.sweep("z", heads="all")
 
     def right(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
         """1 where the clean answer is on top."""
@@ -113,12 +123,11 @@ def steps(pairs: Pairs) -> list[Step]:
     return found
 
 
-def restored(pairs: Pairs) -> pd.DataFrame:
+def restored(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
     """For each block of the first iterations, the position at which the clean state restores most, and how much."""
-    sweep = pairs.sweep("resid_post")
-    effect, right = sweep.grid(), sweep.also["right"].grid(normalized=False)
+    effect, right = pairs.residual.grid(), pairs.residual.also["right"].grid(normalized=False)
     rows = []
-    for loop in range(steps(pairs)[-1].loop + 2):
+    for loop in range(front[-1].loop + 2):
         for layer in range(len(effect.layers)):
             shares = effect.values[loop, layer, :, 0]
             best = int(shares.argmax())
@@ -144,7 +153,7 @@ def writers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
 def movers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
     """Each head at the front: how much it attends one position back, what its clean output restores, accuracy without it."""
     model, n_loops = pairs.subject.model, pairs.n_loops
-    heads = pairs.sweep("z", heads="all").grid()
+    heads = pairs.heads.grid()
     _, cache = model.run_with_cache(pairs.clean.tokens, n_loops=n_loops, mask=pairs.clean.mask, names_filter="**.attn.hook_pattern")
     rows = []
     for step in front:
@@ -171,8 +180,9 @@ def movers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
 def estimates(pairs: Pairs) -> pd.DataFrame:
     """How well attribution patching ranks the cells of two sweeps: Spearman's correlation with the exact patches."""
     model, metric, rows = pairs.subject.model, logit_margin(pairs.answers), []
-    for site, heads in _SWEPT.items():
-        exact = pairs.sweep(site, heads).values.mean(1)
+    swept: list[tuple[str, Literal["all"] | None, Sweep]] = [("resid_post", None, pairs.residual), ("z", "all", pairs.heads)]
+    for site, heads, sweep in swept:
+        exact = sweep.values.mean(1)
         for steps in (0, 8):
             found = attribution_patch(model, pairs.clean, pairs.corrupted, metric, pairs.n_loops, sites=site, heads=heads, steps=steps)
             both = pd.DataFrame({"exact": exact.cpu().numpy(), "estimate": found.values.mean(1).cpu().numpy()})
@@ -187,7 +197,7 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
     table = pd.DataFrame([(s.hop, s.hop, s.loop + 1, s.layer, s.share, s.before) for s in front])
     table.columns = ["entity after hop", "at position", "iteration", "block", "on top", "one block earlier"]
     skipped = {t + 1: pairs.accuracy_without(Component("iteration", loops=(t,)), "zero") for t in range(pairs.n_loops)}
-    tables = [table, restored(pairs), writers(pairs, front), movers(pairs, front), estimates(pairs)]
+    tables = [table, restored(pairs, front), writers(pairs, front), movers(pairs, front), estimates(pairs)]
     worst = min(skipped, key=lambda t: skipped[t])
     words = {
         "checkpoint": checkpoint, "hops": HOPS, "count": len(pairs.answers), "loops": pairs.n_loops, "accuracy": f"{pairs.accuracy():.2f}",

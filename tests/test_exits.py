@@ -31,7 +31,7 @@ from models.hooks import Taps, tap
 from models.recurrent_depth import RecurrentDepth
 from models.state import Slot, Visit
 from models.tokens import Batch
-from toy import BATCH, D_MODEL, LOOPS, ShortEnding, assert_close, cached, hook_count, odd_one, padded, toy
+from toy import BATCH, D_MODEL, LOOPS, ShortEnding, assert_close, cached, hook_count, odd_one, padded, settling, toy
 
 CAP = 9
 MANY = 12
@@ -40,13 +40,7 @@ Condition = Callable[[list[Tensor], list[Tensor], int], float | None]
 
 @pytest.fixture(scope="module")
 def quiet() -> RecurrentDepth:
-    """A model whose answers and states settle, so that criteria hold at different iterations."""
-    model = toy()
-    with torch.no_grad():
-        for parameter in model.blocks.parameters():
-            parameter.mul_(0.6)
-        model.embedding.mul_(0.5)
-    return model
+    return settling()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from interp.lens import Lens, readout_lens
 from models.recurrent_depth import RecurrentDepth
 from models.registry import build
 from models.tokens import Batch
-from toy import BATCH, D_VOCAB, assert_close, hook_count, nothing, padded, random_tokens, toy, toy_config
+from toy import BATCH, D_VOCAB, assert_close, hook_count, nothing, padded, random_tokens, settling, toy, toy_config
 
 CAP = 9
 MANY = 12
@@ -19,13 +19,7 @@ MANY = 12
 
 @pytest.fixture(scope="module")
 def quiet() -> RecurrentDepth:
-    """A model whose answers settle, so that rules hold at different iterations."""
-    model = toy()
-    with torch.no_grad():
-        for parameter in model.blocks.parameters():
-            parameter.mul_(0.6)
-        model.embedding.mul_(0.5)
-    return model
+    return settling()
 
 
 @pytest.fixture(scope="module")

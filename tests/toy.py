@@ -81,6 +81,16 @@ def randomize_(model: Model, seed: int = 0) -> Model:
     return model
 
 
+def settling() -> RecurrentDepth:
+    """A model whose answers and states settle, so that rules and criteria hold at different iterations."""
+    model = toy()
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(0.6)
+        model.embedding.mul_(0.5)
+    return model
+
+
 class Bidirectional(RecurrentDepth):
     """Not causal: every row sees every real token."""
 
