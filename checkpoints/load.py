@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from checkpoints.errors import CheckpointError
 from checkpoints.fill import build_from
+from checkpoints.hub import Release, load_hub, open_release, read_foreign, read_tensors, recognized_family, unpack
+from checkpoints.jsons import read_json, read_object, write_json
 from checkpoints.locate import CheckpointFiles, locate
 from checkpoints.release import ReleaseFacts, infer_config, key_names, read_state_dict
+from checkpoints.tables import TABLES
+from checkpoints.tokenizer import HubTokenizer, find_tokenizer
 from models.base import LoopedModel
 from models.config import LoopedConfig
 from models.files import usual_mode
 from models.registry import config_from_dict
-from models.tokens import Readout, Vocabulary
+from models.tokens import Readout, Vocabulary, Words
 from tasks.questions import Question
 
 
@@ -33,15 +35,19 @@ def load(
     n_loops: int | None = None,
     readout: str | None = None,
     vocab: str | Path | None = None,
+    **options: Any,
 ) -> LoopedModel:
     """Load a model, in eval mode, with exactly the weights that the file holds.
 
     Args:
-        source: A shipped name ("ltg_trained"), a file (checkpoint_epoch_<N>.pt), or a folder.
+        source: A shipped name ("ltg_trained"), a file (checkpoint_epoch_<N>.pt), or a folder: our own format, or that of a
+            supported family's release (config.json with safetensors, whole or sharded, or a pickle).
         n_heads, input_injection, n_loops: What a released pickle does not say; for our own format they must agree with it
             (n_loops replaces the recorded number of iterations).
         readout: Where answers are read: "last_real", "first_pad" or "column:K".
-        vocab: vocab.json, where it does not lie beside the weights.
+        vocab: vocab.json, where it does not lie beside the weights. A tokenizer beside the weights is read by transformers.
+        options: What a family's release does not say and its loader takes, as docs/families.md lists them (which layers of an
+            ordinary model to loop, for one).
 
     Raises:
         FileNotFoundError: No such checkpoint.
@@ -49,15 +55,21 @@ def load(
     """
     files = locate(source)
     card = read_card(source)
-    if files.is_release:
-        model = _load_release(files, card, ReleaseFacts(n_heads, input_injection, n_loops))
+    facts: dict[str, Any] = {"n_heads": n_heads, "input_injection": input_injection, "n_loops": n_loops}
+    default = None
+    release = _open_hub(files)
+    if release is not None:
+        given = {name: value for name, value in facts.items() if value is not None and name != "n_loops"}
+        model, table = load_hub(release, files.weights, TABLES, {**given, **options})
+        model.cfg = _with_loops(model.cfg, n_loops)
+        default = table.readout
+    elif options:
+        raise CheckpointError(f"{files.weights}: no {next(iter(options))}= is taken for a checkpoint of this format")
     else:
-        model = _load_own(files.weights, {"n_heads": n_heads, "input_injection": input_injection, "n_loops": n_loops})
-    where = readout or card.get("readout") or files.readout
+        model = _load_release(files, card, ReleaseFacts(**facts)) if files.is_release else _load_own(files.weights, facts)
+    where = readout or card.get("readout") or files.readout or default
     model.read_at = Readout.parse(where) if where else None
-    vocab_file = Path(vocab) if vocab else files.vocab
-    if vocab_file:
-        model.vocab = _read_vocabulary(vocab_file, model.cfg)
+    model.vocab = _find_vocabulary(files, Path(vocab) if vocab else None, model.cfg)
     return model
 
 
@@ -90,15 +102,17 @@ def save(
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(tensors, draft / "model.safetensors")
         usual_mode(draft / "model.safetensors")
-        _write_json(draft / "config.json", model.cfg.to_dict())
+        write_json(draft / "config.json", model.cfg.to_dict())
         readout = {"readout": str(model.read_at)} if model.read_at else {}
-        _write_json(draft / "card.json", {**(card or {}), **readout})
-        if model.vocab:
-            _write_json(draft / "vocab.json", list(model.vocab.words))
+        write_json(draft / "card.json", {**(card or {}), **readout})
+        if isinstance(model.vocab, HubTokenizer):
+            model.vocab.save(draft)
+        elif model.vocab:
+            write_json(draft / "vocab.json", list(model.vocab.words))
         if graph is not None:
-            _write_json(draft / "graph.json", graph)
+            write_json(draft / "graph.json", graph)
         if questions:
-            _write_json(draft / "test.json", [question.to_item() for question in questions])
+            write_json(draft / "test.json", [question.to_item() for question in questions])
         draft.replace(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -110,13 +124,29 @@ def save(
 def read_card(source: str | Path) -> dict[str, Any]:
     """What card.json says of a checkpoint; empty where there is none."""
     files = locate(source)
-    return _read_object(files.card) if files.card else {}
+    return read_object(files.card) if files.card else {}
 
 
 def read_family(source: str | Path) -> str:
     """The family of a checkpoint, without loading its weights; released pickles are recurrent-depth models."""
     files = locate(source)
-    return "recurrent_depth" if files.is_release else str(_read_object(files.weights.with_name("config.json"))["family"])
+    release = _open_hub(files)
+    if release is not None:
+        return recognized_family(release, files.weights, TABLES)
+    return "recurrent_depth" if files.is_release else str(read_object(files.weights.with_name("config.json"))["family"])
+
+
+def _open_hub(files: CheckpointFiles) -> Release | None:
+    """The config and tensors of another family's release; None for our own format and for recurrent-depth pickles."""
+    if files.is_release:
+        return unpack(read_foreign(files.weights, TABLES), TABLES)
+    config_file = files.weights.with_name("config.json")
+    ours = not config_file.is_file() or "family" in read_object(config_file)
+    return None if ours else open_release(files.weights, TABLES)
+
+
+def _with_loops(cfg: LoopedConfig, n_loops: int | None) -> LoopedConfig:
+    return cfg if n_loops is None else dataclasses.replace(cfg, n_loops=n_loops)
 
 
 def _load_release(files: CheckpointFiles, card: Mapping[str, Any], given: ReleaseFacts) -> LoopedModel:
@@ -137,28 +167,28 @@ def _load_own(weights: Path, given: Mapping[str, Any]) -> LoopedModel:
     config_file = weights.with_name("config.json")
     if weights.suffix != ".safetensors" or not config_file.is_file():
         raise CheckpointError(f"{weights} is not a checkpoint: expected a .pt file, or a .safetensors file with config.json beside it")
-    values = _read_object(config_file)
-    if "family" not in values:
-        kind = values.get("model_type", "none")
-        raise CheckpointError(f"{config_file} names no family that can be loaded (its model_type is {kind!r})")
     try:
-        cfg = config_from_dict(values)
+        cfg = config_from_dict(read_object(config_file))
     except ValueError as error:
         raise CheckpointError(f"{config_file}: {error}") from None
     for name in ("n_heads", "input_injection"):
         if given[name] not in (None, getattr(cfg, name, None)):
             raise CheckpointError(f"{config_file} says {name}={getattr(cfg, name, None)}, but {given[name]} was passed")
-    if given["n_loops"] is not None:
-        cfg = dataclasses.replace(cfg, n_loops=given["n_loops"])
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights} is damaged or cut short: {error}") from None
-    return build_from(cfg, tensors, None, weights)
+    return build_from(_with_loops(cfg, given["n_loops"]), read_tensors(weights), None, weights)
+
+
+def _find_vocabulary(files: CheckpointFiles, given: Path | None, cfg: LoopedConfig) -> Words | None:
+    """The vocabulary that was named, or a tokenizer beside the weights, or the word list there."""
+    if given is None:
+        tokenizer = find_tokenizer(files.weights.parent, cfg.d_vocab)
+        if tokenizer is not None:
+            return tokenizer
+    path = given or files.vocab
+    return None if path is None else _read_vocabulary(path, cfg)
 
 
 def _read_vocabulary(path: Path, cfg: LoopedConfig) -> Vocabulary:
-    words = _read_json(path)
+    words = read_json(path)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise CheckpointError(f"{path} must be a JSON list of tokens, got {type(words).__name__}")
     try:
@@ -168,21 +198,3 @@ def _read_vocabulary(path: Path, cfg: LoopedConfig) -> Vocabulary:
     if len(vocabulary) != cfg.d_vocab:
         raise CheckpointError(f"{path} has {len(vocabulary)} tokens with <pad>, but the model has d_vocab={cfg.d_vocab}")
     return vocabulary
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = _read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")

@@ -10,7 +10,9 @@ from checkpoints.errors import CheckpointError
 from checkpoints.release import ReleaseFacts
 
 SHIPPED = Path(__file__).parent / "shipped"
+INDEX = "model.safetensors.index.json"
 _OWN_WEIGHTS = "model.safetensors"
+_PICKLES = ("pytorch_model.bin", "model.pt")
 _COMPANIONS = {"card": "card.json", "vocab": "vocab.json", "graph": "graph.json", "questions": "test.json"}
 
 
@@ -37,8 +39,8 @@ class CheckpointFiles:
 
     @property
     def is_release(self) -> bool:
-        """Whether the weights are a released pickle and not our own format."""
-        return self.weights.suffix == ".pt"
+        """Whether the weights are a pickle as those of "Loop, Think, & Generalize" are: the file alone, without a config."""
+        return self.weights.suffix == ".pt" and not self.weights.with_name("config.json").is_file()
 
 
 def shipped_names() -> list[str]:
@@ -73,8 +75,9 @@ def locate(source: str | Path) -> CheckpointFiles:
 
 
 def _weights_in(folder: Path) -> Path:
-    if (folder / _OWN_WEIGHTS).is_file():
-        return folder / _OWN_WEIGHTS
+    for name in (_OWN_WEIGHTS, INDEX, *_PICKLES):
+        if (folder / name).is_file():
+            return folder / name
     found = sorted(path for path in folder.glob("*.pt") if path.is_file())
     if len(found) == 1:
         return found[0]

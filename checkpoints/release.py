@@ -6,7 +6,6 @@ are not in the file. Projections are stored input-first (GPT-2's Conv1D), as our
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
+from checkpoints.pickles import WHAT_IT_IS, read_pickle
 from models.files import atomic_path
 from models.recurrent_depth import Positions, RecurrentDepth, RecurrentDepthConfig
 
 PAPER_D_MODEL, PAPER_HEADS = 768, 12
-_WHAT_IT_IS = "a released checkpoint is a torch file with a 'model_state_dict'"
 _MASK_BUFFER = re.compile(r"blocks\.\d+\.attn\.(bias|masked_bias)")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _EDGE_KEYS = {
@@ -69,24 +68,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Not a torch file, cut short, holding code, without a model, or with a head that is not tied.
     """
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start not in (b"PK", b"\x80\x02"):
-        raise CheckpointError(f"{path} is not a checkpoint: {_WHAT_IT_IS}, and this file does not begin like one")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=start == b"PK")
-    except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|global|class|function)\s+`?([A-Za-z_][\w.]*\.[\w.]+)", str(error))
-        what = f" ({named.group(1)})" if named else ""
-        raise CheckpointError(
-            f"{path} holds code{what}, not only tensors; it is refused, because unpickling classes and functions can run anything"
-        ) from None
-    except Exception as error:  # torch raises many types on damaged files; each is the same fact to the caller
-        raise CheckpointError(f"{path} is damaged or cut short: {_WHAT_IT_IS}, and reading it failed with {type(error).__name__}") from None
-    state = content.get("model_state_dict") if isinstance(content, Mapping) else None
+    content = read_pickle(path)
+    state = content.get("model_state_dict")
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        found = sorted(map(str, content))[:6] if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{path} holds no model: {_WHAT_IT_IS}, but this file holds {found}")
+        raise CheckpointError(f"{path} holds no model: {WHAT_IT_IS}, but this file holds {sorted(map(str, content))[:6]}")
     tensors = {str(key).removeprefix("_orig_mod."): value for key, value in state.items()}
     if len(tensors) < len(state):
         raise CheckpointError(f"{path} holds some keys both with and without the prefix '_orig_mod.'; it must be one or the other")

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import pandas as pd
 import torch
-from einops import einsum, repeat
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ from transformer_lens.hook_points import HookPoint
 from interp.cells import HEAD_AXIS, Cell, Places, choose
 from interp.direct_logit import check_sum, component_kind, require_additive
 from interp.gradients import gradients
-from interp.inputs import Inputs, Metric, ReadoutColumn
+from interp.inputs import Inputs, Metric, ReadoutColumn, begin_batch
 from interp.patching import Pair, metric_name
 from interp.sweep import Direction, Sweep, base_and_source
 from models.base import LoopedModel, at_columns
@@ -231,7 +231,7 @@ def _activations(
         seen[hook.name] = value
 
     with model.hooks([(names, keep)], n_loops=n_loops):
-        state = model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops))
+        state = model.advance(begin_batch(model, batch, n_loops))
         read = at_columns(model.read_state(state), batch.readout)  # after the norm, whose sites then have all positions
         return seen, metric(model.unembed(read[:, None])[:, 0])
 
@@ -259,7 +259,7 @@ def _line_gradient(
     start, change = line
     total = torch.zeros_like(start)
     for part in shares:
-        packed = Batch(*(repeat(x, "batch ... -> (step batch) ...", step=len(part)) for x in (base.tokens, base.mask, base.readout)))
+        packed = base.repeat(len(part))
         to = torch.cat([start + share * change for share in part.to(start)])
         with model.hooks([(name, partial(_move, to=to))], n_loops=n_loops):
             grad = _gradients(model, packed, partial(_side_by_side, metric, len(base)), [name], n_loops)[1][name]

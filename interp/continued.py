@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from interp.cells import HEAD_AXIS, Cell
+from interp.inputs import begin_batch
 from models.base import LoopedModel, at_columns
 from models.cache import site_of
 from models.state import State
@@ -29,19 +30,19 @@ def continued_logits(
     """
     per_run = 4 * base.tokens.numel() * (3 * model.cfg.d_mlp + 16 * model.cfg.d_model)
     size = max(1, int(memory_gb * 2**30 / per_run)) if model.batch_independent else 1
-    yield model.readout(model.advance(model.begin(base.tokens, base.mask, n_loops=n_loops)), base.readout)
+    yield model.readout(model.advance(begin_batch(model, base, n_loops)), base.readout)
     groups = {name: list(group) for name, group in groupby(cells, key=lambda cell: cell.name)}
-    for name, start in _starts(model, base, n_loops, list(groups)):
+    for name, before in _starts(model, base, n_loops, list(groups)):
         for first in range(0, len(groups[name]), size):
             packed = groups[name][first : first + size]
-            yield from _continue(model, start, base, n_loops, packed, source).split(len(base))
+            yield from _continue(model, before, base, n_loops, packed, source).split(len(base))
 
 
 def _starts(model: LoopedModel, base: Batch, n_loops: int, names: list[str]) -> Iterator[tuple[str, State | None]]:
     """Each hook point with the base run's state right before it; None where it comes before the first state."""
     before, after = model.edge_sites()
     yield from ((name, None) for name in names if name in before)
-    state = model.begin(base.tokens, base.mask, n_loops=n_loops)
+    state = begin_batch(model, base, n_loops)
     for visit in model.schedule(n_loops):
         state = model.advance(state, visit.index)
         inside = set(visit.hook_names())
@@ -51,18 +52,17 @@ def _starts(model: LoopedModel, base: Batch, n_loops: int, names: list[str]) -> 
 
 
 def _continue(
-    model: LoopedModel, start: State | None, base: Batch, n_loops: int, cells: list[Cell], source: Mapping[str, Tensor]
+    model: LoopedModel, before: State | None, base: Batch, n_loops: int, cells: list[Cell], source: Mapping[str, Tensor]
 ) -> Float[Tensor, "row d_vocab"]:
     """Logits at the readout of the base run with each cell patched; rows are (cell, batch)."""
     times = len(cells)
     columns = repeat(base.readout, "batch -> (cell batch)", cell=times)
     names = dict.fromkeys(name for cell in cells for name in cell.names)
     with model.hooks([(name, partial(_put, name=name, cells=cells, source=source[name])) for name in names], n_loops=n_loops):
-        if start is None:
-            tokens, mask = (repeat(x, "batch pos -> (cell batch) pos", cell=times) for x in (base.tokens, base.mask))
-            state = model.begin(tokens, mask, n_loops=n_loops)
+        if before is None:
+            state = begin_batch(model, base.repeat(times), n_loops)
         else:
-            state = start.map(lambda x: repeat(x, "batch ... -> (cell batch) ...", cell=times))
+            state = before.map(lambda x: repeat(x, "batch ... -> (cell batch) ...", cell=times))
         return at_columns(model.readout(model.advance(state)), columns)
 
 

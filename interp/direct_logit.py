@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from interp.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from models.base import LoopedModel, at_columns
 from models.hooks import LoopHookPoint, Taps
 from models.state import Slot, Visit, checked_loops
@@ -207,7 +207,7 @@ def _run(
         seen[hook.name] = at_columns(value, batch.readout)
 
     with model.hooks([([*before, *inside], keep)], n_loops=n_loops):
-        state = model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops))
+        state = model.advance(begin_batch(model, batch, n_loops))
     terms = {LogitComponent(name, name.removeprefix("hook_"), None, None, None): seen[name] for name in before}
     for visit in visits:
         attn, mlp = _term(visit, attn_site, "attn"), _term(visit, "hook_mlp_out", "mlp")

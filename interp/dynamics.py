@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from interp.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from interp.lens import at_positions, read_columns
 from models.base import LoopedModel
 from models.state import State, checked_loops
@@ -212,7 +212,7 @@ def dynamics(
     stops = [iteration_start(model, 0, n_loops), *model.iteration_ends(n_loops)]
     collected = []
     for rows, columns in zip(in_chunks(batch, batch_size, "dynamics"), spots[0].split(batch_size), strict=True):
-        state = model.begin(rows.tokens, rows.mask, n_loops=n_loops)
+        state = begin_batch(model, rows, n_loops)
         points = []
         for stop in stops:
             state = model.advance(state, stop)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from interp.dynamics import Dynamics, dynamics
 from interp.halting import Stops, first_stop
-from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from interp.inputs import Inputs, ReadoutColumn, as_batch
 from interp.lens import Lens, readout_lens
-from models.base import LoopedModel, at_columns
-from models.state import checked_loops
-
-GATE = "hook_exit_logit"
+from models.base import LoopedModel
 
 
 @dataclass(frozen=True)
@@ -167,66 +162,3 @@ def _of(states: Dynamics | None, lens: Lens) -> Dynamics:
             f"the states must be those of the lens's reads, [point, batch, pos] = {list(wanted)}, got {list(states.states.shape[:3])}"
         )
     return states
-
-
-# Exit gates
-
-
-class ExitDistribution(NamedTuple):
-    """After which iteration a gate exits.
-
-    Attributes:
-        pdf: Float[Tensor, "loop ..."], the probability of each iteration; they add up to 1.
-        cdf: Float[Tensor, "loop ..."], the probability of that iteration or an earlier one.
-    """
-
-    pdf: Float[Tensor, "loop ..."]
-    cdf: Float[Tensor, "loop ..."]
-
-
-def exit_distribution(gate_logits: Float[Tensor, "loop ..."]) -> ExitDistribution:
-    """Probability of an exit after each iteration: lambda_t = sigmoid(logit_t), p_t = lambda_t prod_{s<t} (1 - lambda_s).
-
-    The last iteration takes what is left, so its own logit is not used.
-
-    Source:
-        Ouro (arXiv 2510.25741).
-    """
-    log_left = F.logsigmoid(-gate_logits).cumsum(0)
-    first = torch.zeros_like(log_left[:1])
-    log_before = torch.cat([first, log_left[:-1]])
-    pdf = torch.cat([(log_before + F.logsigmoid(gate_logits))[:-1], log_before[-1:]]).exp()
-    return ExitDistribution(pdf, torch.cat([-log_left[:-1].expm1(), first + 1.0]))
-
-
-@torch.no_grad()
-def gate_logits(
-    model: LoopedModel,
-    inputs: Inputs,
-    n_loops: int | None = None,
-    *,
-    readout: ReadoutColumn = None,
-    batch_size: int = 512,
-) -> Float[Tensor, "loop batch"]:
-    """The exit gate's logit after every iteration, at the column at which answers are read.
-
-    Raises:
-        ValueError: The family has no exit gate.
-    """
-    batch = as_batch(model, inputs, readout)
-    n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    names = [f"loops.{loop}.{GATE}" for loop in range(n_loops)]
-    absent = sorted(set(names) - set(model.hook_names(n_loops)))
-    if absent:
-        raise ValueError(f"a {type(model).__name__} has no exit gate to read: this call has no hook point {absent[0]!r}")
-    collected = []
-    for rows in in_chunks(batch, batch_size, "gate"):
-        seen: list[Tensor] = []
-
-        def keep(logit: Tensor, hook: HookPoint, seen: list[Tensor] = seen, columns: Tensor = rows.readout) -> None:
-            seen.append(at_columns(logit, columns))
-
-        with model.hooks([(names, keep)], n_loops=n_loops):
-            model.advance(model.begin(rows.tokens, rows.mask, n_loops=n_loops))
-        collected.append(torch.stack(seen))
-    return torch.cat(collected, dim=1)

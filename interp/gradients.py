@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch
+from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from models.base import LoopedModel, at_columns
 from models.cache import LoopCache
 from models.hooks import NamesFilter
@@ -44,7 +44,7 @@ def gradients(
         return own
 
     with torch.enable_grad(), model.hooks([(names, watch)], n_loops=n_loops):
-        state = model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops))
+        state = model.advance(begin_batch(model, batch, n_loops))
         read = at_columns(model.read_state(state), batch.readout)  # after the norm, whose sites then have all positions
         total = metric(model.unembed(read[:, None])[:, 0]).sum()
         found = torch.autograd.grad(total, list(seen.values()), allow_unused=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from models.base import LoopedModel
-from models.state import checked_tokens
+from models.state import State, checked_tokens
 from models.tokens import Batch
 
 Inputs = Batch | str | Sequence[str] | Tensor
@@ -43,6 +43,11 @@ def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) 
     if bool(((columns < 0) | (columns >= width)).any()):
         raise ValueError(f"the readout column must be within the {width} positions of the input, got {readout}")
     return Batch(tokens, torch.ones_like(tokens), columns)
+
+
+def begin_batch(model: LoopedModel, batch: Batch, n_loops: int | None) -> State:
+    """The state of a batch before the first visit."""
+    return model.begin(batch.tokens, batch.mask, n_loops=n_loops, **batch.options)
 
 
 def in_chunks(batch: Batch, size: int, label: str) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from interp.dynamics import Shown, iteration_start, shown_spots, widened
-from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from interp.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from models.base import LoopedModel
 from models.state import State, checked_loops
 
@@ -91,7 +91,7 @@ def jacobian_spectrum(
     varying = torch.zeros_like(batch.mask, dtype=torch.bool).scatter(1, columns, shown)
     for rows, free in zip(in_chunks(batch, batch_size, "jacobian"), varying.split(batch_size), strict=True):
         with torch.no_grad():
-            state = model.advance(model.begin(rows.tokens, rows.mask, n_loops=n_loops), iteration_start(model, loop, n_loops))
+            state = model.advance(begin_batch(model, rows, n_loops), iteration_start(model, loop, n_loops))
         times, width = _transposed_jacobian(model, state, model.iteration_ends(n_loops)[loop], names, free)
         start = torch.randn(free.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         kind = torch.float64 if state.resid.dtype == torch.float64 else torch.float32

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from interp.dynamics import Dynamics, Shown, Spots, shown_spots, widened
-from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from interp.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from interp.lens import at_positions
 from models.base import LoopedModel
 from models.cache import position_axis
@@ -178,4 +178,4 @@ def _watch(
             see(at_positions(widened(value.movedim(position_axis(name), 1).flatten(2)), columns), name, shown)
 
         with model.hooks([(names, look)], n_loops=n_loops):
-            model.advance(model.begin(rows.tokens, rows.mask, n_loops=n_loops), model.iteration_ends(n_loops)[-1])
+            model.advance(begin_batch(model, rows, n_loops), model.iteration_ends(n_loops)[-1])

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from interp.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from interp.metrics import margin
 from interp.ranks import over_ranks
 from models.base import LoopedModel
@@ -210,7 +210,7 @@ def logit_lens(
                 seen.append(model.normalize(at_positions(resid, read)).flatten(0, 1))
 
             with model.hooks([(name, keep) for name in names], n_loops=n_loops):
-                model.advance(model.begin(part.tokens, part.mask, n_loops=n_loops))
+                model.advance(begin_batch(model, part, n_loops))
             collected.append(torch.stack(seen))
         return torch.cat(collected, dim=1)
 
@@ -244,7 +244,7 @@ def readout_lens(
     def heads_input(examples: Batch) -> Float[Tensor, "visit read d_model"]:
         collected = []
         for part in in_chunks(examples, batch_size, "iterations"):
-            state = model.begin(part.tokens, part.mask, n_loops=n_loops)
+            state = begin_batch(model, part, n_loops)
             seen = []
             for loop, end in enumerate(model.iteration_ends(n_loops)):
                 state = model.advance(state, end)

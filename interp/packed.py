@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from interp.cells import HEAD_AXIS, Cell
+from interp.inputs import begin_batch
 from models.attention import KeyValueStore, Rows
 from models.base import LoopedModel
 from models.cache import site_of
@@ -94,7 +95,7 @@ class BaseRun:
     @classmethod
     def of(cls, model: LoopedModel, batch: Batch, n_loops: int, joins: set[int]) -> BaseRun:
         """Run once and keep the states at `joins`."""
-        state = model.begin(batch.tokens, batch.mask, n_loops=n_loops)
+        state = begin_batch(model, batch, n_loops)
         states: dict[int, State] = {0: state}
         store: KeyValueStore = {}
         for index in sorted(joins - {_BEFORE}):

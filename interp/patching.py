@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from interp.cells import Cell, Places, Together, choose
 from interp.continued import continued_logits
-from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch
+from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from interp.packed import packable, packed_logits
 from interp.ranks import gathered, share
 from interp.sweep import Direction, Sweep, base_and_source
@@ -148,7 +148,7 @@ class _Job:
         missing = share([index for index in range(len(self.cells)) if index not in unfinished.done])
         names = sorted({name for index in missing for name in self.cells[index].names})
         cache = self._activations(source, names) if names else {}
-        state = self.model.advance(self.model.begin(source.tokens, source.mask, n_loops=self.n_loops))
+        state = self.model.advance(begin_batch(self.model, source, self.n_loops))
         logits = self.model.readout(state, source.readout)  # by the kernels of the base run, which caching may switch
         engine = packed_logits if packable(self.model) else continued_logits
         cells = [self.cells[index] for index in missing]

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from interp.cells import in_range
-from interp.inputs import Metric
+from interp.inputs import Metric, begin_batch
 from interp.places import recorded
 from models.base import LoopedModel
 from models.hooks import NamesFilter
@@ -98,7 +98,7 @@ class PathRuns:
 
     def unpatched(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
         """Logits at the readout of one of the inputs without a patch."""
-        state = self.model.begin(batch.tokens, batch.mask, n_loops=self.n_loops)
+        state = begin_batch(self.model, batch, self.n_loops)
         return self.model.readout(self.model.advance(state), batch.readout)
 
     def _logits(
@@ -136,7 +136,7 @@ class PathRuns:
 
     def _state(self, state: State | None, visit: int) -> State:
         """The base run before a visit, continued from an earlier state."""
-        state = state or self.model.begin(self.base.tokens, self.base.mask, n_loops=self.n_loops)
+        state = state or begin_batch(self.model, self.base, self.n_loops)
         return self.model.advance(state, visit)
 
     def _frozen(self, after: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.cells import in_range
-from interp.inputs import Inputs, as_batch
+from interp.inputs import Inputs, as_batch, begin_batch
 from models.base import LoopedModel
 from models.state import Visit
 from models.tokens import Batch
@@ -57,7 +57,7 @@ def recorded(model: LoopedModel, batch: Batch, names: Sequence[str], n_loops: in
     wanted = set(names)
     last = max(visit.index for visit in model.schedule(n_loops) if wanted & set(visit.hook_names()))
     with model.hooks(hooks, n_loops=n_loops):
-        model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops), last + 1)
+        model.advance(begin_batch(model, batch, n_loops), last + 1)
     return store
 
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch
+from interp.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from interp.metrics import logit_margin
 from interp.patching import activation_patch
 from interp.sweep import Sweep
@@ -86,7 +86,7 @@ def causal_tracing(
     """
     base, source = (as_batch(model, inputs, readout) for inputs in (clean, corrupted))
     with torch.no_grad():
-        logits = model.readout(model.advance(model.begin(base.tokens, base.mask, n_loops=n_loops)), base.readout)
+        logits = model.readout(model.advance(begin_batch(model, base, n_loops)), base.readout)
     sweep = activation_patch(
         model,
         base,

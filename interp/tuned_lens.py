@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 from interp.cells import place_of
 from interp.dynamics import Shown, shown_spots
-from interp.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from interp.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from interp.lens import Lens, at_positions, read_columns
 from interp.unfinished import fingerprint
 from models.base import LoopedModel
@@ -230,7 +230,7 @@ def _run(
         seen.append(at_positions(resid, columns).flatten(0, 1))
 
     with model.hooks([(f"{visit.name}.hook_resid_post", keep) for visit in model.schedule(n_loops)], n_loops=n_loops):
-        end = model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops))
+        end = model.advance(begin_batch(model, batch, n_loops))
     return torch.stack(seen), end
 
 

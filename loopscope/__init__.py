@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from interp.direct_logit import direct_logit_attribution as direct_logit_attribution
     from interp.dynamics import dynamics as dynamics
     from interp.dynamics import effective_rank as effective_rank
+    from interp.exit_gate import exit_distribution as exit_distribution
+    from interp.exit_gate import gate_logits as gate_logits
+    from interp.exit_gate import readout_at_threshold as readout_at_threshold
+    from interp.exit_gate import readout_mixture as readout_mixture
     from interp.exits import AccelerationBelow as AccelerationBelow
     from interp.exits import CosineAbove as CosineAbove
     from interp.exits import EntropyBelow as EntropyBelow
@@ -39,9 +43,7 @@ if TYPE_CHECKING:
     from interp.exits import StepBelow as StepBelow
     from interp.exits import TopStable as TopStable
     from interp.exits import apply_criterion as apply_criterion
-    from interp.exits import exit_distribution as exit_distribution
     from interp.exits import exits as exits
-    from interp.exits import gate_logits as gate_logits
     from interp.gradients import gradients as gradients
     from interp.halting import HaltingRule as HaltingRule
     from interp.halting import halting as halting
@@ -102,9 +104,11 @@ _HOME = {
     "StepBelow": "interp.exits",
     "TopStable": "interp.exits",
     "apply_criterion": "interp.exits",
-    "exit_distribution": "interp.exits",
+    "exit_distribution": "interp.exit_gate",
     "exits": "interp.exits",
-    "gate_logits": "interp.exits",
+    "readout_at_threshold": "interp.exit_gate",
+    "readout_mixture": "interp.exit_gate",
+    "gate_logits": "interp.exit_gate",
     "gradients": "interp.gradients",
     "HaltingRule": "interp.halting",
     "halting": "interp.halting",

@@ -21,7 +21,7 @@ from models.config import LoopedConfig
 from models.hooks import NO_TAPS, Taps, live
 from models.intervene import HookedLoops
 from models.state import Slot, State, Visit, checked_loops, checked_mask, checked_tokens
-from models.tokens import Batch, Readout, Vocabulary, pad_right
+from models.tokens import Batch, Readout, Words, pad_right
 
 
 class LoopedModel(HookedLoops):
@@ -53,7 +53,7 @@ class LoopedModel(HookedLoops):
     def __init__(self, cfg: LoopedConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.vocab: Vocabulary | None = None
+        self.vocab: Words | None = None
         self.read_at: Readout | None = None
         self.visit_blocks: nn.ModuleList | None = None
         self._schedules: dict[int, list[Visit]] = {}
@@ -191,8 +191,7 @@ class LoopedModel(HookedLoops):
     def read_state(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch pos d_model"]:
         """What the head reads of a state that has finished an iteration; the arguments are those of `readout`."""
         taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
-        resid = state.resid if positions is None else at_columns(state.resid, positions)[:, None]
-        return self.normalize(resid, taps)
+        return self.normalize(stream_at(state, positions), taps)
 
     def readout(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Tensor:
         """Logits of a state that has finished an iteration: the family's own readout.
@@ -298,7 +297,7 @@ class LoopedModel(HookedLoops):
             raise ValueError("at least one text is needed, got an empty list")
         return rows
 
-    def _vocabulary(self) -> Vocabulary:
+    def _vocabulary(self) -> Words:
         if self.vocab is None:
             raise ValueError("this checkpoint has no vocabulary; load it with vocab='path/to/vocab.json'")
         return self.vocab
@@ -329,3 +328,8 @@ class LoopedModel(HookedLoops):
 def at_columns(x: Float[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:
     """One position of each row."""
     return x[torch.arange(x.shape[0], device=x.device), columns.to(x.device)]
+
+
+def stream_at(state: State, positions: Int[Tensor, " batch"] | None) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream of a state at one position of each row, or at all."""
+    return state.resid if positions is None else at_columns(state.resid, positions)[:, None]

@@ -1,4 +1,4 @@
-"""Parts that several families are built from. Weight names and shapes are TransformerLens's."""
+"""Norms, and linear maps in the layouts of the releases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerNorm(nn.Module):
         self.w = nn.Parameter(torch.ones(d_model))
         self.b = nn.Parameter(torch.zeros(d_model))
         self.eps = eps
-        self.scale_site, self.normalized_site = f"{site}.hook_scale", f"{site}.hook_normalized"
+        self.scale_site, self.normalized_site = self.sites = norm_sites(site)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], taps: Taps) -> Float[Tensor, "batch pos d_model"]:
         if self.scale_site in taps:
@@ -32,6 +32,39 @@ class LayerNorm(nn.Module):
         else:
             out = F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
         return tap(taps, self.normalized_site, out)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), at least in float32 and then in the input's type, times a weight where there is one.
+
+    Args:
+        width: Of the last axis.
+        site: Where its points are: `{site}.hook_scale` and `{site}.hook_normalized` (after the weight).
+        weighted: Whether it has a weight.
+    """
+
+    def __init__(self, width: int, eps: float, site: str, weighted: bool = True) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(width)) if weighted else None
+        self.eps = eps
+        self.scale_site, self.normalized_site = self.sites = norm_sites(site)
+
+    def forward(self, x: Float[Tensor, "*rows width"], taps: Taps) -> Float[Tensor, "*rows width"]:
+        wide = x if x.dtype == torch.float64 else x.float()
+        if self.scale_site in taps:
+            wide = wide / tap(taps, self.scale_site, (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        else:
+            wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
+        out = wide.to(x.dtype)
+        return tap(taps, self.normalized_site, out if self.w is None else self.w * out)
+
+
+Norm = LayerNorm | RMSNorm
+
+
+def norm_sites(site: str) -> tuple[str, str]:
+    """The hook points of a norm."""
+    return f"{site}.hook_scale", f"{site}.hook_normalized"
 
 
 def linear(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_in d_out"], bias: Tensor) -> Float[Tensor, "... d_out"]:

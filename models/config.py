@@ -43,12 +43,16 @@ class LoopedConfig:
                 raise ValueError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        object.__setattr__(self, "d_head", self.width_of_head())
+
+    def width_of_head(self) -> int:
+        """Channels of a head; a family whose config gives them overrides this."""
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"n_heads must divide d_model: {self.n_heads} heads do not divide d_model={self.d_model}; "
                 f"pass one of {_divisors(self.d_model)}"
             )
-        object.__setattr__(self, "d_head", self.d_model // self.n_heads)
+        return self.d_model // self.n_heads
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that `from_dict` takes, with the family's name."""

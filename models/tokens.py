@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 PAD = "<pad>"
+
+
+@runtime_checkable
+class Words(Protocol):
+    """Text to token ids and back.
+
+    Attributes:
+        words: The tokens in the order of their ids.
+    """
+
+    @property
+    def words(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
 
 
 class Vocabulary:
@@ -108,21 +126,31 @@ class Batch:
         tokens: Int[Tensor, "batch pos"].
         mask: Int[Tensor, "batch pos"], ones for real tokens, then zeros.
         readout: Int[Tensor, " batch"], a column of each row.
+        options: What a family's `begin` takes besides: a seed or state of the latent, token types. Tensors have a row per input.
     """
 
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     readout: Int[Tensor, " batch"]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Batch:
-        return Batch(self.tokens[rows], self.mask[rows], self.readout[rows])
+        return self._map(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
-        return Batch(self.tokens.to(device), self.mask.to(device), self.readout.to(device))
+        return self._map(lambda x: x.to(device))
+
+    def repeat(self, times: int) -> Batch:
+        """The batch several times below itself."""
+        return self._map(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        options = {name: fn(value) if isinstance(value, Tensor) else value for name, value in self.options.items()}
+        return Batch(fn(self.tokens), fn(self.mask), fn(self.readout), options)
 
 
 def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:

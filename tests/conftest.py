@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoints.load import save
+from golden_cases import GOLDEN
 from models.base import LoopedModel
 from models.recurrent_depth import RecurrentDepth
 from release_files import toy_model
@@ -46,6 +49,21 @@ def own(tmp_path: Path) -> Path:
     """A folder in our own format."""
     save(toy_model("learned", read_at="last_real"), tmp_path / "own")
     return tmp_path / "own"
+
+
+@pytest.fixture
+def folder_with(tmp_path: Path) -> Callable[..., Path]:
+    """A golden case's folder with some config fields changed (None takes one away)."""
+
+    def make(case: str, changes: Mapping[str, object]) -> Path:
+        folder = tmp_path / case
+        folder.mkdir()
+        shutil.copy(GOLDEN / case / "model.safetensors", folder)
+        values = {**json.loads((GOLDEN / case / "config.json").read_text()), **changes}
+        (folder / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+        return folder
+
+    return make
 
 
 @pytest.fixture

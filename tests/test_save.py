@@ -176,7 +176,7 @@ def test_an_empty_folder_and_missing_parents_are_welcome(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", ["save_file", "_write_json"])
+@pytest.mark.parametrize("step", ["save_file", "write_json"])
 @pytest.mark.parametrize("folder", ["saved", "empty"])
 def test_a_failure_in_the_middle_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, step: str, error: type[BaseException]

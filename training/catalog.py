@@ -137,7 +137,7 @@ RECIPES: dict[str, Recipe] = {
         _mini_two_hop(1, 8, 6_000),
         _mini_two_hop(1, 2, 6_000),
         _mini_two_hop(2, 2, 6_000),
-        _mini_two_hop(8, 2, 6_000),
+        _mini_two_hop(8, 2, 3_000),
         *(extrapolation(f"paper/multi_hop/r{loops}", Loops.fixed(loops)) for loops in range(1, 9)),
         extrapolation("paper/multi_hop/r_dyn", _DYNAMIC),
         *(systematicity(f"paper/systematicity/r{loops}_l4", loops, 4) for loops in (1, 2, 4, 8)),

@@ -1,0 +1,93 @@
+"""A released config.json, read field by field; what nobody has read is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import CheckpointError
+
+BOOKKEEPING = frozenset(
+    (
+        "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "classifier_dropout_prob", "dtype",
+        "eos_token_id", "initializer_range", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
+        "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    )
+)  # fmt: skip
+_REQUIRED = object()
+
+
+class ConfigFields:
+    """The fields of a released config under their own names.
+
+    A loader table reads what the forward pass depends on, says which values it cannot compute, and ends with `done`.
+
+    Args:
+        values: The config.
+        path: Its file, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+        self._values, self.path = values, path
+        self._seen: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def integer(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A whole number."""
+        return self._read(name, (int,), "a whole number", default)
+
+    def number(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A number, as a float."""
+        value = self._read(name, (int, float), "a number", default)
+        return float(value) if isinstance(value, int) else value
+
+    def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
+        """true or false."""
+        return self._read(name, (bool,), "true or false", default)
+
+    def text(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A string."""
+        return self._read(name, (str,), "a string", default)
+
+    def mapping(self, name: str, default: Any = _REQUIRED) -> Any:
+        """An object."""
+        return self._read(name, (dict,), "an object", default)
+
+    def sequence(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A list."""
+        return self._read(name, (list,), "a list", default)
+
+    def only(self, name: str, *allowed: Any, why: str = "") -> None:
+        """Refuse a field that has another than these values; where it is absent the first one holds."""
+        value = self._values.get(name, allowed[0])
+        self._seen.add(name)
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+            choices = " or ".join(map(repr, allowed))
+            raise CheckpointError(f"{self.path}: {name} must be {choices}, got {value!r}{'; ' + why if why else ''}")
+
+    def unused(self, *names: str) -> None:
+        """Fields that change nothing in the forward pass, whatever they hold."""
+        self._seen.update(names)
+
+    def done(self) -> None:
+        """Refuse the fields that nobody has read."""
+        unknown = sorted(set(self._values) - self._seen - BOOKKEEPING)
+        if unknown:
+            raise CheckpointError(
+                f"{self.path} has the field {unknown[0]!r} (= {self._values[unknown[0]]!r}), which this family's loader does not know; "
+                "it is refused, because it could change what the model computes"
+            )
+
+    def _read(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
+        self._seen.add(name)
+        if name not in self._values or (self._values[name] is None and default is not _REQUIRED):
+            if default is _REQUIRED:
+                raise CheckpointError(f"{self.path} lacks the field {name!r}, which must be {what}")
+            return default
+        value = self._values[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise CheckpointError(f"{self.path}: {name} must be {what}, got {value!r}")
+        return value

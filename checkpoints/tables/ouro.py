@@ -1,0 +1,58 @@
+"""Releases of Ouro (ByteDance/Ouro-1.4B and its kin)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints.config_fields import ConfigFields
+from checkpoints.hub import Table
+from checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
+from models.ouro import OuroConfig
+
+_NORMS = {
+    "input_layernorm.weight": "ln1.w",
+    "input_layernorm_2.weight": "ln1_post.w",
+    "post_attention_layernorm.weight": "ln2.w",
+    "post_attention_layernorm_2.weight": "ln2_post.w",
+}
+
+
+def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> OuroConfig:
+    n_layers = fields.integer("num_hidden_layers")
+    fields.only("hidden_act", "silu")
+    fields.only("use_sliding_window", False)
+    fields.only("layer_types", None, ["full_attention"] * n_layers)
+    fields.unused("sliding_window", "max_window_layers", "chunk_size")
+    return OuroConfig(
+        n_layers=n_layers,
+        n_loops=fields.integer("total_ut_steps"),
+        d_model=fields.integer("hidden_size"),
+        n_heads=fields.integer("num_attention_heads"),
+        n_key_value_heads=fields.integer("num_key_value_heads", None),
+        head_dim=fields.integer("head_dim", None),
+        d_mlp=fields.integer("intermediate_size"),
+        d_vocab=fields.integer("vocab_size"),
+        n_ctx=fields.integer("max_position_embeddings"),
+        eps=fields.number("rms_norm_eps"),
+        rope_theta=fields.number("rope_theta"),
+        rope_scaling=fields.mapping("rope_scaling", None),
+        tied=fields.boolean("tie_word_embeddings", False),
+        exit_threshold=fields.number("early_exit_threshold", 1.0),
+        exit_step=fields.integer("early_exit_step", None),
+    )
+
+
+def _names(cfg: OuroConfig) -> dict[str, str]:
+    gate = {"model.early_exit_gate.weight": "gate.weight", "model.early_exit_gate.bias": "gate.bias"}
+    return {**edge_names(cfg.tied), **gate, **block_names("model.layers", "blocks", cfg.n_layers, {**ATTENTION, **MLP, **_NORMS})}
+
+
+TABLE = Table(
+    family="ouro",
+    recognizes=lambda values, keys: values.get("model_type") == "ouro",
+    config=_config,
+    names=_names,
+)

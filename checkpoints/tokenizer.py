@@ -1,0 +1,67 @@
+"""Tokenizers of released language models, read by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoints.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+
+
+class HubTokenizer:
+    """A released tokenizer in the manner of a `Vocabulary`. Special tokens are put in only where a text writes them.
+
+    Args:
+        tokenizer: As transformers loads it.
+        d_vocab: Ids of the model, which may have more than the tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> None:
+        self.tokenizer, self._d_vocab = tokenizer, d_vocab
+        self._words: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Each id's token as text; `<unused ID>` where the tokenizer has none."""
+        if not self._words:
+            found = {i: self.tokenizer.convert_tokens_to_string([token]) for token, i in self.tokenizer.get_vocab().items()}
+            self._words = tuple(found.get(i, f"<unused {i}>") for i in range(self._d_vocab))
+        return self._words
+
+    def __len__(self) -> int:
+        return self._d_vocab
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens of its own; ValueError for an empty one."""
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not found:
+            raise ValueError("a text must hold at least one token, got an empty one")
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
+    """The tokenizer whose files lie in a folder; None where there are none. Nothing is downloaded and no code in it is run.
+
+    Raises:
+        CheckpointError: Files that transformers cannot read, or more tokens than the model has.
+    """
+    if not any((folder / name).is_file() for name in _FILES):
+        return None
+    from transformers import AutoTokenizer  # takes seconds, and most checkpoints have no tokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types on files that it cannot read
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
+    if len(tokenizer) > d_vocab:
+        raise CheckpointError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model has d_vocab={d_vocab}")
+    return HubTokenizer(tokenizer, d_vocab)
