@@ -65,7 +65,7 @@ def locate(source: str | Path) -> CheckpointFiles:
     if not path.exists():
         raise FileNotFoundError(
             f"{str(source)!r} is neither a shipped checkpoint ({', '.join(shipped_names())}) nor a file or folder; "
-            "loopscope.available() lists the known ones"
+            "loopscope.available() lists the known ones, and loopscope.fetch(name) brings a remote one and returns its folder"
         )
     weights = _weights_in(path) if path.is_dir() else path
     beside = {kind: weights.parent / name for kind, name in _COMPANIONS.items()}

@@ -14,6 +14,7 @@ from loopscope._siblings import check_siblings
 
 if TYPE_CHECKING:
     from checkpoints.catalog import available as available
+    from checkpoints.download import fetch as fetch
     from checkpoints.load import load as load
     from checkpoints.load import save as save
     from checkpoints.release import save_release as save_release
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from interp.exits import TopStable as TopStable
     from interp.exits import apply_criterion as apply_criterion
     from interp.exits import exits as exits
+    from interp.generation import Generated as Generated
+    from interp.generation import Sampling as Sampling
+    from interp.generation import generate as generate
     from interp.gradients import gradients as gradients
     from interp.halting import HaltingRule as HaltingRule
     from interp.halting import halting as halting
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "available": "checkpoints.catalog",
+    "fetch": "checkpoints.download",
     "load": "checkpoints.load",
     "save": "checkpoints.load",
     "save_release": "checkpoints.release",
@@ -109,6 +114,9 @@ _HOME = {
     "readout_at_threshold": "interp.exit_gate",
     "readout_mixture": "interp.exit_gate",
     "gate_logits": "interp.exit_gate",
+    "Generated": "interp.generation",
+    "Sampling": "interp.generation",
+    "generate": "interp.generation",
     "gradients": "interp.gradients",
     "HaltingRule": "interp.halting",
     "halting": "interp.halting",

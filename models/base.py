@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from models.attention import KeyValueStore, Rows, Visible, causal_keys
@@ -93,6 +93,16 @@ class LoopedModel(HookedLoops):
     def leave(self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps) -> tuple[Tensor, Mapping[str, Tensor]]:
         """What happens after a visit that closes an iteration."""
         return resid, parts
+
+    def remember(self, start: State, end: State, store: KeyValueStore, before: KeyValueStore) -> KeyValueStore:
+        """The keys and values by which later tokens see the ones that were just run: a family's rule for generation.
+
+        Args:
+            start, end: Where the run of these tokens began and ended.
+            store: What it wrote, by visit.
+            before: What is remembered of the tokens before them; empty for the first ones.
+        """
+        return store
 
     @abstractmethod
     def normalize(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_model"]:
@@ -325,7 +335,7 @@ class LoopedModel(HookedLoops):
         """The unembedding's bias; zeros where the head has none."""
 
 
-def at_columns(x: Float[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:
+def at_columns(x: Shaped[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:
     """One position of each row."""
     return x[torch.arange(x.shape[0], device=x.device), columns.to(x.device)]
 

@@ -11,6 +11,7 @@ import torch
 import checkpoints.locate
 from checkpoints.catalog import available
 from checkpoints.load import load, save
+from models.registry import FAMILIES
 from release_files import toy_model
 
 COLUMNS = ["name", "family", "size", "where", "at", "epoch", "sha256"]
@@ -35,8 +36,9 @@ def remote(table: pd.DataFrame) -> pd.DataFrame:
 def test_the_columns_are_these(table: pd.DataFrame) -> None:
     assert list(table.columns) == COLUMNS
     assert table["name"].is_unique
-    assert set(table["where"]) == {"shipped", "remote"}
-    assert set(table["family"]) == {"recurrent_depth"}
+    assert set(table["where"]) == {"shipped", "remote", "unreleased"}
+    assert set(table["family"]) <= {*FAMILIES}
+    assert set(table[table["where"] == "unreleased"]["name"]) == {"hyperloop", "melt"}
 
 
 def test_every_cell_says_something(table: pd.DataFrame) -> None:

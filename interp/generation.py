@@ -1,0 +1,202 @@
+"""Generating tokens with a key-value cache, hooks included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from interp.inputs import Inputs, as_batch, begin_batch
+from models.attention import KeyValues
+from models.base import LoopedModel, at_columns
+from models.state import State, checked_loops
+from models.tokens import Batch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_k: Only the k most probable tokens; None for all.
+        top_p: Only the most probable tokens that together reach this probability; 1 for all.
+        seed: Of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be a probability above 0, got {self.top_p}")
+
+    def choose(self, logits: Float[Tensor, "batch d_vocab"], generator: torch.Generator) -> Int[Tensor, " batch"]:
+        """One token for each row."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float().cpu() / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p < 1:
+            ordered, order = logits.sort(-1, descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            logits = logits.scatter(-1, order, ordered.masked_fill(before >= self.top_p, -torch.inf))
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Prompts with what was generated after them.
+
+    Attributes:
+        tokens: Int[Tensor, "batch pos"], each prompt followed by its new tokens, padded on the right with 0.
+        mask: Int[Tensor, "batch pos"], ones for the prompt and what was generated.
+        new: Int[Tensor, "batch new"], the new tokens alone; 0 after a row has stopped.
+        logits: Float[Tensor, "batch new d_vocab"], what each new token was chosen from.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    new: Int[Tensor, "batch new"]
+    logits: Float[Tensor, "batch new d_vocab"]
+
+
+@torch.no_grad()
+def generate(
+    model: LoopedModel,
+    inputs: Inputs,
+    max_new_tokens: int,
+    n_loops: int | None = None,
+    *,
+    sampling: Sampling | None = None,
+    stop_at: int | None = None,
+    use_cache: bool = True,
+) -> Generated:
+    """Generate tokens after each prompt; prompts of different lengths go side by side.
+
+    Hooks that are on the model act on every step. With the cache a step's points see only the new tokens, "batch 1 ..."; the first
+    step's see the prompts. What later tokens read of earlier ones is the family's rule (`LoopedModel.remember`).
+
+    Args:
+        inputs: A batch (its options go to every step), texts, or unpadded tokens.
+        max_new_tokens: At least 1.
+        n_loops: Iterations for every token; None means what the checkpoint records.
+        sampling: None takes the most probable token.
+        stop_at: A token id after which a row stops.
+        use_cache: False runs every step from the first token: slow, and for a family with one key and value per visit the same.
+
+    Raises:
+        ValueError: A family that is not causal, or more positions than the model has.
+    """
+    if not model.causal:
+        raise ValueError(
+            f"a {type(model).__name__} is not causal: a new token would change what was computed before it, so it cannot generate"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    batch = as_batch(model, inputs, readout=-1 if isinstance(inputs, Tensor) else None)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    furthest = int(batch.mask.sum(1).max()) + max_new_tokens - 1
+    if model.cfg.n_ctx is not None and furthest > model.cfg.n_ctx:
+        raise ValueError(
+            f"the prompt and {max_new_tokens} new tokens need {furthest} positions, but this model has n_ctx={model.cfg.n_ctx}"
+        )
+    sampling = sampling or Sampling()
+    run = _Run(model, _widened(batch, max_new_tokens), n_loops, use_cache)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    going = torch.ones(len(batch), dtype=torch.bool, device=model.device)
+    new, logits = [], []
+    for _ in tqdm(range(max_new_tokens), desc="generate", leave=False, disable=max_new_tokens < 8):
+        logits.append(run.logits())
+        chosen = sampling.choose(logits[-1], generator).to(model.device) * going
+        new.append(chosen)
+        run.append(chosen, going)
+        going = going if stop_at is None else going & (chosen != stop_at)
+        if not bool(going.any()):
+            break
+    width = int(run.batch.mask.sum(1).max())
+    return Generated(run.batch.tokens[:, :width], run.batch.mask[:, :width], torch.stack(new, 1), torch.stack(logits, 1))
+
+
+class _Run:
+    """Prompts that grow, and the keys and values of what has been run of them."""
+
+    def __init__(self, model: LoopedModel, batch: Batch, n_loops: int, use_cache: bool) -> None:
+        self.model, self.batch, self.n_loops, self.use_cache = model, batch, n_loops, use_cache
+        self.store: dict[str, KeyValues] = {}
+
+    def logits(self) -> Float[Tensor, "batch d_vocab"]:
+        """The logits after each row's last token."""
+        lengths = self.batch.mask.sum(1)
+        width = int(lengths.max())
+        if not self.use_cache or not self.store:
+            state = begin_batch(self.model, _columns(self.batch, width), self.n_loops)
+            return self.model.readout(self._advance(state), lengths - 1)
+        state = begin_batch(self.model, _columns(self.batch, width), self.n_loops)
+        last = state.map(lambda x: at_columns(x, lengths - 1)[:, None])
+        return self.model.readout(self._advance(last))[:, 0]
+
+    def _advance(self, state: State) -> State:
+        if not self.use_cache:
+            return self.model.advance(state)
+        new: dict[str, KeyValues] = {}
+        end = self.model.advance(state, supplied=self.store or None, store=new)
+        remembered = self.model.remember(state, end, new, self.store)
+        self.store = {name: _joined(self.store.get(name), kept) for name, kept in remembered.items()}
+        return end
+
+    def append(self, chosen: Int[Tensor, " batch"], going: Bool[Tensor, " batch"]) -> None:
+        """Put a token behind each row that has not stopped."""
+        lengths, rows = self.batch.mask.sum(1), torch.arange(len(chosen), device=chosen.device)
+        tokens, mask = self.batch.tokens.clone(), self.batch.mask.clone()
+        tokens[rows[going], lengths[going]] = chosen[going]
+        mask[rows[going], lengths[going]] = 1
+        self.batch = replace(self.batch, tokens=tokens, mask=mask)
+
+
+def _joined(before: KeyValues | None, new: KeyValues) -> KeyValues:
+    if before is None:
+        return new
+    tags = None if before.tags is None or new.tags is None else torch.cat([before.tags, new.tags], dim=1)
+    k, v, positions, mask = (torch.cat([getattr(before, part), getattr(new, part)], dim=1) for part in ("k", "v", "positions", "mask"))
+    return KeyValues(k, v, positions, mask, tags)
+
+
+def _widened(batch: Batch, more: int) -> Batch:
+    """The batch with room for more tokens on the right; whole-number options (token types) are 0 there."""
+    width = batch.tokens.shape[1]
+
+    def option(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != width:
+            return value
+        if value.is_floating_point():
+            raise ValueError(f"{name}= covers the prompt's {width} positions only; give it for all {width + more} positions, or pass seed=")
+        return F.pad(value, (0, more))
+
+    options: Mapping[str, Any] = {name: option(name, value) for name, value in batch.options.items()}
+    tokens, mask = F.pad(batch.tokens, (0, more)), F.pad(batch.mask, (0, more))
+    return Batch(tokens, mask, batch.readout, options)
+
+
+def _columns(batch: Batch, width: int) -> Batch:
+    """The first columns of a batch."""
+    full = batch.tokens.shape[1]
+    options = {
+        name: value[:, :width] if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == full else value
+        for name, value in batch.options.items()
+    }
+    return Batch(batch.tokens[:, :width], batch.mask[:, :width], batch.readout, options)
