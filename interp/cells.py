@@ -12,6 +12,7 @@ from models.cache import coordinate, is_site, site_of
 
 HEAD_AXIS = {"attn.hook_q": 2, "attn.hook_k": 2, "attn.hook_v": 2, "attn.hook_z": 2, "attn.hook_rot_q": 2, "attn.hook_rot_k": 2}
 HEAD_AXIS |= {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
+_KEYS_AND_VALUES = ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
 Together = Literal["loops", "positions"]
 
 
@@ -21,7 +22,8 @@ class Cell:
 
     Attributes:
         name: The hook point; of a patch at several iterations the first.
-        site: What the caller called it, or its full name where that could be several.
+        site: What the caller called it, or its full name where that could be several; outside the loop's one stack with the stage
+            before it ("prelude.resid_pre").
         loop, layer: Where it is; None where the site has no such coordinate, or all of the chosen iterations are patched together.
         position: The column that is replaced (the query position for scores and patterns); None where several are together.
         head: The head that is replaced; None for all of the site.
@@ -91,21 +93,21 @@ def choose(model: LoopedModel, n_loops: int, width: int, places: Places) -> list
     names = model.hook_names(n_loops)
     _check_sites(names, places.sites)
     kept_loops = in_range("loops", places.loops, n_loops)
-    kept_layers = in_range("layers", places.layers, model.cfg.n_layers)
+    kept_layers = in_range("layers", places.layers, 1 + max(layer for _, layer in map(place_of, names) if layer is not None))
     positions = in_range("positions", places.positions, width)
     labels = _labels(names, places.sites)
-    columns: dict[tuple[str, int | None], list[tuple[int | None, str]]] = {}
+    columns: dict[tuple[str, str, int | None], list[tuple[int | None, str]]] = {}
     for name in (name for name in names if any(is_site(name, site) for site in places.sites)):
         loop, layer = place_of(name)
         if not _kept(loop, places.loops, kept_loops) or not _kept(layer, places.layers, kept_layers):
             continue
-        columns.setdefault((site_of(name), layer), []).append((loop, name))
+        columns.setdefault((stage_of(name), site_of(name), layer), []).append((loop, name))
     cells = []
-    for (site, layer), found in columns.items():
+    for (stage, site, layer), found in columns.items():
         heads: list[int] | list[None] = [None]
         if places.heads is not None and site in HEAD_AXIS:
-            heads = in_range("heads", places.heads, model.cfg.n_heads)
-        column = _Column(site, labels[site], layer, tuple(found))
+            heads = in_range("heads", places.heads, model.cfg.kv_heads if site in _KEYS_AND_VALUES else model.cfg.n_heads)
+        column = _Column(site, f"{stage}.{labels[site]}" if stage else labels[site], layer, tuple(found))
         cells += [cell for group in _groups(column, places) for cell in _at_positions(column, group, positions, heads, places)]
     if not cells:
         raise ValueError(f"no cell is left: the sites {list(places.sites)} do not occur at loops={places.loops}, layers={places.layers}")
@@ -127,6 +129,13 @@ def place_of(name: str) -> tuple[int | None, int | None]:
     place = coordinate(name)
     loop = place[0] if place and isinstance(place[0], int) else None
     return loop, place[-1] if len(place) > 1 and isinstance(place[-1], int) else None
+
+
+def stage_of(name: str) -> str:
+    """What else says where a hook point is, besides iteration and layer: "prelude", "coda", or "low.1" of nested cycles."""
+    place = coordinate(name)
+    between = place[isinstance(place[0], int) : -1] if place else ()
+    return ".".join(map(str, between))
 
 
 def _kept(place: int | None, wanted: Sequence[int] | None, kept: list[int]) -> bool:

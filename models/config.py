@@ -45,6 +45,11 @@ class LoopedConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         object.__setattr__(self, "d_head", self.width_of_head())
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads
+
     def width_of_head(self) -> int:
         """Channels of a head; a family whose config gives them overrides this."""
         if self.d_model % self.n_heads:

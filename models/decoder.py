@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.base import LoopedModel
-from models.components import RMSNorm
+from models.components import Norm, RMSNorm
 from models.config import LoopedConfig
 from models.decoder_block import Attention, Block, GatedMLP, Placement
 from models.hooks import NO_TAPS, Taps, tap
@@ -47,7 +47,6 @@ class DecoderConfig(LoopedConfig):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
         return self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads
 
     def width_of_head(self) -> int:
@@ -80,7 +79,7 @@ class LoopedDecoder(LoopedModel):
         attn = Attention(cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, self.rotary)
         return Block(attn, GatedMLP(cfg.d_model, cfg.d_mlp), self.norm, norms)
 
-    def norm(self, site: str) -> RMSNorm:
+    def norm(self, site: str) -> Norm:
         """A norm of the stream whose hook points are at `site`."""
         return RMSNorm(self.cfg.d_model, self.cfg.eps, site)
 

@@ -216,6 +216,7 @@ def test_each_cell_of_a_sweep_is_one_patched_run(toy: Toy, model: LoopedModel) -
     sweep = activation_patch(model, clean, corrupted, projection, n_loops=2, sites=sites)
     source = cached(model, clean, 2)
     assert len(sweep.cells) > 3
+    assert not sweep.frame().duplicated(["site", "loop", "layer", "position", "head"]).any()
     for cell, value in list(zip(sweep.cells, sweep.values, strict=True))[:: max(1, len(sweep.cells) // 25)]:
         assert cell.position is not None
         index: tuple[slice | int, ...] = (slice(None), cell.position)
