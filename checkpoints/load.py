@@ -25,6 +25,7 @@ from models.files import usual_mode
 from models.registry import config_from_dict
 from models.tokens import Readout, Vocabulary, Words
 from tasks.questions import Question
+from tasks.smiles import BOS, SmilesVocabulary
 
 
 def load(
@@ -187,12 +188,12 @@ def _find_vocabulary(files: CheckpointFiles, given: Path | None, cfg: LoopedConf
     return None if path is None else _read_vocabulary(path, cfg)
 
 
-def _read_vocabulary(path: Path, cfg: LoopedConfig) -> Vocabulary:
+def _read_vocabulary(path: Path, cfg: LoopedConfig) -> Words:
     words = read_json(path)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise CheckpointError(f"{path} must be a JSON list of tokens, got {type(words).__name__}")
     try:
-        vocabulary = Vocabulary(words)
+        vocabulary: Words = SmilesVocabulary(words) if BOS in words else Vocabulary(words)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if len(vocabulary) != cfg.d_vocab:
