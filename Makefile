@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: report test bench minis install dev clean
 
 report: install
-	$(BIN)/loopscope report --out out/report.html
+	$(BIN)/loopscope report --out out/report.html --overwrite
 
 test: dev
 	$(BIN)/ruff check .

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, make_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from analyses.config_files import defaults_from_file
 from analyses.configs import (
-    HaltingConfig,
-    LensConfig,
+    ANALYSES,
     MultiHopDataConfig,
     OutputConfig,
-    OverthinkingConfig,
-    PatchConfig,
-    RecurrenceConfig,
     ReportConfig,
     TrainConfig,
     TwoHopDataConfig,
 )
 
 Flat = tyro.conf.arg(name="")
+FROM = "--from-file"
 
 
 @dataclass(frozen=True)
 class List:
-    """Show the checkpoints that are shipped, and the known public releases."""
+    """Show the checkpoints that are shipped, the known public releases, and which families can do what."""
 
 
 @dataclass(frozen=True)
@@ -39,46 +37,8 @@ class Report:
     config: Annotated[ReportConfig, Flat]
     out: Path = Path("out/report.html")
     """The page to write."""
-
-
-@dataclass(frozen=True)
-class Overthinking:
-    """Mean logit margin after each iteration, per hop count."""
-
-    config: Annotated[OverthinkingConfig, Flat]
-    output: Annotated[OutputConfig, Flat]
-
-
-@dataclass(frozen=True)
-class Recurrence:
-    """Accuracy for each hop count and number of iterations."""
-
-    config: Annotated[RecurrenceConfig, Flat]
-    output: Annotated[OutputConfig, Flat]
-
-
-@dataclass(frozen=True)
-class Halting:
-    """Iterations used and accuracy of adaptive halting rules."""
-
-    config: Annotated[HaltingConfig, Flat]
-    output: Annotated[OutputConfig, Flat]
-
-
-@dataclass(frozen=True)
-class Lens:
-    """Logit lens of one question: every position after every block."""
-
-    config: Annotated[LensConfig, Flat]
-    output: Annotated[OutputConfig, Flat]
-
-
-@dataclass(frozen=True)
-class Patch:
-    """Effect of restoring one clean activation in a corrupted run."""
-
-    config: Annotated[PatchConfig, Flat]
-    output: Annotated[OutputConfig, Flat]
+    overwrite: bool = False
+    """Replace a page that is there."""
 
 
 MultiHopTask = Annotated[MultiHopDataConfig, tyro.conf.subcommand("multi-hop", prefix_name=False)]
@@ -98,6 +58,8 @@ class Replication:
 
     out: Path = Path("out/replication.md")
     """The page to write."""
+    overwrite: bool = False
+    """Replace a page that is there."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +68,8 @@ class Findings:
 
     out: Path = Path("out/findings.md")
     """The page to write."""
+    overwrite: bool = False
+    """Replace a page that is there."""
 
 
 @dataclass(frozen=True)
@@ -115,65 +79,76 @@ class Train:
     config: Annotated[TrainConfig, Flat]
 
 
-_MODULES = {
-    Overthinking: "overthinking",
-    Recurrence: "recurrence_grid",
-    Halting: "halting_curves",
-    Lens: "lens_heatmap",
-    Patch: "patching_map",
-}
+def _analysis(name: str, config: type) -> type:
+    """The command of an analysis: its config, and what to write."""
+    fields = [("config", Annotated[config, Flat]), ("output", Annotated[OutputConfig, Flat])]
+    return make_dataclass(name.replace("-", "_"), fields, frozen=True, namespace={"__doc__": config.__doc__})
+
+
+_ANALYSES = {name: _analysis(name, config) for name, (config, _) in ANALYSES.items()}
 _PAGES = {Replication: "replication", Findings: "findings"}
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "list": List,
     "report": Report,
-    "lens": Lens,
-    "overthinking": Overthinking,
-    "recurrence": Recurrence,
-    "halting": Halting,
-    "patch": Patch,
+    **_ANALYSES,
     "replication": Replication,
     "findings": Findings,
     "data": Data,
     "train": Train,
 }
+_DESCRIPTION = f"""Mechanistic interpretability of looped transformers. An analysis takes its settings from flags, and with
+{FROM} SETTINGS.json from a file as well, where flags win."""
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Parse a command and run it; a user's mistake is one sentence on stderr and exit status 2."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS, prog="loopscope", description="Mechanistic interpretability of looped transformers.", args=args
-    )
+    args = list(sys.argv[1:] if args is None else args)
     try:
-        _run(command)
-    except (ValueError, FileNotFoundError, KeyError, ImportError) as error:
+        _run(_parsed(args))
+    except (ValueError, OSError, KeyError, ImportError) as error:
         print(f"loopscope: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _parsed(args: list[str]) -> Any:
+    if FROM in args[:-1] and args[0] in _ANALYSES:
+        place = args.index(FROM)
+        default = defaults_from_file(_ANALYSES[args[0]], ANALYSES[args[0]][0], Path(args[place + 1]))
+        rest = args[1:place] + args[place + 2 :]
+        return tyro.cli(_ANALYSES[args[0]], prog=f"loopscope {args[0]}", args=rest, default=default)
+    return tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="loopscope", description=_DESCRIPTION, args=args)
 
 
 def _run(command: Any) -> None:
     if isinstance(command, List):
         print(import_module("checkpoints.catalog").available().to_string(index=False))
-        return
-    if isinstance(command, Data):
+    elif isinstance(command, Data):
         for line in import_module("analyses.data").make(command.config):
             print(line)
-        return
-    if type(command) in _PAGES:
+    elif type(command) in _PAGES:
+        import_module("analyses.records").refuse_existing([command.out], command.overwrite)
         import_module("torch").set_num_threads(1)
         print(f"wrote {import_module(f'analyses.{_PAGES[type(command)]}').write(command.out)}")
-        return
-    import_module("torch").set_num_threads(command.config.threads)
-    if isinstance(command, Train):
+    elif isinstance(command, Train):
         config = command.config
+        import_module("torch").set_num_threads(config.threads)
         run = import_module("training.trainer").train
         print(f"Finished {run(config.recipe, config.out, resume=config.resume, release=config.release, wandb=config.wandb)}")
     elif isinstance(command, Report):
+        import_module("analyses.records").refuse_existing([command.out], command.overwrite)
+        import_module("torch").set_num_threads(command.config.threads)
         page = import_module("analyses.report").write_report(command.config, command.out)
         print(f"Open {page.resolve()}")
     else:
-        name = _MODULES[type(command)]
-        analysis, records = import_module(f"analyses.{name}"), import_module("analyses.records")
-        record = analysis.run(command.config)
-        print(record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
-        for path in records.write(name, record, analysis.figure(record), command.output):
-            print(f"wrote {path}")
+        _analyse(type(command).__name__.replace("_", "-"), command)
+
+
+def _analyse(name: str, command: Any) -> None:
+    module = ANALYSES[name][1]
+    analysis, records = import_module(f"analyses.{module}"), import_module("analyses.records")
+    records.refuse_existing(records.files_of(module, command.output), command.output.overwrite)
+    import_module("torch").set_num_threads(command.config.threads)
+    record = analysis.run(command.config)
+    print(record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    for path in records.write(module, record, analysis.figure(record), command.output, command.config):
+        print(f"wrote {path}")

@@ -186,4 +186,20 @@ class OutputConfig:
     html: bool = True
     """Write the figure as an HTML page that works offline."""
     png: bool = False
-    """Write the figure as a picture (needs the dev extra and a Chromium or Chrome)."""
+    """Write the figure as a picture (needs kaleido and a Chromium or Chrome)."""
+    svg: bool = False
+    """Write the figure as vector graphics (needs the same)."""
+    pdf: bool = False
+    """Write the figure for print (needs the same)."""
+    overwrite: bool = False
+    """Replace files that are there."""
+
+
+ANALYSES: dict[str, tuple[type, str]] = {
+    "lens": (LensConfig, "lens_heatmap"),
+    "overthinking": (OverthinkingConfig, "overthinking"),
+    "recurrence": (RecurrenceConfig, "recurrence_grid"),
+    "halting": (HaltingConfig, "halting_curves"),
+    "patch": (PatchConfig, "patching_map"),
+}
+"""Each command's settings, and the module with its `run(config)` and `figure(record)`."""

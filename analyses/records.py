@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from torch import Tensor
 
-from analyses.configs import OutputConfig
+from analyses.config_files import settings
+from analyses.configs import OutputConfig, SourceConfig
 from models.files import atomic_path
 
 
@@ -32,29 +35,60 @@ class Record:
         raise NotImplementedError
 
 
-def write(name: str, record: Record, figure: go.Figure, output: OutputConfig) -> list[Path]:
-    """Write a record and its figure as the output config says, each file whole or not at all.
+_PICTURES = ("png", "svg", "pdf")
+
+
+def files_of(name: str, output: OutputConfig) -> list[Path]:
+    """The files that an analysis writes for an output config."""
+    kinds = [kind for kind in ("csv", "json", "html", *_PICTURES) if getattr(output, kind)]
+    return [output.out / f"{name}.{kind}" for kind in kinds] + [output.out / f"{name}.settings.json"]
+
+
+def refuse_existing(files: Sequence[Path], overwrite: bool) -> None:
+    """Raise where a file that is to be written is there already.
+
+    Raises:
+        FileExistsError: One of them exists and `overwrite` is False.
+    """
+    there = [path for path in files if path.exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{there[0]} is there already; pass --overwrite to replace it, or another --out")
+
+
+def write(name: str, record: Record, figure: go.Figure, output: OutputConfig, config: SourceConfig) -> list[Path]:
+    """Write a record, its figure and the settings that made it as the output config says, each file whole or not at all.
 
     Returns:
         The files written.
+
+    Raises:
+        FileExistsError: One of the files exists, and the output config does not say to replace it.
+        ValueError: A picture without kaleido or a browser; nothing is written then.
     """
-    image = _image(figure) if output.png else None
-    texts = {
-        ".csv": record.frame().to_csv(index=False) if output.csv else None,
-        ".json": json.dumps(_plain(record), separators=(",", ":")) if output.json else None,
-        ".html": pio.to_html(figure, include_plotlyjs=True, config=FIGURE_CONFIG) if output.html else None,
+    files = files_of(name, output)
+    refuse_existing(files, output.overwrite)
+    contents: dict[str, Callable[[], bytes]] = {
+        ".csv": lambda: record.frame().to_csv(index=False).encode(),
+        ".json": lambda: json.dumps(_plain(record), separators=(",", ":")).encode(),
+        ".html": lambda: pio.to_html(figure, include_plotlyjs=True, config=FIGURE_CONFIG).encode(),
+        ".settings.json": lambda: (json.dumps(settings(config), indent=1) + "\n").encode(),
+        **{f".{kind}": partial(picture, figure, kind) for kind in _PICTURES},
     }
-    written = [write_text(output.out / (name + suffix), text) for suffix, text in texts.items() if text is not None]
-    if image is not None:
-        with atomic_path(output.out / f"{name}.png") as temporary:
-            temporary.write_bytes(image)
-        written.append(output.out / f"{name}.png")
-    return written
+    made = {path: contents[path.name.removeprefix(name)]() for path in files}
+    for path, content in made.items():
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return files
 
 
-def _image(figure: go.Figure) -> bytes:
+def picture(figure: go.Figure, kind: str = "png", width: int = 1100) -> bytes:
+    """A figure as a picture: "png", "svg" or "pdf".
+
+    Raises:
+        ValueError: kaleido or a browser is missing.
+    """
     try:
-        image: bytes = pio.to_image(figure, format="png", width=1100, scale=1.5)
+        image: bytes = pio.to_image(figure, format=kind, width=width, scale=1.5)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"a picture needs kaleido (pip install 'loopscope[dev]') and a Chromium or Chrome: {error}") from None
     return image

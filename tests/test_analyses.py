@@ -56,11 +56,14 @@ def test_config_record_figure_and_files(analysis: ModuleType, config: SourceConf
     figure = analysis.figure(record)
     assert isinstance(figure, go.Figure)
     assert len(figure.data) > 0
-    files = write("name", record, figure, OutputConfig(out=tmp_path))
-    assert sorted(path.name for path in files) == ["name.csv", "name.html", "name.json"]
+    files = write("name", record, figure, OutputConfig(out=tmp_path), config)
+    assert sorted(path.name for path in files) == ["name.csv", "name.html", "name.json", "name.settings.json"]
     assert len(pd.read_csv(tmp_path / "name.csv")) == len(record.frame()) > 0
     assert set(json.loads((tmp_path / "name.json").read_text())) == {field.name for field in dataclasses.fields(record)}
     assert len(record.summary()) > 0
+    with pytest.raises(FileExistsError, match=r"name\.csv is there already; pass --overwrite to replace it, or another --out"):
+        write("name", record, figure, OutputConfig(out=tmp_path), config)
+    assert write("name", record, figure, OutputConfig(out=tmp_path, overwrite=True), config) == files
 
 
 def test_margins_of_13_and_14_hops_rise_peak_and_fall(full_margins: overthinking.Overthinking) -> None:
@@ -139,8 +142,9 @@ def test_an_analysis_refuses_a_checkpoint_with_no_readout(tmp_path: Path) -> Non
 
 
 def test_nothing_is_written_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = lens_heatmap.run(LensConfig(text="<e_3><r_1>", n_loops=1))
+    config = LensConfig(text="<e_3><r_1>", n_loops=1)
+    record = lens_heatmap.run(config)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write("name", record, lens_heatmap.figure(record), OutputConfig(out=tmp_path))
+        write("name", record, lens_heatmap.figure(record), OutputConfig(out=tmp_path), config)
     assert list(tmp_path.iterdir()) == []

@@ -27,8 +27,36 @@ def test_list_names_the_shipped_and_the_known(capsys: pytest.CaptureFixture[str]
 def test_each_command_prints_its_numbers_and_writes_what_is_asked(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([command, "--n-loops", "2", "--per-hop", "2", "--out", str(tmp_path), "--no-html"])
     out = capsys.readouterr().out
-    assert out.count("wrote") == 2
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".json"]
+    assert out.count("wrote") == 3
+    assert sorted("".join(path.suffixes) for path in tmp_path.iterdir()) == [".csv", ".json", ".settings.json"]
+
+
+def test_a_run_again_from_its_settings_file_gives_the_same_numbers_and_flags_win(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["recurrence", "ltg_trained", "--n-loops", "2", "--per-hop", "2", "--out", str(tmp_path / "a"), "--no-html"])
+    saved = tmp_path / "a" / "recurrence_grid.settings.json"
+    assert json.loads(saved.read_text())["checkpoint"] == "ltg_trained"
+    main(["recurrence", "--from-file", str(saved), "--out", str(tmp_path / "b"), "--no-html"])
+    first, second = ((tmp_path / folder / "recurrence_grid.csv").read_text() for folder in "ab")
+    assert first == second
+    main(["recurrence", "--from-file", str(saved), "--n-loops", "3", "--out", str(tmp_path / "c"), "--no-html"])
+    assert len((tmp_path / "c" / "recurrence_grid.csv").read_text().splitlines()) > len(first.splitlines())
+    capsys.readouterr()
+    for content, sentence in (('{"loops": 3}', "has the setting 'loops'"), ("[1]", "must be a JSON object"), ("{", "is not valid JSON")):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(SystemExit):
+            main(["recurrence", "--from-file", str(tmp_path / "bad.json")])
+        assert sentence in capsys.readouterr().err
+
+
+def test_results_that_are_there_are_not_replaced_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["report", "ltg_trained", "--out", str(page)])
+    assert "page.html is there already; pass --overwrite to replace it" in capsys.readouterr().err
+    assert page.read_text() == "mine"
 
 
 def test_report_ends_with_the_path_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
