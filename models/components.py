@@ -1,6 +1,9 @@
-"""Norms, and linear maps in the layouts of the releases."""
+"""Norms, an MLP, and linear maps in the layouts of the releases."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +68,37 @@ Norm = LayerNorm | RMSNorm
 def norm_sites(site: str) -> tuple[str, str]:
     """The hook points of a norm."""
     return f"{site}.hook_scale", f"{site}.hook_normalized"
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), with biases; both matrices are stored output first."""
+
+    sites: ClassVar[tuple[str, ...]] = ("mlp.hook_pre", "mlp.hook_post")
+
+    def __init__(self, d_model: int, d_mlp: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(d_model, d_mlp), nn.Linear(d_mlp, d_model), act
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], taps: Taps) -> Float[Tensor, "batch pos d_model"]:
+        pre = tap(taps, "mlp.hook_pre", self.up(x))
+        out: Tensor = self.down(tap(taps, "mlp.hook_post", self.act(pre)))
+        return out
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.up.weight.T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self.down.weight.T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        return self.up.bias
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        return self.down.bias
 
 
 def linear(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_in d_out"], bias: Tensor) -> Float[Tensor, "... d_out"]:

@@ -7,7 +7,7 @@ in TransformerLens's shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,19 +15,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.attention import Rows
-from models.components import Norm
+from models.components import MLP, Norm, RMSNorm, norm_sites
 from models.hooks import Taps, tap
 from models.rotary import Rotary
 
 Stream = Float[Tensor, "batch pos d_model"]
 Heads = Float[Tensor, "batch pos head d_head"]
+KeyHeads = Float[Tensor, "batch pos kv_head d_head"]
 Projection = Literal["q", "k", "v"]
 
 
 class Attention(nn.Module):
     """Attention in which groups of query heads share a key and value head.
 
-    A family with more in it (norms of queries and keys, a gate) overrides `positioned` or `gated`.
+    A family with more in it (norms of queries and keys, a gate) overrides `projected`, `normed`, `positioned` or `gated`.
+    `dropout` is the share of the attention weights that a family drops in train mode.
 
     Args:
         d_model, n_heads, n_kv_heads, d_head: Widths; n_heads * d_head need not be d_model.
@@ -40,6 +42,7 @@ class Attention(nn.Module):
         "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k",
         "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z",
     )  # fmt: skip
+    dropout: float = 0.0
 
     def __init__(
         self,
@@ -63,16 +66,29 @@ class Attention(nn.Module):
         self.fused = fused
 
     def forward(self, x: Stream, rows: Rows, taps: Taps) -> Stream:
-        flat = self.qkv(x).split(self.widths, dim=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
-        q, k, v = (part.unflatten(-1, (-1, self.d_head)).contiguous() for part in flat)
+        return self.attended(*self.projected(x), x, rows, taps)
+
+    def attended(self, q: Heads, k: KeyHeads, v: KeyHeads, x: Stream, rows: Rows, taps: Taps) -> Stream:
+        """What attention makes of projected queries, keys and values; x is what the queries are made of."""
         q, k, v = tap(taps, "attn.hook_q", q), tap(taps, "attn.hook_k", k), tap(taps, "attn.hook_v", v)
+        q, k = self.normed(q, k, taps)
         q, k = self.positioned(q, k, rows.places.positions)
         q, k = tap(taps, "attn.hook_rot_q", q), tap(taps, "attn.hook_rot_k", k)
-        z = tap(taps, "attn.hook_z", rows.attend(q, k, v, taps))
+        z = tap(taps, "attn.hook_z", rows.attend(q, k, v, taps, self.dropout if self.training else 0.0))
         out: Tensor = self.o(self.gated(z.flatten(-2), x, taps))
         return out
 
-    def positioned(self, q: Heads, k: Heads, positions: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
+    def projected(self, x: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head."""
+        flat = self.qkv(x).split(self.widths, dim=-1) if self.fused else (self.q(x), self.k(x), self.v(x))
+        q, k, v = (part.unflatten(-1, (-1, self.d_head)).contiguous() for part in flat)
+        return q, k, v
+
+    def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
+        """Queries and keys before their positions."""
+        return q, k
+
+    def positioned(self, q: Heads, k: KeyHeads, positions: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
         """Queries and keys as they enter the kernel."""
         return (q, k) if self.rotary is None else (self.rotary(q, positions), self.rotary(k, positions))
 
@@ -129,28 +145,50 @@ class Attention(nn.Module):
         return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.o.bias
 
 
+class HeadNormedAttention(Attention):
+    """Attention that norms each head's queries and keys before their positions; `hook_q` and `hook_k` are before the norms.
+
+    Args:
+        sizes: The positional arguments of `Attention`.
+        eps: Of both norms, whose hook points are at attn.q_norm and attn.k_norm.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = (
+        *Attention.sites[:3], *norm_sites("attn.q_norm"), *norm_sites("attn.k_norm"), *Attention.sites[3:],
+    )  # fmt: skip
+
+    def __init__(self, *sizes: Any, eps: float, bias: bool = False) -> None:
+        super().__init__(*sizes, bias=bias)
+        self.q_norm, self.k_norm = (RMSNorm(self.d_head, eps, f"attn.{which}_norm") for which in ("q", "k"))
+
+    def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q, taps), self.k_norm(k, taps)
+
+
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)).
 
     Args:
         act: "silu" or what `torch.nn.functional` calls it.
         fused: One stored matrix `gate_up` with the rows of gate and up below each other, instead of two.
+        bias: Biases of all three projections.
     """
 
     sites: ClassVar[tuple[str, ...]] = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
 
-    def __init__(self, d_model: int, d_mlp: int, act: str = "silu", *, fused: bool = False) -> None:
+    def __init__(self, d_model: int, d_mlp: int, act: str = "silu", *, fused: bool = False, bias: bool = False) -> None:
         super().__init__()
         self.act: Callable[[Tensor], Tensor] = getattr(F, act)
         if fused:
-            self.gate_up = nn.Linear(d_model, 2 * d_mlp, bias=False)
+            self.gate_up = nn.Linear(d_model, 2 * d_mlp, bias=bias)
         else:
-            self.gate, self.up = nn.Linear(d_model, d_mlp, bias=False), nn.Linear(d_model, d_mlp, bias=False)
-        self.down = nn.Linear(d_mlp, d_model, bias=False)
+            self.gate, self.up = nn.Linear(d_model, d_mlp, bias=bias), nn.Linear(d_model, d_mlp, bias=bias)
+        self.down = nn.Linear(d_mlp, d_model, bias=bias)
         self.fused = fused
 
     def forward(self, x: Stream, taps: Taps) -> Stream:
-        gate, up = self.gate_up(x).chunk(2, dim=-1) if self.fused else (self.gate(x), self.up(x))
+        halves = self.gate_up(x).chunk(2, dim=-1) if self.fused else (self.gate(x), self.up(x))
+        gate, up = (half.contiguous() for half in halves)  # one layout, so that a hook's copy goes through the same kernel
         gate, up = tap(taps, "mlp.hook_pre", gate), tap(taps, "mlp.hook_pre_linear", up)
         out: Tensor = self.down(tap(taps, "mlp.hook_post", self.act(gate) * up))
         return out
@@ -168,12 +206,21 @@ class GatedMLP(nn.Module):
         return self.down.weight.T
 
     @property
+    def b_gate(self) -> Float[Tensor, " d_mlp"]:
+        return self._bias(self.gate_up.bias, 0) if self.fused else self._bias(self.gate.bias)
+
+    @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
-        return self.down.weight.new_zeros(self.down.in_features)
+        return self._bias(self.gate_up.bias, 1) if self.fused else self._bias(self.up.bias)
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
-        return self.down.weight.new_zeros(self.down.out_features)
+        return self.down.weight.new_zeros(self.down.out_features) if self.down.bias is None else self.down.bias
+
+    def _bias(self, bias: Tensor | None, half: int | None = None) -> Float[Tensor, " d_mlp"]:
+        if bias is None:
+            return self.down.weight.new_zeros(self.down.in_features)
+        return bias if half is None else bias.chunk(2)[half]
 
 
 Placement = Literal["input", "output", "sum"]
@@ -190,7 +237,9 @@ class Block(nn.Module):
         norms: The placements that the family has.
     """
 
-    def __init__(self, attn: Attention, mlp: GatedMLP, norm: Callable[[str], Norm], norms: tuple[Placement, ...] = ("input",)) -> None:
+    def __init__(
+        self, attn: Attention, mlp: GatedMLP | MLP, norm: Callable[[str], Norm], norms: tuple[Placement, ...] = ("input",)
+    ) -> None:
         super().__init__()
         self.attn, self.mlp = attn, mlp
         before, after = "input" in norms, "output" in norms or "sum" in norms
@@ -215,7 +264,10 @@ class Block(nn.Module):
 
     def forward(self, x: Stream, rows: Rows, taps: Taps) -> Stream:
         x = tap(taps, "hook_resid_pre", x)
-        out = self.attn(x if self.ln1 is None else self.ln1(x, taps), rows, taps)
+        return self.added(x, self.attn(x if self.ln1 is None else self.ln1(x, taps), rows, taps), taps)
+
+    def added(self, x: Stream, out: Stream, taps: Taps) -> Stream:
+        """The stream after the block, given what attention made of it."""
         x = tap(taps, "hook_resid_mid", self._add(x, out, "attn", self.ln1_post, taps))
         out = self.mlp(x if self.ln2 is None else self.ln2(x, taps), taps)
         return tap(taps, "hook_resid_post", self._add(x, out, "mlp", self.ln2_post, taps))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 Heads = Float[Tensor, "batch row head d_head"]
 Angles = Float[Tensor, "batch row half"]
@@ -37,34 +37,76 @@ class Rotary:
         theta: Base of the frequencies.
         scaling: The released config's `rope_scaling`, with `rope_type` "default", "linear" or "llama3"; None for none.
         pairing: Which two channels turn together.
+        wide: Whether narrower numbers are turned in float32 and then cast back, instead of in their own type.
 
     Raises:
         ValueError: An odd d_head, or a kind of scaling that is not computed here.
     """
 
-    def __init__(self, d_head: int, theta: float | int, scaling: Mapping[str, Any] | None = None, pairing: Pairing = "halves") -> None:
+    def __init__(
+        self,
+        d_head: int,
+        theta: float | int,
+        scaling: Mapping[str, Any] | None = None,
+        pairing: Pairing = "halves",
+        *,
+        wide: bool = False,
+    ) -> None:
         if d_head % 2:
             raise ValueError(f"rotary positions turn pairs of channels, so d_head must be even, got {d_head}")
-        self.d_head, self.theta, self.pairing = d_head, float(theta), pairing
+        self.d_head, self.theta, self.pairing, self.wide = d_head, float(theta), pairing, wide
         self.scaling = checked_scaling(scaling)
         self._made_for: Tensor | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Heads, positions: Int[Tensor, "batch row"]) -> Heads:
+        rotate, kind = rotate_halves if self.pairing == "halves" else rotate_pairs, x.dtype
+        x = x.float() if self.wide and kind != torch.float64 else x
         cos, sin = (table.to(x.dtype) for table in self.tables(positions))
-        return rotate_halves(x, cos, sin) if self.pairing == "halves" else rotate_pairs(x, cos, sin)
+        return rotate(x, cos, sin).to(kind)
 
     def tables(self, positions: Int[Tensor, "batch row"]) -> tuple[Angles, Angles]:
         """Cosines and sines of the rows' angles; kept for the next block, which is given the same rows."""
         if self._tables is None or self._made_for is not positions:
-            angles = positions[..., None].float() * self.frequencies(positions.device)
-            self._tables, self._made_for = (angles.cos(), angles.sin()), positions
+            self._tables, self._made_for = self.made_tables(positions), positions
         return self._tables
+
+    def made_tables(self, positions: Int[Tensor, "batch row"]) -> tuple[Angles, Angles]:
+        """Cosines and sines of the rows' angles."""
+        angles = positions[..., None].float() * self.frequencies(positions.device)
+        return angles.cos(), angles.sin()
 
     def frequencies(self, device: torch.device) -> Float[Tensor, " half"]:
         """Angle per position of each pair of channels, in radians."""
         exponents = torch.arange(0, self.d_head, 2, dtype=torch.float32, device=device) / self.d_head
         return _scaled(1.0 / self.theta**exponents, self.scaling)
+
+
+class RotationTable(nn.Module):
+    """The cosines and sines of the first positions as some releases store them: "1 position 1 half 2", filled in for a fresh model."""
+
+    freqs_cis: Tensor
+
+    def __init__(self, rotary: Rotary, n_positions: int) -> None:
+        super().__init__()
+        made = torch.stack(rotary.made_tables(torch.arange(n_positions)[None]), dim=-1)
+        self.register_buffer("freqs_cis", made[:, :, None])
+
+
+class StoredRotary(Rotary):
+    """Rotation of neighbouring channels by a stored table, which holds whatever the frequencies would give; float32 at least.
+
+    Args:
+        table: The module that holds it. It is read at every run, so it may be filled or moved later.
+    """
+
+    def __init__(self, table: RotationTable, d_head: int, theta: float | int) -> None:
+        super().__init__(d_head, theta, pairing="pairs", wide=True)
+        self.table = table
+
+    def made_tables(self, positions: Int[Tensor, "batch row"]) -> tuple[Angles, Angles]:
+        cos, sin = self.table.freqs_cis[0, :, 0].to(positions.device)[positions].unbind(-1)
+        return cos, sin
 
 
 def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

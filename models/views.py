@@ -14,9 +14,16 @@ from transformer_lens import ActivationCache, HookedRootModule
 from models.attention import Rows
 from models.base import LoopedModel
 from models.components import LayerNorm
+from models.decoder_block import Block as OutputFirstBlock
+from models.decoder_block import GatedMLP
 from models.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
-from models.recurrent_depth import Block, RecurrentDepth
+from models.recurrent_depth import Block as InputFirstBlock
+from models.recurrent_depth import RecurrentDepth
+from models.smollm import SMolLM
 from models.state import State, checked_loops
+
+Flat = RecurrentDepth | SMolLM
+FlatBlock = InputFirstBlock | OutputFirstBlock
 
 
 def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
@@ -37,7 +44,7 @@ def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
     return twin
 
 
-def unrolled(model: RecurrentDepth, n_loops: int | None = None, *, fold_ln: bool = False) -> Unrolled:
+def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) -> Unrolled:
     """The same computation under TransformerLens names: visit i of the schedule is `blocks.{i}`.
 
     Args:
@@ -48,7 +55,7 @@ def unrolled(model: RecurrentDepth, n_loops: int | None = None, *, fold_ln: bool
     Raises:
         TypeError: A family that is not a flat stack of blocks over shared weights.
     """
-    if not isinstance(model, RecurrentDepth):
+    if not isinstance(model, Flat):
         raise TypeError(f"unrolled serves flat causal families, got {type(model).__name__}; check it against untied(model, n_loops)")
     return Unrolled(model, checked_loops(n_loops, model.cfg.n_loops), fold_ln)
 
@@ -70,9 +77,9 @@ class UnrolledConfig:
     positional_embedding_type: str
     device: torch.device
     dtype: torch.dtype
+    original_architecture: str
     attn_only: bool = False
     use_attn_result: bool = False
-    original_architecture: str = "recurrent_depth"
     default_prepend_bos: bool = False
 
 
@@ -119,10 +126,10 @@ class _UnrolledBlock(nn.Module):
     attn: _Part
     mlp: _Part
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: FlatBlock) -> None:
         super().__init__()
         self.attn = _Part(block.attn, ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"))
-        self.mlp = _Part(block.mlp, ("W_in", "W_out", "b_in", "b_out"))
+        self.mlp = _Part(block.mlp, ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out"))
 
 
 class _FinalNorm(nn.Module):
@@ -150,15 +157,15 @@ class _Unembed(nn.Module):
 class Unrolled(HookedRootModule):
     """What `unrolled` returns. It shares the looped model's weights (folded copies with fold_ln) and runs its steps."""
 
-    _source: RecurrentDepth
+    _source: Flat
 
-    def __init__(self, model: RecurrentDepth, n_loops: int, fold_ln: bool) -> None:
+    def __init__(self, model: Flat, n_loops: int, fold_ln: bool) -> None:
         super().__init__()
         source = _folded(model) if fold_ln else model
         self.__dict__["_source"] = source
         self._visits = source.schedule(n_loops)
         self.additive_residual = model.additive_residual
-        self.blocks = nn.ModuleList(_UnrolledBlock(cast(Block, visit.block)) for visit in self._visits)
+        self.blocks = nn.ModuleList(_UnrolledBlock(cast(FlatBlock, visit.block)) for visit in self._visits)
         self.ln_final = _FinalNorm(source.final_norm)
         weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
         bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
@@ -171,7 +178,8 @@ class Unrolled(HookedRootModule):
             **{name: getattr(model.cfg, name) for name in shared},
             n_ctx=model.cfg.n_ctx or 2**31,
             normalization_type="LNPre" if fold_ln else "LN",
-            positional_embedding_type="standard" if model.positional else "none",
+            positional_embedding_type=_kind_of_positions(model),
+            original_architecture=model.cfg.family,
             device=model.device,
             dtype=model.W_E.dtype,
         )
@@ -249,17 +257,41 @@ class Unrolled(HookedRootModule):
         return total + parts[layer].attn.b_O if mlp_input else total
 
 
+def _kind_of_positions(model: Flat) -> str:
+    """TransformerLens's name for how a model knows positions."""
+    if "hook_pos_embed" in model.edge_sites()[0]:
+        return "standard"
+    return "rotary" if model.positional else "none"
+
+
 @torch.no_grad()
-def _folded(model: RecurrentDepth) -> RecurrentDepth:
+def _folded(model: Flat) -> Flat:
     """A copy whose norms have weight one and bias zero, with theirs folded into the projections that read them."""
     twin = copy.deepcopy(model)
     twin.reset_hooks(including_permanent=True)
-    for block in (cast(Block, block) for block in twin.blocks):
-        for norm, owner, weight, bias in ((block.ln1, block.attn, "W_QKV", "b_QKV"), (block.ln2, block.mlp, "W_in", "b_in")):
-            W, b = getattr(owner, weight), getattr(owner, bias)
-            b += norm.b @ W
-            W *= norm.w[:, None]
+    for block in twin.blocks:
+        if isinstance(block, InputFirstBlock):
+            _fold_input_first(block)
+        else:
+            _fold_output_first(cast(OutputFirstBlock, block))
     for norm in (m for m in twin.modules() if isinstance(m, LayerNorm)):
         norm.w.fill_(1.0)
         norm.b.zero_()
     return twin
+
+
+def _fold_input_first(block: InputFirstBlock) -> None:
+    for norm, owner, weight, bias in ((block.ln1, block.attn, "W_QKV", "b_QKV"), (block.ln2, block.mlp, "W_in", "b_in")):
+        W, b = getattr(owner, weight), getattr(owner, bias)
+        b += norm.b @ W
+        W *= norm.w[:, None]
+
+
+def _fold_output_first(block: OutputFirstBlock) -> None:
+    assert isinstance(block.mlp, GatedMLP), "the flat families of these blocks have a gated MLP"
+    for norm, readers in ((block.ln1, (block.attn.qkv,)), (block.ln2, (block.mlp.gate, block.mlp.up))):
+        assert isinstance(norm, LayerNorm), "the flat families of these blocks are pre-LayerNorm"
+        for linear in readers:
+            moved = linear.weight @ norm.b
+            linear.bias = nn.Parameter(moved if linear.bias is None else linear.bias + moved)
+            linear.weight *= norm.w

@@ -1,6 +1,18 @@
 """How the releases of each family are read: one table per family."""
 
 from checkpoints.hub import Table
-from checkpoints.tables import ouro
+from checkpoints.tables import albert, hrm_text, huginn, nanbeige, ouro, parcae, retrofit, smollm, spiral, training_free
 
-TABLES: tuple[Table, ...] = (ouro.TABLE,)
+TABLES: tuple[Table, ...] = (
+    albert.TABLE,
+    hrm_text.TABLE,
+    huginn.TABLE,
+    nanbeige.TABLE,
+    ouro.TABLE,
+    retrofit.LLAMA,
+    retrofit.OLMO,
+    *training_free.TABLES,
+    smollm.TABLE,
+    spiral.TABLE,
+    parcae.TABLE,
+)

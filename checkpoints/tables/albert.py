@@ -1,0 +1,105 @@
+"""Releases of ALBERT (albert-base-v2 and its kin), with the head for masked tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.config_fields import ConfigFields
+from checkpoints.errors import CheckpointError
+from checkpoints.hub import Table
+from models.albert import AlbertConfig
+
+_EMBEDDING = "albert.embeddings.word_embeddings.weight"
+_BIAS, _BIAS_AGAIN = "predictions.bias", "predictions.decoder.bias"
+_EDGE = {
+    _EMBEDDING: "embedding",
+    "albert.embeddings.position_embeddings.weight": "W_pos",
+    "albert.embeddings.token_type_embeddings.weight": "W_type",
+    "albert.embeddings.LayerNorm.weight": "embed_norm.w",
+    "albert.embeddings.LayerNorm.bias": "embed_norm.b",
+    "albert.encoder.embedding_hidden_mapping_in.weight": "embed_in.weight",
+    "albert.encoder.embedding_hidden_mapping_in.bias": "embed_in.bias",
+    "predictions.dense.weight": "head_in.weight",
+    "predictions.dense.bias": "head_in.bias",
+    "predictions.LayerNorm.weight": "head_norm.w",
+    "predictions.LayerNorm.bias": "head_norm.b",
+    _BIAS: "head_bias",
+    _BIAS_AGAIN: "head_bias",
+}
+_LINEARS = {
+    "attention.query": "attn.q",
+    "attention.key": "attn.k",
+    "attention.value": "attn.v",
+    "attention.dense": "attn.o",
+    "ffn": "mlp.up",
+    "ffn_output": "mlp.down",
+}
+_NORMS = {"attention.LayerNorm": "ln1_post", "full_layer_layer_norm": "ln2_post"}
+_UNUSED = (
+    "attention_probs_dropout_prob", "chunk_size_feed_forward", "down_scale_factor", "gap_size", "hidden_dropout_prob", "id2label",
+    "label2id", "layers_to_keep", "net_structure_type", "num_memory_blocks", "output_past",
+)  # fmt: skip
+
+
+def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> AlbertConfig:
+    fields.only("hidden_act", "gelu_new", "gelu")
+    fields.only("position_embedding_type", "absolute", why="relative positions are not computed here")
+    fields.only("tie_word_embeddings", True, why="the head's last matrix is the token embedding here")
+    fields.only("is_decoder", False, why="this family sees tokens in both directions")
+    fields.only("add_cross_attention", False)
+    fields.only("pruned_heads", {}, None)
+    fields.unused(*_UNUSED)
+    _check_bias(fields, tensors)
+    n_loops, n_groups = fields.integer("num_hidden_layers"), fields.integer("num_hidden_groups", 1)
+    return AlbertConfig(
+        n_layers=fields.integer("inner_group_num", 1),
+        n_loops=n_loops,
+        n_groups=n_groups,
+        n_grouped_loops=n_loops if n_groups != 1 else None,
+        d_model=fields.integer("hidden_size"),
+        d_factor=fields.integer("embedding_size"),
+        n_heads=fields.integer("num_attention_heads"),
+        d_mlp=fields.integer("intermediate_size"),
+        d_vocab=fields.integer("vocab_size"),
+        n_ctx=fields.integer("max_position_embeddings"),
+        n_token_types=fields.integer("type_vocab_size", 2),
+        eps=fields.number("layer_norm_eps", 1e-12),
+        act_fn=fields.text("hidden_act", "gelu_new"),
+    )
+
+
+def _check_bias(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> None:
+    """The head's bias may be stored under two names, and is one tensor."""
+    if _BIAS in tensors and _BIAS_AGAIN in tensors:
+        one, other = tensors[_BIAS].nan_to_num(), tensors[_BIAS_AGAIN].nan_to_num()
+        if not torch.equal(one, other):
+            raise CheckpointError(f"{fields.path.parent}: {_BIAS_AGAIN} differs from {_BIAS}, but they are one bias in this family")
+
+
+def _names(cfg: AlbertConfig) -> dict[str, str]:
+    parts = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in _LINEARS.items() for kind in ("weight", "bias")}
+    parts |= {f"{theirs}.{kind}": f"{ours}.{kind[0]}" for theirs, ours in _NORMS.items() for kind in ("weight", "bias")}
+    blocks = [(group, layer) for group in range(cfg.n_groups) for layer in range(cfg.n_layers)]
+    return {
+        **_EDGE,
+        **{
+            f"albert.encoder.albert_layer_groups.{group}.albert_layers.{layer}.{theirs}": f"groups.{group}.{layer}.{ours}"
+            for group, layer in blocks
+            for theirs, ours in parts.items()
+        },
+    }
+
+
+TABLE = Table(
+    family="albert",
+    recognizes=lambda values, keys: values.get("model_type") == "albert",
+    config=_config,
+    names=_names,
+    skipped=r"albert\.pooler\..*|sop_classifier\..*|albert\.embeddings\.(position_ids|token_type_ids)",
+    tied=("predictions.decoder.weight", _EMBEDDING),
+    readout=None,
+)

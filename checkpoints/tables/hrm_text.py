@@ -1,0 +1,95 @@
+"""Releases of HRM-Text (sapientinc/HRM-Text-1B and its kin), with fused projections or under the names of transformers' modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints.config_fields import ConfigFields
+from checkpoints.hub import Table
+from checkpoints.tables.llama import ATTENTION, MLP, block_names
+from models.hrm_text import HrmTextConfig
+from models.rotary import checked_scaling
+
+_LOW_START = "model.z_L_init"
+_STACKS = {"model.L_module.layers": "low", "model.H_module.layers": "high"}
+_FUSED_ATTENTION = ".attn.gqkv_proj.weight"
+_FUSED = {
+    _FUSED_ATTENTION[1:]: "attn.qkv.weight",
+    "attn.o_proj.weight": "attn.o.weight",
+    "mlp.gate_up_proj.weight": "mlp.gate_up.weight",
+    "mlp.down_proj.weight": "mlp.down.weight",
+}
+_WEIGHTS = {**ATTENTION, "self_attn.gate_proj.weight": "attn.gate.weight", **MLP}
+_SEPARATE = _WEIGHTS | {key.replace(".weight", ".bias"): name.replace(".weight", ".bias") for key, name in _WEIGHTS.items()}
+_ROTARY = ("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> HrmTextConfig:
+    n_heads = fields.integer("num_attention_heads")
+    fields.only("num_key_value_heads", n_heads, None, why="every head has keys and values of its own")
+    fields.only("hidden_act", "silu")
+    fields.unused("L_bp_cycles")  # through how many low runs gradients flow in training
+    theta, scaling = _rotary(fields)
+    return HrmTextConfig(
+        n_layers=_layers_per_stack(fields, tensors),
+        n_loops=fields.integer("H_cycles"),
+        n_low_loops=fields.integer("L_cycles"),
+        d_model=fields.integer("hidden_size"),
+        n_heads=n_heads,
+        head_dim=fields.integer("head_dim", 128),
+        d_mlp=fields.integer("intermediate_size"),
+        d_vocab=fields.integer("vocab_size"),
+        n_ctx=fields.integer("max_position_embeddings"),
+        eps=fields.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=fields.boolean("tie_word_embeddings", False),
+        embedding_scale=fields.number("embedding_scale", 1.0 / fields.number("initializer_range", 0.02)),
+        prefix_lm=fields.boolean("prefix_lm", True),
+        attention_bias=fields.boolean("attention_bias", False),
+        mlp_bias=fields.boolean("mlp_bias", False),
+        fused=any(key.endswith(_FUSED_ATTENTION) for key in tensors),
+    )
+
+
+def _layers_per_stack(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> int:
+    """The blocks of a stack, which `num_hidden_layers` gives unless their number stands beside it; it may also count both stacks."""
+    per_stack: int | None = fields.integer("num_layers_per_stack", None)
+    if per_stack is not None:
+        fields.unused("num_hidden_layers")  # then that of cache slots: blocks of a stack times runs
+        return per_stack
+    counted: int = fields.integer("num_hidden_layers")
+    stored = len({key.split(".")[3] for key in tensors if key.startswith("model.L_module.layers.")})
+    return stored if counted == 2 * stored else counted
+
+
+def _rotary(fields: ConfigFields) -> tuple[float, Mapping[str, Any] | None]:
+    """Base and scaling of the rotary positions, from `rope_parameters` or from the two older fields."""
+    values = fields.mapping("rope_scaling", None) or fields.mapping("rope_parameters", None) or {}
+    fields.unused("rope_parameters")  # where both are given the older one counts
+    inner = ConfigFields(values, fields.path)
+    theta: float = inner.number("rope_theta", fields.number("rope_theta", 10000.0))
+    inner.only("partial_rotary_factor", 1.0)
+    inner.unused(*_ROTARY)
+    inner.done()
+    return theta, checked_scaling({name: values[name] for name in _ROTARY if name in values})
+
+
+def _names(cfg: HrmTextConfig) -> dict[str, str]:
+    names = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head", _LOW_START: "low_init"}
+    parts = _FUSED if cfg.fused else _SEPARATE
+    for theirs, ours in _STACKS.items():
+        names |= block_names(theirs, ours, cfg.n_layers, parts)
+    return names
+
+
+TABLE = Table(
+    family="hrm_text",
+    recognizes=lambda values, keys: values.get("model_type") == "hrm_text",
+    config=_config,
+    names=_names,
+    any_format=(_LOW_START,),
+)

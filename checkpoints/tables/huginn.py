@@ -1,0 +1,115 @@
+"""Releases of Huginn (tomg-group-umd/huginn-0125), and what all releases with its prelude, core and coda share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints.config_fields import ConfigFields
+from checkpoints.errors import CheckpointError
+from checkpoints.hub import Table
+from checkpoints.tables.llama import block_names
+from models.huginn import HuginnConfig, PreludeCoreCodaConfig
+
+MODEL_TYPE = "huginn_raven"
+TIED = ("lm_head.weight", "transformer.wte.weight")
+PARTS = {
+    "attn.Wqkv.weight": "attn.qkv.weight",
+    "attn.proj.weight": "attn.o.weight",
+    "mlp.fc.weight": "mlp.gate_up.weight",
+    "mlp.proj.weight": "mlp.down.weight",
+}
+_NORMS = {"norm_1.weight": "ln1.w", "norm_2.weight": "ln1_post.w", "norm_3.weight": "ln2.w", "norm_4.weight": "ln2_post.w"}
+_TRAINING = (
+    "activation_checkpoint_impl", "architecture_class_name", "effective_expected_depth", "init_orthogonal", "init_strategy",
+    "mean_backprop_depth", "n_layers", "padding_multiple", "sampling_scheme", "test_time_noise_type", "vocab_size",
+)  # fmt: skip
+
+
+def recognizes(values: Mapping[str, Any], keys: frozenset[str], part: str) -> bool:
+    """Whether a release is of this model type and its core's first block has a part."""
+    return values.get("model_type") == MODEL_TYPE and any(key.startswith(f"transformer.core_block.0.{part}") for key in keys)
+
+
+def sizes(fields: ConfigFields) -> dict[str, Any]:
+    """The fields of `PreludeCoreCodaConfig` but for positions, heads of keys and values, and the initial state."""
+    fields.only("block_class_name", "SandwichBlock")
+    fields.only("mlp_class_name", "GatedMLP")
+    fields.only("nonlin_name", "SiLU")
+    fields.only("norm_class_name", "RMSNorm_llama")
+    fields.only("injection_type", "linear")
+    fields.only("state_init", "like-init")
+    fields.only("test_time_noise", 0, why="the release would mix noise into the state before each iteration")
+    fields.unused(*_TRAINING)
+    tied = fields.boolean("tie_embeddings", True)
+    fields.only("tie_word_embeddings", tied)
+    return {
+        "n_layers": fields.integer("n_layers_in_recurrent_block"),
+        "n_prelude_layers": fields.integer("n_layers_in_prelude"),
+        "n_coda_layers": fields.integer("n_layers_in_coda"),
+        "n_loops": fields.integer("mean_recurrence"),
+        "d_model": fields.integer("n_embd"),
+        "n_heads": fields.integer("n_heads"),
+        "d_mlp": fields.integer("intermediate_size"),
+        "d_vocab": fields.integer("padded_vocab_size", None) or fields.integer("vocab_size"),
+        "eps": fields.number("norm_eps"),
+        "adapter_bias": fields.boolean("bias", False),
+        "tied": tied,
+    }
+
+
+def initial_value(fields: ConfigFields, name: str) -> float | None:
+    """One of the released `init_values`; None where the config has none of them, so that they follow from the width."""
+    values = fields.mapping("init_values", None)
+    if values is None:
+        return None
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"{fields.path}: init_values must hold the number {name!r}, got {value!r}")
+    return float(value)
+
+
+def key_names(cfg: PreludeCoreCodaConfig, parts: Mapping[str, str]) -> dict[str, str]:
+    """Our name of each key, given those of a block's parts."""
+    edge = {"wte.weight": "embedding", "ln_f.weight": "final_norm.w", "adapter.weight": "adapter.weight"}
+    if cfg.adapter_bias:
+        edge["adapter.bias"] = "adapter.bias"
+    head = {} if cfg.tied else {"lm_head.weight": "head"}
+    stacks = (
+        ("transformer.prelude", "prelude_blocks", cfg.n_prelude_layers),
+        ("transformer.core_block", "blocks", cfg.n_layers),
+        ("transformer.coda", "coda_blocks", cfg.n_coda_layers),
+    )
+    blocks = {key: name for theirs, ours, n in stacks for key, name in block_names(theirs, ours, n, parts).items()}
+    return {**{f"transformer.{key}": name for key, name in edge.items()}, **head, **blocks}
+
+
+def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> HuginnConfig:
+    common = sizes(fields)
+    fields.only("num_key_value_heads", common["n_heads"], why="this family's attention has as many key heads as query heads")
+    fields.only("head_dim", common["d_model"] // common["n_heads"])
+    fields.unused("max_position_embeddings")
+    return HuginnConfig(
+        **common,
+        n_ctx=fields.integer("block_size"),
+        rope_theta=fields.number("rope_base"),
+        qk_bias=fields.boolean("qk_bias", True),
+        state_std=initial_value(fields, "std"),
+    )
+
+
+def _names(cfg: HuginnConfig) -> dict[str, str]:
+    bias = {"attn.qk_bias": "attn.qk_bias"} if cfg.qk_bias else {}
+    return {"freqs_cis": "rotation.freqs_cis", **key_names(cfg, {**PARTS, **_NORMS, **bias})}
+
+
+TABLE = Table(
+    family="huginn",
+    recognizes=lambda values, keys: recognizes(values, keys, "norm_4."),
+    config=_config,
+    names=_names,
+    tied=TIED,
+    any_format=("freqs_cis",),
+)

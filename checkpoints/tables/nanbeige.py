@@ -1,0 +1,110 @@
+"""Releases of Nanbeige4.2 (Nanbeige/Nanbeige4.2-3B and its copies)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints.config_fields import ConfigFields
+from checkpoints.errors import CheckpointError
+from checkpoints.hub import Table
+from checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
+from models.nanbeige import NanbeigeConfig
+
+_ATTENTION_BIASES = {f"self_attn.{part}_proj.bias": f"attn.{part}.bias" for part in ("q", "k", "v", "o")}
+_MLP_BIASES = {f"mlp.{part}_proj.bias": f"mlp.{part}.bias" for part in ("gate", "up", "down")}
+_HEAD_NORMS = {f"self_attn.{part}_layernorm.weight": f"attn.{part}_norm.w" for part in ("q", "k")}
+_CONNECTIONS = {
+    f"{theirs}_hc.{key}": f"{ours}_hc.{name}"
+    for theirs, ours in (("self_attn", "attn"), ("mlp", "mlp"))
+    for key, name in [(n, n) for n in ("alpha_pre", "alpha_post", "alpha_res", "bias")] + [("mapping_proj.weight", "projection")]
+}
+
+
+def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> NanbeigeConfig:
+    _refuse_other_switches(fields)
+    theta, scaling = fields.number("rope_theta", 10000.0), fields.mapping("rope_scaling", None)
+    again = {"rope_theta": theta, "rope_type": "default", **(scaling or {})}  # as later versions of transformers write it besides
+    fields.only("rope_parameters", None, again, why="the released code reads rope_theta and rope_scaling")
+    return NanbeigeConfig(
+        n_layers=fields.integer("num_hidden_layers"),
+        n_loops=fields.integer("num_loops", 1),
+        d_model=fields.integer("hidden_size"),
+        n_heads=fields.integer("num_attention_heads"),
+        n_key_value_heads=fields.integer("num_key_value_heads", None),
+        head_dim=fields.integer("head_dim", None),
+        d_mlp=fields.integer("intermediate_size"),
+        d_vocab=fields.integer("vocab_size"),
+        n_ctx=fields.integer("max_position_embeddings", 2048),
+        eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=fields.boolean("tie_word_embeddings", False),
+        boundary_norm=not fields.boolean("skip_loop_final_norm", False),
+        qk_norm=fields.boolean("qk_layernorm", False),
+        attention_bias=fields.boolean("attention_bias", False),
+        mlp_bias=fields.boolean("mlp_bias", False),
+        n_streams=_streams(fields),
+        sinkhorn_iterations=fields.integer("mhc_sinkhorn_iterations", 20),
+    )
+
+
+def _streams(fields: ConfigFields) -> int | None:
+    """Residual streams where hyper-connections are on; None where they are off."""
+    connected, constrained = fields.boolean("enable_hyper_connection", False), fields.boolean("enable_mhc", False)
+    if connected != constrained:
+        raise CheckpointError(
+            f"{fields.path}: enable_mhc must be {connected} where enable_hyper_connection is, got {constrained}; "
+            "only constrained hyper-connections are computed here"
+        )
+    n_streams: int = fields.integer("num_residual_streams", 4)
+    return n_streams if connected else None
+
+
+def _refuse_other_switches(fields: ConfigFields) -> None:
+    """Name the first switch of the released code that is on and not computed here."""
+    fields.only("hidden_act", "silu")
+    fields.only("pretraining_tp", 1, why="with more, the released code adds up slices and leaves biases out")
+    fields.only("loop_loss_weights", [], None, why="it overrides num_loops; put one more than it has weights into num_loops and empty it")
+    split = "looping only the middle blocks is not computed here"
+    fields.only("enable_double_loop_split", False, why=split)
+    fields.only("loop_middle_layers", None, why=split)
+    fields.only("loop_share_kv", False, why="keys and values of the first iteration are not used again here")
+    fields.only("mhc_diff_for_loop", False, why=split)
+    fields.only("mhc_double_stream_position_for_loop", None, why=split)
+    identity = "hyper-connections with a fixed mixing matrix are not computed here"
+    fields.only("enable_h_res_identity", False, why=identity)
+    fields.only("mhc_identity_nohresparam", False, why=identity)
+    fields.only("enable_depth_attention", False, why="attention over earlier depths is not computed here")
+    n_grams = "n-gram embeddings are not computed here"
+    fields.only("emb_neighbor_num", None, why=n_grams)
+    fields.only("insert_ngram_layer_idx", [], None, why=n_grams)
+    fields.only("ngram_insert_all_layers", False, why=n_grams)
+    fields.unused(
+        "depth_attention_recent_window", "depth_attention_static_anchor_once", "depth_attention_stride", "emb_split_num", "emb_tp_num",
+        "mhc_init_gating_factor", "ngram_compressed_tokenizer", "ngram_embedding_hidden_size", "ngram_fused_mode",
+        "ngram_layer_downproject_size", "ngram_mod_force_prime", "ngram_vocab_size_ratio", "skip_ngram_for_input",
+    )  # fmt: skip
+
+
+def _names(cfg: NanbeigeConfig) -> dict[str, str]:
+    parts = {**ATTENTION, **MLP, **PRE_NORMS}
+    for has, more in (
+        (cfg.attention_bias, _ATTENTION_BIASES),
+        (cfg.mlp_bias, _MLP_BIASES),
+        (cfg.qk_norm, _HEAD_NORMS),
+        (cfg.n_streams is not None, _CONNECTIONS),
+    ):
+        parts |= more if has else {}
+    return {**edge_names(cfg.tied), **block_names("model.layers", "blocks", cfg.n_layers, parts)}
+
+
+TABLE = Table(
+    family="nanbeige",
+    recognizes=lambda values, keys: values.get("model_type") == "nanbeige",
+    config=_config,
+    names=_names,
+    skipped=r".*rotary_emb\.inv_freq|.*_hc\.h_(pre|post|res)_static",
+)

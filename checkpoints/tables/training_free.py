@@ -1,0 +1,162 @@
+"""Ordinary models whose layers are looped without training: Llama, Qwen3 and GPT-2 as they were released."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints.config_fields import ConfigFields
+from checkpoints.hub import Table
+from checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
+from models.training_free import TrainingFreeConfig
+from models.training_free_gpt2 import TrainingFreeGPT2Config
+from models.training_free_rules import BETA, check_rule, checked_window
+
+_HEAD_NORMS = {f"self_attn.{part}_norm.weight": f"attn.{part}_norm.w" for part in ("q", "k")}
+_ROTARY = ("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_GPT2 = {
+    "ln_1.weight": "ln1.w",
+    "ln_1.bias": "ln1.b",
+    "attn.c_attn.weight": "attn.W_QKV",
+    "attn.c_attn.bias": "attn.b_QKV",
+    "attn.c_proj.weight": "attn.W_O_flat",
+    "attn.c_proj.bias": "attn.b_O",
+    "ln_2.weight": "ln2.w",
+    "ln_2.bias": "ln2.b",
+    "mlp.c_fc.weight": "mlp.W_in",
+    "mlp.c_fc.bias": "mlp.b_in",
+    "mlp.c_proj.weight": "mlp.W_out",
+    "mlp.c_proj.bias": "mlp.b_out",
+}
+
+
+def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
+    """Window, rule, beta and mode from what the caller passed to `load`."""
+    if options.get("window") is None:
+        raise ValueError(
+            f"this is an ordinary model of {n_layers} layers, so say which of them to loop: window=(first, last), both included and "
+            "counted from 0; arXiv 2605.23872 takes four in the middle, (12, 15) of 28 or (15, 18) of 36"
+        )
+    rule, mode = options.pop("rule", "blend"), options.pop("mode", "block")
+    beta = options.pop("beta", BETA if rule == "blend" else None)
+    check_rule(rule, beta, mode)
+    return {"window": checked_window(options.pop("window"), n_layers), "rule": rule, "beta": beta, "mode": mode}
+
+
+def _rotary(fields: ConfigFields) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling of the rotary positions, from `rope_parameters` or from the two older fields."""
+    newer, older = fields.mapping("rope_parameters", None), fields.mapping("rope_scaling", None)
+    if newer is not None and older is not None:
+        fields.only("rope_scaling", None, newer, why="rope_parameters gives the rotary positions too")
+    values = newer or older or {}
+    inner = ConfigFields(values, fields.path)
+    theta: float = inner.number("rope_theta", None) or fields.number("rope_theta", 10000.0)
+    fields.only("rope_theta", theta, why="rope_parameters gives another")
+    inner.only("partial_rotary_factor", 1.0)
+    inner.unused(*_ROTARY)
+    inner.done()
+    return theta, {name: values[name] for name in _ROTARY if name in values} or None
+
+
+def _shared(fields: ConfigFields, options: dict[str, Any]) -> dict[str, Any]:
+    """What Llama and Qwen3 configs have in common."""
+    n_layers = fields.integer("num_hidden_layers")
+    fields.only("hidden_act", "silu")
+    theta, scaling = _rotary(fields)
+    return {
+        **_looping(options, n_layers),
+        "n_layers": n_layers,
+        "d_model": fields.integer("hidden_size"),
+        "n_heads": fields.integer("num_attention_heads"),
+        "d_mlp": fields.integer("intermediate_size"),
+        "d_vocab": fields.integer("vocab_size"),
+        "n_ctx": fields.integer("max_position_embeddings"),
+        "eps": fields.number("rms_norm_eps"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tied": fields.boolean("tie_word_embeddings", False),
+        "attention_bias": fields.boolean("attention_bias", False),
+    }
+
+
+def _llama(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> TrainingFreeConfig:
+    fields.unused("pretraining_tp")  # in how many slices the same products were computed
+    return TrainingFreeConfig(
+        **_shared(fields, options),
+        n_key_value_heads=fields.integer("num_key_value_heads", None),
+        head_dim=fields.integer("head_dim", None),
+        mlp_bias=fields.boolean("mlp_bias", False),
+    )
+
+
+def _qwen3(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> TrainingFreeConfig:
+    n_layers = fields.integer("num_hidden_layers")
+    fields.only("use_sliding_window", False, why="sliding windows are not computed here")
+    fields.only("layer_types", None, ["full_attention"] * n_layers, why="sliding windows are not computed here")
+    fields.unused("sliding_window", "max_window_layers")
+    return TrainingFreeConfig(
+        **_shared(fields, options),
+        n_key_value_heads=fields.integer("num_key_value_heads"),
+        head_dim=fields.integer("head_dim"),
+        qk_norm=True,
+    )
+
+
+def _names(cfg: TrainingFreeConfig) -> dict[str, str]:
+    parts = {**ATTENTION, **MLP, **PRE_NORMS, **(_HEAD_NORMS if cfg.qk_norm else {})}
+    for has, matrices in ((cfg.attention_bias, ATTENTION), (cfg.mlp_bias, MLP)):
+        parts |= {_bias(key): _bias(name) for key, name in matrices.items()} if has else {}
+    return {**edge_names(cfg.tied), **block_names("model.layers", "blocks", cfg.n_layers, parts)}
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _gpt2(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> TrainingFreeGPT2Config:
+    n_layers, d_model = fields.integer("n_layer"), fields.integer("n_embd")
+    fields.only("activation_function", "gelu_new", "gelu_pytorch_tanh")  # two names of one function
+    fields.only("scale_attn_weights", True)
+    fields.only("scale_attn_by_inverse_layer_idx", False)
+    fields.only("reorder_and_upcast_attn", False)
+    fields.only("add_cross_attention", False)
+    fields.only("tie_word_embeddings", True, why="GPT-2's head is its token embedding")
+    fields.unused("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "gradient_checkpointing", "output_past", "task_specific_params")
+    fields.unused("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj")
+    return TrainingFreeGPT2Config(
+        **_looping(options, n_layers),
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=fields.integer("n_head"),
+        d_mlp=fields.integer("n_inner", 4 * d_model),
+        d_vocab=fields.integer("vocab_size"),
+        n_ctx=fields.integer("n_positions"),
+        eps=fields.number("layer_norm_epsilon", 1e-5),
+    )
+
+
+def _gpt2_table(prefix: str) -> Table:
+    """GPT-2 files have their keys under "transformer.", or under nothing."""
+
+    def names(cfg: TrainingFreeGPT2Config) -> dict[str, str]:
+        edges = {"wte.weight": "embedding", "wpe.weight": "W_pos", "ln_f.weight": "final_norm.w", "ln_f.bias": "final_norm.b"}
+        return {**{prefix + key: name for key, name in edges.items()}, **block_names(f"{prefix}h", "blocks", cfg.n_layers, _GPT2)}
+
+    return Table(
+        family=TrainingFreeGPT2Config.family,
+        recognizes=lambda values, keys: values.get("model_type") == "gpt2" and ("transformer.wte.weight" in keys) == bool(prefix),
+        config=_gpt2,
+        names=names,
+        skipped=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
+        tied=("lm_head.weight", f"{prefix}wte.weight"),
+    )
+
+
+TABLES = (
+    Table("training_free", lambda values, keys: values.get("model_type") == "llama", _llama, _names),
+    Table("training_free", lambda values, keys: values.get("model_type") == "qwen3", _qwen3, _names),
+    _gpt2_table(""),
+    _gpt2_table("transformer."),
+)

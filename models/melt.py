@@ -1,0 +1,249 @@
+"""MELT, Ouro with one gated latent and one row of keys and values per layer, carried over the iterations (arXiv 2605.07721)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from models.attention import KeyValues, KeyValueStore, Rows
+from models.components import Norm, norm_sites
+from models.decoder_block import Attention, Block, GatedMLP, Placement, Stream
+from models.hooks import Taps, tap
+from models.ouro import Ouro, OuroConfig
+from models.registry import build, family
+from models.state import Slot, State, Visit
+
+_LATENT_NORM = norm_sites("attn.ln_latent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeltConfig(OuroConfig):
+    """Ouro's sizes, and a choice wherever the paper's method is not known.
+
+    Attributes:
+        h_0: What a latent is before the first iteration: "first_input" (the input that the gate sees there, so that iteration 0 is
+            Ouro's and needs no gate) or "zero".
+        gate_input: What the gate and the latent take in: the "normed" input of attention, or the "raw" residual stream, whose
+            latent is normed before keys and values are made of it.
+        gate_std: Standard deviation of a fresh gate's matrices; 0 for zeros.
+        gate_bias: Where a fresh gate's bias starts: 0 blends equally, negative is near the last iteration's input.
+        prefill_chunk: Positions that are run together where `advance_in_chunks` is told no number (the paper trains with 500); None
+            means all of them. A plain call runs all of them whatever this says.
+        window: Tokens that would keep a row for each iteration, in a later version of the paper; not computed.
+    """
+
+    family: ClassVar[str] = "melt"
+    h_0: Literal["first_input", "zero"] = "first_input"
+    gate_input: Literal["normed", "raw"] = "normed"
+    gate_std: float | int = 0.02
+    gate_bias: float | int = 0.0
+    prefill_chunk: int | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (("h_0", ("first_input", "zero")), ("gate_input", ("normed", "raw"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name, least in (("gate_std", 0.0), ("gate_bias", -math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, float | int) or not math.isfinite(value) or value < least:
+                raise ValueError(f"{name} must be a number{' of at least 0' if least == 0 else ''}, got {value!r}")
+        if self.prefill_chunk is not None:
+            checked_chunk(self.prefill_chunk, "prefill_chunk")
+        if self.window is not None:
+            raise ValueError(f"window must be None: rows per iteration for the latest tokens are not computed, got {self.window!r}")
+
+
+def checked_chunk(size: int, name: str) -> int:
+    """A number of positions; ValueError where it is none."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} must be a number of positions, at least 1, got {size!r}")
+    return size
+
+
+class LatentGate(nn.Module):
+    """z = sigmoid(x W + h U + b) and the new latent z h + (1 - z) x, channel by channel: z = 1 keeps the old one."""
+
+    sites: ClassVar[tuple[str, ...]] = ("attn.hook_latent_in", "attn.hook_gate")
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.W, self.U = nn.Parameter(torch.empty(d_model, d_model)), nn.Parameter(torch.empty(d_model, d_model))
+        self.b = nn.Parameter(torch.empty(d_model))
+
+    def reset(self, std: float | int, bias: float | int) -> None:
+        """Draw the matrices (normal) and set the bias."""
+        for matrix in (self.W, self.U):
+            nn.init.normal_(matrix, std=std)
+        nn.init.constant_(self.b, bias)
+
+    def forward(self, x: Stream, latent: Stream, taps: Taps) -> Stream:
+        latent = tap(taps, "attn.hook_latent_in", latent)
+        z = tap(taps, "attn.hook_gate", torch.sigmoid(x @ self.W + latent @ self.U + self.b))
+        return z * latent + (1 - z) * x
+
+
+class LatentAttention(Attention):
+    """Attention whose queries are made of the stream, and whose keys and values are made of a latent."""
+
+    def read(self, x: Stream, latent: Stream, rows: Rows, taps: Taps) -> Stream:
+        """What the rows of x read of the latents."""
+        flat = (self.q(x), self.k(latent), self.v(latent))
+        q, k, v = (part.unflatten(-1, (-1, self.d_head)).contiguous() for part in flat)
+        return self.attended(q, k, v, x, rows, taps)
+
+
+class MeltBlock(Block):
+    """An Ouro block with a latent, which a gate rewrites at every visit before keys and values are made of it.
+
+    Args:
+        normed: Whether the gate reads the normed input of attention; otherwise the raw one, and `ln1` norms the latent too, with its
+            points at attn.ln_latent.
+    """
+
+    attn: LatentAttention
+
+    def __init__(
+        self, attn: LatentAttention, mlp: GatedMLP, norm: Callable[[str], Norm], norms: tuple[Placement, ...], *, normed: bool
+    ) -> None:
+        super().__init__(attn, mlp, norm, norms)
+        self.latent_gate = LatentGate(attn.q.in_features)
+        self.normed = normed
+        own = (*LatentGate.sites, "attn.hook_latent_out", *(() if normed else _LATENT_NORM))
+        start = self.sites.index("attn.hook_q")
+        self.sites = (*self.sites[:start], *own, *self.sites[start:])
+
+    def forward(  # type: ignore[override]  # a latent goes in and out besides the stream
+        self, x: Stream, latent: Stream | None, rows: Rows, taps: Taps
+    ) -> tuple[Stream, Stream]:
+        """The stream and the latent after the block; without a latent, the input becomes the first one."""
+        assert self.ln1 is not None, "the input of attention is normed"
+        x = tap(taps, "hook_resid_pre", x)
+        normed = self.ln1(x, taps)
+        taken: Tensor = normed if self.normed else x
+        latent = tap(taps, "attn.hook_latent_out", taken if latent is None else self.latent_gate(taken, latent, taps))
+        if self.normed:
+            seen = latent
+        else:
+            seen = self.ln1(latent, {site: taps[own] for site, own in zip(self.ln1.sites, _LATENT_NORM, strict=True) if own in taps})
+        return self.added(x, self.attn.read(normed, seen, rows, taps), taps), latent
+
+
+@family(MeltConfig)
+class Melt(Ouro):
+    """Ouro whose layer l keeps a latent h of each position over the iterations, of which its keys and values are made.
+
+    At iteration t, with x the input of attention in layer l:
+
+        z = sigmoid(x W_z + h U_z + b_z);  h <- z h + (1 - z) x;  q = x W_Q;  k = h W_K;  v = h W_V
+
+    Queries, norms, the loop and the exit gate are Ouro's, and keys are turned by their position after the projection. The latents are
+    the parts `latent.{l}` of a `State`, zeros until their first visit. Each visit has the points `attn.hook_latent_in` (h as it
+    comes), `attn.hook_gate` (z) and `attn.hook_latent_out`; with h_0 = "first_input" iteration 0 has only the last of them, because
+    the latent is the input there whatever a gate says.
+
+    A token keeps one row of keys and values per layer, so later tokens see earlier ones as their last iteration left them, at every
+    iteration of their own. That makes the model sequential over tokens. A plain call takes the whole input as one chunk, as
+    training takes a part of it: inside a chunk, iteration t sees the others' rows of iteration t. `models.melt_chunks` has the exact
+    form, token by token, and any number between; `generate` follows the rule for every token behind the prompt, which is one chunk.
+    `prefix_readout` holds for one chunk only: the exact form's earlier rows depend on how many iterations there are.
+
+    Source:
+        arXiv 2605.07721. No reference code and no weights were released. This follows the equations as secondary sources give them,
+        not checked against the paper's own method section; what they leave open is an option of the config.
+    """
+
+    cfg: MeltConfig
+
+    def block(self, norms: tuple[Placement, ...] = ("input",)) -> MeltBlock:
+        cfg = self.cfg
+        attn = LatentAttention(cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, self.rotary)
+        return MeltBlock(attn, GatedMLP(cfg.d_model, cfg.d_mlp), self.norm, norms, normed=cfg.gate_input == "normed")
+
+    def initialize(self) -> None:
+        super().initialize()
+        for gate in self.latent_gates:
+            gate.reset(self.cfg.gate_std, self.cfg.gate_bias)
+
+    @property
+    def latent_gates(self) -> list[LatentGate]:
+        """The gate of each layer."""
+        return [cast(MeltBlock, block).latent_gate for block in self.blocks]
+
+    def plan(self, n_loops: int) -> list[Slot]:
+        slots = super().plan(n_loops)
+        return [
+            replace(slot, sites=tuple(site for site in slot.sites if site not in LatentGate.sites)) if self._starts(slot) else slot
+            for slot in slots
+        ]
+
+    def _starts(self, slot: Slot) -> bool:
+        """Whether the visit makes its latent of its input alone."""
+        return slot.loop == 0 and self.cfg.h_0 == "first_input"
+
+    def embed(
+        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        resid, parts = super().embed(tokens, positions, taps)
+        nothing = torch.zeros_like(resid)
+        return resid, {**parts, **{f"latent.{layer}": nothing for layer in range(self.cfg.n_layers)}}
+
+    def visit_block(
+        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], rows: Rows, taps: Taps
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        part = f"latent.{visit.layer}"
+        resid, latent = visit.block(resid, None if self._starts(visit) else parts[part], rows, taps)
+        return resid, {**parts, part: latent}
+
+    def remember(self, start: State, end: State, store: KeyValueStore, before: KeyValueStore) -> KeyValueStore:
+        return self.everywhere(self.last_rows(store, end.n_loops), end.n_loops)
+
+    def last_rows(self, store: Mapping[str, KeyValues], n_loops: int) -> dict[int, KeyValues]:
+        """The rows that each layer keeps, from a run's keys and values by visit: the last iteration's.
+
+        Raises:
+            ValueError: The run did not reach the last iteration.
+        """
+        last = [visit for visit in self.schedule(n_loops) if visit.loop == n_loops - 1]
+        missing = [visit.name for visit in last if visit.name not in store]
+        if missing:
+            raise ValueError(
+                f"later tokens see the rows of the last iteration, so a run must go to its end, but this one has no {missing[0]!r}"
+            )
+        return {visit.layer: store[visit.name] for visit in last}
+
+    def everywhere(self, rows: Mapping[int, KeyValues], n_loops: int) -> dict[str, KeyValues]:
+        """The rows of each layer as `advance(supplied=...)` takes them: the same at every iteration."""
+        return {visit.name: rows[visit.layer] for visit in self.schedule(n_loops)}
+
+
+def melt_from_ouro(model: Ouro, **options: Any) -> Melt:
+    """A MELT with a copy of an Ouro's weights and fresh gates; the paper starts from Ouro-1.4B-Thinking.
+
+    Args:
+        model: Stays as it is.
+        options: Fields of `MeltConfig` that are not to be Ouro's or the default.
+
+    Raises:
+        TypeError: A model that is no Ouro with shared weights.
+    """
+    if type(model) is not Ouro or model.visit_blocks is not None:
+        what = "an untied copy" if getattr(model, "visit_blocks", None) is not None else f"a {type(model).__name__}"
+        raise TypeError(f"a MELT is made from an Ouro with shared weights, got {what}")
+    facts = {field.name: getattr(model.cfg, field.name) for field in fields(OuroConfig) if field.init}
+    with torch.device("meta"):  # what would be drawn for the rest is not needed
+        melt = build(MeltConfig(**{**facts, **options}))
+    assert isinstance(melt, Melt), "the config's family"
+    for gate in melt.latent_gates:
+        gate.to_empty(device=model.device).to(model.W_E.dtype).reset(melt.cfg.gate_std, melt.cfg.gate_bias)
+    copies = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    melt.load_state_dict({**melt.state_dict(), **copies}, assign=True)
+    melt.vocab, melt.read_at = model.vocab, model.read_at
+    return melt
