@@ -14,6 +14,7 @@ import tyro
 from analyses.config_files import defaults_from_file
 from analyses.configs import (
     ANALYSES,
+    ExploreConfig,
     MultiHopDataConfig,
     OutputConfig,
     ReportConfig,
@@ -39,6 +40,13 @@ class Report:
     """The page to write."""
     overwrite: bool = False
     """Replace a page that is there."""
+
+
+@dataclass(frozen=True)
+class Explore:
+    """Explore one checkpoint on a local page: ask, watch the iterations, patch with a click."""
+
+    config: Annotated[ExploreConfig, Flat]
 
 
 MultiHopTask = Annotated[MultiHopDataConfig, tyro.conf.subcommand("multi-hop", prefix_name=False)]
@@ -73,6 +81,16 @@ class Findings:
 
 
 @dataclass(frozen=True)
+class Families:
+    """Run every method on a tiny model of every family, and write what runs and what refuses as a page of Markdown."""
+
+    out: Path = Path("out/families.md")
+    """The page to write."""
+    overwrite: bool = False
+    """Replace a page that is there."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model by a named recipe."""
 
@@ -86,13 +104,15 @@ def _analysis(name: str, config: type) -> type:
 
 
 _ANALYSES = {name: _analysis(name, config) for name, (config, _) in ANALYSES.items()}
-_PAGES = {Replication: "replication", Findings: "findings"}
+_PAGES = {Replication: "replication", Findings: "findings", Families: "families"}
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "list": List,
     "report": Report,
+    "explore": Explore,
     **_ANALYSES,
     "replication": Replication,
     "findings": Findings,
+    "families": Families,
     "data": Data,
     "train": Train,
 }
@@ -122,6 +142,8 @@ def _parsed(args: list[str]) -> Any:
 def _run(command: Any) -> None:
     if isinstance(command, List):
         print(import_module("checkpoints.catalog").available().to_string(index=False))
+        print("\nWhat each family declares; `loopscope families` shows which methods run on which.\n")
+        print(import_module("analyses.families").facts().to_string(index=False))
     elif isinstance(command, Data):
         for line in import_module("analyses.data").make(command.config):
             print(line)
@@ -134,6 +156,9 @@ def _run(command: Any) -> None:
         import_module("torch").set_num_threads(config.threads)
         run = import_module("training.trainer").train
         print(f"Finished {run(config.recipe, config.out, resume=config.resume, release=config.release, wandb=config.wandb)}")
+    elif isinstance(command, Explore):
+        import_module("torch").set_num_threads(command.config.threads)
+        import_module("analyses.explorer").explore(command.config)
     elif isinstance(command, Report):
         import_module("analyses.records").refuse_existing([command.out], command.overwrite)
         import_module("torch").set_num_threads(command.config.threads)

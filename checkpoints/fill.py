@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,16 +14,13 @@ from models.config import LoopedConfig
 from models.registry import build
 
 
-def build_from(
-    cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, path: Path, any_format: Collection[str] = ()
-) -> LoopedModel:
+def build_from(cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, path: Path) -> LoopedModel:
     """A model of `cfg` that holds exactly these tensors (assigned, so memory-mapped ones stay on disk until used).
 
     Args:
         tensors: By the file's own keys.
         names: Our parameter name for each key that the file may have; None where the keys are our names.
         path: The file, for messages.
-        any_format: Keys whose number format may differ from that of the others.
 
     Raises:
         CheckpointError: A missing or unexpected key, a wrong shape, a type that is not floating point, or a value that
@@ -45,9 +42,10 @@ def build_from(
         raise CheckpointError(
             f"{path} lacks {len(missing)} key(s) of a {cfg.family} model with {cfg.n_layers} layers, first {missing[0]!r}"
         )
-    kinds = {tensor.dtype for key, tensor in tensors.items() if tensor.is_floating_point() and key not in any_format}
+    weights = dict(model.named_parameters())  # tables of angles and the like are stored in a format of their own
+    kinds = {tensor.dtype for key, tensor in tensors.items() if tensor.is_floating_point() and ours[key] in weights}
     if len(kinds) > 1:
-        raise CheckpointError(f"{path} mixes the number formats {sorted(map(str, kinds))}; all tensors of a model must have one")
+        raise CheckpointError(f"{path} mixes the number formats {sorted(map(str, kinds))}; all weights of a model must have one")
     for name, want in expected.items():
         _check_tensor(found[name], tensors[found[name]], want.shape, path)
     model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)

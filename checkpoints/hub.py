@@ -36,7 +36,6 @@ class Table:
         names: Our parameter name for each key that the file may have.
         skipped: Keys that hold nothing which the forward pass needs.
         tied: The key of a head and of the embedding that it must equal where the config ties them.
-        any_format: Keys whose number format may differ from that of the weights.
         readout: Where answers are read unless the caller says otherwise.
         records: Foreign classes that the release's pickle holds, "module.Class"; they are read as inert records.
         unpack: The config and the tensors in the content of the release's pickle; None where it is a state dict.
@@ -48,7 +47,6 @@ class Table:
     names: Callable[[Any], Mapping[str, str]]
     skipped: str = r".*rotary_emb\.inv_freq"
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
-    any_format: tuple[str, ...] = ()
     readout: str | None = "last_real"
     records: tuple[str, ...] = ()
     unpack: Callable[[Mapping[str, Any]], Release | None] = field(default=lambda content: None)
@@ -81,7 +79,7 @@ def load_hub(release: Release, weights: Path, tables: tuple[Table, ...], options
     kept = {key: tensor for key, tensor in tensors.items() if not re.fullmatch(table.skipped, key)}
     if getattr(cfg, "tied", False):
         _drop_tied_head(kept, table.tied, weights)
-    return build_from(cfg, kept, table.names(cfg), weights, table.any_format), table
+    return build_from(cfg, kept, table.names(cfg), weights), table
 
 
 def recognized_family(release: Release, weights: Path, tables: tuple[Table, ...]) -> str:

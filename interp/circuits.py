@@ -17,8 +17,9 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 from transformer_lens.utilities.matrix import composition_scores as scores_of_factors
 
-from interp.direct_logit import FINAL_SCALE, frozen_norm
+from interp.direct_logit import frozen_norm
 from models.base import LoopedModel
+from models.components import LayerNorm, RMSNorm
 from models.state import Visit
 
 Kind = Literal["Q", "K", "V"]
@@ -90,7 +91,7 @@ def full_ov(model: LoopedModel, layer: int, head: int | None = None, *, fold_ln:
         [d_vocab d_vocab], or [head d_vocab d_vocab], in factors.
     """
     circuit = ov_circuit(model, layer, head, fold_ln=fold_ln)
-    unembed = _linear_part(model.normalize, FINAL_SCALE, model.W_U) @ model.W_U if fold_ln else model.W_U
+    unembed = _linear_part(model.normalize, model.final_scale_site, model.W_U) @ model.W_U if fold_ln else model.W_U
     return FactoredMatrix(model.W_E @ circuit.A, circuit.B @ unembed)
 
 
@@ -156,7 +157,7 @@ def composition_scores(model: LoopedModel, kind: Kind, *, fold_ln: bool = True) 
     """
     if kind not in ("Q", "K", "V"):
         raise ValueError(f"kind must be 'Q', 'K' or 'V', got {kind!r}")
-    visits = [_visit(model, layer) for layer in range(model.cfg.n_layers)]
+    visits = [_visit(model, layer) for layer in _layers(model)]
     written = _stacked([_ov(visit, model, fold_ln) for visit in visits])
     read = written if kind == "V" else _stacked([_qk(visit, fold_ln) for visit in visits])
     return Composition(kind, scores_of_factors(written, read.T if kind == "K" else read), fold_ln)
@@ -166,12 +167,22 @@ def _visit(model: LoopedModel, layer: int) -> Visit:
     """A visit to a block of the shared stack."""
     if model.visit_blocks is not None:
         raise ValueError("an untied copy has other weights at each visit; ask the model that it was made from")
-    if not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(f"layer must be in 0..{model.cfg.n_layers - 1}, got {layer}")
+    if not model.heads_read_stream:
+        raise ValueError(
+            f"keys and values of this {type(model).__name__} are not made of the residual stream, so weights alone are no circuit"
+        )
+    layers = _layers(model)
+    if layer not in layers:
+        raise ValueError(f"layer must be in {layers[0]}..{layers[-1]}, got {layer}")
     found = [visit for visit in model.schedule(1) if visit.loop is not None and visit.layer == layer]
     if len({visit.block for visit in found}) != 1:
         raise ValueError(f"one block must be layer {layer} of an iteration, but this model has {len(found)}, so a layer does not name one")
     return found[0]
+
+
+def _layers(model: LoopedModel) -> list[int]:
+    """The layers that an iteration visits."""
+    return sorted({visit.layer for visit in model.schedule(1) if visit.loop is not None})
 
 
 def _head(circuit: FactoredMatrix, model: LoopedModel, head: int | None) -> FactoredMatrix:
@@ -213,7 +224,11 @@ def _reads(visit: Visit, like: Tensor, fold_ln: bool) -> Float[Tensor, "d_model 
     before = visit.sites[: visit.sites.index("attn.hook_q")]
     if "ln1.hook_normalized" not in before:
         raise ValueError(f"fold_ln needs a norm in front of the attention, but {visit.name} reads the stream itself; pass fold_ln=False")
-    norm: Any = visit.block.ln1
+    norm = visit.block.ln1
+    if not isinstance(norm, LayerNorm | RMSNorm):
+        raise ValueError(
+            f"fold_ln needs a norm with weights of its own, but that of {visit.name} changes from run to run; pass fold_ln=False"
+        )
     return _linear_part(norm, "ln1.hook_scale", like)
 
 

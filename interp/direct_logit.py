@@ -20,7 +20,6 @@ from models.state import Slot, Visit, checked_loops
 from models.tokens import Batch
 
 Norm = Callable[[Tensor, Taps], Tensor]
-FINAL_SCALE = "ln_final.hook_scale"
 
 
 @dataclass(frozen=True)
@@ -187,9 +186,9 @@ def _through_final_norm(
 ) -> tuple[Float[Tensor, "component batch d_model"], Float[Tensor, " d_model"]]:
     """What the frozen final norm makes of each term, and its bias."""
     seen: list[Tensor] = []
-    model.normalize(resid, _watching(FINAL_SCALE, lambda value, hook: seen.append(value)))
+    model.normalize(resid, _watching(model.final_scale_site, lambda value, hook: seen.append(value)))
     scale = torch.cat(seen).transpose(0, 1) if seen else torch.ones(())  # frozen_norm refuses a norm that shows none
-    return frozen_norm(model.normalize, FINAL_SCALE, stack, scale)
+    return frozen_norm(model.normalize, model.final_scale_site, stack, scale)
 
 
 def _run(

@@ -156,5 +156,5 @@ def gate_names(model: LoopedModel, n_loops: int) -> list[str]:
     names = [f"loops.{loop}.{GATE}" for loop in range(n_loops)]
     absent = sorted(set(names) - set(model.hook_names(n_loops)))
     if absent:
-        raise ValueError(f"a {type(model).__name__} has no exit gate to read: this call has no hook point {absent[0]!r}")
+        raise ValueError(f"this {type(model).__name__} has no exit gate to read: its calls have no hook point {absent[0]!r}")
     return names

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from interp.inputs import Inputs, as_batch, begin_batch
 from models.attention import KeyValues
 from models.base import LoopedModel, at_columns
-from models.state import State, checked_loops
+from models.state import checked_loops
 from models.tokens import Batch
 
 
@@ -89,7 +89,7 @@ def generate(
     """Generate tokens after each prompt; prompts of different lengths go side by side.
 
     Hooks that are on the model act on every step. With the cache a step's points see only the new tokens, "batch 1 ..."; the first
-    step's see the prompts. What later tokens read of earlier ones is the family's rule (`LoopedModel.remember`).
+    step's see the prompts. What later tokens read of earlier ones is the family's rule (`LoopedModel.extend`).
 
     Args:
         inputs: A batch (its options go to every step), texts, or unpadded tokens.
@@ -104,7 +104,7 @@ def generate(
     """
     if not model.causal:
         raise ValueError(
-            f"a {type(model).__name__} is not causal: a new token would change what was computed before it, so it cannot generate"
+            f"this {type(model).__name__} is not causal: a new token would change what was computed before it, so it cannot generate"
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -142,22 +142,17 @@ class _Run:
     def logits(self) -> Float[Tensor, "batch d_vocab"]:
         """The logits after each row's last token."""
         lengths = self.batch.mask.sum(1)
-        width = int(lengths.max())
-        if not self.use_cache or not self.store:
-            state = begin_batch(self.model, _columns(self.batch, width), self.n_loops)
-            return self.model.readout(self._advance(state), lengths - 1)
-        state = begin_batch(self.model, _columns(self.batch, width), self.n_loops)
-        last = state.map(lambda x: at_columns(x, lengths - 1)[:, None])
-        return self.model.readout(self._advance(last))[:, 0]
-
-    def _advance(self, state: State) -> State:
+        state = begin_batch(self.model, _columns(self.batch, int(lengths.max())), self._loops())
         if not self.use_cache:
-            return self.model.advance(state)
-        new: dict[str, KeyValues] = {}
-        end = self.model.advance(state, supplied=self.store or None, store=new)
-        remembered = self.model.remember(state, end, new, self.store)
-        self.store = {name: _joined(self.store.get(name), kept) for name, kept in remembered.items()}
-        return end
+            return self.model.readout(self.model.advance(state), lengths - 1)
+        if self.store:
+            state, lengths = state.map(lambda x: at_columns(x, lengths - 1)[:, None]), torch.ones_like(lengths)
+        end, new = self.model.extend(state, self.store)
+        self.store = {name: _joined(self.store.get(name), kept) for name, kept in new.items()}
+        return self.model.readout(end, lengths - 1)
+
+    def _loops(self) -> int:
+        return self.model.loops_after_prompt(self.n_loops) if self.store else self.n_loops
 
     def append(self, chosen: Int[Tensor, " batch"], going: Bool[Tensor, " batch"]) -> None:
         """Put a token behind each row that has not stopped."""

@@ -58,7 +58,7 @@ def jacobian_spectrum(
     *,
     readout: ReadoutColumn = None,
     positions: Shown = "real",
-    parts: str | Sequence[str] = "resid",
+    parts: str | Sequence[str] | None = None,
     krylov: int = 32,
     batch_size: int = 32,
 ) -> JacobianSpectrum:
@@ -72,7 +72,8 @@ def jacobian_spectrum(
         inputs, n_loops, readout, batch_size: As for `dynamics`.
         loop: The iteration, from 0.
         positions: The columns whose states vary, jointly; those of the others, and padding, are held fixed.
-        parts: The parts of the state that vary, jointly; the others are held fixed.
+        parts: The parts of the state that vary, jointly; the others are held fixed. None means those that this family's
+            iterations hand on (`LoopedModel.loop_parts`).
         krylov: Dimension of the Krylov space.
 
     Raises:
@@ -85,7 +86,7 @@ def jacobian_spectrum(
         raise ValueError(f"loop must be in 0..{n_loops - 1}, got {loop}")
     if not model.batch_independent:
         raise ValueError(f"the examples of a {type(model).__name__} depend on one another, so no example has a Jacobian of its own")
-    names = [parts] if isinstance(parts, str) else list(parts)
+    names = [parts] if isinstance(parts, str) else list(parts or model.loop_parts)
     found = []
     columns, shown = shown_spots(batch, positions)
     varying = torch.zeros_like(batch.mask, dtype=torch.bool).scatter(1, columns, shown)
@@ -117,6 +118,9 @@ def _transposed_jacobian(
         if outs[name].shape != before[name].shape:
             got = f"{list(before[name].shape)} and leaves it as {list(outs[name].shape)}"
             raise ValueError(f"a Jacobian's eigenvalues need one shape, but {name!r} enters the iteration as {got}")
+    if not any(out.requires_grad for out in outs.values()):
+        carried = ", ".join(model.loop_parts)
+        raise ValueError(f"an iteration of this {type(model).__name__} makes nothing of {', '.join(names)}; what it hands on is {carried}")
     sizes = [before[name].flatten(2).shape[2] for name in names]
 
     def times(vector: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -105,9 +106,14 @@ class BaseRun:
         return cls(model, batch, states, end, store, model.readout(end, batch.readout))
 
 
-def packable(model: LoopedModel) -> bool:
-    """Whether rows of this model can be run side by side: causal, row by row, and nothing hooked that expects whole sequences."""
-    return model.causal and model.batch_independent and model.rowwise and not model.any_hook()
+def packable(model: LoopedModel, batch: Batch) -> bool:
+    """Whether rows of this batch can be run side by side: causal, row by row, and nothing hooked that expects whole sequences.
+
+    Where a mask depends on more than positions (a prefix that is read in both directions), it is not causal.
+    """
+    if model.any_hook() or not (model.causal and model.batch_independent and model.rowwise):
+        return False
+    return begin_batch(model, batch[:1], 1).tags is None
 
 
 def lanes_of(model: LoopedModel, batch: Batch, cells: Sequence[Cell], n_loops: int) -> Lanes:
@@ -216,7 +222,15 @@ def _embedded(base: BaseRun, example: Tensor, column: Tensor) -> tuple[Tensor, M
     """The residual stream of the lanes that a patch of the embedding begins."""
     where = (example, column)
     taps = live(base.model.edge_points())
-    return base.model.embed(base.batch.tokens[where][None], base.end.positions[where][None], taps)
+    options = {name: _of_rows(value, example, column) for name, value in base.batch.options.items()}
+    return base.model.embed(base.batch.tokens[where][None], base.end.positions[where][None], taps, **options)
+
+
+def _of_rows(value: Any, example: Tensor, column: Tensor) -> Any:
+    """An option of `begin` for some rows; one that is given once for all sequences has a single one."""
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    return value[example if len(value) > 1 else 0, column][None]
 
 
 def _read(base: BaseRun, lanes: Lanes, joined: int, resid: Tensor, parts: Mapping[str, Tensor]) -> Tensor:

@@ -150,7 +150,7 @@ class _Job:
         cache = self._activations(source, names) if names else {}
         state = self.model.advance(begin_batch(self.model, source, self.n_loops))
         logits = self.model.readout(state, source.readout)  # by the kernels of the base run, which caching may switch
-        engine = packed_logits if packable(self.model) else continued_logits
+        engine = packed_logits if packable(self.model, self.base) else continued_logits
         cells = [self.cells[index] for index in missing]
         patched = engine(self.model, self.base, cells, cache, self.n_loops, self.memory_gb)
         unpatched = self._measure(next(patched)), self._measure(logits)
@@ -164,7 +164,8 @@ class _Job:
         return torch.stack([everything[index].to(logits.device) for index in range(len(self.cells))], dim=1), unpatched
 
     def _activations(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
-        return dict(self.model.run_with_cache(batch.tokens, n_loops=self.n_loops, mask=batch.mask, names_filter=names)[1])
+        run = self.model.run_with_cache(batch.tokens, n_loops=self.n_loops, mask=batch.mask, names_filter=names, **batch.options)
+        return dict(run[1])
 
     def _measure(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "metric batch"]:
         return torch.stack([metric(logits) for metric in self.metrics.values()])

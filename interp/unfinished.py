@@ -80,7 +80,9 @@ class Unfinished:
 def fingerprint(model: LoopedModel, cells: Sequence[Cell], batches: Sequence[Batch], options: tuple[object, ...]) -> str:
     """What decides a sweep's values: weights, configuration, cells, inputs and options."""
     digest = hashlib.sha256(repr((model.cfg, tuple(cells), options)).encode())
-    tensors = [*model.state_dict().values(), *(x for batch in batches for x in (batch.tokens, batch.mask, batch.readout))]
-    for tensor in tensors:
+    given = [value for batch in batches for value in batch.options.values()]
+    digest.update(repr([value for value in given if not isinstance(value, Tensor)]).encode())
+    inputs = [x for batch in batches for x in (batch.tokens, batch.mask, batch.readout)]
+    for tensor in (*model.state_dict().values(), *inputs, *(value for value in given if isinstance(value, Tensor))):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -62,6 +62,14 @@ def causal_keys(queries: Places, keys: Places) -> Bool[Tensor, "batch query key"
     return keys.positions[:, None, :] <= queries.positions[:, :, None]
 
 
+def prefix_keys(queries: Places, keys: Places) -> Bool[Tensor, "batch query key"]:
+    """A row sees the keys at its own position and before it; where there are tags, those tagged 1 also see each other."""
+    seen = causal_keys(queries, keys)
+    if queries.tags is None or keys.tags is None:
+        return seen
+    return seen | ((queries.tags == 1)[:, :, None] & (keys.tags == 1)[:, None, :])
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows a block is given at one visit, and the keys that they see.
@@ -87,7 +95,8 @@ class Rows:
         Raises:
             ValueError: A row would see no key at all (a padded row whose sequence is neither given nor supplied).
         """
-        if others is None and visible is causal_keys and _is_whole(places):
+        plain = visible is causal_keys or (visible is prefix_keys and places.tags is None)
+        if others is None and plain and _is_whole(places):
             return cls(places, None)
         allowed = visible(places, places) & places.mask[:, None, :]
         if others is not None:

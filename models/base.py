@@ -40,6 +40,7 @@ class LoopedModel(HookedLoops):
         batch_independent: A row's result does not depend on the other rows.
         rowwise: Outside attention each (batch, position) is computed on its own, and every part of the state is "batch pos ...",
             so that any rows can be run side by side.
+        heads_read_stream: A head's queries, keys and values are made of the residual stream at their own visit.
         visible: Which keys a row may see.
         visit_blocks: One block per visit in a copy made by `untied`; None where the weights are shared.
     """
@@ -48,6 +49,7 @@ class LoopedModel(HookedLoops):
     prefix_readout: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
     rowwise: ClassVar[bool] = True
+    heads_read_stream: ClassVar[bool] = True
     visible: ClassVar[Visible] = staticmethod(causal_keys)
 
     def __init__(self, cfg: LoopedConfig) -> None:
@@ -64,6 +66,11 @@ class LoopedModel(HookedLoops):
     def additive_residual(self) -> bool:
         """Whether the residual stream is a plain sum of component outputs."""
         return True
+
+    @property
+    def loop_parts(self) -> tuple[str, ...]:
+        """The parts of the state that one iteration hands to the next."""
+        return ("resid",)
 
     @property
     def positional(self) -> bool:
@@ -94,19 +101,31 @@ class LoopedModel(HookedLoops):
         """What happens after a visit that closes an iteration."""
         return resid, parts
 
-    def remember(self, start: State, end: State, store: KeyValueStore, before: KeyValueStore) -> KeyValueStore:
-        """The keys and values by which later tokens see the ones that were just run: a family's rule for generation.
+    def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
+        """Run the next tokens of sequences that are being generated, by the family's rule for what they see of earlier ones.
 
         Args:
-            start, end: Where the run of these tokens began and ended.
-            store: What it wrote, by visit.
-            before: What is remembered of the tokens before them; empty for the first ones.
+            state: Of the new tokens, before the first visit.
+            before: What earlier tokens left; empty for the first ones.
+
+        Returns:
+            The state at the end, and what these tokens leave for later ones; both in the form that `advance` supplies and stores.
         """
-        return store
+        new: KeyValueStore = {}
+        return self.advance(state, supplied=before or None, store=new), new
+
+    def loops_after_prompt(self, n_loops: int) -> int:
+        """Iterations for the tokens that are generated, in a call whose prompt is given `n_loops`."""
+        return n_loops
 
     @abstractmethod
     def normalize(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_model"]:
         """The final norm of any residual stream."""
+
+    @property
+    def final_scale_site(self) -> str:
+        """Where the final norm shows its divisor."""
+        return str(getattr(getattr(self, "final_norm", None), "scale_site", "ln_final.hook_scale"))
 
     @abstractmethod
     def unembed(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:

@@ -76,7 +76,7 @@ class LoopCache(Mapping[str, Tensor]):
         places = {coordinate(name): name for name in here}
         if len(places) < len(here):
             raise KeyError(f"{site!r} could be {' or '.join(sorted({site_of(name) for name in here}))}; name the site in full")
-        layers = sorted({place[1:] for place in places}, key=str)
+        layers = sorted({place[1:] for place in places}, key=_in_order)
         rows = []
         for loop in range(self.n_loops):
             absent = [layer for layer in layers if (loop, *layer) not in places]
@@ -115,12 +115,11 @@ class LoopCache(Mapping[str, Tensor]):
             raise KeyError(self._missing(key))
         site, place = str(key[0]), key[1:]
         here = [name for name in self if is_site(name, site)]
-        depth = max((len(coordinate(name)) for name in here), default=0)
         if place and isinstance(place[0], int) and place[0] < 0:
             place = (self.n_loops + place[0], *place[1:])
-        if len(place) == depth and place and isinstance(place[-1], int) and place[-1] < 0:
-            last = max(c[-1] for c in map(coordinate, here) if len(c) == depth and isinstance(c[-1], int))
-            place = (*place[:-1], last + 1 + place[-1])
+        layers = [c[-1] for c in map(coordinate, here) if len(c) == len(place) > 1 and c[:-1] == place[:-1] and isinstance(c[-1], int)]
+        if layers and isinstance(place[-1], int) and place[-1] < 0:
+            place = (*place[:-1], max(layers) + 1 + place[-1])
         found = [name for name in here if coordinate(name) == place]
         if len(found) != 1:
             raise KeyError(self._missing(key) if not found else f"{key} could be {' or '.join(found)}; name the site in full")
@@ -133,6 +132,11 @@ class LoopCache(Mapping[str, Tensor]):
             f"{key!r} is not in this cache of {len(self)} activations; nearest: {', '.join(nearest) or 'none'}; "
             "run_with_cache(names_filter=...) chooses what is kept"
         )
+
+
+def _in_order(place: tuple[str | int, ...]) -> list[tuple[bool, int, str]]:
+    """Numbers in their order; nested cycles in the order in which they run, "low" before "high"."""
+    return [(isinstance(step, int) or step == "high", step if isinstance(step, int) else 0, str(step)) for step in place]
 
 
 def _parts(name: str) -> tuple[list[str], list[str]]:

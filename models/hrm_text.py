@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.attention import Places, Visible, causal_keys
+from models.attention import Visible, prefix_keys
 from models.base import stream_at
 from models.components import RMSNorm
 from models.decoder import DecoderConfig, LoopedDecoder, stack
@@ -55,14 +55,6 @@ class HrmTextConfig(DecoderConfig):
             raise ValueError(f"n_low_loops must be a number of runs, at least 1, got {self.n_low_loops!r}")
         if self.fused and (self.attention_bias or self.mlp_bias):
             raise ValueError("attention_bias and mlp_bias must be off where the projections are fused")
-
-
-def prefix_keys(queries: Places, keys: Places) -> Bool[Tensor, "batch query key"]:
-    """A row sees the keys at its own position and before it; where there are tags, those tagged 1 also see each other."""
-    seen = causal_keys(queries, keys)
-    if queries.tags is None or keys.tags is None:
-        return seen
-    return seen | ((queries.tags == 1)[:, :, None] & (keys.tags == 1)[:, None, :])
 
 
 class GatedAttention(Attention):
@@ -168,6 +160,10 @@ class HrmText(LoopedDecoder):
     @property
     def embedding_scale(self) -> float:
         return self.cfg.embedding_scale
+
+    @property
+    def loop_parts(self) -> tuple[str, ...]:
+        return ("resid", "low")
 
     @property
     def additive_residual(self) -> bool:

@@ -158,9 +158,10 @@ class HuginnConfig(PreludeCoreCodaConfig):
         super().__post_init__()
         if self.n_ctx is None:
             raise ValueError("n_ctx must be given, because this family's rotary table has one row per position")
-        for name, only in (("n_key_value_heads", self.n_heads), ("head_dim", self.d_head), ("rope_scaling", None)):
-            if getattr(self, name) not in (None, only):
-                raise ValueError(f"{name} must be None or {only} in this family, got {getattr(self, name)!r}")
+        for name in ("n_key_value_heads", "head_dim", "rope_scaling"):
+            if getattr(self, name) is not None:
+                rule = "each of its n_heads heads has keys of its own and d_model / n_heads channels, and its rotary table is stored"
+                raise ValueError(f"{name} must be None in this family ({rule}), got {getattr(self, name)!r}")
 
 
 class HuginnAttention(Attention):

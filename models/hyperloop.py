@@ -137,6 +137,10 @@ class Hyperloop(LoopedDecoder):
         return kind(self.cfg.d_model, self.cfg.eps, site)
 
     @property
+    def loop_parts(self) -> tuple[str, ...]:
+        return ("streams",)
+
+    @property
     def additive_residual(self) -> bool:
         return False
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from models.attention import KeyValues, KeyValueStore, Rows
-from models.components import Norm, norm_sites
-from models.decoder_block import Attention, Block, GatedMLP, Placement, Stream
-from models.hooks import Taps, tap
+from models.decoder_block import GatedMLP, Placement
+from models.hooks import Taps
+from models.melt_block import LatentAttention, LatentGate, MeltBlock
 from models.ouro import Ouro, OuroConfig
 from models.registry import build, family
 from models.state import Slot, State, Visit
-
-_LATENT_NORM = norm_sites("attn.ln_latent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +31,8 @@ class MeltConfig(OuroConfig):
             latent is normed before keys and values are made of it.
         gate_std: Standard deviation of a fresh gate's matrices; 0 for zeros.
         gate_bias: Where a fresh gate's bias starts: 0 blends equally, negative is near the last iteration's input.
-        prefill_chunk: Positions that are run together where `advance_in_chunks` is told no number (the paper trains with 500); None
-            means all of them. A plain call runs all of them whatever this says.
+        prefill_chunk: Positions of a prompt that are run together when generating, and where `advance_in_chunks` is told no number;
+            1 is the exact form, the paper trains with 500, None means all of them. A plain call always runs all of them.
         window: Tokens that would keep a row for each iteration, in a later version of the paper; not computed.
     """
 
@@ -68,74 +66,6 @@ def checked_chunk(size: int, name: str) -> int:
     return size
 
 
-class LatentGate(nn.Module):
-    """z = sigmoid(x W + h U + b) and the new latent z h + (1 - z) x, channel by channel: z = 1 keeps the old one."""
-
-    sites: ClassVar[tuple[str, ...]] = ("attn.hook_latent_in", "attn.hook_gate")
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.W, self.U = nn.Parameter(torch.empty(d_model, d_model)), nn.Parameter(torch.empty(d_model, d_model))
-        self.b = nn.Parameter(torch.empty(d_model))
-
-    def reset(self, std: float | int, bias: float | int) -> None:
-        """Draw the matrices (normal) and set the bias."""
-        for matrix in (self.W, self.U):
-            nn.init.normal_(matrix, std=std)
-        nn.init.constant_(self.b, bias)
-
-    def forward(self, x: Stream, latent: Stream, taps: Taps) -> Stream:
-        latent = tap(taps, "attn.hook_latent_in", latent)
-        z = tap(taps, "attn.hook_gate", torch.sigmoid(x @ self.W + latent @ self.U + self.b))
-        return z * latent + (1 - z) * x
-
-
-class LatentAttention(Attention):
-    """Attention whose queries are made of the stream, and whose keys and values are made of a latent."""
-
-    def read(self, x: Stream, latent: Stream, rows: Rows, taps: Taps) -> Stream:
-        """What the rows of x read of the latents."""
-        flat = (self.q(x), self.k(latent), self.v(latent))
-        q, k, v = (part.unflatten(-1, (-1, self.d_head)).contiguous() for part in flat)
-        return self.attended(q, k, v, x, rows, taps)
-
-
-class MeltBlock(Block):
-    """An Ouro block with a latent, which a gate rewrites at every visit before keys and values are made of it.
-
-    Args:
-        normed: Whether the gate reads the normed input of attention; otherwise the raw one, and `ln1` norms the latent too, with its
-            points at attn.ln_latent.
-    """
-
-    attn: LatentAttention
-
-    def __init__(
-        self, attn: LatentAttention, mlp: GatedMLP, norm: Callable[[str], Norm], norms: tuple[Placement, ...], *, normed: bool
-    ) -> None:
-        super().__init__(attn, mlp, norm, norms)
-        self.latent_gate = LatentGate(attn.q.in_features)
-        self.normed = normed
-        own = (*LatentGate.sites, "attn.hook_latent_out", *(() if normed else _LATENT_NORM))
-        start = self.sites.index("attn.hook_q")
-        self.sites = (*self.sites[:start], *own, *self.sites[start:])
-
-    def forward(  # type: ignore[override]  # a latent goes in and out besides the stream
-        self, x: Stream, latent: Stream | None, rows: Rows, taps: Taps
-    ) -> tuple[Stream, Stream]:
-        """The stream and the latent after the block; without a latent, the input becomes the first one."""
-        assert self.ln1 is not None, "the input of attention is normed"
-        x = tap(taps, "hook_resid_pre", x)
-        normed = self.ln1(x, taps)
-        taken: Tensor = normed if self.normed else x
-        latent = tap(taps, "attn.hook_latent_out", taken if latent is None else self.latent_gate(taken, latent, taps))
-        if self.normed:
-            seen = latent
-        else:
-            seen = self.ln1(latent, {site: taps[own] for site, own in zip(self.ln1.sites, _LATENT_NORM, strict=True) if own in taps})
-        return self.added(x, self.attn.read(normed, seen, rows, taps), taps), latent
-
-
 @family(MeltConfig)
 class Melt(Ouro):
     """Ouro whose layer l keeps a latent h of each position over the iterations, of which its keys and values are made.
@@ -151,15 +81,17 @@ class Melt(Ouro):
 
     A token keeps one row of keys and values per layer, so later tokens see earlier ones as their last iteration left them, at every
     iteration of their own. That makes the model sequential over tokens. A plain call takes the whole input as one chunk, as
-    training takes a part of it: inside a chunk, iteration t sees the others' rows of iteration t. `models.melt_chunks` has the exact
-    form, token by token, and any number between; `generate` follows the rule for every token behind the prompt, which is one chunk.
-    `prefix_readout` holds for one chunk only: the exact form's earlier rows depend on how many iterations there are.
+    training takes a part of it: inside a chunk, iteration t sees the others' rows of iteration t. `exact_logits` goes token by
+    token, `advance_in_chunks` by any number, and `generate` follows the rule for every token behind the prompt, which it runs in
+    chunks of the config's prefill_chunk. `prefix_readout` holds for one chunk only: the rows that later chunks see depend on how many
+    iterations there are.
 
     Source:
         arXiv 2605.07721. No reference code and no weights were released. This follows the equations as secondary sources give them,
         not checked against the paper's own method section; what they leave open is an option of the config.
     """
 
+    heads_read_stream: ClassVar[bool] = False
     cfg: MeltConfig
 
     def block(self, norms: tuple[Placement, ...] = ("input",)) -> MeltBlock:
@@ -171,6 +103,10 @@ class Melt(Ouro):
         super().initialize()
         for gate in self.latent_gates:
             gate.reset(self.cfg.gate_std, self.cfg.gate_bias)
+
+    @property
+    def loop_parts(self) -> tuple[str, ...]:
+        return ("resid", *(f"latent.{layer}" for layer in range(self.cfg.n_layers)))
 
     @property
     def latent_gates(self) -> list[LatentGate]:
@@ -202,8 +138,9 @@ class Melt(Ouro):
         resid, latent = visit.block(resid, None if self._starts(visit) else parts[part], rows, taps)
         return resid, {**parts, part: latent}
 
-    def remember(self, start: State, end: State, store: KeyValueStore, before: KeyValueStore) -> KeyValueStore:
-        return self.everywhere(self.last_rows(store, end.n_loops), end.n_loops)
+    def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
+        new: KeyValueStore = {}
+        return advance_in_chunks(self, state, supplied=before or None, store=new), new
 
     def last_rows(self, store: Mapping[str, KeyValues], n_loops: int) -> dict[int, KeyValues]:
         """The rows that each layer keeps, from a run's keys and values by visit: the last iteration's.
@@ -222,6 +159,50 @@ class Melt(Ouro):
     def everywhere(self, rows: Mapping[int, KeyValues], n_loops: int) -> dict[str, KeyValues]:
         """The rows of each layer as `advance(supplied=...)` takes them: the same at every iteration."""
         return {visit.name: rows[visit.layer] for visit in self.schedule(n_loops)}
+
+
+def advance_in_chunks(
+    model: Melt, state: State, chunk: int | None = None, *, supplied: KeyValueStore | None = None, store: KeyValueStore | None = None
+) -> State:
+    """Run a state to the end some positions at a time; each chunk sees those before it as their last iteration left them.
+
+    Hook points see one chunk at a time, "batch chunk ..."; every point of the loop is called once for each chunk.
+
+    Args:
+        state: Before the first visit; from `begin`, or rows of such a state.
+        chunk: How many positions; 1 is the exact form. None means the config's prefill_chunk, and all of them where that is None.
+        supplied: What an earlier call put in `store`, for a state that holds later rows.
+        store: Is given what later tokens see of these rows, by visit.
+
+    Returns:
+        The state of all its rows at the end, which `model.readout` reads.
+
+    Raises:
+        ValueError: No number of positions, or a state that stands behind the first visit.
+    """
+    chunk = model.cfg.prefill_chunk if chunk is None else checked_chunk(chunk, "chunk")
+    if state.visit != 0:
+        raise ValueError(
+            f"chunks run from the first visit to the last, one after another, but this state stands before visit {state.visit}"
+        )
+    width, n_loops = state.resid.shape[1], state.n_loops
+    seen = None if supplied is None else model.last_rows(supplied, n_loops)
+    ends: list[State] = []
+    made: list[dict[int, KeyValues]] = []
+    for start in range(0, width, chunk or width):
+        new: KeyValueStore = {}
+        piece = state.rows(pos=slice(start, start + (chunk or width)))
+        ends.append(model.advance(piece, supplied=None if seen is None else model.everywhere(seen, n_loops), store=new))
+        made.append(model.last_rows(new, n_loops))
+        seen = made[-1] if seen is None else _side_by_side([seen, made[-1]])
+    if store is not None:
+        store.update(model.everywhere(_side_by_side(made), n_loops))
+    return _one_state(ends)
+
+
+def exact_logits(model: Melt, tokens: Tensor, n_loops: int | None = None, mask: Tensor | None = None) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits at all positions, token by token as in generation; the arguments are those of a plain call."""
+    return model.readout(advance_in_chunks(model, model.begin(tokens, mask, n_loops=n_loops), 1))
 
 
 def melt_from_ouro(model: Ouro, **options: Any) -> Melt:
@@ -247,3 +228,27 @@ def melt_from_ouro(model: Ouro, **options: Any) -> Melt:
     melt.load_state_dict({**melt.state_dict(), **copies}, assign=True)
     melt.vocab, melt.read_at = model.vocab, model.read_at
     return melt
+
+
+def _side_by_side(pieces: list[dict[int, KeyValues]]) -> dict[int, KeyValues]:
+    """Rows of each layer of several pieces of the sequences, in their order."""
+
+    def joined(layer: int, part: str) -> Tensor:
+        return torch.cat([getattr(piece[layer], part) for piece in pieces], dim=1)
+
+    return {layer: KeyValues(**{part: joined(layer, part) for part in ("k", "v", "positions", "mask")}) for layer in pieces[0]}
+
+
+def _one_state(pieces: list[State]) -> State:
+    """States of several pieces of the sequences as one."""
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=1)
+
+    return replace(
+        pieces[0],
+        resid=joined([piece.resid for piece in pieces]),
+        positions=joined([piece.positions for piece in pieces]),
+        mask=joined([piece.mask for piece in pieces]),
+        parts={name: joined([piece.parts[name] for piece in pieces]) for name in pieces[0].parts},
+    )

@@ -140,6 +140,10 @@ class Spiral(LoopedModel):
         self.grow(cfg.n_loops or 1)
 
     @property
+    def loop_parts(self) -> tuple[str, ...]:
+        return ("resid", "v")
+
+    @property
     def additive_residual(self) -> bool:
         return False
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.attention import KeyValueStore
 from models.base import LoopedModel
 from models.decoder import DecoderConfig, LoopedDecoder
 from models.decoder_block import Attention, Block, GatedMLP, HeadNormedAttention
@@ -104,6 +105,17 @@ class WindowLoops(LoopedModel):
         """The state after iteration `loop` of this call's own n_loops, run through the layers after the window."""
         end = self.iteration_ends(state.n_loops)[-1]
         return self.advance(replace(state, visit=end, parts={}))
+
+    def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
+        if state.n_loops == 1:
+            return super().extend(state, before)
+        from models.training_free_cache import advance_stashing  # late, because it is about this class
+
+        new: KeyValueStore = {}
+        return advance_stashing(self, state, new, source=self.cfg.stash, supplied=before or None), new
+
+    def loops_after_prompt(self, n_loops: int) -> int:
+        return 1 if self.cfg.decode == "bypass" else n_loops
 
     def forward(
         self, tokens: Tensor, n_loops: int | None = None, mask: Tensor | None = None, **options: Any

@@ -18,6 +18,7 @@ from models.attention import KeyValues, KeyValueStore, Rows
 from models.hooks import NO_TAPS, live
 from models.state import State, checked_loops
 from models.training_free import WindowLoops
+from models.training_free_rules import check_source
 
 
 def prefill(
@@ -82,8 +83,7 @@ def advance_stashing(
     Raises:
         ValueError: Another source, or a state that stands inside or behind the window.
     """
-    if source not in ("first", "last"):
-        raise ValueError(f"source must be 'first' (the state before the passes) or 'last' (after them), got {source!r}")
+    check_source(source)
     starts = [visit.index for visit in model.schedule(state.n_loops) if visit.opening and visit.loop == 0]
     if state.visit > starts[0]:
         raise ValueError(f"the state must stand at or before the window (visit {starts[0]}), got one before visit {state.visit}")

@@ -29,15 +29,22 @@ class WindowConfig(LoopedConfig):
         rule: How the state moves in each of the n_loops passes; see `moved`.
         beta: The share of the first pass in the blend; None for the other rules.
         mode: "block" loops the window as a whole, "layer" loops each of its layers before the next.
+        stash: Where the window's entries of a generation cache come from: the state after its passes ("last") or before ("first").
+        decode: Whether generated tokens are "looped" as the prompt is, or run as by the ordinary model ("bypass").
     """
 
     window: tuple[int, int]
     rule: Rule = "blend"
     beta: float | int | None = BETA
     mode: Mode = "block"
+    stash: str = "last"
+    decode: str = "looped"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_source(self.stash)
+        if self.decode not in ("looped", "bypass"):
+            raise ValueError(f"decode must be 'looped' or 'bypass', got {self.decode!r}")
         object.__setattr__(self, "window", checked_window(self.window, self.n_layers))
         check_rule(self.rule, self.beta, self.mode)
 
@@ -57,6 +64,12 @@ def checked_window(window: object, n_layers: int) -> tuple[int, int]:
             f"window must be the first and the last layer to loop, both included and counted from 0, in 0..{n_layers - 1}, got {window!r}"
         )
     return whole[0], whole[1]
+
+
+def check_source(source: object) -> None:
+    """Raise ValueError unless it names a state that a cache's entries can come from."""
+    if source not in ("first", "last"):
+        raise ValueError(f"a cache is made of the state before the passes ('first') or after them ('last'), got {source!r}")
 
 
 def check_rule(rule: object, beta: object, mode: object) -> None:

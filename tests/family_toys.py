@@ -92,6 +92,9 @@ TOYS: dict[str, Toy] = {
     "nanbeige": Toy(golden("nanbeige")),
     "nanbeige_mhc": Toy(golden("nanbeige_mhc")),
     "hrm_text": Toy(golden("hrm_text")),
+    "hrm_text_prefix": Toy(
+        golden("hrm_text"), lambda tokens: {"token_types": (torch.arange(tokens.shape[1]) < 3).expand_as(tokens).long()}
+    ),
     "ouro": Toy(golden("ouro"), unread=("hook_exit_logit",)),
     "parcae": Toy(golden("parcae"), lambda tokens: {"state": latents(tokens, 32)}),
     "spiral": Toy(golden("spiral"), unread=("hook_halt_logit",)),

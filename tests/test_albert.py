@@ -236,7 +236,7 @@ def test_what_needs_a_logit_that_is_linear_in_the_stream_refuses() -> None:
     for circuit in (qk_circuit, full_ov):
         with pytest.raises(ValueError, match=r"fold_ln needs a norm in front of the attention, but loops\.0\.blocks\.0 reads"):
             circuit(model, 0)
-    with pytest.raises(ValueError, match="a Albert is not causal"):
+    with pytest.raises(ValueError, match="this Albert is not causal"):
         generate(model, batch["tokens"], 2)
 
 

@@ -276,6 +276,6 @@ def test_gate_logits_are_read_after_every_iteration_at_the_readout(batch_size: i
 
 def test_family_without_a_gate_is_refused(plain: RecurrentDepth) -> None:
     with pytest.raises(
-        ValueError, match=r"a RecurrentDepth has no exit gate to read: this call has no hook point 'loops.0.hook_exit_logit'"
+        ValueError, match=r"this RecurrentDepth has no exit gate to read: its calls have no hook point 'loops.0.hook_exit_logit'"
     ):
         gate_logits(plain, padded(), 2)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from family_toys import TOYS, Toy, padded, random_tokens
 from interp.generation import Sampling, generate
+from models.attention import KeyValues
 from models.base import LoopedModel
 from models.tokens import Batch
+from models.training_free_cache import decode_bypass, decode_looped, prefill
 from toy import assert_close, hook_count, settling
 from toy import padded as padded_toy
 
-RECOMPUTES = ("melt", "training_free")  # their rule for the cache is not what the whole pass does; see their own tests
-CACHED = [name for name in TOYS if not name.startswith(RECOMPUTES)]
+OWN_RULE = ("melt", "training_free")  # what later tokens see of earlier ones is not what the whole pass gives them
+CACHED = [name for name in TOYS if not name.startswith(OWN_RULE)]
 
 
 def step_by_step(model: LoopedModel, prompt: Tensor, options: dict, new: int, n_loops: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +51,60 @@ def test_cached_generation_of_ragged_prompts_equals_whole_runs(name: str) -> Non
         assert_close(found.logits[row], logits)
         assert torch.equal(found.tokens[row, length : length + 3], new)
         assert found.mask[row].sum() == length + 3
+
+
+def ragged(name: str) -> tuple[LoopedModel, Batch]:
+    toy = TOYS[name]
+    model = toy.make().requires_grad_(False)
+    return model, padded(toy, model)
+
+
+@pytest.mark.parametrize("name", ["melt", "melt_raw"])
+def test_melt_generates_as_its_rows_say_token_by_token(name: str) -> None:
+    """The prompt is one chunk; every later token is a chunk of its own that sees what earlier ones left."""
+    model, batch = ragged(name)
+    found = generate(model, batch, 3, n_loops=2)
+    for row, length in enumerate(batch.mask.sum(1).tolist()):
+        seen: dict[str, KeyValues] = {}
+        tokens = found.tokens[row : row + 1, : length + 3]
+        for step in range(3):
+            first = 0 if step == 0 else length + step - 1
+            state = model.begin(tokens[:, : length + step], n_loops=2).rows(pos=slice(first, None))
+            new: dict[str, KeyValues] = {}
+            end = model.advance(state, supplied=seen or None, store=new)
+            last = {f"loops.{t}.blocks.{layer}": new[f"loops.1.blocks.{layer}"] for t in range(2) for layer in range(2)}
+            seen = {key: _cat(seen.get(key), value) for key, value in last.items()}
+            assert_close(found.logits[row, step], model.readout(end)[0, -1])
+
+
+def _cat(old: KeyValues | None, new: KeyValues) -> KeyValues:
+    if old is None:
+        return new
+    return KeyValues(*(torch.cat([getattr(old, part), getattr(new, part)], 1) for part in ("k", "v", "positions", "mask")))
+
+
+@pytest.mark.parametrize("stash", ["first", "last"])
+@pytest.mark.parametrize("decode", ["looped", "bypass"])
+@pytest.mark.parametrize("name", ["training_free", "training_free_layers", "training_free_gpt2"])
+def test_training_free_generates_by_its_canonical_entries(name: str, decode: str, stash: str) -> None:
+    model, batch = ragged(name)
+    model.cfg = replace(model.cfg, stash=stash, decode=decode)
+    found = generate(model, batch, 3, n_loops=3)
+    for row, length in enumerate(batch.mask.sum(1).tolist()):
+        state, cache = prefill(model, batch.tokens[row : row + 1, :length], n_loops=3, source=stash)
+        for step in range(3):
+            assert_close(found.logits[row, step], model.readout(state)[0, -1])
+            token = found.new[row : row + 1, step : step + 1]
+            if decode == "looped":
+                state, cache = decode_looped(model, token, cache, n_loops=3, source=stash)
+            else:
+                state, cache = decode_bypass(model, token, cache)
+
+
+def test_an_ordinary_model_generates_as_it_does_unlooped() -> None:
+    model, batch = ragged("training_free_blend")
+    found, whole = generate(model, batch, 3, n_loops=1), generate(model, batch, 3, n_loops=1, use_cache=False)
+    assert_close(found.logits, whole.logits)
 
 
 def test_hooks_act_on_every_step_and_on_one_iteration_alone() -> None:

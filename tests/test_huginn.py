@@ -345,7 +345,8 @@ def test_fields_that_are_not_computed_are_refused(field: str, value: object, mes
     ("changes", "message"),
     [
         ({"n_ctx": None}, "n_ctx must be given, because this family's rotary table"),
-        ({"n_key_value_heads": 1}, "n_key_value_heads must be None or 5 in this family, got 1"),
+        ({"n_key_value_heads": 1}, "n_key_value_heads must be None in this family .* got 1"),
+        ({"head_dim": 4}, "head_dim must be None in this family .* got 4"),
         ({"n_prelude_layers": -1}, "n_prelude_layers must be an integer of at least 0, got -1"),
         ({"state_std": -0.5}, r"state_std must be at least 0, got -0\.5"),
     ],

@@ -20,8 +20,8 @@ from interp.exit_gate import readout_at_threshold
 from interp.generation import generate
 from interp.jacobian import jacobian_spectrum
 from models.attention import KeyValues
-from models.melt import Melt, MeltBlock, MeltConfig, melt_from_ouro
-from models.melt_chunks import advance_in_chunks, exact_logits
+from models.melt import Melt, MeltConfig, advance_in_chunks, exact_logits, melt_from_ouro
+from models.melt_block import MeltBlock
 from models.ouro import Ouro, OuroConfig
 from models.registry import build, config_from_dict
 from models.tokens import Batch
@@ -140,11 +140,10 @@ def test_forward_is_the_equations_with_the_whole_input_as_one_chunk(options: dic
     model = toy(**options)
     tokens = random_tokens(model)
     state = model.advance(model.begin(tokens, n_loops=n_loops))
-    for row, sequence in enumerate(tokens):
-        logits, latents = by_the_equations(model, sequence, n_loops, [POS])
-        assert_close(model.readout(state)[row], logits)
-        for name, value in latents.items():
-            assert_close(model.state_parts(state)[name][row], value)
+    logits, latents = by_the_equations(model, tokens[1], n_loops, [POS])
+    assert_close(model.readout(state)[1], logits)
+    for name, value in latents.items():
+        assert_close(model.state_parts(state)[name][1], value)
 
 
 # Chunks, and the exact form
@@ -233,7 +232,7 @@ def test_chunks_from_the_middle_and_rows_of_unfinished_runs_are_refused() -> Non
     with pytest.raises(ValueError, match="this state stands before visit 2"):
         advance_in_chunks(model, stopped, 1)
     with pytest.raises(ValueError, match=r"a run must go to its end, but this one has no 'loops.2.blocks.0'"):
-        model.remember(begun, stopped, store, {})
+        model.last_rows(store, stopped.n_loops)
 
 
 # Generation
@@ -242,11 +241,11 @@ def test_chunks_from_the_middle_and_rows_of_unfinished_runs_are_refused() -> Non
 def test_a_token_leaves_one_row_per_layer() -> None:
     model, store = toy(), {}
     begun = model.begin(random_tokens(model))
-    end = model.advance(begun, store=store)
-    remembered = model.remember(begun, end, store, {})
-    assert list(remembered) == [visit.name for visit in model.schedule()]
+    model.advance(begun, store=store)
+    _, left = model.extend(begun, {})
+    assert list(left) == [visit.name for visit in model.schedule()]
     for visit in model.schedule():
-        assert remembered[visit.name] is store[f"loops.{LOOPS - 1}.blocks.{visit.layer}"]
+        assert torch.equal(left[visit.name].k, store[f"loops.{LOOPS - 1}.blocks.{visit.layer}"].k)
 
 
 @Options
@@ -256,13 +255,10 @@ def test_cached_generation_is_the_equations_token_by_token(options: dict[str, An
     tokens = random_tokens(model, pos=4) * mask
     found = generate(model, Batch(tokens, mask, torch.tensor(lengths) - 1), new)
     for row, length in enumerate(lengths):
-        sequence = tokens[row, :length]
-        for step in range(new):
-            ends = [length, *range(length + 1, length + step + 1)]
-            logits = by_the_equations(model, sequence, LOOPS, ends)[0][-1]
-            assert_close(found.logits[row, step], logits)
-            assert found.new[row, step] == logits.argmax()
-            sequence = torch.cat([sequence, logits.argmax()[None]])
+        sequence = torch.cat([tokens[row, :length], found.new[row, :-1]])
+        logits, _ = by_the_equations(model, sequence, LOOPS, list(range(length, length + new)))
+        assert_close(found.logits[row], logits[length - 1 :])
+        assert torch.equal(found.new[row], logits[length - 1 :].argmax(-1))
 
 
 def test_generation_from_one_token_is_the_exact_form() -> None:
@@ -270,6 +266,17 @@ def test_generation_from_one_token_is_the_exact_form() -> None:
     found = generate(model, random_tokens(model, pos=1), 5)
     assert_close(found.logits, exact_logits(model, found.tokens)[:, :-1])
     assert not is_close(found.logits, model(found.tokens)[:, :-1])
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_prompts_are_run_in_the_configs_chunks_when_generating(chunk: int) -> None:
+    model = toy(prefill_chunk=chunk)
+    tokens = random_tokens(model, pos=5)
+    found = generate(model, tokens, 2)
+    sequence = torch.cat([tokens[2], found.new[2, :-1]])
+    logits, _ = by_the_equations(model, sequence, LOOPS, [*range(chunk, 5, chunk), 5, 6])
+    assert_close(found.logits[2], logits[4:])
+    assert not is_close(found.logits, generate(toy(), tokens, 2).logits)
 
 
 # What it contains

@@ -76,7 +76,7 @@ def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
 
     def write(module: str = "smollm.model", **more: Any) -> Path:
         weights = load_file(GOLDEN / "smollm" / "model.safetensors")
-        content = {"model": weights, "config": TransformerConfig(), "tokenizer": {"token2id": {"<PAD>": 0}}, **more}
+        content = {"model": weights, "config": TransformerConfig(), "tokenizer": {"id2token": {0: "<PAD>"}}, "epoch": 100, **more}
         foreign = {TransformerConfig: module, SmilesTokenizer: "smollm.tokenizer"}
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "smollm", ModuleType("smollm"))
@@ -85,9 +85,9 @@ def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
                 setattr(stand_in, cls.__name__, cls)
                 patch.setitem(sys.modules, name, stand_in)
                 patch.setattr(cls, "__module__", name)
-            torch.save(content, tmp_path / "best.pt")
+            torch.save(content, tmp_path / "ws-e24-x5-s42.pt")
         assert not any(name.startswith("smollm") for name in sys.modules)
-        return tmp_path / "best.pt"
+        return tmp_path / "ws-e24-x5-s42.pt"
 
     return write
 

@@ -150,9 +150,9 @@ def test_a_grid_has_named_axes(plain: RecurrentDepth) -> None:
 def test_both_engines_agree(model: RecurrentDepth) -> None:
     sites = ["resid_pre", "z", "pattern", "embed", "ln_final.scale", "mlp.post"]
     packed = activation_patch(model, CLEAN, CORRUPTED, projection(), 2, sites=sites)
-    assert packable(model)
+    assert packable(model, padded())
     with model.hooks([("hook_embed", lambda value, hook: None)], n_loops=2):
-        assert not packable(model)
+        assert not packable(model, padded())
         continued = activation_patch(model, CLEAN, CORRUPTED, projection(), 2, sites=sites, memory_gb=1e-4)
     assert packed.cells == continued.cells
     assert_close(packed.values, continued.values)
@@ -164,7 +164,7 @@ def test_models_whose_rows_are_not_alone_are_continued_whole(odd_model: LoopedMo
     for cell, value in zip(sweep.cells, sweep.values, strict=True):
         logits = run_hooked(odd_model, full(2), cell.name, put(values[cell.name], (slice(None), 2)), 2)
         assert_close(value, projection()(logits[torch.arange(BATCH), full(2).readout]))
-    assert packable(odd_model) == (odd_model.causal and odd_model.batch_independent)
+    assert packable(odd_model, padded()) == (odd_model.causal and odd_model.batch_independent)
 
 
 def test_gradients_can_be_on_outside_and_nothing_escapes(plain: RecurrentDepth) -> None:

@@ -91,5 +91,4 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "hrm_text",
     config=_config,
     names=_names,
-    any_format=(_LOW_START,),
 )

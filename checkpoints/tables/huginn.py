@@ -111,5 +111,4 @@ TABLE = Table(
     config=_config,
     names=_names,
     tied=TIED,
-    any_format=("freqs_cis",),
 )

@@ -167,5 +167,4 @@ TABLE = Table(
     config=_config,
     names=_names,
     tied=("lm_head.weight", "transformer.wte.weight"),
-    any_format=("freqs_cis",),
 )

@@ -71,7 +71,6 @@ TABLE = Table(
     config=_config,
     names=_names,
     tied=("head.weight", "tok_emb.weight"),
-    any_format=("rope_cos", "rope_sin"),
     records=(*(f"{module}.TransformerConfig" for module in _MODULES), "smollm.tokenizer.SmilesTokenizer"),
     unpack=_unpack,
 )

@@ -33,7 +33,7 @@ _GPT2 = {
 
 
 def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
-    """Window, rule, beta and mode from what the caller passed to `load`."""
+    """Window, rule, beta, mode and the rule of the cache from what the caller passed to `load`."""
     if options.get("window") is None:
         raise ValueError(
             f"this is an ordinary model of {n_layers} layers, so say which of them to loop: window=(first, last), both included and "
@@ -42,7 +42,8 @@ def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
     rule, mode = options.pop("rule", "blend"), options.pop("mode", "block")
     beta = options.pop("beta", BETA if rule == "blend" else None)
     check_rule(rule, beta, mode)
-    return {"window": checked_window(options.pop("window"), n_layers), "rule": rule, "beta": beta, "mode": mode}
+    cache: dict[str, Any] = {name: options.pop(name) for name in ("stash", "decode") if name in options}
+    return {"window": checked_window(options.pop("window"), n_layers), "rule": rule, "beta": beta, "mode": mode, **cache}
 
 
 def _rotary(fields: ConfigFields) -> tuple[float, dict[str, Any] | None]:
