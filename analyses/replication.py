@@ -20,6 +20,7 @@ _CHECKS = (
     multi_hop_claims.halting,
     multi_hop_claims.ever_faster,
     two_hop_claims.three_stages,
+    two_hop_claims.more_iterations,
     two_hop_claims.vanilla,
     two_hop_claims.bridge,
 )
