@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -206,7 +207,12 @@ def _outcome(call: Callable[[], Any]) -> str:
 
 _PAGE = """# Families
 
-Written by `loopscope families`, which runs every method on a tiny random model of every family.
+Written by `loopscope families`, which runs every method on a tiny random model of every family. `load(folder)` takes a release of
+each family as it is published (config.json with safetensors, or its pickle); `loopscope list` names the known ones.
+
+## What each family is
+
+{families}
 
 ## What each family declares
 
@@ -218,6 +224,8 @@ the others. "own format only" means that nobody has released weights: the family
 
 ## What runs
 
+On every family: {everywhere}. Of the others:
+
 {methods}
 
 ## Why not
@@ -227,14 +235,40 @@ the others. "own format only" means that nobody has released weights: the family
 
 
 def page(support: Support) -> str:
-    """The tables and every refusal, the same sentence once with all its families."""
+    """What the families are and declare, what runs on which, and every refusal, the same sentence once with all its families."""
+    rows = support.methods.set_index("method")
+    everywhere = [name for name, row in rows.iterrows() if (row == "yes").all()]
+    some = rows.drop(index=everywhere).T.rename_axis("family").reset_index()
+    some.columns = [name if name == "family" else f"`{name}`" for name in some.columns]
     grouped: dict[tuple[str, str], list[str]] = {}
     for (method, family), why in support.reasons.items():
-        grouped.setdefault((method, why), []).append(family)
-    lines = [f"* `{method}` ({', '.join(families)}): {why}" for (method, why), families in grouped.items()]
-    methods = support.methods.assign(method=[f"`{name}`" for name in support.methods["method"]]).set_index("method").T
-    methods = methods.rename_axis("family").reset_index()
-    return _PAGE.format(facts=markdown_table(support.facts), methods=markdown_table(methods), reasons="\n".join(lines))
+        sentence = why.replace(f"{method} needs", "it needs").replace(FAMILIES[family][1].__name__, "model")
+        grouped.setdefault((sentence, family), []).append(method)
+    shared: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (why, family), methods in grouped.items():
+        shared.setdefault((why, tuple(methods)), []).append(family)
+    reasons = [
+        f"* {', '.join(f'`{name}`' for name in methods)} on {', '.join(families)}: {why}" for (why, methods), families in shared.items()
+    ]
+    return _PAGE.format(
+        families="\n".join(f"* **{name}**: {_about(FAMILIES[name][1])}" for name in sorted(FAMILIES)),
+        facts=markdown_table(support.facts),
+        everywhere=_named(everywhere),
+        methods=markdown_table(some),
+        reasons="\n".join(reasons),
+    )
+
+
+def _named(methods: Iterable[Any]) -> str:
+    return ", ".join(f"`{name}`" for name in methods)
+
+
+def _about(family: type[LoopedModel]) -> str:
+    """The first paragraph and the source of a family's docstring."""
+    text = inspect.getdoc(family) or ""
+    about, _, rest = text.partition("\n\n")
+    source = rest.partition("Source:\n")[2].partition("\n\n")[0]
+    return " ".join(about.split()) + (f" ({' '.join(source.split())})" if source else "")
 
 
 def write(path: Path) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from analyses.configs import SourceConfig
 from analyses.findings import HOPS, Pairs
 from analyses.records import markdown_table
 from analyses.subject import open_subject
+from models.registry import FAMILIES
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -28,6 +31,40 @@ def pairs() -> Pairs:
 @pytest.mark.slow
 def test_claims_are_what_the_command_writes(tmp_path: Path) -> None:
     assert replication.write(tmp_path / "replication.md").read_text() == (DOCS / "replication.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def families_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Written by the command itself, where shapes are not checked, which takes several times longer."""
+    path = tmp_path_factory.mktemp("pages") / "families.md"
+    subprocess.run([sys.executable, "-m", "loopscope", "families", "--out", str(path)], check=True, capture_output=True, timeout=300)
+    return path.read_text()
+
+
+@pytest.mark.slow
+def test_families_are_what_the_command_writes(families_page: str) -> None:
+    assert families_page == (DOCS / "families.md").read_text()
+
+
+@pytest.mark.slow
+def test_every_family_runs_or_refuses_with_a_reason(families_page: str) -> None:
+    lines = [line.strip("| ").split(" | ") for line in families_page.splitlines() if line.startswith("|")]
+    facts = {line[0]: line[1:] for line in lines[2:] if len(line) == 6}
+    header = next(line for line in lines if "`gate_logits`" in line)
+    runs = {line[0]: dict(zip(header[1:], line[1:], strict=True)) for line in lines if len(line) == len(header) and line[0] in FAMILIES}
+    assert set(facts) == set(runs) == set(FAMILIES)
+    assert {family for family, row in runs.items() if row["`gate_logits`"] == "yes"} == {"ouro", "melt"}
+    assert {family for family, row in runs.items() if row["`generate`"] == "no"} == {"albert"}
+    additive = {family for family, row in facts.items() if row[2] == "yes"}
+    assert {family for family, row in runs.items() if row["`direct_logit_attribution`"] == "yes"} == additive
+    everywhere = next(line for line in families_page.splitlines() if line.startswith("On every family"))
+    for method in ("logit_lens", "readout_lens", "activation_patch", "attribution_patch", "gradients", "dynamics", "untied"):
+        assert f"`{method}`" in everywhere
+    reasons = families_page.partition("## Why not")[2].strip().splitlines()
+    for method in header[1:]:
+        for family in FAMILIES:
+            said = [line for line in reasons if method in line.partition(" on ")[0] and re.search(rf"\b{family}\b", line.partition(":")[0])]
+            assert len(said) == (runs[family][method] == "no"), (method, family)
 
 
 def test_a_verdict_is_yes_partly_or_no() -> None:
