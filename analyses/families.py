@@ -173,14 +173,16 @@ class Support:
 
 
 def facts() -> pd.DataFrame:
-    """The declared facts of every family, and whether it has releases that are loaded."""
+    """The declared facts of every family, whether it has releases that are loaded, and what its runs take besides tokens."""
     loaded = {table.family for table in TABLES} | {"recurrent_depth"}
     rows = []
     for family in sorted(FAMILIES):
         model = tiny(family)
         declared = ["yes" if getattr(model, fact) else "no" for fact in FACTS]
-        rows.append((family, *declared, "released layout" if family in loaded else "own format only"))
-    return pd.DataFrame(rows, columns=["family", *FACTS, "loads"])
+        keywords = [name for name, kind in inspect.signature(model.embed).parameters.items() if kind.kind is inspect.Parameter.KEYWORD_ONLY]
+        layout = "released layout" if family in loaded else "own format only"
+        rows.append((family, *declared, layout, ", ".join(keywords) or "-"))
+    return pd.DataFrame(rows, columns=["family", *FACTS, "loads", "takes"])
 
 
 def run() -> Support:
@@ -218,9 +220,14 @@ each family as it is published (config.json with safetensors, or its pickle); `l
 
 `causal`: a later token never changes an earlier result. `prefix_readout`: stopping after t iterations and reading out equals a call with
 n_loops=t. `additive_residual`: the stream is a plain sum of component outputs. `batch_independent`: a row never depends on
-the others. "own format only" means that nobody has released weights: the family follows its paper's equations.
+the others. "own format only" means that nobody has released weights: the family follows its paper's equations. What a family takes is
+given to a call by name (`model(tokens, seed=3)`), and to a method in a `Batch`'s `options`.
 
 {facts}
+
+`load` takes for some releases what they do not say:
+
+{options}
 
 ## What runs
 
@@ -253,6 +260,9 @@ def page(support: Support) -> str:
     return _PAGE.format(
         families="\n".join(f"* **{name}**: {_about(FAMILIES[name][1])}" for name in sorted(FAMILIES)),
         facts=markdown_table(support.facts),
+        options="\n".join(
+            sorted({f"* {t.family}: " + "; ".join(f"`{k}`: {v}" for k, v in t.options.items()) for t in TABLES if t.options})
+        ),
         everywhere=_named(everywhere),
         methods=markdown_table(some),
         reasons="\n".join(reasons),

@@ -36,6 +36,7 @@ class Table:
         names: Our parameter name for each key that the file may have.
         skipped: Keys that hold nothing which the forward pass needs.
         tied: The key of a head and of the embedding that it must equal where the config ties them.
+        options: What `config` takes of the caller's options, and what each says.
         readout: Where answers are read unless the caller says otherwise.
         records: Foreign classes that the release's pickle holds, "module.Class"; they are read as inert records.
         unpack: The config and the tensors in the content of the release's pickle; None where it is a state dict.
@@ -47,6 +48,7 @@ class Table:
     names: Callable[[Any], Mapping[str, str]]
     skipped: str = r".*rotary_emb\.inv_freq"
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+    options: Mapping[str, str] = field(default_factory=dict)
     readout: str | None = "last_real"
     records: tuple[str, ...] = ()
     unpack: Callable[[Mapping[str, Any]], Release | None] = field(default=lambda content: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from checkpoints.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model")
+_COMPANIONS = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 
 
 class HubTokenizer:
@@ -56,12 +58,23 @@ def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
     """
     if not any((folder / name).is_file() for name in _FILES):
         return None
-    from transformers import AutoTokenizer  # takes seconds, and most checkpoints have no tokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = _read(folder)
     except Exception as error:  # transformers raises many types on files that it cannot read
         raise CheckpointError(f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
     if len(tokenizer) > d_vocab:
         raise CheckpointError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model has d_vocab={d_vocab}")
     return HubTokenizer(tokenizer, d_vocab)
+
+
+def _read(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, read where the model's config is out of sight, which transformers may not know."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds, and most checkpoints have no tokenizer
+
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    with tempfile.TemporaryDirectory() as alone:
+        for name in (*_FILES, *_COMPANIONS):
+            if (folder / name).is_file():
+                (Path(alone) / name).symlink_to((folder / name).resolve())
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(alone, local_files_only=True)
+    return tokenizer

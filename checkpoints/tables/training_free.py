@@ -31,6 +31,15 @@ _GPT2 = {
     "mlp.c_proj.bias": "mlp.b_out",
 }
 
+_OPTIONS = {
+    "window": "first and last layer to loop, both included, from 0 (needed)",
+    "rule": "'blend' (default), 'euler' or 'naive'",
+    "beta": f"share of the first pass in the blend ({BETA} by default)",
+    "mode": "'block' (default) or 'layer'",
+    "stash": "state that a cache's entries are made of: 'last' (default) or 'first'",
+    "decode": "generated tokens are 'looped' (default) or run unlooped ('bypass')",
+}
+
 
 def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
     """Window, rule, beta, mode and the rule of the cache from what the caller passed to `load`."""
@@ -152,12 +161,13 @@ def _gpt2_table(prefix: str) -> Table:
         names=names,
         skipped=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
         tied=("lm_head.weight", f"{prefix}wte.weight"),
+        options=_OPTIONS,
     )
 
 
 TABLES = (
-    Table("training_free", lambda values, keys: values.get("model_type") == "llama", _llama, _names),
-    Table("training_free", lambda values, keys: values.get("model_type") == "qwen3", _qwen3, _names),
+    Table("training_free", lambda values, keys: values.get("model_type") == "llama", _llama, _names, options=_OPTIONS),
+    Table("training_free", lambda values, keys: values.get("model_type") == "qwen3", _qwen3, _names, options=_OPTIONS),
     _gpt2_table(""),
     _gpt2_table("transformer."),
 )
