@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from interp.steering import attenuate_input, steer, swap_input
 from interp.tracing import causal_tracing, denoising_map, noising_map
 from interp.tuned_lens import train_tuned_lens
 from models.base import LoopedModel
+from models.cache import site_of
 from models.registry import FAMILIES, build, config_from_dict
 from models.tokens import Batch
 from models.views import unrolled, untied
@@ -59,6 +61,15 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "training_free_gpt2": {"n_layers": 4, "window": (1, 2)},
 }
 _WITHOUT: dict[str, tuple[str, ...]] = {"recurrent_depth": ("n_ctx",)}
+
+_NORMS = ("ln1", "ln2", "ln1_post", "ln2_post", "ln_final", "ln_boundary")
+_LISTED = {
+    *(f"{norm}.hook_{what}" for norm in _NORMS for what in ("scale", "normalized")),
+    *(f"attn.hook_{what}" for what in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "out")),
+    *(f"mlp.hook_{what}" for what in ("pre", "pre_linear", "post", "out")),
+    *(f"hook_{what}" for what in ("embed", "pos_embed", "state_in", "input", "injected", "state_out", "exit_logit", "attn_out", "mlp_out")),
+    *(f"hook_resid_{where}" for where in ("pre", "mid", "post")),
+}
 
 
 def tiny(family: str) -> LoopedModel:
@@ -258,7 +269,7 @@ def page(support: Support) -> str:
         f"* {', '.join(f'`{name}`' for name in methods)} on {', '.join(families)}: {why}" for (why, methods), families in shared.items()
     ]
     return _PAGE.format(
-        families="\n".join(f"* **{name}**: {_about(FAMILIES[name][1])}" for name in sorted(FAMILIES)),
+        families="\n".join(f"* **{name}**: {_about(FAMILIES[name][1])}{_own_points(name)}" for name in sorted(FAMILIES)),
         facts=markdown_table(support.facts),
         options="\n".join(
             sorted({f"* {t.family}: " + "; ".join(f"`{k}`: {v}" for k, v in t.options.items()) for t in TABLES if t.options})
@@ -279,6 +290,14 @@ def _about(family: type[LoopedModel]) -> str:
     about, _, rest = text.partition("\n\n")
     source = rest.partition("Source:\n")[2].partition("\n\n")[0]
     return " ".join(about.split()) + (f" ({' '.join(source.split())})" if source else "")
+
+
+def _own_points(family: str) -> str:
+    """The stacks of blocks that a call visits, and the sites that docs/hooks.md does not list."""
+    names = tiny(family).hook_names(_LOOPS)
+    stacks = dict.fromkeys(re.sub("[0-9]+", "*", name.removesuffix(".hook_attn_out")) for name in names if name.endswith(".hook_attn_out"))
+    own = dict.fromkeys(site for site in map(site_of, names) if site not in _LISTED)
+    return f" Blocks: {_named(stacks)}." + (f" Sites of its own: {_named(own)}." if own else "")
 
 
 def write(path: Path) -> Path:
