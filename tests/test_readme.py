@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import loopscope
 from analyses import halting_curves, recurrence_grid
 from analyses.configs import HaltingConfig, RecurrenceConfig
+from checkpoints.remote import find_release
+from golden_cases import GOLDEN
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    [example] = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(EXAMPLES[0], "README.md", "exec"), {})
     assert "logit_margin" in capsys.readouterr().out
+
+
+def test_the_example_of_other_families_runs_on_small_stand_ins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ouro, qwen = tmp_path / "ouro", tmp_path / "qwen"
+    shutil.copytree(GOLDEN / "ouro", ouro)
+    words = {word: i for i, word in enumerate(["<unk>", "The", "capital", "of", "France", "is"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(ouro)
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, num_hidden_layers=28, vocab_size=31)).save_pretrained(qwen)
+    asked: list[str] = []
+    monkeypatch.setitem(loopscope.__dict__, "fetch", lambda name: asked.append(name) or ouro)
+    scope: dict[str, Any] = {}
+    exec(compile(EXAMPLES[1].replace("path/to/Qwen3-1.7B", str(qwen)), "README.md", "exec"), scope)
+    assert asked == ["Ouro-1.4B"]
+    assert find_release(asked[0]).at == "ByteDance/Ouro-1.4B"
+    assert "top_prob" in capsys.readouterr().out
+    assert scope["text"].new.shape == (1, 20)
+    assert [visit.name for visit in scope["plain"].schedule() if visit.loop == 2] == [
+        f"loops.2.blocks.{layer}" for layer in (12, 13, 14, 15)
+    ]
 
 
 def test_the_numbers_beyond_the_trained_depth() -> None:
