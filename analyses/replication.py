@@ -19,6 +19,7 @@ _CHECKS = (
     multi_hop_claims.robustness,
     multi_hop_claims.halting,
     multi_hop_claims.ever_faster,
+    multi_hop_claims.shortcut_on_random_graph,
     two_hop_claims.three_stages,
     two_hop_claims.more_iterations,
     two_hop_claims.vanilla,
