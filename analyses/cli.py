@@ -91,6 +91,16 @@ class Families:
 
 
 @dataclass(frozen=True)
+class Gallery:
+    """Draw every figure from the shipped checkpoints, and write a page of Markdown with the pictures beside it."""
+
+    out: Path = Path("out/gallery.md")
+    """The page to write; the pictures go into the folder of its name."""
+    overwrite: bool = False
+    """Replace a page that is there."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model by a named recipe."""
 
@@ -104,7 +114,7 @@ def _analysis(name: str, config: type) -> type:
 
 
 _ANALYSES = {name: _analysis(name, config) for name, (config, _) in ANALYSES.items()}
-_PAGES = {Replication: "replication", Findings: "findings", Families: "families"}
+_PAGES = {Replication: "replication", Findings: "findings", Families: "families", Gallery: "gallery"}
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "list": List,
     "report": Report,
@@ -113,6 +123,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "replication": Replication,
     "findings": Findings,
     "families": Families,
+    "gallery": Gallery,
     "data": Data,
     "train": Train,
 }

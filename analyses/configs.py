@@ -348,6 +348,8 @@ class ReportConfig(SourceConfig):
     """Iterations of the margin and accuracy figures."""
     hops: int | None = None
     """Hops of the example in the lens and the patching map; by default about half of what was trained."""
+    compare: tuple[str, ...] = ()
+    """Other checkpoints to put beside it, in a tab of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)

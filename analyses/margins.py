@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,6 +18,7 @@ from analyses.records import Record
 
 _PER_ROW, _ROW_HEIGHT, _LABEL = 2, 330, 11.5
 _TOP, _BOTTOM, _BETWEEN = 64, 54, 64
+_Mark = dict[str, Any]
 _READING = (
     "hops at the end of each curve: <span style='color:#2171b5'>in training</span>, "
     f"<span style='color:{MARK}'>beyond</span>; dashed: mean first hit t*"
@@ -68,10 +70,14 @@ def figure(record: Margins) -> go.Figure:
     high = max(float(each.margin.max()) for each in record.margins)
     room = 0.06 * (high - low)
     gap = _LABEL * (high - low + 2 * room) / _ROW_HEIGHT
+    lines: list[_Mark] = []
+    labels: list[_Mark] = []
     for i, each in enumerate(record.margins):
         ends = placed(each.margin[:, -1].tolist(), gap, (low - room + gap / 2, high + room - gap / 2))
-        _draw(plot, each, ends, i // columns + 1, i % columns + 1)
+        own_lines, own_labels = _draw(plot, each, ends, i // columns + 1, i % columns + 1)
+        lines, labels = lines + own_lines, labels + own_labels
     n_loops = record.margins[0].margin.shape[1]
+    plot.update_layout(shapes=lines, annotations=[*plot.layout.annotations, *labels])
     plot.add_hline(y=0, line={"color": INK, "width": 1})
     plot.update_xaxes(range=[0.7, n_loops + 0.3], tick0=4, dtick=4, showticklabels=True)
     plot.update_xaxes(title="iteration", row=rows)
@@ -83,8 +89,12 @@ def figure(record: Margins) -> go.Figure:
     return plot
 
 
-def _draw(plot: go.Figure, each: Overthinking, ends: Sequence[float], row: int, col: int) -> None:
+def _draw(plot: go.Figure, each: Overthinking, ends: Sequence[float], row: int, col: int) -> tuple[list[_Mark], list[_Mark]]:
+    """Draw the curves; the lines and labels that belong to them are returned, because plotly is slow at adding them one by one."""
     colors = hop_colors(each.hops, each.trained_hops)
+    x, y = (axis.plotly_name.replace("axis", "") for axis in plot.get_subplot(row, col))
+    lines: list[_Mark] = []
+    labels: list[_Mark] = []
     last = each.margin.shape[1]
     for i, hop in enumerate(each.hops):
         hit, share = float(each.t_star[i]), float(each.hit_share[i])
@@ -95,12 +105,12 @@ def _draw(plot: go.Figure, each: Overthinking, ends: Sequence[float], row: int, 
             f"ever right {share:.2f}, t* {hit:.1f}<extra></extra>",
             row=row, col=col,
         )  # fmt: skip
-        if share >= 0.5:  # drawn after the curve, because plotly draws no such line in an empty panel
-            plot.add_vline(x=hit, line={"color": colors[hop], "width": 1, "dash": "dash"}, opacity=0.6, row=row, col=col)
-        plot.add_annotation(
-            x=last + 0.3, y=ends[i], text=str(hop), showarrow=False, xanchor="left", xshift=2,
-            font={"size": 10.5, "color": colors[hop]}, row=row, col=col,
-        )  # fmt: skip
+        if share >= 0.5:
+            line = {"color": colors[hop], "width": 1, "dash": "dash"}
+            lines.append({"x0": hit, "x1": hit, "y0": 0, "y1": 1, "xref": x, "yref": f"{y} domain", "line": line, "opacity": 0.6})
+        look = {"showarrow": False, "xanchor": "left", "xshift": 2, "font": {"size": 10.5, "color": colors[hop]}}
+        labels.append({"x": last + 0.3, "y": ends[i], "xref": x, "yref": y, "text": str(hop), **look})
+    return lines, labels
 
 
 def placed(heights: Sequence[float], gap: float, bounds: tuple[float, float]) -> list[float]:

@@ -180,12 +180,16 @@ def figure(record: Ranks) -> go.Figure:
     of_hops = "" if one or record.hops is None else f" of {hop_name(record.hops)}"
     plot.update_layout(title={"text": f"{what}{of_hops}".replace("<", "&lt;"), "font": {"size": 14}, "x": 0.02, "y": 0.96})
     plot.update_xaxes(title="effective depth (blocks run)", range=[0.5, len(depths) + 0.5], tick0=0, dtick=max(1, len(depths) // 16))
-    low = max(float(record.high.max()), float(record.mean.max())) * 1.15
     plot.update_yaxes(
         title="rank of the token (1 = top)" if one else "rank of the token (1 = top), mean and quartiles",
-        type="log", range=[_log10(low), -0.16], tickvals=[1, 2, 5, 10, 20, 50, 100, 1000, 10000, 100000], showgrid=True,
+        type="log", range=[_log10(_lowest(record)), -0.16], tickvals=[1, 2, 5, 10, 20, 50, 100, 1000, 10000, 100000], showgrid=True,
     )  # fmt: skip
     return styled(plot, 480).update_layout(margin_r=80, margin_t=72)
+
+
+def _lowest(record: Ranks) -> float:
+    """The rank at the bottom of the figure."""
+    return 1.15 * max(float(record.high.max()), float(record.mean.max()))
 
 
 def _log10(value: float) -> float:
@@ -228,9 +232,9 @@ def _label(plot: go.Figure, record: Ranks, colors: list[str]) -> None:
             x=depth, y=0, yshift=13, text=", ".join(names).replace("<", "&lt;"), showarrow=False,
             font={"size": 12, "color": colors[group[-1]]},
         )  # fmt: skip
-    heights = spread([-_log10(float(record.mean[-1, j])) for j in late], 0.09)
+    heights = spread([_log10(float(record.mean[-1, j])) for j in late], 0.05 * (_log10(_lowest(record)) + 0.16))
     for j, height in zip(late, heights, strict=True):
         plot.add_annotation(
-            x=len(record.names), xshift=8, y=-height, xanchor="left", text=record.targets[j].replace("<", "&lt;"), showarrow=False,
+            x=len(record.names), xshift=8, y=height, xanchor="left", text=record.targets[j].replace("<", "&lt;"), showarrow=False,
             font={"size": 12, "color": colors[j]},
         )  # fmt: skip

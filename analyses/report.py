@@ -1,161 +1,138 @@
-"""The main job: all analyses of one checkpoint in one HTML page that works offline."""
+"""The main job: the main analyses of one checkpoint, on one HTML page with tabs that works offline."""
 
 from __future__ import annotations
 
 import html
 import platform
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import plotly.graph_objects as go
 import plotly.io as pio
 import torch
 from plotly.offline import get_plotlyjs
 from tqdm.auto import tqdm
 
-from analyses import halting_curves, lens_heatmap, overthinking, patching_map, recurrence_grid
+from analyses import (
+    attention_settling,
+    flips,
+    halting_compare,
+    halting_curves,
+    lens_heatmap,
+    margins,
+    orbits,
+    overthinking,
+    patching_map,
+    ranks,
+    recurrence_grid,
+    recurrence_grids,
+    steps,
+)
+from analyses import report_sections as sections
 from analyses.by_hop import run_by_hop
-from analyses.configs import HaltingConfig, RecurrenceConfig, ReportConfig
-from analyses.records import FIGURE_CONFIG, Record, write_text
+from analyses.configs import (
+    HaltingCompareConfig,
+    HaltingConfig,
+    MarginsConfig,
+    OrbitsConfig,
+    RecurrenceConfig,
+    RecurrenceGridsConfig,
+    ReportConfig,
+)
+from analyses.inputs_of import Asked
+from analyses.panels import Panel
+from analyses.records import FIGURE_CONFIG, write_text
+from analyses.report_sections import Section
 from analyses.subject import Subject, open_subject
 from interp.halting import HaltingRule
 
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+_TABS = """
+const tabs = [...document.querySelectorAll("[role=tab]")];
+function show(chosen) {
+  for (const tab of tabs) {
+    const on = tab === chosen;
+    tab.setAttribute("aria-selected", on);
+    tab.tabIndex = on ? 0 : -1;
+    document.getElementById(tab.getAttribute("aria-controls")).hidden = !on;
+  }
+  document.querySelectorAll("[role=tabpanel]:not([hidden]) .js-plotly-plot").forEach((plot) => Plotly.Plots.resize(plot));
+}
+tabs.forEach((tab, i) => {
+  tab.addEventListener("click", () => show(tab));
+  tab.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const next = tabs[(i + step + tabs.length) % tabs.length];
+    show(next);
+    next.focus();
+  });
+});
+show(tabs[0]);
+"""
+Tabs = dict[str, list[Section]]
 
 
-@dataclass(frozen=True)
-class Section:
-    """One figure of the page.
-
-    Attributes:
-        key: Its anchor.
-        title: Its heading.
-        look_for: What to look for, in general.
-        found: What this checkpoint shows, in numbers.
-        record: The record behind it.
-        figure: The figure.
-    """
-
-    key: str
-    title: str
-    look_for: str
-    found: str
-    record: Record
-    figure: go.Figure
-
-
-def run(config: ReportConfig) -> tuple[Subject, list[Section]]:
-    """Make all five records and figures; the questions are run once for the first three."""
+def run(config: ReportConfig) -> tuple[Subject, Tabs]:
+    """Make all records and figures; the questions are run once for what is about answers."""
     subject = open_subject(config)
-    with tqdm(total=4, desc="report") as bar:
-        runs = run_by_hop(subject, config.n_loops)
+    asked = Asked(subject, None)
+    with tqdm(total=4 if config.compare else 3, desc="report") as bar:
+        made = {"Answers": _answers(subject, config)}
         bar.update()
-        halting = HaltingConfig()
-        rule = HaltingRule(RecurrenceConfig().kl, RecurrenceConfig().entropy)
-        margins = overthinking.measure(subject, runs)
-        grid = recurrence_grid.measure(subject, runs, rule)
-        stops = halting_curves.measure(runs, halting.kl, halting.entropy)
+        made["Circuit"] = [
+            sections.lens_section(lens_heatmap.measure(subject, subject.example(config.hops).text)),
+            sections.patch_section(patching_map.measure(subject, [question.text for question in subject.of_hops(config.hops)])),
+            sections.ranks_section(ranks.measure(asked, asked.group(config.hops))),
+        ]
         bar.update()
-        lens = lens_heatmap.measure(subject, subject.example(config.hops).text)
+        made["Dynamics"] = [
+            sections.orbits_section(orbits.measure(asked, OrbitsConfig(checkpoint=config.checkpoint, n_loops=max(config.n_loops, _ORBIT)))),
+            sections.steps_section(steps.measure(asked, asked.groups(), config.n_loops)),
+            sections.attention_section(attention_settling.measure(asked, asked.group(config.hops), config.n_loops)),
+        ]
         bar.update()
-        patches = patching_map.measure(subject, [question.text for question in subject.of_hops(config.hops)])
-        bar.update()
-    return subject, [_margin_section(margins), _grid_section(grid), _lens_section(lens), _patch_section(patches), _halting_section(stops)]
+        if config.compare:
+            made["Comparison"] = _comparison(config)
+            bar.update()
+    return subject, made
+
+
+_ORBIT = 8  # iterations at least, for an orbit to be looked for
+
+
+def _answers(subject: Subject, config: ReportConfig) -> list[Section]:
+    runs, halting = run_by_hop(subject, config.n_loops), HaltingConfig()
+    rule = HaltingRule(RecurrenceConfig().kl, RecurrenceConfig().entropy)
+    changes = flips.Flips((Panel.of(subject),), (flips.measure(runs, subject.model.cfg.n_loops),))
+    return [
+        sections.margin_section(overthinking.measure(subject, runs)),
+        sections.grid_section(recurrence_grid.measure(subject, runs, rule)),
+        sections.halting_section(halting_curves.measure(runs, halting.kl, halting.entropy)),
+        sections.flips_section(changes),
+    ]
+
+
+def _comparison(config: ReportConfig) -> list[Section]:
+    """The checkpoint beside others, which are opened as it was."""
+    told = {name: getattr(config, name) for name in ("n_heads", "input_injection", "readout", "per_hop", "device", "n_loops")}
+    told["checkpoints"] = (config.checkpoint, *config.compare)
+    return [
+        sections.grids_section(recurrence_grids.run(RecurrenceGridsConfig(**told))),
+        sections.margins_section(margins.run(MarginsConfig(**told))),
+        sections.halting_compare_section(halting_compare.run(HaltingCompareConfig(**told))),
+    ]
 
 
 def write_report(config: ReportConfig, path: Path) -> Path:
     """Run everything and write the page, whole or not at all."""
     started = time.perf_counter()
-    subject, sections = run(config)
-    return write_text(path, page(subject, sections, time.perf_counter() - started))
+    subject, made = run(config)
+    return write_text(path, page(subject, made, time.perf_counter() - started))
 
 
-def _margin_section(record: overthinking.Overthinking) -> Section:
-    drop, (peak, where) = record.drop(), record.peak()
-    answered = [i for i in range(len(record.hops)) if peak[i] > 0] or list(range(len(record.hops)))
-    worst = max(answered, key=lambda i: float(drop[i]))
-    falling = [str(hop) for hop, fall in zip(record.hops, drop.tolist(), strict=True) if fall > 0.5]
-    found = (
-        f"Among the hop counts that are answered on average, {record.hops[worst]} falls most: its mean margin peaks at {peak[worst]:.2f} "
-        f"in iteration {int(where[worst])} and ends at {record.margin[worst, -1]:.2f}. "
-        f"Hop counts that end more than half a logit below their peak: {', '.join(falling) or 'none'}."
-    )
-    look_for = (
-        "Each curve is the mean margin of the right answer over its strongest rival after every iteration; dashed lines mark the mean "
-        "first iteration that has the answer on top (t*). A curve that falls after its peak is overthinking: more iterations make "
-        "the answer worse. Questions with more hops should rise later."
-    )
-    return Section("margin", "Logit margin and overthinking", look_for, found, record, overthinking.figure(record))
-
-
-def _grid_section(record: recurrence_grid.RecurrenceGrid) -> Section:
-    best = record.accuracy.max(1).values
-    trained = record.trained_hops or 0
-    beyond = [hop for hop, accuracy in zip(record.hops, best.tolist(), strict=True) if hop > trained and accuracy >= 0.6]
-    inside = best[: sum(hop <= trained for hop in record.hops)]
-    found = f"Hop counts in training reach at least {inside.min():.2f} at their best r. " if trained else ""
-    reach = f"up to {max(beyond)} hops stay at 0.60 or better" if beyond else "no hop count reaches 0.60"
-    found += f"Beyond training {reach}." if trained else f"Over all hop counts, {reach}."
-    look_for = (
-        "Every cell is the accuracy that the model has when it is stopped after r iterations; all rows come from one run. Right of the "
-        "dotted line no question of that depth was in training. Deeper questions need more iterations; columns that pale towards the "
-        "top overthink. The row r* lets an adaptive rule choose when to stop."
-    )
-    return Section("grid", "Accuracy by hops and iterations", look_for, found, record, recurrence_grid.figure(record))
-
-
-def _lens_section(record: lens_heatmap.LensHeatmap) -> Section:
-    reached = [token for k, token in enumerate(record.tracked) if bool((record.rank[k] == 0).any())]
-    found = (
-        f"The question is {record.text}; the answer is {record.answer}. "
-        f"Of its {len(record.tracked)} tracked tokens, {len(reached)} come out on top somewhere."
-    )
-    look_for = (
-        "Read the residual stream as if the model stopped here: the top token at every position after every block. In a "
-        "model that follows the relations one after another, each intermediate entity appears at its own relation, one iteration after "
-        "the one before it. The right panel follows the rank of each entity at its own relation."
-    )
-    return Section("lens", "Logit lens of one question", look_for, found, record, lens_heatmap.figure(record))
-
-
-def _patch_section(record: patching_map.PatchingMap) -> Section:
-    strongest = record.effect.argmax(1).tolist()
-    moves = [j for i, j in enumerate(strongest) if i == 0 or j != strongest[i - 1]]
-    path = " → ".join(record.columns()[j] for j in moves)
-    found = (
-        f"Means over {len(record.clean)} pairs such as {record.clean[0]} against {record.corrupted[0]}; the margin of the clean answer is "
-        f"{record.clean_margin:.2f} clean and {record.corrupted_margin:.2f} corrupted. From the embedding upwards the strongest "
-        f"position moves {path}."
-    )
-    look_for = (
-        "Each corrupted question starts from another entity. A cell puts one clean activation into the corrupted run and measures how "
-        "much of the clean margin comes back (1 = all of it). Where the colour is, the answer's history is being carried at that "
-        "moment: it should walk along the relations as the iterations go by, and stay at the readout once the answer is known."
-    )
-    return Section("patching", "What one activation carries", look_for, found, record, patching_map.figure(record))
-
-
-def _halting_section(record: halting_curves.HaltingCurves) -> Section:
-    both, kl_only = record.accuracy.mean(1)[:2].tolist()
-    used = record.loops_used.mean(1).tolist()
-    found = (
-        f"The rule with both conditions uses {used[0]:.1f} iterations on average for an accuracy of {both:.2f}; KL alone stops after "
-        f"{used[1]:.1f} with {kl_only:.2f}."
-    )
-    look_for = (
-        "An adaptive rule watches the model's own answers: it stops when two successive ones agree (small KL) and the answer is sure "
-        "(small entropy). A good rule uses more iterations for deeper questions and loses little against the best fixed r (dotted). "
-        "KL alone tends to stop while nothing has happened yet."
-    )
-    return Section("halting", "Adaptive halting", look_for, found, record, halting_curves.figure(record))
-
-
-def page(subject: Subject, sections: Iterable[Section], seconds: float) -> str:
+def page(subject: Subject, made: Tabs, seconds: float) -> str:
     """The whole page; plotly.js is in it once, and nothing is fetched."""
-    sections = list(sections)
     cfg = subject.model.cfg
     facts = {
         "family": cfg.family.replace("_", "-"),
@@ -167,7 +144,7 @@ def page(subject: Subject, sections: Iterable[Section], seconds: float) -> str:
         "answer read at": str(subject.model.read_at),
     }
     cards = "".join(f"<div class=fact><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in facts.items())
-    links = "".join(f'<a href="#{s.key}">{html.escape(s.title)}</a>' for s in sections)
+    buttons = "".join(f'<button role=tab id="tab-{name}" aria-controls="panel-{name}">{name}</button>' for name in made)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -175,10 +152,18 @@ def page(subject: Subject, sections: Iterable[Section], seconds: float) -> str:
 <style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>
 <body><header><p class=brand>loopscope</p><h1>{html.escape(subject.name)}</h1>
 <p class=lead>{html.escape(str(subject.card.get("task", "A looped transformer, iteration by iteration.")))}</p>
-<div class=facts>{cards}</div><nav>{links}</nav></header>
-<main>{"".join(map(_section_html, sections))}</main>
-<footer>Computed in {seconds:.0f} s with {versions}. Figures follow arXiv 2604.07822.</footer></body></html>
+<div class=facts>{cards}</div><div role=tablist aria-label="Figures">{buttons}</div></header>
+<main>{"".join(_panel(name, inside) for name, inside in made.items())}</main>
+<footer>Computed in {seconds:.0f} s with {versions}. Figures follow arXiv 2604.07822.</footer>
+<script>{_TABS}</script></body></html>
 """
+
+
+def _panel(name: str, inside: list[Section]) -> str:
+    links = "".join(f'<a href="#{section.key}">{html.escape(section.title)}</a>' for section in inside)
+    return (
+        f'<div role=tabpanel id="panel-{name}" aria-labelledby="tab-{name}"><nav>{links}</nav>{"".join(map(_section_html, inside))}</div>'
+    )
 
 
 def _section_html(section: Section) -> str:

@@ -24,10 +24,12 @@ def test_every_number_is_that_of_stopping_question_by_question() -> None:
         subject = open_subject(SourceConfig(checkpoint=name))
         used: list[list[int]] = [[], []]
         right: list[list[bool]] = [[], []]
-        for question in subject.questions[hops][:5]:
-            tokens = subject.model.encode(question.text).tokens
-            with torch.no_grad():
-                answers = [subject.model(tokens, n_loops=t)[0, -1].double().log_softmax(-1) for t in range(1, cap + 1)]
+        asked = subject.questions[hops][:5]
+        tokens = subject.model.encode([question.text for question in asked]).tokens
+        with torch.no_grad():
+            every = [subject.model(tokens, n_loops=t)[:, hops].double().log_softmax(-1) for t in range(1, cap + 1)]
+        for i, question in enumerate(asked):
+            answers = [log_p[i] for log_p in every]
             for rule, limit in enumerate((entropy, float("inf"))):
                 stop = cap
                 for t in range(2, cap + 1):

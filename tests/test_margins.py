@@ -22,10 +22,10 @@ def shipped() -> Margins:
 def test_a_margin_is_that_of_a_separate_call(shipped: Margins) -> None:
     subject = open_subject(SourceConfig(checkpoint="mini/multi_hop/r2"))
     total = 0.0
-    for question in subject.questions[3][:20]:
-        tokens = subject.model.encode(question.text).tokens
-        with torch.no_grad():
-            logits = subject.model(tokens, n_loops=5)[0, 3]
+    asked = subject.questions[3][:20]
+    with torch.no_grad():
+        every = subject.model(subject.model.encode([question.text for question in asked]).tokens, n_loops=5)[:, 3]
+    for question, logits in zip(asked, every, strict=True):
         answer = subject.model.to_single_token(question.answer)
         rivals = [float(logit) for token, logit in enumerate(logits) if token != answer]
         total += float(logits[answer]) - max(rivals)

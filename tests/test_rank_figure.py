@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -108,3 +109,13 @@ def test_a_curve_and_a_band_for_each_target_and_names_where_they_arrive(full: ra
     one = ranks.figure(replace(full, texts=full.texts[:1]))
     assert len(one.data) == len(curves)
     assert one.layout.title.text == full.texts[0].replace("<", "&lt;")
+
+
+def test_targets_that_never_arrive_have_labels_apart_and_in_their_order() -> None:
+    record = ranks.run(RanksConfig(hops=14, n_loops=9, per_hop=20))
+    late = [target for target, depth in zip(record.targets, record.arrivals(), strict=True) if depth is None]
+    notes = {note.text: note.y for note in ranks.figure(record).layout.annotations if note.xanchor == "left"}
+    assert sorted(notes) == sorted(late)
+    assert len(late) > 2
+    heights = [notes[target] for target in sorted(late, key=lambda name: float(record.mean[-1, record.targets.index(name)]))]
+    assert all(below - above > 0.05 for above, below in pairwise(heights))
