@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from training.catalog import RECIPES, extrapolation
+from training.language_recipes import LANGUAGE_RECIPES
 from training.minis import PLACES, ship
 from training.recipes import Loops, Recipe, Stage, curriculum
 from training.setup import fresh_model
@@ -83,9 +84,10 @@ def test_a_miniature_has_at_most_a_million_parameters(recipe: Recipe) -> None:
 
 
 def test_every_miniature_is_trained_and_shipped_from_stages_that_it_has() -> None:
-    assert set(PLACES) == {name for name in RECIPES if name.startswith("mini/")}
+    assert set(PLACES) == {name for name in (*RECIPES, *LANGUAGE_RECIPES) if name.startswith("mini/")}
     for name, places in PLACES.items():
-        assert set(places) <= {stage.name for stage in RECIPES[name].stages}
+        recipe = RECIPES.get(name) or LANGUAGE_RECIPES[name]
+        assert set(places) <= {stage.name for stage in recipe.stages}
 
 
 def test_shipping_copies_the_log_and_the_stages_of_a_finished_run(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from checkpoints.locate import SHIPPED
+from training.language import train_language
+from training.language_recipes import LANGUAGE_RECIPES
 from training.trainer import train
 
 _LAST = {"final": "."}
@@ -21,6 +23,8 @@ PLACES: dict[str, dict[str, str]] = {
     "mini/systematicity/r1_l8": {"train": "train", "id": "id"},
     "mini/systematicity/r1_l2": {},
     "mini/systematicity/r2_l2": {},
+    "mini/systematicity/r8_l2": {},
+    "mini/smiles": _LAST,
 }
 
 
@@ -47,7 +51,10 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in PLACES:
         run = Path("runs") / name
-        train(name, run, resume=True)
+        if name in LANGUAGE_RECIPES:
+            train_language(LANGUAGE_RECIPES[name], run, resume=True)
+        else:
+            train(name, run, resume=True)
         ship(name, run)
 
 
