@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.configs import AttentionConfig
+from analyses.figure_configs import AttentionConfig
 from analyses.inputs_of import Asked, Group, open_inputs
 from analyses.look import ACCURACY_SCALE, CATEGORIES, INK, styled
 from analyses.records import Record

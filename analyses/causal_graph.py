@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analyses.configs import CausalGraphConfig
+from analyses.figure_configs import CausalGraphConfig
 from analyses.look import ACCURACY_SCALE, FAINT, GROUP_NAMES, INK, model_label, styled
 from analyses.records import Record
 from analyses.subject import Subject, open_subject
@@ -109,11 +109,9 @@ def run(config: CausalGraphConfig) -> CausalGraph:
     Raises:
         ValueError: No checkpoint is named, or one has no graph, no two-hop questions of a group, or blocks outside the loop.
     """
-    if not config.checkpoints:
-        raise ValueError("name at least one checkpoint that answers two-hop questions, got none")
     panels = []
-    for name in tqdm(config.checkpoints, desc="checkpoints", leave=False):
-        subject = open_subject(replace(config, checkpoint=name))
+    for source in tqdm(config.sources(), desc="checkpoints", leave=False):
+        subject = open_subject(source)
         panels += [measure(subject, group, config.per_group, config.n_loops) for group in GROUPS[1:]]
     return CausalGraph(tuple(panels))
 

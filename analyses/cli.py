@@ -12,15 +12,8 @@ from typing import Annotated, Any
 import tyro
 
 from analyses.config_files import defaults_from_file
-from analyses.configs import (
-    ANALYSES,
-    ExploreConfig,
-    MultiHopDataConfig,
-    OutputConfig,
-    ReportConfig,
-    TrainConfig,
-    TwoHopDataConfig,
-)
+from analyses.configs import ExploreConfig, MultiHopDataConfig, OutputConfig, ReportConfig, TrainConfig, TwoHopDataConfig
+from analyses.figure_configs import ANALYSES
 
 Flat = tyro.conf.arg(name="")
 FROM = "--from-file"

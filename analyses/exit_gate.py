@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analyses.configs import ExitGateConfig
+from analyses.figure_configs import ExitGateConfig
 from analyses.inputs_of import Asked, Group, open_inputs, words
 from analyses.look import ACCURACY_SCALE, CATEGORIES, styled
 from analyses.records import Record

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from analyses.by_hop import HopRun
-from analyses.configs import FlipsConfig
+from analyses.figure_configs import FlipsConfig
 from analyses.look import INK, styled
 from analyses.panels import Panel, headline, run_each, small_titles, together
 from analyses.records import Record

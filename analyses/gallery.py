@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from analyses.configs import ANALYSES
+from analyses.figure_configs import ANALYSES
 from analyses.records import Record, markdown_table, picture, write_text
 from checkpoints.load import save
 from models.files import atomic_path

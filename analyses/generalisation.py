@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from analyses.by_hop import run_by_hop
-from analyses.configs import GeneralisationConfig
+from analyses.figure_configs import GeneralisationConfig
 from analyses.look import FAINT, INK, model_label, run_colors, styled
 from analyses.records import Record
 from analyses.subject import open_subject
@@ -141,7 +141,7 @@ def _facts(name: str) -> _Facts:
 
 def _best(config: GeneralisationConfig, name: str) -> dict[int, float]:
     """Accuracy of each hop count at its best number of iterations."""
-    runs = run_by_hop(open_subject(replace(config, checkpoint=name)), config.n_loops)
+    runs = run_by_hop(open_subject(config.source(name)), config.n_loops)
     return {hop: float(done.lens.correct(done.answers).double().mean(1).max()) for hop, done in runs.items()}
 
 

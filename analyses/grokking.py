@@ -13,7 +13,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analyses.configs import GrokkingConfig
+from analyses.figure_configs import GrokkingConfig
 from analyses.look import FAINT, GROUP_COLORS, GROUP_NAMES, run_colors, styled
 from analyses.records import Record
 from analyses.training_logs import TrainingLog, read_logs

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.configs import HaltingCompareConfig
+from analyses.figure_configs import HaltingCompareConfig
 from analyses.halting_curves import HaltingCurves, measure
 from analyses.look import INK, styled
 from analyses.panels import Panel, headline, run_each, small_titles, together

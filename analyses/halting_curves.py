@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from analyses.by_hop import HopRun, run_by_hop
-from analyses.configs import HaltingConfig
+from analyses.figure_configs import HaltingConfig
 from analyses.look import FAINT, INK, styled
 from analyses.records import Record
 from analyses.subject import open_subject

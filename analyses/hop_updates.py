@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analyses.configs import HopUpdatesConfig
+from analyses.figure_configs import HopUpdatesConfig
 from analyses.look import INK, hop_name, run_colors, styled
 from analyses.records import Record
 from analyses.training_logs import TrainingLog, read_logs

@@ -14,7 +14,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analyses.configs import LayersConfig
+from analyses.figure_configs import LayersConfig
 from analyses.inputs_of import Asked, Group, open_inputs
 from analyses.look import CATEGORIES, FAINT, styled
 from analyses.records import Record

@@ -11,7 +11,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analyses.configs import LensConfig
+from analyses.figure_configs import LensConfig
 from analyses.look import ACCURACY_SCALE, INK, styled
 from analyses.records import Record
 from analyses.subject import Subject, open_subject

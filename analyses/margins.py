@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.configs import MarginsConfig
+from analyses.figure_configs import MarginsConfig
 from analyses.look import INK, MARK, hop_colors, hop_name, spread, styled
 from analyses.overthinking import Overthinking, measure
 from analyses.panels import Panel, headline, run_each, small_titles, together

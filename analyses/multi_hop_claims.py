@@ -9,7 +9,8 @@ import numpy as np
 
 from analyses import recurrence_grid, shortcut
 from analyses.claims import EXTRAPOLATES, LEARNED, Claim, read_log, short, verdict
-from analyses.configs import RecurrenceConfig, ShortcutConfig, SourceConfig
+from analyses.configs import SourceConfig
+from analyses.figure_configs import RecurrenceConfig, ShortcutConfig
 from analyses.recurrence_grid import RecurrenceGrid
 from analyses.recurrence_grids import leading
 from analyses.subject import open_subject

@@ -14,7 +14,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analyses.configs import OrbitsConfig
+from analyses.figure_configs import OrbitsConfig
 from analyses.inputs_of import Asked, open_inputs, words
 from analyses.look import hop_colors, hop_name, styled
 from analyses.records import Record

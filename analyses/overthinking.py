@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.by_hop import HopRun, run_by_hop
-from analyses.configs import OverthinkingConfig
+from analyses.figure_configs import OverthinkingConfig
 from analyses.look import FAINT, INK, hop_colors, hop_name, styled
 from analyses.records import Record
 from analyses.subject import Subject, open_subject

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from analyses.by_hop import HopRun, run_by_hop
 from analyses.claims import short
-from analyses.configs import PanelsConfig
+from analyses.figure_configs import PanelsConfig
 from analyses.look import INK
 from analyses.subject import Subject, open_subject
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.configs import PatchConfig
+from analyses.figure_configs import PatchConfig
 from analyses.look import styled
 from analyses.records import Record
 from analyses.subject import Subject, open_subject

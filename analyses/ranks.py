@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from plotly.colors import sample_colorscale
 from torch import Tensor
 
-from analyses.configs import RanksConfig
+from analyses.figure_configs import RanksConfig
 from analyses.inputs_of import Asked, Group, open_inputs, token_id
 from analyses.look import FAINT, INK, hop_name, spread, styled
 from analyses.records import Record

@@ -18,7 +18,7 @@ import plotly.io as pio
 from torch import Tensor
 
 from analyses.config_files import settings
-from analyses.configs import OutputConfig, SourceConfig
+from analyses.configs import OutputConfig, RunConfig
 from models.files import atomic_path
 
 
@@ -55,7 +55,7 @@ def refuse_existing(files: Sequence[Path], overwrite: bool) -> None:
         raise FileExistsError(f"{there[0]} is there already; pass --overwrite to replace it, or another --out")
 
 
-def write(name: str, record: Record, figure: go.Figure, output: OutputConfig, config: SourceConfig) -> list[Path]:
+def write(name: str, record: Record, figure: go.Figure, output: OutputConfig, config: RunConfig) -> list[Path]:
     """Write a record, its figure and the settings that made it as the output config says, each file whole or not at all.
 
     Returns:

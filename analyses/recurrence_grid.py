@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from analyses.by_hop import HopRun, run_by_hop
-from analyses.configs import RecurrenceConfig
+from analyses.figure_configs import RecurrenceConfig
 from analyses.look import ACCURACY_SCALE, INK, styled
 from analyses.records import Record
 from analyses.subject import Subject, open_subject

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.claims import EXTRAPOLATES, LEARNED
-from analyses.configs import RecurrenceGridsConfig
+from analyses.figure_configs import RecurrenceGridsConfig
 from analyses.look import ACCURACY_SCALE, MARK, styled
 from analyses.panels import Panel, headline, run_each, small_titles, together
 from analyses.records import Record

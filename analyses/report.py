@@ -30,14 +30,14 @@ from analyses import (
 )
 from analyses import report_sections as sections
 from analyses.by_hop import run_by_hop
-from analyses.configs import (
+from analyses.configs import ReportConfig
+from analyses.figure_configs import (
     HaltingCompareConfig,
     HaltingConfig,
     MarginsConfig,
     OrbitsConfig,
     RecurrenceConfig,
     RecurrenceGridsConfig,
-    ReportConfig,
 )
 from analyses.inputs_of import Asked
 from analyses.panels import Panel

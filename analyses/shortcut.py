@@ -11,7 +11,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from analyses.configs import ShortcutConfig
+from analyses.figure_configs import ShortcutConfig
 from analyses.look import MARK, styled
 from analyses.panels import Panel, headline, opened, small_titles, together
 from analyses.records import Record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analyses.configs import StagesConfig
+from analyses.figure_configs import StagesConfig
 from analyses.look import FAINT, GROUP_COLORS, GROUP_NAMES, INK, model_label, styled
 from analyses.records import Record
 from analyses.subject import open_subject
@@ -78,11 +78,9 @@ def run(config: StagesConfig) -> StageDepths:
     Raises:
         ValueError: No checkpoint is named, or one has no graph, no two-hop questions of a group, or blocks outside the loop.
     """
-    if not config.checkpoints:
-        raise ValueError("name at least one checkpoint that answers two-hop questions, got none")
     stages, shapes, questions, accuracy = [], [], [], []
-    for name in tqdm(config.checkpoints, desc="checkpoints", leave=False):
-        subject = open_subject(replace(config, checkpoint=name))
+    for source in tqdm(config.sources(), desc="checkpoints", leave=False):
+        subject = open_subject(source)
         asked = [ask(subject, group, config.per_group) for group in GROUPS]
         found = [decodability(subject.model, each.batch, each.targets, list(READ_AT), config.n_loops) for each in asked]
         stages.append(str(subject.card.get("stage", subject.name)))

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from analyses.configs import StepsConfig
+from analyses.figure_configs import StepsConfig
 from analyses.inputs_of import Asked, Group, open_inputs
 from analyses.look import FAINT, hop_colors, hop_name, styled
 from analyses.records import Record

@@ -13,15 +13,8 @@ import pytest
 import torch
 
 from analyses import halting_curves, lens_heatmap, overthinking, patching_map, recurrence_grid
-from analyses.configs import (
-    HaltingConfig,
-    LensConfig,
-    OutputConfig,
-    OverthinkingConfig,
-    PatchConfig,
-    RecurrenceConfig,
-    SourceConfig,
-)
+from analyses.configs import OutputConfig, SourceConfig
+from analyses.figure_configs import HaltingConfig, LensConfig, OverthinkingConfig, PatchConfig, RecurrenceConfig
 from analyses.records import Record, write
 from analyses.subject import open_subject
 from interp.metrics import margin

@@ -10,7 +10,7 @@ import torch
 
 from analyses import attention_settling
 from analyses.attention_settling import AttentionSettling
-from analyses.configs import AttentionConfig
+from analyses.figure_configs import AttentionConfig
 from analyses.inputs_of import Asked, Group
 from analyses.subject import Subject
 from interp.layer_dynamics import AttentionDynamics

@@ -14,7 +14,8 @@ from transformer_lens.hook_points import HookPoint
 
 from analyses.causal_graph import CausalGraph, Panel, figure, measure, run
 from analyses.cli import main
-from analyses.configs import CausalGraphConfig, SourceConfig
+from analyses.configs import SourceConfig
+from analyses.figure_configs import CausalGraphConfig
 from analyses.subject import open_subject
 from analyses.two_hop import GROUPS, ask, with_other_start
 from interp.metrics import margin
@@ -150,7 +151,7 @@ def test_sites_are_counted_from_what_the_corrupted_run_answers() -> None:
 
 
 def test_refusals_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="name at least one checkpoint that answers two-hop questions"):
+    with pytest.raises(ValueError, match="a comparison needs at least one checkpoint, got none"):
         run(CausalGraphConfig(checkpoints=()))
     with pytest.raises(ValueError, match="have no two-hop questions of the group 'test_inferred_iid'"):
         run(CausalGraphConfig(checkpoints=("mini/multi_hop/r2",)))

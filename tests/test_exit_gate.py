@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analyses import exit_gate
-from analyses.configs import ExitGateConfig
+from analyses.figure_configs import ExitGateConfig
 from analyses.inputs_of import Asked, Group
 from analyses.subject import Subject
 from checkpoints.load import load

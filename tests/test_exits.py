@@ -11,6 +11,7 @@ from torch import Tensor
 
 from checkpoints.load import load
 from interp.dynamics import Dynamics, dynamics
+from interp.exit_gate import exit_distribution, gate_logits
 from interp.exits import (
     AccelerationBelow,
     CosineAbove,
@@ -21,9 +22,7 @@ from interp.exits import (
     StepBelow,
     TopStable,
     apply_criterion,
-    exit_distribution,
     exits,
-    gate_logits,
 )
 from interp.halting import HaltingRule, halting
 from interp.lens import Lens, readout_lens

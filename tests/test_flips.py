@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from analyses import flips, recurrence_grids
-from analyses.configs import FlipsConfig, RecurrenceGridsConfig, SourceConfig
+from analyses.configs import SourceConfig
+from analyses.figure_configs import FlipsConfig, RecurrenceGridsConfig
 from analyses.flips import KINDS, Flips
 from analyses.subject import open_subject
 

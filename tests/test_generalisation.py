@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from analyses.cli import main
-from analyses.configs import GeneralisationConfig, SourceConfig
+from analyses.configs import SourceConfig
+from analyses.figure_configs import GeneralisationConfig
 from analyses.generalisation import Generalisation, figure, run
 from analyses.subject import open_subject
 from checkpoints.locate import SHIPPED, shipped_names

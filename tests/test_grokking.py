@@ -13,7 +13,7 @@ import torch
 
 from analyses import training_logs
 from analyses.cli import main
-from analyses.configs import GrokkingConfig
+from analyses.figure_configs import GrokkingConfig
 from analyses.grokking import GROUPS, Grokking, figure, run
 from analyses.training_logs import TrainingLog, read_log, read_logs
 from checkpoints.locate import SHIPPED

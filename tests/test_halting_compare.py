@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from analyses import halting_compare
-from analyses.configs import HaltingCompareConfig, SourceConfig
+from analyses.configs import SourceConfig
+from analyses.figure_configs import HaltingCompareConfig
 from analyses.halting_compare import HaltingCompare
 from analyses.subject import open_subject
 

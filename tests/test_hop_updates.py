@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from analyses.cli import main
-from analyses.configs import HopUpdatesConfig
+from analyses.figure_configs import HopUpdatesConfig
 from analyses.hop_updates import figure, run
 from checkpoints.locate import SHIPPED
 from test_grokking import line, write_run

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from analyses.cli import main
-from analyses.configs import ANALYSES, InputsConfig
+from analyses.configs import InputsConfig
+from analyses.figure_configs import ANALYSES
 from analyses.inputs_of import open_inputs, token_id, words
 from checkpoints.load import load
 from golden_cases import GOLDEN

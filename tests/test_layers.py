@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analyses import layers
-from analyses.configs import LayersConfig
+from analyses.figure_configs import LayersConfig
 from analyses.inputs_of import Asked, Group
 from analyses.subject import Subject
 from toy import LENGTHS, LOOPS, ShortEnding, cached, odd_one, padded, toy

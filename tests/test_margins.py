@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from analyses import margins
-from analyses.configs import MarginsConfig, SourceConfig
+from analyses.configs import SourceConfig
+from analyses.figure_configs import MarginsConfig
 from analyses.margins import Margins, placed
 from analyses.subject import open_subject
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from analyses import orbits
-from analyses.configs import OrbitsConfig
+from analyses.figure_configs import OrbitsConfig
 from analyses.inputs_of import Asked, open_inputs
 from golden_cases import GOLDEN
 from interp.dynamics import Dynamics

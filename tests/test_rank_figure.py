@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analyses import ranks
-from analyses.configs import RanksConfig
+from analyses.figure_configs import RanksConfig
 from analyses.inputs_of import open_inputs
 from golden_cases import GOLDEN
 from models.base import LoopedModel

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from analyses import recurrence_grid
-from analyses.configs import RecurrenceConfig
+from analyses.figure_configs import RecurrenceConfig
 from interp.ablation import Component, ablate
 from interp.lens import Lens, logit_lens, readout_lens
 from interp.patching import activation_patch

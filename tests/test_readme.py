@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import loopscope
 from analyses import halting_curves, recurrence_grid
-from analyses.configs import HaltingConfig, RecurrenceConfig
+from analyses.figure_configs import HaltingConfig, RecurrenceConfig
 from checkpoints.remote import find_release
 from golden_cases import GOLDEN
 

@@ -11,7 +11,7 @@ import torch
 
 from analyses import recurrence_grid, recurrence_grids
 from analyses.cli import main
-from analyses.configs import MarginsConfig, RecurrenceConfig, RecurrenceGridsConfig
+from analyses.figure_configs import MarginsConfig, RecurrenceConfig, RecurrenceGridsConfig
 from analyses.panels import Panel
 from analyses.recurrence_grid import RecurrenceGrid
 from analyses.recurrence_grids import RecurrenceGrids, leading, learned, reached

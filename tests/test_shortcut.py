@@ -10,7 +10,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from analyses import shortcut
-from analyses.configs import ShortcutConfig, SourceConfig
+from analyses.configs import SourceConfig
+from analyses.figure_configs import ShortcutConfig
 from analyses.multi_hop_claims import shortcut_on_random_graph
 from analyses.panels import Panel
 from analyses.shortcut import Shortcut, ShortcutMap

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from analyses.cli import main
-from analyses.configs import SourceConfig, StagesConfig
+from analyses.configs import SourceConfig
+from analyses.figure_configs import StagesConfig
 from analyses.stages import StageDepths, figure, run
 from analyses.subject import open_subject
 from analyses.two_hop import GROUPS, ask, shape_of, with_other_start
@@ -110,7 +111,7 @@ def test_the_figure_has_a_column_per_checkpoint_and_one_legend(shipped: StageDep
 
 
 def test_what_is_no_two_hop_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="name at least one checkpoint that answers two-hop questions"):
+    with pytest.raises(ValueError, match="a comparison needs at least one checkpoint, got none"):
         run(StagesConfig(checkpoints=()))
     with pytest.raises(ValueError, match="have no two-hop questions of the group 'train_inferred'"):
         run(StagesConfig(checkpoints=("mini/multi_hop/r2",)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analyses import steps
-from analyses.configs import StepsConfig
+from analyses.figure_configs import StepsConfig
 from analyses.inputs_of import Asked, Group
 from analyses.subject import Subject
 from interp.dynamics import Shown
