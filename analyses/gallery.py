@@ -85,10 +85,11 @@ def draw(progress: bool = True) -> list[Drawn]:
     with tempfile.TemporaryDirectory() as place:
         toy = Path(place) / "ouro"
         make_toy(toy)
-        return [_drawn(entry) for entry in tqdm(entries(toy), desc="gallery", disable=not progress)]
+        return [draw_one(entry) for entry in tqdm(entries(toy), desc="gallery", disable=not progress)]
 
 
-def _drawn(entry: Entry) -> Drawn:
+def draw_one(entry: Entry) -> Drawn:
+    """Run one command with its settings and draw its figure."""
     config, module = ANALYSES[entry.name]
     analysis = import_module(f"analyses.{module}")
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in entry.settings.items()}

@@ -16,7 +16,7 @@ from tasks.questions import Question
 from tasks.two_hop import TEST_GROUPS
 
 LOOPED = tuple(f"mini/systematicity/r4_l2/{stage}" for stage in ("train", "id", "ood"))
-ITERATIONS = (1, 2, 4)
+ITERATIONS = (1, 2, 4, 8)
 VANILLA = tuple(f"mini/systematicity/r1_l8/{stage}" for stage in ("train", "id"))
 
 

@@ -19,7 +19,6 @@ from transformer_lens.utilities.matrix import composition_scores as scores_of_fa
 
 from interp.direct_logit import frozen_norm
 from models.base import LoopedModel
-from models.components import LayerNorm, RMSNorm
 from models.state import Visit
 
 Kind = Literal["Q", "K", "V"]
@@ -165,8 +164,6 @@ def composition_scores(model: LoopedModel, kind: Kind, *, fold_ln: bool = True) 
 
 def _visit(model: LoopedModel, layer: int) -> Visit:
     """A visit to a block of the shared stack."""
-    if model.visit_blocks is not None:
-        raise ValueError("an untied copy has other weights at each visit; ask the model that it was made from")
     if not model.heads_read_stream:
         raise ValueError(
             f"keys and values of this {type(model).__name__} are not made of the residual stream, so weights alone are no circuit"
@@ -182,6 +179,8 @@ def _visit(model: LoopedModel, layer: int) -> Visit:
 
 def _layers(model: LoopedModel) -> list[int]:
     """The layers that an iteration visits."""
+    if model.visit_blocks is not None:
+        raise ValueError("an untied copy has other weights at each visit; ask the model that it was made from")
     return sorted({visit.layer for visit in model.schedule(1) if visit.loop is not None})
 
 
@@ -224,8 +223,8 @@ def _reads(visit: Visit, like: Tensor, fold_ln: bool) -> Float[Tensor, "d_model 
     before = visit.sites[: visit.sites.index("attn.hook_q")]
     if "ln1.hook_normalized" not in before:
         raise ValueError(f"fold_ln needs a norm in front of the attention, but {visit.name} reads the stream itself; pass fold_ln=False")
-    norm = visit.block.ln1
-    if not isinstance(norm, LayerNorm | RMSNorm):
+    norm: Any = visit.block.ln1
+    if not getattr(norm, "fixed", True):
         raise ValueError(
             f"fold_ln needs a norm with weights of its own, but that of {visit.name} changes from run to run; pass fold_ln=False"
         )

@@ -55,6 +55,8 @@ class SpectralLinear(nn.Module):
 class ModulatedNorm(nn.Module):
     """LayerNorm whose weight and bias are an iteration's (1 + scale) and shift; `hook_normalized` is after them."""
 
+    fixed: ClassVar[bool] = False
+
     def __init__(self, eps: float, site: str) -> None:
         super().__init__()
         self.eps = eps

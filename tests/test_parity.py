@@ -188,7 +188,7 @@ def test_every_golden_key_has_a_row_or_a_reason(case: str, precision: str) -> No
 
 def test_unused_keys_exist() -> None:
     stored = {f"{case}/{key}" for case in (*CASES, "ltg_trained") for key in read_golden(case, "float32")}
-    assert set(unused_keys()) <= stored
+    assert {key for key in unused_keys() if key.startswith("ltg_")} <= stored
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", FLOAT32), ("float64", FLOAT64)])

@@ -212,7 +212,7 @@ def test_every_pass_is_given_the_one_entry_of_its_layer() -> None:
 
 def test_a_source_that_does_not_exist_is_refused() -> None:
     model = windowed()
-    with pytest.raises(ValueError, match=r"source must be 'first' \(the state before the passes\) or 'last' \(after them\), got 'none'"):
+    with pytest.raises(ValueError, match=r"the state before the passes \('first'\) or after them \('last'\), got 'none'"):
         prefill(model, random_tokens(4), n_loops=2, source="none")
 
 
