@@ -8,7 +8,7 @@ loop layer.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from models.attention import KeyValueStore, Rows, Visible, causal_keys
 from models.config import LoopedConfig
 from models.hooks import NO_TAPS, Taps, live
-from models.intervene import HookedLoops
 from models.state import Slot, State, Visit, checked_loops, checked_mask, checked_tokens
-from models.tokens import Batch, Readout, Words, pad_right
+from models.texts import TextInputs
 
 
-class LoopedModel(HookedLoops):
+class LoopedModel(TextInputs):
     """A looped transformer whose weights live once and whose hook points live once per iteration.
 
     A family gives: `plan` (its schedule), `embed`, `enter` and `leave` (what happens where an iteration opens and
@@ -55,8 +54,6 @@ class LoopedModel(HookedLoops):
     def __init__(self, cfg: LoopedConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.vocab: Words | None = None
-        self.read_at: Readout | None = None
         self.visit_blocks: nn.ModuleList | None = None
         self._schedules: dict[int, list[Visit]] = {}
 
@@ -71,11 +68,6 @@ class LoopedModel(HookedLoops):
     def loop_parts(self) -> tuple[str, ...]:
         """The parts of the state that one iteration hands to the next."""
         return ("resid",)
-
-    @property
-    def positional(self) -> bool:
-        """Whether a token's position changes what the model computes for it."""
-        return True
 
     @abstractmethod
     def plan(self, n_loops: int) -> list[Slot]:
@@ -285,56 +277,6 @@ class LoopedModel(HookedLoops):
         if not state.visit <= until <= len(schedule):
             raise ValueError(f"the state stands before visit {state.visit} of {len(schedule)}, so it cannot be run to visit {until}")
         return until
-
-    # Tokens
-
-    def encode(self, texts: str | Sequence[str]) -> Batch:
-        """Right-padded tokens, mask and readout column of some texts, with the padding that the readout needs.
-
-        Raises:
-            ValueError: The checkpoint has no vocabulary, or does not say where answers are read.
-        """
-        if self.read_at is None:
-            raise ValueError(
-                "this checkpoint does not say where its answers are read; load it with readout='last_real', 'first_pad' or 'column:K'"
-            )
-        rows = self._ids(texts)
-        columns, width = self.read_at.place([len(row) for row in rows], self.cfg.n_ctx, self.positional)
-        tokens, mask = pad_right(rows, width)
-        return Batch(tokens, mask, torch.tensor(columns)).to(self.device)
-
-    def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
-        """Token ids of some texts, padded on the right with id 0."""
-        rows = self._ids(texts)
-        return pad_right(rows, max(map(len, rows)))[0].to(self.device)
-
-    def to_single_token(self, text: str) -> int:
-        """The id of a text that is one token."""
-        ids = self._vocabulary().ids(text)
-        if len(ids) != 1:
-            raise ValueError(f"{text!r} is {len(ids)} tokens, not one")
-        return ids[0]
-
-    def to_str_tokens(self, tokens: str | Int[Tensor, " pos"]) -> list[str]:
-        """The tokens of one text, or of one row of ids, as strings."""
-        ids = self._vocabulary().ids(tokens) if isinstance(tokens, str) else tokens.reshape(-1).tolist()
-        return [self._vocabulary().words[i] for i in ids]
-
-    def _ids(self, texts: str | Sequence[str]) -> list[list[int]]:
-        rows = [self._vocabulary().ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        if not rows:
-            raise ValueError("at least one text is needed, got an empty list")
-        return rows
-
-    def _vocabulary(self) -> Words:
-        if self.vocab is None:
-            raise ValueError("this checkpoint has no vocabulary; load it with vocab='path/to/vocab.json'")
-        return self.vocab
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
 
     # Weight views that every family has
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import loopscope
+from analyses.figure_configs import ANALYSES
 from loopscope._siblings import SIBLINGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "analyses": EVERYTHING,
     "loopscope": EVERYTHING,
 }
-COMMANDS = ("list", "report", "lens", "overthinking", "recurrence", "halting", "patch", "replication", "findings", "data", "train")
+COMMANDS = ("list", "report", "explore", *ANALYSES, "replication", "findings", "families", "gallery", "data", "train")
 
 
 # The import graph, read from the sources
