@@ -21,7 +21,10 @@ FROM = "--from-file"
 
 @dataclass(frozen=True)
 class List:
-    """Show the checkpoints that are shipped, the known public releases, and which families can do what."""
+    """Show the checkpoints that are shipped, the known public releases, and what each family declares."""
+
+    methods: bool = False
+    """Also run every method on a tiny model of every family, and show which runs on which (takes some seconds)."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,12 @@ def _parsed(args: list[str]) -> Any:
 def _run(command: Any) -> None:
     if isinstance(command, List):
         print(import_module("checkpoints.catalog").available().to_string(index=False))
-        print("\nWhat each family declares; `loopscope families` shows which methods run on which.\n")
-        print(import_module("analyses.families").facts().to_string(index=False))
+        families = import_module("analyses.families")
+        print("\nWhat each family declares; --methods and docs/families.md show which methods run on which.\n")
+        print(families.facts().to_string(index=False))
+        if command.methods:
+            import_module("torch").set_num_threads(1)
+            print(f"\n{families.run().methods.to_string(index=False)}")
     elif isinstance(command, Data):
         for line in import_module("analyses.data").make(command.config):
             print(line)

@@ -21,6 +21,8 @@ def test_list_names_the_shipped_and_the_known(capsys: pytest.CaptureFixture[str]
     assert "ltg_trained" in out
     assert "multi_hop/final_models/r_dyn" in out
     assert "unknown" in out
+    assert "additive_residual" in out
+    assert "training_free_gpt2" in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -52,6 +52,15 @@ def test_the_example_of_other_families_runs_on_small_stand_ins(
     ]
 
 
+def test_the_heat_map_of_ones_own_query_takes_less_than_ten_lines() -> None:
+    assert len(EXAMPLES[2].splitlines()) < 10
+    scope: dict[str, Any] = {}
+    *before, last = EXAMPLES[2].strip().splitlines()
+    exec(compile("\n".join(before), "README.md", "exec"), scope)
+    figure = eval(compile(last, "README.md", "eval"), scope)
+    assert any(trace.type == "heatmap" for trace in figure.data)
+
+
 def test_the_numbers_beyond_the_trained_depth() -> None:
     best = recurrence_grid.run(RecurrenceConfig()).accuracy.max(1).values
     assert f"at least {float(best[:10].min()):.2f} on 1 to 10 trained hops" in README
