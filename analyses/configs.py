@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,10 +33,17 @@ class FilesConfig(RunConfig):
     """Whether the embedding is added again before each later iteration, where a released pickle does not say."""
     readout: str | None = None
     """Where answers are read: last_real, first_pad or column:K."""
+    window: tuple[int, int] | None = None
+    """First and last layer to loop, from 0, where the checkpoint is an ordinary Llama, Qwen3 or GPT-2."""
     per_hop: int | None = None
     """Use at most this many questions of each hop count."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, ..."""
+
+    def told(self) -> dict[str, Any]:
+        """What `load` is told besides the checkpoint."""
+        known = {name: getattr(self, name) for name in ("n_heads", "input_injection", "readout", "vocab")}
+        return known if self.window is None else {**known, "window": self.window}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,13 +106,7 @@ def token_id(model: LoopedModel, word: str) -> int:
 
 def _without_questions(config: InputsConfig) -> Subject:
     files = locate(config.checkpoint)
-    model = load(
-        config.checkpoint,
-        n_heads=config.n_heads,
-        input_injection=config.input_injection,
-        readout=config.readout,
-        vocab=config.vocab,
-    ).to(config.device)
+    model = load(config.checkpoint, **config.told()).to(config.device)
     name = config.checkpoint if config.checkpoint in shipped_names() else Path(config.checkpoint).name
     return Subject(name, model, {}, read_graph(files.graph) if files.graph else None, read_card(config.checkpoint))
 

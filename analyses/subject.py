@@ -85,13 +85,7 @@ def open_subject(config: SourceConfig) -> Subject:
         ValueError: There are no questions, or the checkpoint does not say where answers are read.
     """
     files = locate(config.checkpoint)
-    model = load(
-        config.checkpoint,
-        n_heads=config.n_heads,
-        input_injection=config.input_injection,
-        readout=config.readout,
-        vocab=config.vocab,
-    ).to(config.device)
+    model = load(config.checkpoint, **config.told()).to(config.device)
     data = config.data or files.questions
     if data is None:
         raise ValueError(f"{config.checkpoint} has no test.json beside its weights; pass --data with the questions to ask")

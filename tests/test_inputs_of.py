@@ -10,10 +10,12 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from analyses import steps
 from analyses.cli import main
 from analyses.configs import InputsConfig
-from analyses.figure_configs import ANALYSES
+from analyses.figure_configs import ANALYSES, StepsConfig
 from analyses.inputs_of import open_inputs, token_id, words
+from checkpoints.errors import CheckpointError
 from checkpoints.load import load
 from golden_cases import GOLDEN
 from models.tokens import Readout
@@ -118,3 +120,13 @@ def test_the_commands_take_token_ids(tmp_path: Path, capsys: pytest.CaptureFixtu
     before = (tmp_path / "exit_gate.csv").read_text()
     main(["exit-gate", *saved, "--out", str(tmp_path)])
     assert (tmp_path / "exit_gate.csv").read_text() == before
+
+
+def test_an_ordinary_model_is_opened_with_the_layers_to_loop() -> None:
+    folder = str(GOLDEN / "training_free_llama")
+    record = steps.run(StepsConfig(checkpoint=folder, window=(1, 3), tokens=(5, 7, 11), n_loops=4))
+    assert record.values.isfinite().any()
+    asked = open_inputs(StepsConfig(checkpoint=folder, window=(1, 3), tokens=(5, 7, 11)))
+    assert [visit.layer for visit in asked.subject.model.schedule(2) if visit.loop == 1] == [1, 2, 3]
+    with pytest.raises(CheckpointError, match=r"say which of them to loop: window=\(first, last\)"):
+        open_inputs(StepsConfig(checkpoint=folder, tokens=(5, 7, 11)))
