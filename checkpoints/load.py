@@ -16,7 +16,7 @@ from checkpoints.fill import build_from
 from checkpoints.hub import Release, load_hub, open_release, read_foreign, read_tensors, recognized_family, unpack
 from checkpoints.jsons import read_json, read_object, write_json
 from checkpoints.locate import CheckpointFiles, locate
-from checkpoints.release import ReleaseFacts, infer_config, key_names, read_state_dict
+from checkpoints.release import ReleaseFacts, infer_config, key_names, state_dict_of
 from checkpoints.tables import TABLES
 from checkpoints.tokenizer import HubTokenizer, find_tokenizer
 from models.base import LoopedModel
@@ -58,7 +58,8 @@ def load(
     card = read_card(source)
     facts: dict[str, Any] = {"n_heads": n_heads, "input_injection": input_injection, "n_loops": n_loops}
     default = None
-    release = _open_hub(files)
+    content = read_foreign(files.weights, TABLES) if files.is_release else None
+    release = _open_hub(files, content)
     if release is not None:
         given = {name: value for name, value in facts.items() if value is not None and name != "n_loops"}
         model, table = load_hub(release, files.weights, TABLES, {**given, **options})
@@ -67,7 +68,7 @@ def load(
     elif options:
         raise CheckpointError(f"{files.weights}: no {next(iter(options))}= is taken for a checkpoint of this format")
     else:
-        model = _load_release(files, card, ReleaseFacts(**facts)) if files.is_release else _load_own(files.weights, facts)
+        model = _load_own(files.weights, facts) if content is None else _load_release(files, content, card, ReleaseFacts(**facts))
     where = readout or card.get("readout") or files.readout or default
     model.read_at = Readout.parse(where) if where else None
     model.vocab = _find_vocabulary(files, Path(vocab) if vocab else None, model.cfg)
@@ -131,16 +132,20 @@ def read_card(source: str | Path) -> dict[str, Any]:
 def read_family(source: str | Path) -> str:
     """The family of a checkpoint, without loading its weights; released pickles are recurrent-depth models."""
     files = locate(source)
-    release = _open_hub(files)
+    release = _open_hub(files, read_foreign(files.weights, TABLES) if files.is_release else None)
     if release is not None:
         return recognized_family(release, files.weights, TABLES)
     return "recurrent_depth" if files.is_release else str(read_object(files.weights.with_name("config.json"))["family"])
 
 
-def _open_hub(files: CheckpointFiles) -> Release | None:
-    """The config and tensors of another family's release; None for our own format and for recurrent-depth pickles."""
-    if files.is_release:
-        return unpack(read_foreign(files.weights, TABLES), TABLES)
+def _open_hub(files: CheckpointFiles, content: Mapping[str, Any] | None) -> Release | None:
+    """The config and tensors of another family's release; None for our own format and for recurrent-depth pickles.
+
+    Args:
+        content: Of the pickle, where that is all there is.
+    """
+    if content is not None:
+        return unpack(content, TABLES)
     config_file = files.weights.with_name("config.json")
     ours = not config_file.is_file() or "family" in read_object(config_file)
     return None if ours else open_release(files.weights, TABLES)
@@ -150,8 +155,8 @@ def _with_loops(cfg: LoopedConfig, n_loops: int | None) -> LoopedConfig:
     return cfg if n_loops is None else dataclasses.replace(cfg, n_loops=n_loops)
 
 
-def _load_release(files: CheckpointFiles, card: Mapping[str, Any], given: ReleaseFacts) -> LoopedModel:
-    tensors = read_state_dict(files.weights)
+def _load_release(files: CheckpointFiles, content: Mapping[str, Any], card: Mapping[str, Any], given: ReleaseFacts) -> LoopedModel:
+    tensors = state_dict_of(content, files.weights)
     merged = {}
     for name in ("n_heads", "input_injection", "n_loops"):
         known = (getattr(given, name), card.get(name), getattr(files.layout, name))

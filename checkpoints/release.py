@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoints.errors import CheckpointError
-from checkpoints.pickles import WHAT_IT_IS, read_pickle
+from checkpoints.pickles import WHAT_IT_IS
 from models.files import atomic_path
 from models.recurrent_depth import Positions, RecurrentDepth, RecurrentDepthConfig
 
@@ -29,7 +30,7 @@ _EDGE_KEYS = {
     "ln_f.weight": "final_norm.w",
     "ln_f.bias": "final_norm.b",
 }
-_BLOCK_KEYS = {
+BLOCK_KEYS = {
     "ln_1.weight": "ln1.w",
     "ln_1.bias": "ln1.b",
     "attn.c_attn.weight": "attn.W_QKV",
@@ -56,19 +57,18 @@ class ReleaseFacts:
 
 def key_names(n_layers: int) -> dict[str, str]:
     """Our parameter name for each key of a release with this many blocks."""
-    blocks = {f"blocks.{i}.{key}": f"blocks.{i}.{name}" for i in range(n_layers) for key, name in _BLOCK_KEYS.items()}
+    blocks = {f"blocks.{i}.{key}": f"blocks.{i}.{name}" for i in range(n_layers) for key, name in BLOCK_KEYS.items()}
     return {**_EDGE_KEYS, **blocks}
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The model's tensors of a release file, still on disk (memory-mapped); optimiser state is never read.
+def state_dict_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The model's tensors in the content of a release file, still on disk (memory-mapped); optimiser state is never read.
 
     The tied head and the causal-mask buffers of old transformers versions are checked and left out.
 
     Raises:
-        CheckpointError: Not a torch file, cut short, holding code, without a model, or with a head that is not tied.
+        CheckpointError: Content without a model, or with a head that is not tied.
     """
-    content = read_pickle(path)
     state = content.get("model_state_dict")
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path} holds no model: {WHAT_IT_IS}, but this file holds {sorted(map(str, content))[:6]}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from checkpoints.config_fields import ConfigFields
 from checkpoints.hub import Table
+from checkpoints.release import BLOCK_KEYS
 from checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from models.training_free import TrainingFreeConfig
 from models.training_free_gpt2 import TrainingFreeGPT2Config
@@ -16,20 +17,6 @@ from models.training_free_rules import BETA, check_rule, checked_window
 
 _HEAD_NORMS = {f"self_attn.{part}_norm.weight": f"attn.{part}_norm.w" for part in ("q", "k")}
 _ROTARY = ("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_GPT2 = {
-    "ln_1.weight": "ln1.w",
-    "ln_1.bias": "ln1.b",
-    "attn.c_attn.weight": "attn.W_QKV",
-    "attn.c_attn.bias": "attn.b_QKV",
-    "attn.c_proj.weight": "attn.W_O_flat",
-    "attn.c_proj.bias": "attn.b_O",
-    "ln_2.weight": "ln2.w",
-    "ln_2.bias": "ln2.b",
-    "mlp.c_fc.weight": "mlp.W_in",
-    "mlp.c_fc.bias": "mlp.b_in",
-    "mlp.c_proj.weight": "mlp.W_out",
-    "mlp.c_proj.bias": "mlp.b_out",
-}
 
 _OPTIONS = {
     "window": "first and last layer to loop, both included, from 0 (needed)",
@@ -152,7 +139,7 @@ def _gpt2_table(prefix: str) -> Table:
 
     def names(cfg: TrainingFreeGPT2Config) -> dict[str, str]:
         edges = {"wte.weight": "embedding", "wpe.weight": "W_pos", "ln_f.weight": "final_norm.w", "ln_f.bias": "final_norm.b"}
-        return {**{prefix + key: name for key, name in edges.items()}, **block_names(f"{prefix}h", "blocks", cfg.n_layers, _GPT2)}
+        return {**{prefix + key: name for key, name in edges.items()}, **block_names(f"{prefix}h", "blocks", cfg.n_layers, BLOCK_KEYS)}
 
     return Table(
         family=TrainingFreeGPT2Config.family,
