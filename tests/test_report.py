@@ -18,6 +18,7 @@ TABS = {
     "Comparison": ("grids", "margins", "halting-compare"),
 }
 FIGURES = tuple(key for keys in TABS.values() for key in keys)
+OF_ONE = ("margin", "grid", "lens", "patching", "halting")  # figures with many marks and a long table
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,13 @@ def page(page_file: Path) -> Page:
 def test_every_figure_is_drawn_inside_the_window(page: Page) -> None:
     _, tabs, overflow, _, marks = page.values
     assert {name: tuple(box[0].removeprefix("figure-") for box in boxes) for name, boxes in tabs} == TABS
-    assert all(width > 800 and height > 250 for _, boxes in tabs for _, width, height in boxes)
+    assert all(
+        width > 800 and height > (300 if figure.removeprefix("figure-") in OF_ONE else 250)
+        for _, boxes in tabs
+        for figure, width, height in boxes
+    )
     assert overflow <= 0
-    assert all(count > 2 for count in marks)
+    assert all(count > (5 if key in OF_ONE else 2) for key, count in zip(FIGURES, marks, strict=True))
 
 
 @pytest.mark.browser
@@ -59,7 +64,7 @@ def test_the_page_logs_no_error_and_asks_the_network_for_nothing(page: Page) -> 
 
 @pytest.mark.browser
 def test_every_section_has_its_table(page: Page) -> None:
-    assert all(rows > 2 for rows in page.values[3])
+    assert all(rows > (4 if key in OF_ONE else 2) for key, rows in zip(FIGURES, page.values[3], strict=True))
 
 
 def test_the_page_stays_below_10_megabytes(page_file: Path) -> None:
