@@ -148,7 +148,7 @@ class _Run:
         if self.store:
             state, lengths = state.map(lambda x: at_columns(x, lengths - 1)[:, None]), torch.ones_like(lengths)
         end, new = self.model.extend(state, self.store)
-        self.store = {name: _joined(self.store.get(name), kept) for name, kept in new.items()}
+        self.store = {name: self.store[name].followed_by(kept) if name in self.store else kept for name, kept in new.items()}
         return self.model.readout(end, lengths - 1)
 
     def _loops(self) -> int:
@@ -161,14 +161,6 @@ class _Run:
         tokens[rows[going], lengths[going]] = chosen[going]
         mask[rows[going], lengths[going]] = 1
         self.batch = replace(self.batch, tokens=tokens, mask=mask)
-
-
-def _joined(before: KeyValues | None, new: KeyValues) -> KeyValues:
-    if before is None:
-        return new
-    tags = None if before.tags is None or new.tags is None else torch.cat([before.tags, new.tags], dim=1)
-    k, v, positions, mask = (torch.cat([getattr(before, part), getattr(new, part)], dim=1) for part in ("k", "v", "positions", "mask"))
-    return KeyValues(k, v, positions, mask, tags)
 
 
 def _widened(batch: Batch, more: int) -> Batch:

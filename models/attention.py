@@ -52,6 +52,12 @@ class KeyValues:
     mask: Bool[Tensor, "batch key"]
     tags: Int[Tensor, "batch key"] | None = None
 
+    def followed_by(self, later: KeyValues) -> KeyValues:
+        """These keys and values and later ones of the same sequences, one after the other."""
+        k, v, positions, mask = (torch.cat([getattr(self, part), getattr(later, part)], dim=1) for part in ("k", "v", "positions", "mask"))
+        tags = None if self.tags is None or later.tags is None else torch.cat([self.tags, later.tags], dim=1)
+        return KeyValues(k, v, positions, mask, tags)
+
 
 KeyValueStore = MutableMapping[str, KeyValues]
 Visible = Callable[[Places, Places], Bool[Tensor, "batch query key"]]

@@ -17,7 +17,7 @@ from models.config import LoopedConfig
 from models.decoder_block import Attention, Block, GatedMLP, Placement
 from models.hooks import NO_TAPS, Taps, tap
 from models.rotary import Rotary, checked_scaling
-from models.state import Slot
+from models.state import Slot, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,16 @@ class LoopedDecoder(LoopedModel):
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         return self.embedding.new_zeros(self.cfg.d_vocab)
+
+
+class CodaDecoder(LoopedDecoder):
+    """A looped decoder with blocks after the loop: the head reads what they make of a state that has finished an iteration."""
+
+    def read_state(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch pos d_model"]:
+        ends = self.iteration_ends(state.n_loops)
+        if state.visit in ends:
+            state = self.finish(state, ends.index(state.visit))
+        return super().read_state(state, positions)
 
 
 def stack(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.attention import Rows
-from models.decoder import DecoderConfig, LoopedDecoder, stack
+from models.decoder import CodaDecoder, DecoderConfig, stack
 from models.decoder_block import Attention, Block, GatedMLP, Projection, Stream
 from models.hooks import NO_TAPS, Taps, tap
 from models.random_state import initial_state
@@ -50,7 +50,7 @@ class PreludeCoreCodaConfig(DecoderConfig):
         return float((2 / (5 * self.d_model)) ** 0.5 if self.state_std is None else self.state_std)
 
 
-class PreludeCoreCoda(LoopedDecoder):
+class PreludeCoreCoda(CodaDecoder):
     """The prelude's output e enters every iteration: state <- blocks(adapter([state; e])), from a random latent state; a coda follows.
 
     The state of a run is the latent once the prelude has run, with e as the part `input`. Before that the initial latent is the
@@ -125,12 +125,6 @@ class PreludeCoreCoda(LoopedDecoder):
     def latent(self, resid: Stream, taps: Taps = NO_TAPS) -> Stream:
         """The core's output as the coda reads it."""
         return resid
-
-    def read_state(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch pos d_model"]:
-        ends = self.iteration_ends(state.n_loops)
-        if state.visit in ends:  # the head reads what the coda makes of it
-            state = self.finish(state, ends.index(state.visit))
-        return super().read_state(state, positions)
 
 
 def latent_states(model: PreludeCoreCoda, state: State) -> Float[Tensor, "batch pos d_model"]:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from models.attention import Rows
 from models.components import LayerNorm, Norm, RMSNorm
-from models.decoder import DecoderConfig, LoopedDecoder, stack
+from models.decoder import CodaDecoder, DecoderConfig, stack
 from models.hooks import NO_TAPS, Taps, tap
 from models.hyper_connections import Streams, collapsed, copies
 from models.registry import family
-from models.state import Slot, State, Visit
+from models.state import Slot, Visit
 
 STREAM_NORM = "ln_stream"
 _OPENING = (
@@ -102,7 +102,7 @@ class LoopMixing(nn.Module):
 
 
 @family(HyperloopConfig)
-class Hyperloop(LoopedDecoder):
+class Hyperloop(CodaDecoder):
     """Blocks before the loop, L shared middle blocks applied n_loops times to a mixture of n residual streams, blocks after it.
 
     The streams y start as copies of what comes before the loop. Iteration t works out read, write and keep weights from y, and then
@@ -190,9 +190,3 @@ class Hyperloop(LoopedDecoder):
 
     def normalize(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Float[Tensor, "batch pos d_model"]:
         return super().normalize(resid, taps) if self.cfg.final_norm else resid
-
-    def read_state(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch pos d_model"]:
-        ends = self.iteration_ends(state.n_loops)
-        if state.visit in ends:  # the head reads what the blocks after the loop make of it
-            state = self.finish(state, ends.index(state.visit))
-        return super().read_state(state, positions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -232,11 +233,7 @@ def melt_from_ouro(model: Ouro, **options: Any) -> Melt:
 
 def _side_by_side(pieces: list[dict[int, KeyValues]]) -> dict[int, KeyValues]:
     """Rows of each layer of several pieces of the sequences, in their order."""
-
-    def joined(layer: int, part: str) -> Tensor:
-        return torch.cat([getattr(piece[layer], part) for piece in pieces], dim=1)
-
-    return {layer: KeyValues(**{part: joined(layer, part) for part in ("k", "v", "positions", "mask")}) for layer in pieces[0]}
+    return {layer: reduce(KeyValues.followed_by, (piece[layer] for piece in pieces)) for layer in pieces[0]}
 
 
 def _one_state(pieces: list[State]) -> State:

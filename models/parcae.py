@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.attention import Rows
 from models.components import RMSNorm
-from models.decoder import DecoderConfig, LoopedDecoder, stack
+from models.decoder import CodaDecoder, DecoderConfig, stack
 from models.decoder_block import Stream
 from models.hooks import Taps, tap
 from models.parcae_block import GATE_CHANNELS, AdditiveInjection, DiagonalInjection, LinearInjection, ParcaeBlock, ValueAttention, Values
@@ -107,7 +107,7 @@ class ParcaeConfig(DecoderConfig):
 
 
 @family(ParcaeConfig)
-class Parcae(LoopedDecoder):
+class Parcae(CodaDecoder):
     """The prelude's normed output e enters every iteration: state <- blocks(injection(state, e)), from a random latent; once, after
     the last, a matrix C takes the state to the coda.
 
@@ -224,12 +224,6 @@ class Parcae(LoopedDecoder):
         if visit.stage == "prelude" and self.input_norm is not None:
             return _into_loop(self.input_norm(resid, {f"prelude_norm.{site}": point for site, point in taps.items()}), parts)
         return tap(taps, "hook_state_out", resid), parts
-
-    def read_state(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Float[Tensor, "batch pos d_model"]:
-        ends = self.iteration_ends(state.n_loops)
-        if state.visit in ends:  # the head reads what the coda makes of it
-            state = self.finish(state, ends.index(state.visit))
-        return super().read_state(state, positions)
 
     def unembed(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         logits = super().unembed(normalized)

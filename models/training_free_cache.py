@@ -8,7 +8,6 @@ prompt see the keys of their own state; passes of a later token see the cache, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -122,14 +121,7 @@ def for_passes(model: WindowLoops, cache: KeyValueStore, n_loops: int) -> KeyVal
 
 def joined(cache: Mapping[str, KeyValues], new: Mapping[str, KeyValues]) -> dict[str, KeyValues]:
     """The entries of earlier and later rows, one after the other."""
-    return {visit: _cat(cache[visit], new[visit]) for visit in cache}
-
-
-def _cat(old: KeyValues, new: KeyValues) -> KeyValues:
-    def join(part: str) -> Tensor:
-        return torch.cat([getattr(old, part), getattr(new, part)], dim=1)
-
-    return replace(old, k=join("k"), v=join("v"), positions=join("positions"), mask=join("mask"))
+    return {visit: cache[visit].followed_by(new[visit]) for visit in cache}
 
 
 def _entry(layer: int) -> str:
