@@ -17,7 +17,7 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 minis: install
-	$(BIN)/python -m training.minis
+	$(BIN)/python -m loopscope.training.minis
 
 install: .venv/.installed
 

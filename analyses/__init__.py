@@ -1,1 +1,11 @@
-"""Questions: one file each (config -> record -> figure), the report, and the command line."""
+"""Questions about checkpoints: figures, the report, the explorer, the written pages, and the
+command line.
+
+Start with `figures/`, one file per question. `common` opens checkpoints and writes records,
+`report` and `explorer` put figures on one page, `pages` writes the Markdown of docs/, `cli.py` is
+the command line. Imports everything; nothing imports it.
+"""
+
+from loopscope._one_name import refuse_second_name
+
+refuse_second_name(__name__)

@@ -11,9 +11,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from analyses.config_files import defaults_from_file
-from analyses.configs import ExploreConfig, MultiHopDataConfig, OutputConfig, ReportConfig, TrainConfig, TwoHopDataConfig
-from analyses.figure_configs import ANALYSES
+from loopscope.analyses.common.config_files import defaults_from_file
+from loopscope.analyses.common.configs import (
+    ExploreConfig,
+    MultiHopDataConfig,
+    OutputConfig,
+    ReportConfig,
+    TrainConfig,
+    TwoHopDataConfig,
+)
+from loopscope.analyses.common.figure_configs import ANALYSES
 
 Flat = tyro.conf.arg(name="")
 FROM = "--from-file"
@@ -21,10 +28,14 @@ FROM = "--from-file"
 
 @dataclass(frozen=True)
 class List:
-    """Show the checkpoints that are shipped, the known public releases, and what each family declares."""
+    """Show the checkpoints that are shipped, the known public releases, and what each family
+    declares.
+    """
 
     methods: bool = False
-    """Also run every method on a tiny model of every family, and show which runs on which (takes some seconds)."""
+    """Also run every method on a tiny model of every family, and show which runs on which (takes
+    some seconds).
+    """
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Replication:
-    """Measure what the shipped miniatures show of the paper's claims, and write it as a page of Markdown."""
+    """Measure what the shipped miniatures show of the paper's claims, and write it as a page of
+    Markdown.
+    """
 
     out: Path = Path("out/replication.md")
     """The page to write."""
@@ -68,7 +81,9 @@ class Replication:
 
 @dataclass(frozen=True)
 class Findings:
-    """Measure the circuit that carries the answer through the default miniature, and write it as a page of Markdown."""
+    """Measure the circuit that carries the answer through the default miniature, and write it as a
+    page of Markdown.
+    """
 
     out: Path = Path("out/findings.md")
     """The page to write."""
@@ -78,7 +93,9 @@ class Findings:
 
 @dataclass(frozen=True)
 class Families:
-    """Run every method on a tiny model of every family, and write what runs and what refuses as a page of Markdown."""
+    """Run every method on a tiny model of every family, and write what runs and what refuses as a
+    page of Markdown.
+    """
 
     out: Path = Path("out/families.md")
     """The page to write."""
@@ -88,7 +105,9 @@ class Families:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Draw every figure from the shipped checkpoints, and write a page of Markdown with the pictures beside it."""
+    """Draw every figure from the shipped checkpoints, and write a page of Markdown with the
+    pictures beside it.
+    """
 
     out: Path = Path("out/gallery.md")
     """The page to write; the pictures go into the folder of its name."""
@@ -106,11 +125,18 @@ class Train:
 def _analysis(name: str, config: type) -> type:
     """The command of an analysis: its config, and what to write."""
     fields = [("config", Annotated[config, Flat]), ("output", Annotated[OutputConfig, Flat])]
-    return make_dataclass(name.replace("-", "_"), fields, frozen=True, namespace={"__doc__": config.__doc__})
+    return make_dataclass(
+        name.replace("-", "_"), fields, frozen=True, namespace={"__doc__": config.__doc__}
+    )
 
 
 _ANALYSES = {name: _analysis(name, config) for name, (config, _) in ANALYSES.items()}
-_PAGES = {Replication: "replication", Findings: "findings", Families: "families", Gallery: "gallery"}
+_PAGES = {
+    Replication: "replication",
+    Findings: "findings",
+    Families: "families",
+    Gallery: "gallery",
+}
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "list": List,
     "report": Report,
@@ -123,8 +149,8 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "data": Data,
     "train": Train,
 }
-_DESCRIPTION = f"""Mechanistic interpretability of looped transformers. An analysis takes its settings from flags, and with
-{FROM} SETTINGS.json from a file as well, where flags win."""
+_DESCRIPTION = f"""Mechanistic interpretability of looped transformers. An analysis takes its settings from
+flags, and with {FROM} SETTINGS.json from a file as well, where flags win."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -133,47 +159,67 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _run(_parsed(args))
     except (ValueError, OSError, KeyError, ImportError) as error:
-        print(f"loopscope: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        print(
+            f"loopscope: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr
+        )
         raise SystemExit(2) from None
 
 
 def _parsed(args: list[str]) -> Any:
     if FROM in args[:-1] and args[0] in _ANALYSES:
         place = args.index(FROM)
-        default = defaults_from_file(_ANALYSES[args[0]], ANALYSES[args[0]][0], Path(args[place + 1]))
+        default = defaults_from_file(
+            _ANALYSES[args[0]], ANALYSES[args[0]][0], Path(args[place + 1])
+        )
         rest = args[1:place] + args[place + 2 :]
         return tyro.cli(_ANALYSES[args[0]], prog=f"loopscope {args[0]}", args=rest, default=default)
-    return tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="loopscope", description=_DESCRIPTION, args=args)
+    return tyro.extras.subcommand_cli_from_dict(
+        _COMMANDS, prog="loopscope", description=_DESCRIPTION, args=args
+    )
 
 
 def _run(command: Any) -> None:
     if isinstance(command, List):
-        print(import_module("checkpoints.catalog").available().to_string(index=False))
-        families = import_module("analyses.families")
-        print("\nWhat each family declares; --methods and docs/families.md show which methods run on which.\n")
+        print(import_module("loopscope.checkpoints.catalog").available().to_string(index=False))
+        families = import_module("loopscope.analyses.pages.families")
+        print(
+            "\nWhat each family declares; --methods and docs/families.md show which methods run on"
+            " which.\n"
+        )
         print(families.facts().to_string(index=False))
         if command.methods:
             import_module("torch").set_num_threads(1)
             print(f"\n{families.run().methods.to_string(index=False)}")
     elif isinstance(command, Data):
-        for line in import_module("analyses.data").make(command.config):
+        for line in import_module("loopscope.analyses.data").make(command.config):
             print(line)
     elif type(command) in _PAGES:
-        import_module("analyses.records").refuse_existing([command.out], command.overwrite)
+        import_module("loopscope.analyses.common.records").refuse_existing(
+            [command.out], command.overwrite
+        )
         import_module("torch").set_num_threads(1)
-        print(f"wrote {import_module(f'analyses.{_PAGES[type(command)]}').write(command.out)}")
+        print(
+            f"wrote {import_module(f'loopscope.analyses.pages.{_PAGES[type(command)]}').write(command.out)}"
+        )
     elif isinstance(command, Train):
         config = command.config
         import_module("torch").set_num_threads(config.threads)
-        run = import_module("training.trainer").train
-        print(f"Finished {run(config.recipe, config.out, resume=config.resume, release=config.release, wandb=config.wandb)}")
+        run = import_module("loopscope.training.trainer").train
+        print(
+            "Finished"
+            f" {run(config.recipe, config.out, resume=config.resume, release=config.release, wandb=config.wandb)}"
+        )
     elif isinstance(command, Explore):
         import_module("torch").set_num_threads(command.config.threads)
-        import_module("analyses.explorer").explore(command.config)
+        import_module("loopscope.analyses.explorer.app").explore(command.config)
     elif isinstance(command, Report):
-        import_module("analyses.records").refuse_existing([command.out], command.overwrite)
+        import_module("loopscope.analyses.common.records").refuse_existing(
+            [command.out], command.overwrite
+        )
         import_module("torch").set_num_threads(command.config.threads)
-        page = import_module("analyses.report").write_report(command.config, command.out)
+        page = import_module("loopscope.analyses.report.page").write_report(
+            command.config, command.out
+        )
         print(f"Open {page.resolve()}")
     else:
         _analyse(type(command).__name__.replace("_", "-"), command)
@@ -181,10 +227,17 @@ def _run(command: Any) -> None:
 
 def _analyse(name: str, command: Any) -> None:
     module = ANALYSES[name][1]
-    analysis, records = import_module(f"analyses.{module}"), import_module("analyses.records")
-    records.refuse_existing(records.files_of(module, command.output), command.output.overwrite)
+    analysis, records = (
+        import_module(f"loopscope.analyses.figures.{module}"),
+        import_module("loopscope.analyses.common.records"),
+    )
+    records.refuse_existing(
+        records.files_of(module.rpartition(".")[2], command.output), command.output.overwrite
+    )
     import_module("torch").set_num_threads(command.config.threads)
     record = analysis.run(command.config)
     print(record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
-    for path in records.write(module, record, analysis.figure(record), command.output, command.config):
+    for path in records.write(
+        module, record, analysis.figure(record), command.output, command.config
+    ):
         print(f"wrote {path}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from analyses.configs import MultiHopDataConfig, TwoHopDataConfig
-from tasks.datasets import write_multi_hop, write_two_hop
-from tasks.files import refuse_unless_new
-from tasks.graphs import PermutationGraph, TableGraph
-from tasks.multi_hop import make_multi_hop
-from tasks.two_hop import make_two_hop
+from loopscope.analyses.common.configs import MultiHopDataConfig, TwoHopDataConfig
+from loopscope.tasks.datasets import write_multi_hop, write_two_hop
+from loopscope.tasks.files import refuse_unless_new
+from loopscope.tasks.graphs import PermutationGraph, TableGraph
+from loopscope.tasks.multi_hop import make_multi_hop
+from loopscope.tasks.two_hop import make_two_hop
 
 
 def make(config: MultiHopDataConfig | TwoHopDataConfig) -> list[str]:
@@ -17,7 +17,8 @@ def make(config: MultiHopDataConfig | TwoHopDataConfig) -> list[str]:
         A line for each file that holds facts, and one for the folder.
 
     Raises:
-        ValueError: The folder is not empty, or the sizes do not fit together; nothing is written then.
+        ValueError: The folder is not empty, or the sizes do not fit together; nothing is written
+            then.
     """
     refuse_unless_new(config.out)
     counts = _multi_hop(config) if isinstance(config, MultiHopDataConfig) else _two_hop(config)
@@ -28,11 +29,15 @@ def make(config: MultiHopDataConfig | TwoHopDataConfig) -> list[str]:
 def _multi_hop(config: MultiHopDataConfig) -> dict[str, int]:
     kind = PermutationGraph if config.graph == "permutation" else TableGraph
     graph = kind.random(config.n_entities, config.n_relations, config.seed)
-    data = make_multi_hop(graph, config.max_hops, config.train, config.test, config.seed, progress=True)
+    data = make_multi_hop(
+        graph, config.max_hops, config.train, config.test, config.seed, progress=True
+    )
     return write_multi_hop(data, config.out, progress=True)
 
 
 def _two_hop(config: TwoHopDataConfig) -> dict[str, int]:
-    graph = TableGraph.two_hop(config.n_entities, config.n_relations, config.out_degree, config.ood_share, config.seed)
+    graph = TableGraph.two_hop(
+        config.n_entities, config.n_relations, config.out_degree, config.ood_share, config.seed
+    )
     data = make_two_hop(graph, config.phi, config.iid_share, config.test, config.seed)
     return write_two_hop(data, config.out, progress=True)

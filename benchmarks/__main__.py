@@ -1,4 +1,6 @@
-"""Run every benchmark, print its lines as they come, and keep them in RESULTS.md with the machine and the versions."""
+"""Run every benchmark, print its lines as they come, and keep them in RESULTS.md with the machine
+and the versions.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,25 @@ _PACKAGES = ("torch", "transformer-lens", "nnsight")
 
 
 def main() -> None:
-    """Run all in one process with one thread, which is steady on shared machines and the same for both sides."""
+    """Run all in one process with one thread, which is steady on shared machines and the same for
+    both sides.
+    """
     torch.set_num_threads(1)
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-    machine = f"{_processor()}, {os.cpu_count()} cores, 1 thread, Python {platform.python_version()}, {versions}"
+    machine = (
+        f"{_processor()}, {os.cpu_count()} cores, 1 thread, Python {platform.python_version()},"
+        f" {versions}"
+    )
     print(machine, flush=True)
     lines = []
     for benchmark in (overhead, memory, sweep, training, patching):
         for line in benchmark.run().splitlines():
             lines.append(f"* {line}")
             print(line, flush=True)
-    _RESULTS.write_text("\n".join(["# Benchmarks", "", f"One run of `make bench` on: {machine}.", "", *lines]) + "\n")
+    _RESULTS.write_text(
+        "\n".join(["# Benchmarks", "", f"One run of `make bench` on: {machine}.", "", *lines])
+        + "\n"
+    )
 
 
 def _processor() -> str:

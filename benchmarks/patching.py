@@ -1,7 +1,9 @@
-"""Patching sweeps against TransformerLens's on the unrolled view of the same model, and against nnsight's per-call patching.
+"""Patching sweeps against TransformerLens's on the unrolled view of the same model, and against
+nnsight's per-call patching.
 
-One pair of questions; the numbers of both sides are compared before a time is believed. Where the other side would take many
-minutes it is given some of the patches, spread over the sweep, and its time is scaled; the line says so.
+One pair of questions; the numbers of both sides are compared before a time is believed. Where the
+other side would take many minutes it is given some of the patches, spread over the sweep, and its
+time is scaled; the line says so.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from transformer_lens import patching as tl_patching
 
 from benchmarks.flops import causal_cone, executed
 from benchmarks.timing import interleaved, paper_size
-from checkpoints.load import load
-from interp.metrics import logit_diff
-from interp.patching import activation_patch
-from interp.sweep import Sweep
-from models.base import LoopedModel
-from models.tokens import Batch
-from models.views import unrolled
+from loopscope.checkpoints.load import load
+from loopscope.interp.common.metrics import logit_diff
+from loopscope.interp.patching.activation import activation_patch
+from loopscope.interp.patching.sweep import Sweep
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.tokens import Batch
+from loopscope.models.views import unrolled
 
 MINI, LOOPS, MINI_HOPS, PAPER_HOPS = "mini/multi_hop/r_dyn", 8, 10, 12
-_TOOLS = {"resid_pre": tl_patching.get_act_patch_resid_pre, "z": tl_patching.get_act_patch_attn_head_out_by_pos}
+_TOOLS = {
+    "resid_pre": tl_patching.get_act_patch_resid_pre,
+    "z": tl_patching.get_act_patch_attn_head_out_by_pos,
+}
 _METRIC = logit_diff(torch.tensor([3]), torch.tensor([5]))
 
 
@@ -44,14 +49,29 @@ class Setting:
     @classmethod
     def of(cls, label: str, model: LoopedModel, hops: int, rounds: int) -> Setting:
         """Two random inputs as long as questions of a hop count, read at the last token."""
-        tokens = torch.randint(1, model.cfg.d_vocab, (2, hops + 1), generator=torch.Generator().manual_seed(0))
-        clean, corrupted = (Batch(row[None], torch.ones_like(row[None]), torch.tensor([hops])) for row in tokens)
-        return cls(f"{label}, {LOOPS} iterations, {hops} hops", model.eval(), clean, corrupted, rounds)
+        tokens = torch.randint(
+            1, model.cfg.d_vocab, (2, hops + 1), generator=torch.Generator().manual_seed(0)
+        )
+        clean, corrupted = (
+            Batch(row[None], torch.ones_like(row[None]), torch.tensor([hops])) for row in tokens
+        )
+        return cls(
+            f"{label}, {LOOPS} iterations, {hops} hops", model.eval(), clean, corrupted, rounds
+        )
 
     def sweep(self, site: str, **places: list[int]) -> Sweep:
         """Ours; at the sites of heads, head by head."""
         heads = places.pop("heads", "all" if site == "z" else None)
-        return activation_patch(self.model, self.clean, self.corrupted, _METRIC, LOOPS, sites=site, heads=heads, **places)  # type: ignore[arg-type]
+        return activation_patch(
+            self.model,
+            self.clean,
+            self.corrupted,
+            _METRIC,
+            LOOPS,
+            sites=site,
+            heads=heads,
+            **places,
+        )  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -77,12 +97,21 @@ def run() -> str:
 
 def _forward(setting: Setting) -> str:
     plain, tokens = unrolled(setting.model, LOOPS), setting.clean.tokens
-    both: dict[str, Callable[[], object]] = {"unrolled": lambda: plain(tokens), "looped": lambda: setting.model(tokens, n_loops=LOOPS)}
+    both: dict[str, Callable[[], object]] = {
+        "unrolled": lambda: plain(tokens),
+        "looped": lambda: setting.model(tokens, n_loops=LOOPS),
+    }
     seconds = interleaved(both, 15)
     ratio = seconds["unrolled"] / seconds["looped"]
     if ratio > 1.1:
-        raise RuntimeError(f"the unrolled forward costs {ratio:.2f} times the looped one, so it is no fair baseline")
-    return f"{setting.label}: one forward of the unrolled view costs {ratio:.2f} times the looped one's"
+        raise RuntimeError(
+            f"the unrolled forward costs {ratio:.2f} times the looped one, so it is no fair"
+            " baseline"
+        )
+    return (
+        f"{setting.label}: one forward of the unrolled view costs {ratio:.2f} times the looped"
+        " one's"
+    )
 
 
 def _against_tl(setting: Setting, site: str, every: int = 1, **places: list[int]) -> str:
@@ -91,7 +120,11 @@ def _against_tl(setting: Setting, site: str, every: int = 1, **places: list[int]
     _, cache = plain.run_with_cache(setting.clean.tokens)
     sweep = setting.sweep(site, **places)
     n_layers = setting.model.cfg.n_layers
-    index = pd.DataFrame([(cell.loop * n_layers + cell.layer, cell.position, cell.head) for cell in sweep.cells][::every])  # type: ignore[operator]
+    index = pd.DataFrame(
+        [(cell.loop * n_layers + cell.layer, cell.position, cell.head) for cell in sweep.cells][
+            ::every
+        ]
+    )  # type: ignore[operator]
     index.columns = ["layer", "pos", "head_index"]
     tool = _TOOLS[site]
 
@@ -100,7 +133,9 @@ def _against_tl(setting: Setting, site: str, every: int = 1, **places: list[int]
         if every == 1:
             return tool(plain, setting.corrupted.tokens, cache, measure).flatten()
         axes = index if site == "z" else index[["layer", "pos"]]
-        return tool(plain, setting.corrupted.tokens, cache, measure, index_axis_names=None, index_df=axes).flatten()
+        return tool(
+            plain, setting.corrupted.tokens, cache, measure, index_axis_names=None, index_df=axes
+        ).flatten()
 
     found, seconds = _timed(theirs)
     order = index.sort_values(["layer", "pos", "head_index"]).index if every == 1 else index.index
@@ -108,10 +143,14 @@ def _against_tl(setting: Setting, site: str, every: int = 1, **places: list[int]
     ours = min(_timed(lambda: setting.sweep(site, **places))[1] for _ in range(setting.rounds))
     total = seconds * len(sweep.cells) / len(index)
     scaled = "" if every == 1 else f" (scaled from {len(index)} of them)"
-    part = f" (positions {places['positions']}, heads {places['heads']} only)" if "heads" in places else ""
+    part = (
+        f" (positions {places['positions']}, heads {places['heads']} only)"
+        if "heads" in places
+        else ""
+    )
     return (
-        f"{setting.label}: {len(sweep.cells)} patches of {site}{part}: {ours:.2f} s, TransformerLens {total:.1f} s{scaled}: "
-        f"{total / ours:.1f} times faster"
+        f"{setting.label}: {len(sweep.cells)} patches of {site}{part}: {ours:.2f} s,"
+        f" TransformerLens {total:.1f} s{scaled}: {total / ours:.1f} times faster"
     )
 
 
@@ -132,14 +171,18 @@ def _against_nnsight(setting: Setting) -> str:
     """Every resid_post, patched call by call with tracer.iter."""
     sweep = setting.sweep("resid_post")
     traced = NNsight(_Plain(setting.model))
-    _, cache = setting.model.run_with_cache(setting.clean.tokens, n_loops=LOOPS, names_filter="loops.*.blocks.*.hook_resid_post")
+    _, cache = setting.model.run_with_cache(
+        setting.clean.tokens, n_loops=LOOPS, names_filter="loops.*.blocks.*.hook_resid_post"
+    )
 
     def theirs() -> Tensor:
         found = []
         for cell in sweep.cells:
             with traced.trace(setting.corrupted.tokens) as tracer:
                 for _ in tracer.iter[cell.loop]:
-                    traced.blocks[cell.layer].output[:, cell.position] = cache[cell.name][:, cell.position]
+                    traced.blocks[cell.layer].output[:, cell.position] = cache[cell.name][
+                        :, cell.position
+                    ]
                 logits = traced.output.save()
             found.append(_METRIC(logits[:, -1]).mean())
         return torch.stack(found)
@@ -156,7 +199,8 @@ def _flops(setting: Setting, site: str) -> str:
     needed = causal_cone(setting.model, cells, LOOPS, int(setting.clean.readout[0]))
     done = executed(lambda: setting.sweep(site))
     return (
-        f"{setting.label}: sweep of {site}: {done / 1e9:.2f} GFLOP executed, {done / needed:.2f} times the causal cone's {needed / 1e9:.2f}"
+        f"{setting.label}: sweep of {site}: {done / 1e9:.2f} GFLOP executed, {done / needed:.2f}"
+        f" times the causal cone's {needed / 1e9:.2f}"
     )
 
 

@@ -1,4 +1,6 @@
-"""A recurrence sweep r = 1..40: one run read after each iteration, against 40 separate runs padded to 50 columns."""
+"""A recurrence sweep r = 1..40: one run read after each iteration, against 40 separate runs padded
+to 50 columns.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import time
 import torch
 
 from benchmarks.timing import paper_size
-from interp.lens import readout_lens
-from models.tokens import Batch
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.models.core.tokens import Batch
 
 LOOPS, HOPS, PADDED, QUESTIONS = 40, 12, 50, 2
 
@@ -19,7 +21,9 @@ def run() -> str:
     model = paper_size()
     length = HOPS + 1
     tokens = torch.zeros(QUESTIONS, PADDED, dtype=torch.int64)
-    tokens[:, :length] = torch.randint(1, 217, (QUESTIONS, length), generator=torch.Generator().manual_seed(0))
+    tokens[:, :length] = torch.randint(
+        1, 217, (QUESTIONS, length), generator=torch.Generator().manual_seed(0)
+    )
     mask = (torch.arange(PADDED) < length).long().expand(QUESTIONS, -1)
     column = torch.full((QUESTIONS,), length)
     short = Batch(tokens[:, : length + 1], mask[:, : length + 1], column)
@@ -28,7 +32,9 @@ def run() -> str:
     lens = readout_lens(model, short, LOOPS, keep_logits=True)
     ours = time.perf_counter() - started
     started = time.perf_counter()
-    separate = torch.stack([model(tokens, n_loops=r, mask=mask)[:, length] for r in range(1, LOOPS + 1)])
+    separate = torch.stack(
+        [model(tokens, n_loops=r, mask=mask)[:, length] for r in range(1, LOOPS + 1)]
+    )
     theirs = time.perf_counter() - started
     assert lens.logits is not None, "keep_logits was asked for"
     apart = float((lens.logits - separate).abs().max() / separate.abs().max())

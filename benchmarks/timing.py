@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from models.base import LoopedModel
-from models.recurrent_depth import RecurrentDepthConfig
-from models.registry import build
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.registry import build
+from loopscope.models.families.recurrent_depth import RecurrentDepthConfig
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -25,7 +25,13 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> 
     return best
 
 
-def paper_size(d_model: int = 768, n_layers: int = 4, n_heads: int = 12, d_vocab: int = 217) -> LoopedModel:
+def paper_size(
+    d_model: int = 768, n_layers: int = 4, n_heads: int = 12, d_vocab: int = 217
+) -> LoopedModel:
     """A NoPE model of the multi-hop releases' size with random weights."""
     torch.manual_seed(0)
-    return build(RecurrentDepthConfig(n_layers=n_layers, d_model=d_model, n_heads=n_heads, d_mlp=4 * d_model, d_vocab=d_vocab))
+    return build(
+        RecurrentDepthConfig(
+            n_layers=n_layers, d_model=d_model, n_heads=n_heads, d_mlp=4 * d_model, d_vocab=d_vocab
+        )
+    )

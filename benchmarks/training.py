@@ -1,4 +1,6 @@
-"""Training steps at paper size by the trainer, against plain ones on the same batches padded to 50 columns, as the public code pads."""
+"""Training steps at paper size by the trainer, against plain ones on the same batches padded to 50
+columns, as the public code pads.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import interleaved
-from training.catalog import RECIPES
-from training.setup import Answering, TrainingBatch
-from training.trainer import Trainer
+from loopscope.training.catalog import RECIPES
+from loopscope.training.setup import Answering, TrainingBatch
+from loopscope.training.trainer import Trainer
 
 RECIPE, BATCH, PADDED, HOPS, ROUNDS, RATE = "paper/multi_hop/r4", 8, 50, (2, 5, 12), 3, 1e-6
 
@@ -23,13 +25,17 @@ class Padded(Answering):
     """The same model on whole inputs of 50 columns, padding and all, read at the last."""
 
     def forward(self, batch: TrainingBatch) -> Tensor:
-        tokens, mask = (F.pad(x, (0, PADDED - x.shape[1])) for x in (batch.inputs.tokens, batch.inputs.mask))
+        tokens, mask = (
+            F.pad(x, (0, PADDED - x.shape[1])) for x in (batch.inputs.tokens, batch.inputs.mask)
+        )
         state = self.model.advance(self.model.begin(tokens, mask, n_loops=batch.n_loops))
         return self.model.readout(state, torch.full((len(tokens),), PADDED - 1))
 
 
 def run() -> str:
-    """One line for each stage: steps per second of both, and their ratio, after checking that the losses agree."""
+    """One line for each stage: steps per second of both, and their ratio, after checking that the
+    losses agree.
+    """
     recipe = replace(RECIPES[RECIPE], batch_size=BATCH)
     stages = [stage for stage in recipe.stages if max(stage.hops) in HOPS]
     lines = []
@@ -48,7 +54,8 @@ def run() -> str:
                 raise RuntimeError(f"the two ways of training disagree: losses {losses}")
             times = interleaved({way: partial(step, way, batch, RATE) for way in ways}, ROUNDS)
             lines.append(
-                f"training at d=768, L=4, 4 iterations, batch {BATCH}, {stage.name}: {1 / times['ours']:.2f} steps/s against "
-                f"{1 / times['padded']:.2f} padded to {PADDED}, {times['padded'] / times['ours']:.1f} times faster"
+                f"training at d=768, L=4, 4 iterations, batch {BATCH}, {stage.name}:"
+                f" {1 / times['ours']:.2f} steps/s against {1 / times['padded']:.2f} padded to"
+                f" {PADDED}, {times['padded'] / times['ours']:.1f} times faster"
             )
     return "\n".join(lines)

@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.load import load
-from models.base import LoopedModel
+from loopscope.checkpoints.load import load
+from loopscope.models.core.base import LoopedModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "why.md"
 CYCLES = (2, 3)
 STACKS = {"L_blocks": "low", "H_blocks": "high"}
-SITES = ("hook_resid_pre", "attn.hook_v", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+SITES = (
+    "hook_resid_pre",
+    "attn.hook_v",
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
 POSITION, HEAD = 2, 1
 SAME = 1e-4
 Run = Callable[..., Tensor]
@@ -78,7 +85,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Moved:
-    """How far writing a run's own value back at one position moves the logits, in their standard deviations.
+    """How far writing a run's own value back at one position moves the logits, in their standard
+    deviations.
 
     Attributes:
         name: The bridge's name of the site.
@@ -101,7 +109,8 @@ class Facts:
         visits: Visits of a block in one forward pass.
         bridge_names, our_names: Names of `hook_resid_pre` in each cache.
         calls: How often each of the bridge's points fires in one forward pass.
-        distance: For each of our visits of the low stack's first block, how far its `hook_resid_pre` is from the bridge's cached one.
+        distance: For each of our visits of the low stack's first block, how far its
+            `hook_resid_pre` is from the bridge's cached one.
         moved: For each site.
     """
 
@@ -121,10 +130,18 @@ def pair(high: int, low: int) -> Pair:
     torch.manual_seed(0)
     theirs = HrmTextForCausalLM(
         HrmTextConfig(
-            vocab_size=41, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=3, head_dim=8,
-            max_position_embeddings=32, H_cycles=high, L_cycles=low, initializer_range=0.2,
+            vocab_size=41,
+            hidden_size=24,
+            intermediate_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            head_dim=8,
+            max_position_embeddings=32,
+            H_cycles=high,
+            L_cycles=low,
+            initializer_range=0.2,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = load(folder)
@@ -148,7 +165,10 @@ def measure() -> Facts:
         bridge_names=len([name for name in theirs if name.endswith("hook_resid_pre")]),
         our_names=len([name for name in ours if name.endswith("hook_resid_pre")]),
         calls=calls(both, [f"{stack}.0.hook_resid_pre" for stack in STACKS]),
-        distance={name: _far(ours[f"{name}.hook_resid_pre"], theirs["L_blocks.0.hook_resid_pre"]) for name in lows},
+        distance={
+            name: _far(ours[f"{name}.hook_resid_pre"], theirs["L_blocks.0.hook_resid_pre"])
+            for name in lows
+        },
         moved=[moved(both, single, stack, site) for stack in STACKS for site in SITES],
     )
 
@@ -160,32 +180,47 @@ def calls(both: Pair, names: list[str]) -> dict[str, int]:
     def count(value: Tensor, hook: Any, name: str) -> None:
         counted[name] += 1
 
-    both.bridge.run_with_hooks(both.tokens, fwd_hooks=[(name, lambda value, hook, name=name: count(value, hook, name)) for name in names])
+    both.bridge.run_with_hooks(
+        both.tokens,
+        fwd_hooks=[
+            (name, lambda value, hook, name=name: count(value, hook, name)) for name in names
+        ],
+    )
     return counted
 
 
 def moved(both: Pair, single: Pair, stack: str, site: str) -> Moved:
     """One site of the first block of a stack."""
     name = f"{stack}.0.{site}"
-    own = [visit.name for visit in both.ours.schedule() if f".{STACKS[stack]}." in f"{visit.name}." and visit.layer == 0]
+    own = [
+        visit.name
+        for visit in both.ours.schedule()
+        if f".{STACKS[stack]}." in f"{visit.name}." and visit.layer == 0
+    ]
     return Moved(
         name=name,
         bridge=self_patched(both.bridge.run_with_hooks, both.tokens, name),
         once=self_patched(single.bridge.run_with_hooks, single.tokens, name),
-        ours=max(self_patched(both.ours.run_with_hooks, both.tokens, f"{place}.{site}") for place in own),
+        ours=max(
+            self_patched(both.ours.run_with_hooks, both.tokens, f"{place}.{site}") for place in own
+        ),
     )
 
 
 @torch.no_grad()
 def self_patched(run: Run, tokens: Tensor, name: str) -> float:
-    """How far the logits move when the value that a point had last is written back at one position (and head), in their deviations."""
+    """How far the logits move when the value that a point had last is written back at one position
+    (and head), in their deviations.
+    """
     seen: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:
         seen[name] = value.clone()
 
     def write(value: Tensor, hook: Any) -> Tensor:
-        index: tuple[slice | int, ...] = (slice(None), POSITION, HEAD) if value.ndim == 4 else (slice(None), POSITION)
+        index: tuple[slice | int, ...] = (
+            (slice(None), POSITION, HEAD) if value.ndim == 4 else (slice(None), POSITION)
+        )
         patched = value.clone()
         patched[index] = seen[name][index]
         return patched
@@ -200,14 +235,22 @@ def _far(a: Tensor, b: Tensor) -> float:
 
 def page(facts: Facts) -> str:
     """The page; its third line names the versions."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens"))
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")
+    )
     names = [
         ("visits of a block in one forward pass", facts.visits, facts.visits),
         ("names of `hook_resid_pre`", facts.bridge_names, facts.our_names),
-        *((f"times that `{name}` fires", count, "once per name") for name, count in facts.calls.items()),
+        *(
+            (f"times that `{name}` fires", count, "once per name")
+            for name, count in facts.calls.items()
+        ),
     ]
     distance = [(f"`{name}`", _shown(far)) for name, far in facts.distance.items()]
-    moved = [(f"`{one.name}`", _shown(one.bridge), _shown(one.once), _shown(one.ours)) for one in facts.moved]
+    moved = [
+        (f"`{one.name}`", _shown(one.bridge), _shown(one.once), _shown(one.ours))
+        for one in facts.moved
+    ]
     return _TEXT.format(
         versions=versions,
         high=CYCLES[0],

@@ -6,22 +6,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError
 
 BOOKKEEPING = frozenset(
     (
-        "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "classifier_dropout_prob", "dtype",
-        "eos_token_id", "initializer_range", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
-        "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "classifier_dropout_prob",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
     )
-)  # fmt: skip
+)
 _REQUIRED = object()
 
 
 class ConfigFields:
     """The fields of a released config under their own names.
 
-    A loader table reads what the forward pass depends on, says which values it cannot compute, and ends with `done`.
+    A loader table reads what the forward pass depends on, says which values it cannot compute, and
+    ends with `done`.
 
     Args:
         values: The config.
@@ -61,12 +77,18 @@ class ConfigFields:
         return self._read(name, (list,), "a list", default)
 
     def only(self, name: str, *allowed: Any, why: str = "") -> None:
-        """Refuse a field that has another than these values; where it is absent the first one holds."""
+        """Refuse a field that has another than these values; where it is absent the first one
+        holds.
+        """
         value = self._values.get(name, allowed[0])
         self._seen.add(name)
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+        if not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
+        ):
             choices = " or ".join(map(repr, allowed))
-            raise CheckpointError(f"{self.path}: {name} must be {choices}, got {value!r}{'; ' + why if why else ''}")
+            raise CheckpointError(
+                f"{self.path}: {name} must be {choices}, got {value!r}{'; ' + why if why else ''}"
+            )
 
     def unused(self, *names: str) -> None:
         """Fields that change nothing in the forward pass, whatever they hold."""
@@ -77,8 +99,9 @@ class ConfigFields:
         unknown = sorted(set(self._values) - self._seen - BOOKKEEPING)
         if unknown:
             raise CheckpointError(
-                f"{self.path} has the field {unknown[0]!r} (= {self._values[unknown[0]]!r}), which this family's loader does not know; "
-                "it is refused, because it could change what the model computes"
+                f"{self.path} has the field {unknown[0]!r} (= {self._values[unknown[0]]!r}), which"
+                " this family's loader does not know; it is refused, because it could change what"
+                " the model computes"
             )
 
     def _read(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:

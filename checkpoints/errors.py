@@ -2,4 +2,6 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the rule, and what was found."""
+    """A checkpoint that cannot be used; the message names the file, the rule, and what was
+    found.
+    """

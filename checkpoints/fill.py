@@ -8,23 +8,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.errors import CheckpointError
-from models.base import LoopedModel
-from models.config import LoopedConfig
-from models.registry import build
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.config import LoopedConfig
+from loopscope.models.core.registry import build
 
 
-def build_from(cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, path: Path) -> LoopedModel:
-    """A model of `cfg` that holds exactly these tensors (assigned, so memory-mapped ones stay on disk until used).
+def build_from(
+    cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, path: Path
+) -> LoopedModel:
+    """A model of `cfg` that holds exactly these tensors (assigned, so memory-mapped ones stay on
+    disk until used).
 
     Args:
         tensors: By the file's own keys.
-        names: Our parameter name for each key that the file may have; None where the keys are our names.
+        names: Our parameter name for each key that the file may have; None where the keys are our
+            names.
         path: The file, for messages.
 
     Raises:
-        CheckpointError: A missing or unexpected key, a wrong shape, a type that is not floating point, or a value that
-            is not finite; the first is named by the file's own key.
+        CheckpointError: A missing or unexpected key, a wrong shape, a type that is not floating
+            point, or a value that is not finite; the first is named by the file's own key.
     """
     with torch.device("meta"):
         model = build(cfg)
@@ -33,19 +37,30 @@ def build_from(cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[
     unexpected = [key for key in tensors if ours.get(key) not in expected]
     if unexpected:
         raise CheckpointError(
-            f"{path} has {len(unexpected)} unexpected key(s), first {unexpected[0]!r}; a {cfg.family} model has none of that name"
+            f"{path} has {len(unexpected)} unexpected key(s), first {unexpected[0]!r}; a"
+            f" {cfg.family} model has none of that name"
         )
     found = {ours[key]: key for key in tensors}
     theirs = {name: key for key, name in reversed(list(ours.items()))}
     missing = [theirs[name] for name in expected if name not in found]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} key(s) of a {cfg.family} model with {cfg.n_layers} layers, first {missing[0]!r}"
+            f"{path} lacks {len(missing)} key(s) of a {cfg.family} model with {cfg.n_layers}"
+            f" layers, first {missing[0]!r}"
         )
-    weights = dict(model.named_parameters())  # tables of angles and the like are stored in a format of their own
-    kinds = {tensor.dtype for key, tensor in tensors.items() if tensor.is_floating_point() and ours[key] in weights}
+    weights = dict(
+        model.named_parameters()
+    )  # tables of angles and the like are stored in a format of their own
+    kinds = {
+        tensor.dtype
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and ours[key] in weights
+    }
     if len(kinds) > 1:
-        raise CheckpointError(f"{path} mixes the number formats {sorted(map(str, kinds))}; all weights of a model must have one")
+        raise CheckpointError(
+            f"{path} mixes the number formats {sorted(map(str, kinds))}; all weights of a model"
+            " must have one"
+        )
     for name, want in expected.items():
         _check_tensor(found[name], tensors[found[name]], want.shape, path)
     model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)
@@ -54,9 +69,19 @@ def build_from(cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[
 
 def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, path: Path) -> None:
     if tensor.shape != shape:
-        raise CheckpointError(f"{path}: {key!r} must have the shape {list(shape)}, got {list(tensor.shape)}")
+        raise CheckpointError(
+            f"{path}: {key!r} must have the shape {list(shape)}, got {list(tensor.shape)}"
+        )
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{path}: {key!r} must hold floating-point numbers, got {tensor.dtype}")
-    bad: int = sum(int(chunk.isfinite().logical_not().sum()) for chunk in tensor.detach().flatten().split(1 << 20))
+        raise CheckpointError(
+            f"{path}: {key!r} must hold floating-point numbers, got {tensor.dtype}"
+        )
+    bad: int = sum(
+        int(chunk.isfinite().logical_not().sum())
+        for chunk in tensor.detach().flatten().split(1 << 20)
+    )
     if bad:
-        raise CheckpointError(f"{path}: {key!r} holds {bad} value(s) that are NaN or infinite; the weights are damaged")
+        raise CheckpointError(
+            f"{path}: {key!r} holds {bad} value(s) that are NaN or infinite; the weights are"
+            " damaged"
+        )

@@ -1,4 +1,6 @@
-"""Models in the layouts of their public releases: config.json with safetensors, whole or sharded, or a pickle beside it."""
+"""Models in the layouts of their public releases: config.json with safetensors, whole or sharded,
+or a pickle beside it.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.errors import CheckpointError
-from checkpoints.fill import build_from
-from checkpoints.jsons import read_object
-from checkpoints.pickles import read_pickle
-from models.base import LoopedModel
-from models.config import LoopedConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fill import build_from
+from loopscope.checkpoints.jsons import read_object
+from loopscope.checkpoints.pickles import read_pickle
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.config import LoopedConfig
 
 Release = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
@@ -31,15 +33,17 @@ class Table:
     Attributes:
         family: Its name among the configs.
         recognizes: Whether a config and the keys of its weights are of this family.
-        config: Our config from the released fields; takes the fields, the tensors by key, and the options that were passed to
-            `load`, which it removes as it reads them.
+        config: Our config from the released fields; takes the fields, the tensors by key, and the
+            options that were passed to `load`, which it removes as it reads them.
         names: Our parameter name for each key that the file may have.
         skipped: Keys that hold nothing which the forward pass needs.
         tied: The key of a head and of the embedding that it must equal where the config ties them.
         options: What `config` takes of the caller's options, and what each says.
         readout: Where answers are read unless the caller says otherwise.
-        records: Foreign classes that the release's pickle holds, "module.Class"; they are read as inert records.
-        unpack: The config and the tensors in the content of the release's pickle; None where it is a state dict.
+        records: Foreign classes that the release's pickle holds, "module.Class"; they are read as
+            inert records.
+        unpack: The config and the tensors in the content of the release's pickle; None where it is
+            a state dict.
     """
 
     family: str
@@ -54,7 +58,9 @@ class Table:
     unpack: Callable[[Mapping[str, Any]], Release | None] = field(default=lambda content: None)
 
 
-def load_hub(release: Release, weights: Path, tables: tuple[Table, ...], options: Mapping[str, Any]) -> tuple[LoopedModel, Table]:
+def load_hub(
+    release: Release, weights: Path, tables: tuple[Table, ...], options: Mapping[str, Any]
+) -> tuple[LoopedModel, Table]:
     """A model from a release, and the table that it was read by.
 
     Args:
@@ -77,7 +83,10 @@ def load_hub(release: Release, weights: Path, tables: tuple[Table, ...], options
         raise CheckpointError(f"{path}: {error}") from None
     fields.done()
     if left:
-        raise CheckpointError(f"{weights}: a {table.family} release takes no {next(iter(left))}=, got {next(iter(left.values()))!r}")
+        raise CheckpointError(
+            f"{weights}: a {table.family} release takes no {next(iter(left))}=, got"
+            f" {next(iter(left.values()))!r}"
+        )
     kept = {key: tensor for key, tensor in tensors.items() if not re.fullmatch(table.skipped, key)}
     if getattr(cfg, "tied", False):
         _drop_tied_head(kept, table.tied, weights)
@@ -90,14 +99,18 @@ def recognized_family(release: Release, weights: Path, tables: tuple[Table, ...]
 
 
 def open_release(weights: Path, tables: tuple[Table, ...]) -> Release:
-    """The config and the tensors of a released folder: model.safetensors, its index or a pickle, with config.json beside it."""
+    """The config and the tensors of a released folder: model.safetensors, its index or a pickle,
+    with config.json beside it.
+    """
     values = read_object(weights.with_name("config.json"))
     if weights.suffix in (".safetensors", ".json"):
         return values, read_tensors(weights)
     content = read_foreign(weights, tables)
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors or len(tensors) < len(content):
-        raise CheckpointError(f"{weights} must hold tensors by name, got {sorted(map(str, content))[:6]}")
+        raise CheckpointError(
+            f"{weights} must hold tensors by name, got {sorted(map(str, content))[:6]}"
+        )
     return values, tensors
 
 
@@ -107,12 +120,17 @@ def read_foreign(weights: Path, tables: tuple[Table, ...]) -> dict[str, Any]:
 
 
 def unpack(content: Mapping[str, Any], tables: tuple[Table, ...]) -> Release | None:
-    """The config and the tensors in a pickle that holds both in the way of one of the families; None where it does not."""
-    return next((found for found in (table.unpack(content) for table in tables) if found is not None), None)
+    """The config and the tensors in a pickle that holds both in the way of one of the families;
+    None where it does not.
+    """
+    return next(
+        (found for found in (table.unpack(content) for table in tables) if found is not None), None
+    )
 
 
 def read_tensors(weights: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of all shards that an index names; they stay on disk until used.
+    """The tensors of a safetensors file, or of all shards that an index names; they stay on disk
+    until used.
 
     Raises:
         CheckpointError: A damaged or missing shard, or shards that do not hold what the index says.
@@ -128,11 +146,22 @@ def read_tensors(weights: Path) -> dict[str, Tensor]:
         if shard.resolve().parent != weights.parent.resolve() and not shard.is_symlink():
             raise CheckpointError(f"{weights} names the shard {name!r}, which is not beside it")
         if not shard.is_file():
-            raise CheckpointError(f"{weights} names the shard {name!r}, which is missing; the download is not complete")
-        tensors.update({key: value for key, value in _read_safetensors(shard).items() if where.get(key) == name})
+            raise CheckpointError(
+                f"{weights} names the shard {name!r}, which is missing; the download is not"
+                " complete"
+            )
+        tensors.update(
+            {
+                key: value
+                for key, value in _read_safetensors(shard).items()
+                if where.get(key) == name
+            }
+        )
     absent = sorted(set(where) - set(tensors))
     if absent:
-        raise CheckpointError(f"{weights} promises {absent[0]!r} in {where[absent[0]]!r}, which does not hold it")
+        raise CheckpointError(
+            f"{weights} promises {absent[0]!r} in {where[absent[0]]!r}, which does not hold it"
+        )
     return tensors
 
 
@@ -143,17 +172,28 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from None
 
 
-def _recognize(values: Mapping[str, Any], tensors: Mapping[str, Tensor], tables: tuple[Table, ...], path: Path) -> Table:
+def _recognize(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor], tables: tuple[Table, ...], path: Path
+) -> Table:
     keys = frozenset(tensors)
     for table in tables:
         if table.recognizes(values, keys):
             return table
     kind = values.get("model_type", "none")
     known = ", ".join(sorted({table.family for table in tables}))
-    raise CheckpointError(f"{path} names no family that can be loaded (its model_type is {kind!r}); those are {known}")
+    raise CheckpointError(
+        f"{path} names no family that can be loaded (its model_type is {kind!r}); those are {known}"
+    )
 
 
 def _drop_tied_head(tensors: dict[str, Tensor], tied: tuple[str, str], path: Path) -> None:
     head, embedding = tensors.pop(tied[0], None), tensors.get(tied[1])
-    if head is not None and embedding is not None and not torch.equal(head.nan_to_num(), embedding.nan_to_num()):
-        raise CheckpointError(f"{path}: {tied[0]} differs from {tied[1]}, but the config ties the head to the embedding")
+    if (
+        head is not None
+        and embedding is not None
+        and not torch.equal(head.nan_to_num(), embedding.nan_to_num())
+    ):
+        raise CheckpointError(
+            f"{path}: {tied[0]} differs from {tied[1]}, but the config ties the head to the"
+            " embedding"
+        )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError
 
 
 def read_json(path: Path) -> Any:

@@ -6,14 +6,19 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoints.errors import CheckpointError
-from checkpoints.release import ReleaseFacts
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.release import ReleaseFacts
 
 SHIPPED = Path(__file__).parent / "shipped"
 INDEX = "model.safetensors.index.json"
 _OWN_WEIGHTS = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", "model.pt")
-_COMPANIONS = {"card": "card.json", "vocab": "vocab.json", "graph": "graph.json", "questions": "test.json"}
+_COMPANIONS = {
+    "card": "card.json",
+    "vocab": "vocab.json",
+    "graph": "graph.json",
+    "questions": "test.json",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class CheckpointFiles:
 
     Attributes:
         weights: model.safetensors, or a release's .pt file.
-        card, vocab, graph, questions: card.json, vocab.json, graph.json and test.json beside the weights.
+        card, vocab, graph, questions: card.json, vocab.json, graph.json and test.json beside the
+            weights.
         layout: What the release's folder names say.
         n_layers: Blocks that the folder name r<X>_l<Y> promises.
         readout: Where the release reads its answers, where the layout tells.
@@ -39,13 +45,19 @@ class CheckpointFiles:
 
     @property
     def is_release(self) -> bool:
-        """Whether the weights are a pickle as those of "Loop, Think, & Generalize" are: the file alone, without a config."""
+        """Whether the weights are a pickle as those of "Loop, Think, & Generalize" are: the file
+        alone, without a config.
+        """
         return self.weights.suffix == ".pt" and not self.weights.with_name("config.json").is_file()
 
 
 def shipped_names() -> list[str]:
     """Names of the checkpoints that travel with the project."""
-    found = {path.parent for pattern in ("**/*.pt", f"**/{_OWN_WEIGHTS}") for path in SHIPPED.glob(pattern)}
+    found = {
+        path.parent
+        for pattern in ("**/*.pt", f"**/{_OWN_WEIGHTS}")
+        for path in SHIPPED.glob(pattern)
+    }
     return sorted(str(folder.relative_to(SHIPPED)) for folder in found)
 
 
@@ -64,8 +76,9 @@ def locate(source: str | Path) -> CheckpointFiles:
         path = SHIPPED / source
     if not path.exists():
         raise FileNotFoundError(
-            f"{str(source)!r} is neither a shipped checkpoint ({', '.join(shipped_names())}) nor a file or folder; "
-            "loopscope.available() lists the known ones, and loopscope.fetch(name) brings a remote one and returns its folder"
+            f"{str(source)!r} is neither a shipped checkpoint ({', '.join(shipped_names())}) nor a"
+            " file or folder; loopscope.available() lists the known ones, and"
+            " loopscope.fetch(name) brings a remote one and returns its folder"
         )
     weights = _weights_in(path) if path.is_dir() else path
     beside = {kind: weights.parent / name for kind, name in _COMPANIONS.items()}
@@ -82,21 +95,33 @@ def _weights_in(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise CheckpointError(f"{folder} holds {len(found)} checkpoints; name one of {', '.join(p.name for p in found)}")
+        raise CheckpointError(
+            f"{folder} holds {len(found)} checkpoints; name one of"
+            f" {', '.join(p.name for p in found)}"
+        )
     below = sorted({str(p.parent.relative_to(folder)) for p in folder.glob("**/*.pt")})
     hint = f"; there are some in {', '.join(below[:8])}" if below else ""
-    raise CheckpointError(f"{folder} holds no checkpoint: expected {_OWN_WEIGHTS} with config.json, or a .pt file{hint}")
+    raise CheckpointError(
+        f"{folder} holds no checkpoint: expected {_OWN_WEIGHTS} with config.json, or a .pt"
+        f" file{hint}"
+    )
 
 
 def _layout(weights: Path) -> tuple[ReleaseFacts, int | None, str | None]:
-    """What `systematicity/r<X>_l<Y>` and `multi_hop/{final_models,12_hop}/{r<X>,r_dyn}` say; released models inject no input.
+    """What `systematicity/r<X>_l<Y>` and `multi_hop/{final_models,12_hop}/{r<X>,r_dyn}` say;
+    released models inject no input.
 
-    Multi-hop releases read their answer at a padding column; without positions all padding columns are alike.
+    Multi-hop releases read their answer at a padding column; without positions all padding columns
+    are alike.
     """
     folder = weights.absolute().parent
     fixed = re.fullmatch(r"r(\d+)_l(\d+)", folder.name)
     if fixed:
-        return ReleaseFacts(input_injection=False, n_loops=int(fixed.group(1))), int(fixed.group(2)), None
+        return (
+            ReleaseFacts(input_injection=False, n_loops=int(fixed.group(1))),
+            int(fixed.group(2)),
+            None,
+        )
     hop = re.fullmatch(r"r(\d+|_dyn)", folder.name)
     if hop and folder.parent.name in ("final_models", "12_hop"):
         loops = int(hop.group(1)) if hop.group(1).isdigit() else None

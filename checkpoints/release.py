@@ -1,7 +1,8 @@
 """The released pickles of "Loop, Think, & Generalize": `checkpoint_epoch_<N>.pt`.
 
-Torch pickles with `epoch`, `model_state_dict` and optimiser state. Heads, iterations, injection and where answers are read
-are not in the file. Projections are stored input-first (GPT-2's Conv1D), as our own weights are.
+Torch pickles with `epoch`, `model_state_dict` and optimiser state. Heads, iterations, injection and
+where answers are read are not in the file. Projections are stored input-first (GPT-2's Conv1D), as
+our own weights are.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.errors import CheckpointError
-from checkpoints.pickles import WHAT_IT_IS
-from models.files import atomic_path
-from models.recurrent_depth import Positions, RecurrentDepth, RecurrentDepthConfig
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.pickles import WHAT_IT_IS
+from loopscope.models.core.files import atomic_path
+from loopscope.models.families.recurrent_depth import (
+    Positions,
+    RecurrentDepth,
+    RecurrentDepthConfig,
+)
 
 PAPER_D_MODEL, PAPER_HEADS = 768, 12
 _MASK_BUFFER = re.compile(r"blocks\.\d+\.attn\.(bias|masked_bias)")
@@ -57,12 +62,17 @@ class ReleaseFacts:
 
 def key_names(n_layers: int) -> dict[str, str]:
     """Our parameter name for each key of a release with this many blocks."""
-    blocks = {f"blocks.{i}.{key}": f"blocks.{i}.{name}" for i in range(n_layers) for key, name in BLOCK_KEYS.items()}
+    blocks = {
+        f"blocks.{i}.{key}": f"blocks.{i}.{name}"
+        for i in range(n_layers)
+        for key, name in BLOCK_KEYS.items()
+    }
     return {**_EDGE_KEYS, **blocks}
 
 
 def state_dict_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The model's tensors in the content of a release file, still on disk (memory-mapped); optimiser state is never read.
+    """The model's tensors in the content of a release file, still on disk (memory-mapped);
+    optimiser state is never read.
 
     The tied head and the causal-mask buffers of old transformers versions are checked and left out.
 
@@ -70,19 +80,37 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         CheckpointError: Content without a model, or with a head that is not tied.
     """
     state = content.get("model_state_dict")
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds no model: {WHAT_IT_IS}, but this file holds {sorted(map(str, content))[:6]}")
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(v, Tensor) for v in state.values())
+    ):
+        raise CheckpointError(
+            f"{path} holds no model: {WHAT_IT_IS}, but this file holds"
+            f" {sorted(map(str, content))[:6]}"
+        )
     tensors = {str(key).removeprefix("_orig_mod."): value for key, value in state.items()}
     if len(tensors) < len(state):
-        raise CheckpointError(f"{path} holds some keys both with and without the prefix '_orig_mod.'; it must be one or the other")
+        raise CheckpointError(
+            f"{path} holds some keys both with and without the prefix '_orig_mod.'; it must be one"
+            " or the other"
+        )
     head, embedding = tensors.pop("lm_head.weight", None), tensors.get("token_embedding.weight")
-    if head is not None and embedding is not None and not torch.equal(head.nan_to_num(), embedding.nan_to_num()):
-        raise CheckpointError(f"{path}: lm_head.weight differs from token_embedding.weight, but this family's head is tied")
+    if (
+        head is not None
+        and embedding is not None
+        and not torch.equal(head.nan_to_num(), embedding.nan_to_num())
+    ):
+        raise CheckpointError(
+            f"{path}: lm_head.weight differs from token_embedding.weight, but this family's head is"
+            " tied"
+        )
     return {key: value for key, value in tensors.items() if not _MASK_BUFFER.fullmatch(key)}
 
 
 def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = None) -> None:
-    """Write a model in the released layout, as checkpoint_epoch_<N>.pt (epoch N - 1) or checkpoint_final.pt; whole or not at all.
+    """Write a model in the released layout, as checkpoint_epoch_<N>.pt (epoch N - 1) or
+    checkpoint_final.pt; whole or not at all.
 
     Args:
         epoch: As the releases count it, from 0; None leaves it out, as checkpoint_final.pt does.
@@ -91,10 +119,16 @@ def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = No
         TypeError: A family that has no such layout.
     """
     if not isinstance(model, RecurrentDepth):
-        raise TypeError(f"the released layout is that of recurrent-depth models, got {type(model).__name__}")
+        raise TypeError(
+            f"the released layout is that of recurrent-depth models, got {type(model).__name__}"
+        )
     ours = model.state_dict()
     table = "pe" if model.cfg.positions == "sinusoidal" else "position_embedding.weight"
-    names = {key: name for key, name in key_names(model.cfg.n_layers).items() if name in ours and (name != "W_pos" or key == table)}
+    names = {
+        key: name
+        for key, name in key_names(model.cfg.n_layers).items()
+        if name in ours and (name != "W_pos" or key == table)
+    }
     tensors = {key: ours[name].detach().cpu() for key, name in names.items()}
     tensors["lm_head.weight"] = tensors["token_embedding.weight"]
     content = {"model_state_dict": tensors, "optimizer_state_dict": {}, "loss": None}
@@ -102,26 +136,33 @@ def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = No
         torch.save(content if epoch is None else {"epoch": epoch, **content}, temporary)
 
 
-def infer_config(tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts) -> RecurrentDepthConfig:
+def infer_config(
+    tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts
+) -> RecurrentDepthConfig:
     """The configuration that the shapes imply, completed by what is known beside the file.
 
     At the paper's size (d_model 768) the releases have 12 heads and no injection.
 
     Raises:
-        CheckpointError: A tensor that the sizes depend on is missing, or heads or injection are not known.
+        CheckpointError: A tensor that the sizes depend on is missing, or heads or injection are not
+            known.
     """
     for key in ("token_embedding.weight", "blocks.0.mlp.c_fc.weight"):
         if key not in tensors or tensors[key].ndim != 2:
-            raise CheckpointError(f"{path} lacks the matrix {key!r}, so the model's sizes cannot be told")
+            raise CheckpointError(
+                f"{path} lacks the matrix {key!r}, so the model's sizes cannot be told"
+            )
     d_vocab, d_model = tensors["token_embedding.weight"].shape
     paper_size = d_model == PAPER_D_MODEL
     n_heads = PAPER_HEADS if facts.n_heads is None and paper_size else facts.n_heads
     if n_heads is None:
-        raise CheckpointError(f"{path} does not say into how many heads its d_model={d_model} is split; pass n_heads=")
+        raise CheckpointError(
+            f"{path} does not say into how many heads its d_model={d_model} is split; pass n_heads="
+        )
     if facts.input_injection is None and not paper_size:
         raise CheckpointError(
-            f"{path} does not say whether the embedding is added again before each later iteration; "
-            "pass input_injection=True or input_injection=False"
+            f"{path} does not say whether the embedding is added again before each later iteration;"
+            " pass input_injection=True or input_injection=False"
         )
     positions: Positions = "none"
     if "position_embedding.weight" in tensors:
@@ -130,10 +171,16 @@ def infer_config(tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts)
         positions = "sinusoidal"
     tables = [key for key in ("position_embedding.weight", "pe") if key in tensors]
     if len(tables) > 1:
-        raise CheckpointError(f"{path} has both pe and position_embedding.weight, but positions are sinusoidal or learned")
+        raise CheckpointError(
+            f"{path} has both pe and position_embedding.weight, but positions are sinusoidal or"
+            " learned"
+        )
     table = tensors[tables[0]] if tables else None
     if table is not None and table.ndim != 2:
-        raise CheckpointError(f"{path}: {tables[0]!r} must have the shape [n_positions, {d_model}], got {list(table.shape)}")
+        raise CheckpointError(
+            f"{path}: {tables[0]!r} must have the shape [n_positions, {d_model}], got"
+            f" {list(table.shape)}"
+        )
     return RecurrentDepthConfig(
         n_layers=1 + max(int(found.group(1)) for found in map(_BLOCK.match, tensors) if found),
         n_loops=facts.n_loops,

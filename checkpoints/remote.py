@@ -24,7 +24,11 @@ _REPOSITORIES = (
     ("albert", "albert/albert-large-v2", "one layer iterated; reads in both directions"),
     ("albert", "albert/albert-xlarge-v2", "one layer iterated; reads in both directions"),
     ("albert", "albert/albert-xxlarge-v2", "one layer iterated; reads in both directions"),
-    ("smollm", "akhljndl/smollm", "pickled weights; one layer, 8 iterations; several models and seeds in one repository"),
+    (
+        "smollm",
+        "akhljndl/smollm",
+        "pickled weights; one layer, 8 iterations; several models and seeds in one repository",
+    ),
 )
 _RUNS = (
     *(f"multi_hop/final_models/{run}" for run in (*(f"r{r}" for r in range(1, 9)), "r_dyn")),
@@ -60,38 +64,59 @@ def remote_releases() -> tuple[RemoteRelease, ...]:
 
     Source: the model cards of the families; arXiv 2604.07822 for the runs on Google Drive.
     """
-    hub = tuple(RemoteRelease(at.partition("/")[2], family, at, note) for family, at, note in _REPOSITORIES)
-    return hub + tuple(RemoteRelease(run, "recurrent_depth", DRIVE_FOLDER, "a folder of pickles, about 342 MB each") for run in _RUNS)
+    hub = tuple(
+        RemoteRelease(at.partition("/")[2], family, at, note) for family, at, note in _REPOSITORIES
+    )
+    return hub + tuple(
+        RemoteRelease(
+            run, "recurrent_depth", DRIVE_FOLDER, "a folder of pickles, about 342 MB each"
+        )
+        for run in _RUNS
+    )
 
 
 def find_release(name: str) -> RemoteRelease:
     """The release of this name, or of this Hugging Face repository id, known or not.
 
     Args:
-        name: A known name ("Ouro-1.4B", in any case), a run ("multi_hop/final_models/r_dyn"), or "owner/name".
+        name: A known name ("Ouro-1.4B", in any case), a run ("multi_hop/final_models/r_dyn"), or
+            "owner/name".
 
     Raises:
         ValueError: None of these; the message gives the nearest known names.
     """
     known = remote_releases()
     for release in known:
-        if not release.on_drive and name.casefold() in (release.name.casefold(), release.at.casefold()):
+        if not release.on_drive and name.casefold() in (
+            release.name.casefold(),
+            release.at.casefold(),
+        ):
             return release
         if release.on_drive and re.fullmatch(re.sub("<[XY]>", "[A-Za-z0-9_]+", release.name), name):
             return RemoteRelease(name, release.family, release.at, release.note)
     _refuse_shipped(name)
     if _REPOSITORY.fullmatch(name) and not name.startswith(("multi_hop/", "systematicity/")):
         return RemoteRelease(name, "unknown", name)
-    by_spelling = {spelling.casefold(): release.name for release in known for spelling in (release.at, release.name)}
-    nearest = dict.fromkeys(by_spelling[match] for match in difflib.get_close_matches(name.casefold(), by_spelling, n=4, cutoff=0.4))
+    by_spelling = {
+        spelling.casefold(): release.name
+        for release in known
+        for spelling in (release.at, release.name)
+    }
+    nearest = dict.fromkeys(
+        by_spelling[match]
+        for match in difflib.get_close_matches(name.casefold(), by_spelling, n=4, cutoff=0.4)
+    )
     raise ValueError(
-        f"{name!r} is no known release (nearest: {', '.join(list(nearest)[:3]) or 'none'}); name one that loopscope.available() lists, "
-        "or any Hugging Face repository as 'owner/name'"
+        f"{name!r} is no known release (nearest: {', '.join(list(nearest)[:3]) or 'none'}); name"
+        " one that loopscope.available() lists, or any Hugging Face repository as 'owner/name'"
     )
 
 
 def _refuse_shipped(name: str) -> None:
-    from checkpoints.locate import shipped_names  # late, because it brings torch
+    from loopscope.checkpoints.locate import shipped_names  # late, because it brings torch
 
     if name in shipped_names():
-        raise ValueError(f"{name!r} is shipped with loopscope, so there is nothing to fetch; loopscope.load({name!r}) takes it as it is")
+        raise ValueError(
+            f"{name!r} is shipped with loopscope, so there is nothing to fetch;"
+            f" loopscope.load({name!r}) takes it as it is"
+        )

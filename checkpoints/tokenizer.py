@@ -6,17 +6,25 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model")
-_COMPANIONS = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+_COMPANIONS = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 class HubTokenizer:
-    """A released tokenizer in the manner of a `Vocabulary`. Special tokens are put in only where a text writes them.
+    """A released tokenizer in the manner of a `Vocabulary`. Special tokens are put in only where a
+    text writes them.
 
     Args:
         tokenizer: As transformers loads it.
@@ -31,7 +39,10 @@ class HubTokenizer:
     def words(self) -> tuple[str, ...]:
         """Each id's token as text; `<unused ID>` where the tokenizer has none."""
         if not self._words:
-            found = {i: self.tokenizer.convert_tokens_to_string([token]) for token, i in self.tokenizer.get_vocab().items()}
+            found = {
+                i: self.tokenizer.convert_tokens_to_string([token])
+                for token, i in self.tokenizer.get_vocab().items()
+            }
             self._words = tuple(found.get(i, f"<unused {i}>") for i in range(self._d_vocab))
         return self._words
 
@@ -51,7 +62,8 @@ class HubTokenizer:
 
 
 def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
-    """The tokenizer whose files lie in a folder; None where there are none. Nothing is downloaded and no code in it is run.
+    """The tokenizer whose files lie in a folder; None where there are none. Nothing is downloaded
+    and no code in it is run.
 
     Raises:
         CheckpointError: Files that transformers cannot read, or more tokens than the model has.
@@ -61,15 +73,25 @@ def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
     try:
         tokenizer = _read(folder)
     except Exception as error:  # transformers raises many types on files that it cannot read
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})") from None
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})"
+        ) from None
     if len(tokenizer) > d_vocab:
-        raise CheckpointError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model has d_vocab={d_vocab}")
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model has"
+            f" d_vocab={d_vocab}"
+        )
     return HubTokenizer(tokenizer, d_vocab)
 
 
 def _read(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, read where the model's config is out of sight, which transformers may not know."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds, and most checkpoints have no tokenizer
+    """The tokenizer, read where the model's config is out of sight, which transformers may not
+    know.
+    """
+    from transformers import (
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )  # takes seconds, and most checkpoints have no tokenizer
 
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     with tempfile.TemporaryDirectory() as alone:

@@ -12,11 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp.inputs import Inputs, as_batch, begin_batch
-from models.attention import KeyValues
-from models.base import LoopedModel, at_columns
-from models.state import checked_loops
-from models.tokens import Batch
+from loopscope.interp.common.inputs import Inputs, as_batch, begin_batch
+from loopscope.models.core.attention import KeyValues
+from loopscope.models.core.base import LoopedModel, at_columns
+from loopscope.models.core.state import checked_loops
+from loopscope.models.core.tokens import Batch
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be a probability above 0, got {self.top_p}")
 
-    def choose(self, logits: Float[Tensor, "batch d_vocab"], generator: torch.Generator) -> Int[Tensor, " batch"]:
+    def choose(
+        self, logits: Float[Tensor, "batch d_vocab"], generator: torch.Generator
+    ) -> Int[Tensor, " batch"]:
         """One token for each row."""
         if self.temperature == 0:
             return logits.argmax(-1)
@@ -54,7 +56,9 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = logits.sort(-1, descending=True)
             before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            logits = logits.scatter(-1, order, ordered.masked_fill(before >= self.top_p, -torch.inf))
+            logits = logits.scatter(
+                -1, order, ordered.masked_fill(before >= self.top_p, -torch.inf)
+            )
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -63,7 +67,8 @@ class Generated:
     """Prompts with what was generated after them.
 
     Attributes:
-        tokens: Int[Tensor, "batch pos"], each prompt followed by its new tokens, padded on the right with 0.
+        tokens: Int[Tensor, "batch pos"], each prompt followed by its new tokens, padded on the
+            right with 0.
         mask: Int[Tensor, "batch pos"], ones for the prompt and what was generated.
         new: Int[Tensor, "batch new"], the new tokens alone; 0 after a row has stopped.
         logits: Float[Tensor, "batch new d_vocab"], what each new token was chosen from.
@@ -88,8 +93,9 @@ def generate(
 ) -> Generated:
     """Generate tokens after each prompt; prompts of different lengths go side by side.
 
-    Hooks that are on the model act on every step. With the cache a step's points see only the new tokens, "batch 1 ..."; the first
-    step's see the prompts. What later tokens read of earlier ones is the family's rule (`LoopedModel.extend`).
+    Hooks that are on the model act on every step. With the cache a step's points see only the new
+    tokens, "batch 1 ..."; the first step's see the prompts. What later tokens read of earlier ones
+    is the family's rule (`LoopedModel.extend`).
 
     Args:
         inputs: A batch (its options go to every step), texts, or unpadded tokens.
@@ -97,14 +103,16 @@ def generate(
         n_loops: Iterations for every token; None means what the checkpoint records.
         sampling: None takes the most probable token.
         stop_at: A token id after which a row stops.
-        use_cache: False runs every step from the first token: slow, and for a family with one key and value per visit the same.
+        use_cache: False runs every step from the first token: slow, and for a family with one key
+            and value per visit the same.
 
     Raises:
         ValueError: A family that is not causal, or more positions than the model has.
     """
     if not model.causal:
         raise ValueError(
-            f"this {type(model).__name__} is not causal: a new token would change what was computed before it, so it cannot generate"
+            f"this {type(model).__name__} is not causal: a new token would change what was computed"
+            " before it, so it cannot generate"
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -113,7 +121,8 @@ def generate(
     furthest = int(batch.mask.sum(1).max()) + max_new_tokens - 1
     if model.cfg.n_ctx is not None and furthest > model.cfg.n_ctx:
         raise ValueError(
-            f"the prompt and {max_new_tokens} new tokens need {furthest} positions, but this model has n_ctx={model.cfg.n_ctx}"
+            f"the prompt and {max_new_tokens} new tokens need {furthest} positions, but this model"
+            f" has n_ctx={model.cfg.n_ctx}"
         )
     sampling = sampling or Sampling()
     run = _Run(model, _widened(batch, max_new_tokens), n_loops, use_cache)
@@ -129,7 +138,12 @@ def generate(
         if not bool(going.any()):
             break
     width = int(run.batch.mask.sum(1).max())
-    return Generated(run.batch.tokens[:, :width], run.batch.mask[:, :width], torch.stack(new, 1), torch.stack(logits, 1))
+    return Generated(
+        run.batch.tokens[:, :width],
+        run.batch.mask[:, :width],
+        torch.stack(new, 1),
+        torch.stack(logits, 1),
+    )
 
 
 class _Run:
@@ -146,9 +160,15 @@ class _Run:
         if not self.use_cache:
             return self.model.readout(self.model.advance(state), lengths - 1)
         if self.store:
-            state, lengths = state.map(lambda x: at_columns(x, lengths - 1)[:, None]), torch.ones_like(lengths)
+            state, lengths = (
+                state.map(lambda x: at_columns(x, lengths - 1)[:, None]),
+                torch.ones_like(lengths),
+            )
         end, new = self.model.extend(state, self.store)
-        self.store = {name: self.store[name].followed_by(kept) if name in self.store else kept for name, kept in new.items()}
+        self.store = {
+            name: self.store[name].followed_by(kept) if name in self.store else kept
+            for name, kept in new.items()
+        }
         return self.model.readout(end, lengths - 1)
 
     def _loops(self) -> int:
@@ -164,17 +184,24 @@ class _Run:
 
 
 def _widened(batch: Batch, more: int) -> Batch:
-    """The batch with room for more tokens on the right; whole-number options (token types) are 0 there."""
+    """The batch with room for more tokens on the right; whole-number options (token types) are 0
+    there.
+    """
     width = batch.tokens.shape[1]
 
     def option(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != width:
             return value
         if value.is_floating_point():
-            raise ValueError(f"{name}= covers the prompt's {width} positions only; give it for all {width + more} positions, or pass seed=")
+            raise ValueError(
+                f"{name}= covers the prompt's {width} positions only; give it for all"
+                f" {width + more} positions, or pass seed="
+            )
         return F.pad(value, (0, more))
 
-    options: Mapping[str, Any] = {name: option(name, value) for name, value in batch.options.items()}
+    options: Mapping[str, Any] = {
+        name: option(name, value) for name, value in batch.options.items()
+    }
     tokens, mask = F.pad(batch.tokens, (0, more)), F.pad(batch.mask, (0, more))
     return Batch(tokens, mask, batch.readout, options)
 
@@ -183,7 +210,11 @@ def _columns(batch: Batch, width: int) -> Batch:
     """The first columns of a batch."""
     full = batch.tokens.shape[1]
     options = {
-        name: value[:, :width] if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == full else value
+        name: (
+            value[:, :width]
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == full
+            else value
+        )
         for name, value in batch.options.items()
     }
     return Batch(batch.tokens[:, :width], batch.mask[:, :width], batch.readout, options)

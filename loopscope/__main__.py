@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+from loopscope import __version__
+
 
 def main() -> None:
-    """Run the command line of `analyses.cli`."""
-    from analyses.cli import main as run
+    """Print the version, or run the command line of `loopscope.analyses.cli`."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"loopscope {__version__}")
+        return
+    from loopscope.analyses.cli import main as run
 
     run()
 

@@ -1,16 +1,12 @@
-"""What a looped model is: hooked modules, one file per family, and the registry of families."""
+"""What a looped model is: a program over shared blocks whose hook points exist once per iteration.
 
-from models import albert as albert
-from models import hrm_text as hrm_text
-from models import huginn as huginn
-from models import hyperloop as hyperloop
-from models import melt as melt
-from models import nanbeige as nanbeige
-from models import ouro as ouro
-from models import parcae as parcae
-from models import recurrent_depth as recurrent_depth
-from models import retrofit as retrofit
-from models import smollm as smollm
-from models import spiral as spiral
-from models import training_free as training_free
-from models import training_free_gpt2 as training_free_gpt2
+`core` is what every model does (start with `core/base.py`: begin, advance, readout), `blocks` the
+parts that families are built of, `families` one file per family, and `views.py` the same
+computation without sharing. A file in `families` that carries the decorator `family` is found by
+itself. Imports nothing else of this project.
+"""
+
+from loopscope._one_name import refuse_second_name
+from loopscope.models import families as families
+
+refuse_second_name(__name__)

@@ -1,4 +1,6 @@
-"""The same computation without sharing: as a TransformerLens model, or with one copy of the weights per visit."""
+"""The same computation without sharing: as a TransformerLens model, or with one copy of the weights
+per visit.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +13,39 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 
-from models.attention import Rows
-from models.base import LoopedModel
-from models.components import LayerNorm
-from models.decoder_block import Block as OutputFirstBlock
-from models.decoder_block import GatedMLP
-from models.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
-from models.recurrent_depth import Block as InputFirstBlock
-from models.recurrent_depth import RecurrentDepth
-from models.smollm import SMolLM
-from models.state import State, checked_loops
+from loopscope.models.blocks.components import LayerNorm
+from loopscope.models.blocks.decoder_block import Block as OutputFirstBlock
+from loopscope.models.blocks.decoder_block import GatedMLP
+from loopscope.models.core.attention import Rows
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
+from loopscope.models.core.state import State, checked_loops
+from loopscope.models.families.recurrent_depth import Block as InputFirstBlock
+from loopscope.models.families.recurrent_depth import RecurrentDepth
+from loopscope.models.families.smollm import SMolLM
 
 Flat = RecurrentDepth | SMolLM
 FlatBlock = InputFirstBlock | OutputFirstBlock
 
 
 def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
-    """The same schedule with one copy of the block weights per visit, as an oracle for everything that sharing could break.
+    """The same schedule with one copy of the block weights per visit, as an oracle for everything
+    that sharing could break.
 
     Args:
         n_loops: The only number of iterations that the copy runs.
 
     Returns:
-        A model of the same class and hook names. `copy.visit_blocks[i]` holds the weights of visit i.
+        A model of the same class and hook names. `copy.visit_blocks[i]` holds the weights of visit
+        i.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     twin = copy.deepcopy(model)
     twin.reset_hooks(including_permanent=True)
     twin.cfg = replace(model.cfg, n_loops=n_loops)
-    twin.visit_blocks = nn.ModuleList(copy.deepcopy(visit.block) for visit in twin.schedule(n_loops))
+    twin.visit_blocks = nn.ModuleList(
+        copy.deepcopy(visit.block) for visit in twin.schedule(n_loops)
+    )
     twin._schedules = {}
     return twin
 
@@ -49,14 +55,17 @@ def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) 
 
     Args:
         n_loops: Iterations; None means what the checkpoint records.
-        fold_ln: Fold the norms' weights into what reads them, in a copy of the weights; then the attributions of all
-            components plus the biases sum to the logit.
+        fold_ln: Fold the norms' weights into what reads them, in a copy of the weights; then the
+            attributions of all components plus the biases sum to the logit.
 
     Raises:
         TypeError: A family that is not a flat stack of blocks over shared weights.
     """
     if not isinstance(model, Flat):
-        raise TypeError(f"unrolled serves flat causal families, got {type(model).__name__}; check it against untied(model, n_loops)")
+        raise TypeError(
+            f"unrolled serves flat causal families, got {type(model).__name__}; check it against"
+            " untied(model, n_loops)"
+        )
     return Unrolled(model, checked_loops(n_loops, model.cfg.n_loops), fold_ln)
 
 
@@ -84,13 +93,15 @@ class UnrolledConfig:
 
 
 class UnrolledCache(ActivationCache):
-    """TransformerLens's cache; it refuses decompositions where the residual is not a plain sum of component outputs."""
+    """TransformerLens's cache; it refuses decompositions where the residual is not a plain sum of
+    component outputs.
+    """
 
     def _refuse(self, method: str) -> None:
         if not cast("Unrolled", self.model).additive_residual:
             raise ValueError(
-                f"{method} needs a residual stream that is the sum of its components, but this model adds the input again "
-                "before each iteration, so the sum would be wrong"
+                f"{method} needs a residual stream that is the sum of its components, but this"
+                " model adds the input again before each iteration, so the sum would be wrong"
             )
 
     def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +118,9 @@ class UnrolledCache(ActivationCache):
 
 
 class _Part(nn.Module):
-    """A place of hook points that also shows some weights of the shared module, without owning them."""
+    """A place of hook points that also shows some weights of the shared module, without owning
+    them.
+    """
 
     def __init__(self, weights: nn.Module, shown: tuple[str, ...]) -> None:
         super().__init__()
@@ -140,13 +153,20 @@ class _FinalNorm(nn.Module):
         self.hook_normalized = LoopHookPoint()
 
     def forward(self, x: Tensor) -> Tensor:
-        taps = live({"ln_final.hook_scale": self.hook_scale, "ln_final.hook_normalized": self.hook_normalized})
+        taps = live(
+            {
+                "ln_final.hook_scale": self.hook_scale,
+                "ln_final.hook_normalized": self.hook_normalized,
+            }
+        )
         normalized: Tensor = self.__dict__["_norm"](x, taps)
         return normalized
 
 
 class _Unembed(nn.Module):
-    def __init__(self, weight: Float[Tensor, "d_model d_vocab"], bias: Float[Tensor, " d_vocab"]) -> None:
+    def __init__(
+        self, weight: Float[Tensor, "d_model d_vocab"], bias: Float[Tensor, " d_vocab"]
+    ) -> None:
         super().__init__()
         self.W_U, self.b_U = weight, bias
 
@@ -155,7 +175,9 @@ class _Unembed(nn.Module):
 
 
 class Unrolled(HookedRootModule):
-    """What `unrolled` returns. It shares the looped model's weights (folded copies with fold_ln) and runs its steps."""
+    """What `unrolled` returns. It shares the looped model's weights (folded copies with fold_ln)
+    and runs its steps.
+    """
 
     _source: Flat
 
@@ -165,13 +187,18 @@ class Unrolled(HookedRootModule):
         self.__dict__["_source"] = source
         self._visits = source.schedule(n_loops)
         self.additive_residual = model.additive_residual
-        self.blocks = nn.ModuleList(_UnrolledBlock(cast(FlatBlock, visit.block)) for visit in self._visits)
+        self.blocks = nn.ModuleList(
+            _UnrolledBlock(cast(FlatBlock, visit.block)) for visit in self._visits
+        )
         self.ln_final = _FinalNorm(source.final_norm)
         weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
         bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
         self.unembed = _Unembed(weight, bias.detach())
         self._edge = {name: add_point(self, name, False) for name in source.edge_sites()[0]}
-        self._points = [{site: add_point(self, f"blocks.{v.index}.{site}", False) for site in v.sites} for v in self._visits]
+        self._points = [
+            {site: add_point(self, f"blocks.{v.index}.{site}", False) for site in v.sites}
+            for v in self._visits
+        ]
         shared = ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "act_fn", "eps")
         self.cfg = UnrolledConfig(
             n_layers=len(self._visits),
@@ -183,18 +210,29 @@ class Unrolled(HookedRootModule):
             device=model.device,
             dtype=model.W_E.dtype,
         )
-        inner = {f"ln_final.{site}": getattr(self.ln_final, site) for site in ("hook_scale", "hook_normalized")}
+        inner = {
+            f"ln_final.{site}": getattr(self.ln_final, site)
+            for site in ("hook_scale", "hook_normalized")
+        }
         for name, point in inner.items():
             point.name = name
-        found = [*self._edge.values(), *(point for points in self._points for point in points.values()), *inner.values()]
-        self.hook_dict = {str(point.name): point for point in found}  # not setup(), which would rename the shared modules
+        found = [
+            *self._edge.values(),
+            *(point for points in self._points for point in points.values()),
+            *inner.values(),
+        ]
+        self.hook_dict = {
+            str(point.name): point for point in found
+        }  # not setup(), which would rename the shared modules
         self.mod_dict = dict(self.hook_dict)
         self.train(model.training)
         self._watch = HookWatch()
         for point in found:
             self._watch.add(point)
 
-    def forward(self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None) -> Float[Tensor, "batch pos d_vocab"]:
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits at all positions."""
         source = self._source
         tokens, real, _ = source.checked_inputs(tokens, mask, 1)
@@ -205,19 +243,28 @@ class Unrolled(HookedRootModule):
         for visit, points in zip(self._visits, self._points, strict=True):
             if visit.opening:
                 resid, parts = source.enter(visit, resid, parts, NO_TAPS)
-            resid, parts = source.visit_block(visit, resid, parts, rows, live(points) if hooked else NO_TAPS)
+            resid, parts = source.visit_block(
+                visit, resid, parts, rows, live(points) if hooked else NO_TAPS
+            )
             if visit.closing:
                 resid, parts = source.leave(visit, resid, parts, NO_TAPS)
         logits: Tensor = self.unembed(self.ln_final(resid))
         return logits
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        raise TypeError("an unrolled view has no weights of its own; convert or move the looped model and unroll it again")
+        raise TypeError(
+            "an unrolled view has no weights of its own; convert or move the looped model and"
+            " unroll it again"
+        )
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLens's, with an `ActivationCache` that refuses decompositions which would be wrong."""
+        """As TransformerLens's, with an `ActivationCache` that refuses decompositions which would
+        be wrong.
+        """
         logits, cache = super().run_with_cache(*args, **kwargs)
-        return logits, UnrolledCache(cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+        return logits, UnrolledCache(
+            cache, self, has_batch_dim=not kwargs.get("remove_batch_dim", False)
+        )
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
@@ -231,7 +278,9 @@ class Unrolled(HookedRootModule):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         return self.unembed.b_U
 
-    def to_tokens(self, text: str | list[str], prepend_bos: bool = False) -> Int[Tensor, "batch pos"]:
+    def to_tokens(
+        self, text: str | list[str], prepend_bos: bool = False
+    ) -> Int[Tensor, "batch pos"]:
         """Token ids; these models have no BOS token, so prepend_bos changes nothing."""
         return self._source.to_tokens(text)
 
@@ -243,12 +292,16 @@ class Unrolled(HookedRootModule):
         """The tokens as strings."""
         return self._source.to_str_tokens(tokens)
 
-    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Tensor
+    ) -> Float[Tensor, "*tokens d_model"]:
         """The unembedding vectors of some tokens."""
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         return self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)]
 
-    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Float[Tensor, " d_model"]:
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
         """The sum of the output biases of all components before a block."""
         total = torch.zeros_like(self.W_E[0])
         parts = [cast(_UnrolledBlock, block) for block in self.blocks]
@@ -266,7 +319,9 @@ def _kind_of_positions(model: Flat) -> str:
 
 @torch.no_grad()
 def _folded(model: Flat) -> Flat:
-    """A copy whose norms have weight one and bias zero, with theirs folded into the projections that read them."""
+    """A copy whose norms have weight one and bias zero, with theirs folded into the projections
+    that read them.
+    """
     twin = copy.deepcopy(model)
     twin.reset_hooks(including_permanent=True)
     for block in twin.blocks:
@@ -281,7 +336,10 @@ def _folded(model: Flat) -> Flat:
 
 
 def _fold_input_first(block: InputFirstBlock) -> None:
-    for norm, owner, weight, bias in ((block.ln1, block.attn, "W_QKV", "b_QKV"), (block.ln2, block.mlp, "W_in", "b_in")):
+    for norm, owner, weight, bias in (
+        (block.ln1, block.attn, "W_QKV", "b_QKV"),
+        (block.ln2, block.mlp, "W_in", "b_in"),
+    ):
         W, b = getattr(owner, weight), getattr(owner, bias)
         b += norm.b @ W
         W *= norm.w[:, None]
@@ -289,7 +347,10 @@ def _fold_input_first(block: InputFirstBlock) -> None:
 
 def _fold_output_first(block: OutputFirstBlock) -> None:
     assert isinstance(block.mlp, GatedMLP), "the flat families of these blocks have a gated MLP"
-    for norm, readers in ((block.ln1, (block.attn.qkv,)), (block.ln2, (block.mlp.gate, block.mlp.up))):
+    for norm, readers in (
+        (block.ln1, (block.attn.qkv,)),
+        (block.ln2, (block.mlp.gate, block.mlp.up)),
+    ):
         assert isinstance(norm, LayerNorm), "the flat families of these blocks are pre-LayerNorm"
         for linear in readers:
             moved = linear.weight @ norm.b

@@ -1,6 +1,7 @@
 """What every knowledge graph can do: walk, count its facts, and be written.
 
-Axes: relation, entity, fact, hop. A graph's `table[relation, entity]` is the tail of that atomic fact, -1 where there is none.
+Axes: relation, entity, fact, hop. A graph's `table[relation, entity]` is the tail of that atomic
+fact, -1 where there is none.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from tasks.files import whole_file
+from loopscope.tasks.files import whole_file
 
 ABSENT = -1
 Rows = tuple[tuple[int, ...], ...]
 
 
 class Graph(ABC):
-    """What all graphs can do; every entity has the same number of relations, so all facts of k hops are equally likely on a random walk."""
+    """What all graphs can do; every entity has the same number of relations, so all facts of k hops
+    are equally likely on a random walk.
+    """
 
     @property
     @abstractmethod
@@ -66,22 +69,33 @@ class Graph(ABC):
         """How many distinct facts of this many hops there are."""
         return int(self.n_entities * self.out_degree**hops)
 
-    def paths(self, heads: Int64[np.ndarray, " fact"], relations: Int64[np.ndarray, "fact hop"]) -> Int64[np.ndarray, "fact entity"]:
+    def paths(
+        self, heads: Int64[np.ndarray, " fact"], relations: Int64[np.ndarray, "fact hop"]
+    ) -> Int64[np.ndarray, "fact entity"]:
         """The entities that facts pass: head, every intermediate one, answer; one more than hops.
 
         Raises:
             ValueError: An entity or relation that the graph does not have.
         """
-        for name, ids, size in (("entities", heads, self.n_entities), ("relations", relations, self.n_relations)):
+        for name, ids, size in (
+            ("entities", heads, self.n_entities),
+            ("relations", relations, self.n_relations),
+        ):
             if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-                raise ValueError(f"this graph has {name} 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}")
+                raise ValueError(
+                    f"this graph has {name} 0 to {size - 1}, got {int(ids.min())} to"
+                    f" {int(ids.max())}"
+                )
         path = np.empty((len(heads), relations.shape[1] + 1), dtype=np.int64)
         path[:, 0] = heads
         for hop, relation in enumerate(relations.T):
             path[:, hop + 1] = self.table[relation, path[:, hop]]
         if (path == ABSENT).any():
             fact, hop = np.argwhere(path == ABSENT)[0]
-            raise ValueError(f"in this graph entity {path[fact, hop - 1]} has no relation {relations[fact, hop - 1]}")
+            raise ValueError(
+                f"in this graph entity {path[fact, hop - 1]} has no relation"
+                f" {relations[fact, hop - 1]}"
+            )
         return path
 
     def walk(self, text: str) -> list[str]:
@@ -94,10 +108,15 @@ class Graph(ABC):
             ValueError: Not of that form, or not in this graph.
         """
         if not re.fullmatch(r"<e_\d+>(<r_\d+>)*", text):
-            raise ValueError(f"a question is an entity and its relations, as in '<e_12><r_3><r_7>', got {text!r}")
+            raise ValueError(
+                f"a question is an entity and its relations, as in '<e_12><r_3><r_7>', got {text!r}"
+            )
         head, *relations = map(int, re.findall(r"\d+", text))
         if head >= self.n_entities or any(relation >= self.n_relations for relation in relations):
-            raise ValueError(f"this graph has {self.n_entities} entities and {self.n_relations} relations, so it does not know {text!r}")
+            raise ValueError(
+                f"this graph has {self.n_entities} entities and {self.n_relations} relations, so it"
+                f" does not know {text!r}"
+            )
         path = self.paths(np.array([head]), np.array([relations], dtype=np.int64))
         return [f"<e_{entity}>" for entity in path[0]]
 

@@ -1,7 +1,8 @@
-"""Facts as arrays: token ids, answers and the entities in between; the vocabulary; which facts are held out.
+"""Facts as arrays: token ids, answers and the entities in between; the vocabulary; which facts are
+held out.
 
-Ids follow the released vocabularies: 0 is <pad>, then the entities, then the relations, then the special tokens.
-Axes: fact, pos (the head and then one relation per hop), hop.
+Ids follow the released vocabularies: 0 is <pad>, then the entities, then the relations, then the
+special tokens. Axes: fact, pos (the head and then one relation per hop), hop.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from tasks.base import Graph
+from loopscope.tasks.base import Graph
 
 PAD = "<pad>"
 SPECIAL = ("<mask>", "<sep>", "<a>", "</a>", "<q>", "</q>")
@@ -25,9 +26,11 @@ class FactBatch:
     """Facts of one hop count.
 
     Attributes:
-        tokens: Int64[np.ndarray, "fact pos"], ids of the head entity and its relations: what a model is given.
+        tokens: Int64[np.ndarray, "fact pos"], ids of the head entity and its relations: what a
+            model is given.
         answers: Int64[np.ndarray, " fact"], ids of the entities to predict.
-        path: Int64[np.ndarray, "fact pos"], entities (not ids) along the walk: head, every intermediate one, answer.
+        path: Int64[np.ndarray, "fact pos"], entities (not ids) along the walk: head, every
+            intermediate one, answer.
     """
 
     tokens: Int64[np.ndarray, "fact pos"]
@@ -37,7 +40,9 @@ class FactBatch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, facts: slice | Int64[np.ndarray, " some"] | Bool[np.ndarray, " fact"]) -> FactBatch:
+    def __getitem__(
+        self, facts: slice | Int64[np.ndarray, " some"] | Bool[np.ndarray, " fact"]
+    ) -> FactBatch:
         return FactBatch(self.tokens[facts], self.answers[facts], self.path[facts])
 
     @property
@@ -47,13 +52,20 @@ class FactBatch:
 
     @property
     def rows(self) -> Int64[np.ndarray, "fact word"]:
-        """Ids of head, relations and answer: hops + 2 of them, and everything that a training set holds."""
+        """Ids of head, relations and answer: hops + 2 of them, and everything that a training set
+        holds.
+        """
         return np.concatenate([self.tokens, self.answers[:, None]], axis=1)
 
 
 def concatenate(batches: Sequence[FactBatch]) -> FactBatch:
     """All facts of several batches of one hop count, in order."""
-    return FactBatch(*(np.concatenate([getattr(b, name) for b in batches]) for name in ("tokens", "answers", "path")))
+    return FactBatch(
+        *(
+            np.concatenate([getattr(b, name) for b in batches])
+            for name in ("tokens", "answers", "path")
+        )
+    )
 
 
 def first_relation(n_entities: int) -> int:
@@ -62,8 +74,14 @@ def first_relation(n_entities: int) -> int:
 
 
 def vocabulary(n_entities: int, n_relations: int) -> list[str]:
-    """The content of vocab.json: entities, relations, special tokens; <pad> is not among them and comes before them, as id 0."""
-    return [*(f"<e_{i}>" for i in range(n_entities)), *(f"<r_{j}>" for j in range(n_relations)), *SPECIAL]
+    """The content of vocab.json: entities, relations, special tokens; <pad> is not among them and
+    comes before them, as id 0.
+    """
+    return [
+        *(f"<e_{i}>" for i in range(n_entities)),
+        *(f"<r_{j}>" for j in range(n_relations)),
+        *SPECIAL,
+    ]
 
 
 def words(n_entities: int, n_relations: int) -> list[str]:
@@ -71,7 +89,9 @@ def words(n_entities: int, n_relations: int) -> list[str]:
     return [PAD, *vocabulary(n_entities, n_relations)]
 
 
-def look_up(graph: Graph, heads: Int64[np.ndarray, " fact"], relations: Int64[np.ndarray, "fact hop"]) -> FactBatch:
+def look_up(
+    graph: Graph, heads: Int64[np.ndarray, " fact"], relations: Int64[np.ndarray, "fact hop"]
+) -> FactBatch:
     """The facts with these heads and relations (counted from 0), completed by the graph.
 
     Raises:
@@ -98,7 +118,10 @@ def draw_facts(graph: Graph, hops: int, count: int, rng: np.random.Generator) ->
         ValueError: Fewer than 1 hop, or a negative count.
     """
     if hops < 1 or count < 0:
-        raise ValueError(f"facts have at least 1 hop and their number is not negative, got hops={hops} and count={count}")
+        raise ValueError(
+            f"facts have at least 1 hop and their number is not negative, got hops={hops} and"
+            f" count={count}"
+        )
     path = np.empty((count, hops + 1), dtype=np.int64)
     relations = rng.integers(graph.out_degree, size=(count, hops))
     path[:, 0] = rng.integers(graph.n_entities, size=count)
@@ -108,16 +131,23 @@ def draw_facts(graph: Graph, hops: int, count: int, rng: np.random.Generator) ->
     return _complete(graph, path, relations)
 
 
-def _complete(graph: Graph, path: Int64[np.ndarray, "fact pos"], relations: Int64[np.ndarray, "fact hop"]) -> FactBatch:
-    tokens = np.concatenate([FIRST_ENTITY + path[:, :1], first_relation(graph.n_entities) + relations], axis=1)
+def _complete(
+    graph: Graph, path: Int64[np.ndarray, "fact pos"], relations: Int64[np.ndarray, "fact hop"]
+) -> FactBatch:
+    tokens = np.concatenate(
+        [FIRST_ENTITY + path[:, :1], first_relation(graph.n_entities) + relations], axis=1
+    )
     return FactBatch(tokens, FIRST_ENTITY + path[:, -1], path)
 
 
-def is_held_out(heads: Int64[np.ndarray, " fact"], relations: Int64[np.ndarray, "fact hop"]) -> Bool[np.ndarray, " fact"]:
+def is_held_out(
+    heads: Int64[np.ndarray, " fact"], relations: Int64[np.ndarray, "fact hop"]
+) -> Bool[np.ndarray, " fact"]:
     """Which facts a training on fresh random facts never sees.
 
-    A fact of two or more hops is held out when (7919 * head + sum over j of 31^j * relation_j) is a multiple of 10, with entities,
-    relations and j counted from 0; a fact of one hop never is. The powers are taken modulo 10, so that no hop count overflows.
+    A fact of two or more hops is held out when (7919 * head + sum over j of 31^j * relation_j) is a
+    multiple of 10, with entities, relations and j counted from 0; a fact of one hop never is. The
+    powers are taken modulo 10, so that no hop count overflows.
     """
     if relations.shape[1] < 2:
         return np.zeros(len(heads), dtype=bool)

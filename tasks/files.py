@@ -45,7 +45,9 @@ def refuse_unless_new(path: str | Path) -> None:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         kind = "a folder that is not empty" if path.is_dir() else "a file"
-        raise ValueError(f"data are written into a new or empty folder, but {path} is {kind}; name another one")
+        raise ValueError(
+            f"data are written into a new or empty folder, but {path} is {kind}; name another one"
+        )
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from tasks.base import ABSENT, Graph, Rows
+from loopscope.tasks.base import ABSENT, Graph, Rows
 
 
 @dataclass(frozen=True)
 class PermutationGraph(Graph):
-    """Every relation is a permutation of the entities: `permutations[r][e]` is the entity that r leads to from e.
+    """Every relation is a permutation of the entities: `permutations[r][e]` is the entity that r
+    leads to from e.
 
     Raises:
         ValueError: A relation that is not a permutation of all entities.
@@ -29,7 +30,10 @@ class PermutationGraph(Graph):
         _check_rectangle("permutations", self.permutations)
         for relation, row in enumerate(self.permutations):
             if sorted(row) != list(range(len(row))):
-                raise ValueError(f"each relation must be a permutation of the entities 0 to {len(row) - 1}, but relation {relation} is not")
+                raise ValueError(
+                    f"each relation must be a permutation of the entities 0 to {len(row) - 1}, but"
+                    f" relation {relation} is not"
+                )
 
     @property
     def rows(self) -> Rows:
@@ -38,7 +42,10 @@ class PermutationGraph(Graph):
 
     def as_dict(self) -> dict[str, Any]:
         """The content of graph.json."""
-        return {"permutations": [list(row) for row in self.permutations], "note": "permutations[r][e] = tail of (e, r)"}
+        return {
+            "permutations": [list(row) for row in self.permutations],
+            "note": "permutations[r][e] = tail of (e, r)",
+        }
 
     @classmethod
     def read(cls, path: str | Path) -> PermutationGraph:
@@ -50,8 +57,11 @@ class PermutationGraph(Graph):
         return cls(_rows(_read(path, ("permutations",))["permutations"], path))
 
     @classmethod
-    def random(cls, n_entities: int = 200, n_relations: int = 10, seed: int = 42) -> PermutationGraph:
-        """Independent random permutations, drawn in the order of the paper's data script, whose sizes and seed are the defaults.
+    def random(
+        cls, n_entities: int = 200, n_relations: int = 10, seed: int = 42
+    ) -> PermutationGraph:
+        """Independent random permutations, drawn in the order of the paper's data script, whose
+        sizes and seed are the defaults.
 
         Source:
             arXiv 2604.07822, section on recursion extrapolation, and its data script.
@@ -67,10 +77,12 @@ class TableGraph(Graph):
 
     Attributes:
         tails: `tails[r][e]` is the entity that r leads to from e, -1 where e lacks r.
-        ood: (head, relation) of the atomic facts that no training fact of two hops uses, in increasing order.
+        ood: (head, relation) of the atomic facts that no training fact of two hops uses, in
+            increasing order.
 
     Raises:
-        ValueError: Tails out of range, entities with unequal numbers of relations, or `ood` facts that do not exist.
+        ValueError: Tails out of range, entities with unequal numbers of relations, or `ood` facts
+            that do not exist.
     """
 
     tails: Rows
@@ -80,15 +92,24 @@ class TableGraph(Graph):
         _check_rectangle("tails", self.tails)
         table = self.table
         if table.min() < ABSENT or table.max() >= self.n_entities:
-            raise ValueError(f"tails must be entities 0 to {self.n_entities - 1}, or {ABSENT} for none, got {table.min()} to {table.max()}")
+            raise ValueError(
+                f"tails must be entities 0 to {self.n_entities - 1}, or {ABSENT} for none, got"
+                f" {table.min()} to {table.max()}"
+            )
         degrees = (table != ABSENT).sum(0)
         if degrees.min() != degrees.max() or degrees.min() < 1:
             raise ValueError(
-                f"every entity must have the same number of relations, at least one, got between {degrees.min()} and {degrees.max()}"
+                "every entity must have the same number of relations, at least one, got between"
+                f" {degrees.min()} and {degrees.max()}"
             )
-        known = all(0 <= head < self.n_entities and 0 <= relation < self.n_relations for head, relation in self.ood)
+        known = all(
+            0 <= head < self.n_entities and 0 <= relation < self.n_relations
+            for head, relation in self.ood
+        )
         if not known or any(self.tails[relation][head] == ABSENT for head, relation in self.ood):
-            raise ValueError("each pair in ood must be the head and the relation of an atomic fact of the graph")
+            raise ValueError(
+                "each pair in ood must be the head and the relation of an atomic fact of the graph"
+            )
 
     @property
     def rows(self) -> Rows:
@@ -106,12 +127,20 @@ class TableGraph(Graph):
 
     def as_dict(self) -> dict[str, Any]:
         """The content of graph.json."""
-        note = "tails[r][e] = tail of (e, r), -1 where e has no r; ood = (e, r) of the atomic facts kept out of two-hop training facts"
-        return {"tails": [list(row) for row in self.tails], "ood": [list(pair) for pair in self.ood], "note": note}
+        note = (
+            "tails[r][e] = tail of (e, r), -1 where e has no r; ood = (e, r) of the atomic facts"
+            " kept out of two-hop training facts"
+        )
+        return {
+            "tails": [list(row) for row in self.tails],
+            "ood": [list(pair) for pair in self.ood],
+            "note": note,
+        }
 
     @classmethod
     def read(cls, path: str | Path) -> TableGraph:
-        """From graph.json, `{"tails": [[...], ...], "ood": [[head, relation], ...]}`, the second being optional.
+        """From graph.json, `{"tails": [[...], ...], "ood": [[head, relation], ...]}`, the second
+        being optional.
 
         Raises:
             ValueError: Not such a file.
@@ -124,10 +153,12 @@ class TableGraph(Graph):
 
     @classmethod
     def random(cls, n_entities: int = 200, n_relations: int = 10, seed: int = 42) -> TableGraph:
-        """Every entity has every relation, with a random tail, so that long walks meet and a short suffix nearly fixes the answer.
+        """Every entity has every relation, with a random tail, so that long walks meet and a short
+        suffix nearly fixes the answer.
 
         Source:
-            arXiv 2604.07822, appendix K (the shortcut of graphs whose relations are no permutations).
+            arXiv 2604.07822, appendix K (the shortcut of graphs whose relations are no
+            permutations).
         """
         _check_sizes(n_entities=n_entities, n_relations=n_relations)
         tails = np.random.default_rng(seed).integers(n_entities, size=(n_relations, n_entities))
@@ -135,9 +166,15 @@ class TableGraph(Graph):
 
     @classmethod
     def two_hop(
-        cls, n_entities: int = 2000, n_relations: int = 200, out_degree: int = 20, ood_share: float = 0.05, seed: int = 42
+        cls,
+        n_entities: int = 2000,
+        n_relations: int = 200,
+        out_degree: int = 20,
+        ood_share: float = 0.05,
+        seed: int = 42,
     ) -> TableGraph:
-        """Every entity has a few random relations with random tails, and a share of all atomic facts is OOD.
+        """Every entity has a few random relations with random tails, and a share of all atomic
+        facts is OOD.
 
         Args:
             out_degree: Relations of each entity.
@@ -151,9 +188,14 @@ class TableGraph(Graph):
         """
         _check_sizes(n_entities=n_entities, n_relations=n_relations, out_degree=out_degree)
         if out_degree > n_relations:
-            raise ValueError(f"an entity has each relation at most once, so out_degree is at most {n_relations}, got {out_degree}")
+            raise ValueError(
+                f"an entity has each relation at most once, so out_degree is at most {n_relations},"
+                f" got {out_degree}"
+            )
         if not 0 <= ood_share <= 1:
-            raise ValueError(f"ood_share is a share of the atomic facts, between 0 and 1, got {ood_share}")
+            raise ValueError(
+                f"ood_share is a share of the atomic facts, between 0 and 1, got {ood_share}"
+            )
         rng = np.random.default_rng(seed)
         relations = rng.random((n_entities, n_relations)).argsort(axis=1)[:, :out_degree]
         heads = np.repeat(np.arange(n_entities), out_degree)
@@ -161,23 +203,30 @@ class TableGraph(Graph):
         tails[relations.ravel(), heads] = rng.integers(n_entities, size=heads.size)
         chosen = rng.choice(heads.size, round(ood_share * heads.size), replace=False)
         pairs = np.stack([heads[chosen], relations.ravel()[chosen]], axis=1)
-        return cls(_tuples(tails), tuple((head, relation) for head, relation in sorted(pairs.tolist())))
+        return cls(
+            _tuples(tails), tuple((head, relation) for head, relation in sorted(pairs.tolist()))
+        )
 
 
 def from_table(table: Int64[np.ndarray, "relation entity"]) -> PermutationGraph | TableGraph:
-    """The graph with these tails (-1 for none): a permutation graph where every relation is a permutation."""
+    """The graph with these tails (-1 for none): a permutation graph where every relation is a
+    permutation.
+    """
     entities = np.arange(table.shape[1])
     kind = PermutationGraph if (np.sort(table, axis=1) == entities).all() else TableGraph
     return kind(_tuples(table))
 
 
 def read_graph(path: str | Path) -> PermutationGraph | TableGraph:
-    """The graph of a graph.json of either kind: it holds `permutations`, or `tails` and perhaps `ood`.
+    """The graph of a graph.json of either kind: it holds `permutations`, or `tails` and perhaps
+    `ood`.
 
     Raises:
         ValueError: Neither.
     """
-    kind = PermutationGraph if "permutations" in _read(path, ("permutations", "tails")) else TableGraph
+    kind = (
+        PermutationGraph if "permutations" in _read(path, ("permutations", "tails")) else TableGraph
+    )
     return kind.read(path)
 
 
@@ -206,7 +255,10 @@ def _tuples(table: Int64[np.ndarray, "relation entity"]) -> Rows:
 def _check_rectangle(name: str, rows: Rows) -> None:
     lengths = sorted({len(row) for row in rows})
     if len(lengths) != 1 or lengths[0] < 1:
-        raise ValueError(f"{name} must be one list per relation, each with one tail per entity, got lists of {lengths or 'no'} entities")
+        raise ValueError(
+            f"{name} must be one list per relation, each with one tail per entity, got lists of"
+            f" {lengths or 'no'} entities"
+        )
 
 
 def _check_sizes(**sizes: int) -> None:

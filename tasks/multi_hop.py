@@ -1,4 +1,6 @@
-"""The multi-hop task: facts of 2 to 40 hops, drawn fresh for training or as a fixed set that is split into train and test."""
+"""The multi-hop task: facts of 2 to 40 hops, drawn fresh for training or as a fixed set that is
+split into train and test.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
-from tasks.facts import FactBatch, atomic_facts, concatenate, draw_facts, first_occurrences, first_relation, is_held_out
-from tasks.graphs import PermutationGraph, TableGraph
+from loopscope.tasks.facts import (
+    FactBatch,
+    atomic_facts,
+    concatenate,
+    draw_facts,
+    first_occurrences,
+    first_relation,
+    is_held_out,
+)
+from loopscope.tasks.graphs import PermutationGraph, TableGraph
 
 _ROUNDS = 100
 
@@ -30,36 +40,50 @@ class MultiHopData:
 
 
 def sample_facts(
-    graph: PermutationGraph | TableGraph, hops: int, count: int, rng: np.random.Generator, held_out: bool | None = None
+    graph: PermutationGraph | TableGraph,
+    hops: int,
+    count: int,
+    rng: np.random.Generator,
+    held_out: bool | None = None,
 ) -> FactBatch:
-    """Fresh random facts of one hop count, for training on data without end; the same fact may come twice.
+    """Fresh random facts of one hop count, for training on data without end; the same fact may come
+    twice.
 
     Args:
         hops: Relations of each fact, at least 1.
         count: Number of facts.
-        held_out: True draws only facts that `is_held_out` holds out, False only the others, None any.
+        held_out: True draws only facts that `is_held_out` holds out, False only the others, None
+            any.
 
     Raises:
-        ValueError: Held-out facts of 1 hop (there are none), or a graph on which draws never give what is asked for.
+        ValueError: Held-out facts of 1 hop (there are none), or a graph on which draws never give
+            what is asked for.
     """
     if held_out is None or (hops == 1 and not held_out):
         return draw_facts(graph, hops, count, rng)
     if hops == 1:
-        raise ValueError("facts of 1 hop are never held out, so hops must be at least 2 with held_out=True, got hops=1")
+        raise ValueError(
+            "facts of 1 hop are never held out, so hops must be at least 2 with held_out=True, got"
+            " hops=1"
+        )
     kept: list[FactBatch] = []
     missing, drawn = count, 0
     share = 0.1 if held_out else 0.9
     for _ in range(_ROUNDS):
         batch = draw_facts(graph, hops, int(1.2 * missing / share) + 16, rng)
         drawn += len(batch)
-        wanted = is_held_out(batch.path[:, 0], batch.tokens[:, 1:] - first_relation(graph.n_entities)) == held_out
+        wanted = (
+            is_held_out(batch.path[:, 0], batch.tokens[:, 1:] - first_relation(graph.n_entities))
+            == held_out
+        )
         kept.append(batch[wanted][:missing])
         missing -= len(kept[-1])
         if missing == 0:
             return concatenate(kept)
     raise ValueError(
-        f"{count} {'held-out' if held_out else 'not held-out'} facts of {hops} hops were asked for, but {drawn} draws "
-        f"on this graph of {graph.n_entities} entities and {graph.n_relations} relations gave {count - missing}"
+        f"{count} {'held-out' if held_out else 'not held-out'} facts of {hops} hops were asked for,"
+        f" but {drawn} draws on this graph of {graph.n_entities} entities and {graph.n_relations}"
+        f" relations gave {count - missing}"
     )
 
 
@@ -71,32 +95,44 @@ def make_multi_hop(
     seed: int = 42,
     progress: bool = False,
 ) -> MultiHopData:
-    """Distinct random facts of 2 to `max_hops` hops, split into train and test; the defaults are the paper's.
+    """Distinct random facts of 2 to `max_hops` hops, split into train and test; the defaults are
+    the paper's.
 
-    The facts of one hop count depend on the graph, the seed, and train + test alone, not on `max_hops`.
+    The facts of one hop count depend on the graph, the seed, and train + test alone, not on
+    `max_hops`.
 
     Args:
         train, test: Facts of each hop count; those of 1 hop are all for training.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: Fewer than 2 hops, negative numbers, or more distinct facts of a hop count than there are.
+        ValueError: Fewer than 2 hops, negative numbers, or more distinct facts of a hop count than
+            there are.
 
     Source:
         arXiv 2604.07822, section on recursion extrapolation, and its data scripts.
     """
     if max_hops < 2 or train < 0 or test < 0:
-        raise ValueError(f"max_hops must be at least 2, and train and test not negative, got {max_hops}, {train} and {test}")
+        raise ValueError(
+            f"max_hops must be at least 2, and train and test not negative, got {max_hops}, {train}"
+            f" and {test}"
+        )
     _check_enough(graph, 2, train + test)
     split: tuple[dict[int, FactBatch], dict[int, FactBatch]] = {}, {}
-    for hops in tqdm(range(2, max_hops + 1), desc="drawing facts", unit="hop count", disable=not progress):
+    for hops in tqdm(
+        range(2, max_hops + 1), desc="drawing facts", unit="hop count", disable=not progress
+    ):
         facts = draw_distinct(graph, hops, train + test, np.random.default_rng((seed, hops)))
         split[0][hops], split[1][hops] = facts[:train], facts[train:]
     atomic = atomic_facts(graph)
-    return MultiHopData(graph, atomic[np.random.default_rng((seed, 1)).permutation(len(atomic))], *split)
+    return MultiHopData(
+        graph, atomic[np.random.default_rng((seed, 1)).permutation(len(atomic))], *split
+    )
 
 
-def draw_distinct(graph: PermutationGraph | TableGraph, hops: int, count: int, rng: np.random.Generator) -> FactBatch:
+def draw_distinct(
+    graph: PermutationGraph | TableGraph, hops: int, count: int, rng: np.random.Generator
+) -> FactBatch:
     """Distinct facts of one hop count, in random order, each set of them equally likely.
 
     Raises:
@@ -115,6 +151,6 @@ def _check_enough(graph: PermutationGraph | TableGraph, hops: int, count: int) -
     total = graph.count(hops)
     if count > total:
         raise ValueError(
-            f"{count:,} distinct facts of {hops} hops were asked for, but this graph has only {total:,}: "
-            f"{graph.n_entities} entities * {graph.out_degree} relations each ^ {hops}"
+            f"{count:,} distinct facts of {hops} hops were asked for, but this graph has only"
+            f" {total:,}: {graph.n_entities} entities * {graph.out_degree} relations each ^ {hops}"
         )

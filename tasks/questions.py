@@ -22,8 +22,10 @@ class Question:
     Attributes:
         text: The input, tokens joined without spaces.
         answer: The token to predict.
-        hops: Relations in the input, counted from its tokens (the files' own `type` labels are offset in places).
-        kind: The file's label, such as "test_inferred_ood"; empty where it has none. Two questions are the same whatever theirs.
+        hops: Relations in the input, counted from its tokens (the files' own `type` labels are
+            offset in places).
+        kind: The file's label, such as "test_inferred_ood"; empty where it has none. Two questions
+            are the same whatever theirs.
     """
 
     text: str
@@ -33,7 +35,9 @@ class Question:
 
     @classmethod
     def from_item(cls, item: dict[str, Any]) -> Question:
-        """From `{"input_text": ..., "target_text": ...}`; the answer is the last token before `</a>`."""
+        """From `{"input_text": ..., "target_text": ...}`; the answer is the last token before
+        `</a>`.
+        """
         text, target = str(item["input_text"]), str(item["target_text"])
         last = _LAST_TOKEN.match(target.partition("</a>")[0])
         if last is None:
@@ -42,7 +46,11 @@ class Question:
 
     def to_item(self) -> dict[str, str]:
         """The file format's item; the inverse of `from_item`."""
-        return {"input_text": self.text, "target_text": f"{self.text}{self.answer}</a>", "type": self.kind}
+        return {
+            "input_text": self.text,
+            "target_text": f"{self.text}{self.answer}</a>",
+            "type": self.kind,
+        }
 
 
 def read_questions(path: str | Path, progress: bool = False) -> list[Question]:
@@ -56,9 +64,16 @@ def read_questions(path: str | Path, progress: bool = False) -> list[Question]:
     """
     try:
         items = json.loads(Path(path).read_text())
-        return [Question.from_item(item) for item in tqdm(items, desc=f"reading {Path(path).name}", unit="fact", disable=not progress)]
+        return [
+            Question.from_item(item)
+            for item in tqdm(
+                items, desc=f"reading {Path(path).name}", unit="fact", disable=not progress
+            )
+        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be a JSON list of items with 'input_text' and 'target_text': {error!r}") from None
+        raise ValueError(
+            f"{path} must be a JSON list of items with 'input_text' and 'target_text': {error!r}"
+        ) from None
 
 
 def by_hops(questions: Sequence[Question]) -> dict[int, list[Question]]:

@@ -1,4 +1,6 @@
-"""One torch thread, the toy models as fixtures, and the table of parity errors at the end of a run."""
+"""One torch thread, the toy models as fixtures, and the table of parity errors at the end of a
+run.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.load import save
 from golden_cases import GOLDEN
-from models.base import LoopedModel
-from models.recurrent_depth import RecurrentDepth
+from loopscope.checkpoints.load import save
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.families.recurrent_depth import RecurrentDepth
 from release_files import toy_model
 from toy import VARIANTS, BatchCentred, Bidirectional, ShortEnding, odd_one, toy
 
@@ -23,12 +25,16 @@ WORST_ERRORS = pytest.StashKey[dict[tuple[str, str], float]]()
 
 def variant_name(variant: tuple[str, bool, torch.dtype]) -> str:
     positions, injection, dtype = variant
-    return f"{positions}{'-injected' if injection else ''}-{'64' if dtype == torch.float64 else '32'}"
+    return (
+        f"{positions}{'-injected' if injection else ''}-{'64' if dtype == torch.float64 else '32'}"
+    )
 
 
 @pytest.fixture(params=VARIANTS, ids=variant_name)
 def model(request: pytest.FixtureRequest) -> RecurrentDepth:
-    """A toy model for each kind of positions with and without input injection, in float64 and for two of them in float32."""
+    """A toy model for each kind of positions with and without input injection, in float64 and for
+    two of them in float32.
+    """
     return toy(*request.param)
 
 
@@ -60,7 +66,9 @@ def folder_with(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir()
         shutil.copy(GOLDEN / case / "model.safetensors", folder)
         values = {**json.loads((GOLDEN / case / "config.json").read_text()), **changes}
-        (folder / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+        (folder / "config.json").write_text(
+            json.dumps({name: value for name, value in values.items() if value is not None})
+        )
         return folder
 
     return make
@@ -77,10 +85,14 @@ def record_error(request: pytest.FixtureRequest) -> Callable[[str, str, float], 
     return record
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     worst = config.stash.get(WORST_ERRORS, {})
     if not worst:
         return
-    terminalreporter.section("golden outputs: worst error, relative to the largest magnitude of its tensor")
+    terminalreporter.section(
+        "golden outputs: worst error, relative to the largest magnitude of its tensor"
+    )
     for (case, precision), error in sorted(worst.items()):
         terminalreporter.write_line(f"{case:32} {precision:24} {error:.1e}")

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from training.recipes import Loops, MultiHopTask, Recipe, Stage, TwoHopTask, curriculum
+from loopscope.training.recipes import Loops, MultiHopTask, Recipe, Stage, TwoHopTask, curriculum
 
 _DYNAMIC = Loops(mean=4.0, low=2, high=8)
 
 
-def extrapolation(name: str, loops: Loops, *, max_hops: int = 30, lr_decay: float = 1.0, forced_first: int = 0) -> Recipe:
-    """The paper's multi-hop training: a gated curriculum with joint replay; optimiser and schedule restart at each stage.
+def extrapolation(
+    name: str, loops: Loops, *, max_hops: int = 30, lr_decay: float = 1.0, forced_first: int = 0
+) -> Recipe:
+    """The paper's multi-hop training: a gated curriculum with joint replay; optimiser and schedule
+    restart at each stage.
 
     Args:
         loops: Fixed or drawn for each batch; with drawn ones gates are judged by the halting rule.
         max_hops: The last stage, should the model get there.
-        lr_decay: The public code's optional decay of the learning rate per stage (0.9, with a floor of 2e-5).
+        lr_decay: The public code's optional decay of the learning rate per stage (0.9, with a floor
+            of 2e-5).
         forced_first: The public code's optional minimum of updates for 2 hops (1000 epochs of 133).
 
     Source:
-        arXiv 2604.07822, its section on recursion extrapolation and its appendix on training, and its public trainer.
+        arXiv 2604.07822, its section on recursion extrapolation and its appendix on training, and
+        its public trainer.
     """
     dynamic = loops.low != loops.high
     stages = curriculum(
-        2, max_hops, max_updates=1_000_000, lr=1e-4, lr_end=0.0, lr_decay=lr_decay, lr_floor=2e-5, warmup=2000, restart=True,
+        2,
+        max_hops,
+        max_updates=1_000_000,
+        lr=1e-4,
+        lr_end=0.0,
+        lr_decay=lr_decay,
+        lr_floor=2e-5,
+        warmup=2000,
+        restart=True,
         forced_first=forced_first,
-    )  # fmt: skip
+    )
     return Recipe(
         name=name,
         task=MultiHopTask(),
@@ -46,15 +59,19 @@ def extrapolation(name: str, loops: Loops, *, max_hops: int = 30, lr_decay: floa
     )
 
 
-def systematicity(name: str, n_loops: int, n_layers: int, *, batch_size: int = 512, weight_decay: float = 0.01) -> Recipe:
-    """The paper's two-hop training: a fixed number of iterations, learned positions, dropout and label smoothing, checkpoints of
-    the three stages (training facts known, in-distribution facts known, and the end).
+def systematicity(
+    name: str, n_loops: int, n_layers: int, *, batch_size: int = 512, weight_decay: float = 0.01
+) -> Recipe:
+    """The paper's two-hop training: a fixed number of iterations, learned positions, dropout and
+    label smoothing, checkpoints of the three stages (training facts known, in-distribution facts
+    known, and the end).
 
     Args:
         batch_size, weight_decay: As printed; the public code's defaults are 128 and 0.1.
 
     Source:
-        arXiv 2604.07822, its section on systematic generalisation and its appendix on training, and its public trainer.
+        arXiv 2604.07822, its section on systematic generalisation and its appendix on training, and
+        its public trainer.
     """
     last = Stage(name="end", hops=(1, 2), max_updates=2_000_000, lr=1e-4, lr_end=0.0)
     return Recipe(
@@ -80,17 +97,27 @@ def systematicity(name: str, n_loops: int, n_layers: int, *, batch_size: int = 5
 
 
 def _two_hop_stages(last: Stage, *, looped: bool, gate: float, warmup: int) -> tuple[Stage, ...]:
-    """Until training facts are known ("train"), for looped models until in-distribution facts are ("id"), and to the end."""
+    """Until training facts are known ("train"), for looped models until in-distribution facts are
+    ("id"), and to the end.
+    """
     constant = replace(last, gate=gate, lr_end=last.lr, fall_from=0.0)
     first = replace(constant, name="train", gate_on="train_inferred", warmup=warmup)
     second = replace(constant, name="id", gate_on="test_inferred_iid")
-    return (first, second, replace(last, name="ood")) if looped else (first, replace(last, name="id"))
+    return (
+        (first, second, replace(last, name="ood")) if looped else (first, replace(last, name="id"))
+    )
 
 
-def _mini_multi_hop(name: str, loops: Loops, hops: int, polish: int, *, permutations: bool = True) -> Recipe:
-    """A multi-hop miniature: a gated curriculum at a constant rate, then all hop counts with a falling one."""
+def _mini_multi_hop(
+    name: str, loops: Loops, hops: int, polish: int, *, permutations: bool = True
+) -> Recipe:
+    """A multi-hop miniature: a gated curriculum at a constant rate, then all hop counts with a
+    falling one.
+    """
     rising = curriculum(2, hops - 2, max_updates=12_000, gate=0.93, lr=2e-3, warmup=200)
-    final = Stage(name="final", hops=tuple(range(1, hops + 1)), max_updates=polish, lr=1.5e-3, lr_end=1e-5)
+    final = Stage(
+        name="final", hops=tuple(range(1, hops + 1)), max_updates=polish, lr=1.5e-3, lr_end=1e-5
+    )
     return Recipe(
         name=f"mini/{name}",
         task=MultiHopTask(n_entities=40, graph_seed=0, permutations=permutations, train=None),
@@ -106,11 +133,22 @@ def _mini_multi_hop(name: str, loops: Loops, hops: int, polish: int, *, permutat
 
 
 def _mini_two_hop(n_loops: int, n_layers: int, updates: int) -> Recipe:
-    """A two-hop miniature on a smaller, denser graph: strong decay of the matrices, a rate that falls at the end."""
-    last = Stage(name="end", hops=(1, 2), max_updates=updates, lr=1.5e-3, lr_end=1e-5, fall_from=0.5)
+    """A two-hop miniature on a smaller, denser graph: strong decay of the matrices, a rate that
+    falls at the end.
+    """
+    last = Stage(
+        name="end", hops=(1, 2), max_updates=updates, lr=1.5e-3, lr_end=1e-5, fall_from=0.5
+    )
     return Recipe(
         name=f"mini/systematicity/r{n_loops}_l{n_layers}",
-        task=TwoHopTask(n_entities=80, n_relations=20, out_degree=20, ood_share=0.07, graph_seed=0, iid_share=0.02),
+        task=TwoHopTask(
+            n_entities=80,
+            n_relations=20,
+            out_degree=20,
+            ood_share=0.07,
+            graph_seed=0,
+            iid_share=0.02,
+        ),
         n_layers=n_layers,
         d_model=96,
         n_heads=4,
@@ -141,6 +179,11 @@ RECIPES: dict[str, Recipe] = {
         *(extrapolation(f"paper/multi_hop/r{loops}", Loops.fixed(loops)) for loops in range(1, 9)),
         extrapolation("paper/multi_hop/r_dyn", _DYNAMIC),
         *(systematicity(f"paper/systematicity/r{loops}_l4", loops, 4) for loops in (1, 2, 4, 8)),
-        *(systematicity(f"code/systematicity/r{loops}_l4", loops, 4, batch_size=128, weight_decay=0.1) for loops in (1, 2, 4, 8)),
+        *(
+            systematicity(
+                f"code/systematicity/r{loops}_l4", loops, 4, batch_size=128, weight_decay=0.1
+            )
+            for loops in (1, 2, 4, 8)
+        ),
     )
 }

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from interp.halting import HaltingRule, halting
-from interp.lens import readout_lens
-from models.recurrent_depth import RecurrentDepth
-from training.questions import Questions
-from training.setup import Answering, TrainingBatch, pack
+from loopscope.interp.exits.halting import HaltingRule, halting
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.models.families.recurrent_depth import RecurrentDepth
+from loopscope.training.questions import Questions
+from loopscope.training.setup import Answering, TrainingBatch, pack
 
 _TABLE_LOOPS, _TABLE_QUESTIONS = 24, 200
 _RULE_COLUMNS = 50  # of the released multi-hop inputs
@@ -20,10 +20,15 @@ _RULE_COLUMNS = 50  # of the released multi-hop inputs
 def accuracies(model: RecurrentDepth, questions: Questions, groups: list[str]) -> dict[str, float]:
     """The share of right answers in each group, at the iterations at which the recipe judges."""
     count = questions.recipe.eval_questions
-    return {group: round(float(_right(model, questions, group, count).float().mean()), 4) for group in groups}
+    return {
+        group: round(float(_right(model, questions, group, count).float().mean()), 4)
+        for group in groups
+    }
 
 
-def _right(model: RecurrentDepth, questions: Questions, group: str, count: int) -> Bool[Tensor, " question"]:
+def _right(
+    model: RecurrentDepth, questions: Questions, group: str, count: int
+) -> Bool[Tensor, " question"]:
     recipe = questions.recipe
     batch = _test_batch(model, questions, group, count, recipe.eval_loops)
     if recipe.halting_gate:
@@ -34,8 +39,12 @@ def _right(model: RecurrentDepth, questions: Questions, group: str, count: int) 
 
 
 @torch.no_grad()
-def accuracy_table(model: RecurrentDepth, questions: Questions, groups: list[str]) -> dict[str, list[float]]:
-    """For each group the accuracy after each of 1 to 24 iterations, from one run of at most 200 questions."""
+def accuracy_table(
+    model: RecurrentDepth, questions: Questions, groups: list[str]
+) -> dict[str, list[float]]:
+    """For each group the accuracy after each of 1 to 24 iterations, from one run of at most 200
+    questions.
+    """
     table = {}
     for group in groups:
         batch = _test_batch(model, questions, group, _TABLE_QUESTIONS, _TABLE_LOOPS)
@@ -44,5 +53,9 @@ def accuracy_table(model: RecurrentDepth, questions: Questions, groups: list[str
     return table
 
 
-def _test_batch(model: RecurrentDepth, questions: Questions, group: str, count: int, n_loops: int) -> TrainingBatch:
-    return pack(questions.recipe, [questions.held_out(group, count)], n_loops).to(model.embedding.device)
+def _test_batch(
+    model: RecurrentDepth, questions: Questions, group: str, count: int, n_loops: int
+) -> TrainingBatch:
+    return pack(questions.recipe, [questions.held_out(group, count)], n_loops).to(
+        model.embedding.device
+    )

@@ -1,4 +1,6 @@
-"""A run's log: lines of JSON, and the same numbers for TensorBoard and, where asked for, Weights & Biases."""
+"""A run's log: lines of JSON, and the same numbers for TensorBoard and, where asked for, Weights &
+Biases.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,14 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from models.files import atomic_path
-from training.recipes import Recipe
-from training.state import Progress
+from loopscope.models.core.files import atomic_path
+from loopscope.training.recipes import Recipe
+from loopscope.training.state import Progress
 
 
 class Log:
-    """One entry per evaluation; what a resumed run had written after its last saved state is cut off.
+    """One entry per evaluation; what a resumed run had written after its last saved state is cut
+    off.
 
     Args:
         folder: Of the run; holds log.jsonl and the folder tensorboard.
@@ -32,16 +35,26 @@ class Log:
         self.path = folder / "log.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines if json.loads(line)["update"] <= update))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if update else None)
+            temporary.write_text(
+                "".join(line + "\n" for line in lines if json.loads(line)["update"] <= update)
+            )
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=update + 1 if update else None
+        )
         self._wandb = _start_wandb(folder, recipe) if wandb else None
 
     def write(self, progress: Progress, accuracy: dict[str, float], **values: float) -> None:
-        """Append one entry: where the run is, accuracy for each group of test questions, and other numbers."""
+        """Append one entry: where the run is, accuracy for each group of test questions, and other
+        numbers.
+        """
         line = {**asdict(progress), **values, "accuracy": accuracy}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        numbers = {**values, "stage": progress.stage, **{f"accuracy/{group}": share for group, share in accuracy.items()}}
+        numbers = {
+            **values,
+            "stage": progress.stage,
+            **{f"accuracy/{group}": share for group, share in accuracy.items()},
+        }
         for name, number in numbers.items():
             self._board.add_scalar(name, number, progress.update)
         self._board.flush()
@@ -59,8 +72,17 @@ def _start_wandb(folder: Path, recipe: Recipe) -> Any:
     try:
         wandb = import_module("wandb")
     except ImportError:
-        raise ImportError("reporting to Weights & Biases needs the package wandb; install it, or leave wandb out") from None
-    return wandb.init(project="loopscope", name=recipe.name, dir=str(folder), config=asdict(recipe), resume="allow", id=_run_id(folder))
+        raise ImportError(
+            "reporting to Weights & Biases needs the package wandb; install it, or leave wandb out"
+        ) from None
+    return wandb.init(
+        project="loopscope",
+        name=recipe.name,
+        dir=str(folder),
+        config=asdict(recipe),
+        resume="allow",
+        id=_run_id(folder),
+    )
 
 
 def _run_id(folder: Path) -> str:

@@ -1,4 +1,6 @@
-"""The miniatures that travel with the project: train them all, and put what is shipped of each run in its place."""
+"""The miniatures that travel with the project: train them all, and put what is shipped of each run
+in its place.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.locate import SHIPPED
-from training.language import train_language
-from training.language_recipes import LANGUAGE_RECIPES
-from training.trainer import train
+from loopscope.checkpoints.locate import SHIPPED
+from loopscope.training.language.recipes import LANGUAGE_RECIPES
+from loopscope.training.language.trainer import train_language
+from loopscope.training.trainer import train
 
 _LAST = {"final": "."}
 PLACES: dict[str, dict[str, str]] = {
@@ -29,14 +31,18 @@ PLACES: dict[str, dict[str, str]] = {
 
 
 def ship(name: str, run: Path, shipped: Path = SHIPPED) -> None:
-    """Copy what is shipped of a finished run: its log, and the checkpoints of some stages, to a place under the recipe's name.
+    """Copy what is shipped of a finished run: its log, and the checkpoints of some stages, to a
+    place under the recipe's name.
 
     Raises:
         FileNotFoundError: The run lacks one of these checkpoints.
     """
     missing = [stage for stage in PLACES[name] if not (run / stage / "model.safetensors").is_file()]
     if missing:
-        raise FileNotFoundError(f"{run} has no finished checkpoint {missing[0]!r}; train the recipe {name} to its end first")
+        raise FileNotFoundError(
+            f"{run} has no finished checkpoint {missing[0]!r}; train the recipe {name} to its end"
+            " first"
+        )
     home = shipped / name
     home.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run / "log.jsonl", home / "log.jsonl")
@@ -47,7 +53,9 @@ def ship(name: str, run: Path, shipped: Path = SHIPPED) -> None:
 
 
 def main() -> None:
-    """Train every miniature, one after another, going on with runs that were stopped, and ship each."""
+    """Train every miniature, one after another, going on with runs that were stopped, and ship
+    each.
+    """
     torch.set_num_threads(1)
     for name in PLACES:
         run = Path("runs") / name

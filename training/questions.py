@@ -1,6 +1,7 @@
 """Where a recipe's questions come from: fresh random facts, or a fixed data set in shuffled epochs.
 
-What an update is given depends on the recipe and on the run's progress alone, so a resumed run sees what it would have seen.
+What an update is given depends on the recipe and on the run's progress alone, so a resumed run sees
+what it would have seen.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Int64
 
-from tasks.base import Graph
-from tasks.facts import FactBatch, concatenate
-from tasks.graphs import PermutationGraph, TableGraph
-from tasks.multi_hop import make_multi_hop, sample_facts
-from tasks.questions import Question
-from tasks.text import to_questions
-from tasks.two_hop import TEST_GROUPS, make_two_hop
-from training.recipes import MultiHopTask, Recipe, Stage, TwoHopTask
-from training.state import Progress
+from loopscope.tasks.base import Graph
+from loopscope.tasks.facts import FactBatch, concatenate
+from loopscope.tasks.graphs import PermutationGraph, TableGraph
+from loopscope.tasks.multi_hop import make_multi_hop, sample_facts
+from loopscope.tasks.questions import Question
+from loopscope.tasks.text import to_questions
+from loopscope.tasks.two_hop import TEST_GROUPS, make_two_hop
+from loopscope.training.recipes import MultiHopTask, Recipe, Stage, TwoHopTask
+from loopscope.training.state import Progress
 
 _BEYOND = 6
 
@@ -70,7 +71,11 @@ def questions_of(recipe: Recipe) -> Questions:
     """The questions that a recipe's task describes."""
     if isinstance(recipe.task, TwoHopTask):
         return TwoHop(recipe, recipe.task)
-    return FreshFacts(recipe, recipe.task) if recipe.task.train is None else FixedFacts(recipe, recipe.task)
+    return (
+        FreshFacts(recipe, recipe.task)
+        if recipe.task.train is None
+        else FixedFacts(recipe, recipe.task)
+    )
 
 
 class _MultiHop(Questions):
@@ -80,7 +85,9 @@ class _MultiHop(Questions):
         super().__init__(recipe)
         self.task = task
         kind = PermutationGraph if task.permutations else TableGraph
-        self.graph: PermutationGraph | TableGraph = kind.random(task.n_entities, task.n_relations, task.graph_seed)
+        self.graph: PermutationGraph | TableGraph = kind.random(
+            task.n_entities, task.n_relations, task.graph_seed
+        )
 
     def groups(self, hops: int) -> list[str]:
         return [str(k) for k in range(1, hops + 1)]
@@ -93,7 +100,9 @@ class _MultiHop(Questions):
 
 
 class FreshFacts(_MultiHop):
-    """New random facts of one hop count at every update; one in ten of two or more hops is held out."""
+    """New random facts of one hop count at every update; one in ten of two or more hops is held
+    out.
+    """
 
     def batch(self, stage: Stage, progress: Progress, rng: np.random.Generator) -> list[FactBatch]:
         hops = int(rng.choice(stage.hops))
@@ -130,16 +139,27 @@ class _Epochs(Questions):
     def _order(self, *key: int) -> Int64[np.ndarray, " fact"]:
         """The shuffle of a (stage, epoch, number of facts); the last one is kept."""
         if self._shuffled is None or self._shuffled[0] != key:
-            self._shuffled = key, np.random.default_rng((self.recipe.seed, *key[:2])).permutation(key[2])
+            self._shuffled = (
+                key,
+                np.random.default_rng((self.recipe.seed, *key[:2])).permutation(key[2]),
+            )
         return self._shuffled[1]
 
 
 class FixedFacts(_Epochs, _MultiHop):
-    """The paper's multi-hop data set, up to the deepest hop count of the recipe and a few beyond."""
+    """The paper's multi-hop data set, up to the deepest hop count of the recipe and a few
+    beyond.
+    """
 
     def __init__(self, recipe: Recipe, task: MultiHopTask) -> None:
         super().__init__(recipe, task)
-        self.data = make_multi_hop(self.graph, recipe.trained_hops + _BEYOND, task.train or 0, task.test, recipe.task.graph_seed)
+        self.data = make_multi_hop(
+            self.graph,
+            recipe.trained_hops + _BEYOND,
+            task.train or 0,
+            task.test,
+            recipe.task.graph_seed,
+        )
         self.train = {1: self.data.atomic, **self.data.train}
 
     def held_out(self, group: str, count: int) -> FactBatch:
@@ -147,13 +167,17 @@ class FixedFacts(_Epochs, _MultiHop):
 
 
 class TwoHop(_Epochs):
-    """Atomic facts and compositions, shuffled together; the test groups are those of the data set."""
+    """Atomic facts and compositions, shuffled together; the test groups are those of the data
+    set.
+    """
 
     n_shown = 200
 
     def __init__(self, recipe: Recipe, task: TwoHopTask) -> None:
         super().__init__(recipe)
-        graph = TableGraph.two_hop(task.n_entities, task.n_relations, task.out_degree, task.ood_share, task.graph_seed)
+        graph = TableGraph.two_hop(
+            task.n_entities, task.n_relations, task.out_degree, task.ood_share, task.graph_seed
+        )
         data = make_two_hop(graph, task.phi, task.iid_share, task.test, task.graph_seed)
         self.graph, self._tests = graph, data.test
         self.train = {1: concatenate([data.id_atomic, data.ood_atomic]), 2: data.train_inferred}

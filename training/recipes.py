@@ -1,4 +1,6 @@
-"""What a training run is, as frozen configs: the questions, the model, and the stages. The named ones are in `training.catalog`."""
+"""What a training run is, as frozen configs: the questions, the model, and the stages. The named
+ones are in `training.catalog`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from models.recurrent_depth import Positions
+from loopscope.models.families.recurrent_depth import Positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loops:
-    """How many iterations a batch is trained with: clip(Poisson(mean), low, high), one draw per batch; low == high is fixed."""
+    """How many iterations a batch is trained with: clip(Poisson(mean), low, high), one draw per
+    batch; low == high is fixed.
+    """
 
     mean: float
     low: int
@@ -20,7 +24,9 @@ class Loops:
 
     def __post_init__(self) -> None:
         if not 1 <= self.low <= self.high:
-            raise ValueError(f"iterations must satisfy 1 <= low <= high, got low={self.low}, high={self.high}")
+            raise ValueError(
+                f"iterations must satisfy 1 <= low <= high, got low={self.low}, high={self.high}"
+            )
 
     @classmethod
     def fixed(cls, loops: int) -> Loops:
@@ -34,7 +40,11 @@ class Loops:
         return int(np.clip(rng.poisson(self.mean), self.low, self.high))
 
     def __str__(self) -> str:
-        return str(self.low) if self.low == self.high else f"clip(Poisson({self.mean:g}), {self.low}, {self.high})"
+        return (
+            str(self.low)
+            if self.low == self.high
+            else f"clip(Poisson({self.mean:g}), {self.low}, {self.high})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +53,11 @@ class MultiHopTask:
 
     Attributes:
         n_entities, n_relations, graph_seed: The graph.
-        permutations: Whether each relation is a permutation; if not, tails are random, and a short suffix nearly fixes the answer.
-        train: Distinct facts of each hop count to train on, in shuffled epochs over all hop counts of the stage; None means
-            fresh random facts at every update, of one hop count per batch, of which a hash holds out a tenth.
+        permutations: Whether each relation is a permutation; if not, tails are random, and a short
+            suffix nearly fixes the answer.
+        train: Distinct facts of each hop count to train on, in shuffled epochs over all hop counts
+            of the stage; None means fresh random facts at every update, of one hop count per batch,
+            of which a hash holds out a tenth.
         test: Held-out facts of each hop count.
     """
 
@@ -58,12 +70,16 @@ class MultiHopTask:
 
     def __str__(self) -> str:
         kind = "permutation" if self.permutations else "random"
-        return f"multi-hop questions on a {kind} graph of {self.n_entities} entities and {self.n_relations} relations"
+        return (
+            f"multi-hop questions on a {kind} graph of {self.n_entities} entities and"
+            f" {self.n_relations} relations"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoHopTask:
-    """Atomic facts and their compositions, with atoms that no training composition uses; the defaults are the paper's.
+    """Atomic facts and their compositions, with atoms that no training composition uses; the
+    defaults are the paper's.
 
     Attributes:
         n_entities, n_relations, out_degree, ood_share, graph_seed: The graph.
@@ -81,8 +97,9 @@ class TwoHopTask:
 
     def __str__(self) -> str:
         return (
-            f"two-hop questions on a graph of {self.n_entities} entities, {self.out_degree} of {self.n_relations} relations each, "
-            f"{self.ood_share:.3g} of the facts out of distribution"
+            f"two-hop questions on a graph of {self.n_entities} entities, {self.out_degree} of"
+            f" {self.n_relations} relations each, {self.ood_share:.3g} of the facts out of"
+            " distribution"
         )
 
 
@@ -94,8 +111,9 @@ class Stage:
         name: Of the checkpoint's folder.
         hops: Hop counts of the questions.
         max_updates: The stage ends after so many updates.
-        gate_on, gate: It also ends once accuracy on this group of test questions exceeds the gate; None means no gate. Groups
-            are hop counts ("3"), or those of the two-hop task ("test_inferred_iid").
+        gate_on, gate: It also ends once accuracy on this group of test questions exceeds the gate;
+            None means no gate. Groups are hop counts ("3"), or those of the two-hop task
+            ("test_inferred_iid").
         min_updates: The gate is not asked before.
         lr, lr_end: The learning rate stays at lr and then falls linearly to lr_end at max_updates.
         fall_from: Share of max_updates after which it falls.
@@ -117,7 +135,9 @@ class Stage:
 
     def rate(self, update: int) -> float:
         """The learning rate of an update, counted from 0 within the stage."""
-        share = min(1.0, max(0.0, update / self.max_updates - self.fall_from) / (1.0 - self.fall_from))
+        share = min(
+            1.0, max(0.0, update / self.max_updates - self.fall_from) / (1.0 - self.fall_from)
+        )
         rising = min(1.0, (update + 1) / self.warmup) if self.warmup else 1.0
         return rising * (self.lr + share * (self.lr_end - self.lr))
 
@@ -131,12 +151,16 @@ class Recipe:
         task: What is asked.
         n_layers, d_model, n_heads, positions: The model; its MLP is four times as wide.
         dropout: Of the blocks, while training.
-        zero_init: Start both output projections of every block at zero, so that the loop is the identity.
-        readout: Where answers are read: the last real token, or the last column of the inputs padded to `padded_to`.
+        zero_init: Start both output projections of every block at zero, so that the loop is the
+            identity.
+        readout: Where answers are read: the last real token, or the last column of the inputs
+            padded to `padded_to`.
         padded_to: Columns of the padded inputs; None means those of the longest in the batch.
         loops: Iterations per batch.
-        eval_loops: Iterations at which gates are judged; with `halting_gate` the most that the halting rule may use.
-        halting_gate: Judge gates after the iteration at which the paper's rule for evaluation while training stops.
+        eval_loops: Iterations at which gates are judged; with `halting_gate` the most that the
+            halting rule may use.
+        halting_gate: Judge gates after the iteration at which the paper's rule for evaluation while
+            training stops.
         stages: In order.
         batch_size: Questions per update.
         weight_decay, betas: Of AdamW.
@@ -174,9 +198,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.stages or len({stage.name for stage in self.stages}) != len(self.stages):
-            raise ValueError(f"a recipe has stages, each with a name of its own, got {[stage.name for stage in self.stages]}")
+            raise ValueError(
+                "a recipe has stages, each with a name of its own, got"
+                f" {[stage.name for stage in self.stages]}"
+            )
         if self.padded_to is None and (self.readout == "last_column" or self.positions != "none"):
-            raise ValueError("padded_to must be given where answers are read at the last column, or positions are not 'none'")
+            raise ValueError(
+                "padded_to must be given where answers are read at the last column, or positions"
+                " are not 'none'"
+            )
 
     @property
     def trained_hops(self) -> int:
@@ -198,11 +228,13 @@ def curriculum(
     restart: bool = False,
     forced_first: int = 0,
 ) -> tuple[Stage, ...]:
-    """One stage per hop count from `first` to `last`, each with all hop counts up to its own (joint replay).
+    """One stage per hop count from `first` to `last`, each with all hop counts up to its own (joint
+    replay).
 
     Args:
         max_updates, gate: Of each stage.
-        lr: Of the first stage; each later one starts at `lr_decay` times the rate of the one before, but not below `lr_floor`.
+        lr: Of the first stage; each later one starts at `lr_decay` times the rate of the one
+            before, but not below `lr_floor`.
         lr_end: Where the rate of a stage falls to by max_updates; None keeps it constant.
         warmup: Of the first stage, and with `restart` of each.
         restart: Restart optimiser and schedule at each stage.

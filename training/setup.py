@@ -10,14 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.packed_rows import advance_unpadded
-from models.recurrent_depth import Block, RecurrentDepth, RecurrentDepthConfig
-from models.registry import build
-from models.tokens import Batch, Readout, Vocabulary
-from tasks.facts import FactBatch, vocabulary
-from training.recipes import Recipe
+from loopscope.models.core.packed_rows import advance_unpadded
+from loopscope.models.core.registry import build
+from loopscope.models.core.tokens import Batch, Readout, Vocabulary
+from loopscope.models.families.recurrent_depth import Block, RecurrentDepth, RecurrentDepthConfig
+from loopscope.tasks.facts import FactBatch, vocabulary
+from loopscope.training.recipes import Recipe
 
-_WORTH_PACKING = 0.9  # above this share of rows that matter, leaving the others out costs more than it saves
+_WORTH_PACKING = (
+    0.9  # above this share of rows that matter, leaving the others out costs more than it saves
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,14 @@ def readout_of(recipe: Recipe) -> Readout:
 def pack(recipe: Recipe, facts: Sequence[FactBatch], n_loops: int) -> TrainingBatch:
     """Facts of several hop counts as one right-padded batch.
 
-    Its columns reach to the longest real token, and without positions one column further where answers are read at the last
-    one: no other padding column changes the loss or a gradient. Of the padding that is left only readouts are computed.
+    Its columns reach to the longest real token, and without positions one column further where
+    answers are read at the last one: no other padding column changes the loss or a gradient. Of the
+    padding that is left only readouts are computed.
     """
     lengths = np.concatenate([np.full(len(batch), batch.hops + 1) for batch in facts])
-    columns, width = readout_of(recipe).place(lengths.tolist(), recipe.padded_to, recipe.positions != "none")
+    columns, width = readout_of(recipe).place(
+        lengths.tolist(), recipe.padded_to, recipe.positions != "none"
+    )
     tokens = np.zeros((len(lengths), width), dtype=np.int64)
     start = 0
     for batch in facts:
@@ -67,11 +72,15 @@ def pack(recipe: Recipe, facts: Sequence[FactBatch], n_loops: int) -> TrainingBa
         start += len(batch)
     mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
     inputs = Batch(torch.from_numpy(tokens), torch.from_numpy(mask), torch.tensor(columns))
-    return TrainingBatch(inputs, torch.from_numpy(np.concatenate([batch.answers for batch in facts])), n_loops)
+    return TrainingBatch(
+        inputs, torch.from_numpy(np.concatenate([batch.answers for batch in facts])), n_loops
+    )
 
 
 class Answering(nn.Module):
-    """A model as the function that is trained, from a batch to the logits of its answers; what data-parallel training wraps."""
+    """A model as the function that is trained, from a batch to the logits of its answers; what
+    data-parallel training wraps.
+    """
 
     def __init__(self, model: RecurrentDepth) -> None:
         super().__init__()
@@ -87,7 +96,9 @@ class Answering(nn.Module):
 
 
 def fresh_model(recipe: Recipe) -> RecurrentDepth:
-    """A new model; with `zero_init` its loop is the identity, because both output projections of every block are zero (c_scale = 0)."""
+    """A new model; with `zero_init` its loop is the identity, because both output projections of
+    every block are zero (c_scale = 0).
+    """
     words = Vocabulary(vocabulary(recipe.task.n_entities, recipe.task.n_relations))
     cfg = RecurrentDepthConfig(
         n_layers=recipe.n_layers,
@@ -119,4 +130,6 @@ def fresh_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
     decayed = {"params": matrices, "weight_decay": recipe.weight_decay}
     rest = {"params": others, "weight_decay": 0.0}
     groups = [decayed, rest] if recipe.decay_matrices_only else list(model.parameters())
-    return torch.optim.AdamW(groups, lr=1.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=1.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )

@@ -1,7 +1,8 @@
 """Weight gradients of a looped model without one matrix per use.
 
-A shared weight is used once per iteration, and autograd makes a gradient of its size for every use and adds them up. With few rows and
-wide weights that costs as much as the products themselves. Here the rows of all uses are joined and multiplied once.
+A shared weight is used once per iteration, and autograd makes a gradient of its size for every use
+and adds them up. With few rows and wide weights that costs as much as the products themselves. Here
+the rows of all uses are joined and multiplied once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class _Uses:
 
 
 class _Product(torch.autograd.Function):
-    """bias + rows @ weight; the backward pass that comes last returns the weight's whole gradient, the others none."""
+    """bias + rows @ weight; the backward pass that comes last returns the weight's whole gradient,
+    the others none.
+    """
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, rows: Tensor, weight: Tensor, uses: _Uses) -> Tensor:
@@ -47,9 +50,11 @@ class _Product(torch.autograd.Function):
 
 
 class SharedGradients(TorchFunctionMode):
-    """Inside the `with` block, products with parameters share their gradient's computation; for one forward and its backward.
+    """Inside the `with` block, products with parameters share their gradient's computation; for one
+    forward and its backward.
 
-    Every product must be on the way to what is differentiated; `check` after the backward pass makes sure.
+    Every product must be on the way to what is differentiated; `check` after the backward pass
+    makes sure.
     """
 
     def __init__(self) -> None:
@@ -57,13 +62,27 @@ class SharedGradients(TorchFunctionMode):
         self._uses: dict[int, _Uses] = {}
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.addmm and not kwargs and isinstance(args[2], nn.Parameter) and torch.is_grad_enabled():
+        if (
+            func is torch.addmm
+            and not kwargs
+            and isinstance(args[2], nn.Parameter)
+            and torch.is_grad_enabled()
+        ):
             return _Product.apply(*args, self._uses.setdefault(id(args[2]), _Uses()))  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
     def check(self) -> None:
-        """Raise a RuntimeError where a product had no backward pass, so that its weight's gradient is missing."""
+        """Raise a RuntimeError where a product had no backward pass, so that its weight's gradient
+        is missing.
+        """
         if any(uses.rows for uses in self._uses.values()):
-            raise RuntimeError("a product inside SharedGradients is not on the way to the loss, so a weight's gradient is incomplete")
+            raise RuntimeError(
+                "a product inside SharedGradients is not on the way to the loss, so a weight's"
+                " gradient is incomplete"
+            )

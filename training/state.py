@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.files import atomic_path
-from training.recipes import Recipe
+from loopscope.models.core.files import atomic_path
+from loopscope.training.recipes import Recipe
 
 
 @dataclass
@@ -34,8 +34,16 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_state(path: Path, recipe: Recipe, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write everything that the next update depends on; random draws depend on the recipe's seed and the progress alone."""
+def save_state(
+    path: Path,
+    recipe: Recipe,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write everything that the next update depends on; random draws depend on the recipe's seed
+    and the progress alone.
+    """
     content = {
         "recipe": recipe_text(recipe),
         "progress": asdict(progress),
@@ -46,7 +54,9 @@ def save_state(path: Path, recipe: Recipe, progress: Progress, model: nn.Module,
         torch.save(content, temporary)
 
 
-def load_state(path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def load_state(
+    path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
     """Put a saved state into a model and its optimiser.
 
     Raises:
@@ -54,7 +64,10 @@ def load_state(path: Path, recipe: Recipe, model: nn.Module, optimizer: torch.op
     """
     content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     if content["recipe"] != recipe_text(recipe):
-        raise ValueError(f"{path} was written by a run of another recipe; choose another folder, or the recipe that it was started with")
+        raise ValueError(
+            f"{path} was written by a run of another recipe; choose another folder, or the recipe"
+            " that it was started with"
+        )
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     return Progress(**content["progress"])

@@ -1,4 +1,6 @@
-"""The trainer: runs a recipe's stages, resumes bit for bit, and writes checkpoints that `load` reads."""
+"""The trainer: runs a recipe's stages, resumes bit for bit, and writes checkpoints that `load`
+reads.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,28 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from checkpoints.load import save
-from checkpoints.release import save_release
-from training.catalog import RECIPES
-from training.examination import accuracies, accuracy_table
-from training.log import Log
-from training.questions import questions_of
-from training.recipes import Recipe, Stage
-from training.setup import Answering, TrainingBatch, fresh_model, fresh_optimizer, pack
-from training.shared_gradients import SharedGradients
-from training.state import Progress, load_state, save_state
+from loopscope.checkpoints.load import save
+from loopscope.checkpoints.release import save_release
+from loopscope.training.catalog import RECIPES
+from loopscope.training.examination import accuracies, accuracy_table
+from loopscope.training.log import Log
+from loopscope.training.questions import questions_of
+from loopscope.training.recipes import Recipe, Stage
+from loopscope.training.setup import Answering, TrainingBatch, fresh_model, fresh_optimizer, pack
+from loopscope.training.shared_gradients import SharedGradients
+from loopscope.training.state import Progress, load_state, save_state
 
 _WIDE = 256  # from this width on it pays on a CPU to multiply the rows of all iterations at once
 
 
-def train(name: str, folder: Path | None = None, *, resume: bool = False, release: bool = False, wandb: bool = False) -> Path:
+def train(
+    name: str,
+    folder: Path | None = None,
+    *,
+    resume: bool = False,
+    release: bool = False,
+    wandb: bool = False,
+) -> Path:
     """Run a named recipe to its end.
 
     Args:
@@ -48,51 +57,76 @@ def train(name: str, folder: Path | None = None, *, resume: bool = False, releas
     """
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
-    trainer = Trainer(RECIPES[name], folder or Path("runs") / name, resume=resume, release=release, wandb=wandb)
+    trainer = Trainer(
+        RECIPES[name], folder or Path("runs") / name, resume=resume, release=release, wandb=wandb
+    )
     trainer.run()
     return trainer.folder / trainer.recipe.stages[-1].name
 
 
 class Trainer:
-    """One run of a recipe in a folder; under `accelerate launch` every process has one, and each batch is shared among them.
+    """One run of a recipe in a folder; under `accelerate launch` every process has one, and each
+    batch is shared among them.
 
     On a GPU it computes in bfloat16 autocast with compiled blocks, on a CPU in float32.
 
     Args:
         recipe: What to run.
-        folder: Holds state.pt (to resume), log.jsonl, TensorBoard's files, and a checkpoint for each stage, by its name.
+        folder: Holds state.pt (to resume), log.jsonl, TensorBoard's files, and a checkpoint for
+            each stage, by its name.
         resume: Go on from state.pt.
-        release: Write each checkpoint in the released layout too, as released/<stage>/checkpoint_epoch_<N>.pt, where N counts
-            evaluations.
+        release: Write each checkpoint in the released layout too, as
+            released/<stage>/checkpoint_epoch_<N>.pt, where N counts evaluations.
         wandb: Report to Weights & Biases.
 
     Attributes:
-        shares_gradients: Whether weight gradients are made by `SharedGradients`; on a CPU it pays for wide models.
+        shares_gradients: Whether weight gradients are made by `SharedGradients`; on a CPU it pays
+            for wide models.
 
     Raises:
-        ValueError: The folder holds a run already and resume is False, the state is of another recipe, or the batch cannot be
-            shared equally.
+        ValueError: The folder holds a run already and resume is False, the state is of another
+            recipe, or the batch cannot be shared equally.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, *, resume: bool = False, release: bool = False, wandb: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        resume: bool = False,
+        release: bool = False,
+        wandb: bool = False,
+    ) -> None:
         self.recipe, self.folder, self.release = recipe, folder, release
         on_gpu = torch.cuda.is_available()
         self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no")
         if recipe.batch_size % self.accelerator.num_processes:
-            raise ValueError(f"{self.accelerator.num_processes} processes cannot share a batch of {recipe.batch_size} questions equally")
+            raise ValueError(
+                f"{self.accelerator.num_processes} processes cannot share a batch of"
+                f" {recipe.batch_size} questions equally"
+            )
         state = folder / "state.pt"
         if state.exists() and not resume:
-            raise ValueError(f"{folder} holds a run already; pass --resume to go on with it, or choose another folder")
+            raise ValueError(
+                f"{folder} holds a run already; pass --resume to go on with it, or choose another"
+                " folder"
+            )
         self.shares_gradients = not on_gpu and recipe.d_model >= _WIDE
         self.questions = questions_of(recipe)
         self.model = fresh_model(recipe).train().to(self.accelerator.device)
         optimizer = fresh_optimizer(recipe, self.model)
-        self.progress = load_state(state, recipe, self.model, optimizer) if state.exists() else Progress()
+        self.progress = (
+            load_state(state, recipe, self.model, optimizer) if state.exists() else Progress()
+        )
         if on_gpu:
             for block in self.model.blocks:
                 block.compile(dynamic=True)
         self.answering, self.optimizer = self.accelerator.prepare(Answering(self.model), optimizer)
-        self.log = Log(folder, recipe, self.progress.update, wandb) if self.accelerator.is_main_process else None
+        self.log = (
+            Log(folder, recipe, self.progress.update, wandb)
+            if self.accelerator.is_main_process
+            else None
+        )
 
     def run(self) -> None:
         """Train to the end of the last stage."""
@@ -111,7 +145,12 @@ class Trainer:
         started, before = time.perf_counter(), self.progress.seconds
         losses: list[float] = []
         main = self.accelerator.is_main_process
-        with tqdm(total=stage.max_updates, initial=self.progress.stage_update, desc=label, disable=not main) as bar:
+        with tqdm(
+            total=stage.max_updates,
+            initial=self.progress.stage_update,
+            desc=label,
+            disable=not main,
+        ) as bar:
             while self.progress.stage_update < stage.max_updates:
                 losses.append(self.step(stage))
                 bar.update()
@@ -134,14 +173,18 @@ class Trainer:
         Raises:
             FloatingPointError: The loss is not a number; the saved state is left as it was.
         """
-        torch.manual_seed(self.recipe.seed + 1_000_003 * self.progress.update + self.accelerator.process_index)  # of the dropout
+        torch.manual_seed(
+            self.recipe.seed + 1_000_003 * self.progress.update + self.accelerator.process_index
+        )  # of the dropout
         value = self.update(self.batch(stage), stage.rate(self.progress.stage_update))
         self.progress.update += 1
         self.progress.stage_update += 1
         return value
 
     def update(self, batch: TrainingBatch, rate: float) -> float:
-        """Change the weights by one batch at a learning rate; returns and raises what `step` does."""
+        """Change the weights by one batch at a learning rate; returns and raises what `step`
+        does.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         shared = SharedGradients() if self.shares_gradients else nullcontext()
@@ -150,7 +193,10 @@ class Trainer:
         loss = F.cross_entropy(logits, batch.answers, label_smoothing=self.recipe.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss became {value} at update {self.progress.update}; resume with a lower learning rate")
+            raise FloatingPointError(
+                f"the loss became {value} at update {self.progress.update}; resume with a lower"
+                " learning rate"
+            )
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if isinstance(shared, SharedGradients):
@@ -165,7 +211,9 @@ class Trainer:
         rng = np.random.default_rng((self.recipe.seed, self.progress.update))
         facts = self.questions.batch(stage, self.progress, rng)
         whole = pack(self.recipe, facts, self.recipe.loops.draw(rng))
-        return whole.share(self.accelerator.process_index, self.accelerator.num_processes).to(self.accelerator.device)
+        return whole.share(self.accelerator.process_index, self.accelerator.num_processes).to(
+            self.accelerator.device
+        )
 
     def _evaluate(self, stage: Stage, loss: float, bar: tqdm[Any]) -> bool:
         """Whether the stage's gate is passed, as the main process finds."""
@@ -174,7 +222,9 @@ class Trainer:
             self.model.eval()
             found = accuracies(self.model, self.questions, self.questions.groups(max(stage.hops)))
             self.model.train()
-            self.log.write(self.progress, found, loss=round(loss, 5), lr=self.optimizer.param_groups[0]["lr"])
+            self.log.write(
+                self.progress, found, loss=round(loss, 5), lr=self.optimizer.param_groups[0]["lr"]
+            )
             watched = stage.gate_on or list(found)[-1]
             bar.set_postfix({"loss": f"{loss:.3f}", watched: f"{found[watched]:.2f}"})
             asked = stage.gate_on is not None and self.progress.stage_update >= stage.min_updates
@@ -184,10 +234,14 @@ class Trainer:
     def save(self) -> None:
         """Write the full state."""
         if self.accelerator.is_main_process:
-            save_state(self.folder / "state.pt", self.recipe, self.progress, self.model, self.optimizer)
+            save_state(
+                self.folder / "state.pt", self.recipe, self.progress, self.model, self.optimizer
+            )
 
     def export(self, name: str) -> None:
-        """Write the model in our own format, with its graph, its card and test questions; a folder that exists is left."""
+        """Write the model in our own format, with its graph, its card and test questions; a folder
+        that exists is left.
+        """
         folder = self.folder / name
         if not folder.exists():
             self.model.eval()

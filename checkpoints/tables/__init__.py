@@ -1,7 +1,18 @@
 """How the releases of each family are read: one table per family."""
 
-from checkpoints.hub import Table
-from checkpoints.tables import albert, hrm_text, huginn, nanbeige, ouro, parcae, retrofit, smollm, spiral, training_free
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.tables import (
+    albert,
+    hrm_text,
+    huginn,
+    nanbeige,
+    ouro,
+    parcae,
+    retrofit,
+    smollm,
+    spiral,
+    training_free,
+)
 
 TABLES: tuple[Table, ...] = (
     albert.TABLE,

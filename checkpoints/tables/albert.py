@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.errors import CheckpointError
-from checkpoints.hub import Table
-from models.albert import AlbertConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.hub import Table
+from loopscope.models.families.albert import AlbertConfig
 
 _EMBEDDING = "albert.embeddings.word_embeddings.weight"
 _BIAS, _BIAS_AGAIN = "predictions.bias", "predictions.decoder.bias"
@@ -40,15 +40,30 @@ _LINEARS = {
 }
 _NORMS = {"attention.LayerNorm": "ln1_post", "full_layer_layer_norm": "ln2_post"}
 _UNUSED = (
-    "attention_probs_dropout_prob", "chunk_size_feed_forward", "down_scale_factor", "gap_size", "hidden_dropout_prob", "id2label",
-    "label2id", "layers_to_keep", "net_structure_type", "num_memory_blocks", "output_past",
-)  # fmt: skip
+    "attention_probs_dropout_prob",
+    "chunk_size_feed_forward",
+    "down_scale_factor",
+    "gap_size",
+    "hidden_dropout_prob",
+    "id2label",
+    "label2id",
+    "layers_to_keep",
+    "net_structure_type",
+    "num_memory_blocks",
+    "output_past",
+)
 
 
-def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> AlbertConfig:
+def _config(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> AlbertConfig:
     fields.only("hidden_act", "gelu_new", "gelu")
-    fields.only("position_embedding_type", "absolute", why="relative positions are not computed here")
-    fields.only("tie_word_embeddings", True, why="the head's last matrix is the token embedding here")
+    fields.only(
+        "position_embedding_type", "absolute", why="relative positions are not computed here"
+    )
+    fields.only(
+        "tie_word_embeddings", True, why="the head's last matrix is the token embedding here"
+    )
     fields.only("is_decoder", False, why="this family sees tokens in both directions")
     fields.only("add_cross_attention", False)
     fields.only("pruned_heads", {}, None)
@@ -77,17 +92,30 @@ def _check_bias(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> None:
     if _BIAS in tensors and _BIAS_AGAIN in tensors:
         one, other = tensors[_BIAS].nan_to_num(), tensors[_BIAS_AGAIN].nan_to_num()
         if not torch.equal(one, other):
-            raise CheckpointError(f"{fields.path.parent}: {_BIAS_AGAIN} differs from {_BIAS}, but they are one bias in this family")
+            raise CheckpointError(
+                f"{fields.path.parent}: {_BIAS_AGAIN} differs from {_BIAS}, but they are one bias"
+                " in this family"
+            )
 
 
 def _names(cfg: AlbertConfig) -> dict[str, str]:
-    parts = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in _LINEARS.items() for kind in ("weight", "bias")}
-    parts |= {f"{theirs}.{kind}": f"{ours}.{kind[0]}" for theirs, ours in _NORMS.items() for kind in ("weight", "bias")}
+    parts = {
+        f"{theirs}.{kind}": f"{ours}.{kind}"
+        for theirs, ours in _LINEARS.items()
+        for kind in ("weight", "bias")
+    }
+    parts |= {
+        f"{theirs}.{kind}": f"{ours}.{kind[0]}"
+        for theirs, ours in _NORMS.items()
+        for kind in ("weight", "bias")
+    }
     blocks = [(group, layer) for group in range(cfg.n_groups) for layer in range(cfg.n_layers)]
     return {
         **_EDGE,
         **{
-            f"albert.encoder.albert_layer_groups.{group}.albert_layers.{layer}.{theirs}": f"groups.{group}.{layer}.{ours}"
+            f"albert.encoder.albert_layer_groups.{group}.albert_layers.{layer}.{theirs}": (
+                f"groups.{group}.{layer}.{ours}"
+            )
             for group, layer in blocks
             for theirs, ours in parts.items()
         },
@@ -99,7 +127,9 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "albert",
     config=_config,
     names=_names,
-    skipped=r"albert\.pooler\..*|sop_classifier\..*|albert\.embeddings\.(position_ids|token_type_ids)",
+    skipped=(
+        r"albert\.pooler\..*|sop_classifier\..*|albert\.embeddings\.(position_ids|token_type_ids)"
+    ),
     tied=("predictions.decoder.weight", _EMBEDDING),
     readout=None,
 )

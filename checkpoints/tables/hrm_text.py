@@ -1,4 +1,6 @@
-"""Releases of HRM-Text (sapientinc/HRM-Text-1B and its kin), with fused projections or under the names of transformers' modules."""
+"""Releases of HRM-Text (sapientinc/HRM-Text-1B and its kin), with fused projections or under the
+names of transformers' modules.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.hub import Table
-from checkpoints.tables.llama import ATTENTION, MLP, block_names
-from models.hrm_text import HrmTextConfig
-from models.rotary import checked_scaling
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names
+from loopscope.models.blocks.rotary import checked_scaling
+from loopscope.models.families.hrm_text import HrmTextConfig
 
 _LOW_START = "model.z_L_init"
 _STACKS = {"model.L_module.layers": "low", "model.H_module.layers": "high"}
@@ -23,13 +25,27 @@ _FUSED = {
     "mlp.down_proj.weight": "mlp.down.weight",
 }
 _WEIGHTS = {**ATTENTION, "self_attn.gate_proj.weight": "attn.gate.weight", **MLP}
-_SEPARATE = _WEIGHTS | {key.replace(".weight", ".bias"): name.replace(".weight", ".bias") for key, name in _WEIGHTS.items()}
-_ROTARY = ("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_SEPARATE = _WEIGHTS | {
+    key.replace(".weight", ".bias"): name.replace(".weight", ".bias")
+    for key, name in _WEIGHTS.items()
+}
+_ROTARY = (
+    "rope_type",
+    "type",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 
 
-def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> HrmTextConfig:
+def _config(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> HrmTextConfig:
     n_heads = fields.integer("num_attention_heads")
-    fields.only("num_key_value_heads", n_heads, None, why="every head has keys and values of its own")
+    fields.only(
+        "num_key_value_heads", n_heads, None, why="every head has keys and values of its own"
+    )
     fields.only("hidden_act", "silu")
     fields.unused("L_bp_cycles")  # through how many low runs gradients flow in training
     theta, scaling = _rotary(fields)
@@ -47,7 +63,9 @@ def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[s
         rope_theta=theta,
         rope_scaling=scaling,
         tied=fields.boolean("tie_word_embeddings", False),
-        embedding_scale=fields.number("embedding_scale", 1.0 / fields.number("initializer_range", 0.02)),
+        embedding_scale=fields.number(
+            "embedding_scale", 1.0 / fields.number("initializer_range", 0.02)
+        ),
         prefix_lm=fields.boolean("prefix_lm", True),
         attention_bias=fields.boolean("attention_bias", False),
         mlp_bias=fields.boolean("mlp_bias", False),
@@ -56,7 +74,9 @@ def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[s
 
 
 def _layers_per_stack(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> int:
-    """The blocks of a stack, which `num_hidden_layers` gives unless their number stands beside it; it may also count both stacks."""
+    """The blocks of a stack, which `num_hidden_layers` gives unless their number stands beside it;
+    it may also count both stacks.
+    """
     per_stack: int | None = fields.integer("num_layers_per_stack", None)
     if per_stack is not None:
         fields.unused("num_hidden_layers")  # then that of cache slots: blocks of a stack times runs
@@ -67,7 +87,9 @@ def _layers_per_stack(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> in
 
 
 def _rotary(fields: ConfigFields) -> tuple[float, Mapping[str, Any] | None]:
-    """Base and scaling of the rotary positions, from `rope_parameters` or from the two older fields."""
+    """Base and scaling of the rotary positions, from `rope_parameters` or from the two older
+    fields.
+    """
     values = fields.mapping("rope_scaling", None) or fields.mapping("rope_parameters", None) or {}
     fields.unused("rope_parameters")  # where both are given the older one counts
     inner = ConfigFields(values, fields.path)
@@ -79,7 +101,11 @@ def _rotary(fields: ConfigFields) -> tuple[float, Mapping[str, Any] | None]:
 
 
 def _names(cfg: HrmTextConfig) -> dict[str, str]:
-    names = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head", _LOW_START: "low_init"}
+    names = {
+        "model.embed_tokens.weight": "embedding",
+        "lm_head.weight": "head",
+        _LOW_START: "low_init",
+    }
     parts = _FUSED if cfg.fused else _SEPARATE
     for theirs, ours in _STACKS.items():
         names |= block_names(theirs, ours, cfg.n_layers, parts)

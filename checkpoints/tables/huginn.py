@@ -1,4 +1,6 @@
-"""Releases of Huginn (tomg-group-umd/huginn-0125), and what all releases with its prelude, core and coda share."""
+"""Releases of Huginn (tomg-group-umd/huginn-0125), and what all releases with its prelude, core and
+coda share.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.errors import CheckpointError
-from checkpoints.hub import Table
-from checkpoints.tables.llama import block_names
-from models.huginn import HuginnConfig, PreludeCoreCodaConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.tables.llama import block_names
+from loopscope.models.families.huginn import HuginnConfig, PreludeCoreCodaConfig
 
 MODEL_TYPE = "huginn_raven"
 TIED = ("lm_head.weight", "transformer.wte.weight")
@@ -21,27 +23,47 @@ PARTS = {
     "mlp.fc.weight": "mlp.gate_up.weight",
     "mlp.proj.weight": "mlp.down.weight",
 }
-_NORMS = {"norm_1.weight": "ln1.w", "norm_2.weight": "ln1_post.w", "norm_3.weight": "ln2.w", "norm_4.weight": "ln2_post.w"}
+_NORMS = {
+    "norm_1.weight": "ln1.w",
+    "norm_2.weight": "ln1_post.w",
+    "norm_3.weight": "ln2.w",
+    "norm_4.weight": "ln2_post.w",
+}
 _TRAINING = (
-    "activation_checkpoint_impl", "architecture_class_name", "effective_expected_depth", "init_orthogonal", "init_strategy",
-    "mean_backprop_depth", "n_layers", "padding_multiple", "sampling_scheme", "test_time_noise_type", "vocab_size",
-)  # fmt: skip
+    "activation_checkpoint_impl",
+    "architecture_class_name",
+    "effective_expected_depth",
+    "init_orthogonal",
+    "init_strategy",
+    "mean_backprop_depth",
+    "n_layers",
+    "padding_multiple",
+    "sampling_scheme",
+    "test_time_noise_type",
+    "vocab_size",
+)
 
 
 def recognizes(values: Mapping[str, Any], keys: frozenset[str], part: str) -> bool:
     """Whether a release is of this model type and its core's first block has a part."""
-    return values.get("model_type") == MODEL_TYPE and any(key.startswith(f"transformer.core_block.0.{part}") for key in keys)
+    return values.get("model_type") == MODEL_TYPE and any(
+        key.startswith(f"transformer.core_block.0.{part}") for key in keys
+    )
 
 
 def sizes(fields: ConfigFields) -> dict[str, Any]:
-    """The fields of `PreludeCoreCodaConfig` but for positions, heads of keys and values, and the initial state."""
+    """The fields of `PreludeCoreCodaConfig` but for positions, heads of keys and values, and the
+    initial state.
+    """
     fields.only("block_class_name", "SandwichBlock")
     fields.only("mlp_class_name", "GatedMLP")
     fields.only("nonlin_name", "SiLU")
     fields.only("norm_class_name", "RMSNorm_llama")
     fields.only("injection_type", "linear")
     fields.only("state_init", "like-init")
-    fields.only("test_time_noise", 0, why="the release would mix noise into the state before each iteration")
+    fields.only(
+        "test_time_noise", 0, why="the release would mix noise into the state before each iteration"
+    )
     fields.unused(*_TRAINING)
     tied = fields.boolean("tie_embeddings", True)
     fields.only("tie_word_embeddings", tied)
@@ -61,19 +83,27 @@ def sizes(fields: ConfigFields) -> dict[str, Any]:
 
 
 def initial_value(fields: ConfigFields, name: str) -> float | None:
-    """One of the released `init_values`; None where the config has none of them, so that they follow from the width."""
+    """One of the released `init_values`; None where the config has none of them, so that they
+    follow from the width.
+    """
     values = fields.mapping("init_values", None)
     if values is None:
         return None
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"{fields.path}: init_values must hold the number {name!r}, got {value!r}")
+        raise CheckpointError(
+            f"{fields.path}: init_values must hold the number {name!r}, got {value!r}"
+        )
     return float(value)
 
 
 def key_names(cfg: PreludeCoreCodaConfig, parts: Mapping[str, str]) -> dict[str, str]:
     """Our name of each key, given those of a block's parts."""
-    edge = {"wte.weight": "embedding", "ln_f.weight": "final_norm.w", "adapter.weight": "adapter.weight"}
+    edge = {
+        "wte.weight": "embedding",
+        "ln_f.weight": "final_norm.w",
+        "adapter.weight": "adapter.weight",
+    }
     if cfg.adapter_bias:
         edge["adapter.bias"] = "adapter.bias"
     head = {} if cfg.tied else {"lm_head.weight": "head"}
@@ -82,13 +112,23 @@ def key_names(cfg: PreludeCoreCodaConfig, parts: Mapping[str, str]) -> dict[str,
         ("transformer.core_block", "blocks", cfg.n_layers),
         ("transformer.coda", "coda_blocks", cfg.n_coda_layers),
     )
-    blocks = {key: name for theirs, ours, n in stacks for key, name in block_names(theirs, ours, n, parts).items()}
+    blocks = {
+        key: name
+        for theirs, ours, n in stacks
+        for key, name in block_names(theirs, ours, n, parts).items()
+    }
     return {**{f"transformer.{key}": name for key, name in edge.items()}, **head, **blocks}
 
 
-def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> HuginnConfig:
+def _config(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> HuginnConfig:
     common = sizes(fields)
-    fields.only("num_key_value_heads", common["n_heads"], why="this family's attention has as many key heads as query heads")
+    fields.only(
+        "num_key_value_heads",
+        common["n_heads"],
+        why="this family's attention has as many key heads as query heads",
+    )
     fields.only("head_dim", common["d_model"] // common["n_heads"])
     fields.unused("max_position_embeddings")
     return HuginnConfig(

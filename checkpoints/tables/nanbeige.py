@@ -7,27 +7,38 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.errors import CheckpointError
-from checkpoints.hub import Table
-from checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
-from models.nanbeige import NanbeigeConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
+from loopscope.models.families.nanbeige import NanbeigeConfig
 
-_ATTENTION_BIASES = {f"self_attn.{part}_proj.bias": f"attn.{part}.bias" for part in ("q", "k", "v", "o")}
+_ATTENTION_BIASES = {
+    f"self_attn.{part}_proj.bias": f"attn.{part}.bias" for part in ("q", "k", "v", "o")
+}
 _MLP_BIASES = {f"mlp.{part}_proj.bias": f"mlp.{part}.bias" for part in ("gate", "up", "down")}
 _HEAD_NORMS = {f"self_attn.{part}_layernorm.weight": f"attn.{part}_norm.w" for part in ("q", "k")}
 _CONNECTIONS = {
     f"{theirs}_hc.{key}": f"{ours}_hc.{name}"
     for theirs, ours in (("self_attn", "attn"), ("mlp", "mlp"))
-    for key, name in [(n, n) for n in ("alpha_pre", "alpha_post", "alpha_res", "bias")] + [("mapping_proj.weight", "projection")]
+    for key, name in [(n, n) for n in ("alpha_pre", "alpha_post", "alpha_res", "bias")]
+    + [("mapping_proj.weight", "projection")]
 }
 
 
-def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> NanbeigeConfig:
+def _config(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> NanbeigeConfig:
     _refuse_other_switches(fields)
     theta, scaling = fields.number("rope_theta", 10000.0), fields.mapping("rope_scaling", None)
-    again = {"rope_theta": theta, "rope_type": "default", **(scaling or {})}  # as later versions of transformers write it besides
-    fields.only("rope_parameters", None, again, why="the released code reads rope_theta and rope_scaling")
+    again = {
+        "rope_theta": theta,
+        "rope_type": "default",
+        **(scaling or {}),
+    }  # as later versions of transformers write it besides
+    fields.only(
+        "rope_parameters", None, again, why="the released code reads rope_theta and rope_scaling"
+    )
     return NanbeigeConfig(
         n_layers=fields.integer("num_hidden_layers"),
         n_loops=fields.integer("num_loops", 1),
@@ -53,11 +64,14 @@ def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[s
 
 def _streams(fields: ConfigFields) -> int | None:
     """Residual streams where hyper-connections are on; None where they are off."""
-    connected, constrained = fields.boolean("enable_hyper_connection", False), fields.boolean("enable_mhc", False)
+    connected, constrained = (
+        fields.boolean("enable_hyper_connection", False),
+        fields.boolean("enable_mhc", False),
+    )
     if connected != constrained:
         raise CheckpointError(
-            f"{fields.path}: enable_mhc must be {connected} where enable_hyper_connection is, got {constrained}; "
-            "only constrained hyper-connections are computed here"
+            f"{fields.path}: enable_mhc must be {connected} where enable_hyper_connection is, got"
+            f" {constrained}; only constrained hyper-connections are computed here"
         )
     n_streams: int = fields.integer("num_residual_streams", 4)
     return n_streams if connected else None
@@ -66,27 +80,48 @@ def _streams(fields: ConfigFields) -> int | None:
 def _refuse_other_switches(fields: ConfigFields) -> None:
     """Name the first switch of the released code that is on and not computed here."""
     fields.only("hidden_act", "silu")
-    fields.only("pretraining_tp", 1, why="with more, the released code adds up slices and leaves biases out")
-    fields.only("loop_loss_weights", [], None, why="it overrides num_loops; put one more than it has weights into num_loops and empty it")
+    fields.only(
+        "pretraining_tp", 1, why="with more, the released code adds up slices and leaves biases out"
+    )
+    fields.only(
+        "loop_loss_weights",
+        [],
+        None,
+        why="it overrides num_loops; put one more than it has weights into num_loops and empty it",
+    )
     split = "looping only the middle blocks is not computed here"
     fields.only("enable_double_loop_split", False, why=split)
     fields.only("loop_middle_layers", None, why=split)
-    fields.only("loop_share_kv", False, why="keys and values of the first iteration are not used again here")
+    fields.only(
+        "loop_share_kv", False, why="keys and values of the first iteration are not used again here"
+    )
     fields.only("mhc_diff_for_loop", False, why=split)
     fields.only("mhc_double_stream_position_for_loop", None, why=split)
     identity = "hyper-connections with a fixed mixing matrix are not computed here"
     fields.only("enable_h_res_identity", False, why=identity)
     fields.only("mhc_identity_nohresparam", False, why=identity)
-    fields.only("enable_depth_attention", False, why="attention over earlier depths is not computed here")
+    fields.only(
+        "enable_depth_attention", False, why="attention over earlier depths is not computed here"
+    )
     n_grams = "n-gram embeddings are not computed here"
     fields.only("emb_neighbor_num", None, why=n_grams)
     fields.only("insert_ngram_layer_idx", [], None, why=n_grams)
     fields.only("ngram_insert_all_layers", False, why=n_grams)
     fields.unused(
-        "depth_attention_recent_window", "depth_attention_static_anchor_once", "depth_attention_stride", "emb_split_num", "emb_tp_num",
-        "mhc_init_gating_factor", "ngram_compressed_tokenizer", "ngram_embedding_hidden_size", "ngram_fused_mode",
-        "ngram_layer_downproject_size", "ngram_mod_force_prime", "ngram_vocab_size_ratio", "skip_ngram_for_input",
-    )  # fmt: skip
+        "depth_attention_recent_window",
+        "depth_attention_static_anchor_once",
+        "depth_attention_stride",
+        "emb_split_num",
+        "emb_tp_num",
+        "mhc_init_gating_factor",
+        "ngram_compressed_tokenizer",
+        "ngram_embedding_hidden_size",
+        "ngram_fused_mode",
+        "ngram_layer_downproject_size",
+        "ngram_mod_force_prime",
+        "ngram_vocab_size_ratio",
+        "skip_ngram_for_input",
+    )
 
 
 def _names(cfg: NanbeigeConfig) -> dict[str, str]:

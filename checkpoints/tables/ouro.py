@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.hub import Table
-from checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
-from models.ouro import OuroConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
+from loopscope.models.families.ouro import OuroConfig
 
 _NORMS = {
     "input_layernorm.weight": "ln1.w",
@@ -20,7 +20,9 @@ _NORMS = {
 }
 
 
-def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> OuroConfig:
+def _config(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> OuroConfig:
     n_layers = fields.integer("num_hidden_layers")
     fields.only("hidden_act", "silu")
     fields.only("use_sliding_window", False)
@@ -46,8 +48,15 @@ def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[s
 
 
 def _names(cfg: OuroConfig) -> dict[str, str]:
-    gate = {"model.early_exit_gate.weight": "gate.weight", "model.early_exit_gate.bias": "gate.bias"}
-    return {**edge_names(cfg.tied), **gate, **block_names("model.layers", "blocks", cfg.n_layers, {**ATTENTION, **MLP, **_NORMS})}
+    gate = {
+        "model.early_exit_gate.weight": "gate.weight",
+        "model.early_exit_gate.bias": "gate.bias",
+    }
+    return {
+        **edge_names(cfg.tied),
+        **gate,
+        **block_names("model.layers", "blocks", cfg.n_layers, {**ATTENTION, **MLP, **_NORMS}),
+    }
 
 
 TABLE = Table(

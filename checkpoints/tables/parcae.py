@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.hub import Table
-from checkpoints.tables.llama import block_names
-from models.parcae import INJECTIONS, ParcaeConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.tables.llama import block_names
+from loopscope.models.families.parcae import INJECTIONS, ParcaeConfig
 
 _BLOCK = {
     "norm_1.weight": "ln1.w",
@@ -53,9 +53,18 @@ _FIXED: dict[str, Any] = {
     "mup_model_scaling_factor": 1,
 }
 _UNUSED = (
-    "name", "hf_config", "init", "init_orthogonal", "skip_initialization", "activation_checkpoint_impl", "sampling_scheme",
-    "lockstep_n", "lockstep_k", "curriculum_target", "recurrent_iteration_method",
-)  # fmt: skip
+    "name",
+    "hf_config",
+    "init",
+    "init_orthogonal",
+    "skip_initialization",
+    "activation_checkpoint_impl",
+    "sampling_scheme",
+    "lockstep_n",
+    "lockstep_k",
+    "curriculum_target",
+    "recurrent_iteration_method",
+)
 
 
 def _stated(fields: ConfigFields, name: str, value: str) -> None:
@@ -64,7 +73,9 @@ def _stated(fields: ConfigFields, name: str, value: str) -> None:
     fields.only(name, value)
 
 
-def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> ParcaeConfig:
+def _config(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> ParcaeConfig:
     tied = fields.boolean("tie_embeddings", False)
     _check_kinds(fields, tied)
     sizes = _sizes(fields)
@@ -94,9 +105,21 @@ def _check_kinds(fields: ConfigFields, tied: bool) -> None:
     _stated(fields, "norm_class_name", "RMSNorm")
     _stated(fields, "nonlin_name", "ReLU2")
     fields.only("attn_impl", "flash", "sdpa")
-    fields.only("use_fused_head", "pytorch", "cce", *(["full-triton"] if tied else []), why="an untied fused head is stored transposed")
+    fields.only(
+        "use_fused_head",
+        "pytorch",
+        "cce",
+        *(["full-triton"] if tied else []),
+        why="an untied fused head is stored transposed",
+    )
     fields.only("state_init", "like-init", "zero")
-    fields.only("init_strategy", "scaled", "scaled-zero", "scaled-geiping", why="others scale embeddings or logits, or draw another state")
+    fields.only(
+        "init_strategy",
+        "scaled",
+        "scaled-zero",
+        "scaled-geiping",
+        why="others scale embeddings or logits, or draw another state",
+    )
     fields.only("injection_type", *INJECTIONS)
     fields.unused(*_UNUSED)
 
@@ -112,8 +135,17 @@ def _sizes(fields: ConfigFields) -> dict[str, Any]:
     d_model, n_heads = fields.integer("n_embd"), fields.integer("num_attention_heads")
     d_mlp_outside = fields.integer("intermediate_size", None)
     fields.integer("recurrent_embedding_dimension")
-    fields.only("recurrent_embedding_dimension", d_model, why="the core has the width of the prelude and the coda")
-    fields.only("recurrent_num_attention_heads", None, n_heads, why="the core shares the rotary table of the prelude and the coda")
+    fields.only(
+        "recurrent_embedding_dimension",
+        d_model,
+        why="the core has the width of the prelude and the coda",
+    )
+    fields.only(
+        "recurrent_num_attention_heads",
+        None,
+        n_heads,
+        why="the core shares the rotary table of the prelude and the coda",
+    )
     return {
         "n_layers": fields.integer("n_layers_in_recurrent_block"),
         "n_prelude_layers": fields.integer("n_layers_in_prelude"),
@@ -127,22 +159,34 @@ def _sizes(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _value_places(fields: ConfigFields, sizes: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _value_places(
+    fields: ConfigFields, sizes: Mapping[str, Any]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Places of the tables and of the gates of value embeddings.
 
-    Both are every second one of some count, but the release counts tables with the core once, and gates with the coda behind
-    mean_recurrence runs of the core and towards the core's blocks times mean_backprop_depth; so they need not meet.
+    Both are every second one of some count, but the release counts tables with the core once, and
+    gates with the coda behind mean_recurrence runs of the core and towards the core's blocks times
+    mean_backprop_depth; so they need not meet.
     """
-    n_prelude, n_core, n_coda = (sizes[name] for name in ("n_prelude_layers", "n_layers", "n_coda_layers"))
+    n_prelude, n_core, n_coda = (
+        sizes[name] for name in ("n_prelude_layers", "n_layers", "n_coda_layers")
+    )
     places = range(n_prelude + n_core + n_coda)
     tables = tuple(place for place in places if (len(places) - 1 - place) % 2 == 0)
     last = n_core * fields.integer("mean_backprop_depth") - 1
-    counted = [place if place < n_prelude + n_core else place + n_core * (sizes["n_loops"] - 1) for place in places]
-    return tables, tuple(place for place, count in zip(places, counted, strict=True) if (last - count) % 2 == 0)
+    counted = [
+        place if place < n_prelude + n_core else place + n_core * (sizes["n_loops"] - 1)
+        for place in places
+    ]
+    return tables, tuple(
+        place for place, count in zip(places, counted, strict=True) if (last - count) % 2 == 0
+    )
 
 
 def _rotary(fields: ConfigFields) -> tuple[float, float]:
-    """The base and what positions are divided by; only a fresh model computes its angles from them."""
+    """The base and what positions are divided by; only a fresh model computes its angles from
+    them.
+    """
     inner = ConfigFields(fields.mapping("rope_settings", {}), fields.path)
     inner.only("use_rope", True)
     theta, condensed = inner.number("rope_base", 50000.0), inner.number("rope_condense_ratio", 1.0)
@@ -156,14 +200,22 @@ def _names(cfg: ParcaeConfig) -> dict[str, str]:
         ("transformer.core_block", "blocks", cfg.n_layers),
         ("transformer.coda", "coda_blocks", cfg.n_coda_layers),
     )
-    blocks = {key: name for theirs, ours, n in stacks for key, name in block_names(theirs, ours, n, _BLOCK).items()}
-    values = {f"value_embeds.{place}.weight": f"value_embeds.{place}" for place in range(cfg.n_places)}
+    blocks = {
+        key: name
+        for theirs, ours, n in stacks
+        for key, name in block_names(theirs, ours, n, _BLOCK).items()
+    }
+    values = {
+        f"value_embeds.{place}.weight": f"value_embeds.{place}" for place in range(cfg.n_places)
+    }
     return {**_EDGE, **blocks, **values, **({} if cfg.tied else {"lm_head.weight": "head"})}
 
 
 TABLE = Table(
     family="parcae",
-    recognizes=lambda values, keys: values.get("_class_name") == "ParcaeConfig" or values.get("model_class_name") == "Parcae",
+    recognizes=lambda values, keys: (
+        values.get("_class_name") == "ParcaeConfig" or values.get("model_class_name") == "Parcae"
+    ),
     config=_config,
     names=_names,
     tied=("lm_head.weight", "transformer.wte.weight"),

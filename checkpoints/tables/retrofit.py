@@ -1,4 +1,6 @@
-"""Releases of retrofitted Llama and OLMo-2 (the collection tomg-group-umd/retrofitting-recurrence), which call themselves Huginn."""
+"""Releases of retrofitted Llama and OLMo-2 (the collection tomg-group-umd/retrofitting-recurrence),
+which call themselves Huginn.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.hub import Table
-from checkpoints.tables.huginn import PARTS, TIED, initial_value, key_names, recognizes, sizes
-from models.retrofit import RetrofitConfig, RetrofitLlamaConfig, RetrofitOlmoConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.tables.huginn import (
+    PARTS,
+    TIED,
+    initial_value,
+    key_names,
+    recognizes,
+    sizes,
+)
+from loopscope.models.families.retrofit import (
+    RetrofitConfig,
+    RetrofitLlamaConfig,
+    RetrofitOlmoConfig,
+)
 
 _LLAMA_NORMS = {"norm_1.weight": "ln1.w", "norm_2.weight": "ln2.w"}
 _OLMO_NORMS = {
@@ -27,7 +40,9 @@ def _shared(fields: ConfigFields) -> dict[str, Any]:
     fields.only("qk_bias", False)
     fields.only("initial_state_mode", "random")
     fields.only("partial_rotary_factor", 1.0, 1)
-    fields.unused("rope_base", "block_size")  # left over from Huginn; positions follow rope_theta and have no table
+    fields.unused(
+        "rope_base", "block_size"
+    )  # left over from Huginn; positions follow rope_theta and have no table
     return {
         **common,
         "n_key_value_heads": fields.integer("num_key_value_heads", None),
@@ -39,13 +54,17 @@ def _shared(fields: ConfigFields) -> dict[str, Any]:
     }
 
 
-def _llama(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> RetrofitLlamaConfig:
+def _llama(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> RetrofitLlamaConfig:
     shared = _shared(fields)
     fields.only("head_dim", shared["d_model"] // shared["n_heads"])
     return RetrofitLlamaConfig(**shared)
 
 
-def _olmo(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> RetrofitOlmoConfig:
+def _olmo(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> RetrofitOlmoConfig:
     return RetrofitOlmoConfig(**_shared(fields), head_dim=fields.integer("head_dim", None))
 
 
@@ -58,13 +77,19 @@ def _olmo_names(cfg: RetrofitConfig) -> dict[str, str]:
 
 
 def _is_llama(values: Mapping[str, Any], keys: frozenset[str]) -> bool:
-    return recognizes(values, keys, "norm_1.") and not any(recognizes(values, keys, part) for part in ("norm_4.", "attn.q_norm."))
+    return recognizes(values, keys, "norm_1.") and not any(
+        recognizes(values, keys, part) for part in ("norm_4.", "attn.q_norm.")
+    )
 
 
-LLAMA = Table(family="retrofit_llama", recognizes=_is_llama, config=_llama, names=_llama_names, tied=TIED)
+LLAMA = Table(
+    family="retrofit_llama", recognizes=_is_llama, config=_llama, names=_llama_names, tied=TIED
+)
 OLMO = Table(
     family="retrofit_olmo",
-    recognizes=lambda values, keys: recognizes(values, keys, "attn.q_norm.") and not recognizes(values, keys, "norm_4."),
+    recognizes=lambda values, keys: (
+        recognizes(values, keys, "attn.q_norm.") and not recognizes(values, keys, "norm_4.")
+    ),
     config=_olmo,
     names=_olmo_names,
     tied=TIED,

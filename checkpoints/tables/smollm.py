@@ -1,4 +1,6 @@
-"""Releases of SMolLM (akhljndl/smollm): a pickle of weights, config object and tokenizer, or a folder with the config as JSON."""
+"""Releases of SMolLM (akhljndl/smollm): a pickle of weights, config object and tokenizer, or a
+folder with the config as JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.hub import Release, Table
-from checkpoints.pickles import Record
-from models.smollm import SMolLMConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.hub import Release, Table
+from loopscope.checkpoints.pickles import Record
+from loopscope.models.families.smollm import SMolLMConfig
 
 _MODULES = ("smollm.model", "smollm.config", "smollm.configs")
 _MARKS = {"block_size", "ffn_mult", "n_embd", "weight_sharing"}
@@ -34,7 +36,9 @@ _BLOCK = {
 }
 
 
-def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> SMolLMConfig:
+def _config(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> SMolLMConfig:
     why = "only the looped model is computed here, not its baselines"
     for switch in ("weight_sharing", "rope", "swiglu"):
         fields.boolean(switch)  # where the released code is told nothing it takes false
@@ -71,6 +75,9 @@ TABLE = Table(
     config=_config,
     names=_names,
     tied=("head.weight", "tok_emb.weight"),
-    records=(*(f"{module}.TransformerConfig" for module in _MODULES), "smollm.tokenizer.SmilesTokenizer"),
+    records=(
+        *(f"{module}.TransformerConfig" for module in _MODULES),
+        "smollm.tokenizer.SmilesTokenizer",
+    ),
     unpack=_unpack,
 )

@@ -1,4 +1,6 @@
-"""Checkpoints of spiral-lm 0.1.1: its config as JSON beside its state dict; no weights are known to be released."""
+"""Checkpoints of spiral-lm 0.1.1: its config as JSON beside its state dict; no weights are known to
+be released.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.hub import Table
-from checkpoints.tables.llama import block_names
-from models.spiral import SpiralConfig
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.tables.llama import block_names
+from loopscope.models.families.spiral import SpiralConfig
 
 _MARKS = {"reproject", "momentum_zeta", "mean_iters", "emb_factor"}
 _FIXED: dict[str, Any] = {
@@ -45,22 +47,73 @@ _FIXED: dict[str, Any] = {
     "implementation_version": 2,
 }
 _OF_WHAT_IS_OFF = (
-    "vision_proj_hidden", "vision_pad_id", "vision_tower", "vision_shuffle_r", "latent_route", "latent_slots", "latent_dim",
-    "latent_beta", "latent_gate_init", "work_mem_dim", "work_mem_decay", "work_mem_write", "work_mem_gated", "work_mem_causal",
-    "work_mem_gate_init", "work_mem_cleanup_slots", "work_mem_cleanup_beta", "work_mem_hopfield_size", "work_mem_hopfield_sep",
-    "work_mem_hopfield_poly_n", "work_mem_hopfield_residual", "work_mem_hopfield_gate_init", "pk_keys", "pk_heads", "pk_topk",
-    "pk_dim", "pk_gate_init", "twin_fast_iters", "twin_fast_min_iters", "twin_fast_latent_points", "twin_fast_dff",
-    "twin_share_core", "twin_consistency", "twin_fast_ce", "twin_mutual", "twin_spec_gamma",
-)  # fmt: skip
+    "vision_proj_hidden",
+    "vision_pad_id",
+    "vision_tower",
+    "vision_shuffle_r",
+    "latent_route",
+    "latent_slots",
+    "latent_dim",
+    "latent_beta",
+    "latent_gate_init",
+    "work_mem_dim",
+    "work_mem_decay",
+    "work_mem_write",
+    "work_mem_gated",
+    "work_mem_causal",
+    "work_mem_gate_init",
+    "work_mem_cleanup_slots",
+    "work_mem_cleanup_beta",
+    "work_mem_hopfield_size",
+    "work_mem_hopfield_sep",
+    "work_mem_hopfield_poly_n",
+    "work_mem_hopfield_residual",
+    "work_mem_hopfield_gate_init",
+    "pk_keys",
+    "pk_heads",
+    "pk_topk",
+    "pk_dim",
+    "pk_gate_init",
+    "twin_fast_iters",
+    "twin_fast_min_iters",
+    "twin_fast_latent_points",
+    "twin_fast_dff",
+    "twin_share_core",
+    "twin_consistency",
+    "twin_fast_ce",
+    "twin_mutual",
+    "twin_spec_gamma",
+)
 _OF_TRAINING = (
-    "name", "license", "dropout", "min_iters", "max_iters", "iters_dist", "iters_sigma", "truncated_bptt_k", "compile",
-    "ponder_lambda_prior", "ponder_kl_beta", "exit_kl_threshold", "teacher_model", "distill_mode", "kd_temperature", "kd_loss",
-    "jsd_beta", "on_policy_lambda", "top_k_logits", "seq_len_sample", "device", "seed",
-)  # fmt: skip
+    "name",
+    "license",
+    "dropout",
+    "min_iters",
+    "max_iters",
+    "iters_dist",
+    "iters_sigma",
+    "truncated_bptt_k",
+    "compile",
+    "ponder_lambda_prior",
+    "ponder_kl_beta",
+    "exit_kl_threshold",
+    "teacher_model",
+    "distill_mode",
+    "kd_temperature",
+    "kd_loss",
+    "jsd_beta",
+    "on_policy_lambda",
+    "top_k_logits",
+    "seq_len_sample",
+    "device",
+    "seed",
+)
 _SPECTRAL = {"original": "original", "0._u": "u", "0._v": "v"}
 
 
-def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> SpiralConfig:
+def _config(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> SpiralConfig:
     for name, value in _FIXED.items():
         fields.only(name, value)
     fields.unused(*_OF_WHAT_IS_OFF, *_OF_TRAINING)
@@ -85,12 +138,20 @@ def _config(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[s
 
 def _spectral(theirs: str, ours: str) -> dict[str, str]:
     """The stored parts of a matrix that is divided by its spectral norm."""
-    return {f"{theirs}.parametrizations.weight.{key}": f"{ours}.{name}" for key, name in _SPECTRAL.items()}
+    return {
+        f"{theirs}.parametrizations.weight.{key}": f"{ours}.{name}"
+        for key, name in _SPECTRAL.items()
+    }
 
 
 def _names(cfg: SpiralConfig) -> dict[str, str]:
     parts = {"ffn.0.bias": "mlp.into.bias", "ffn.2.bias": "mlp.out.bias"}
-    for theirs, ours in (("attn.qkv", "attn.qkv"), ("attn.proj", "attn.o"), ("ffn.0", "mlp.into"), ("ffn.2", "mlp.out")):
+    for theirs, ours in (
+        ("attn.qkv", "attn.qkv"),
+        ("attn.proj", "attn.o"),
+        ("ffn.0", "mlp.into"),
+        ("ffn.2", "mlp.out"),
+    ):
         parts |= _spectral(theirs, ours)
     linears = {"mod.mlp.0": "modulation.into", "mod.mlp.2": "modulation.out", "halt": "halt"}
     return {
@@ -99,7 +160,11 @@ def _names(cfg: SpiralConfig) -> dict[str, str]:
         "emb_out.weight": "embed_out.weight",
         "ln_f.weight": "final_norm.w",
         "ln_f.bias": "final_norm.b",
-        **{f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in linears.items() for kind in ("weight", "bias")},
+        **{
+            f"{theirs}.{kind}": f"{ours}.{kind}"
+            for theirs, ours in linears.items()
+            for kind in ("weight", "bias")
+        },
         **_spectral("inject", "inject"),
         **block_names("blocks", "blocks", cfg.n_layers, parts),
     }

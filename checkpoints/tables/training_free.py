@@ -1,4 +1,6 @@
-"""Ordinary models whose layers are looped without training: Llama, Qwen3 and GPT-2 as they were released."""
+"""Ordinary models whose layers are looped without training: Llama, Qwen3 and GPT-2 as they were
+released.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,23 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.config_fields import ConfigFields
-from checkpoints.hub import Table
-from checkpoints.release import BLOCK_KEYS
-from checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
-from models.training_free import TrainingFreeConfig
-from models.training_free_gpt2 import TrainingFreeGPT2Config
-from models.training_free_rules import BETA, check_rule, checked_window
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.release import BLOCK_KEYS
+from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
+from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
+from loopscope.models.families.training_free.model import TrainingFreeConfig
+from loopscope.models.families.training_free.rules import BETA, check_rule, checked_window
 
 _HEAD_NORMS = {f"self_attn.{part}_norm.weight": f"attn.{part}_norm.w" for part in ("q", "k")}
-_ROTARY = ("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROTARY = (
+    "rope_type",
+    "type",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 
 _OPTIONS = {
     "window": "first and last layer to loop, both included, from 0 (needed)",
@@ -32,21 +41,34 @@ def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
     """Window, rule, beta, mode and the rule of the cache from what the caller passed to `load`."""
     if options.get("window") is None:
         raise ValueError(
-            f"this is an ordinary model of {n_layers} layers, so say which of them to loop: window=(first, last), both included and "
-            "counted from 0; arXiv 2605.23872 takes four in the middle, (12, 15) of 28 or (15, 18) of 36"
+            f"this is an ordinary model of {n_layers} layers, so say which of them to loop:"
+            " window=(first, last), both included and counted from 0; arXiv 2605.23872 takes four"
+            " in the middle, (12, 15) of 28 or (15, 18) of 36"
         )
     rule, mode = options.pop("rule", "blend"), options.pop("mode", "block")
     beta = options.pop("beta", BETA if rule == "blend" else None)
     check_rule(rule, beta, mode)
-    cache: dict[str, Any] = {name: options.pop(name) for name in ("stash", "decode") if name in options}
-    return {"window": checked_window(options.pop("window"), n_layers), "rule": rule, "beta": beta, "mode": mode, **cache}
+    cache: dict[str, Any] = {
+        name: options.pop(name) for name in ("stash", "decode") if name in options
+    }
+    return {
+        "window": checked_window(options.pop("window"), n_layers),
+        "rule": rule,
+        "beta": beta,
+        "mode": mode,
+        **cache,
+    }
 
 
 def _rotary(fields: ConfigFields) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling of the rotary positions, from `rope_parameters` or from the two older fields."""
+    """Base and scaling of the rotary positions, from `rope_parameters` or from the two older
+    fields.
+    """
     newer, older = fields.mapping("rope_parameters", None), fields.mapping("rope_scaling", None)
     if newer is not None and older is not None:
-        fields.only("rope_scaling", None, newer, why="rope_parameters gives the rotary positions too")
+        fields.only(
+            "rope_scaling", None, newer, why="rope_parameters gives the rotary positions too"
+        )
     values = newer or older or {}
     inner = ConfigFields(values, fields.path)
     theta: float = inner.number("rope_theta", None) or fields.number("rope_theta", 10000.0)
@@ -78,7 +100,9 @@ def _shared(fields: ConfigFields, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _llama(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> TrainingFreeConfig:
+def _llama(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> TrainingFreeConfig:
     fields.unused("pretraining_tp")  # in how many slices the same products were computed
     return TrainingFreeConfig(
         **_shared(fields, options),
@@ -88,10 +112,17 @@ def _llama(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[st
     )
 
 
-def _qwen3(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> TrainingFreeConfig:
+def _qwen3(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> TrainingFreeConfig:
     n_layers = fields.integer("num_hidden_layers")
     fields.only("use_sliding_window", False, why="sliding windows are not computed here")
-    fields.only("layer_types", None, ["full_attention"] * n_layers, why="sliding windows are not computed here")
+    fields.only(
+        "layer_types",
+        None,
+        ["full_attention"] * n_layers,
+        why="sliding windows are not computed here",
+    )
     fields.unused("sliding_window", "max_window_layers")
     return TrainingFreeConfig(
         **_shared(fields, options),
@@ -112,7 +143,9 @@ def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _gpt2(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> TrainingFreeGPT2Config:
+def _gpt2(
+    fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> TrainingFreeGPT2Config:
     n_layers, d_model = fields.integer("n_layer"), fields.integer("n_embd")
     fields.only("activation_function", "gelu_new", "gelu_pytorch_tanh")  # two names of one function
     fields.only("scale_attn_weights", True)
@@ -120,8 +153,22 @@ def _gpt2(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str
     fields.only("reorder_and_upcast_attn", False)
     fields.only("add_cross_attention", False)
     fields.only("tie_word_embeddings", True, why="GPT-2's head is its token embedding")
-    fields.unused("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "gradient_checkpointing", "output_past", "task_specific_params")
-    fields.unused("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj")
+    fields.unused(
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "n_ctx",
+        "gradient_checkpointing",
+        "output_past",
+        "task_specific_params",
+    )
+    fields.unused(
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+    )
     return TrainingFreeGPT2Config(
         **_looping(options, n_layers),
         n_layers=n_layers,
@@ -138,12 +185,23 @@ def _gpt2_table(prefix: str) -> Table:
     """GPT-2 files have their keys under "transformer.", or under nothing."""
 
     def names(cfg: TrainingFreeGPT2Config) -> dict[str, str]:
-        edges = {"wte.weight": "embedding", "wpe.weight": "W_pos", "ln_f.weight": "final_norm.w", "ln_f.bias": "final_norm.b"}
-        return {**{prefix + key: name for key, name in edges.items()}, **block_names(f"{prefix}h", "blocks", cfg.n_layers, BLOCK_KEYS)}
+        edges = {
+            "wte.weight": "embedding",
+            "wpe.weight": "W_pos",
+            "ln_f.weight": "final_norm.w",
+            "ln_f.bias": "final_norm.b",
+        }
+        return {
+            **{prefix + key: name for key, name in edges.items()},
+            **block_names(f"{prefix}h", "blocks", cfg.n_layers, BLOCK_KEYS),
+        }
 
     return Table(
         family=TrainingFreeGPT2Config.family,
-        recognizes=lambda values, keys: values.get("model_type") == "gpt2" and ("transformer.wte.weight" in keys) == bool(prefix),
+        recognizes=lambda values, keys: (
+            values.get("model_type") == "gpt2"
+            and ("transformer.wte.weight" in keys) == bool(prefix)
+        ),
         config=_gpt2,
         names=names,
         skipped=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
@@ -153,8 +211,20 @@ def _gpt2_table(prefix: str) -> Table:
 
 
 TABLES = (
-    Table("training_free", lambda values, keys: values.get("model_type") == "llama", _llama, _names, options=_OPTIONS),
-    Table("training_free", lambda values, keys: values.get("model_type") == "qwen3", _qwen3, _names, options=_OPTIONS),
+    Table(
+        "training_free",
+        lambda values, keys: values.get("model_type") == "llama",
+        _llama,
+        _names,
+        options=_OPTIONS,
+    ),
+    Table(
+        "training_free",
+        lambda values, keys: values.get("model_type") == "qwen3",
+        _qwen3,
+        _names,
+        options=_OPTIONS,
+    ),
     _gpt2_table(""),
     _gpt2_table("transformer."),
 )

@@ -1,0 +1,232 @@
+"""What commands can be told: frozen, and free of heavy imports, because the command line reads them
+to print its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+DEFAULT_CHECKPOINT = "mini/multi_hop/r_dyn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every analysis is told."""
+
+    threads: int = 1
+    """CPU threads. One is fastest for small models and on a shared machine; take more for wide
+    ones.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesConfig(RunConfig):
+    """What a checkpoint's file does not say, and where to compute."""
+
+    data: Path | None = None
+    """test.json with the questions; by default the one beside the weights."""
+    vocab: Path | None = None
+    """vocab.json; by default the one beside the weights."""
+    n_heads: int | None = None
+    """Attention heads, where a released pickle does not say."""
+    input_injection: bool | None = None
+    """Whether the embedding is added again before each later iteration, where a released pickle
+    does not say.
+    """
+    readout: str | None = None
+    """Where answers are read: last_real, first_pad or column:K."""
+    window: tuple[int, int] | None = None
+    """First and last layer to loop, from 0, where the checkpoint is an ordinary Llama, Qwen3 or
+    GPT-2.
+    """
+    per_hop: int | None = None
+    """Use at most this many questions of each hop count."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, ..."""
+
+    def told(self) -> dict[str, Any]:
+        """What `load` is told besides the checkpoint."""
+        known = {
+            name: getattr(self, name) for name in ("n_heads", "input_injection", "readout", "vocab")
+        }
+        return known if self.window is None else {**known, "window": self.window}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(FilesConfig):
+    """Which checkpoint, and what its file does not say."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional] = DEFAULT_CHECKPOINT
+    """A name from `loopscope list`, a checkpoint file, or a folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogsConfig(RunConfig):
+    """Logs of training runs."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names of shipped runs, folders of runs, or log files; by default all that are shipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(FilesConfig):
+    """Several checkpoints; what is said of their files holds for each."""
+
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names from `loopscope list`, checkpoint files, or folders."""
+
+    def sources(self) -> list[SourceConfig]:
+        """The config of each checkpoint on its own.
+
+        Raises:
+            ValueError: No checkpoint is named.
+        """
+        if not self.checkpoints:
+            raise ValueError(
+                "a comparison needs at least one checkpoint, got none; name them, such as"
+                " mini/multi_hop/r4"
+            )
+        return [self.source(checkpoint) for checkpoint in self.checkpoints]
+
+    def source(self, checkpoint: str) -> SourceConfig:
+        """The config of one checkpoint on its own."""
+        shared = {each.name: getattr(self, each.name) for each in fields(FilesConfig)}
+        return SourceConfig(**shared, checkpoint=checkpoint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputsConfig(SourceConfig):
+    """What a checkpoint is run on: its own questions, or texts, or token ids."""
+
+    text: tuple[str, ...] = ()
+    """Texts to run instead of the questions beside the weights."""
+    tokens: tuple[int, ...] = ()
+    """Token ids of one input, for a checkpoint without a vocabulary."""
+    hops: int | None = None
+    """Hop count of the questions to run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(SourceConfig):
+    """All analyses of one checkpoint in one HTML page that works offline."""
+
+    n_loops: int = 24
+    """Iterations of the margin and accuracy figures."""
+    hops: int | None = None
+    """Hops of the example in the lens and the patching map; by default about half of what was
+    trained.
+    """
+    compare: tuple[str, ...] = ()
+    """Other checkpoints to put beside it, in a tab of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExploreConfig(SourceConfig):
+    """A local page to explore a checkpoint: lens, margins, attention and patching of any question,
+    while you change it.
+    """
+
+    n_loops: int | None = None
+    """Iterations to start with; by default what the checkpoint records."""
+    port: int = 8050
+    """The port of the page; 0 takes a free one."""
+    host: str = "127.0.0.1"
+    """Only 127.0.0.1: the page is for this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiHopDataConfig:
+    """Distinct random facts of many hops, split into train and test; the defaults are the paper's
+    sizes (arXiv 2604.07822).
+    """
+
+    out: Path
+    """Folder for the files, which must be new or empty."""
+    graph: Literal["permutation", "random"] = "permutation"
+    """permutation: every relation is a permutation of the entities; random: tails are random, which
+    invites a shortcut.
+    """
+    n_entities: int = 200
+    """Entities of the graph."""
+    n_relations: int = 10
+    """Relations of the graph; every entity has all of them."""
+    max_hops: int = 40
+    """Facts have 1 to this many hops."""
+    train: int = 15_000
+    """Facts of each hop count to train on, from 2 hops; those of 1 hop are all trained on."""
+    test: int = 750
+    """Facts of each hop count to test on."""
+    seed: int = 42
+    """Seed of the graph and of the facts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoHopDataConfig:
+    """Atomic facts and their compositions, with some atoms that no training composition uses; the
+    defaults are the paper's sizes.
+    """
+
+    out: Path
+    """Folder for the files, which must be new or empty."""
+    n_entities: int = 2000
+    """Entities of the graph."""
+    n_relations: int = 200
+    """Relations of the graph."""
+    out_degree: int = 20
+    """Relations that each entity has."""
+    ood_share: float = 0.05
+    """Share of atomic facts that no training fact of two hops uses."""
+    phi: float = 7.2
+    """Training facts of two hops for each atomic fact that they may use."""
+    iid_share: float = 0.005
+    """Probability with which a fact of two hops that could be trained on is kept for the test."""
+    test: int = 3000
+    """At most this many facts of each group in test.json."""
+    seed: int = 42
+    """Seed of the graph and of the split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a model by a named recipe, or go on with a run that was stopped."""
+
+    recipe: Annotated[str, tyro.conf.Positional]
+    """A recipe's name, such as mini/multi_hop/r_dyn."""
+    out: Path | None = None
+    """Folder of the run: its state, its log and the finished checkpoints; by default
+    runs/RECIPE.
+    """
+    resume: bool = False
+    """Go on from the state in the folder."""
+    release: bool = False
+    """Write each checkpoint in the released layout too."""
+    wandb: bool = False
+    """Report to Weights & Biases, besides log.jsonl and TensorBoard's files."""
+    threads: int = 1
+    """CPU threads; a run resumes bit for bit at the same number of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What to write."""
+
+    out: Path = field(default_factory=lambda: Path("out"))
+    """Folder for the files."""
+    csv: bool = True
+    """Write the numbers as CSV."""
+    json: bool = True
+    """Write the record as JSON."""
+    html: bool = True
+    """Write the figure as an HTML page that works offline."""
+    png: bool = False
+    """Write the figure as a picture (needs kaleido and a Chromium or Chrome)."""
+    svg: bool = False
+    """Write the figure as vector graphics (needs the same)."""
+    pdf: bool = False
+    """Write the figure for print (needs the same)."""
+    overwrite: bool = False
+    """Replace files that are there."""

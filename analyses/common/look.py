@@ -1,0 +1,100 @@
+"""How the figures look, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+INK, FAINT, GRID = "#1f2933", "#9aa5b1", "#e4e7eb"
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
+TRAINED_SCALE, BEYOND_SCALE = "Blues", "Oranges"
+GROUP_COLORS = {
+    "train_inferred": "#7b8794",
+    "test_inferred_iid": "#0072B2",
+    "test_inferred_ood": "#D55E00",
+}
+GROUP_NAMES = {
+    "train_inferred": "training facts",
+    "test_inferred_iid": "ID facts",
+    "test_inferred_ood": "OOD facts",
+}
+MARK = "#D55E00"
+CATEGORIES = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    INK,
+    FAINT,
+)  # Okabe and Ito's, told apart by all
+ACCURACY_SCALE = [[0.0, "#f7f9fb"], [0.5, "#8fbfe0"], [1.0, "#0b4f8a"]]
+
+
+def styled(figure: go.Figure, height: int) -> go.Figure:
+    """A figure with the project's fonts, grid and margins."""
+    figure.update_layout(
+        template="simple_white",
+        height=height,
+        font={"family": FONT, "size": 13, "color": INK},
+        margin={"l": 70, "r": 30, "t": 58, "b": 60},
+        hoverlabel={"font": {"family": FONT, "size": 13}, "align": "left"},
+        legend={"font": {"size": 12}, "tracegroupgap": 6},
+    )
+    figure.update_xaxes(gridcolor=GRID, linecolor=FAINT, tickcolor=FAINT)
+    figure.update_yaxes(gridcolor=GRID, linecolor=FAINT, tickcolor=FAINT)
+    return figure
+
+
+def hop_colors(hops: Sequence[int], trained: int | None) -> dict[int, str]:
+    """Blues for hop counts seen in training, oranges for those beyond."""
+    inside = [hop for hop in hops if trained is None or hop <= trained]
+    beyond = [hop for hop in hops if hop not in inside]
+    colors: dict[int, str] = {}
+    for group, scale in ((inside, TRAINED_SCALE), (beyond, BEYOND_SCALE)):
+        places = [0.35 + 0.6 * i / max(1, len(group) - 1) for i in range(len(group))]
+        colors |= dict(zip(group, sample_colorscale(scale, places), strict=True)) if group else {}
+    return colors
+
+
+def hop_name(hops: int) -> str:
+    """ "1 hop", "2 hops", ..."""
+    return f"{hops} hop" + "s" * (hops != 1)
+
+
+def model_label(loops: tuple[int, int], n_layers: int) -> str:
+    """Fewest and most iterations, and layers: "R = 4, L = 2", "R = 2 to 8, L = 2"."""
+    low, high = loops
+    return f"R = {low if low == high else f'{low} to {high}'}, L = {n_layers}"
+
+
+def run_colors(loops: Sequence[int]) -> list[str]:
+    """Oranges for runs of one iteration, blues for the others, darker with more iterations; runs of
+    one kind keep their order.
+    """
+    colors = [""] * len(loops)
+    for scale, chosen in (
+        ("Oranges", [i for i, n in enumerate(loops) if n == 1]),
+        ("Blues", [i for i, n in enumerate(loops) if n > 1]),
+    ):
+        chosen = sorted(chosen, key=lambda i: loops[i])
+        for place, i in enumerate(chosen):
+            colors[i] = sample_colorscale(
+                scale, 0.95 - 0.45 * (len(chosen) - 1 - place) / max(1, len(chosen) - 1)
+            )[0]
+    return colors
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights of labels moved up where needed, so that no two are closer than `gap`; their order
+    stays.
+    """
+    placed = list(heights)
+    order = sorted(range(len(placed)), key=lambda i: heights[i])
+    for below, above in pairwise(order):
+        placed[above] = max(placed[above], placed[below] + gap)
+    return placed

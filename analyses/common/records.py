@@ -1,0 +1,154 @@
+"""What every analysis returns: a frozen record with tidy numbers, and how records and figures are
+written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io as pio
+from torch import Tensor
+
+from loopscope.analyses.common.config_files import settings
+from loopscope.analyses.common.configs import OutputConfig, RunConfig
+from loopscope.models.core.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Record:
+    """The base of all records."""
+
+    def frame(self) -> pd.DataFrame:
+        """The numbers of the figure, one observation per row."""
+        raise NotImplementedError
+
+    def summary(self) -> pd.DataFrame:
+        """The few numbers that a reader would quote, for the table under the figure."""
+        raise NotImplementedError
+
+
+_PICTURES = ("png", "svg", "pdf")
+
+
+def files_of(name: str, output: OutputConfig) -> list[Path]:
+    """The files that an analysis writes for an output config."""
+    kinds = [kind for kind in ("csv", "json", "html", *_PICTURES) if getattr(output, kind)]
+    return [output.out / f"{name}.{kind}" for kind in kinds] + [
+        output.out / f"{name}.settings.json"
+    ]
+
+
+def refuse_existing(files: Sequence[Path], overwrite: bool) -> None:
+    """Raise where a file that is to be written is there already.
+
+    Raises:
+        FileExistsError: One of them exists and `overwrite` is False.
+    """
+    there = [path for path in files if path.exists()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{there[0]} is there already; pass --overwrite to replace it, or another --out"
+        )
+
+
+def write(
+    name: str, record: Record, figure: go.Figure, output: OutputConfig, config: RunConfig
+) -> list[Path]:
+    """Write a record, its figure and the settings that made it as the output config says, each file
+    whole or not at all.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileExistsError: One of the files exists, and the output config does not say to replace it.
+        ValueError: A picture without kaleido or a browser; nothing is written then.
+    """
+    files = files_of(name, output)
+    refuse_existing(files, output.overwrite)
+    contents: dict[str, Callable[[], bytes]] = {
+        ".csv": lambda: record.frame().to_csv(index=False).encode(),
+        ".json": lambda: json.dumps(_plain(record), separators=(",", ":")).encode(),
+        ".html": lambda: pio.to_html(figure, include_plotlyjs=True, config=FIGURE_CONFIG).encode(),
+        ".settings.json": lambda: (json.dumps(settings(config), indent=1) + "\n").encode(),
+        **{f".{kind}": partial(picture, figure, kind) for kind in _PICTURES},
+    }
+    made = {path: contents[path.name.removeprefix(name)]() for path in files}
+    for path, content in made.items():
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return files
+
+
+def picture(figure: go.Figure, kind: str = "png", width: int = 1100) -> bytes:
+    """A figure as a picture: "png", "svg" or "pdf".
+
+    Raises:
+        ValueError: kaleido or a browser is missing.
+    """
+    try:
+        image: bytes = pio.to_image(figure, format=kind, width=width, scale=1.5)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            "a picture needs kaleido (pip install 'loopscope[dev]') and a Chromium or Chrome:"
+            f" {error}"
+        ) from None
+    return image
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A frame as a table of Markdown, numbers that are not whole with two decimals."""
+    rows = [list(map(_cell, row)) for row in frame.itertuples(index=False)]
+    return "\n".join(
+        f"| {' | '.join(row)} |"
+        for row in [list(frame.columns), ["---"] * len(frame.columns), *rows]
+    )
+
+
+def _cell(value: object) -> str:
+    return (
+        f"{float(value):.2f}".replace("-0.00", "0.00")
+        if isinstance(value, float | np.floating)
+        else str(value)
+    )
+
+
+FIGURE_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+}
+
+
+def _plain(value: Any) -> Any:
+    """JSON for a record: tensors as lists, what is not a number as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool) or value is None else str(value)

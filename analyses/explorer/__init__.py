@@ -1,0 +1,4 @@
+"""A local page on which one asks a checkpoint, watches the iterations, and patches with a click.
+
+Start with `app.py`; `model.py` computes, `view.py` draws, `page.py` says where things stand.
+"""

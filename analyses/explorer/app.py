@@ -1,0 +1,448 @@
+"""A local page on which a looped model is explored: ask, watch the iterations, look at attention,
+patch one cell with a click.
+
+The page is served to this machine alone. It reads a checkpoint and writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import flask
+from dash import Dash, Input, Output, Patch, State, ctx, html, no_update, set_props
+from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+
+from loopscope.analyses.common.configs import ExploreConfig
+from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.explorer.model import (
+    SWEEP_BUDGET,
+    PatchGrid,
+    block_labels,
+    heads_of,
+    iterations_of,
+    lens_table,
+    margins,
+    patch_cell,
+    patch_grid,
+)
+from loopscope.analyses.explorer.page import BUSY, page
+from loopscope.analyses.explorer.questions import Query, ask, ask_beside, contrast
+from loopscope.analyses.explorer.view import (
+    Figure,
+    attention_figure,
+    cell_mark,
+    lens_figure,
+    map_caption,
+    margin_figure,
+    patch_figure,
+    said,
+    verdict,
+)
+from loopscope.models.core.state import checked_loops
+
+LOOPBACK = "127.0.0.1"
+REACH = 3  # the slider goes to so many times the trained number of iterations
+_HERE = Path(__file__).parent
+_Result = TypeVar("_Result")
+
+
+def explore(config: ExploreConfig) -> None:
+    """Serve the page until Ctrl-C, after one line with its address.
+
+    Raises:
+        ValueError: Another host than 127.0.0.1, a port that is taken, or a checkpoint that cannot
+            be asked.
+    """
+    server = make_explorer(config)
+    try:
+        print(
+            f"Explore {config.checkpoint} at http://{LOOPBACK}:{server.port}/ (Ctrl-C ends it)",
+            flush=True,
+        )
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        server.server_close()
+
+
+def make_explorer(config: ExploreConfig) -> BaseWSGIServer:
+    """A server of the page that listens and is not yet running; the rest is as for `explore`."""
+    if config.host != LOOPBACK:
+        raise ValueError(
+            f"the explorer serves this machine alone, at {LOOPBACK}, got the host {config.host!r}"
+        )
+    if not 0 <= config.port <= 65535:
+        raise ValueError(f"a port is between 0 (take a free one) and 65535, got {config.port}")
+    subject = open_subject(config)
+    recorded = subject.model.cfg.n_loops
+    start = checked_loops(config.n_loops, recorded)
+    app = make_app(Explorer(subject, recorded or start, start))
+    try:
+        listening = socket.create_server((LOOPBACK, config.port))
+    except OSError as error:
+        raise ValueError(
+            f"port {config.port} cannot be used ({error.strerror}); pass another --port, or --port"
+            " 0 for a free one"
+        ) from None
+    with listening:  # the server takes a duplicate
+        return make_server(
+            LOOPBACK,
+            config.port,
+            app.server,
+            threaded=True,
+            fd=listening.fileno(),
+            request_handler=_Quiet,
+        )
+
+
+class _Quiet(WSGIRequestHandler):
+    """Logs errors and no requests."""
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """What the page's callbacks do with one checkpoint.
+
+    Attributes:
+        subject: The checkpoint.
+        trained: Its number of iterations, with which others are compared.
+        start: The number of iterations that the page starts with.
+        lock: Held around every computation, because hooks live on the model.
+    """
+
+    subject: Subject
+    trained: int
+    start: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def most(self) -> int:
+        """The most iterations that the page shows."""
+        return max(REACH * self.trained, self.start)
+
+    def suggest(
+        self, next_a: int | None, hops: int, next_b: int | None, a_text: str | None
+    ) -> tuple[Any, Any]:
+        """Texts for A and B: another question of the chosen hops with a B for it, or another B for
+        the present A.
+        """
+        if ctx.triggered_id == "next-b":
+            return no_update, contrast(self.subject, a_text or "", next_b or 0)
+        group = self.subject.questions[hops]
+        chosen = group[(next_a or 0) % len(group)].text
+        return chosen, contrast(self.subject, chosen)
+
+    def check(
+        self, a_text: str | None, b_text: str | None, asked: str | None
+    ) -> tuple[Any, Any, str, Any, str]:
+        """A and the pair where they can be asked, and a sentence for what is wrong with A, and with
+        B; the last clears old problems.
+        """
+        with self.lock:
+            try:
+                a = ask(self.subject, a_text or "", self.trained)
+            except ValueError as error:
+                return no_update, no_update, f"A: {error}.", no_update, ""
+            shown = no_update if a.text == asked else a.text
+            try:
+                b = ask_beside(self.subject, b_text or "", a, self.trained)
+            except ValueError as error:
+                return shown, no_update, "", f"B: {error}.", ""
+        return shown, {"a": a.text, "b": b.text}, "", "", ""
+
+    def limit(self, n_loops: int | None, iteration: int | None) -> tuple[int, int]:
+        """The largest iteration whose attention can be shown, and the one that is."""
+        loops = self._loops(n_loops)
+        return loops, min(iteration or 1, loops)
+
+    def show_lens(self, text: str, n_loops: int | None, rows: str) -> tuple[Figure, str]:
+        """The lens of A, and how long it took."""
+
+        def work(loops: int) -> Figure:
+            query = ask(self.subject, text, self.trained)
+            return lens_figure(
+                lens_table(self.subject.model, query, loops), query, rows == "blocks"
+            )
+
+        return self._timed("lens", n_loops, work)
+
+    def show_margin(self, text: str, n_loops: int | None) -> tuple[Figure, str, str]:
+        """The margin over iterations, what it says, and how long it took."""
+
+        def work(loops: int) -> tuple[Figure, str]:
+            query = ask(self.subject, text, self.trained)
+            record = margins(self.subject.model, query, self.most)
+            return margin_figure(record, loops, self.trained), verdict(
+                query, record, loops, self.trained
+            )
+
+        (figure, sentence), took = self._timed("margin", n_loops, work)
+        return figure, sentence, took
+
+    def show_attention(
+        self,
+        text: str,
+        n_loops: int | None,
+        view: str,
+        iteration: int | None,
+        block: int,
+        head: int,
+    ) -> tuple[Figure, bool, bool, str]:
+        """Attention patterns, which pickers do not matter, and how long it took. Iteration, block
+        and head count from 1.
+        """
+
+        def work(loops: int) -> Figure:
+            query, model = ask(self.subject, text, self.trained), self.subject.model
+            if view == "heads":
+                return attention_figure(
+                    heads_of(model, query, loops, min(iteration or 1, loops) - 1, block - 1), query
+                )
+            return attention_figure(iterations_of(model, query, loops, block - 1, head - 1), query)
+
+        figure, took = self._timed("attention", n_loops, work)
+        return figure, view != "heads", view == "heads", took
+
+    def show_map(
+        self,
+        pair: dict[str, str],
+        n_loops: int | None,
+        extent: str,
+        block: str | None,
+        position: int | None,
+    ) -> tuple[Any, ...]:
+        """The patching map, what it is of, the choices of a cell, and how long it took."""
+
+        def work(loops: int) -> tuple[PatchGrid, Query, Query, Figure, dict[str, str]]:
+            a, b = self._pair(pair)
+            grid = patch_grid(
+                self.subject.model, a, b, loops, SWEEP_BUDGET if extent == "quick" else math.inf
+            )
+            return grid, a, b, patch_figure(grid, a, b), block_labels(self.subject.model, loops)
+
+        (grid, a, b, figure, labels), took = self._timed("patching map", n_loops, work)
+        loops = self._loops(n_loops)
+        shown = {**pair, "n_loops": loops, "blocks": list(grid.blocks), "labels": list(grid.labels)}
+        blocks = [{"value": name, "label": label} for name, label in labels.items()]
+        positions = [{"value": i, "label": name} for i, name in enumerate(a.columns)]
+        kept = (
+            block if block in labels else None,
+            position if position is not None and position < len(positions) else None,
+        )
+        return figure, shown, map_caption(grid, a, b, loops), blocks, positions, *kept, took
+
+    def show_cell(
+        self, block: str | None, position: int | None, shown: dict[str, Any]
+    ) -> tuple[Any, Any, str]:
+        """The answers before and after one patch, the frame around its cell, and how long it
+        took.
+        """
+        frame = Patch()
+        if block is None or position is None:
+            frame["layout"]["shapes"] = []
+            return (
+                html.P(
+                    "Click a cell of the map, or choose one here, to see the answer before and"
+                    " after that patch."
+                ),
+                frame,
+                "",
+            )
+
+        def work(loops: int) -> Any:
+            a, b = self._pair(shown)
+            label = (
+                f"block {block_labels(self.subject.model, loops)[block]} at {a.columns[position]}"
+            )
+            return said(*patch_cell(self.subject.model, a, b, loops, block, position), a, label)
+
+        table, took = self._timed("patch", shown["n_loops"], work)
+        frame["layout"]["shapes"] = cell_mark(shown["blocks"], block, position)
+        return table, frame, took
+
+    def _loops(self, n_loops: int | None) -> int:
+        return min(max(int(n_loops or self.start), 1), self.most)
+
+    def _pair(self, pair: dict[str, Any]) -> tuple[Query, Query]:
+        a = ask(self.subject, pair["a"], self.trained)
+        return a, ask_beside(self.subject, pair["b"], a, self.trained)
+
+    def _timed(
+        self, what: str, n_loops: int | None, work: Callable[[int], _Result]
+    ) -> tuple[_Result, str]:
+        with self.lock:
+            start = time.perf_counter()
+            result = work(self._loops(n_loops))
+        return result, f"{what} {1000 * (time.perf_counter() - start):.0f} ms"
+
+
+def choose(click: dict[str, Any] | None, shown: dict[str, Any]) -> tuple[Any, Any, None]:
+    """The block and position that were clicked; the click is forgotten, so that the same cell can
+    be clicked again.
+    """
+    if not click:
+        return no_update, no_update, None
+    point = click["points"][0]
+    return (
+        shown["blocks"][shown["labels"].index(point["y"])],
+        int(point["x"].partition(" ")[0]),
+        None,
+    )
+
+
+def make_app(explorer: Explorer) -> Dash:
+    """The page of an explorer."""
+    app = Dash(
+        __name__, assets_folder=str(_HERE / "assets"), serve_locally=True, update_title="",
+        title=f"loopscope: {explorer.subject.name}", index_string=_index(), on_error=_report,
+    )  # fmt: skip
+    app.layout = page(explorer.subject, explorer.trained, explorer.start, explorer.most)
+    app.server.before_request(_refuse_other_hosts)
+    _wire(app, explorer)
+    return app
+
+
+def _index() -> str:
+    style = (_HERE.parent / "report" / "report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html><html lang="en"><head>{%metas%}<title>{%title%}</title><link rel="icon"'
+        ' href="data:,">'
+        f"<style>{style}</style>{{%css%}}</head><body>{{%app_entry%}}{{%config%}}{{%scripts%}}{{%renderer%}}</body></html>"
+    )
+
+
+def _report(error: Exception) -> None:
+    """An error that no check foresaw: the whole of it in the terminal, a sentence on the page."""
+    traceback.print_exception(error)
+    set_props("problem", {"children": f"This could not be computed: {error}"})
+
+
+def _refuse_other_hosts() -> None:
+    """A page elsewhere whose name was pointed at this machine gets nothing."""
+    if flask.request.host.partition(":")[0] not in (LOOPBACK, "localhost"):
+        flask.abort(403, f"this page is only at {LOOPBACK}")
+
+
+def _wire(app: Dash, explorer: Explorer) -> None:
+    """Tie the explorer's methods to the controls."""
+
+    def tie(method: Callable[..., Any], *ends: Any, busy: str = "", **options: Any) -> None:
+        running = (
+            [(Output(f"{busy}-busy", "children"), f"computing {BUSY[busy]} …", "")]
+            if busy
+            else None
+        )
+        app.callback(*ends, running=running, **options)(method)
+
+    n_loops, asked, pair = Input("loops", "value"), Input("asked", "data"), Input("pair", "data")
+    block, position = ("block", "value"), ("position", "value")
+    tie(
+        explorer.suggest,
+        Output("a", "value"),
+        Output("b", "value"),
+        Input("next-a", "n_clicks"),
+        Input("hops", "value"),
+        Input("next-b", "n_clicks"),
+        State("a", "value"),
+        prevent_initial_call=True,
+    )
+    tie(
+        explorer.check,
+        Output("asked", "data"),
+        Output("pair", "data"),
+        Output("a-wrong", "children"),
+        Output("b-wrong", "children"),
+        Output("problem", "children"),
+        Input("a", "value"),
+        Input("b", "value"),
+        State("asked", "data"),
+    )
+    tie(
+        explorer.limit,
+        Output("iteration", "max"),
+        Output("iteration", "value"),
+        n_loops,
+        State("iteration", "value"),
+    )
+    tie(
+        explorer.show_lens,
+        Output("lens", "figure"),
+        Output("lens-took", "children"),
+        asked,
+        n_loops,
+        Input("rows", "value"),
+        busy="lens",
+    )
+    tie(
+        explorer.show_margin,
+        Output("margin", "figure"),
+        Output("verdict", "children"),
+        Output("margin-took", "children"),
+        asked,
+        Input("loops", "drag_value"),
+        busy="margin",
+    )
+    tie(
+        explorer.show_attention,
+        Output("attention", "figure"),
+        Output("iteration", "disabled"),
+        Output("head", "disabled"),
+        Output("attention-took", "children"),
+        asked,
+        n_loops,
+        Input("view", "value"),
+        Input("iteration", "value"),
+        Input("layer", "value"),
+        Input("head", "value"),
+        busy="attention",
+    )
+    tie(
+        explorer.show_map,
+        Output("map", "figure"),
+        Output("shown", "data"),
+        Output("map-caption", "children"),
+        Output("block", "options"),
+        Output("position", "options"),
+        Output(*block),
+        Output(*position),
+        Output("map-took", "children"),
+        pair,
+        n_loops,
+        Input("extent", "value"),
+        State(*block),
+        State(*position),
+        busy="map",
+    )
+    tie(
+        choose,
+        Output(*block, allow_duplicate=True),
+        Output(*position, allow_duplicate=True),
+        Output("map", "clickData"),
+        Input("map", "clickData"),
+        State("shown", "data"),
+        prevent_initial_call=True,
+    )
+    tie(
+        explorer.show_cell,
+        Output("said", "children"),
+        Output("map", "figure", allow_duplicate=True),
+        Output("cell-took", "children"),
+        Input(*block),
+        Input(*position),
+        Input("shown", "data"),
+        busy="cell",
+        prevent_initial_call=True,
+    )

@@ -1,0 +1,215 @@
+"""Where everything stands on the explorer's page, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+from dash import dcc, html
+from dash.development.base_component import Component
+
+from loopscope.analyses.common.records import FIGURE_CONFIG
+from loopscope.analyses.common.subject import Subject
+from loopscope.analyses.explorer.model import blocks_per_iteration
+from loopscope.analyses.explorer.questions import MAX_TOKENS, contrast, hint
+
+BUSY = {
+    "lens": "the lens",
+    "margin": "the margins",
+    "attention": "the attention patterns",
+    "map": "the patching map",
+    "cell": "the patch",
+}
+
+
+def page(subject: Subject, trained: int, start: int, most: int) -> Component:
+    """The whole page.
+
+    Args:
+        trained: Iterations of the checkpoint.
+        start: Iterations to start with.
+        most: The end of the slider.
+    """
+    cfg = subject.model.cfg
+    facts = (
+        f"{cfg.family.replace('_', '-')}, {cfg.n_layers} blocks, {cfg.n_heads} heads, width"
+        f" {cfg.d_model}, {trained} iterations"
+    )
+    task = subject.card.get("task", "A looped transformer, iteration by iteration.")
+    header = [
+        html.P("loopscope explore", className="brand"),
+        html.H1(subject.name),
+        html.P(f"{task}; {facts}", className="lead"),
+    ]
+    loops = _slider("loops", start, most, (1, *range(trained, most + 1, trained)))
+    stores = [dcc.Store(id=name) for name in ("asked", "pair", "shown")]
+    sections = [
+        _ask_section(subject, loops),
+        _lens_section(),
+        _attention_section(subject, start),
+        _patch_section(subject),
+    ]
+    return html.Div([html.Header(header), html.Main([*stores, *sections]), _status()])
+
+
+def _ask_section(subject: Subject, loops: Component) -> Component:
+    first = subject.example()
+    hops = dcc.Dropdown(
+        list(subject.questions), first.hops, id="hops", clearable=False, searchable=False
+    )
+    asked = [
+        _typed("a", "Question A", first.text),
+        _control("hops", "Hops", hops),
+        _button("next-a", "Another question"),
+    ]
+    tokens = f"Tokens: {hint(subject)}; at most {MAX_TOKENS}. Press Enter, or leave the field."
+    left = [
+        html.Div(asked, className="controls"),
+        html.P(tokens, className="hint"),
+        html.P(id="a-wrong", className="wrong", role="alert"),
+        _control("loops", "Number of iterations", loops),
+        html.P(id="verdict", className="found"),
+    ]
+    title = "Question, and its margin over iterations"
+    return _section(
+        "question", title, [html.Div([html.Div(left), _graph("margin", 290)], className="two")]
+    )
+
+
+def _lens_section() -> Component:
+    choices = {"blocks": "after every block", "iterations": "after every iteration"}
+    text = (
+        "What the model would answer at every position, read through its own final norm and head;"
+        " colour is the probability of the top token. Hover for the top five."
+    )
+    return _section(
+        "lens-section",
+        "Logit lens",
+        [html.P(text), _radio("rows", "Rows", choices), _graph("lens", 500)],
+    )
+
+
+def _attention_section(subject: Subject, start: int) -> Component:
+    views = {"heads": "all heads of one iteration", "iterations": "all iterations of one head"}
+    pickers = [
+        _radio("view", "Show", views),
+        _control("iteration", "Iteration", _slider("iteration", 1, start), wide=True),
+        _control("layer", "Block", _counted("layer", blocks_per_iteration(subject.model))),
+        _control("head", "Head", _counted("head", subject.model.cfg.n_heads)),
+    ]
+    text = (
+        "Each row is a position that looks, each column one that is looked at; a row sums to one."
+    )
+    return _section(
+        "attention-section",
+        "Attention patterns",
+        [html.P(text), html.Div(pickers, className="controls"), _graph("attention", 400)],
+    )
+
+
+def _patch_section(subject: Subject) -> Component:
+    second = contrast(subject, subject.example().text)
+    asked = html.Div(
+        [_typed("b", "Question B, as long as A", second), _button("next-b", "Another B")],
+        className="controls",
+    )
+    names = {"block": "After block (iteration.block)", "position": "At position"}
+    pickers = [
+        _control(key, name, dcc.Dropdown([], None, id=key, searchable=False))
+        for key, name in names.items()
+    ]
+    extent = {"quick": "as many iterations as are quick", "all": "every iteration"}
+    cell = html.Div(
+        [html.Div(pickers, className="controls"), html.Div(id="said", className="said")]
+    )
+    parts = [
+        asked,
+        html.P(id="b-wrong", className="wrong", role="alert"),
+        _radio("extent", "Map", extent),
+        html.P(id="map-caption"),
+        html.Div([_graph("map", 500), cell], className="two map"),
+    ]
+    return _section("patch-section", "Patching B into A", parts)
+
+
+def _status() -> Component:
+    parts: list[Component] = [html.Span(id="problem", className="busy")]
+    for name in BUSY:
+        parts += [html.Span(id=f"{name}-busy", className="busy"), html.Span(id=f"{name}-took")]
+    return html.P(parts, className="status", id="status", role="status")
+
+
+def _section(key: str, title: str, parts: list[Component]) -> Component:
+    return html.Section([html.H2(title), *parts], id=key)
+
+
+def _control(key: str, name: str, control: Component, wide: bool = False) -> Component:
+    """A control under its name, which is also what a screen reader says of it."""
+    named: dict[str, Any] = {"role": "group", "aria-labelledby": f"{key}-name"}
+    return html.Div(
+        [html.Span(name, className="name", id=f"{key}-name"), control],
+        className="control wide" if wide else "control",
+        **named,
+    )
+
+
+def _typed(key: str, name: str, text: str) -> Component:
+    field = dcc.Input(
+        id=key, value=text, type="text", debounce=True, spellCheck=False, autoComplete="off"
+    )
+    return html.Div([html.Label(name, htmlFor=key), field], className="control wide typed")
+
+
+def _radio(key: str, name: str, choices: dict[str, str]) -> Component:
+    options = [{"value": value, "label": label} for value, label in choices.items()]
+    return html.Fieldset(
+        [html.Legend(name), dcc.RadioItems(options, next(iter(choices)), id=key, inline=True)],
+        className="control",
+    )
+
+
+def _slider(key: str, value: int, most: int, marks: tuple[int, ...] = ()) -> Component:
+    """A slider over whole numbers from 1; the arrow keys move it too."""
+    named = {loop: str(loop) for loop in marks} or None
+    return dcc.Slider(
+        1,
+        most,
+        1,
+        value=value,
+        marks=named,
+        tooltip={"placement": "top"},
+        allow_direct_input=False,
+        id=key,
+    )
+
+
+def _counted(key: str, count: int) -> Component:
+    return dcc.Dropdown(
+        [{"value": i, "label": f"{i}"} for i in range(1, count + 1)],
+        1,
+        id=key,
+        clearable=False,
+        searchable=False,
+    )
+
+
+def _button(key: str, text: str) -> Component:
+    return html.Button(text, id=key, className="do", type="button")
+
+
+def _graph(key: str, height: int) -> Component:
+    blank = go.Figure(
+        layout={
+            "height": height,
+            "xaxis": {"visible": False},
+            "yaxis": {"visible": False},
+            "template": "simple_white",
+        }
+    )
+    config: Any = {
+        **FIGURE_CONFIG,
+        "responsive": False,
+        "modeBarButtons": [["toImage"]],
+        "displayModeBar": "hover",
+    }
+    return html.Div(dcc.Graph(id=key, figure=blank, config=config), className="figure")

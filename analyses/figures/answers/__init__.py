@@ -1,0 +1,4 @@
+"""How good are the answers, after how many iterations?
+
+Start with `overthinking.py`.
+"""

@@ -1,0 +1,260 @@
+"""When would the model's own gate stop, token by token, and what does an earlier exit change?
+(after Ouro, arXiv 2510.25741)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float, Int
+from plotly.subplots import make_subplots
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopscope.analyses.common.figure_configs import ExitGateConfig
+from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, words
+from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, styled
+from loopscope.analyses.common.records import Record
+from loopscope.interp.exits.exit_gate import exit_distribution, gate_names, readout_at_threshold
+from loopscope.models.core.state import checked_loops
+
+_TITLES = (
+    "the gate",
+    "iterations used",
+    "same top token as the last",
+    "expected exit of each token (iteration)",
+)
+_WIDTH, _LINES = 16, 24  # tokens in a line of the map, and lines of it
+
+
+@dataclass(frozen=True)
+class ExitGate(Record):
+    """The gate at every token that is no padding, the tokens of all inputs one after another.
+
+    Attributes:
+        tokens: The tokens of each input.
+        exit_now: Float[Tensor, "loop spot"], lambda_t: the gate's probability of an exit after an
+            iteration that is reached.
+        pdf: Float[Tensor, "loop spot"], p_t: the probability that the exit is after that iteration;
+            the last takes what is left.
+        cdf: Float[Tensor, "loop spot"], the probability that it is after that iteration or an
+            earlier one.
+        thresholds: Thresholds on the cumulative probability.
+        used: Int[Tensor, "threshold spot"], iterations until it reaches the threshold.
+        agrees: Bool[Tensor, "threshold spot"], whether the top token there is that of the last
+            iteration.
+    """
+
+    tokens: tuple[tuple[str, ...], ...]
+    exit_now: Float[Tensor, "loop spot"]
+    pdf: Float[Tensor, "loop spot"]
+    cdf: Float[Tensor, "loop spot"]
+    thresholds: tuple[float, ...]
+    used: Int[Tensor, "threshold spot"]
+    agrees: Bool[Tensor, "threshold spot"]
+
+    def expected(self) -> Float[Tensor, " spot"]:
+        """The expected iteration of the exit, from 1: the sum of t p_t."""
+        return torch.arange(1, len(self.pdf) + 1, dtype=self.pdf.dtype) @ self.pdf
+
+    def frame(self) -> pd.DataFrame:
+        """input, position, token, iteration (from 1), lambda, p, cumulative."""
+        spots = [(i, j, token) for i, row in enumerate(self.tokens) for j, token in enumerate(row)]
+        rows = [
+            (*spot, t + 1, *(float(x[t, k]) for x in (self.exit_now, self.pdf, self.cdf)))
+            for k, spot in enumerate(spots)
+            for t in range(len(self.pdf))
+        ]
+        return pd.DataFrame(
+            rows, columns=["input", "position", "token", "iteration", "lambda", "p", "cumulative"]
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """One row per threshold: mean iterations used, and share of the tokens whose top token is
+        that of the last iteration.
+        """
+        return pd.DataFrame(
+            {
+                "threshold": self.thresholds,
+                "mean iterations": self.used.double().mean(1),
+                "same top token as the last iteration": self.agrees.double().mean(1),
+            }
+        )
+
+
+def run(config: ExitGateConfig) -> ExitGate:
+    """Read the gate at every token, and every answer at each threshold.
+
+    Raises:
+        ValueError: No threshold, one outside 0..1, or a model without an exit gate.
+    """
+    if not config.thresholds or not all(0 <= threshold <= 1 for threshold in config.thresholds):
+        raise ValueError(
+            f"thresholds must be one or more probabilities in 0..1, got {config.thresholds}"
+        )
+    asked = open_inputs(config)
+    return measure(asked, asked.group(config.hops), config.thresholds, config.n_loops)
+
+
+@torch.no_grad()
+def measure(
+    asked: Asked, group: Group, thresholds: tuple[float, ...], n_loops: int | None = None
+) -> ExitGate:
+    """The record for one group of inputs of an open checkpoint."""
+    model, batch = asked.subject.model, group.batch
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    names, real = gate_names(model, n_loops), batch.mask.bool()
+    logits, cache = model.run_with_cache(
+        batch.tokens, n_loops=n_loops, mask=batch.mask, names_filter=names, **batch.options
+    )
+    gates = torch.stack([cache[name] for name in names])[:, real]
+    last, used, agrees = logits.argmax(-1)[real], [], []
+    for threshold in tqdm(thresholds, desc="thresholds", leave=False):
+        read = readout_at_threshold(model, batch, threshold, n_loops)
+        used.append(read.loops_used[real])
+        agrees.append(read.logits.argmax(-1)[real] == last)
+    pdf, cdf = exit_distribution(gates)
+    return ExitGate(
+        tokens=tuple(
+            words(model, row[shown]) for row, shown in zip(batch.tokens, real, strict=True)
+        ),
+        exit_now=gates.sigmoid().cpu(),
+        pdf=pdf.cpu(),
+        cdf=cdf.cpu(),
+        thresholds=thresholds,
+        used=torch.stack(used).cpu(),
+        agrees=torch.stack(agrees).cpu(),
+    )
+
+
+def figure(record: ExitGate) -> go.Figure:
+    """Above: the gate over iterations, iterations used and agreement over thresholds. Below: the
+    expected exit of each token.
+    """
+    every = _lines(record)
+    lines = every[:_LINES]
+    titles = [
+        *_TITLES[:3],
+        _TITLES[3] + (f", the first {_LINES} of {len(every)} lines" if len(every) > _LINES else ""),
+    ]
+    share = 16 * len(lines) + 60
+    plot = make_subplots(
+        rows=2,
+        cols=3,
+        specs=[[{}, {}, {}], [{"colspan": 3}, None, None]],
+        row_heights=[260, share],
+        horizontal_spacing=0.1,
+        vertical_spacing=110 / (370 + share),
+        subplot_titles=titles,
+    )
+    _distribution(plot, record)
+    curves = (record.used.double().mean(1), record.agrees.double().mean(1))
+    for col, (values, color, unit) in enumerate(
+        zip(curves, CATEGORIES[:2], ("mean iterations", "share of tokens"), strict=True), start=2
+    ):
+        plot.add_scatter(
+            x=list(record.thresholds),
+            y=values.tolist(),
+            mode="lines+markers",
+            line={"color": color, "width": 2},
+            showlegend=False,
+            hovertemplate=f"threshold %{{x}}<br>{unit} %{{y:.2f}}<extra></extra>",
+            row=1,
+            col=col,
+        )
+        plot.update_yaxes(title=unit, title_standoff=6, row=1, col=col)
+    plot.update_xaxes(title="threshold", dtick=0.25, tick0=0, row=1)
+    plot.update_xaxes(title="iteration", dtick=max(1, len(record.pdf) // 8), tick0=1, row=1, col=1)
+    plot.update_yaxes(range=[0, len(record.pdf) * 1.04], row=1, col=2)
+    plot.update_yaxes(range=[0, 1.04], row=1, col=3)
+    plot.update_yaxes(showgrid=True, row=1)
+    plot.update_annotations(font_size=13)
+    _token_map(plot, record, lines)
+    plot.update_layout(
+        legend={"orientation": "h", "x": 0, "y": 1 + 34 / (220 + share), "yanchor": "bottom"}
+    )
+    return styled(plot, 370 + share).update_layout(margin_t=90)
+
+
+def _distribution(plot: go.Figure, record: ExitGate) -> None:
+    """Means over the tokens: p_t as bars, the cumulative and lambda_t as lines."""
+    iterations = list(range(1, len(record.pdf) + 1))
+    hover = "iteration %{x}<br>%{y:.3f}<extra></extra>"
+    plot.add_bar(
+        x=iterations, y=record.pdf.mean(1).tolist(), name="p<sub>t</sub>, exit here",
+        marker_color=CATEGORIES[5], hovertemplate="p " + hover, row=1, col=1,
+    )  # fmt: skip
+    for values, name, color, dash in (
+        (record.cdf, "cumulative", CATEGORIES[0], "solid"),
+        (record.exit_now, "λ<sub>t</sub>, exit if reached", CATEGORIES[1], "dot"),
+    ):
+        plot.add_scatter(
+            x=iterations,
+            y=values.mean(1).tolist(),
+            mode="lines+markers",
+            name=name,
+            line={"color": color, "dash": dash, "width": 2},
+            hovertemplate=name + " " + hover,
+            row=1,
+            col=1,
+        )
+    plot.update_yaxes(title="mean over tokens", range=[0, 1.04], title_standoff=6, row=1, col=1)
+
+
+def _lines(record: ExitGate) -> list[tuple[int, int, int]]:
+    """The lines of the map, each input on lines of its own: input, first position, and the first
+    one's place among all spots.
+    """
+    lines, spot = [], 0
+    for i, row in enumerate(record.tokens):
+        lines += [(i, start, spot + start) for start in range(0, len(row), _WIDTH)]
+        spot += len(row)
+    return lines
+
+
+def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, int]]) -> None:
+    expected, width = record.expected().tolist(), min(_WIDTH, max(map(len, record.tokens)))
+    z, text, hover = [], [], []
+    for i, start, spot in lines:
+        shown = record.tokens[i][start : start + width]
+        gaps = width - len(shown)
+        z.append([*expected[spot : spot + len(shown)], *[math.nan] * gaps])
+        text.append([*(token.replace("<", "&lt;") for token in shown), *[""] * gaps])
+        hover.append(
+            [*(f"input {i + 1}, position {start + j}" for j in range(len(shown))), *[""] * gaps]
+        )
+    plot.add_heatmap(
+        z=z,
+        text=text,
+        customdata=hover,
+        texttemplate="%{text}",
+        textfont={"size": 11},
+        xgap=2,
+        ygap=2,
+        hoverongaps=False,
+        zmin=1,
+        zmax=len(record.pdf),
+        colorscale=ACCURACY_SCALE,
+        colorbar={
+            "thickness": 10,
+            "outlinewidth": 0,
+            "len": 0.4,
+            "y": 0,
+            "yanchor": "bottom",
+            "title": {"text": "exit"},
+        },
+        hovertemplate=(
+            "%{text}, %{customdata}<br>expected exit after iteration %{z:.2f}<extra></extra>"
+        ),
+        row=2,
+        col=1,
+    )
+    names = [f"input {i + 1}" if start == 0 else "" for i, start, _ in lines]
+    plot.update_yaxes(
+        autorange="reversed", tickvals=list(range(len(lines))), ticktext=names, row=2, col=1
+    )
+    plot.update_xaxes(visible=False, row=2, col=1)

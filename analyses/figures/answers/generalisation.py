@@ -1,0 +1,250 @@
+"""How far beyond its training does a model reason, and when does that begin? Deepest hops answered
+over learned (figure 19).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopscope.analyses.common.by_hop import run_by_hop
+from loopscope.analyses.common.figure_configs import GeneralisationConfig
+from loopscope.analyses.common.look import FAINT, INK, model_label, run_colors, styled
+from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.subject import open_subject
+from loopscope.checkpoints.load import read_card
+from loopscope.checkpoints.locate import shipped_names
+
+_KIND = "mini/multi_hop/"
+
+
+@dataclass(frozen=True)
+class Generalisation(Record):
+    """Checkpoints along training.
+
+    Attributes:
+        checkpoints: Their names, by run and then by updates.
+        runs: The run that each belongs to.
+        labels: Iterations of a training batch and layers of each.
+        updates: Int[Tensor, " checkpoint"], of training.
+        learned: Int[Tensor, " checkpoint"], deepest hop count in training.
+        answered: Int[Tensor, " checkpoint"], deepest hop count with at least the threshold's
+            accuracy at any number of iterations; 0 where none has.
+        asked: Int[Tensor, " checkpoint"], deepest hop count of the questions.
+        hops: Hop counts of any checkpoint's questions.
+        best: Float[Tensor, "checkpoint hop"], accuracy at the best number of iterations; NaN where
+            the questions lack the hop count.
+        threshold: Accuracy from which a hop count counts as answered.
+        n_loops: Iterations of the runs.
+    """
+
+    checkpoints: tuple[str, ...]
+    runs: tuple[str, ...]
+    labels: tuple[str, ...]
+    updates: Int[Tensor, " checkpoint"]
+    learned: Int[Tensor, " checkpoint"]
+    answered: Int[Tensor, " checkpoint"]
+    asked: Int[Tensor, " checkpoint"]
+    hops: tuple[int, ...]
+    best: Float[Tensor, "checkpoint hop"]
+    threshold: float
+    n_loops: int
+
+    def ratio(self) -> Float[Tensor, " checkpoint"]:
+        """The deepest hop count answered over the deepest learned."""
+        return self.answered / self.learned
+
+    def at_least(self) -> Bool[Tensor, " checkpoint"]:
+        """Where the deepest questions of all are answered, so that the ratio is a lower bound."""
+        return self.answered == self.asked
+
+    def pair(self, checkpoint: int) -> str:
+        """The deepest hop counts learned and answered, e.g. "6 → 9", or "10 → ≥ 16" for a lower
+        bound.
+        """
+        bound = "≥ " if bool(self.at_least()[checkpoint]) else ""
+        return f"{int(self.learned[checkpoint])} → {bound}{int(self.answered[checkpoint])}"
+
+    def frame(self) -> pd.DataFrame:
+        """checkpoint, run, updates, learned, hops, accuracy (at the best number of iterations)."""
+        rows = [
+            (
+                name,
+                self.runs[i],
+                int(self.updates[i]),
+                int(self.learned[i]),
+                hop,
+                float(self.best[i, j]),
+            )
+            for i, name in enumerate(self.checkpoints)
+            for j, hop in enumerate(self.hops)
+            if self.best[i, j].isfinite()
+        ]
+        return pd.DataFrame(
+            rows, columns=["checkpoint", "run", "updates", "learned", "hops", "accuracy"]
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """One row per checkpoint: updates, deepest learned and answered, their ratio, and whether
+        it is a lower bound.
+        """
+        return pd.DataFrame(
+            {
+                "checkpoint": self.checkpoints,
+                "updates": self.updates,
+                "deepest learned": self.learned,
+                "deepest answered": self.answered,
+                "ratio": self.ratio(),
+                "lower bound": ["yes" if bound else "" for bound in self.at_least().tolist()],
+            }
+        )
+
+
+class _Facts(NamedTuple):
+    """What a card says of its checkpoint; in the order by which checkpoints are sorted."""
+
+    dynamic: bool
+    loops: tuple[int, int]
+    run: str
+    updates: int
+    learned: int
+    layers: int
+
+
+def run(config: GeneralisationConfig) -> Generalisation:
+    """Ask every checkpoint its questions, once each.
+
+    Raises:
+        ValueError: A checkpoint whose card does not say its recipe, its updates and how many hops
+            it was trained on; a threshold that is no accuracy.
+    """
+    if not 0 < config.threshold <= 1:
+        raise ValueError(
+            f"the threshold is an accuracy above 0 and at most 1, got {config.threshold}"
+        )
+    known = {
+        name: _facts(name)
+        for name in config.checkpoints
+        or [name for name in shipped_names() if name.startswith(_KIND)]
+    }
+    names = tuple(sorted(known, key=lambda name: known[name]))
+    best = [_best(config, name) for name in tqdm(names, desc="checkpoints", leave=False)]
+    hops = tuple(sorted({hop for found in best for hop in found}))
+    return Generalisation(
+        checkpoints=names,
+        runs=tuple(known[name].run for name in names),
+        labels=tuple(model_label(known[name].loops, known[name].layers) for name in names),
+        updates=torch.tensor([known[name].updates for name in names]),
+        learned=torch.tensor([known[name].learned for name in names]),
+        answered=torch.tensor(
+            [
+                max((hop for hop, share in found.items() if share >= config.threshold), default=0)
+                for found in best
+            ]
+        ),
+        asked=torch.tensor([max(found) for found in best]),
+        hops=hops,
+        best=torch.tensor(
+            [[found.get(hop, float("nan")) for hop in hops] for found in best], dtype=torch.float64
+        ),
+        threshold=config.threshold,
+        n_loops=config.n_loops,
+    )
+
+
+def _facts(name: str) -> _Facts:
+    card = read_card(name)
+    recipe = card.get("recipe")
+    if not isinstance(recipe, dict) or not {"updates", "trained_hops"} <= card.keys():
+        raise ValueError(
+            f"the card of {name} must say its recipe, updates and trained_hops, which place it in"
+            " training; it lacks some"
+        )
+    loops = (recipe["loops"]["low"], recipe["loops"]["high"])
+    return _Facts(
+        loops[0] < loops[1],
+        loops,
+        recipe["name"],
+        card["updates"],
+        card["trained_hops"],
+        recipe["n_layers"],
+    )
+
+
+def _best(config: GeneralisationConfig, name: str) -> dict[int, float]:
+    """Accuracy of each hop count at its best number of iterations."""
+    runs = run_by_hop(open_subject(config.source(name)), config.n_loops)
+    return {
+        hop: float(done.lens.correct(done.answers).double().mean(1).max())
+        for hop, done in runs.items()
+    }
+
+
+def figure(record: Generalisation) -> go.Figure:
+    """The ratio along training, one curve per run; an arrow head where it is a lower bound; labels
+    say hops learned and answered.
+    """
+    plot = go.Figure()
+    runs = list(dict.fromkeys(record.runs))
+    for run_name, color in zip(runs, run_colors([i + 2 for i in range(len(runs))]), strict=True):
+        mine = [i for i, name in enumerate(record.runs) if name == run_name]
+        pairs = [record.pair(i) for i in mine]
+        symbols = [
+            "triangle-up" if bound else "circle" for bound in record.at_least()[mine].tolist()
+        ]
+        label = record.labels[mine[-1]]
+        plot.add_scatter(
+            x=record.updates[mine].tolist(),
+            y=record.ratio()[mine].tolist(),
+            mode="lines+markers+text",
+            name=label,
+            showlegend=False,
+            line={"color": color, "width": 2},
+            marker={"size": 10, "symbol": symbols},
+            text=[*pairs[:-1], f"<b>{label}</b><br>{pairs[-1]}"],
+            textposition=["bottom right"] * (len(pairs) - 1) + ["top center"],
+            textfont={"color": color, "size": 12},
+            customdata=[(record.checkpoints[i], pair) for i, pair in zip(mine, pairs, strict=True)],
+            hovertemplate=(
+                "%{customdata[0]}<br>%{x:,} updates<br>trained to → answered: %{customdata[1]}"
+                " hops<extra></extra>"
+            ),
+        )
+    plot.add_hline(y=1, line={"color": FAINT, "width": 1, "dash": "dot"})
+    top = 1.15 * max(1.0, float(record.ratio().max()))
+    plot.update_xaxes(title="updates of training", range=[0, 1.12 * int(record.updates.max())])
+    plot.update_yaxes(
+        title="deepest hop answered / deepest learned",
+        range=[min(0.85, 0.9 * float(record.ratio().min())), top],
+        showgrid=True,
+    )
+    plot.add_annotation(
+        x=1,
+        xref="paper",
+        y=1,
+        text="no generalisation beyond the hops learned",
+        showarrow=False,
+        yshift=-9,
+        xanchor="right",
+        font={"size": 11, "color": FAINT},
+    )
+    plot.add_annotation(
+        x=0,
+        xref="paper",
+        y=1,
+        yref="paper",
+        showarrow=False,
+        xanchor="left",
+        xshift=8,
+        align="left",
+        font={"size": 12, "color": INK},
+        text="6 → 9: trained on up to 6 hops,<br>answers up to 9",
+    )
+    return styled(plot, 460).update_layout(margin_t=30)

@@ -1,0 +1,152 @@
+"""When would it stop, and is it right when it does? Iterations used and accuracy per rule (figures
+9 and 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from loopscope.analyses.common.by_hop import HopRun, run_by_hop
+from loopscope.analyses.common.figure_configs import HaltingConfig
+from loopscope.analyses.common.look import FAINT, INK, styled
+from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.subject import open_subject
+from loopscope.interp.exits.halting import HaltingRule, apply_rule
+
+_COLORS = ("#0b4f8a", "#d9730d", "#2f855a", FAINT)
+
+
+@dataclass(frozen=True)
+class HaltingCurves(Record):
+    """Where several rules stop.
+
+    Attributes:
+        hops: The hop counts.
+        rules: The rules' names.
+        loops_used: Float[Tensor, "rule hop"], mean iterations.
+        accuracy: Float[Tensor, "rule hop"], at the iteration where each example stopped.
+        halted: Float[Tensor, "rule hop"], share of examples that the rule stopped before the cap
+            made it.
+        best: Float[Tensor, " hop"], the best accuracy over all fixed r, for comparison.
+        cap: Iterations of the run.
+    """
+
+    hops: tuple[int, ...]
+    rules: tuple[str, ...]
+    loops_used: Float[Tensor, "rule hop"]
+    accuracy: Float[Tensor, "rule hop"]
+    halted: Float[Tensor, "rule hop"]
+    best: Float[Tensor, " hop"]
+    cap: int
+
+    def frame(self) -> pd.DataFrame:
+        """rule, hops, iterations (mean), accuracy, halted (share)."""
+        rows = [
+            (
+                rule,
+                hop,
+                float(self.loops_used[i, j]),
+                float(self.accuracy[i, j]),
+                float(self.halted[i, j]),
+            )
+            for i, rule in enumerate(self.rules)
+            for j, hop in enumerate(self.hops)
+        ]
+        return pd.DataFrame(rows, columns=["rule", "hops", "iterations", "accuracy", "halted"])
+
+    def summary(self) -> pd.DataFrame:
+        """One row per rule, over all hop counts alike: mean iterations, mean accuracy, share
+        halted, gap to the best r.
+        """
+        return pd.DataFrame(
+            {
+                "rule": self.rules,
+                "mean iterations": self.loops_used.mean(1),
+                "mean accuracy": self.accuracy.mean(1),
+                "below the best r": (self.best - self.accuracy).mean(1),
+                "halted": self.halted.mean(1),
+            }
+        )
+
+
+def run(config: HaltingConfig) -> HaltingCurves:
+    """Run once and apply four rules: KL and entropy, KL only, entropy only, fixed."""
+    subject = open_subject(config)
+    return measure(run_by_hop(subject, config.n_loops), config.kl, config.entropy)
+
+
+def measure(runs: Mapping[int, HopRun], kl: float, entropy: float) -> HaltingCurves:
+    """The record of runs that were made already."""
+    rules = (
+        HaltingRule(kl, entropy),
+        HaltingRule(kl, None),
+        HaltingRule(None, entropy),
+        HaltingRule(None, None),
+    )
+    used, accuracy, halted = [], [], []
+    for rule in rules:
+        stops = [(apply_rule(done.lens, rule), done.answers) for done in runs.values()]
+        used.append([float(stop.loops_used.float().mean()) for stop, _ in stops])
+        accuracy.append([float(stop.correct(answers).float().mean()) for stop, answers in stops])
+        halted.append([float(stop.halted.float().mean()) for stop, _ in stops])
+    best = [float(done.lens.correct(done.answers).float().mean(1).max()) for done in runs.values()]
+    cap = len(next(iter(runs.values())).lens.names)
+    return HaltingCurves(
+        hops=tuple(runs),
+        rules=tuple(map(str, rules)),
+        loops_used=torch.tensor(used),
+        accuracy=torch.tensor(accuracy),
+        halted=torch.tensor(halted),
+        best=torch.tensor(best),
+        cap=cap,
+    )
+
+
+def figure(record: HaltingCurves) -> go.Figure:
+    """Left: iterations used per hop count; right: accuracy; one line per rule."""
+    plot = make_subplots(
+        rows=1,
+        cols=2,
+        subplot_titles=("iterations used", "accuracy when stopped"),
+        horizontal_spacing=0.1,
+    )
+    hops = list(record.hops)
+    for i, (rule, color) in enumerate(zip(record.rules, _COLORS, strict=True)):
+        name = f"fixed, r = {record.cap}" if rule == "fixed" else rule
+        look = {
+            "mode": "lines+markers",
+            "name": name,
+            "legendgroup": rule,
+            "line": {"color": color, "width": 2},
+            "marker": {"size": 6},
+        }
+        plot.add_scatter(
+            x=hops, y=record.loops_used[i].tolist(), row=1, col=1, **look,
+            hovertemplate=f"{name}<br>%{{x}} hops<br>%{{y:.1f}} iterations<extra></extra>",
+        )  # fmt: skip
+        plot.add_scatter(
+            x=hops, y=record.accuracy[i].tolist(), row=1, col=2, showlegend=False, **look,
+            hovertemplate=f"{name}<br>%{{x}} hops<br>accuracy %{{y:.2f}}<extra></extra>",
+        )  # fmt: skip
+    plot.add_scatter(
+        x=hops,
+        y=record.best.tolist(),
+        row=1,
+        col=2,
+        mode="lines",
+        name="best fixed r",
+        line={"color": INK, "dash": "dot", "width": 1.5},
+        hovertemplate="best r<br>%{x} hops<br>accuracy %{y:.2f}<extra></extra>",
+    )
+    plot.update_xaxes(title="hops", dtick=1)
+    plot.update_yaxes(rangemode="tozero", showgrid=True)
+    plot.update_layout(legend={"orientation": "h", "y": -0.22, "x": 0.5, "xanchor": "center"})
+    return styled(plot, 420).update_layout(margin_b=90)

@@ -1,0 +1,148 @@
+"""Does the answer get worse with more iterations? Mean logit margin vs iteration (figure 8 of arXiv
+2604.07822).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopscope.analyses.common.by_hop import HopRun, run_by_hop
+from loopscope.analyses.common.figure_configs import OverthinkingConfig
+from loopscope.analyses.common.look import FAINT, INK, hop_colors, hop_name, styled
+from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.subject import Subject, open_subject
+
+
+@dataclass(frozen=True)
+class Overthinking(Record):
+    """Margins per hop count and iteration.
+
+    Attributes:
+        hops: The hop counts.
+        questions: How many of each.
+        margin: Float[Tensor, "hop loop"], mean over the questions, in logits.
+        t_star: Float[Tensor, " hop"], mean first iteration (from 1) whose top token is the answer,
+            over the questions ever answered; NaN where none is.
+        hit_share: Float[Tensor, " hop"], share of questions ever answered.
+        trained_hops: Deepest hop count seen in training; None where unknown.
+    """
+
+    hops: tuple[int, ...]
+    questions: tuple[int, ...]
+    margin: Float[Tensor, "hop loop"]
+    t_star: Float[Tensor, " hop"]
+    hit_share: Float[Tensor, " hop"]
+    trained_hops: int | None
+
+    def peak(self) -> tuple[Float[Tensor, " hop"], Int[Tensor, " hop"]]:
+        """The largest mean margin of each hop count, and its iteration counted from 1."""
+        best = self.margin.max(1)
+        return best.values, best.indices + 1
+
+    def drop(self) -> Float[Tensor, " hop"]:
+        """How far the mean margin has fallen from its peak at the last iteration: the size of
+        overthinking.
+        """
+        return self.peak()[0] - self.margin[:, -1]
+
+    def frame(self) -> pd.DataFrame:
+        """hops, iteration (from 1), margin."""
+        n_loops = self.margin.shape[1]
+        rows = [
+            (hop, loop + 1, float(self.margin[i, loop]))
+            for i, hop in enumerate(self.hops)
+            for loop in range(n_loops)
+        ]
+        return pd.DataFrame(rows, columns=["hops", "iteration", "margin"])
+
+    def summary(self) -> pd.DataFrame:
+        """One row per hop count: questions, ever answered, t*, peak margin and its iteration, last
+        margin, drop.
+        """
+        peak, where = self.peak()
+        return pd.DataFrame(
+            {
+                "hops": self.hops,
+                "questions": self.questions,
+                "ever right": self.hit_share,
+                "t*": self.t_star,
+                "peak margin": peak,
+                "at iteration": where,
+                "last margin": self.margin[:, -1],
+                "drop": self.drop(),
+            }
+        )
+
+
+def run(config: OverthinkingConfig) -> Overthinking:
+    """Measure the margin of every question after every iteration."""
+    subject = open_subject(config)
+    return measure(subject, run_by_hop(subject, config.n_loops))
+
+
+def measure(subject: Subject, runs: Mapping[int, HopRun]) -> Overthinking:
+    """The record of runs that were made already."""
+    margins, t_star, hit = [], [], []
+    for done in runs.values():
+        margins.append(done.lens.margin(done.answers).mean(1))
+        first = done.lens.first_hit(done.answers)
+        t_star.append(first.nanmean())
+        hit.append(first.isfinite().float().mean())
+    sizes = tuple(len(done.answers) for done in runs.values())
+    return Overthinking(
+        hops=tuple(runs),
+        questions=sizes,
+        margin=torch.stack(margins).float().cpu(),
+        t_star=torch.stack(t_star).float().cpu(),
+        hit_share=torch.stack(hit).cpu(),
+        trained_hops=subject.trained_hops,
+    )
+
+
+def figure(record: Overthinking) -> go.Figure:
+    """One curve per hop count, with a dashed line at its mean first hit."""
+    plot = go.Figure()
+    colors = hop_colors(record.hops, record.trained_hops)
+    iterations = list(range(1, record.margin.shape[1] + 1))
+    for i, hop in enumerate(record.hops):
+        beyond = record.trained_hops is not None and hop > record.trained_hops
+        plot.add_scatter(
+            x=iterations,
+            y=record.margin[i].tolist(),
+            mode="lines",
+            name=hop_name(hop),
+            legendgroup="beyond" if beyond else "trained",
+            legendgrouptitle_text=(
+                "beyond training" if beyond else "hops in training" if record.trained_hops else None
+            ),
+            line={"color": colors[hop], "width": 2.5 if beyond else 1.8},
+            hovertemplate=(
+                f"{hop_name(hop)}<br>iteration %{{x}}<br>mean margin %{{y:.2f}}<extra></extra>"
+            ),
+        )
+        hit = float(record.t_star[i])
+        if hit == hit:
+            plot.add_vline(
+                x=hit, line={"color": colors[hop], "width": 1, "dash": "dash"}, opacity=0.55
+            )
+    plot.add_hline(y=0, line={"color": INK, "width": 1})
+    plot.add_annotation(
+        x=1,
+        xref="paper",
+        y=0,
+        text="above: the answer is the top token",
+        showarrow=False,
+        yshift=9,
+        xanchor="right",
+        font={"size": 11, "color": FAINT},
+    )
+    plot.update_xaxes(title="iteration", dtick=2, range=[0.7, iterations[-1] + 0.3])
+    plot.update_yaxes(title="mean logit margin of the answer", showgrid=True)
+    return styled(plot, max(480, 150 + 25 * len(record.hops)))  # the legend fits without scrolling

@@ -1,0 +1,189 @@
+"""How deep can it reason with how many iterations? Accuracy for each hop count and r (figures 5, 7,
+12 to 18).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from loopscope.analyses.common.by_hop import HopRun, run_by_hop
+from loopscope.analyses.common.figure_configs import RecurrenceConfig
+from loopscope.analyses.common.look import ACCURACY_SCALE, INK, styled
+from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.interp.exits.halting import HaltingRule, apply_rule
+
+
+@dataclass(frozen=True)
+class RecurrenceGrid(Record):
+    """Accuracy after each number of iterations.
+
+    Attributes:
+        hops: The hop counts.
+        questions: How many of each.
+        accuracy: Float[Tensor, "hop loop"]; column r-1 is what a call with n_loops=r answers.
+        halted: Float[Tensor, " hop"], accuracy with adaptive halting (the row r*).
+        halted_loops: Float[Tensor, " hop"], mean iterations that halting used.
+        rule: The halting rule.
+        trained_hops, trained_loops: Deepest hop count and iterations in training; None where
+            unknown.
+    """
+
+    hops: tuple[int, ...]
+    questions: tuple[int, ...]
+    accuracy: Float[Tensor, "hop loop"]
+    halted: Float[Tensor, " hop"]
+    halted_loops: Float[Tensor, " hop"]
+    rule: str
+    trained_hops: int | None
+    trained_loops: int | None
+
+    def frame(self) -> pd.DataFrame:
+        """hops, r (the halting rule's row is called "r*"), accuracy, iterations used."""
+        n_loops = self.accuracy.shape[1]
+        rows: list[tuple[int, str, float, float]] = []
+        for i, hop in enumerate(self.hops):
+            rows += [
+                (hop, str(r + 1), float(self.accuracy[i, r]), float(r + 1)) for r in range(n_loops)
+            ]
+            rows.append((hop, "r*", float(self.halted[i]), float(self.halted_loops[i])))
+        return pd.DataFrame(rows, columns=["hops", "r", "accuracy", "iterations"])
+
+    def summary(self) -> pd.DataFrame:
+        """One row per hop count: best accuracy over r, the smallest r that reaches it, accuracy at
+        the last r and with halting.
+        """
+        best = self.accuracy.max(1)
+        return pd.DataFrame(
+            {
+                "hops": self.hops,
+                "questions": self.questions,
+                "best accuracy": best.values,
+                "at r": best.indices + 1,
+                f"at r = {self.accuracy.shape[1]}": self.accuracy[:, -1],
+                "with halting (r*)": self.halted,
+                "mean r*": self.halted_loops,
+            }
+        )
+
+
+def run(config: RecurrenceConfig) -> RecurrenceGrid:
+    """Measure accuracy after each of `n_loops` iterations, from one run."""
+    subject = open_subject(config)
+    return measure(
+        subject,
+        run_by_hop(subject, config.n_loops),
+        HaltingRule(config.kl, config.entropy),
+        config.trained_hops,
+    )
+
+
+def measure(
+    subject: Subject, runs: Mapping[int, HopRun], rule: HaltingRule, trained_hops: int | None = None
+) -> RecurrenceGrid:
+    """The record of runs that were made already."""
+    accuracy, halted, used = [], [], []
+    for done in runs.values():
+        accuracy.append(done.lens.correct(done.answers).float().mean(1))
+        stopped = apply_rule(done.lens, rule)
+        halted.append(stopped.correct(done.answers).float().mean())
+        used.append(stopped.loops_used.float().mean())
+    sizes = tuple(len(done.answers) for done in runs.values())
+    return RecurrenceGrid(
+        hops=tuple(runs),
+        questions=sizes,
+        accuracy=torch.stack(accuracy).cpu(),
+        halted=torch.stack(halted).cpu(),
+        halted_loops=torch.stack(used).cpu(),
+        rule=str(rule),
+        trained_hops=trained_hops or subject.trained_hops,
+        trained_loops=subject.model.cfg.n_loops,
+    )
+
+
+def figure(record: RecurrenceGrid) -> go.Figure:
+    """Hops along, iterations upwards, accuracy as colour; the row r* on top; lines at what training
+    covered.
+    """
+    n_loops = record.accuracy.shape[1]
+    share = 1 / (n_loops + 2)
+    plot = make_subplots(
+        rows=2,
+        cols=1,
+        shared_xaxes=True,
+        row_heights=[share * 1.4, 1 - share * 1.4],
+        vertical_spacing=0.025,
+    )
+    scale = {"colorscale": ACCURACY_SCALE, "zmin": 0, "zmax": 1, "xgap": 2, "ygap": 2}
+    hops = list(record.hops)
+    plot.add_heatmap(
+        x=hops,
+        y=["r*"],
+        z=[record.halted.tolist()],
+        customdata=[record.halted_loops.tolist()],
+        text=[[f"{a:.2f}" for a in record.halted.tolist()]],
+        texttemplate="%{text}",
+        hovertemplate="%{x} hops, halting ("
+        + record.rule
+        + ")<br>accuracy %{z:.2f}<br>mean iterations %{customdata:.1f}<extra></extra>",
+        showscale=False,
+        row=1,
+        col=1,
+        **scale,
+    )
+    plot.add_heatmap(
+        x=hops,
+        y=list(range(1, n_loops + 1)),
+        z=record.accuracy.T.tolist(),
+        text=[[f"{a:.2f}".removeprefix("0") for a in row] for row in record.accuracy.T.tolist()],
+        texttemplate="%{text}",
+        textfont={"size": 10},
+        hovertemplate="%{x} hops, r = %{y}<br>accuracy %{z:.2f}<extra></extra>",
+        colorbar={"title": "accuracy", "thickness": 12, "outlinewidth": 0},
+        row=2, col=1, **scale,
+    )  # fmt: skip
+    if record.trained_hops is not None:
+        plot.add_vline(
+            x=record.trained_hops + 0.5, line={"color": INK, "width": 1.5, "dash": "dot"}
+        )
+        plot.add_annotation(
+            x=record.trained_hops + 0.5,
+            y=1.0,
+            yref="paper",
+            yshift=14,
+            showarrow=False,
+            xanchor="right",
+            xshift=-4,
+            text="in training",
+            font={"size": 11},
+        )
+        plot.add_annotation(
+            x=record.trained_hops + 0.5,
+            y=1.0,
+            yref="paper",
+            yshift=14,
+            showarrow=False,
+            xanchor="left",
+            xshift=4,
+            text="beyond",
+            font={"size": 11},
+        )
+    if record.trained_loops is not None and record.trained_loops < n_loops:
+        plot.add_hline(
+            y=record.trained_loops + 0.5,
+            line={"color": INK, "width": 1, "dash": "dot"},
+            row=2,
+            col=1,
+        )
+    plot.update_xaxes(title="hops", dtick=1, row=2, col=1)
+    plot.update_xaxes(visible=False, row=1, col=1)
+    plot.update_yaxes(title="iterations r", dtick=2, tick0=2, row=2, col=1)
+    return styled(plot, 560)

@@ -1,0 +1,4 @@
+"""Where in depth and at which positions is the answer carried?
+
+Start with `lens_heatmap.py`.
+"""

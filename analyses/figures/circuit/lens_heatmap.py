@@ -1,0 +1,241 @@
+"""What would the model answer, at every token and after every block? Logit lens of one question
+(figure 4 for one example).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float, Int
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from loopscope.analyses.common.figure_configs import LensConfig
+from loopscope.analyses.common.look import ACCURACY_SCALE, INK, styled
+from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.interp.lens.lens import logit_lens
+
+
+@dataclass(frozen=True)
+class LensHeatmap(Record):
+    """The lens of one question.
+
+    Attributes:
+        text: The question.
+        tokens: Its tokens (and the padding column where the answer is read, if there is one).
+        readout: The column at which the answer is read.
+        answer: The right answer; None where unknown.
+        visits: Iteration and layer of each visit, counted from 1 for display.
+        top: Top token of each visit and position.
+        prob, entropy: Float[Tensor, "visit pos"], probability of the top token, entropy in nats.
+        tracked: The tokens whose rank is followed.
+        tracked_at: The column at which each is expected: an intermediate entity's own relation,
+            else the readout.
+        rank: Int[Tensor, "tracked visit pos"]; 0 is the top.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    readout: int
+    answer: str | None
+    visits: tuple[tuple[int, int], ...]
+    top: tuple[tuple[str, ...], ...]
+    prob: Float[Tensor, "visit pos"]
+    entropy: Float[Tensor, "visit pos"]
+    tracked: tuple[str, ...]
+    tracked_at: tuple[int, ...]
+    rank: Int[Tensor, "tracked visit pos"]
+
+    def frame(self) -> pd.DataFrame:
+        """iteration, layer, position, token, top, prob, entropy, and a column "rank of X" for each
+        tracked token.
+        """
+        rows = []
+        for i, (iteration, layer) in enumerate(self.visits):
+            for j, token in enumerate(self.tokens):
+                ranks = {
+                    f"rank of {t}": int(self.rank[k, i, j]) for k, t in enumerate(self.tracked)
+                }
+                own = {
+                    "iteration": iteration,
+                    "layer": layer,
+                    "position": j,
+                    "token": token,
+                    "top": self.top[i][j],
+                }
+                rows.append(
+                    {
+                        **own,
+                        "prob": float(self.prob[i, j]),
+                        "entropy": float(self.entropy[i, j]),
+                        **ranks,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def summary(self) -> pd.DataFrame:
+        """For each tracked token: the position where it first gets to the top, and the iteration
+        and layer at which it does.
+        """
+        rows: list[tuple[str, ...]] = []
+        for k, token in enumerate(self.tracked):
+            hits = (self.rank[k] == 0).nonzero()
+            if len(hits) == 0:
+                rows.append((token, "never", "", "", ""))
+                continue
+            visit, position = hits[0].tolist()
+            rows.append(
+                (
+                    token,
+                    f"{position} {self.tokens[position]}",
+                    *map(str, self.visits[visit]),
+                    str(len(hits)),
+                )
+            )
+        return pd.DataFrame(
+            rows, columns=["token", "first on top at", "iteration", "layer", "cells on top"]
+        )
+
+
+def run(config: LensConfig) -> LensHeatmap:
+    """Read every position of one question after every block."""
+    subject = open_subject(config)
+    text = config.text or subject.example().text
+    return measure(subject, text, config.n_loops, config.track)
+
+
+def measure(
+    subject: Subject, text: str, n_loops: int | None = None, track: tuple[str, ...] = ()
+) -> LensHeatmap:
+    """The record for one question of an open checkpoint."""
+    model = subject.model
+    batch = model.encode(text)
+    lens = logit_lens(model, batch, n_loops, positions="all")
+    width = batch.tokens.shape[1]
+    top = lens.top(1)
+    words = [model.to_str_tokens(visit) for visit in top.tokens[..., 0]]
+    answer = _answer(subject, text)
+    passed = _passed(subject, text)
+    tracked = tuple(dict.fromkeys(track or passed or ((answer,) if answer else ())))
+    readout = int(batch.readout[0])
+    ranks = [
+        lens.rank(batch.tokens.new_full((width,), model.to_single_token(token)))
+        for token in tracked
+    ]
+    return LensHeatmap(
+        text=text,
+        tokens=tuple(model.to_str_tokens(batch.tokens[0])),
+        readout=readout,
+        answer=answer,
+        visits=tuple(
+            (int(loop or 0) + 1, int(layer or 0) + 1)
+            for loop, layer in zip(lens.loops, lens.layers, strict=True)
+        ),
+        top=tuple(map(tuple, words)),
+        prob=top.probs[..., 0].float().cpu(),
+        entropy=lens.entropy().float().cpu(),
+        tracked=tracked,
+        tracked_at=tuple(
+            passed.index(token) + 1 if token in passed and token != answer else readout
+            for token in tracked
+        ),
+        rank=top.tokens.new_zeros(0, len(words), width).cpu() if not ranks else _stacked(ranks),
+    )
+
+
+def _stacked(ranks: list[Tensor]) -> Tensor:
+    return ranks[0].new_tensor([rank.tolist() for rank in ranks]).cpu()
+
+
+def _answer(subject: Subject, text: str) -> str | None:
+    try:
+        return subject.answer_of(text)
+    except ValueError:
+        return None
+
+
+def _passed(subject: Subject, text: str) -> tuple[str, ...]:
+    """The entities on the question's path after its head, where the graph is known."""
+    return tuple(subject.graph.walk(text)[1:]) if subject.graph else ()
+
+
+def figure(record: LensHeatmap) -> go.Figure:
+    """Left: top token (text) and its probability (colour) for each token and visit; right: ranks of
+    the tracked tokens.
+    """
+    plot = make_subplots(
+        rows=1, cols=2, column_widths=[0.64, 0.36], horizontal_spacing=0.17,
+        subplot_titles=("top token after each block", "rank of each entity at its place"),
+    )  # fmt: skip
+    steps = [f"{iteration}.{layer}" for iteration, layer in record.visits]
+    columns = [f"{i} {token}" for i, token in enumerate(record.tokens)]
+    plot.add_heatmap(
+        x=columns,
+        y=steps,
+        z=record.prob.tolist(),
+        zmin=0,
+        zmax=1,
+        colorscale=ACCURACY_SCALE,
+        xgap=1,
+        ygap=1,
+        text=record.top,
+        texttemplate="%{text}",
+        textfont={"size": 11},
+        customdata=_hover(record),
+        hovertemplate="%{customdata}<extra></extra>",
+        colorbar={"title": "prob", "thickness": 10, "x": 0.54, "outlinewidth": 0},
+        row=1,
+        col=1,
+    )
+    colors = sample_colorscale(
+        "Viridis",
+        [0.05 + 0.85 * k / max(1, len(record.tracked) - 1) for k in range(len(record.tracked))],
+    )
+    for k, (token, color) in enumerate(zip(record.tracked, colors, strict=True)):
+        is_answer, place = token == record.answer, record.tracked_at[k]
+        name = f"{token} at {place} {record.tokens[place]}" + " (answer)" * is_answer
+        plot.add_scatter(
+            x=record.rank[k, :, place].tolist(),
+            y=steps,
+            mode="lines+markers",
+            marker={"size": 5},
+            name=name.replace("<", "&lt;"),
+            line={"color": INK if is_answer else color, "width": 3 if is_answer else 1.6},
+            hovertemplate=(
+                f"{token.replace('<', '&lt;')}<br>after block %{{y}}<br>rank %{{x}}<extra></extra>"
+            ),
+            row=1,
+            col=2,
+        )
+    plot.update_yaxes(title="iteration.layer", type="category", row=1, col=1)
+    plot.update_yaxes(type="category", matches="y", row=1, col=2)
+    plot.update_xaxes(type="category", tickangle=-30, row=1, col=1)
+    plot.update_xaxes(title="rank (0 = top)", rangemode="tozero", showgrid=True, row=1, col=2)
+    plot.update_layout(legend={"orientation": "h", "y": -0.2, "x": 1, "xanchor": "right"})
+    return styled(plot, 200 + 24 * max(10, len(steps))).update_layout(margin_b=110)
+
+
+def _hover(record: LensHeatmap) -> list[list[str]]:
+    cells = []
+    for i, (iteration, layer) in enumerate(record.visits):
+        row = []
+        for j, token in enumerate(record.tokens):
+            lines = [f"at {j} {token}, iteration {iteration}, layer {layer}"]
+            lines += [
+                f"top {record.top[i][j]}, p = {record.prob[i, j]:.3f}, entropy"
+                f" {record.entropy[i, j]:.2f}"
+            ]
+            lines += [
+                f"rank of {t}: {int(record.rank[k, i, j])}" for k, t in enumerate(record.tracked)
+            ]
+            row.append(
+                "<br>".join(
+                    line.replace("<e_", "&lt;e_").replace("<r_", "&lt;r_") for line in lines
+                )
+            )
+        cells.append(row)
+    return cells

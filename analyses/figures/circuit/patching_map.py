@@ -1,0 +1,205 @@
+"""Where is the answer carried? Restore one clean activation at a time in a corrupted run (figures
+11 and 21).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.analyses.common.figure_configs import PatchConfig
+from loopscope.analyses.common.look import styled
+from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.interp.common.metrics import logit_margin
+from loopscope.interp.patching.activation import activation_patch
+from loopscope.interp.patching.sweep import Direction
+
+
+@dataclass(frozen=True)
+class PatchingMap(Record):
+    """Effect of every patch, on the scale where 0 is the corrupted run and 1 the clean one.
+
+    Attributes:
+        clean, corrupted: The questions, pair by pair; effects are means over the pairs.
+        answers: The clean questions' answers, whose logit margin is measured.
+        clean_tokens, corrupted_tokens: Tokens of the first pair.
+        site: What is patched.
+        direction: "denoise" or "noise".
+        visits: Iteration and layer of each row, counted from 1; (0, 0) is the embedding.
+        effect: Float[Tensor, "row pos"].
+        clean_margin, corrupted_margin: The mean margin without a patch, in logits.
+    """
+
+    clean: tuple[str, ...]
+    corrupted: tuple[str, ...]
+    answers: tuple[str, ...]
+    clean_tokens: tuple[str, ...]
+    corrupted_tokens: tuple[str, ...]
+    site: str
+    direction: Direction
+    visits: tuple[tuple[int, int], ...]
+    effect: Float[Tensor, "row pos"]
+    clean_margin: float
+    corrupted_margin: float
+
+    def columns(self) -> list[str]:
+        """What to call each position: its tokens for one pair, its role for several."""
+        if len(self.clean) == 1:
+            pairs = zip(self.clean_tokens, self.corrupted_tokens, strict=True)
+            return [f"{j} {a}" if a == b else f"{j} {a} / {b}" for j, (a, b) in enumerate(pairs)]
+        roles = {"<e": "head entity", "<r": "relation"}
+        return [f"{j} {roles.get(token[:2], token)}" for j, token in enumerate(self.clean_tokens)]
+
+    def frame(self) -> pd.DataFrame:
+        """iteration, layer (0, 0 is the embedding), position, name of the position, effect."""
+        rows = [
+            (iteration, layer, j, name, float(self.effect[i, j]))
+            for i, (iteration, layer) in enumerate(self.visits)
+            for j, name in enumerate(self.columns())
+        ]
+        return pd.DataFrame(rows, columns=["iteration", "layer", "position", "name", "effect"])
+
+    def summary(self) -> pd.DataFrame:
+        """One row per visit: the position with the largest effect, and the effect."""
+        best = self.effect.max(1)
+        return pd.DataFrame(
+            {
+                "iteration": [iteration or "embedding" for iteration, _ in self.visits],
+                "layer": [layer or "" for _, layer in self.visits],
+                "strongest position": [self.columns()[j] for j in best.indices.tolist()],
+                "effect": best.values,
+            }
+        )
+
+
+def run(config: PatchConfig) -> PatchingMap:
+    """Patch every (iteration, layer) and position of one pair, or of all questions of one hop
+    count.
+    """
+    subject = open_subject(config)
+    if config.corrupted and not config.clean:
+        raise ValueError("a corrupted question needs its clean one; pass --clean too")
+    clean = (
+        [config.clean]
+        if config.clean
+        else [question.text for question in subject.of_hops(config.hops)]
+    )
+    corrupted = [config.corrupted] if config.corrupted else None
+    return measure(subject, clean, corrupted, config.site, config.n_loops, config.direction)
+
+
+def measure(
+    subject: Subject,
+    clean: Sequence[str],
+    corrupted: Sequence[str] | None = None,
+    site: str = "resid_post",
+    n_loops: int | None = None,
+    direction: Direction = "denoise",
+) -> PatchingMap:
+    """The record for some pairs of an open checkpoint; the corrupted questions default to another
+    head entity each.
+    """
+    model = subject.model
+    corrupted = corrupted or [other_head(subject, text) for text in clean]
+    clean_batch, corrupted_batch = model.encode(clean), model.encode(corrupted)
+    answers = [subject.answer_of(text) for text in clean]
+    metric = logit_margin(torch.tensor([model.to_single_token(answer) for answer in answers]))
+    sweep = activation_patch(
+        model,
+        clean_batch,
+        corrupted_batch,
+        metric,
+        n_loops,
+        sites=["embed", site],
+        direction=direction,
+    )
+    width = clean_batch.tokens.shape[1]
+    places = [(cell.loop, cell.layer) for cell in sweep.cells[::width]]
+    return PatchingMap(
+        clean=tuple(clean),
+        corrupted=tuple(corrupted),
+        answers=tuple(answers),
+        clean_tokens=tuple(model.to_str_tokens(clean_batch.tokens[0])),
+        corrupted_tokens=tuple(model.to_str_tokens(corrupted_batch.tokens[0])),
+        site=site,
+        direction=direction,
+        visits=tuple(
+            (0, 0) if loop is None else (loop + 1, (layer or 0) + 1) for loop, layer in places
+        ),
+        effect=sweep.normalized().view(len(places), width).float().cpu(),
+        clean_margin=float(sweep.clean.mean()),
+        corrupted_margin=float(sweep.corrupted.mean()),
+    )
+
+
+def other_head(subject: Subject, text: str) -> str:
+    """The same relations from another entity: the next one of the vocabulary that leads to another
+    answer.
+
+    Raises:
+        ValueError: No entity of the vocabulary gives another answer that is known.
+    """
+    head, *relations = subject.model.to_str_tokens(text)
+    wanted = subject.answer_of(text)
+    entities = [
+        word
+        for word in (subject.model.vocab.words if subject.model.vocab else ())
+        if word.startswith("<e_")
+    ]
+    start = entities.index(head) + 1 if head in entities else 0
+    for entity in entities[start:] + entities[:start]:
+        candidate = "".join([entity, *relations])
+        try:
+            if subject.answer_of(candidate) != wanted:
+                return candidate
+        except ValueError:
+            continue
+    raise ValueError(
+        f"no other head entity with a known, different answer was found for {text!r}; pass the"
+        " corrupted question"
+    )
+
+
+def figure(record: PatchingMap) -> go.Figure:
+    """Rows are (iteration, layer), columns are positions, colour is the effect."""
+    steps = ["embed" if visit == (0, 0) else f"{visit[0]}.{visit[1]}" for visit in record.visits]
+    pairs = list(zip(record.clean_tokens, record.corrupted_tokens, strict=True))
+    which = "" if len(record.clean) == 1 else f"first of {len(record.clean)} pairs: "
+    hover = [f"{which}clean {a}, corrupted {b}".replace("<", "&lt;") for a, b in pairs]
+    plot = go.Figure()
+    plot.add_heatmap(
+        x=record.columns(),
+        y=steps,
+        z=record.effect.tolist(),
+        zmid=0,
+        zmin=-1,
+        zmax=1,
+        colorscale="RdBu_r",
+        xgap=1,
+        ygap=1,
+        text=[
+            [f"{value:.2f}".replace("-0.00", "0.00") for value in row]
+            for row in record.effect.tolist()
+        ],
+        texttemplate="%{text}",
+        textfont={"size": 11},
+        customdata=[hover for _ in steps],
+        hovertemplate=(
+            "after block %{y}, position %{x}<br>%{customdata}<br>effect %{z:.3f}<extra></extra>"
+        ),
+        colorbar={
+            "title": {"text": "effect<br>0 corrupted<br>1 clean"},
+            "thickness": 12,
+            "outlinewidth": 0,
+        },
+    )
+    plot.update_xaxes(title="position", type="category")
+    plot.update_yaxes(title=f"iteration.layer of {record.site}", type="category")
+    return styled(plot, 170 + 24 * len(steps))

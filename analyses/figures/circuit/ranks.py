@@ -1,0 +1,387 @@
+"""When does each entity on the way come to the top? Ranks of chosen tokens under the logit lens,
+block by block.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float, Int
+from plotly.colors import sample_colorscale
+from torch import Tensor
+
+from loopscope.analyses.common.figure_configs import RanksConfig
+from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, token_id
+from loopscope.analyses.common.look import FAINT, INK, hop_name, spread, styled
+from loopscope.analyses.common.records import Record
+from loopscope.interp.lens.decoding import rank_trajectory
+from loopscope.interp.lens.lens import logit_lens
+
+ANSWER, CONTROL = "answer", "control"
+_TOP = 1.05  # a mean rank up to this counts as the top
+
+
+@dataclass(frozen=True)
+class Ranks(Record):
+    """Ranks over effective depth, over the inputs that were run.
+
+    Attributes:
+        texts: The inputs.
+        hops: Their hop count; None where they are no questions.
+        names: The visits in order, as hooks name them; effective depth counts them from 1.
+        iterations: The iteration of each visit, from 1; None outside the loop.
+        targets: What is followed: "hop 1" and so on for the entities on the way, "answer",
+            "control", or tokens.
+        at: Where each target is read, such as "relation 2" or "readout".
+        mean: Float[Tensor, "visit target"], geometric mean of the rank, counted from 1 (the top
+            token).
+        low, high: Float[Tensor, "visit target"], its quartiles.
+        top: Float[Tensor, "visit target"], share of the inputs whose top token is the target.
+    """
+
+    texts: tuple[str, ...]
+    hops: int | None
+    names: tuple[str, ...]
+    iterations: tuple[int | None, ...]
+    targets: tuple[str, ...]
+    at: tuple[str, ...]
+    mean: Float[Tensor, "visit target"]
+    low: Float[Tensor, "visit target"]
+    high: Float[Tensor, "visit target"]
+    top: Float[Tensor, "visit target"]
+
+    def arrivals(self) -> list[int | None]:
+        """For each target the first depth at which its mean rank is at most 1.05; None where it
+        never is.
+        """
+        there = self.mean <= _TOP
+        return [
+            int(column.int().argmax()) + 1 if bool(column.any()) else None
+            for column in there.unbind(1)
+        ]
+
+    def frame(self) -> pd.DataFrame:
+        """depth (from 1), visit, iteration (from 1), target, at, rank (from 1), its quartiles,
+        share on top.
+        """
+        rows = [
+            (
+                i + 1,
+                name,
+                self.iterations[i],
+                target,
+                self.at[j],
+                *(float(x[i, j]) for x in (self.mean, self.low, self.high, self.top)),
+            )
+            for i, name in enumerate(self.names)
+            for j, target in enumerate(self.targets)
+        ]
+        columns = [
+            "depth",
+            "visit",
+            "iteration",
+            "target",
+            "at",
+            "mean_rank",
+            "lower_quartile",
+            "upper_quartile",
+            "share_on_top",
+        ]
+        return pd.DataFrame(rows, columns=columns).astype({"iteration": "Int64"})
+
+    def summary(self) -> pd.DataFrame:
+        """One row per target: where it is read, its best mean rank and the depth and iteration
+        there, and its last one.
+        """
+        best = self.mean.min(0)
+        arrived = [depth or "never" for depth in self.arrivals()]
+        return pd.DataFrame(
+            {
+                "target": self.targets,
+                "read at": self.at,
+                "first on top at depth": arrived,
+                "best mean rank": best.values,
+                "at depth": best.indices + 1,
+                "last mean rank": self.mean[-1],
+                "last share on top": self.top[-1],
+            }
+        )
+
+
+def run(config: RanksConfig) -> Ranks:
+    """Follow the entities on the way, or the tokens that the config names."""
+    asked = open_inputs(config)
+    return measure(
+        asked, asked.group(config.hops), config.n_loops, config.at == "own", config.track
+    )
+
+
+def measure(
+    asked: Asked,
+    group: Group,
+    n_loops: int | None = None,
+    own: bool = True,
+    track: Sequence[str] = (),
+) -> Ranks:
+    """The record for one group of inputs.
+
+    Args:
+        own: Read each entity at the relation that leads to it, the answer and the control at the
+            readout.
+        track: Tokens to follow at the readout instead.
+    """
+    targets, tokens = _targets(asked, group, track)
+    entities = (
+        [int(name.removeprefix("hop ")) for name in targets if name.startswith("hop ")]
+        if own and not track
+        else []
+    )
+    rank = _ranks(asked, group, tokens, entities, n_loops)
+    quartiles = torch.quantile(
+        rank.double(), torch.tensor([0.25, 0.75], dtype=torch.float64), dim=1
+    )
+    visits = asked.subject.model.schedule(n_loops)
+    return Ranks(
+        texts=group.texts,
+        hops=group.hops,
+        names=tuple(visit.name for visit in visits),
+        iterations=tuple(None if visit.loop is None else visit.loop + 1 for visit in visits),
+        targets=targets,
+        at=tuple(f"relation {column}" for column in entities)
+        + ("readout",) * (len(targets) - len(entities)),
+        mean=rank.double().log().mean(1).exp(),
+        low=quartiles[0],
+        high=quartiles[1],
+        top=(rank == 1).double().mean(1),
+    )
+
+
+def _ranks(
+    asked: Asked, group: Group, tokens: Tensor, columns: list[int], n_loops: int | None
+) -> Int[Tensor, "visit batch target"]:
+    """Ranks from 1, each of the first targets at a column of its own and the others at the
+    readout.
+    """
+    model, found = asked.subject.model, []
+    for targets, positions in (
+        (tokens[:, : len(columns)], columns),
+        (tokens[:, len(columns) :], None),
+    ):
+        if targets.shape[1] > 0:
+            lens = logit_lens(model, group.batch, n_loops, positions=positions)
+            n_reads = 1 if positions is None else len(positions)
+            rank = (
+                rank_trajectory(
+                    lens, targets.to(model.device).repeat_interleave(n_reads, 0)
+                ).rank.cpu()
+                + 1
+            )
+            if positions is not None:
+                rank = rank.unflatten(1, (-1, n_reads)).diagonal(dim1=2, dim2=3)
+            found.append(rank)
+    return torch.cat(found, dim=2)
+
+
+def _targets(
+    asked: Asked, group: Group, track: Sequence[str]
+) -> tuple[tuple[str, ...], Int[Tensor, "batch target"]]:
+    """What to follow in each input: the same tokens in all, or the entities on the way, the answer
+    and a control.
+    """
+    model, graph = asked.subject.model, asked.subject.graph
+    if track:
+        return tuple(track), torch.tensor(
+            [[token_id(model, word) for word in track]] * len(group.batch)
+        )
+    if graph is not None:
+        paths = [graph.walk(text)[1:] for text in group.texts]
+    elif group.answers:
+        paths = [[answer] for answer in group.answers]
+    else:
+        raise ValueError(
+            "there is no graph and no answer to take the tokens from; pass --track with the tokens"
+            " to follow"
+        )
+    if len({len(path) for path in paths}) > 1:
+        raise ValueError(
+            f"the questions must have one hop count, got {sorted({len(path) for path in paths})}"
+        )
+    rows = [
+        [*path, _control(asked, text, path, i)]
+        for i, (text, path) in enumerate(zip(group.texts, paths, strict=True))
+    ]
+    names = (*(f"hop {i + 1}" for i in range(len(paths[0]) - 1)), ANSWER, CONTROL)
+    return names, torch.tensor([[model.to_single_token(word) for word in row] for row in rows])
+
+
+def _control(asked: Asked, text: str, path: Sequence[str], seed: int) -> str:
+    """An entity that the question does not pass, drawn by its number."""
+    vocab = asked.subject.model.vocab
+    head = asked.subject.model.to_str_tokens(text)[0]
+    others = [
+        word
+        for word in (vocab.words if vocab else ())
+        if word.startswith("<e_") and word not in (head, *path)
+    ]
+    if not others:
+        raise ValueError(
+            f"no entity is left for a control: {text!r} passes all of the vocabulary; pass --track"
+            " with the tokens to follow"
+        )
+    return random.Random(seed).choice(others)
+
+
+def figure(record: Ranks) -> go.Figure:
+    """Effective depth along, rank upwards (the top token on top), one curve per target with the
+    quartiles as a band.
+    """
+    plot, depths = go.Figure(), list(range(1, len(record.names) + 1))
+    colors, one = _colors(record), len(record.texts) == 1
+    for j, target in enumerate(record.targets):
+        if not one:
+            plot.add_scatter(
+                x=depths + depths[::-1],
+                y=record.low[:, j].tolist() + record.high[:, j].tolist()[::-1],
+                fill="toself",
+                mode="none",
+                fillcolor=colors[j],
+                opacity=0.16,
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        plot.add_scatter(
+            x=depths,
+            y=record.mean[:, j].tolist(),
+            mode="lines+markers",
+            name=target,
+            showlegend=False,
+            marker={"size": 5},
+            line={
+                "color": colors[j],
+                "width": 3 if target == ANSWER else 2,
+                "dash": "dot" if target == CONTROL else "solid",
+            },
+            customdata=[
+                [name, float(top)] for name, top in zip(record.names, record.top[:, j], strict=True)
+            ],
+            hovertemplate=(
+                f"{target.replace('<', '&lt;')}, read at the {record.at[j]}<br>depth %{{x}}:"
+                " %{customdata[0]}<br>"
+            )
+            + ("rank %{y:.0f}" if one else "mean rank %{y:.2f}<br>on top in %{customdata[1]:.0%}")
+            + "<extra></extra>",
+        )
+    _mark_iterations(plot, record)
+    _label(plot, record, colors)
+    what = (
+        record.texts[0]
+        if one
+        else (
+            f"{len(record.texts)} inputs"
+            if record.hops is None
+            else f"{len(record.texts)} questions"
+        )
+    )
+    of_hops = "" if one or record.hops is None else f" of {hop_name(record.hops)}"
+    plot.update_layout(
+        title={
+            "text": f"{what}{of_hops}".replace("<", "&lt;"),
+            "font": {"size": 14},
+            "x": 0.02,
+            "y": 0.96,
+        }
+    )
+    plot.update_xaxes(
+        title="effective depth (blocks run)",
+        range=[0.5, len(depths) + 0.5],
+        tick0=0,
+        dtick=max(1, len(depths) // 16),
+    )
+    plot.update_yaxes(
+        title=(
+            "rank of the token (1 = top)"
+            if one
+            else "rank of the token (1 = top), mean and quartiles"
+        ),
+        type="log",
+        range=[_log10(_lowest(record)), -0.16],
+        tickvals=[1, 2, 5, 10, 20, 50, 100, 1000, 10000, 100000],
+        showgrid=True,
+    )
+    return styled(plot, 480).update_layout(margin_r=80, margin_t=72)
+
+
+def _lowest(record: Ranks) -> float:
+    """The rank at the bottom of the figure."""
+    return 1.15 * max(float(record.high.max()), float(record.mean.max()))
+
+
+def _log10(value: float) -> float:
+    return float(torch.tensor(value).log10())
+
+
+def _colors(record: Ranks) -> list[str]:
+    """Light to dark along the way; the answer in orange, the control in grey."""
+    way = [j for j, target in enumerate(record.targets) if target not in (ANSWER, CONTROL)]
+    shades = (
+        sample_colorscale("Blues", [0.5 + 0.5 * k / max(1, len(way) - 1) for k in range(len(way))])
+        if way
+        else []
+    )
+    fixed = {ANSWER: "#D55E00", CONTROL: FAINT}
+    return [fixed.get(target) or shades[way.index(j)] for j, target in enumerate(record.targets)]
+
+
+def _mark_iterations(plot: go.Figure, record: Ranks) -> None:
+    """A line where an iteration begins, with its number on top."""
+    starts = [i for i, t in enumerate(record.iterations) if i == 0 or t != record.iterations[i - 1]]
+    step = max(1, len(starts) // 16)
+    for count, i in enumerate(starts):
+        plot.add_vline(x=i + 0.5, line={"color": FAINT, "width": 1, "dash": "dot"}, layer="below")
+        if record.iterations[i] is None or count % step:
+            continue
+        end = next((k for k in starts if k > i), len(record.names))
+        first = "iteration " if count == 0 else ""
+        plot.add_annotation(
+            x=(i + end + 1) / 2,
+            y=1,
+            yref="paper",
+            yshift=10,
+            text=f"{first}{record.iterations[i]}",
+            showarrow=False,
+            font={"size": 11, "color": INK},
+        )
+
+
+def _label(plot: go.Figure, record: Ranks, colors: list[str]) -> None:
+    """The name of each target where it comes to the top, above the curve; at the right end where it
+    never does.
+    """
+    arrived: dict[int, list[int]] = {}
+    late = []
+    for j, depth in enumerate(record.arrivals()):
+        arrived.setdefault(depth, []).append(j) if depth is not None else late.append(j)
+    for depth, group in arrived.items():
+        names = [record.targets[j].removeprefix("hop ") if j else record.targets[j] for j in group]
+        plot.add_annotation(
+            x=depth, y=0, yshift=13, text=", ".join(names).replace("<", "&lt;"), showarrow=False,
+            font={"size": 12, "color": colors[group[-1]]},
+        )  # fmt: skip
+    heights = spread(
+        [_log10(float(record.mean[-1, j])) for j in late], 0.05 * (_log10(_lowest(record)) + 0.16)
+    )
+    for j, height in zip(late, heights, strict=True):
+        plot.add_annotation(
+            x=len(record.names),
+            xshift=8,
+            y=height,
+            xanchor="left",
+            text=record.targets[j].replace("<", "&lt;"),
+            showarrow=False,
+            font={"size": 12, "color": colors[j]},
+        )

@@ -1,0 +1,313 @@
+"""Does the answer hang on the end of the question? States of random runs put into the clean run
+(figure 21).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from loopscope.analyses.common.figure_configs import ShortcutConfig
+from loopscope.analyses.common.look import MARK, styled
+from loopscope.analyses.common.panels import Panel, headline, opened, small_titles, together
+from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.subject import Subject
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.patching.tracing import noising_map
+from loopscope.tasks.questions import Question
+
+_BAR = "#4d5863"
+
+
+@dataclass(frozen=True)
+class ShortcutMap:
+    """What single states of random runs do to the answer of one checkpoint.
+
+    Attributes:
+        hops: Of the questions.
+        texts: The clean questions.
+        random: The questions of the random runs, `draws` of them for each clean one, draw by draw.
+        tokens: Tokens of the first clean question, one per position.
+        visits: Iteration and layer of each row, counted from 1; (0, 0) is the embedding.
+        effect: Float[Tensor, "row pos"], change of the right answer's mean logit margin, in logits.
+        clean_margin: The mean margin of the clean runs.
+    """
+
+    hops: int
+    texts: tuple[str, ...]
+    random: tuple[str, ...]
+    tokens: tuple[str, ...]
+    visits: tuple[tuple[int, int], ...]
+    effect: Float[Tensor, "row pos"]
+    clean_margin: float
+
+    def share(self) -> Float[Tensor, " pos"]:
+        """Each position's share of the total absolute effect."""
+        size = self.effect.abs()
+        return size.sum(0) / size.sum()
+
+    def last_half(self) -> float:
+        """Share of the total absolute effect on the last half of the positions (the smaller half,
+        where they are odd in number).
+        """
+        return float(self.share()[-(len(self.tokens) // 2) :].sum())
+
+    def steps(self) -> list[str]:
+        """What to call each row."""
+        return ["embed" if visit == (0, 0) else f"{visit[0]}.{visit[1]}" for visit in self.visits]
+
+    def columns(self) -> list[str]:
+        """What to call each position: its number and token for one question, its role for
+        several.
+        """
+        if len(self.texts) == 1:
+            return [f"{j} {token}" for j, token in enumerate(self.tokens)]
+        return [
+            f"r{j}" if token.startswith("<r") else "head" if j == 0 else token
+            for j, token in enumerate(self.tokens)
+        ]
+
+    def frame(self) -> pd.DataFrame:
+        """iteration, layer (0, 0 is the embedding), position, name of the position, effect."""
+        rows = [
+            (iteration, layer, j, name, float(self.effect[i, j]))
+            for i, (iteration, layer) in enumerate(self.visits)
+            for j, name in enumerate(self.columns())
+        ]
+        return pd.DataFrame(rows, columns=["iteration", "layer", "position", "name", "effect"])
+
+
+@dataclass(frozen=True)
+class Shortcut(Record):
+    """The maps of several checkpoints.
+
+    Attributes:
+        panels: The checkpoints.
+        maps: Their maps.
+    """
+
+    panels: tuple[Panel, ...]
+    maps: tuple[ShortcutMap, ...]
+
+    def frame(self) -> pd.DataFrame:
+        """checkpoint, iteration, layer (0, 0 is the embedding), position, name of the position,
+        effect.
+        """
+        return together(self.panels, [each.frame() for each in self.maps])
+
+    def summary(self) -> pd.DataFrame:
+        """One row per checkpoint: questions, clean margin, share of the effect on the last half and
+        on the head, the largest effect.
+        """
+        rows = []
+        for panel, each in zip(self.panels, self.maps, strict=True):
+            strongest = divmod(int(each.effect.abs().argmax()), len(each.tokens))
+            place = f"{each.steps()[strongest[0]]} at {each.columns()[strongest[1]]}"
+            numbers = (
+                each.clean_margin,
+                each.last_half(),
+                float(each.share()[0]),
+                float(each.effect[strongest]),
+            )
+            rows.append((panel.checkpoint, each.hops, len(each.texts), *numbers, place))
+        columns = [
+            "checkpoint",
+            "hops",
+            "questions",
+            "clean margin",
+            "on the last half",
+            "on the head",
+            "largest effect",
+            "at",
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def run(config: ShortcutConfig) -> Shortcut:
+    """Map every checkpoint.
+
+    Raises:
+        ValueError: No checkpoint is named, one has no questions of the hop count, it is not known
+            how many hops were trained, or fewer than one random run per question is asked for.
+    """
+    if config.draws < 1:
+        raise ValueError(f"each question needs at least one random run, got draws={config.draws}")
+    subjects = opened(config)
+    asked = [_hops(subject, config.hops) for subject in subjects]
+    maps = [measure(subject, hops, config) for subject, hops in zip(subjects, asked, strict=True)]
+    return Shortcut(tuple(map(Panel.of, subjects)), tuple(maps))
+
+
+def _hops(subject: Subject, hops: int | None) -> int:
+    wanted = hops or subject.trained_hops
+    if wanted is None:
+        raise ValueError(
+            f"the card of {subject.name} does not say how many hops were trained; pass --hops"
+        )
+    subject.of_hops(wanted)
+    return wanted
+
+
+def measure(subject: Subject, hops: int, config: ShortcutConfig) -> ShortcutMap:
+    """The map of an open checkpoint, for questions of one hop count."""
+    asked = subject.of_hops(hops) if config.average else [_answered(subject, hops, config.n_loops)]
+    texts = [question.text for question in asked]
+    generator = torch.Generator().manual_seed(config.seed)
+    random = [_random_question(subject, text, generator) for text in texts * config.draws]
+    batch, answers = subject.encode(asked * config.draws)
+    trace = noising_map(
+        subject.model, batch, subject.model.encode(random), answers, n_loops=config.n_loops
+    )
+    return ShortcutMap(
+        hops=hops,
+        texts=tuple(texts),
+        random=tuple(random),
+        tokens=tuple(subject.model.to_str_tokens(batch.tokens[0])),
+        visits=tuple(
+            (0, 0) if loop is None else (loop + 1, (layer or 0) + 1)
+            for loop, layer in zip(trace.loops, trace.layers, strict=True)
+        ),
+        effect=trace.effect.cpu(),
+        clean_margin=float(trace.sweep.clean.mean()),
+    )
+
+
+def _answered(subject: Subject, hops: int, n_loops: int | None) -> Question:
+    """The first question that is answered, or the first one."""
+    group = subject.of_hops(hops)
+    batch, answers = subject.encode(group)
+    right = readout_lens(subject.model, batch, n_loops).correct(answers)[-1]
+    return group[int(right.int().argmax())]
+
+
+def _random_question(subject: Subject, text: str, generator: torch.Generator) -> str:
+    """Another head and other relations, so that no position has the clean question's token by
+    chance.
+    """
+    words = subject.model.vocab.words if subject.model.vocab else ()
+    drawn = []
+    for token in subject.model.to_str_tokens(text):
+        others = [word for word in words if word[:3] == token[:3] and word != token]
+        if not others:
+            raise ValueError(
+                f"a random question needs a second token of the kind of {token}, but the vocabulary"
+                f" of {subject.name} has none"
+            )
+        drawn.append(others[int(torch.randint(len(others), (1,), generator=generator))])
+    return "".join(drawn)
+
+
+def figure(record: Shortcut) -> go.Figure:
+    """Below: rows are (iteration, layer), columns positions, colour the change of the margin;
+    above: each position's share of it.
+    """
+    count = len(record.maps)
+    titles = [
+        panel.title(
+            f"<span style='color:{MARK}'>{each.last_half():.0%} on the last {len(each.tokens) // 2}"
+            f" of {len(each.tokens)} positions</span>"
+        )
+        for panel, each in zip(record.panels, record.maps, strict=True)
+    ]
+    alike = len({each.visits for each in record.maps}) == 1
+    plot = make_subplots(
+        rows=2,
+        cols=count,
+        column_widths=[len(each.tokens) for each in record.maps],
+        row_heights=[0.22, 0.78],
+        shared_xaxes="columns",
+        shared_yaxes="rows" if alike else False,
+        horizontal_spacing=(0.08 if alike else 0.22) / (count + 1),
+        vertical_spacing=0.035,
+        column_titles=titles,
+    )
+    most = max(float(each.effect.abs().max()) for each in record.maps) or 1.0
+    highest = max(float(each.share().max()) for each in record.maps)
+    for col, (panel, each) in enumerate(zip(record.panels, record.maps, strict=True), start=1):
+        _draw(plot, panel, each, col)
+    plot.update_yaxes(range=[0, 1.1 * highest], tickformat=".0%", nticks=4, row=1)
+    plot.update_yaxes(title="share of the<br>total effect", row=1, col=1)
+    for col, each in enumerate(record.maps, start=1):
+        plot.update_yaxes(
+            type="category", range=[-0.5, len(each.visits) - 0.5], tickfont_size=11, row=2, col=col
+        )
+    plot.update_yaxes(title="iteration.layer", row=2, col=1)
+    plot.update_xaxes(type="category", tickfont_size=11)
+    plot.update_xaxes(title="position", row=2)
+    bar = {
+        "title": {
+            "text": "change of the answer's margin (logits)",
+            "side": "right",
+            "font": {"size": 12},
+        },
+        "thickness": 10,
+    }
+    plot.update_layout(
+        coloraxis={
+            "colorscale": "RdBu_r",
+            "cmin": -most,
+            "cmax": most,
+            "colorbar": {**bar, "outlinewidth": 0, "len": 0.78, "y": 0.37},
+        },
+        bargap=0.15,
+    )
+    styled(plot, 230 + 30 * max(len(each.visits) for each in record.maps)).update_layout(
+        margin={"t": 84, "b": 80, "r": 20}
+    )
+    small_titles(plot, count)
+    headline(plot, "one state of a random run put into the clean run, cell by cell", 46)
+    return plot
+
+
+def _draw(plot: go.Figure, panel: Panel, each: ShortcutMap, col: int) -> None:
+    names, half = (
+        [name.replace("<", "").replace(">", "") for name in each.columns()],
+        len(each.tokens) // 2,
+    )
+    colors = [_BAR] * (len(names) - half) + [MARK] * half
+    plot.add_bar(
+        x=names,
+        y=each.share().tolist(),
+        marker_color=colors,
+        showlegend=False,
+        hovertemplate=(
+            f"{panel.checkpoint}<br>position %{{x}}<br>%{{y:.1%}} of the total"
+            " effect<extra></extra>"
+        ),
+        row=1,
+        col=col,
+    )
+    values = each.effect.tolist()
+    plot.add_heatmap(
+        x=names,
+        y=each.steps(),
+        z=values,
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=1,
+        text=[[f"{value:.0f}".replace("-0", "0") for value in row] for row in values],
+        texttemplate="%{text}",
+        textfont={"size": 10},
+        customdata=[_instead(each)] * len(values),
+        hovertemplate=(
+            f"{panel.checkpoint}<br>after block %{{y}}, position %{{x}}<br>%{{customdata}}<br>"
+            "change of the margin %{z:.2f} logits<extra></extra>"
+        ),
+        row=2,
+        col=col,
+    )
+
+
+def _instead(each: ShortcutMap) -> list[str]:
+    """For the hover text: what stands at each position in the random run."""
+    if len(each.random) > 1:
+        return [f"mean over {len(each.random)} random runs"] * len(each.tokens)
+    others = ["<" + part for part in each.random[0].split("<")[1:]]
+    others += [""] * (len(each.tokens) - len(others))
+    return [f"in the random run {token}".replace("<", "&lt;") for token in others]

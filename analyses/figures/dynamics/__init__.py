@@ -1,0 +1,4 @@
+"""How do states and attention patterns move over iterations?
+
+Start with `steps.py`.
+"""

@@ -1,0 +1,212 @@
+"""Does attention settle? Change of every head's pattern from iteration to iteration, and its
+entropy (after arXiv 2604.11791).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from loopscope.analyses.common.figure_configs import AttentionConfig
+from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
+from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, styled
+from loopscope.analyses.common.records import Record
+from loopscope.interp.dynamics.layers import AttentionDynamics, attention_dynamics
+from loopscope.interp.dynamics.states import Shown, shown_spots
+
+_CHANGE, _ENTROPY = "change from the iteration before", "entropy (nats)"
+_SETTLED = 0.01
+_LINES, _ROWS = (
+    (4, 8),
+    48,
+)  # at most so many blocks and heads are drawn as curves, and so many heads as rows of a map
+
+
+@dataclass(frozen=True)
+class AttentionSettling(Record):
+    """Means over the inputs and their queries.
+
+    Attributes:
+        inputs: How many inputs.
+        hops: Their hop count; None for texts and token ids.
+        queries: "readout" or "real", all tokens.
+        uniform: Entropy of attending to every key alike, mean over the same queries, in nats; None
+            where later tokens are seen.
+        dynamics: Change (total variation, 0 to 1) and entropy of each head's pattern in every
+            iteration.
+    """
+
+    inputs: int
+    hops: int | None
+    queries: str
+    uniform: float | None
+    dynamics: AttentionDynamics
+
+    def settled(self) -> list[list[int | None]]:
+        """Of each block's heads the first iteration (from 1) from which on the pattern changes by
+        at most 0.01; None where it never is.
+        """
+        late = (self.dynamics.change <= _SETTLED).long().flip(0).cumprod(0).sum(0)
+        n_loops = len(self.dynamics.change)
+        return [[n_loops + 1 - count if count else None for count in row] for row in late.tolist()]
+
+    def frame(self) -> pd.DataFrame:
+        """iteration (from 1), layer, head, change, entropy."""
+        return self.dynamics.frame()
+
+    def summary(self) -> pd.DataFrame:
+        """One row per head: from which iteration on it is settled, its change in iteration 2 and in
+        the last, its last entropy.
+        """
+        change, entropy = self.dynamics.change, self.dynamics.entropy
+        rows = [
+            (
+                name,
+                head,
+                self.settled()[i][head] or "never",
+                *(float(x[i, head]) for x in (change[:2][-1], change[-1], entropy[-1])),
+            )
+            for i, name in enumerate(self.dynamics.names)
+            for head in range(change.shape[2])
+        ]
+        return pd.DataFrame(
+            rows,
+            columns=[
+                "block",
+                "head",
+                "settled from iteration",
+                "change in iteration 2",
+                "last change",
+                "last entropy",
+            ],
+        )
+
+
+def run(config: AttentionConfig) -> AttentionSettling:
+    """Compare the patterns of successive iterations on the questions of one hop count, or on what
+    is given.
+    """
+    if config.n_loops < 2:
+        raise ValueError(
+            f"a change between iterations needs at least 2 of them, got --n-loops {config.n_loops}"
+        )
+    asked = open_inputs(config)
+    return measure(asked, asked.group(config.hops), config.n_loops, config.positions)
+
+
+def measure(asked: Asked, group: Group, n_loops: int, queries: Shown = "real") -> AttentionSettling:
+    """The record for one group of inputs of an open checkpoint."""
+    found = attention_dynamics(asked.subject.model, group.batch, n_loops, positions=queries)
+    moved = AttentionDynamics(found.names, found.change.cpu(), found.entropy.cpu())
+    columns, shown = shown_spots(group.batch, queries)
+    keys = group.batch.mask.cumsum(1).gather(1, columns)[shown]
+    uniform = float(keys.double().log().mean()) if asked.subject.model.causal else None
+    return AttentionSettling(len(group.batch), group.hops, str(queries), uniform, moved)
+
+
+def figure(record: AttentionSettling) -> go.Figure:
+    """Change above, entropy below, a column per block and a curve per head; with many heads two
+    maps, a row per head or block.
+    """
+    n_layers, n_heads = record.dynamics.change.shape[1:]
+    return _curves(record) if n_layers <= _LINES[0] and n_heads <= _LINES[1] else _maps(record)
+
+
+def _curves(record: AttentionSettling) -> go.Figure:
+    names, n_loops = record.dynamics.names, len(record.dynamics.change)
+    plot = make_subplots(
+        rows=2, cols=len(names), shared_xaxes="all", shared_yaxes="rows",
+        subplot_titles=names, horizontal_spacing=0.04, vertical_spacing=0.08,
+    )  # fmt: skip
+    for row, values in enumerate((record.dynamics.change, record.dynamics.entropy), start=1):
+        for i, name in enumerate(names):
+            for head in range(values.shape[2]):
+                plot.add_scatter(
+                    x=list(range(1, n_loops + 1)),
+                    y=values[:, i, head].tolist(),
+                    mode="lines+markers",
+                    name=f"head {head}",
+                    legendgroup=f"head {head}",
+                    showlegend=row == 1 and i == 0,
+                    marker={"size": 5},
+                    line={"color": CATEGORIES[head % len(CATEGORIES)], "width": 2},
+                    hovertemplate=(
+                        f"{name}, head {head}<br>iteration"
+                        f" %{{x}}<br>{(_CHANGE, _ENTROPY)[row - 1]}: %{{y:.3g}}<extra></extra>"
+                    ),
+                    row=row,
+                    col=i + 1,
+                )
+        plot.update_yaxes(
+            range=[
+                0,
+                1.08
+                * max(float(values.nan_to_num(0.0).max()), (record.uniform or 0.0) * (row == 2)),
+            ],
+            row=row,
+        )
+    if record.uniform is not None:
+        plot.add_hline(y=record.uniform, line={"color": INK, "width": 1, "dash": "dot"}, row=2)
+        plot.add_annotation(
+            x=n_loops,
+            y=record.uniform,
+            text="all keys alike",
+            showarrow=False,
+            yshift=8,
+            xanchor="right",
+            font={"size": 11},
+            row=2,
+            col=1,
+        )
+    plot.update_yaxes(showgrid=True)
+    plot.update_yaxes(title=_CHANGE.replace(" the", "<br>the"), row=1, col=1)
+    plot.update_yaxes(title=_ENTROPY, row=2, col=1)
+    plot.update_xaxes(title="iteration", row=2)
+    plot.update_xaxes(range=[0.5, n_loops + 0.5], tick0=2, dtick=2 if n_loops <= 24 else None)
+    plot.update_layout(legend={"orientation": "h", "y": -0.16, "x": 0.5, "xanchor": "center"})
+    return styled(plot, 540).update_layout(margin_b=90)
+
+
+def _maps(record: AttentionSettling) -> go.Figure:
+    names, (n_loops, n_layers, n_heads) = record.dynamics.names, record.dynamics.change.shape
+    by_head = n_layers * n_heads <= _ROWS
+    rows = (
+        [f"{name}, head {head}" for name in names for head in range(n_heads)]
+        if by_head
+        else list(names)
+    )
+    plot = make_subplots(
+        rows=1,
+        cols=2,
+        shared_yaxes=True,
+        subplot_titles=(_CHANGE, _ENTROPY),
+        horizontal_spacing=0.13,
+    )
+    for col, values in enumerate((record.dynamics.change, record.dynamics.entropy), start=1):
+        shown = values.flatten(1) if by_head else values.nanmean(2)
+        plot.add_heatmap(
+            x=list(range(1, n_loops + 1)),
+            y=rows,
+            z=shown.T.tolist(),
+            zmin=0,
+            zmax=1 if col == 1 else float(shown.nan_to_num(0.0).max()),
+            colorscale=ACCURACY_SCALE if col == 1 else "Oranges",
+            hoverongaps=False,
+            xgap=1,
+            ygap=1,
+            colorbar={"thickness": 10, "outlinewidth": 0, "x": 0.44 if col == 1 else 1.01},
+            hovertemplate="%{y}<br>iteration %{x}<br>"
+            + (_CHANGE, _ENTROPY)[col - 1]
+            + ": %{z:.3g}<extra></extra>",
+            row=1,
+            col=col,
+        )
+    plot.update_xaxes(title="iteration")
+    plot.update_yaxes(
+        autorange="reversed", type="category", title="" if by_head else "mean over heads", col=1
+    )
+    plot.update_yaxes(autorange="reversed", type="category", col=2)
+    return styled(plot, 180 + max(240, 16 * len(rows))).update_layout(margin_l=140)

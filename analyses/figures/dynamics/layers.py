@@ -1,0 +1,225 @@
+"""What does each block do over iterations? How far it turns the stream, and the size and steps of
+its output (after arXiv 2604.11791).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from loopscope.analyses.common.figure_configs import LayersConfig
+from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
+from loopscope.analyses.common.look import CATEGORIES, FAINT, styled
+from loopscope.analyses.common.records import Record
+from loopscope.interp.dynamics.layers import LayerDynamics, layer_dynamics
+from loopscope.interp.dynamics.states import Dynamics, Shown
+
+_ANGLE = "angular_distance"
+_OVER_ITERATIONS: dict[str, Callable[[Dynamics], Tensor]] = {
+    "output_norm": lambda path: path.state_norm(),
+    "relative_step": lambda path: path.step_norm(relative=True),
+    "update_cosine": lambda path: path.update_cosine(),
+}
+_NAMED = 16  # with more blocks only the first and the last have a name in the legend
+_TITLES = {
+    _ANGLE: "angle to the block before (of a half turn)",
+    "output_norm": "size of the block's output",
+    "relative_step": "relative step of the output",
+    "update_cosine": "cosine of its consecutive steps",
+}
+
+
+@dataclass(frozen=True)
+class Layers(Record):
+    """Means over the inputs and their tokens, of what leaves each block in each iteration.
+
+    Attributes:
+        inputs: How many inputs.
+        hops: Their hop count; None for texts and token ids.
+        names: What each block is called within an iteration, in the order in which they run.
+        statistics: What is measured, in the order of `values`.
+        values: Float[Tensor, "statistic loop layer"]. angular_distance is the angle, over pi,
+            between the output of the block that ran before (of the iteration before for the first
+            one) and its own; the others follow one block from iteration to iteration. NaN where
+            there is none before.
+    """
+
+    inputs: int
+    hops: int | None
+    names: tuple[str, ...]
+    statistics: tuple[str, ...]
+    values: Float[Tensor, "statistic loop layer"]
+
+    def of(self, statistic: str) -> Float[Tensor, "loop layer"]:
+        """The values of one statistic."""
+        return self.values[self.statistics.index(statistic)]
+
+    def frame(self) -> pd.DataFrame:
+        """iteration (from 1), block, and one column per statistic."""
+        n_loops = self.values.shape[1]
+        rows = [
+            (t + 1, name, *self.values[:, t, i].tolist())
+            for t in range(n_loops)
+            for i, name in enumerate(self.names)
+        ]
+        return pd.DataFrame(rows, columns=["iteration", "block", *self.statistics])
+
+    def summary(self) -> pd.DataFrame:
+        """One row per block: its turn in the second and in the last iteration, its last output's
+        size, its last relative step.
+        """
+        angle, second = self.of(_ANGLE), min(1, self.values.shape[1] - 1)
+        return pd.DataFrame(
+            {
+                "block": self.names,
+                f"angle in iteration {second + 1} (of pi)": angle[second],
+                "last angle (of pi)": angle[-1],
+                "last output's size": self.of("output_norm")[-1],
+                "last relative step": self.of("relative_step")[-1],
+                "last cosine of steps": self.of("update_cosine")[-1],
+            }
+        )
+
+
+def run(config: LayersConfig) -> Layers:
+    """Follow every block's output on the questions of one hop count, or on what is given."""
+    if config.n_loops < 2:
+        raise ValueError(
+            "what changes between iterations needs at least 2 of them, got --n-loops"
+            f" {config.n_loops}"
+        )
+    asked = open_inputs(config)
+    return measure(asked, asked.group(config.hops), config.n_loops, config.positions)
+
+
+def measure(asked: Asked, group: Group, n_loops: int, positions: Shown = "real") -> Layers:
+    """The record for one group of inputs of an open checkpoint."""
+    found = layer_dynamics(asked.subject.model, group.batch, n_loops, positions=positions)
+    values = torch.full(
+        (1 + len(_OVER_ITERATIONS), n_loops, len(found.names)), math.nan, dtype=torch.float64
+    )
+    values[0] = _angles(found, n_loops)
+    for i, path in enumerate(found.layers):
+        loops = torch.tensor(path.iterations) - 1
+        for s, statistic in enumerate(_OVER_ITERATIONS.values(), start=1):
+            values[s, loops, i] = statistic(path)[:, path.shown].mean(1).double().cpu()
+    return Layers(len(group.batch), group.hops, found.names, (_ANGLE, *_OVER_ITERATIONS), values)
+
+
+def _angles(found: LayerDynamics, n_loops: int) -> Float[Tensor, "loop layer"]:
+    """Angle over pi between each output and that of the visit before, mean over the places that are
+    shown.
+    """
+    angles = torch.full((n_loops, len(found.names)), math.nan, dtype=torch.float64)
+    visits = [
+        (t, i)
+        for t in range(n_loops)
+        for i, path in enumerate(found.layers)
+        if t + 1 in path.iterations
+    ]
+    before = None
+    for t, i in visits:
+        path = found.layers[i].directions()
+        now = path.states[path.iterations.index(t + 1)][path.shown].double()
+        if before is not None:
+            angles[t, i] = (
+                2 * ((now - before).norm(dim=-1) / 2).clamp(max=1.0).arcsin() / math.pi
+            ).mean()
+        before = now
+    return angles
+
+
+def figure(record: Layers) -> go.Figure:
+    """First panel: blocks along, one curve per iteration; the others: iterations along, one curve
+    per block.
+    """
+    plot = make_subplots(
+        rows=2,
+        cols=2,
+        horizontal_spacing=0.12,
+        vertical_spacing=0.2,
+        subplot_titles=[_TITLES[name] for name in record.statistics],
+    )
+    n_loops, n_layers = record.values.shape[1:]
+    shades = sample_colorscale("Viridis", [0.92 * t / max(1, n_loops - 1) for t in range(n_loops)])
+    for t in range(n_loops):
+        plot.add_scatter(
+            x=list(record.names),
+            y=record.values[0, t].tolist(),
+            mode="lines+markers",
+            line={"color": shades[t], "width": 1.8},
+            marker={"size": 6},
+            showlegend=False,
+            row=1,
+            col=1,
+            hovertemplate=(
+                f"iteration {t + 1}, %{{x}}<br>angle %{{y:.3f}} of a half turn<extra></extra>"
+            ),
+        )
+    _scale(plot, n_loops)
+    for s, statistic in enumerate(record.statistics[1:], start=1):
+        place = {"row": s // 2 + 1, "col": s % 2 + 1}
+        for i, name in enumerate(record.names):
+            plot.add_scatter(
+                x=list(range(1, n_loops + 1)),
+                y=record.values[s, :, i].tolist(),
+                mode="lines+markers",
+                name=name,
+                legendgroup=name,
+                showlegend=s == 1 and (n_layers <= _NAMED or i in (0, n_layers - 1)),
+                marker={"size": 5},
+                line={"color": _color(i, n_layers), "width": 2},
+                hovertemplate=(
+                    f"{name}<br>iteration %{{x}}<br>{statistic.replace('_', ' ')}"
+                    " %{y:.3g}<extra></extra>"
+                ),
+                **place,
+            )
+        plot.update_xaxes(title="iteration", range=[0.5, n_loops + 0.5], **place)
+    small = {"size": 10 if n_layers > 4 else 13}
+    plot.update_xaxes(
+        type="category", showticklabels=n_layers <= _NAMED, tickfont=small, row=1, col=1
+    )
+    plot.update_yaxes(rangemode="tozero", showgrid=True)
+    plot.update_yaxes(range=[-1.05, 1.05], row=2, col=2)
+    plot.add_hline(y=0, line={"color": FAINT, "width": 1}, row=2, col=2)
+    plot.update_annotations(font_size=13)
+    plot.update_layout(legend={"orientation": "h", "y": -0.14, "x": 0.5, "xanchor": "center"})
+    return styled(plot, 640).update_layout(margin_b=90)
+
+
+def _color(layer: int, n_layers: int) -> str:
+    """One of a few colours that all can tell apart, or a shade from first to last where the blocks
+    are many.
+    """
+    if n_layers <= 6:
+        return CATEGORIES[layer]
+    return str(sample_colorscale("Viridis", 0.92 * layer / (n_layers - 1))[0])
+
+
+def _scale(plot: go.Figure, n_loops: int) -> None:
+    """Which colour is which iteration, as a bar beside the first panel."""
+    colors = sample_colorscale("Viridis", [0.92 * i / 20 for i in range(21)])
+    bar = {
+        "title": {"text": "iteration<br>(first panel)", "font": {"size": 12}},
+        "thickness": 9,
+        "y": 1,
+        "yanchor": "top",
+        "len": 0.45,
+    }
+    plot.add_scatter(
+        x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip", row=1, col=1,
+        marker={
+            "color": [1], "cmin": 1, "cmax": n_loops, "colorbar": {**bar, "outlinewidth": 0},
+            "colorscale": [[i / 20, color] for i, color in enumerate(colors)],
+        },
+    )  # fmt: skip

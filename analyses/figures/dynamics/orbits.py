@@ -1,0 +1,312 @@
+"""Where does the state go? Its paths on the first principal components: fixed points, orbits,
+sliders (after arXiv 2502.05171).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from loopscope.analyses.common.figure_configs import OrbitsConfig
+from loopscope.analyses.common.inputs_of import Asked, open_inputs, words
+from loopscope.analyses.common.look import hop_colors, hop_name, styled
+from loopscope.analyses.common.records import Record
+from loopscope.interp.dynamics.states import Dynamics, Shown, dynamics
+from loopscope.models.core.tokens import Batch
+
+SPACES = ("state", "direction")
+_PERIODS, _WINDOW = (
+    4,
+    8,
+)  # the longest period that is looked for, and the last points in which it is
+_STRAIGHT, _STEADY = 0.9, 0.9
+
+
+@dataclass(frozen=True)
+class OrbitPaths(Record):
+    """Paths on principal components, of the state h and of its direction h / ||h||; a final norm
+    reads the direction alone.
+
+    Attributes:
+        labels: What each path is: an input, or a token.
+        hops: The hop count of each path's question; None for texts and token ids.
+        trained_hops: Deepest hop count seen in training; None where unknown.
+        coordinates: Float[Tensor, "space path iteration component"], space 0 being the state and 1
+            the direction; after each iteration, from the first one.
+        explained: Float[Tensor, "space component"], each component's share of the variance.
+        period: Float[Tensor, "space path"], 1 for a fixed point; NaN where no period up to 4 fits.
+        straightness: Float[Tensor, " path"], smallest cosine between consecutive steps over the
+            last iterations.
+        step_ratio: Float[Tensor, " path"], the last step of the state over the one six iterations
+            earlier.
+    """
+
+    labels: tuple[str, ...]
+    hops: tuple[int | None, ...]
+    trained_hops: int | None
+    coordinates: Float[Tensor, "space path iteration component"]
+    explained: Float[Tensor, "space component"]
+    period: Float[Tensor, "space path"]
+    straightness: Float[Tensor, " path"]
+    step_ratio: Float[Tensor, " path"]
+
+    def kinds(self) -> list[tuple[str, str]]:
+        """What each path comes to over its last 8 points, as a state and as a direction.
+
+        A slider goes straight on (every cosine between consecutive steps at least 0.9) with steps
+        that do not shrink (by less than a tenth). Else a period that `Dynamics.period` finds is a
+        fixed point or an orbit; what has none is settling while its steps shrink, and wanders
+        otherwise.
+        """
+        sliding = (self.straightness >= _STRAIGHT) & (self.step_ratio >= _STEADY)
+        rest = [
+            "settling" if shrinks else "wandering"
+            for shrinks in (self.step_ratio < _STEADY).tolist()
+        ]
+        state = [_named(p, other) for p, other in zip(self.period[0].tolist(), rest, strict=True)]
+        moving = [_named(p, "moving") for p in self.period[1].tolist()]
+        return [
+            ("slider" if slides else kind, turn)
+            for slides, kind, turn in zip(sliding.tolist(), state, moving, strict=True)
+        ]
+
+    def frame(self) -> pd.DataFrame:
+        """space, path, hops, iteration (from 1), kind, pc1, pc2, ..."""
+        _, paths, iterations, components = self.coordinates.shape
+        kinds, rows = self.kinds(), []
+        for s, i, t in product(range(len(SPACES)), range(paths), range(iterations)):
+            point = self.coordinates[s, i, t].tolist()
+            rows.append((SPACES[s], self.labels[i], self.hops[i], t + 1, kinds[i][s], *point))
+        columns = [
+            "space",
+            "path",
+            "hops",
+            "iteration",
+            "kind",
+            *(f"pc{k + 1}" for k in range(components)),
+        ]
+        return pd.DataFrame(rows, columns=columns).astype({"hops": "Int64"})
+
+    def summary(self) -> pd.DataFrame:
+        """One row per path: what the state and its direction come to, and the two numbers behind
+        it.
+        """
+        state, direction = zip(*self.kinds(), strict=True)
+        return pd.DataFrame(
+            {
+                "path": self.labels,
+                "hops": self.hops,
+                "state": state,
+                "direction": direction,
+                "least cosine of steps": self.straightness,
+                "last step / 6 earlier": self.step_ratio,
+            }
+        ).astype({"hops": "Int64"})
+
+
+def _named(period: float, otherwise: str) -> str:
+    """What a period is called; `otherwise` for NaN."""
+    if period != period:
+        return otherwise
+    return "fixed point" if period == 1 else f"orbit of {period:.0f}"
+
+
+def run(config: OrbitsConfig) -> OrbitPaths:
+    """Follow the state of several inputs at the readout, or of every token of one."""
+    if config.n_loops < _WINDOW:
+        raise ValueError(
+            f"an orbit is looked for in the last {_WINDOW} iterations, got only --n-loops"
+            f" {config.n_loops}; pass more"
+        )
+    if config.paths < 1:
+        raise ValueError(f"at least one path is needed, got --paths {config.paths}")
+    return measure(open_inputs(config), config)
+
+
+def measure(asked: Asked, config: OrbitsConfig) -> OrbitPaths:
+    """The record of an open checkpoint."""
+    model = asked.subject.model
+    chosen = _tokens(asked, config) if config.positions == "tokens" else _inputs(asked, config)
+    runs = [
+        dynamics(model, batch, config.n_loops, positions=positions)
+        for batch, positions, _, _ in chosen
+    ]
+    paths = torch.cat([run.states[1:].flatten(1, 2) for run in runs], dim=1)[:, :, None]
+    spots = (
+        torch.zeros(paths.shape[1], 1, dtype=torch.int64),
+        torch.ones(paths.shape[1], 1, dtype=torch.bool),
+    )
+    state = Dynamics.of(paths.cpu(), range(1, config.n_loops + 1), spots, "resid")
+    spaces = (state, state.directions())
+    planes = [space.orbits(config.components) for space in spaces]
+    steps = state.step_norm()[:, :, 0]
+    return OrbitPaths(
+        labels=tuple(label for _, _, labels, _ in chosen for label in labels),
+        hops=tuple(hop for _, _, labels, hop in chosen for _ in labels),
+        trained_hops=asked.subject.trained_hops,
+        coordinates=torch.stack([plane.coordinates[:, :, 0].movedim(0, 1) for plane in planes]),
+        explained=torch.stack([plane.explained for plane in planes]),
+        period=torch.stack([space.period(_PERIODS, config.tol, _WINDOW)[:, 0] for space in spaces]),
+        straightness=state.update_cosine()[-(_WINDOW - 2) :, :, 0].amin(0),
+        step_ratio=steps[-1] / steps[1 - _WINDOW],
+    )
+
+
+Chosen = tuple[Batch, Shown, tuple[str, ...], int | None]
+
+
+def _inputs(asked: Asked, config: OrbitsConfig) -> list[Chosen]:
+    """Questions of one hop count, or one of each of some hop counts spread over all, or what was
+    given; at the readout.
+    """
+    if asked.given is not None or config.hops is not None:
+        group = asked.group(config.hops)
+        return [(group.batch[: config.paths], "readout", group.texts[: config.paths], group.hops)]
+    every = sorted(asked.subject.questions)
+    count = min(config.paths, len(every))
+    hops = [every[round(i * (len(every) - 1) / max(1, count - 1))] for i in range(count)]
+    return [
+        (group.batch[:1], "readout", group.texts[:1], hop)
+        for hop in hops
+        for group in asked.groups(hop)
+    ]
+
+
+def _tokens(asked: Asked, config: OrbitsConfig) -> list[Chosen]:
+    """Every token of the first input."""
+    group = asked.group(config.hops)
+    columns = list(range(min(config.paths, int(group.batch.mask[0].sum()))))
+    names = words(asked.subject.model, group.batch.tokens[0])
+    return [(group.batch[:1], columns, tuple(f"{i} {names[i]}" for i in columns), None)]
+
+
+def figure(record: OrbitPaths) -> go.Figure:
+    """Left the state, right its direction; one path per input, from the ring (iteration 1) along
+    the arrows to the square (the last).
+    """
+    last = record.coordinates.shape[-1]
+    plot = make_subplots(
+        rows=last - 1,
+        cols=2,
+        horizontal_spacing=0.14,
+        vertical_spacing=0.06,
+        shared_xaxes="columns",
+        subplot_titles=_titles(record),
+    )
+    colors, kinds = _colors(record), record.kinds()
+    for s, k in product(range(len(SPACES)), range(1, last)):
+        paths, place = record.coordinates[s][..., [0, k]], {"row": k, "col": s + 1}
+        near = 0.025 * float((paths.flatten(0, 1).amax(0) - paths.flatten(0, 1).amin(0)).norm())
+        for i, path in enumerate(paths):
+            name, hover = _text(record, i, kinds[i][s])
+            plot.add_trace(
+                _path(path, near, colors[i], name, hover).update(showlegend=(s, k) == (0, 1)),
+                **place,
+            )
+        for at, symbol, size in ((0, "circle-open", 9), (-1, "square", 8)):
+            ends = {
+                "symbol": symbol,
+                "size": size,
+                "color": colors,
+                "line": {"width": 2 if at == 0 else 0},
+            }
+            plot.add_scatter(
+                x=paths[:, at, 0].tolist(),
+                y=paths[:, at, 1].tolist(),
+                mode="markers",
+                marker=ends,
+                hoverinfo="skip",
+                showlegend=False,
+                **place,
+            )
+        plot.update_yaxes(title=_axis(record, s, k), row=k, col=s + 1)
+    for s in range(len(SPACES)):
+        plot.update_xaxes(title=_axis(record, s, 0), row=last - 1, col=s + 1)
+    plot.update_layout(
+        legend={
+            "orientation": "h",
+            "y": -0.22 / (last - 1),
+            "x": 0.5,
+            "xanchor": "center",
+            "font": {"size": 12},
+        }
+    )
+    plot.update_xaxes(zeroline=False, showgrid=True)
+    plot.update_yaxes(zeroline=False, showgrid=True)
+    return styled(plot, 180 + 330 * (last - 1)).update_layout(margin_b=120)
+
+
+def _path(
+    points: Float[Tensor, "iteration 2"], near: float, color: str, name: str, hover: str
+) -> go.Scatter:
+    """A line with an arrow head at iterations that are not nearer than `near` to the one before
+    that has it.
+    """
+    sizes, shown = [0.0] * len(points), points[0]
+    for i, point in enumerate(points[1:], start=1):
+        if float((point - shown).norm()) >= near:
+            sizes[i], shown = 9.0, point
+    return go.Scatter(
+        x=points[:, 0].tolist(),
+        y=points[:, 1].tolist(),
+        mode="lines+markers",
+        line={"color": color, "width": 1.6, "backoff": 0},
+        marker={
+            "symbol": "arrow",
+            "angleref": "previous",
+            "size": sizes,
+            "color": color,
+            "opacity": 1,
+            "line": {"width": 0},
+        },
+        name=name,
+        legendgroup=name,
+        customdata=list(range(1, len(points) + 1)),
+        hovertemplate=(
+            f"{hover}<br>iteration %{{customdata}}<br>(%{{x:.3g}}, %{{y:.3g}})<extra></extra>"
+        ),
+    )
+
+
+def _titles(record: OrbitPaths) -> tuple[str, str]:
+    """What each space is, and how many of the paths come to what in it."""
+    counts = [Counter(kinds) for kinds in zip(*record.kinds(), strict=True)]
+    found = [
+        ", ".join(f"{n} of {len(record.labels)}: {kind}" for kind, n in count.most_common())
+        for count in counts
+    ]
+    return (
+        f"the state h<br><sup>{found[0]}</sup>",
+        f"its direction h / ‖h‖<br><sup>{found[1]}</sup>",
+    )
+
+
+def _text(record: OrbitPaths, i: int, kind: str) -> tuple[str, str]:
+    """The name of a path in the legend, and what is shown when it is pointed at."""
+    label = record.labels[i].replace("<", "&lt;")
+    hop = record.hops[i]
+    many = len(set(record.hops)) == len(record.hops) > 1
+    return (hop_name(hop) if many and hop is not None else label), f"{label}: {kind}"
+
+
+def _axis(record: OrbitPaths, space: int, component: int) -> str:
+    return f"PC{component + 1} ({100 * float(record.explained[space, component]):.0f} %)"
+
+
+def _colors(record: OrbitPaths) -> list[str]:
+    """By hop count where each path has its own, else along one scale."""
+    hops = [hop for hop in record.hops if hop is not None]
+    if len(set(hops)) == len(record.labels):
+        by_hop = hop_colors(hops, record.trained_hops)
+        return [by_hop[hop] for hop in hops]
+    n = len(record.labels)
+    return list(sample_colorscale("Viridis", [0.9 * i / max(1, n - 1) for i in range(n)]))

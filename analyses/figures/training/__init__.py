@@ -1,0 +1,4 @@
+"""How were the answers learned? Figures drawn from training logs.
+
+Start with `grokking.py`.
+"""

@@ -1,0 +1,142 @@
+"""Every figure, drawn from the shipped checkpoints and logs, on one page of Markdown with pictures
+beside it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from loopscope.analyses.common.figure_configs import ANALYSES
+from loopscope.analyses.common.records import Record, markdown_table, picture, write_text
+from loopscope.checkpoints.load import save
+from loopscope.models.core.files import atomic_path
+from loopscope.models.core.registry import build
+from loopscope.models.families.ouro import OuroConfig
+
+_ROWS = 12  # of a figure's table
+_HEAD = """# Gallery
+
+Written by `loopscope gallery` from the shipped checkpoints and the logs of their training: one figure for each command, with its
+numbers. Every command takes other checkpoints by name, file or folder, and writes its figure as HTML, PNG, SVG or PDF."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One figure of the gallery.
+
+    Attributes:
+        name: The command.
+        settings: What differs from its defaults.
+        note: What the reader should know of the input; empty where the shipped checkpoints are it.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    note: str = ""
+
+    @property
+    def command(self) -> str:
+        """What one types."""
+        flags = "".join(
+            f" --{key.replace('_', '-')} {value}"
+            for key, value in self.settings.items()
+            if not isinstance(value, Path)
+        )
+        return f"loopscope {self.name}{flags}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An entry with its record and its figure."""
+
+    entry: Entry
+    record: Record
+    image: bytes
+
+
+def entries(toy: Path) -> list[Entry]:
+    """One entry for each command, in their order.
+
+    Args:
+        toy: A folder with a model that has an exit gate, which no shipped checkpoint has.
+    """
+    gate = Entry(
+        "exit-gate",
+        {"checkpoint": toy, "tokens": (5, 7, 11, 13, 2, 3)},
+        "No trained model with an exit gate is shipped: this is a small random Ouro, so only the"
+        " form of the figure means something.",
+    )
+    return [gate if name == gate.name else Entry(name, {}) for name in ANALYSES]
+
+
+def make_toy(folder: Path) -> None:
+    """Write a small random Ouro whose gate is neither open nor shut."""
+    torch.manual_seed(0)
+    model = build(OuroConfig(n_layers=2, n_loops=6, d_model=32, n_heads=4, d_mlp=48, d_vocab=29))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0 if parameter.ndim > 1 else 1.0)
+    save(model, folder, {"readout": "last_real"})
+
+
+def draw(progress: bool = True) -> list[Drawn]:
+    """Run every command with its settings and draw its figure."""
+    with tempfile.TemporaryDirectory() as place:
+        toy = Path(place) / "ouro"
+        make_toy(toy)
+        return [
+            draw_one(entry) for entry in tqdm(entries(toy), desc="gallery", disable=not progress)
+        ]
+
+
+def draw_one(entry: Entry) -> Drawn:
+    """Run one command with its settings and draw its figure."""
+    config, module = ANALYSES[entry.name]
+    analysis = import_module(f"loopscope.analyses.figures.{module}")
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in entry.settings.items()
+    }
+    record = analysis.run(config(**settings))
+    return Drawn(entry, record, picture(analysis.figure(record)))
+
+
+def page(drawn: list[Drawn], images: str) -> str:
+    """The page; `images` is where the pictures lie, seen from it."""
+    return "\n\n".join([_HEAD, *(_section(one, images) for one in drawn)]) + "\n"
+
+
+def _section(one: Drawn, images: str) -> str:
+    config, _ = ANALYSES[one.entry.name]
+    about = " ".join((config.__doc__ or "").split())
+    parts = [
+        f"## {one.entry.name}",
+        about,
+        *([one.entry.note] if one.entry.note else []),
+        f"`{one.entry.command}`",
+    ]
+    return "\n\n".join(
+        [
+            *parts,
+            f"![{one.entry.name}]({images}/{one.entry.name}.png)",
+            markdown_table(one.record.summary().head(_ROWS)),
+        ]
+    )
+
+
+def write(path: Path, draw_all: Callable[[], list[Drawn]] = draw) -> Path:
+    """Draw everything, and write the page and its pictures into a folder of the page's name."""
+    drawn = draw_all()
+    folder = path.with_suffix("")
+    for one in drawn:
+        with atomic_path(folder / f"{one.entry.name}.png") as temporary:
+            temporary.write_bytes(one.image)
+    return write_text(path, page(drawn, folder.name))

@@ -1,0 +1,4 @@
+"""The figures of one checkpoint on one page.
+
+Start with `page.py`.
+"""

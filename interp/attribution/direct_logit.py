@@ -1,0 +1,314 @@
+"""Direct logit attribution: what each component of each iteration adds to the logit of an
+answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.models.core.base import LoopedModel, at_columns
+from loopscope.models.core.hooks import LoopHookPoint, Taps
+from loopscope.models.core.state import Slot, Visit, checked_loops
+from loopscope.models.core.tokens import Batch
+
+Norm = Callable[[Tensor, Taps], Tensor]
+
+
+@dataclass(frozen=True)
+class LogitComponent:
+    """One term of the residual stream.
+
+    Attributes:
+        name: The hook point at which it is read.
+        kind: "embed", "pos_embed", "head", "attn_bias", "attn" (all heads and the bias together) or
+            "mlp"; outside the loop with its stage in front ("prelude.mlp").
+        loop, layer, head: Where it is; None where it has no such coordinate.
+    """
+
+    name: str
+    kind: str
+    loop: int | None
+    layer: int | None
+    head: int | None
+
+
+@dataclass(frozen=True)
+class DirectLogits:
+    """A logit, or a difference of two, as a sum over components.
+
+    Attributes:
+        components: In the order in which they run.
+        values: Float[Tensor, "component batch"], each component's term.
+        constant: Float[Tensor, " batch"], the final norm's bias through the unembedding, and the
+            unembedding's bias.
+        logits: Float[Tensor, " batch"], the model's own: the sum of the values and the constant.
+    """
+
+    components: tuple[LogitComponent, ...]
+    values: Float[Tensor, "component batch"]
+    constant: Float[Tensor, " batch"]
+    logits: Float[Tensor, " batch"]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per component, and a last one for the constant: component, loop, layer, head,
+        value (mean over the batch).
+        """
+        rows = [(c.kind, c.loop, c.layer, c.head) for c in self.components]
+        frame = pd.DataFrame(
+            [*rows, ("constant", None, None, None)], columns=["component", "loop", "layer", "head"]
+        )
+        frame["value"] = torch.cat([self.values, self.constant[None]]).mean(1).cpu().numpy()
+        return frame.astype(dict.fromkeys(("loop", "layer", "head"), "Int64"))
+
+
+@torch.no_grad()
+def direct_logit_attribution(
+    model: LoopedModel,
+    inputs: Inputs,
+    answers: Int[Tensor, " batch"],
+    *,
+    against: Int[Tensor, " batch"] | None = None,
+    n_loops: int | None = None,
+    readout: ReadoutColumn = None,
+    heads: bool = True,
+    batch_size: int = 512,
+) -> DirectLogits:
+    """What every component adds to the logit at the readout, through the final norm frozen at its
+    actual scale.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        answers: Int[Tensor, " batch"], the token of each row whose logit is split up.
+        against: Int[Tensor, " batch"], tokens whose logit is subtracted; None for the plain logit.
+        n_loops: Iterations; None means what the checkpoint records.
+        heads: Every head on its own and the attention's output bias as a row of its own; False
+            gives each attention whole.
+        batch_size: Rows run at a time.
+
+    Raises:
+        ValueError: A model whose residual stream is no sum of component outputs, tokens outside the
+            vocabulary, or heads that are not linear in the residual stream.
+
+    Source:
+        Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+    """
+    require_additive(model, "direct_logit_attribution")
+    batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
+    tokens = torch.stack(
+        [_checked(model, batch, ids) for ids in (answers, against) if ids is not None], dim=1
+    )
+    signs = torch.tensor([1.0, -1.0], dtype=model.W_U.dtype, device=model.device)[: tokens.shape[1]]
+    pieces = []
+    for part, chosen in zip(
+        in_chunks(batch, batch_size, "logits"), tokens.split(batch_size), strict=True
+    ):
+        terms, resid, logits = _run(model, part, n_loops, heads)
+        linear, offset = _through_final_norm(model, torch.stack(list(terms.values())), resid)
+        direction = einsum(
+            model.W_U.T[chosen], signs, "batch token d_model, token -> batch d_model"
+        )
+        values = einsum(
+            linear, direction, "component batch d_model, batch d_model -> component batch"
+        )
+        constant = direction @ offset + model.b_U[chosen] @ signs
+        pieces.append((values, constant, logits.gather(1, chosen) @ signs.to(logits.dtype)))
+    values, constant, picked = (torch.cat(piece, dim=-1) for piece in zip(*pieces, strict=True))
+    check_sum(torch.cat([values, constant[None]]), picked, "the logit")
+    return DirectLogits(tuple(terms), values, constant, picked)
+
+
+def require_additive(model: LoopedModel, method: str) -> None:
+    """Raise unless the residual stream is a plain sum of component outputs.
+
+    Raises:
+        ValueError: The family says that it is not; the message says what else happens to the
+            stream.
+    """
+    if model.additive_residual:
+        return
+    injected = any("hook_injected" in slot.opening for slot in model.plan(2))
+    reason = (
+        "adds the input again before each iteration"
+        if injected
+        else "normalises or mixes the stream after components have added to it"
+    )
+    raise ValueError(
+        f"{method} needs a residual stream that is the sum of its components' outputs, each added"
+        f" once, but this model {reason} (its additive_residual is False); activation_patch and"
+        " attribution_patch work on it"
+    )
+
+
+def check_sum(parts: Float[Tensor, "part ..."], total: Tensor, what: str) -> None:
+    """Raise unless the parts sum to the total, of the shape "...", up to the square root of the
+    number format's precision.
+
+    Raises:
+        ValueError: They do not: a hook writes to the stream, or the family does what its
+            `additive_residual` denies.
+    """
+    off, scale = (parts.sum(0) - total).abs(), parts.abs().sum(0)
+    if bool((off > torch.finfo(parts.dtype).eps ** 0.5 * scale).any()):
+        raise ValueError(
+            f"the components' outputs must sum to {what}, but are off by up to"
+            f" {float(off.max()):.3g}; something else writes to the residual stream: a hook at"
+            " resid_pre, resid_mid or resid_post that is attached now, or the family itself"
+        )
+
+
+def component_kind(slot: Slot, what: str) -> str:
+    """What a component of a block is called: "mlp" in the loop, "prelude.mlp" in another stage."""
+    return what if slot.loop is not None else f"{slot.stage}.{what}"
+
+
+def frozen_norm(
+    norm: Norm, site: str, x: Float[Tensor, "batch pos d_model"], scale: Tensor
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, " d_model"]]:
+    """A norm whose divisor is held is an affine map; its linear part applied to some vectors, and
+    its constant part.
+
+    Args:
+        norm: Of a residual stream and the hook points that it is to use.
+        site: The norm's scale site, e.g. "ln_final.hook_scale".
+        scale: The divisor, to be broadcast over "batch pos 1".
+
+    Raises:
+        ValueError: The norm does not pass its divisor through that site.
+    """
+    asked: list[Tensor] = []
+
+    def hold(value: Tensor, hook: HookPoint) -> Tensor:
+        asked.append(value)
+        return scale.expand_as(value)
+
+    zero = norm(
+        torch.zeros_like(x[:1, :1]), _watching(site, lambda value, hook: torch.ones_like(value))
+    )[0, 0]
+    held = norm(x, _watching(site, hold))
+    if not asked:
+        raise ValueError(
+            f"the norm must show its divisor at {site!r} to be frozen there, but never asked for it"
+        )
+    return held - zero, zero
+
+
+def _watching(site: str, hook: Callable[..., Tensor | None]) -> Taps:
+    """A hook point of our own, so that a norm can be called without the model's hooks and without
+    leaving any.
+    """
+    point = LoopHookPoint()
+    point.name = site
+    point.add_hook(hook)
+    return {site: point}
+
+
+def _through_final_norm(
+    model: LoopedModel,
+    stack: Float[Tensor, "component batch d_model"],
+    resid: Float[Tensor, "batch 1 d_model"],
+) -> tuple[Float[Tensor, "component batch d_model"], Float[Tensor, " d_model"]]:
+    """What the frozen final norm makes of each term, and its bias."""
+    seen: list[Tensor] = []
+    model.normalize(
+        resid, _watching(model.final_scale_site, lambda value, hook: seen.append(value))
+    )
+    scale = (
+        torch.cat(seen).transpose(0, 1) if seen else torch.ones(())
+    )  # frozen_norm refuses a norm that shows none
+    return frozen_norm(model.normalize, model.final_scale_site, stack, scale)
+
+
+def _run(
+    model: LoopedModel, batch: Batch, n_loops: int, heads: bool
+) -> tuple[
+    dict[LogitComponent, Tensor], Float[Tensor, "batch 1 d_model"], Float[Tensor, "batch d_vocab"]
+]:
+    """Every term of the residual stream at the readout, that stream, and the logits."""
+    visits = model.schedule(n_loops)
+    before, attn_site = model.edge_sites()[0], "attn.hook_z" if heads else "hook_attn_out"
+    _require_sites(visits, attn_site, heads)
+    inside = [f"{visit.name}.{site}" for visit in visits for site in (attn_site, "hook_mlp_out")]
+    seen: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: HookPoint) -> None:
+        assert hook.name is not None, "every hook point is named when it is made"
+        seen[hook.name] = at_columns(value, batch.readout)
+
+    with model.hooks([([*before, *inside], keep)], n_loops=n_loops):
+        state = model.advance(begin_batch(model, batch, n_loops))
+    terms = {
+        LogitComponent(name, name.removeprefix("hook_"), None, None, None): seen[name]
+        for name in before
+    }
+    for visit in visits:
+        attn, mlp = _term(visit, attn_site, "attn"), _term(visit, "hook_mlp_out", "mlp")
+        terms |= _heads(visit, seen[attn.name]) if heads else {attn: seen[attn.name]}
+        terms[mlp] = seen[mlp.name]
+    return (
+        terms,
+        at_columns(state.resid, batch.readout)[:, None],
+        model.readout(state, batch.readout),
+    )
+
+
+def _term(visit: Visit, site: str, what: str, head: int | None = None) -> LogitComponent:
+    return LogitComponent(
+        f"{visit.name}.{site}", component_kind(visit, what), visit.loop, visit.layer, head
+    )
+
+
+def _heads(visit: Visit, z: Float[Tensor, "batch head d_head"]) -> dict[LogitComponent, Tensor]:
+    """What each head of a visit adds to the residual stream, and the output bias where there is
+    one.
+    """
+    attn = cast(Any, visit.block).attn
+    results = einsum(z, attn.W_O, "batch head d_head, head d_head d_model -> head batch d_model")
+    terms = {
+        _term(visit, "attn.hook_z", "head", head): result for head, result in enumerate(results)
+    }
+    bias = getattr(attn, "b_O", None)  # families without biases have none
+    if bias is not None:
+        terms[_term(visit, "hook_attn_out", "attn_bias")] = bias.expand_as(results[0])
+    return terms
+
+
+def _require_sites(visits: list[Visit], attn_site: str, heads: bool) -> None:
+    for visit in visits:
+        for site in (attn_site, "hook_mlp_out"):
+            if site not in visit.sites:
+                raise ValueError(
+                    f"every block must have the site {site!r} to be split into components, but"
+                    f" {visit.name} has none"
+                )
+        if heads and "attn.hook_out" in visit.sites:
+            raise ValueError(
+                f"{visit.name} normalises its attention's output, so its heads do not add up; pass"
+                " heads=False"
+            )
+
+
+def _checked(
+    model: LoopedModel, batch: Batch, tokens: Int[Tensor, " any"]
+) -> Int[Tensor, " batch"]:
+    if tokens.shape != batch.readout.shape:
+        raise ValueError(
+            f"one token per row is needed: the batch has {len(batch)} rows, got the shape"
+            f" {list(tokens.shape)}"
+        )
+    if bool(((tokens < 0) | (tokens >= model.cfg.d_vocab)).any()):
+        d_vocab = model.cfg.d_vocab
+        raise ValueError(
+            f"answers must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got {int(tokens.min())} to"
+            f" {int(tokens.max())}"
+        )
+    return tokens.to(batch.tokens.device)

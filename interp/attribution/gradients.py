@@ -1,0 +1,62 @@
+"""Gradients of a metric with respect to activations, each with its own iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
+from loopscope.models.core.base import LoopedModel, at_columns
+from loopscope.models.core.cache import LoopCache
+from loopscope.models.core.hooks import NamesFilter
+from loopscope.models.core.state import checked_loops
+
+
+def gradients(
+    model: LoopedModel,
+    inputs: Inputs,
+    metric: Metric,
+    names: NamesFilter,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+) -> tuple[LoopCache, LoopCache]:
+    """Activations at some sites, and the gradient of the metric's sum over the batch with respect
+    to each.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
+            batch"].
+        names: A hook name, a pattern, a list or a predicate.
+        n_loops: Iterations; None means what the checkpoint records.
+
+    Returns:
+        Two caches under the same names: activations and gradients.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    seen: dict[str, Tensor] = {}
+
+    def watch(value: Tensor, hook: HookPoint) -> Tensor:
+        assert hook.name is not None, "every hook point is named when it is made"
+        own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        seen[hook.name] = (
+            # a tensor of this point alone: an injected input is the same object at every iteration
+            own
+        )
+        return own
+
+    with torch.enable_grad(), model.hooks([(names, watch)], n_loops=n_loops):
+        state = model.advance(begin_batch(model, batch, n_loops))
+        read = at_columns(
+            model.read_state(state), batch.readout
+        )  # after the norm, whose sites then have all positions
+        total = metric(model.unembed(read[:, None])[:, 0]).sum()
+        found = torch.autograd.grad(total, list(seen.values()), allow_unused=True)
+    grads = {
+        name: torch.zeros_like(value) if grad is None else grad
+        for (name, value), grad in zip(seen.items(), found, strict=True)
+    }
+    return LoopCache({k: v.detach() for k, v in seen.items()}, n_loops), LoopCache(grads, n_loops)

@@ -1,0 +1,87 @@
+"""Sharing work among the processes of `accelerate launch`; with one process nothing is shared.
+
+Every process must make the same calls in the same order. Where an `Accelerator` exists, as in
+training, its owner may ask one process alone, so there nothing is shared and each process computes
+everything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.tokens import Batch
+
+_Item = TypeVar("_Item")
+
+
+def n_ranks() -> int:
+    """How many processes were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share(items: list[_Item]) -> list[_Item]:
+    """This process's part: every n-th item. Where there are fewer items than processes, the first
+    one is given out again.
+    """
+    rank, ranks = _rank()
+    return items[rank::ranks] or items[:1]
+
+
+def gathered(found: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """What all processes found, on the CPU where there are several."""
+    if _rank()[1] == 1:
+        return dict(found)
+    return dict(_gather([(index, value.cpu()) for index, value in found.items()]))
+
+
+def over_ranks(
+    model: LoopedModel, batch: Batch, compute: Callable[[Batch], Tensor], dim: int = 0
+) -> Tensor:
+    """A result for every example of a batch, each process computing its contiguous part; all return
+    the whole.
+
+    Where a row's result can depend on the others, because the family or a hook of the caller's may
+    look at the whole batch, each process computes everything.
+
+    Args:
+        compute: From some examples to a result in which they (or an equal number of entries for
+            each) lie along `dim`.
+    """
+    rank, ranks = _rank()
+    if ranks == 1 or not model.batch_independent or model.any_hook():
+        return compute(batch)
+    mine = batch[slice(len(batch) * rank // ranks, len(batch) * (rank + 1) // ranks)]
+    parts: list[Tensor] = _gather([compute(mine).cpu()] if len(mine) else [])
+    return torch.cat(parts, dim).to(batch.tokens.device)
+
+
+def _rank() -> tuple[int, int]:
+    """Which of the processes that share their work this one is, and how many there are."""
+    if n_ranks() == 1:
+        return 0, 1
+    from accelerate import (
+        PartialState,
+    )  # late: the import takes a second, and one process needs none of it
+    from accelerate.state import is_initialized
+    from accelerate.utils import parse_flag_from_env
+
+    if is_initialized():
+        return 0, 1
+    state: Any = PartialState(
+        cpu=not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    )
+    return state.process_index, state.num_processes
+
+
+def _gather(mine: list[_Item]) -> list[_Item]:
+    """The lists of all processes one after another, by rank."""
+    from accelerate.utils import gather_object
+
+    items: list[_Item] = gather_object(mine)
+    return items

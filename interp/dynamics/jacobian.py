@@ -1,0 +1,217 @@
+"""The Jacobian of one iteration: does it contract near the state that a run has there?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from einops import einsum
+from jaxtyping import Bool, Complex, Float
+from torch import Tensor
+
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.dynamics.states import Shown, iteration_start, shown_spots, widened
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import State, checked_loops
+
+
+@dataclass(frozen=True)
+class JacobianSpectrum:
+    """The leading eigenvalues of one iteration's map from state to state, estimated.
+
+    Attributes:
+        loop: The iteration, from 0.
+        eigenvalues: Complex[Tensor, "batch krylov"], the Ritz values, the largest in magnitude
+            first.
+        residual: Float[Tensor, " batch"], how far the first is from being an eigenvalue: ||J^T v -
+            lambda v|| / |lambda| at its Ritz vector v of length 1, up to rounding.
+        change: Float[Tensor, " batch"], relative change of the radius with the last dimension of
+            the Krylov space.
+    """
+
+    loop: int
+    eigenvalues: Complex[Tensor, "batch krylov"]
+    residual: Float[Tensor, " batch"]
+    change: Float[Tensor, " batch"]
+
+    @property
+    def radius(self) -> Float[Tensor, " batch"]:
+        """The estimated spectral radius; below 1 the iteration contracts near this state,
+        eventually.
+        """
+        return self.eigenvalues[:, 0].abs()
+
+    def frame(self) -> pd.DataFrame:
+        """One row per example: iteration, example, radius, real, imag (of the pair's upper one),
+        residual, change.
+        """
+        leading = self.eigenvalues[:, 0]
+        columns = {"radius": self.radius, "real": leading.real, "imag": leading.imag.abs()}
+        columns |= {"residual": self.residual, "change": self.change}
+        frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
+        frame.insert(0, "example", range(len(frame)))
+        frame.insert(0, "iteration", self.loop + 1)
+        return frame
+
+
+def jacobian_spectrum(
+    model: LoopedModel,
+    inputs: Inputs,
+    loop: int,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "real",
+    parts: str | Sequence[str] | None = None,
+    krylov: int = 32,
+    batch_size: int = 32,
+) -> JacobianSpectrum:
+    """Spectral radius of the Jacobian of one iteration, state in to state out, at the state that
+    the run has there.
+
+    An estimate by Arnoldi iteration, which unlike a power iteration also settles where the leading
+    eigenvalues are a complex pair. It multiplies by the transposed Jacobian (one backward pass
+    each), whose eigenvalues are the same. `residual` and `change` say how well it has settled; a
+    Krylov space as large as the state gives the eigenvalues themselves.
+
+    Args:
+        inputs, n_loops, readout, batch_size: As for `dynamics`.
+        loop: The iteration, from 0.
+        positions: The columns whose states vary, jointly; those of the others, and padding, are
+            held fixed.
+        parts: The parts of the state that vary, jointly; the others are held fixed. None means
+            those that this family's iterations hand on (`LoopedModel.loop_parts`).
+        krylov: Dimension of the Krylov space.
+
+    Raises:
+        ValueError: An iteration that the call does not have, a part that cannot vary, a part that
+            an iteration returns in another shape, or a model whose examples depend on one another.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    if not 0 <= loop < n_loops:
+        raise ValueError(f"loop must be in 0..{n_loops - 1}, got {loop}")
+    if not model.batch_independent:
+        raise ValueError(
+            f"the examples of a {type(model).__name__} depend on one another, so no example has a"
+            " Jacobian of its own"
+        )
+    names = [parts] if isinstance(parts, str) else list(parts or model.loop_parts)
+    found = []
+    columns, shown = shown_spots(batch, positions)
+    varying = torch.zeros_like(batch.mask, dtype=torch.bool).scatter(1, columns, shown)
+    for rows, free in zip(
+        in_chunks(batch, batch_size, "jacobian"), varying.split(batch_size), strict=True
+    ):
+        with torch.no_grad():
+            state = model.advance(
+                begin_batch(model, rows, n_loops), iteration_start(model, loop, n_loops)
+            )
+        times, width = _transposed_jacobian(
+            model, state, model.iteration_ends(n_loops)[loop], names, free
+        )
+        start = torch.randn(
+            free.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        kind = torch.float64 if state.resid.dtype == torch.float64 else torch.float32
+        start = (start.to(state.resid.device, kind) * free[..., None]).flatten(1)
+        found.append(_ritz(_arnoldi(times, start, min(krylov, start.shape[1]))))
+    return JacobianSpectrum(loop, *(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+def _transposed_jacobian(
+    model: LoopedModel, state: State, stop: int, names: list[str], free: Bool[Tensor, "batch pos"]
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """The product of the transposed Jacobian with a vector "batch n" of each example, and the size
+    of one position's vector.
+    """
+    known = {
+        "resid": state.resid,
+        **{k: v for k, v in state.parts.items() if v.is_floating_point()},
+    }
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"the part {name!r} cannot vary in the state of this {type(model).__name__}; its"
+                f" parts are {', '.join(known)}"
+            )
+    before = {name: known[name].detach().clone().requires_grad_() for name in names}
+    parts = {name: before.get(name, value) for name, value in state.parts.items()}
+    with torch.enable_grad():
+        after = model.advance(
+            replace(state, resid=before.get("resid", state.resid), parts=parts), stop
+        )
+        outs = {name: after.resid if name == "resid" else after.parts[name] for name in names}
+    for name in names:
+        if outs[name].shape != before[name].shape:
+            got = f"{list(before[name].shape)} and leaves it as {list(outs[name].shape)}"
+            raise ValueError(
+                f"a Jacobian's eigenvalues need one shape, but {name!r} enters the iteration as"
+                f" {got}"
+            )
+    if not any(out.requires_grad for out in outs.values()):
+        carried = ", ".join(model.loop_parts)
+        raise ValueError(
+            f"an iteration of this {type(model).__name__} makes nothing of {', '.join(names)}; what"
+            f" it hands on is {carried}"
+        )
+    sizes = [before[name].flatten(2).shape[2] for name in names]
+
+    def times(vector: Tensor) -> Tensor:
+        pieces = (vector.unflatten(1, (free.shape[1], -1)) * free[..., None]).split(sizes, dim=-1)
+        weights = [
+            piece.reshape(outs[name].shape).to(outs[name].dtype)
+            for piece, name in zip(pieces, names, strict=True)
+        ]
+        grads = torch.autograd.grad(
+            list(outs.values()),
+            list(before.values()),
+            weights,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return (
+            torch.cat([widened(grad.flatten(2)) for grad in grads], dim=-1) * free[..., None]
+        ).flatten(1)
+
+    return times, sum(sizes)
+
+
+def _arnoldi(
+    times: Callable[[Tensor], Tensor], start: Float[Tensor, "batch n"], steps: int
+) -> Float[Tensor, "batch next step"]:
+    """The Hessenberg matrix of each example; zeros from where its Krylov space stops growing."""
+    matrix = start.new_zeros(len(start), steps + 1, steps)
+    basis = torch.nn.functional.normalize(start, dim=1)[:, None]
+    for step in range(steps):
+        vector = times(basis[:, step])
+        scale = vector.norm(dim=1)
+        for _ in range(2):  # a second time, for the rounding that the first leaves
+            along = einsum(basis, vector, "batch k n, batch n -> batch k")
+            vector = vector - einsum(basis, along, "batch k n, batch k -> batch n")
+            matrix[:, : step + 1, step] += along
+        left = vector.norm(dim=1)
+        grows = left > 100 * torch.finfo(left.dtype).eps * scale
+        matrix[:, step + 1, step] = left * grows
+        basis = torch.cat(
+            [basis, torch.where(grows[:, None], vector / left[:, None], 0.0)[:, None]], dim=1
+        )
+    return matrix
+
+
+def _ritz(matrix: Float[Tensor, "batch next step"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz values by falling magnitude, the first one's relative residual, and its relative change
+    with the last step.
+    """
+    values, vectors = torch.linalg.eig(matrix[:, :-1])
+    order = values.abs().argsort(dim=1, descending=True)
+    values, last = values.gather(1, order), vectors[:, -1].gather(1, order)
+    radius = values[:, 0].abs()
+    before = (
+        torch.linalg.eigvals(matrix[:, :-2, :-1]).abs().amax(1)
+        if matrix.shape[2] > 1
+        else torch.full_like(radius, torch.nan)
+    )
+    return values, (matrix[:, -1, -1] * last[:, 0].abs()) / radius, (radius - before).abs() / radius

@@ -1,0 +1,217 @@
+"""What each layer of the loop does over iterations: where its output settles, and how its attention
+changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.dynamics.states import Dynamics, Shown, Spots, shown_spots, widened
+from loopscope.interp.lens.lens import at_positions
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.cache import position_axis
+from loopscope.models.core.state import checked_loops
+from loopscope.models.core.tokens import Batch
+
+
+@dataclass(frozen=True)
+class LayerDynamics:
+    """The trajectory of every block's own output over iterations: layers may settle at fixed points
+    of their own, which the state then visits in a cycle.
+
+    Attributes:
+        names: What each block is called within an iteration, e.g. "blocks.0".
+        layers: Of each block, the residual stream that leaves it; its first point is iteration 1.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[Dynamics, ...]
+
+    def between_layers(self, relative: bool = False) -> Float[Tensor, "layer other batch pos"]:
+        """Distance between the last states of two layers, over the norm of the first's when
+        relative.
+        """
+        last = torch.stack([layer.states[-1] for layer in self.layers])
+        distance: Tensor = torch.linalg.vector_norm(last[:, None] - last[None], dim=-1)
+        return distance / torch.linalg.vector_norm(last, dim=-1)[:, None] if relative else distance
+
+    def frame(self) -> pd.DataFrame:
+        """The frames of all layers under one another, with the layer's name in front."""
+        frames = [layer.frame() for layer in self.layers]
+        for name, frame in zip(self.names, frames, strict=True):
+            frame.insert(0, "layer", name)
+        return pd.concat(frames, ignore_index=True)
+
+
+@torch.no_grad()
+def layer_dynamics(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "real",
+    batch_size: int = 512,
+) -> LayerDynamics:
+    """What leaves every block of the loop, over iterations: the cyclic fixed points of arXiv
+    2604.11791.
+
+    Args:
+        inputs, n_loops, readout, positions, batch_size: As for `dynamics`.
+
+    Returns:
+        One trajectory per block; a block that an iteration leaves out has no point there.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    spots = shown_spots(batch, positions)
+    layers = _loop_points(model, n_loops, "hook_resid_post")
+    seen: dict[str, list[Tensor]] = {
+        name: [] for points in layers.values() for name in points.values()
+    }
+
+    def keep(resid: Tensor, name: str, shown: Tensor) -> None:
+        seen[name].append(resid)
+
+    _watch(model, batch, n_loops, spots, list(seen), keep, batch_size)
+    records = [
+        Dynamics.of(
+            torch.stack([torch.cat(seen[name]) for name in points.values()]),
+            [loop + 1 for loop in points],
+            spots,
+            "resid_post",
+        )
+        for points in layers.values()
+    ]
+    return LayerDynamics(tuple(layers), tuple(records))
+
+
+@dataclass(frozen=True)
+class AttentionDynamics:
+    """How each head's attention changes from one iteration to the next, averaged over examples and
+    query positions.
+
+    Attributes:
+        names: What each block is called within an iteration, e.g. "blocks.0".
+        change: Float[Tensor, "loop layer head"], total variation (half the L1 distance, 0 to 1)
+            from the pattern one iteration earlier; NaN in the first iteration.
+        entropy: Float[Tensor, "loop layer head"], of the pattern, in nats.
+    """
+
+    names: tuple[str, ...]
+    change: Float[Tensor, "loop layer head"]
+    entropy: Float[Tensor, "loop layer head"]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per iteration, layer and head: iteration, layer, head, change, entropy."""
+        loops, heads = range(self.change.shape[0]), range(self.change.shape[2])
+        places = [(loop + 1, name, head) for loop in loops for name in self.names for head in heads]
+        frame = pd.DataFrame(places, columns=["iteration", "layer", "head"])
+        return frame.assign(
+            change=self.change.flatten().cpu().numpy(), entropy=self.entropy.flatten().cpu().numpy()
+        )
+
+
+@torch.no_grad()
+def attention_dynamics(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "real",
+    batch_size: int = 64,
+) -> AttentionDynamics:
+    """Change of the attention patterns between iterations, and their entropy (attention
+    stabilisation, arXiv 2604.11791).
+
+    Args:
+        inputs, n_loops, readout, positions, batch_size: As for `dynamics`; positions are those of
+            the queries.
+
+    Raises:
+        ValueError: No block of the loop has attention patterns.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    spots = shown_spots(batch, positions)
+    layers = _loop_points(model, n_loops, "attn.hook_pattern")
+    places = {
+        name: (loop, i) for i, points in enumerate(layers.values()) for loop, name in points.items()
+    }
+    shape = (n_loops, len(layers), model.cfg.n_heads)
+    change, entropy = torch.full((2, *shape), torch.nan, dtype=torch.float64, device=model.device)
+    for loop, i in places.values():
+        entropy[loop, i] = 0.0
+        if (loop - 1, i) in places.values():
+            change[loop, i] = 0.0
+    earlier: dict[tuple[int, int], Tensor] = {}
+
+    def add(pattern: Tensor, name: str, shown: Tensor) -> None:
+        loop, i = places[name]
+        now = pattern[shown].unflatten(1, (model.cfg.n_heads, -1))
+        before = earlier.pop((loop - 1, i), None)
+        if before is not None:
+            change[loop, i] += (now - before).abs().sum((0, 2)) / 2
+        entropy[loop, i] += torch.special.entr(now).sum((0, 2))
+        earlier[loop, i] = now
+
+    _watch(model, batch, n_loops, spots, list(places), add, batch_size)
+    return AttentionDynamics(tuple(layers), change / spots[1].sum(), entropy / spots[1].sum())
+
+
+def _loop_points(model: LoopedModel, n_loops: int, site: str) -> dict[str, dict[int, str]]:
+    """Of each block of the loop that has the site, by its name within an iteration: hook names by
+    iteration.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for visit in model.schedule(n_loops):
+        if visit.loop is not None and site in visit.sites:
+            found.setdefault(visit.name.removeprefix(f"loops.{visit.loop}."), {})[visit.loop] = (
+                f"{visit.name}.{site}"
+            )
+    if not found:
+        raise ValueError(
+            f"this needs the site {site!r}, which no block in the loop of a"
+            f" {type(model).__name__} has"
+        )
+    return found
+
+
+def _watch(
+    model: LoopedModel,
+    batch: Batch,
+    n_loops: int,
+    spots: Spots,
+    names: list[str],
+    see: Callable[[Tensor, str, Tensor], None],
+    batch_size: int,
+) -> None:
+    """Call `see(value "batch pos d", name, shown)` at hook points, of the columns to show."""
+    chunks = zip(
+        in_chunks(batch, batch_size, "iterations"),
+        *(x.split(batch_size) for x in spots),
+        strict=True,
+    )
+    for rows, columns, shown in chunks:
+
+        def look(
+            value: Tensor, hook: HookPoint, columns: Tensor = columns, shown: Tensor = shown
+        ) -> None:
+            name = str(hook.name)
+            see(
+                at_positions(widened(value.movedim(position_axis(name), 1).flatten(2)), columns),
+                name,
+                shown,
+            )
+
+        with model.hooks([(names, look)], n_loops=n_loops):
+            model.advance(begin_batch(model, rows, n_loops), model.iteration_ends(n_loops)[-1])

@@ -1,0 +1,319 @@
+"""How the recurrent state moves over iterations: steps, angles, orbits, periods.
+
+Axes besides the usual ones: `point` is a place on a trajectory (0 is the state before the first
+iteration), `pos` counts the columns that are shown, which `position` names. Iterations count from 1
+in frames and from 0 in hook names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.lens.lens import at_positions, read_columns
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import State, checked_loops
+from loopscope.models.core.tokens import Batch
+
+Shown = Literal["real", "readout", "all"] | Sequence[int]
+Spots = tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]
+
+
+@dataclass(frozen=True)
+class Orbits:
+    """Trajectories in the space of the first principal components of all their points.
+
+    Attributes:
+        coordinates: Float[Tensor, "point batch pos component"]; NaN where a column is padding.
+        components: Float[Tensor, "component d_model"], of length 1; the entry of largest magnitude
+            of each is positive.
+        mean: Float[Tensor, " d_model"], what is taken away before projecting.
+        explained: Float[Tensor, " component"], each component's share of the variance.
+        dynamics: The trajectories.
+    """
+
+    coordinates: Float[Tensor, "point batch pos component"]
+    components: Float[Tensor, "component d_model"]
+    mean: Float[Tensor, " d_model"]
+    explained: Float[Tensor, " component"]
+    dynamics: Dynamics
+
+    def frame(self) -> pd.DataFrame:
+        """One row per point, example and position: iteration, example, position, pc1, pc2, ..."""
+        return self.dynamics._tidy(
+            {f"pc{i + 1}": column for i, column in enumerate(self.coordinates.unbind(-1))}
+        )
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """A part of the state along iterations. A statistic is NaN where it is not defined, and where a
+    column is padding.
+
+    Attributes:
+        states: Float[Tensor, "point batch pos d_model"]; NaN where a column is padding. Axes after
+            pos are joined into one.
+        iterations: After which iteration each point is, from 1; 0 is the state before the first.
+        position: Int[Tensor, "batch pos"], the column of the input.
+        shown: Bool[Tensor, "batch pos"], False where a column is padding.
+        part: Which part of the state, or which site.
+    """
+
+    states: Float[Tensor, "point batch pos d_model"]
+    iterations: tuple[int, ...]
+    position: Int[Tensor, "batch pos"]
+    shown: Bool[Tensor, "batch pos"]
+    part: str
+
+    @classmethod
+    def of(
+        cls,
+        states: Float[Tensor, "point batch pos d_model"],
+        iterations: Sequence[int],
+        spots: Spots,
+        part: str,
+    ) -> Dynamics:
+        """The record of a trajectory at some columns, without the values at padding."""
+        position, shown = spots
+        return cls(
+            states.masked_fill(~shown[..., None], torch.nan),
+            tuple(iterations),
+            position,
+            shown,
+            part,
+        )
+
+    def directions(self) -> Dynamics:
+        """The trajectories of h_t / ||h_t||, on the unit sphere; before a norm only these
+        matter.
+        """
+        return replace(self, states=self.states / _norm(self.states)[..., None])
+
+    def state_norm(self) -> Float[Tensor, "point batch pos"]:
+        """||h_t||."""
+        return _norm(self.states)
+
+    def step_norm(self, relative: bool = False) -> Float[Tensor, "point batch pos"]:
+        """||h_t - h_{t-1}||, over ||h_{t-1}|| when relative."""
+        norm = _norm(self.states.diff(dim=0))
+        return self._from_later(norm / self.state_norm()[:-1] if relative else norm)
+
+    def update_cosine(self) -> Float[Tensor, "point batch pos"]:
+        """Cosine between h_t - h_{t-1} and h_{t-1} - h_{t-2} (arXiv 2509.23314)."""
+        updates = self.states.diff(dim=0)
+        return self._from_later(_cosine(updates[1:], updates[:-1]))
+
+    def second_difference(self) -> Float[Tensor, "point batch pos"]:
+        """||h_t - 2 h_{t-1} + h_{t-2}||, at the point t at which it can first be known (the
+        acceleration of arXiv 2509.23314).
+        """
+        return self._from_later(_norm(self.states.diff(dim=0).diff(dim=0)))
+
+    def distance_to_last(self, relative: bool = False) -> Float[Tensor, "point batch pos"]:
+        """||h_t - h_T||, over ||h_T|| when relative."""
+        distance = _norm(self.states - self.states[-1])
+        return distance / self.state_norm()[-1] if relative else distance
+
+    def state_cosine(self) -> Float[Tensor, "point batch pos"]:
+        """Cosine between h_t and h_{t-1}."""
+        return self._from_later(_cosine(self.states[1:], self.states[:-1]))
+
+    def effective_rank(self) -> Float[Tensor, " point"]:
+        """Effective rank of each point's states, a row being one position of one example; see
+        `effective_rank`.
+        """
+        return torch.stack([effective_rank(point[self.shown]) for point in self.states])
+
+    def orbits(self, k: int = 2) -> Orbits:
+        """The trajectories on the first k principal components, fitted over all their points.
+
+        Raises:
+            ValueError: k is more than the points and d_model allow.
+        """
+        rows = self.states[:, self.shown].flatten(0, 1)
+        if not 1 <= k <= min(len(rows) - 1, rows.shape[1]):
+            raise ValueError(
+                f"k must be in 1..{min(len(rows) - 1, rows.shape[1])} for {len(rows)} points of"
+                f" size {rows.shape[1]}, got {k}"
+            )
+        mean = rows.mean(0)
+        _, sizes, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+        largest = directions[:k].gather(1, directions[:k].abs().argmax(1, keepdim=True))
+        components = directions[:k] * largest.sign()
+        shares = sizes[:k] ** 2 / (sizes**2).sum()
+        return Orbits((self.states - mean) @ components.T, components, mean, shares, self)
+
+    def period(
+        self, max_period: int = 4, tol: float = 1e-2, window: int | None = None
+    ) -> Float[Tensor, "batch pos"]:
+        """The smallest p with ||h_{t+p} - h_t|| / ||h_t|| < tol all through the last points: 1 is a
+        fixed point, more an orbit.
+
+        Args:
+            max_period: The largest p that is tried.
+            window: How many of the last points are looked at; None means twice the largest period,
+                so that it is seen twice.
+
+        Returns:
+            Float[Tensor, "batch pos"], NaN where no period fits.
+
+        Raises:
+            ValueError: The window is shorter than two of the largest periods, or longer than the
+                trajectory.
+        """
+        window = 2 * max_period if window is None else window
+        if max_period < 1 or not 2 * max_period <= window <= len(self.states):
+            raise ValueError(
+                "a period is looked for in a window of at least 2 * max_period points, of the"
+                f" {len(self.states)} that there are; got max_period={max_period}, window={window}:"
+                " try a smaller max_period or more iterations"
+            )
+        late = self.states[-window:]
+        found = torch.full_like(late[0, ..., 0], torch.nan)
+        for p in range(max_period, 0, -1):
+            moved = _norm(late[p:] - late[:-p]) / _norm(late[:-p])
+            found = found.masked_fill((moved < tol).all(0), p)
+        return found
+
+    def frame(self) -> pd.DataFrame:
+        """One row per point, example and position that is no padding: iteration, example, position,
+        then every statistic.
+        """
+        columns = {
+            "state_norm": self.state_norm(),
+            "state_cosine": self.state_cosine(),
+            "step_norm": self.step_norm(),
+            "relative_step_norm": self.step_norm(relative=True),
+            "update_cosine": self.update_cosine(),
+            "second_difference": self.second_difference(),
+            "distance_to_last": self.distance_to_last(),
+            "relative_distance_to_last": self.distance_to_last(relative=True),
+        }
+        return self._tidy(columns)
+
+    def _from_later(self, values: Tensor) -> Tensor:
+        """The values with NaN at the first points, where they are not defined."""
+        missing = len(self.states) - len(values)
+        return torch.cat([values.new_full((missing, *values.shape[1:]), torch.nan), values])
+
+    def _tidy(self, columns: dict[str, Tensor]) -> pd.DataFrame:
+        points, (example, column) = len(self.states), self.shown.nonzero(as_tuple=True)
+        places = {
+            "iteration": torch.tensor(self.iterations).repeat_interleave(len(example)),
+            "example": example.repeat(points),
+            "position": self.position[example, column].repeat(points),
+        }
+        values = {name: value[:, self.shown].flatten() for name, value in columns.items()}
+        return pd.DataFrame(
+            {name: value.cpu().numpy() for name, value in (places | values).items()}
+        )
+
+
+@torch.no_grad()
+def dynamics(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "real",
+    part: str = "resid",
+    batch_size: int = 512,
+) -> Dynamics:
+    """The state before the first iteration and after every iteration, from one run.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        n_loops: Iterations; None means what the checkpoint records.
+        positions: "real" for all tokens that are not padding, "readout" for the column at which
+            answers are read (which may be padding), "all" for padding too, or columns.
+        part: A part of the state, as `model.state_parts(state)` names it.
+        batch_size: Rows run at a time.
+
+    Raises:
+        ValueError: A part that the state does not have, or that is not made of real numbers.
+
+    Source:
+        The geometry of iterates: arXiv 2509.23314; orbits: figures of arXiv 2502.05171.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    spots = shown_spots(batch, positions)
+    stops = [iteration_start(model, 0, n_loops), *model.iteration_ends(n_loops)]
+    collected = []
+    for rows, columns in zip(
+        in_chunks(batch, batch_size, "dynamics"), spots[0].split(batch_size), strict=True
+    ):
+        state = begin_batch(model, rows, n_loops)
+        points = []
+        for stop in stops:
+            state = model.advance(state, stop)
+            points.append(at_positions(widened(_part(model, state, part).flatten(2)), columns))
+        collected.append(torch.stack(points))
+    return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), spots, part)
+
+
+def effective_rank(rows: Float[Tensor, "row d"]) -> Float[Tensor, ""]:
+    """Exponential of the entropy of the singular values' shares, of the rows minus their mean; NaN
+    where all rows are the same.
+
+    Source:
+        Roy & Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    if len(rows) < 2:
+        raise ValueError(f"an effective rank needs at least two rows, got {len(rows)}")
+    sizes = torch.linalg.svdvals(rows - rows.mean(0))
+    rounding = max(rows.shape) * torch.finfo(rows.dtype).eps * rows.norm()
+    sizes = sizes.masked_fill(sizes <= rounding, 0.0)
+    rank: Tensor = torch.special.entr(sizes / sizes.sum()).sum().exp()
+    return rank
+
+
+def shown_spots(batch: Batch, positions: Shown) -> Spots:
+    """The columns to show, and which of them are no padding or were asked for all the same."""
+    if positions == "real":
+        longest = int(batch.mask.sum(1).max())
+        return read_columns(batch, range(longest)), batch.mask[:, :longest].bool()
+    if isinstance(positions, str) and positions not in ("readout", "all"):
+        raise ValueError(
+            f"positions must be 'real', 'readout', 'all' or columns, got {positions!r}"
+        )
+    columns = read_columns(batch, None if positions == "readout" else positions)
+    return columns, torch.ones_like(columns, dtype=torch.bool)
+
+
+def iteration_start(model: LoopedModel, loop: int, n_loops: int) -> int:
+    """The index in the schedule of the first visit of an iteration."""
+    return min(visit.index for visit in model.schedule(n_loops) if visit.loop == loop)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Float64 as it is, anything narrower as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _part(model: LoopedModel, state: State, part: str) -> Float[Tensor, "batch pos ..."]:
+    parts = model.state_parts(state)
+    if part not in parts or not parts[part].is_floating_point():
+        known = ", ".join(name for name, value in parts.items() if value.is_floating_point())
+        raise ValueError(
+            f"the state of this {type(model).__name__} has no part {part!r} of real numbers; it has"
+            f" {known}"
+        )
+    return parts[part]
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a / _norm(a)[..., None] * (b / _norm(b)[..., None])).sum(-1).clamp(-1.0, 1.0)

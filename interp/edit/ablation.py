@@ -1,0 +1,359 @@
+"""Ablation: take a head, an attention or MLP output, a whole visit or a whole iteration out of the
+run, at chosen iterations.
+
+Axes: batch pos d_model head d_head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.cells import in_range
+from loopscope.interp.common.inputs import Inputs, in_chunks
+from loopscope.interp.common.places import (
+    Picked,
+    at_columns_of,
+    checked_columns,
+    other_rows,
+    recorded,
+    reference_batch,
+    visits_at,
+)
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import Visit, checked_loops
+from loopscope.models.core.tokens import Batch
+
+Kind = Literal["head", "attn", "mlp", "visit", "iteration"]
+How = Literal["zero", "mean", "mean_per_position", "resample"]
+_SITES = {"head": "attn.hook_z", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
+_CHUNK = 512  # reference rows run at a time
+Substitute = Callable[[Tensor, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Component:
+    """What to ablate, and where.
+
+    Attributes:
+        kind: "head" (its weighted sum of values, attn.hook_z), "attn" or "mlp" (what it adds to the
+            residual stream), "visit" (a block at one iteration: its resid_post becomes its
+            resid_pre) or "iteration" (its state_out becomes its state_in).
+        loops: Iterations, from 0; "all" for every one.
+        layers: Blocks within an iteration, "all" for every one; an iteration takes all of them.
+        heads: Heads, "all" for every one; for kind "head" only.
+    """
+
+    kind: Kind
+    loops: Picked = "all"
+    layers: Picked = "all"
+    heads: Picked = "all"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("head", "attn", "mlp", "visit", "iteration"):
+            raise ValueError(
+                f"kind must be 'head', 'attn', 'mlp', 'visit' or 'iteration', got {self.kind!r}"
+            )
+        if self.heads != "all" and self.kind != "head":
+            raise ValueError(f"heads= goes with kind 'head' only, got kind {self.kind!r}")
+        if self.layers != "all" and self.kind == "iteration":
+            raise ValueError(
+                "an iteration is skipped with all its layers; kind 'visit' takes layers="
+            )
+
+
+@contextmanager
+def ablate(
+    model: LoopedModel,
+    what: Component | Sequence[Component],
+    *,
+    how: How = "zero",
+    n_loops: int | None = None,
+    reference: Inputs | None = None,
+    seed: int = 0,
+    positions: Picked = "all",
+) -> Iterator[LoopedModel]:
+    """Inside the `with` block every run of the model has the components ablated; afterwards, also
+    after an error, none has.
+
+    A visit and an iteration pass on what entered them after all other hooks at that point. Runs
+    inside must have `n_loops` iterations.
+
+    Args:
+        what: One component or several.
+        how: "zero" writes zeros; "mean" writes the site's mean over the reference at the same
+            iteration (over rows and over positions that are real or read); "mean_per_position" the
+            mean over rows only; "resample" lets row i take the value of reference row p(i mod N) at
+            the same positions, p being a random permutation that leaves no row in place. Visits and
+            iterations contribute nothing, so they take "zero" only.
+        n_loops: Iterations of the runs inside; None means what the checkpoint records.
+        reference: A batch, texts or tokens, for every `how` but "zero". It is run once, when the
+            context is entered, with the hooks that the model has then. For "mean_per_position" and
+            "resample" its rows must be of one length, and the runs inside as wide.
+        seed: Of the permutation.
+        positions: Columns to ablate, "all" for every one.
+
+    Raises:
+        ValueError: A component that this model does not have, a place out of range, a reference
+            that is missing, not needed or of unequal lengths; and from the runs inside: another
+            n_loops, another width, or a run continued inside a skipped iteration.
+    """
+    n_loops, columns = checked_loops(n_loops, model.cfg.n_loops), checked_columns(positions)
+    components = [what] if isinstance(what, Component) else list(what)
+    _check(components, how, reference)
+    written, skipped = _written(model, components, n_loops), _skipped(model, components, n_loops)
+    substitute = (
+        _zeros
+        if reference is None
+        else _substitute(model, how, reference, sorted(written), n_loops, seed)
+    )
+    with ExitStack() as stack:
+        entering = {
+            leaving: stack.enter_context(_Entering(model.hook_dict[before]))
+            for leaving, before in skipped.items()
+        }
+
+        def act(value: Tensor, hook: HookPoint) -> Tensor:
+            name = str(hook.name)
+            if name in entering:
+                return at_columns_of(value, entering[name].take(value), columns)
+            ablated = substitute(value, name)
+            heads = written[name]
+            if heads is not None:
+                others = torch.tensor(
+                    [head not in heads for head in range(value.shape[2])], device=value.device
+                )
+                ablated = torch.where(others[:, None], value, ablated)
+            return at_columns_of(value, ablated, columns)
+
+        names = written.keys() | entering.keys()
+        stack.enter_context(
+            model.hooks([(names.__contains__, act)], n_loops=n_loops)
+        )  # a predicate, so that another n_loops is refused
+        yield model
+
+
+# Which points
+
+
+def _check(components: Sequence[Component], how: How, reference: Inputs | None) -> None:
+    if not components:
+        raise ValueError("at least one component to ablate is needed, got none")
+    if how not in ("zero", "mean", "mean_per_position", "resample"):
+        raise ValueError(
+            f"how must be 'zero', 'mean', 'mean_per_position' or 'resample', got {how!r}"
+        )
+    whole = [component.kind for component in components if component.kind not in _SITES]
+    if whole and how != "zero":
+        raise ValueError(
+            f"a skipped {whole[0]} contributes nothing, so how must be 'zero', got {how!r}"
+        )
+    if (reference is None) != (how == "zero"):
+        raise ValueError(
+            "reference= must be given for how='mean', 'mean_per_position' and 'resample' and only"
+            f" then, got how={how!r}"
+        )
+
+
+def _written(
+    model: LoopedModel, components: Sequence[Component], n_loops: int
+) -> dict[str, set[int] | None]:
+    """The points of ablated heads, attentions and MLPs, with the heads to write; None for the whole
+    value.
+    """
+    written: dict[str, set[int] | None] = {}
+    for component in components:
+        site = _SITES.get(component.kind)
+        if site is None:
+            continue
+        heads = (
+            set(in_range("heads", component.heads, model.cfg.n_heads))
+            if component.kind == "head"
+            else None
+        )
+        for visit in _visits(model, component, n_loops):
+            name = f"{visit.name}.{_required(visit, site, component.kind)}"
+            written[name] = None if heads is None else heads | (written.get(name) or set())
+    return written
+
+
+def _skipped(model: LoopedModel, components: Sequence[Component], n_loops: int) -> dict[str, str]:
+    """For each skipped visit and iteration, the point where it is left and the one where it is
+    entered.
+    """
+    skipped: dict[str, str] = {}
+    for component in components:
+        if component.kind == "visit":
+            for visit in _visits(model, component, n_loops):
+                before, after = (
+                    _required(visit, site, "visit")
+                    for site in ("hook_resid_pre", "hook_resid_post")
+                )
+                skipped[f"{visit.name}.{after}"] = f"{visit.name}.{before}"
+        if component.kind == "iteration":
+            for loop in sorted(
+                {
+                    visit.loop
+                    for visit in _visits(model, component, n_loops)
+                    if visit.loop is not None
+                }
+            ):
+                skipped |= _ends(model, n_loops, loop)
+    return skipped
+
+
+def _visits(model: LoopedModel, component: Component, n_loops: int) -> list[Visit]:
+    visits = visits_at(model, n_loops, component.loops, component.layers)
+    if not visits:
+        raise ValueError(f"{component} means no visit of a call with n_loops={n_loops}")
+    return visits
+
+
+def _required(visit: Visit, site: str, kind: str) -> str:
+    if site not in visit.points:
+        raise ValueError(
+            f"{visit.name} has no {site}, so no {kind} can be ablated there; it has"
+            f" {', '.join(visit.points)}"
+        )
+    return site
+
+
+def _ends(model: LoopedModel, n_loops: int, loop: int) -> dict[str, str]:
+    """Each part of the state where an iteration is left, and where it is entered."""
+    visits = [visit for visit in model.schedule(n_loops) if visit.loop == loop]
+    opening = [
+        f"{visit.scope}.{site}"
+        for visit in visits
+        for site in visit.opening
+        if site.startswith("hook_state_in")
+    ]
+    closing = [
+        f"{visit.scope}.{site}"
+        for visit in visits
+        for site in visit.closing
+        if site.startswith("hook_state_out")
+    ]
+    ends = {name.replace("hook_state_in", "hook_state_out"): name for name in opening}
+    if not ends or set(ends) != set(closing):
+        raise ValueError(
+            f"iteration {loop} cannot be skipped: the state that enters it is at {opening} and the"
+            f" state that leaves it at {closing}, and each part needs both"
+        )
+    return ends
+
+
+class _Entering(AbstractContextManager["_Entering"]):
+    """What passes a hook point, after all hooks there, whenever they were attached.
+
+    Before each call of the point a hook is registered that is thereby the last one, and that goes
+    again once it has run.
+    """
+
+    def __init__(self, point: HookPoint) -> None:
+        self._point = point
+        self._value: Tensor | None = None
+        self._once: RemovableHandle | None = None
+        self._always = point.register_forward_pre_hook(self._arm)
+
+    def __exit__(self, *error: object) -> None:
+        self._disarm()
+        self._always.remove()
+
+    def _arm(self, module: nn.Module, args: object) -> None:
+        self._disarm()
+        self._once = module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self._disarm()
+        self._value = output
+
+    def _disarm(self) -> None:
+        if self._once is not None:
+            self._once.remove()
+        self._once = None
+
+    def take(self, leaving: Tensor) -> Tensor:
+        """What entered, once; a second reading would belong to another run."""
+        value, self._value = self._value, None
+        if value is None or value.shape != leaving.shape:
+            raise ValueError(
+                f"what is skipped from {self._point.name!r} on must be run from there, but this run"
+                " was continued inside it; continue from a visit before it, or after it"
+            )
+        return value
+
+
+# What is written
+
+
+def _zeros(value: Tensor, name: str) -> Tensor:
+    return torch.zeros_like(value)
+
+
+def _substitute(
+    model: LoopedModel, how: How, reference: Inputs, names: list[str], n_loops: int, seed: int
+) -> Substitute:
+    batch = reference_batch(model, reference)
+    lengths = batch.mask.sum(1)
+    if how != "mean" and bool((lengths != lengths[0]).any()):
+        raise ValueError(
+            f"how={how!r} needs reference rows of one length, got lengths from {int(lengths.min())}"
+            f" to {int(lengths.max())}"
+        )
+    if how == "resample":
+        return _resampled(
+            _reference_values(model, batch, names, n_loops),
+            other_rows(len(batch), seed).to(model.device),
+        )
+    if how == "mean":
+        return _means(model, batch, names, n_loops)
+    values = {
+        name: value.mean(0, keepdim=True)
+        for name, value in _reference_values(model, batch, names, n_loops).items()
+    }
+    return _resampled(values, torch.zeros(1, dtype=torch.int64, device=model.device))
+
+
+def _pieces(model: LoopedModel, batch: Batch) -> Iterator[Batch]:
+    return in_chunks(batch, _CHUNK if model.batch_independent else len(batch), "reference")
+
+
+def _reference_values(
+    model: LoopedModel, batch: Batch, names: list[str], n_loops: int
+) -> dict[str, Tensor]:
+    pieces = [recorded(model, part, names, n_loops) for part in _pieces(model, batch)]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in names}
+
+
+def _resampled(values: dict[str, Tensor], rows: Int[Tensor, " row"]) -> Substitute:
+    def take(value: Tensor, name: str) -> Tensor:
+        source = values[name]
+        if source.shape[1:] != value.shape[1:]:
+            raise ValueError(
+                f"the reference is {source.shape[1]} columns wide, so the runs inside must be too,"
+                f" got {value.shape[1]}"
+            )
+        return source[rows[torch.arange(value.shape[0], device=rows.device) % len(rows)]]
+
+    return take
+
+
+def _means(model: LoopedModel, batch: Batch, names: list[str], n_loops: int) -> Substitute:
+    totals: dict[str, Tensor] = {}
+    count = 0
+    for part in _pieces(model, batch):
+        kept = part.mask.bool()
+        kept[torch.arange(len(part), device=kept.device), part.readout] = True
+        count += int(kept.sum())
+        for name, value in recorded(model, part, names, n_loops).items():
+            totals[name] = totals.get(name, 0.0) + value[kept].sum(0)
+    means = {name: total / count for name, total in totals.items()}
+    return lambda value, name: means[name].expand_as(value)

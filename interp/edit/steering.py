@@ -1,0 +1,304 @@
+"""Steering: add a vector to activations at chosen iterations, replace them, or change what an
+iteration is injected.
+
+Axes: batch pos d_model head d_head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.cells import in_range
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from loopscope.interp.common.places import (
+    Picked,
+    at_columns_of,
+    checked_columns,
+    recorded,
+    reference_batch,
+)
+from loopscope.models.core.base import LoopedModel, at_columns
+from loopscope.models.core.cache import coordinate, is_site, position_axis, site_of
+from loopscope.models.core.state import checked_loops
+
+_CHUNK = 512  # rows run at a time
+
+
+@contextmanager
+def steer(
+    model: LoopedModel,
+    vectors: Float[Tensor, "*shape"],
+    *,
+    site: str = "resid_pre",
+    loops: Picked,
+    layers: Picked | None,
+    positions: Picked = "all",
+    scale: float | int = 1.0,
+    n_loops: int | None = None,
+) -> Iterator[LoopedModel]:
+    """Inside the `with` block a vector is added at some iterations; afterwards, also after an
+    error, it is not.
+
+    Gradients reach `vectors`. Runs inside must have `n_loops` iterations.
+
+    Args:
+        vectors: One for all rows, in the shape of the site without batch and pos (Float[Tensor, "
+            d_model"], at q, k, v and z Float[Tensor, "head d_head"]), or one for each row
+            (Float[Tensor, "batch d_model"], ...).
+        site: e.g. "resid_pre", "mlp_out", "z"; or an iteration's own site, e.g. "state_in".
+        loops: Iterations, from 0; "all" for every one.
+        layers: Blocks within an iteration, "all" for every one; None for an iteration's own site.
+        positions: Columns that are written, "all" for every one.
+        scale: Multiplies the vectors.
+        n_loops: Iterations of the runs inside; None means what the checkpoint records.
+
+    Raises:
+        KeyError: A site that this model does not have.
+        ValueError: A place out of range, a site whose second axis is not pos, and from the runs
+            inside: vectors that do not have the site's shape, or another n_loops.
+
+    Source:
+        Turner et al. 2023 (arXiv 2308.10248), activation addition.
+    """
+    with _writing(
+        model,
+        lambda value, name: value + scale * _fitted(vectors, value, name),
+        site,
+        loops,
+        layers,
+        positions,
+        n_loops,
+    ) as inside:
+        yield inside
+
+
+@contextmanager
+def set_to(
+    model: LoopedModel,
+    vectors: Float[Tensor, "*shape"],
+    *,
+    site: str = "resid_pre",
+    loops: Picked,
+    layers: Picked | None,
+    positions: Picked = "all",
+    n_loops: int | None = None,
+) -> Iterator[LoopedModel]:
+    """As `steer`, but the vector takes the activation's place instead of being added to it."""
+    with _writing(
+        model,
+        lambda value, name: _fitted(vectors, value, name).expand_as(value),
+        site,
+        loops,
+        layers,
+        positions,
+        n_loops,
+    ) as inside:
+        yield inside
+
+
+@torch.no_grad()
+def steering_vector(
+    model: LoopedModel,
+    positive: Inputs,
+    negative: Inputs,
+    site: str,
+    loop: int,
+    layer: int | None,
+    n_loops: int | None = None,
+    readout: ReadoutColumn = None,
+) -> Float[Tensor, "*shape"]:
+    """Mean activation at the readout of one set of inputs, minus that of another.
+
+    Args:
+        positive, negative: Batches, texts, or tokens with `readout`; they need not be equally many.
+        site, loop, layer: One place; layer is None for an iteration's own site.
+        n_loops: Iterations; None means what the checkpoint records.
+
+    Returns:
+        The site's shape without batch and pos, e.g. Float[Tensor, " d_model"]; what `steer` takes.
+
+    Raises:
+        KeyError, ValueError: As for `steer`.
+
+    Source:
+        Rimsky et al. 2024 (arXiv 2312.06681), contrastive activation addition.
+    """
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    names = _places(model, site, [loop], None if layer is None else [layer], n_loops)
+    if len(names) != 1:
+        raise ValueError(
+            f"one place is needed, but {site!r} at loop={loop}, layer={layer} is {', '.join(names)}"
+        )
+    return _mean_at_readout(model, positive, names[0], n_loops, readout) - _mean_at_readout(
+        model, negative, names[0], n_loops, readout
+    )
+
+
+@contextmanager
+def attenuate_input(
+    model: LoopedModel, factor: float | int, loops: Picked = "all", n_loops: int | None = None
+) -> Iterator[LoopedModel]:
+    """Inside the `with` block what is injected at some iterations is multiplied by a factor.
+
+    Args:
+        factor: 1 changes nothing, 0 injects zeros.
+        loops: Iterations at which something is injected, "all" for every such one.
+        n_loops: Iterations of the runs inside; None means what the checkpoint records.
+
+    Raises:
+        ValueError: A model, or an iteration, without injection; from the runs inside: another
+            n_loops.
+    """
+    names = _injections(model, loops, checked_loops(n_loops, model.cfg.n_loops))
+    with model.hooks(
+        [(set(names).__contains__, lambda value, hook: factor * value)], n_loops=n_loops
+    ):
+        yield model
+
+
+@contextmanager
+def swap_input(
+    model: LoopedModel, other: Inputs, loops: Picked = "all", n_loops: int | None = None
+) -> Iterator[LoopedModel]:
+    """Inside the `with` block another input is injected at some iterations; the state computed so
+    far stays.
+
+    Args:
+        other: A batch, texts or tokens of the shape of the runs inside; it is run once, when the
+            context is entered.
+        loops, n_loops: As for `attenuate_input`.
+
+    Raises:
+        ValueError: As for `attenuate_input`, and a run inside of another shape.
+    """
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    names = _injections(model, loops, n_loops)
+    injected = recorded(model, reference_batch(model, other), names, n_loops)
+
+    def swap(value: Tensor, hook: HookPoint) -> Tensor:
+        new = injected[str(hook.name)]
+        if new.shape != value.shape:
+            raise ValueError(
+                f"the other input must have the shape of the run, {list(value.shape[:2])} (batch,"
+                f" pos), got {list(new.shape[:2])}"
+            )
+        return new
+
+    with model.hooks([(injected.__contains__, swap)], n_loops=n_loops):
+        yield model
+
+
+@contextmanager
+def _writing(
+    model: LoopedModel,
+    new: Callable[[Tensor, str], Tensor],
+    site: str,
+    loops: Picked,
+    layers: Picked | None,
+    positions: Picked,
+    n_loops: int | None,
+) -> Iterator[LoopedModel]:
+    n_loops, columns = checked_loops(n_loops, model.cfg.n_loops), checked_columns(positions)
+    names = set(_places(model, site, loops, layers, n_loops))
+
+    def write(value: Tensor, hook: HookPoint) -> Tensor:
+        return at_columns_of(value, new(value, str(hook.name)), columns)
+
+    with model.hooks(
+        [(names.__contains__, write)], n_loops=n_loops
+    ):  # a predicate, so that another n_loops is refused
+        yield model
+
+
+def _fitted(vectors: Tensor, value: Tensor, name: str) -> Tensor:
+    """The vectors with the axes of a site's value."""
+    vectors, shared, each = vectors.to(value), value.shape[2:], (value.shape[0], *value.shape[2:])
+    if vectors.shape == shared:
+        return vectors
+    if vectors.shape == each:
+        return vectors[:, None]
+    raise ValueError(
+        f"vectors at {name!r} must have the shape {list(shared)}, or {list(each)} for one per row,"
+        f" got {list(vectors.shape)}"
+    )
+
+
+def _places(
+    model: LoopedModel, site: str, loops: Picked, layers: Picked | None, n_loops: int
+) -> list[str]:
+    """The hook points of a site at some iterations and layers."""
+    names = model.hook_names(n_loops)
+    here = [name for name in names if is_site(name, site)]
+    if not here:
+        raise KeyError(
+            f"this model has no site {site!r}; its sites are"
+            f" {', '.join(sorted({site_of(name) for name in names}))}"
+        )
+    meant = sorted({site_of(name) for name in here})
+    if len(meant) > 1:
+        raise ValueError(f"{site!r} could be {' or '.join(meant)}; name the site in full")
+    if position_axis(here[0]) != 1:
+        raise ValueError(
+            f"{site!r} has a head axis before its positions, so no vector can be added there"
+        )
+    inside = {name: coordinate(name) for name in here if name.startswith("loops.")}
+    if not inside:
+        raise ValueError(f"{site!r} lies outside the loop, so it has no iteration")
+    layered = any(len(place) > 1 for place in inside.values())
+    if layered == (layers is None):
+        raise ValueError(
+            f"{site!r}"
+            f" {'needs layers= (blocks, or all)' if layered else 'has no layer, so pass layers=None'}"
+        )
+    kept_loops = in_range("loops", loops, n_loops)
+    kept_layers = (
+        in_range("layers", layers, 1 + max(int(place[-1]) for place in inside.values()))
+        if layered
+        else []
+    )
+    chosen = [
+        name
+        for name, place in inside.items()
+        if place[0] in kept_loops and (not layered or place[-1] in kept_layers)
+    ]
+    if not chosen:
+        raise ValueError(f"{site!r} does not occur at loops={loops}, layers={layers}")
+    return chosen
+
+
+def _mean_at_readout(
+    model: LoopedModel, inputs: Inputs, name: str, n_loops: int, readout: ReadoutColumn
+) -> Tensor:
+    batch = as_batch(model, inputs, readout)
+    parts = in_chunks(batch, _CHUNK if model.batch_independent else len(batch), "activations")
+    total = sum(
+        at_columns(recorded(model, part, [name], n_loops)[name], part.readout).sum(0)
+        for part in parts
+    )
+    return torch.as_tensor(total) / len(batch)
+
+
+def _injections(model: LoopedModel, loops: Picked, n_loops: int) -> list[str]:
+    """The points of what is injected at some iterations."""
+    kept = in_range("loops", loops, n_loops)
+    opening = [visit for visit in model.schedule(n_loops) if "hook_input" in visit.opening]
+    points = {
+        visit.loop: f"{visit.scope}.hook_input" for visit in opening if visit.loop is not None
+    }
+    if not points:
+        raise ValueError(
+            "nothing is injected into this model's iterations in such a call: it has no hook_input"
+        )
+    missing = [] if loops == "all" else [loop for loop in kept if loop not in points]
+    if missing or not kept:
+        where = f"at iteration {missing[0]}" if missing else "at loops=[]"
+        raise ValueError(
+            f"nothing is injected {where}; this model injects at the iterations {sorted(points)}"
+        )
+    return [points[loop] for loop in kept if loop in points]

@@ -1,0 +1,185 @@
+"""Exit gates: after which iteration a model's own gate would stop, and the answers that the ways of
+using it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.models.core.base import LoopedModel, at_columns
+from loopscope.models.core.state import State, checked_loops
+from loopscope.models.core.tokens import Batch
+
+GATE = "hook_exit_logit"
+
+
+class ExitDistribution(NamedTuple):
+    """After which iteration a gate exits.
+
+    Attributes:
+        pdf: Float[Tensor, "loop ..."], the probability of each iteration; they add up to 1.
+        cdf: Float[Tensor, "loop ..."], the probability of that iteration or an earlier one.
+    """
+
+    pdf: Float[Tensor, "loop ..."]
+    cdf: Float[Tensor, "loop ..."]
+
+
+def exit_distribution(gate_logits: Float[Tensor, "loop ..."]) -> ExitDistribution:
+    """Probability of an exit after each iteration: lambda_t = sigmoid(logit_t), p_t = lambda_t
+    prod_{s<t} (1 - lambda_s).
+
+    The last iteration takes what is left, so its own logit is not used.
+
+    Source:
+        Ouro (arXiv 2510.25741).
+    """
+    log_left = F.logsigmoid(-gate_logits).cumsum(0)
+    first = torch.zeros_like(log_left[:1])
+    log_before = torch.cat([first, log_left[:-1]])
+    pdf = torch.cat([(log_before + F.logsigmoid(gate_logits))[:-1], log_before[-1:]]).exp()
+    return ExitDistribution(pdf, torch.cat([-log_left[:-1].expm1(), first + 1.0]))
+
+
+@torch.no_grad()
+def gate_logits(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    batch_size: int = 512,
+) -> Float[Tensor, "loop batch"]:
+    """The exit gate's logit after every iteration, at the column at which answers are read.
+
+    Raises:
+        ValueError: The family has no exit gate.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    names = gate_names(model, n_loops)
+    collected = []
+    for rows in in_chunks(batch, batch_size, "gate"):
+        seen: list[Tensor] = []
+
+        def keep(
+            logit: Tensor,
+            hook: HookPoint,
+            seen: list[Tensor] = seen,
+            columns: Tensor = rows.readout,
+        ) -> None:
+            seen.append(at_columns(logit, columns))
+
+        with model.hooks([(names, keep)], n_loops=n_loops):
+            model.advance(begin_batch(model, rows, n_loops))
+        collected.append(torch.stack(seen))
+    return torch.cat(collected, dim=1)
+
+
+@dataclass(frozen=True)
+class GatedReadout:
+    """Logits at every position, read by the rule of an exit gate.
+
+    Attributes:
+        logits: Float[Tensor, "batch pos d_vocab"].
+        loops_used: Int[Tensor, "batch pos"], iterations until the exit, from 1; for the mixture,
+            all of them.
+        pdf: Float[Tensor, "loop batch pos"], the exit distribution.
+    """
+
+    logits: Float[Tensor, "batch pos d_vocab"]
+    loops_used: Int[Tensor, "batch pos"]
+    pdf: Float[Tensor, "loop batch pos"]
+
+
+@torch.no_grad()
+def readout_at_threshold(
+    model: LoopedModel,
+    inputs: Inputs,
+    threshold: float,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+) -> GatedReadout:
+    """Each position is read after the first iteration whose cumulative exit probability reaches a
+    threshold, else after the last.
+
+    All iterations run; the exit only chooses which state is unembedded. Hooks at
+    `loops.{t}.hook_exit_logit` change the choice.
+
+    Args:
+        threshold: In 0..1. At 1 a gate that is saturated in float32 still exits at once, as the
+            release does.
+
+    Source:
+        Ouro (arXiv 2510.25741) and its released forward pass.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be a probability in 0..1, got {threshold}")
+    batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
+    states, gates = _run(model, batch, n_loops)
+    pdf, cdf = exit_distribution(gates)
+    step = (cdf >= threshold).int().argmax(0)
+    logits = model.readout(states[0])
+    for loop, state in enumerate(states[1:], start=1):
+        logits = torch.where((step == loop)[..., None], model.readout(state), logits)
+    return GatedReadout(logits, step + 1, pdf)
+
+
+@torch.no_grad()
+def readout_mixture(
+    model: LoopedModel, inputs: Inputs, n_loops: int | None = None, *, readout: ReadoutColumn = None
+) -> GatedReadout:
+    """The logits after every iteration, weighted by the exit distribution: what the release returns
+    when it is given labels.
+
+    Source:
+        Ouro (arXiv 2510.25741) and its released forward pass.
+    """
+    batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
+    states, gates = _run(model, batch, n_loops)
+    pdf = exit_distribution(gates).pdf
+    logits = sum(p[..., None] * model.readout(state) for p, state in zip(pdf, states, strict=True))
+    assert isinstance(logits, Tensor), "a run has at least one iteration"
+    return GatedReadout(logits, torch.full(batch.tokens.shape, n_loops, device=model.device), pdf)
+
+
+def _run(
+    model: LoopedModel, batch: Batch, n_loops: int
+) -> tuple[list[State], Float[Tensor, "loop batch pos"]]:
+    """The state and the gate's logit after every iteration."""
+    logits: list[Tensor] = []
+
+    def keep(logit: Tensor, hook: HookPoint) -> None:
+        logits.append(logit)
+
+    with model.hooks([(gate_names(model, n_loops), keep)], n_loops=n_loops):
+        states = list(_after_iterations(model, begin_batch(model, batch, n_loops)))
+    return states, torch.stack(logits)
+
+
+def _after_iterations(model: LoopedModel, state: State) -> Iterator[State]:
+    for end in model.iteration_ends(state.n_loops):
+        state = model.advance(state, end)
+        yield state
+
+
+def gate_names(model: LoopedModel, n_loops: int) -> list[str]:
+    """The hook points of the gate's logit; ValueError for a family that has no gate."""
+    names = [f"loops.{loop}.{GATE}" for loop in range(n_loops)]
+    absent = sorted(set(names) - set(model.hook_names(n_loops)))
+    if absent:
+        raise ValueError(
+            f"this {type(model).__name__} has no exit gate to read: its calls have no hook point"
+            f" {absent[0]!r}"
+        )
+    return names

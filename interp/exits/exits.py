@@ -1,0 +1,190 @@
+"""Early exit: after which iteration would a model stop, by its answers, by its states, or by a gate
+of its own?
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.dynamics.states import Dynamics, dynamics
+from loopscope.interp.exits.halting import Stops, first_stop
+from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.models.core.base import LoopedModel
+
+
+@dataclass(frozen=True)
+class Criterion(ABC):
+    """Exit after the first iteration that ends a row of `hits` iterations in which a condition is
+    met.
+
+    Attributes:
+        hits: How many iterations in a row must meet the condition.
+        min_loops: No example exits before this many iterations.
+        of_states: The condition is one of the states, not of the answers.
+    """
+
+    hits: int = field(default=1, kw_only=True)
+    min_loops: int = field(default=1, kw_only=True)
+    of_states: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.hits < 1 or self.min_loops < 1:
+            raise ValueError(
+                f"hits and min_loops must be at least 1, got {self.hits} and {self.min_loops}"
+            )
+
+    @abstractmethod
+    def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
+        """Whether each iteration meets the condition; it never does where it compares with an
+        iteration that there is not.
+        """
+
+
+@dataclass(frozen=True)
+class KLBelow(Criterion):
+    """KL(p_t || p_{t-1}) of successive answers below a threshold, in nats (arXiv 2502.05171)."""
+
+    threshold: float = 1e-3
+
+    def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
+        return lens.kl() < self.threshold
+
+
+@dataclass(frozen=True)
+class EntropyBelow(Criterion):
+    """Entropy of the answer below a threshold, in nats."""
+
+    threshold: float = 3.0
+
+    def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
+        return lens.entropy() < self.threshold
+
+
+@dataclass(frozen=True)
+class TopStable(Criterion):
+    """The most likely token has not changed in any of the last `hits` iterations."""
+
+    hits: int = field(default=5, kw_only=True)
+
+    def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
+        top = lens.top(1).tokens[..., 0]
+        return torch.cat([torch.zeros_like(top[:1], dtype=torch.bool), top[1:] == top[:-1]])
+
+
+@dataclass(frozen=True)
+class CosineAbove(Criterion):
+    """Cosine of h_t and h_{t-1} above a threshold; h_0 is the state before the first iteration."""
+
+    threshold: float = 0.999
+    of_states: ClassVar[bool] = True
+
+    def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
+        return _of(states, lens).state_cosine()[1:, :, 0] > self.threshold
+
+
+@dataclass(frozen=True)
+class StepBelow(Criterion):
+    """||h_t - h_{t-1}|| / ||h_{t-1}|| below a threshold; h_0 is the state before the first
+    iteration.
+    """
+
+    threshold: float = 0.03
+    of_states: ClassVar[bool] = True
+
+    def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
+        return _of(states, lens).step_norm(relative=True)[1:, :, 0] < self.threshold
+
+
+@dataclass(frozen=True)
+class AccelerationBelow(Criterion):
+    """||h_t - 2 h_{t-1} + h_{t-2}|| below a threshold, in units of the state, twice in a row (arXiv
+    2509.23314).
+    """
+
+    threshold: float
+    hits: int = field(default=2, kw_only=True)
+    of_states: ClassVar[bool] = True
+
+    def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
+        return _of(states, lens).second_difference()[1:, :, 0] < self.threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exits(Stops):
+    """Where a criterion lets each example exit.
+
+    Attributes:
+        criterion: The criterion.
+    """
+
+    criterion: Criterion
+
+
+def exits(
+    model: LoopedModel,
+    inputs: Inputs,
+    criterion: Criterion,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+) -> Exits:
+    """Run all iterations and find where a criterion lets each example exit. For several criteria
+    use `apply_criterion`.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        n_loops: The cap; an example that never exits uses the last iteration. None means what the
+            checkpoint records.
+    """
+    batch = as_batch(model, inputs, readout)
+    states = dynamics(model, batch, n_loops, positions="readout") if criterion.of_states else None
+    return apply_criterion(readout_lens(model, batch, n_loops), criterion, states)
+
+
+def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = None) -> Exits:
+    """Find where a criterion lets each read of a `readout_lens` exit; one run serves any number of
+    criteria.
+
+    Args:
+        lens: The answers after every iteration.
+        states: `dynamics(..., positions="readout")` of the same inputs and iterations, for the
+            criteria that read states.
+
+    Raises:
+        ValueError: The criterion reads states and they are not given, or are not those of the
+            lens's reads.
+    """
+    met = criterion.met(lens, states)
+    holds = torch.zeros_like(met)
+    for loop in range(max(criterion.hits, criterion.min_loops) - 1, len(met)):
+        holds[loop] = met[loop + 1 - criterion.hits : loop + 1].all(0)
+    stop, halted = first_stop(holds)
+    return Exits(
+        criterion=criterion,
+        lens=lens,
+        loops_used=stop + 1,
+        halted=halted,
+        logits=lens.logits_at(stop),
+    )
+
+
+def _of(states: Dynamics | None, lens: Lens) -> Dynamics:
+    if states is None:
+        raise ValueError(
+            "this criterion reads states: give it dynamics(model, inputs, n_loops,"
+            ' positions="readout") of the same run'
+        )
+    wanted = (len(lens.loops) + 1, len(lens.example), 1)
+    if states.states.shape[:3] != wanted:
+        raise ValueError(
+            f"the states must be those of the lens's reads, [point, batch, pos] = {list(wanted)},"
+            f" got {list(states.states.shape[:3])}"
+        )
+    return states

@@ -1,0 +1,150 @@
+"""Adaptive halting: when would a model stop if it watched its own answers? (arXiv 2604.07822,
+figures 9 and 10.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.models.core.base import LoopedModel
+
+
+@dataclass(frozen=True)
+class HaltingRule:
+    """Stop an example after the first iteration, from the second on, at which all given conditions
+    hold.
+
+    Attributes:
+        kl: KL(p_t || p_{t-1}) must be below this, in nats; None leaves the condition out.
+        entropy: H(p_t) must be below this, in nats; None leaves the condition out.
+        min_loops: No example stops before this many iterations.
+        inject_input: False runs an input-injected model without its injection, as the reference's
+            evaluation during training does.
+
+    With neither threshold every example runs all iterations ("fixed"). The paper's rule is
+    HaltingRule(0.01, 3.0); its inference script's default has kl=0.001.
+    """
+
+    kl: float | None = 0.01
+    entropy: float | None = 3.0
+    min_loops: int = 1
+    inject_input: bool = True
+
+    @classmethod
+    def while_training(cls, padded_length: int) -> HaltingRule:
+        """The rule that evaluates dynamic models during training: H0 = 3 + 12/T for inputs padded
+        to T columns, KL below 0.5.
+        """
+        return cls(kl=0.5, entropy=3.0 + 12.0 / padded_length, inject_input=False)
+
+    def __str__(self) -> str:
+        conditions = [f"KL<{self.kl:g}"] if self.kl is not None else []
+        conditions += [f"H<{self.entropy:.3g}"] if self.entropy is not None else []
+        return " and ".join(conditions) or "fixed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stops:
+    """Where each example of a run stops.
+
+    Attributes:
+        lens: The run's answers after every iteration.
+        loops_used: Int[Tensor, " batch"], iterations counted from 1; the last where the example
+            never stopped by itself.
+        halted: Bool[Tensor, " batch"], whether it stopped by itself.
+        logits: Float[Tensor, "batch d_vocab"], after the iteration at which the example stopped.
+    """
+
+    lens: Lens
+    loops_used: Int[Tensor, " batch"]
+    halted: Bool[Tensor, " batch"]
+    logits: Float[Tensor, "batch d_vocab"]
+
+    def correct(self, answers: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+        """Whether each example stopped with the right answer."""
+        return self.logits.argmax(-1) == answers.to(self.logits.device)
+
+    def frame(self, answers: Int[Tensor, " batch"] | None = None) -> pd.DataFrame:
+        """One row per example: example, loops_used, halted, and correct when the answers are
+        given.
+        """
+        frame = pd.DataFrame({"loops_used": self.loops_used.cpu(), "halted": self.halted.cpu()})
+        frame.insert(0, "example", range(len(frame)))
+        if answers is not None:
+            frame["correct"] = self.correct(answers).cpu().numpy()
+        return frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halting(Stops):
+    """Where a rule stops each example.
+
+    Attributes:
+        rule: The rule.
+    """
+
+    rule: HaltingRule
+
+
+def halting(
+    model: LoopedModel,
+    inputs: Inputs,
+    rule: HaltingRule | None = None,
+    n_loops: int = 16,
+    *,
+    readout: ReadoutColumn = None,
+) -> Halting:
+    """Run once and find where a rule stops each example.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        rule: None means the paper's, HaltingRule(0.01, 3.0).
+        n_loops: The cap; an example that never halts uses the last iteration.
+    """
+    rule = rule or HaltingRule()
+    batch = as_batch(model, inputs, readout)
+    injects = any("hook_input" in visit.opening for visit in model.schedule(n_loops))
+    if rule.inject_input or not injects:
+        return apply_rule(readout_lens(model, batch, n_loops), rule)
+    with model.hooks([("loops.*.hook_input", _nothing)], n_loops=n_loops):
+        return apply_rule(readout_lens(model, batch, n_loops), rule)
+
+
+def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
+    """Find where a rule stops each read of a `readout_lens`; one lens serves any number of
+    rules.
+    """
+    holds = torch.ones(lens.heads_input.shape[:2], dtype=torch.bool, device=lens.heads_input.device)
+    if rule.kl is not None:
+        holds &= lens.kl() < rule.kl
+    if rule.entropy is not None:
+        holds &= lens.entropy() < rule.entropy
+    holds[: max(1, rule.min_loops - 1)] = False
+    if rule.kl is None and rule.entropy is None:
+        holds[:] = False
+    stop, halted = first_stop(holds)
+    return Halting(
+        rule=rule, lens=lens, loops_used=stop + 1, halted=halted, logits=lens.logits_at(stop)
+    )
+
+
+def first_stop(
+    holds: Bool[Tensor, "loop read"],
+) -> tuple[Int[Tensor, " read"], Bool[Tensor, " read"]]:
+    """The first iteration, from 0, at which each read may stop, the last one if none; and whether
+    there is one.
+    """
+    halted = holds.any(0)
+    return torch.where(halted, holds.int().argmax(0), len(holds) - 1), halted
+
+
+def _nothing(value: Tensor, hook: HookPoint) -> Tensor:
+    return torch.zeros_like(value)

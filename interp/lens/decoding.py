@@ -1,0 +1,231 @@
+"""Where in depth can an entity be read? Ranks of chosen tokens under a lens, and how often a token
+is the top one.
+
+Effective depth counts visits from 1: with L layers, layer l of iteration t (both from 0) is depth t
+* L + l + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.inputs import Inputs, as_batch, in_chunks
+from loopscope.interp.lens.lens import Lens, logit_lens
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+from loopscope.models.core.tokens import Batch
+
+Columns = Int[Tensor, "batch target"] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class RankTrajectory:
+    """How likely several tokens are at every read and visit of a lens.
+
+    Attributes:
+        lens: The lens.
+        tokens: Int[Tensor, "read target"].
+        rank: Int[Tensor, "visit read target"], how many tokens have a larger logit; 0 is the top.
+        prob: Float[Tensor, "visit read target"].
+    """
+
+    lens: Lens
+    tokens: Int[Tensor, "read target"]
+    rank: Int[Tensor, "visit read target"]
+    prob: Float[Tensor, "visit read target"]
+
+    def mean_reciprocal_rank(self) -> Float[Tensor, "visit target"]:
+        """Mean over the reads of 1 / (rank + 1): 1 where a target is always the top token."""
+        return _reciprocal(self.rank).mean(1)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per visit, read and target: example, position, visit, loop, layer, depth, target,
+        token, rank, prob.
+        """
+        n_visits, n_reads, n_targets = self.rank.shape
+        places = _places(self.lens.names, self.lens.loops, self.lens.layers, n_reads * n_targets)
+        example, position = (
+            x.repeat_interleave(n_targets).repeat(n_visits)
+            for x in (self.lens.example, self.lens.position)
+        )
+        frame = pd.concat(
+            [pd.DataFrame({"example": example.cpu(), "position": position.cpu()}), places], axis=1
+        )
+        frame["target"] = torch.arange(n_targets).repeat(n_visits * n_reads).numpy()
+        frame["token"] = self.tokens.cpu().expand(n_visits, -1, -1).flatten().numpy()
+        if self.lens.model.vocab is not None:
+            frame["token"] = [self.lens.model.vocab.words[token] for token in frame["token"]]
+        return frame.assign(
+            rank=self.rank.flatten().cpu().numpy(), prob=self.prob.flatten().cpu().numpy()
+        )
+
+
+def rank_trajectory(lens: Lens, tokens: Int[Tensor, "read target"]) -> RankTrajectory:
+    """Rank and probability of several tokens per read along a lens, say of every intermediate
+    entity and the answer.
+
+    Args:
+        lens: Any lens.
+        tokens: Int[Tensor, "read target"], one row per read.
+
+    Raises:
+        ValueError: Not one row per read, no target, or tokens outside the vocabulary.
+    """
+    if tokens.shape[1] < 1:
+        raise ValueError("at least one target token per read is needed, got none")
+    targets = tokens.unbind(1)
+    rank = torch.stack([lens.rank(target) for target in targets], dim=-1)
+    return RankTrajectory(
+        lens, tokens, rank, torch.stack([lens.prob(target) for target in targets], dim=-1)
+    )
+
+
+@dataclass(frozen=True)
+class Decodability:
+    """How often each target is the top token of the logit lens at its own position.
+
+    Attributes:
+        accuracy: Float[Tensor, "visit target"], share of the examples.
+        mean_reciprocal_rank: Float[Tensor, "visit target"], mean over the examples of 1 / (rank +
+            1).
+        names: What each visit is called, e.g. "loops.3.blocks.0".
+        loops, layers: The iteration and block of each visit, from 0; None outside the loop.
+        n_examples: How many examples the means are over.
+    """
+
+    accuracy: Float[Tensor, "visit target"]
+    mean_reciprocal_rank: Float[Tensor, "visit target"]
+    names: tuple[str, ...]
+    loops: tuple[int | None, ...]
+    layers: tuple[int | None, ...]
+    n_examples: int
+
+    def frame(self, targets: Sequence[str] | None = None) -> pd.DataFrame:
+        """One row per visit and target: visit, loop, layer, depth, target, accuracy,
+        mean_reciprocal_rank.
+
+        Args:
+            targets: What to call the targets, e.g. ["bridge", "answer"]; None numbers them from 0.
+
+        Raises:
+            ValueError: Not one name per target.
+        """
+        n_visits, n_targets = self.accuracy.shape
+        called = list(range(n_targets)) if targets is None else list(targets)
+        if len(called) != n_targets:
+            raise ValueError(
+                f"one name per target is needed: there are {n_targets} targets, got {len(called)}"
+                " names"
+            )
+        frame = _places(self.names, self.loops, self.layers, n_targets).assign(
+            target=called * n_visits
+        )
+        frame["accuracy"] = self.accuracy.flatten().cpu().numpy()
+        return frame.assign(mean_reciprocal_rank=self.mean_reciprocal_rank.flatten().cpu().numpy())
+
+
+@torch.no_grad()
+def decodability(
+    model: LoopedModel,
+    inputs: Inputs,
+    targets: Int[Tensor, "batch target"],
+    positions: Columns,
+    n_loops: int | None = None,
+    *,
+    batch_size: int = 512,
+) -> Decodability:
+    """How often the logit lens reads target k at position k, after every layer of every iteration.
+
+    Args:
+        inputs: A batch, texts, or tokens; the positions say where each is read, so tokens need no
+            readout.
+        targets: Int[Tensor, "batch target"], e.g. the bridge entity and the answer of two-hop
+            questions.
+        positions: The column of each target, e.g. [1, 2] for the two relations; or Int[Tensor,
+            "batch target"], columns of each example.
+        n_loops: Iterations; None means what the checkpoint records.
+        batch_size: Rows run at a time.
+
+    Raises:
+        ValueError: Targets or positions of another shape than the inputs have, or outside the
+            vocabulary or the input.
+
+    Source:
+        Figure 4 of arXiv 2604.07822; the mean reciprocal rank: arXiv 2405.15071.
+    """
+    batch = as_batch(model, inputs, -1 if isinstance(inputs, Tensor) else None)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    columns = _checked_columns(batch, targets, positions)
+    hits, reciprocal, lens = [], [], None
+    for part, tokens, read in zip(
+        in_chunks(batch, batch_size, "depth"),
+        targets.split(batch_size),
+        columns.split(batch_size),
+        strict=True,
+    ):
+        lens = _lens_at(model, part, n_loops, read)
+        rank = lens.rank(tokens.flatten()).unflatten(1, tuple(tokens.shape))
+        hits.append((rank == 0).double().sum(1))
+        reciprocal.append(_reciprocal(rank).sum(1))
+    if lens is None:
+        raise ValueError("at least one example is needed, got an empty batch")
+    accuracy, mean = (torch.stack(sums).sum(0) / len(batch) for sums in (hits, reciprocal))
+    return Decodability(accuracy, mean, lens.names, lens.loops, lens.layers, len(batch))
+
+
+def _checked_columns(
+    batch: Batch, targets: Tensor, positions: Columns
+) -> Int[Tensor, "batch target"]:
+    if len(targets) != len(batch) or targets.shape[1] < 1:
+        raise ValueError(
+            f"one row of targets per example is needed: there are {len(batch)} examples, got the"
+            f" shape {list(targets.shape)}"
+        )
+    columns = torch.as_tensor(positions)
+    if columns.shape not in (targets.shape, targets.shape[1:]):
+        raise ValueError(
+            f"one position per target is needed: the targets have the shape {list(targets.shape)},"
+            f" got {list(columns.shape)}"
+        )
+    width = batch.tokens.shape[1]
+    if bool(((columns < 0) | (columns >= width)).any()):
+        raise ValueError(
+            f"positions must be in 0..{width - 1}, got {columns.min()} to {columns.max()}"
+        )
+    return columns.to(batch.tokens.device).expand(targets.shape)
+
+
+def _lens_at(
+    model: LoopedModel, batch: Batch, n_loops: int, columns: Int[Tensor, "batch target"]
+) -> Lens:
+    """The logit lens with one read per example and target, from columns of each example's own."""
+    shown, place = columns.unique(return_inverse=True)
+    lens = logit_lens(model, batch, n_loops, positions=shown.tolist())
+    reads = (torch.arange(len(batch), device=place.device)[:, None] * len(shown) + place).flatten()
+    return replace(
+        lens,
+        heads_input=lens.heads_input[:, reads],
+        example=lens.example[reads],
+        position=lens.position[reads],
+    )
+
+
+def _reciprocal(rank: Int[Tensor, ...]) -> Float[Tensor, ...]:
+    return 1.0 / (rank + 1).double()
+
+
+def _places(
+    names: Sequence[str], loops: Sequence[int | None], layers: Sequence[int | None], times: int
+) -> pd.DataFrame:
+    """visit, loop, layer and depth of each visit, every row so many times."""
+    frame = pd.DataFrame(
+        {"visit": names, "loop": loops, "layer": layers, "depth": range(1, len(names) + 1)}
+    )
+    frame = frame.astype({"loop": "Int64", "layer": "Int64"})
+    return frame.loc[frame.index.repeat(times)].reset_index(drop=True)

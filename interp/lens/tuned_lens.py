@@ -1,0 +1,350 @@
+"""Tuned lenses: one affine translator per visit, trained so that the model's own norm and head read
+what the run will answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.cells import place_of
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.dynamics.states import Shown, shown_spots
+from loopscope.interp.lens.lens import Lens, at_positions, read_columns
+from loopscope.interp.patching.unfinished import fingerprint
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.files import atomic_path
+from loopscope.models.core.state import State, checked_loops
+from loopscope.models.core.tokens import Batch
+
+_CHUNK = 1 << 22  # logits held at a time while training
+_ROWS = 512  # inputs run at a time before training
+# nats; a visit that answers as the run does is left alone, else Adam would scale up the rounding of
+# its gradient
+_ENOUGH = 1e-6
+_KIND = "tuned lens"
+
+
+@dataclass(frozen=True)
+class TunedLens:
+    """Affine translators h -> h + A h + b, one per visit, whose result the model's own final norm
+    and head read.
+
+    Attributes:
+        weights: Float[Tensor, "visit d_model d_model"], A; the last axis is the one that is summed
+            over.
+        biases: Float[Tensor, "visit d_model"], b.
+        names: What each visit is called, e.g. "loops.3.blocks.0".
+        n_loops: Iterations of the runs that it reads.
+        family: The model's family.
+        fingerprint: What tells the model's weights and configuration from others.
+        losses: Float[Tensor, "step visit"], KL(final || lens) in nats of each training step's
+            batch.
+    """
+
+    weights: Float[Tensor, "visit d_model d_model"]
+    biases: Float[Tensor, "visit d_model"]
+    names: tuple[str, ...]
+    n_loops: int
+    family: str
+    fingerprint: str
+    losses: Float[Tensor, "step visit"]
+
+    @classmethod
+    def identity(cls, model: LoopedModel, n_loops: int | None = None) -> TunedLens:
+        """Translators that change nothing: the logit lens.
+
+        Args:
+            n_loops: Iterations; None means what the checkpoint records.
+        """
+        n_loops = checked_loops(n_loops, model.cfg.n_loops)
+        names = tuple(visit.name for visit in model.schedule(n_loops))
+        dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+        weights, biases, losses = (
+            torch.zeros(shape, dtype=dtype, device=model.device)
+            for shape in (
+                (len(names), model.cfg.d_model, model.cfg.d_model),
+                (len(names), model.cfg.d_model),
+                (0, len(names)),
+            )
+        )
+        return cls(weights, biases, names, n_loops, model.cfg.family, _mark(model), losses)
+
+    def check(self, model: LoopedModel) -> None:
+        """Refuse a model that these translators were not made for.
+
+        Raises:
+            ValueError: Another family, other sizes, or other weights.
+        """
+        own, other = (self.family, self.weights.shape[-1]), (model.cfg.family, model.cfg.d_model)
+        if own != other:
+            raise ValueError(
+                f"this tuned lens is for a {own[0]} model with d_model={own[1]}, got a {other[0]}"
+                f" model with d_model={other[1]}; train one for this model"
+            )
+        if self.fingerprint != _mark(model):
+            raise ValueError(
+                "this tuned lens is for a model with other weights or another configuration; train"
+                " one for this model"
+            )
+
+    def lens(
+        self,
+        model: LoopedModel,
+        inputs: Inputs,
+        *,
+        readout: ReadoutColumn = None,
+        positions: Literal["all"] | Sequence[int] | None = None,
+        batch_size: int = 512,
+    ) -> Lens:
+        """Final norm and head of the translated residual after every visit; the arguments are those
+        of `logit_lens`.
+
+        Raises:
+            ValueError: A model that these translators were not made for.
+        """
+        self.check(model)
+        batch = as_batch(model, inputs, readout)
+        columns = read_columns(batch, positions)
+        weights, biases = self.weights.to(model.device), self.biases.to(model.device)
+        collected = []
+        with torch.no_grad():
+            for part, read in zip(
+                in_chunks(batch, batch_size, "tuned lens"), columns.split(batch_size), strict=True
+            ):
+                resids, _ = _run(model, part, read, self.n_loops)
+                collected.append(model.normalize(_translated(resids, weights, biases)))
+        visits = model.schedule(self.n_loops)
+        loops, layers = (
+            tuple(getattr(visit, axis) for visit in visits) for axis in ("loop", "layer")
+        )
+        example = torch.arange(len(batch), device=columns.device).repeat_interleave(
+            columns.shape[1]
+        )
+        return Lens(
+            torch.cat(collected, dim=1),
+            loops,
+            layers,
+            self.names,
+            example,
+            columns.flatten(),
+            model,
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """One row per training step and visit: step (from 1), visit, loop, layer, loss."""
+        places = [(name, *place_of(f"{name}.hook_resid_post")) for name in self.names]
+        rows = [(step + 1, *place) for step in range(len(self.losses)) for place in places]
+        frame = pd.DataFrame(rows, columns=["step", "visit", "loop", "layer"]).astype(
+            {"loop": "Int64", "layer": "Int64"}
+        )
+        return frame.assign(loss=self.losses.flatten().cpu().numpy())
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {
+            name: getattr(self, name).detach().cpu().contiguous()
+            for name in ("weights", "biases", "losses")
+        }
+        about = {
+            "kind": _KIND,
+            "names": json.dumps(self.names),
+            "n_loops": str(self.n_loops),
+            "d_model": str(self.weights.shape[-1]),
+        }
+        with atomic_path(path) as temporary:
+            save_file(
+                tensors, temporary, about | {"family": self.family, "fingerprint": self.fingerprint}
+            )
+
+    @classmethod
+    def load(cls, path: str | Path, model: LoopedModel | None = None) -> TunedLens:
+        """Read what `save` wrote.
+
+        Args:
+            model: Check at once that the translators were made for it, and put them on its device;
+                `lens` checks it in any case.
+
+        Raises:
+            ValueError: The file holds something else, or translators for another model.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = file.metadata() or {}
+                names = file.keys() if about.get("kind") == _KIND else ()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{path} does not hold a tuned lens ({error})") from None
+        if not tensors:
+            raise ValueError(
+                f"{path} was not written by TunedLens.save: its metadata does not say that it is a"
+                f" {_KIND}"
+            )
+        names = tuple(json.loads(about["names"]))
+        found = cls(
+            **tensors,
+            names=names,
+            n_loops=int(about["n_loops"]),
+            family=about["family"],
+            fingerprint=about["fingerprint"],
+        )
+        if model is None:
+            return found
+        found.check(model)
+        moved = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        return replace(found, **moved)
+
+
+def train_tuned_lens(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "readout",
+    steps: int = 500,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> TunedLens:
+    """Train one translator per visit, from the identity, to minimise KL(final || lens); the model
+    itself stays as it is.
+
+    The runs are made once; each step then draws reads at random. AdamW, with a learning rate that
+    falls linearly to zero.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        n_loops: Iterations; None means what the checkpoint records.
+        positions: "readout" for the column at which answers are read, "real" for all tokens that
+            are not padding, or columns.
+        steps: Updates.
+        lr: The learning rate of the first update.
+        weight_decay: Pulls A and b to zero, that is to the logit lens; of use where reads are few
+            against d_model.
+        batch_size: Reads in each update.
+        seed: Of the draws; the same one gives the same lens.
+
+    Raises:
+        ValueError: Fewer than one step or read, or a learning rate that is not positive.
+
+    Source:
+        Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
+        2303.08112.
+    """
+    if steps < 1 or batch_size < 1 or lr <= 0:
+        raise ValueError(
+            f"steps and batch_size must be at least 1 and lr positive, got steps={steps},"
+            f" batch_size={batch_size}, lr={lr}"
+        )
+    start = TunedLens.identity(model, n_loops)
+    resids, finals = _material(model, as_batch(model, inputs, readout), positions, start.n_loops)
+    params = [start.weights.clone(), start.biases.clone()]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for _ in tqdm(range(steps), desc="training a tuned lens", leave=False, disable=steps < 100):
+        drawn = torch.randperm(len(finals), generator=generator)[:batch_size].to(finals.device)
+        losses.append(_set_gradients(model, params, resids[:, drawn], finals[drawn]))
+        optimizer.step()
+        schedule.step()
+    return replace(start, weights=params[0], biases=params[1], losses=torch.stack(losses))
+
+
+@torch.no_grad()
+def _material(
+    model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
+) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_model"]]:
+    """The residual after every visit, and what the head reads at the end, at the columns that are
+    no padding.
+    """
+    columns, shown = shown_spots(batch, positions)
+    resids, finals = [], []
+    for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
+        seen, end = _run(model, part, read, n_loops)
+        resids.append(seen)
+        finals.append(at_positions(model.read_state(end), read).flatten(0, 1))
+    real = shown.flatten()
+    return torch.cat(resids, dim=1)[:, real], torch.cat(finals)[real]
+
+
+def _run(
+    model: LoopedModel, batch: Batch, columns: Int[Tensor, "batch k"], n_loops: int
+) -> tuple[Float[Tensor, "visit read d_model"], State]:
+    """The residual after every visit at some columns, and the state at the end."""
+    seen: list[Tensor] = []
+
+    def keep(resid: Tensor, hook: HookPoint) -> None:
+        seen.append(at_positions(resid, columns).flatten(0, 1))
+
+    with model.hooks(
+        [(f"{visit.name}.hook_resid_post", keep) for visit in model.schedule(n_loops)],
+        n_loops=n_loops,
+    ):
+        end = model.advance(begin_batch(model, batch, n_loops))
+    return torch.stack(seen), end
+
+
+def _translated(
+    resids: Float[Tensor, "visit read d_model"],
+    weights: Float[Tensor, "visit d_model d_model"],
+    biases: Float[Tensor, "visit d_model"],
+) -> Float[Tensor, "visit read d_model"]:
+    added = (
+        einsum(resids.to(weights.dtype), weights, "visit read d, visit out d -> visit read out")
+        + biases[:, None]
+    )
+    return resids + added.to(resids.dtype)
+
+
+def _log_probs(
+    model: LoopedModel, normalized: Float[Tensor, "visit read d_model"]
+) -> Float[Tensor, "visit read d_vocab"]:
+    logits = model.unembed(normalized)
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def _set_gradients(
+    model: LoopedModel,
+    params: list[Tensor],
+    resids: Float[Tensor, "visit read d_model"],
+    finals: Float[Tensor, "read d_model"],
+) -> Float[Tensor, " visit"]:
+    """Set the gradients of every visit's mean KL, and return these; some visits at a time, and with
+    none for the model.
+    """
+    with torch.no_grad():
+        target = _log_probs(model, finals[None])
+    losses = []
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    size = max(1, _CHUNK // target.numel())
+    for visits in (slice(first, first + size) for first in range(0, len(resids), size)):
+        own = [param[visits].clone().requires_grad_() for param in params]
+        with torch.enable_grad():
+            log_probs = _log_probs(model, model.normalize(_translated(resids[visits], *own)))
+            kl = (target.exp() * (target - log_probs)).sum(-1).mean(1)
+            grads = torch.autograd.grad(kl.clamp(min=_ENOUGH).sum(), own)
+        for param, grad in zip(params, grads, strict=True):
+            assert param.grad is not None, "gradients were set to zero"
+            param.grad[visits] = grad
+        losses.append(kl.detach())
+    return torch.cat(losses)
+
+
+def _mark(model: LoopedModel) -> str:
+    return fingerprint(model, (), (), ())

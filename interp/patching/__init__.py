@@ -1,0 +1,6 @@
+"""What becomes of the answer when activations of one run are put into another.
+
+Start with `activation.py`, whose cells either engine runs: `packed.py` many side by side,
+`continued.py` one whole run after the other. `paths.py` patches single paths, `tracing.py` is
+causal tracing, `sweep.py` the record. Imports `common`.
+"""

@@ -1,0 +1,220 @@
+"""Activation patching: put activations of one run into another and see what becomes of the answer.
+
+A sweep never runs again what a patch cannot reach (`interp.packed`). Where rows cannot be run side
+by side, because the model is not causal or holds hooks of the caller's, whole runs are continued
+instead (`interp.continued`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopscope.interp.common.cells import Cell, Places, Together, choose
+from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
+from loopscope.interp.common.processes import gathered, share
+from loopscope.interp.patching.continued import continued_logits
+from loopscope.interp.patching.packed import packable, packed_logits
+from loopscope.interp.patching.sweep import Direction, Sweep, base_and_source
+from loopscope.interp.patching.unfinished import Unfinished, fingerprint
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+from loopscope.models.core.tokens import Batch
+
+_BAR_FROM = 4000  # cells times examples below which no progress is shown
+
+
+@torch.no_grad()
+def activation_patch(
+    model: LoopedModel,
+    clean: Inputs,
+    corrupted: Inputs,
+    metric: Metric,
+    n_loops: int | None = None,
+    *,
+    sites: str | Sequence[str] = ("resid_pre",),
+    positions: Literal["all"] | Sequence[int] = "all",
+    heads: Literal["all"] | Sequence[int] | None = None,
+    loops: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    together: Together | Sequence[Together] = (),
+    window: int | None = None,
+    direction: Direction = "denoise",
+    also: Mapping[str, Metric] | None = None,
+    readout: ReadoutColumn = None,
+    memory_gb: float = 0.1,
+    save_to: str | Path | None = None,
+) -> Sweep:
+    """Patch every chosen cell on its own and measure the answer (arXiv 2604.07822, figures 11 and
+    21).
+
+    Under `accelerate launch` the cells are shared among the processes, and each returns the whole
+    sweep.
+
+    Args:
+        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or tokens
+            with `readout`.
+        metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
+            batch"].
+        n_loops: Iterations; None means what the checkpoint records.
+        sites: Site names ("resid_pre", "z", "mlp_out", "pattern", "ln1.normalized", "state_in",
+            "embed", ...).
+        positions: Columns to patch, "all" for every one.
+        heads: Heads to patch one by one at sites that have heads, "all" for every one; None patches
+            all heads together.
+        loops, layers: Restrict the sweep; None means all.
+        together: What is patched at once instead of one by one: "loops" (the site at all chosen
+            iterations), "positions" (all chosen columns).
+        window: Patch so many consecutive chosen iterations at once; a cell's loop is then the first
+            of them.
+        direction: "denoise" puts the clean activation into the corrupted run, "noise" the corrupted
+            one into the clean run.
+        also: More metrics of the same patched runs, by name; their sweeps are in `Sweep.also`.
+        memory_gb: About how much memory the patched runs may take, in GiB; it decides how many run
+            side by side.
+        save_to: A file for partial results: a sweep that was interrupted and is called again goes
+            on from there.
+
+    Raises:
+        KeyError: A site that this model does not have.
+        ValueError: Inputs that do not match, a position, head, loop or layer out of range, or
+            partial results of another sweep.
+    """
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    pair = Pair.of(model, clean, corrupted, readout)
+    base, source = base_and_source(direction, pair.clean, pair.corrupted)
+    places = Places(
+        sites=(sites,) if isinstance(sites, str) else tuple(sites),
+        positions=positions,
+        heads=heads,
+        loops=loops,
+        layers=layers,
+        together=(together,) if isinstance(together, str) else tuple(together),
+        window=window,
+    )
+    cells = choose(model, n_loops, base.tokens.shape[1], places)
+    metrics = _named(metric, also or {})
+    key = (
+        fingerprint(model, cells, (base, source), (n_loops, direction, *metrics))
+        if save_to is not None
+        else ""
+    )
+    job = _Job(model, cells, base, n_loops, metrics, memory_gb)
+    values, unpatched = job.run(source, Unfinished(save_to, key, len(metrics), len(base)))
+    low, high = unpatched if direction == "denoise" else reversed(unpatched)
+    first, *others = (
+        Sweep(tuple(cells), values[i], high[i], low[i], name, direction)
+        for i, name in enumerate(metrics)
+    )
+    return replace(first, also={sweep.metric: sweep for sweep in others})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A clean and a corrupted batch that match row by row."""
+
+    clean: Batch
+    corrupted: Batch
+
+    @classmethod
+    def of(
+        cls, model: LoopedModel, clean: Inputs, corrupted: Inputs, readout: ReadoutColumn
+    ) -> Pair:
+        """Both inputs as batches.
+
+        Raises:
+            ValueError: Their shapes, lengths or readouts differ.
+        """
+        pair = cls(as_batch(model, clean, readout), as_batch(model, corrupted, readout))
+        shapes = [list(batch.tokens.shape) for batch in (pair.clean, pair.corrupted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the clean and corrupted inputs must have one shape, got {shapes[0]} and"
+                f" {shapes[1]}"
+            )
+        if not torch.equal(pair.clean.mask, pair.corrupted.mask) or not torch.equal(
+            pair.clean.readout, pair.corrupted.readout
+        ):
+            raise ValueError(
+                "each clean input must be as long as its corrupted one and be read at the same"
+                " column"
+            )
+        return pair
+
+
+def metric_name(metric: Metric) -> str:
+    """What a metric is called in a record."""
+    return str(getattr(metric, "__name__", type(metric).__name__))
+
+
+def _named(metric: Metric, also: Mapping[str, Metric]) -> dict[str, Metric]:
+    name = metric_name(metric)
+    if name in also:
+        raise ValueError(
+            f"each metric needs a name of its own, but the first one is called {name!r} and `also`"
+            " has one of that name"
+        )
+    return {name: metric, **also}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A sweep to compute."""
+
+    model: LoopedModel
+    cells: list[Cell]
+    base: Batch
+    n_loops: int
+    metrics: Mapping[str, Metric]
+    memory_gb: float
+
+    def run(
+        self, source: Batch, unfinished: Unfinished
+    ) -> tuple[Float[Tensor, "metric cell batch"], tuple[Tensor, Tensor]]:
+        """The metrics of every cell, and those of the base and the source run; what was saved
+        already is not computed again.
+        """
+        missing = share([index for index in range(len(self.cells)) if index not in unfinished.done])
+        names = sorted({name for index in missing for name in self.cells[index].names})
+        cache = self._activations(source, names) if names else {}
+        state = self.model.advance(begin_batch(self.model, source, self.n_loops))
+        logits = self.model.readout(
+            state, source.readout
+        )  # by the kernels of the base run, which caching may switch
+        engine = packed_logits if packable(self.model, self.base) else continued_logits
+        cells = [self.cells[index] for index in missing]
+        patched = engine(self.model, self.base, cells, cache, self.n_loops, self.memory_gb)
+        unpatched = self._measure(next(patched)), self._measure(logits)
+        found: dict[int, Tensor] = {}
+        short = len(missing) * len(self.base) < _BAR_FROM
+        for index, row in zip(
+            missing,
+            tqdm(patched, desc="patching", leave=False, disable=short, total=len(missing)),
+            strict=True,
+        ):
+            found[index] = self._measure(row)
+            unfinished.add(index, found[index])
+        everything = unfinished.done | gathered(found)
+        unfinished.forget()
+        return (
+            torch.stack(
+                [everything[index].to(logits.device) for index in range(len(self.cells))], dim=1
+            ),
+            unpatched,
+        )
+
+    def _activations(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+        run = self.model.run_with_cache(
+            batch.tokens, n_loops=self.n_loops, mask=batch.mask, names_filter=names, **batch.options
+        )
+        return dict(run[1])
+
+    def _measure(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "metric batch"]:
+        return torch.stack([metric(logits) for metric in self.metrics.values()])

@@ -1,0 +1,354 @@
+"""Many patched runs side by side, each only from where its patch begins.
+
+A *lane* is one patched copy of one example. It joins the pass over the schedule at the visit of its
+first patch, with the rows from its first patched column to its readout; earlier rows and visits are
+those of the base run. The live rows of all lanes lie flat, so that projections and MLPs see no
+padding; attention reads the base run's earlier keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.cells import HEAD_AXIS, Cell
+from loopscope.interp.common.inputs import begin_batch
+from loopscope.models.core.attention import KeyValueStore, Rows
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.cache import site_of
+from loopscope.models.core.hooks import live
+from loopscope.models.core.packed_rows import PackedRows, RowPlaces
+from loopscope.models.core.state import State
+from loopscope.models.core.tokens import Batch
+
+_BEFORE = -1
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Lanes in the order in which they join, and their rows.
+
+    Attributes:
+        cell, example: Int[Tensor, " lane"], which patch of which example.
+        start, stop: Int[Tensor, " lane"], its first column and its readout.
+        visit: Int[Tensor, " lane"], where it joins: -1 before the first visit, the schedule's
+            length after the last.
+    """
+
+    cell: Int[Tensor, " lane"]
+    example: Int[Tensor, " lane"]
+    start: Int[Tensor, " lane"]
+    stop: Int[Tensor, " lane"]
+    visit: Int[Tensor, " lane"]
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def __getitem__(self, lanes: slice | Tensor) -> Lanes:
+        return Lanes(
+            *(x[lanes] for x in (self.cell, self.example, self.start, self.stop, self.visit))
+        )
+
+    @property
+    def lengths(self) -> Int[Tensor, " lane"]:
+        """Rows of each lane."""
+        return self.stop - self.start + 1
+
+    @property
+    def offsets(self) -> Int[Tensor, " lane"]:
+        """The first row of each lane among all rows."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    def chunks(self, max_rows: int) -> Iterator[Lanes]:
+        """Pieces of at most `max_rows` rows, but at least one lane."""
+        ends = self.lengths.cumsum(0)
+        first = 0
+        while first < len(self):
+            done = int(ends[first - 1]) if first else 0
+            last = max(first + 1, int(torch.searchsorted(ends, done + max_rows, right=True)))
+            yield self[slice(first, last)]
+            first = last
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """The run that patches change, kept for every lane to start from.
+
+    Attributes:
+        model: The model.
+        batch: The inputs.
+        states: The state before each visit at which a lane can join.
+        end: The state after the last visit.
+        store: Keys and values of every visit.
+        logits: Float[Tensor, "batch d_vocab"] at the readout.
+    """
+
+    model: LoopedModel
+    batch: Batch
+    states: Mapping[int, State]
+    end: State
+    store: KeyValueStore
+    logits: Float[Tensor, "batch d_vocab"]
+
+    @classmethod
+    def of(cls, model: LoopedModel, batch: Batch, n_loops: int, joins: set[int]) -> BaseRun:
+        """Run once and keep the states at `joins`."""
+        state = begin_batch(model, batch, n_loops)
+        states: dict[int, State] = {0: state}
+        store: KeyValueStore = {}
+        for index in sorted(joins - {_BEFORE}):
+            state = model.advance(state, index, store=store)
+            states[index] = state
+        end = model.advance(state, store=store)
+        return cls(model, batch, states, end, store, model.readout(end, batch.readout))
+
+
+def packable(model: LoopedModel, batch: Batch) -> bool:
+    """Whether rows of this batch can be run side by side: causal, row by row, and nothing hooked
+    that expects whole sequences.
+
+    Where a mask depends on more than positions (a prefix that is read in both directions), it is
+    not causal.
+    """
+    if model.any_hook() or not (model.causal and model.batch_independent and model.rowwise):
+        return False
+    return begin_batch(model, batch[:1], 1).tags is None
+
+
+def lanes_of(model: LoopedModel, batch: Batch, cells: Sequence[Cell], n_loops: int) -> Lanes:
+    """The lanes of all cells that can reach an example's answer, in the order in which they
+    join.
+    """
+    joins = _joins(model, n_loops)
+    last = len(model.schedule(n_loops))
+    visit = torch.tensor([joins[cell.name] for cell in cells], dtype=torch.int64)[:, None]
+    first = torch.tensor([min(cell.columns) for cell in cells], dtype=torch.int64)[:, None]
+    stop = batch.readout.cpu()[None, :].expand(len(cells), -1)
+    read = torch.tensor(
+        [[column in cell.columns for column in batch.readout.tolist()] for cell in cells],
+        dtype=torch.bool,
+    )
+    reached = torch.where(visit == last, read.view(stop.shape), first <= stop)
+    start = torch.where(visit == last, stop, first.expand_as(stop))
+    cell, example = torch.meshgrid(
+        torch.arange(len(cells)), torch.arange(len(batch)), indexing="ij"
+    )
+    kept = [x.expand_as(stop)[reached] for x in (cell, example, start, stop, visit)]
+    order = kept[-1].argsort(stable=True)
+    return Lanes(*(x[order].to(batch.tokens.device) for x in kept))
+
+
+def packed_logits(
+    model: LoopedModel,
+    base: Batch,
+    cells: Sequence[Cell],
+    source: Mapping[str, Tensor],
+    n_loops: int,
+    memory_gb: float,
+) -> Iterator[Float[Tensor, "batch d_vocab"]]:
+    """The logits at the readout of the base run, and then with each cell patched, in the order of
+    the cells (the schedule's).
+
+    Args:
+        source: The values that are put in, by hook name, with the whole batch.
+        memory_gb: About how much memory the patched runs may take; it decides how many run side by
+            side.
+    """
+    lanes = lanes_of(model, base, cells, n_loops)
+    run = BaseRun.of(model, base, n_loops, set(lanes.visit.tolist()))
+    per_row = run.logits.element_size() * (3 * model.cfg.d_mlp + 24 * model.cfg.d_model)
+    yield run.logits
+    first, carried = 0, run.logits
+    for chunk in lanes.chunks(max(1, int(memory_gb * 2**30 / per_row))):
+        last = int(chunk.cell[-1])
+        logits = run.logits.repeat(last - first + 1, 1, 1)
+        logits[0] = carried
+        logits[chunk.cell - first, chunk.example] = run_lanes(run, cells, source, chunk)
+        yield from logits[:-1]
+        first, carried = last, logits[-1]
+    yield from torch.cat([carried[None], run.logits.repeat(len(cells), 1, 1)])[: len(cells) - first]
+
+
+def run_lanes(
+    base: BaseRun, cells: Sequence[Cell], source: Mapping[str, Tensor], lanes: Lanes
+) -> Float[Tensor, "lane d_vocab"]:
+    """Logits at the readout of each lane, from one pass over the schedule.
+
+    Args:
+        source: The values that are put in, by hook name, with the whole batch.
+    """
+    model, n_loops = base.model, base.end.n_loops
+    with model.hooks(_patches(base, cells, source, lanes), n_loops=n_loops):
+        return _pass(base, lanes)
+
+
+def _joins(model: LoopedModel, n_loops: int) -> dict[str, int]:
+    """The visit at which a patch of each hook point joins."""
+    schedule = model.schedule(n_loops)
+    before, after = model.edge_sites()
+    found = dict.fromkeys(before, _BEFORE) | dict.fromkeys(after, len(schedule))
+    return found | {name: visit.index for visit in schedule for name in visit.hook_names()}
+
+
+def _pass(base: BaseRun, lanes: Lanes) -> Tensor:
+    model, schedule = base.model, base.model.schedule(base.end.n_loops)
+    allowed = Rows.make(base.end, type(model).visible).allowed
+    width = base.batch.tokens.shape[1]
+    row_lane = torch.repeat_interleave(lanes.lengths)
+    row_column = (
+        torch.arange(len(row_lane), device=row_lane.device)
+        - (lanes.offsets - lanes.start)[row_lane]
+    )
+    row_example = lanes.example[row_lane]
+    places = [x[row_example, row_column][None] for x in (base.end.positions, base.end.mask)]
+    tags = None if base.end.tags is None else base.end.tags[row_example, row_column][None]
+    counts = _counts(lanes, len(schedule))
+    joined, rows = counts[_BEFORE]
+    running = _embedded(base, row_example[:rows], row_column[:rows]) if rows else None
+    resid, parts = running or (base.end.resid[:1, :0], {})
+    for visit in schedule[max(0, int(lanes.visit[0])) :]:
+        new = slice(rows, counts[visit.index][1])
+        if new.stop > new.start:
+            state = base.states[visit.index]
+            at = (row_example[new], row_column[new])
+            resid = torch.cat([resid, state.resid[at][None]], dim=1)
+            joining = {name: part[at][None] for name, part in state.parts.items()}
+            parts = {
+                name: torch.cat([parts[name], part], dim=1) if rows else part
+                for name, part in joining.items()
+            }
+        joined, rows = counts[visit.index]
+        here = RowPlaces(
+            places[0][:, :rows], places[1][:, :rows], None if tags is None else tags[:, :rows]
+        )
+        packed = PackedRows(
+            here,
+            allowed,
+            visit=visit.name,
+            example=lanes.example[:joined],
+            slots=row_lane[:rows] * width + row_column[:rows],
+            width=width,
+            base=base.store[visit.name],
+        )
+        resid, parts = model.run_visit(visit, resid, parts, packed, hooked=True)
+    return _read(base, lanes, joined, resid, parts)
+
+
+def _counts(lanes: Lanes, n_visits: int) -> dict[int, tuple[int, int]]:
+    """Lanes and rows that have joined when each visit is run."""
+    ends = torch.cat([lanes.lengths.new_zeros(1), lanes.lengths.cumsum(0)])
+    joined = torch.searchsorted(
+        lanes.visit.contiguous(), torch.arange(_BEFORE, n_visits, device=ends.device), right=True
+    )
+    return dict(
+        zip(
+            range(_BEFORE, n_visits),
+            zip(joined.tolist(), ends[joined].tolist(), strict=True),
+            strict=True,
+        )
+    )
+
+
+def _embedded(
+    base: BaseRun, example: Tensor, column: Tensor
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The residual stream of the lanes that a patch of the embedding begins."""
+    where = (example, column)
+    taps = live(base.model.edge_points())
+    options = {name: _of_rows(value, example, column) for name, value in base.batch.options.items()}
+    return base.model.embed(
+        base.batch.tokens[where][None], base.end.positions[where][None], taps, **options
+    )
+
+
+def _of_rows(value: Any, example: Tensor, column: Tensor) -> Any:
+    """An option of `begin` for some rows; one that is given once for all sequences has a single
+    one.
+    """
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    return value[example if len(value) > 1 else 0, column][None]
+
+
+def _read(
+    base: BaseRun, lanes: Lanes, joined: int, resid: Tensor, parts: Mapping[str, Tensor]
+) -> Tensor:
+    """Logits of every lane, each at its last row; lanes that join after the last visit read the
+    base run's.
+    """
+    late = (lanes.example[joined:], lanes.stop[joined:])
+    last = (lanes.offsets + lanes.lengths - 1)[:joined]
+
+    def pick(mine: Tensor | None, whole: Tensor) -> Tensor:
+        return torch.cat([*([] if mine is None else [mine[0, last]]), whole[late]])[:, None]
+
+    where = (lanes.example, lanes.stop)
+    state = replace(
+        base.end,
+        resid=pick(resid, base.end.resid),
+        positions=base.end.positions[where][:, None],
+        mask=base.end.mask[where][:, None],
+        parts={name: pick(parts.get(name), whole) for name, whole in base.end.parts.items()},
+    )
+    return base.model.readout(state, torch.zeros_like(lanes.cell))
+
+
+def _patches(
+    base: BaseRun, cells: Sequence[Cell], source: Mapping[str, Tensor], lanes: Lanes
+) -> list[tuple[str, partial[Tensor]]]:
+    """A hook for each hook point that some lane patches."""
+    wanted: dict[str, list[tuple[int, int, int]]] = {}
+    rows = zip(lanes.cell.tolist(), lanes.start.tolist(), lanes.stop.tolist(), strict=True)
+    for lane, (cell, start, stop) in enumerate(rows):
+        for name in cells[cell].names:
+            places = [
+                (lane, column, cells[cell].head)
+                for column in cells[cell].columns
+                if start <= column <= stop
+            ]
+            wanted.setdefault(name, []).extend(
+                (lane, column, -1 if head is None else head) for lane, column, head in places
+            )
+    return [
+        (
+            name,
+            _patch(
+                base, name, torch.tensor(found, device=lanes.cell.device).T, source[name], lanes
+            ),
+        )
+        for name, found in wanted.items()
+    ]
+
+
+def _patch(
+    base: BaseRun, name: str, found: Int[Tensor, "3 patch"], source: Tensor, lanes: Lanes
+) -> partial[Tensor]:
+    """The hook of one point; `found` holds the lane, the column and the head (-1 for all) of each
+    of its patches.
+    """
+    lane, column, head = found
+    heads: slice | Tensor = slice(None) if int(head[0]) < 0 else head
+    example = lanes.example[lane]
+    if HEAD_AXIS.get(site_of(name)) == 1:
+        return partial(_put, index=(lane, heads, column), values=source[example, heads, column])
+    if name in base.model.edge_sites()[1]:
+        rows = (lane, torch.zeros_like(lane))
+    else:
+        rows = (torch.zeros_like(lane), lanes.offsets[lane] + column - lanes.start[lane])
+    more = (heads,) if HEAD_AXIS.get(site_of(name)) == 2 else ()
+    return partial(_put, index=(*rows, *more), values=source[(example, column, *more)])
+
+
+def _put(
+    value: Tensor, hook: HookPoint, index: tuple[Tensor | slice, ...], values: Tensor
+) -> Tensor:
+    patched = value.clone()
+    patched[index] = values
+    return patched

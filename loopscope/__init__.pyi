@@ -1,0 +1,188 @@
+"""The public calls, each from where it lives.
+
+This is the one list of them: `loopscope/__init__.py` reads it to import a call when it is first used, and type
+checkers and editors read it as the package's interface.
+"""
+
+from .checkpoints.catalog import available as available
+from .checkpoints.download import fetch as fetch
+from .checkpoints.load import (
+    load as load,
+)
+from .checkpoints.load import (
+    save as save,
+)
+from .checkpoints.release import save_release as save_release
+from .interp.attribution.direct_logit import direct_logit_attribution as direct_logit_attribution
+from .interp.attribution.gradients import gradients as gradients
+from .interp.attribution.patching import (
+    attribution_patch as attribution_patch,
+)
+from .interp.attribution.patching import (
+    edge_attribution as edge_attribution,
+)
+from .interp.common.cells import Cell as Cell
+from .interp.common.metrics import (
+    logit_diff as logit_diff,
+)
+from .interp.common.metrics import (
+    logit_margin as logit_margin,
+)
+from .interp.dynamics.jacobian import jacobian_spectrum as jacobian_spectrum
+from .interp.dynamics.layers import (
+    attention_dynamics as attention_dynamics,
+)
+from .interp.dynamics.layers import (
+    layer_dynamics as layer_dynamics,
+)
+from .interp.dynamics.states import (
+    dynamics as dynamics,
+)
+from .interp.dynamics.states import (
+    effective_rank as effective_rank,
+)
+from .interp.edit.ablation import (
+    Component as Component,
+)
+from .interp.edit.ablation import (
+    ablate as ablate,
+)
+from .interp.edit.steering import (
+    attenuate_input as attenuate_input,
+)
+from .interp.edit.steering import (
+    set_to as set_to,
+)
+from .interp.edit.steering import (
+    steer as steer,
+)
+from .interp.edit.steering import (
+    steering_vector as steering_vector,
+)
+from .interp.edit.steering import (
+    swap_input as swap_input,
+)
+from .interp.exits.exit_gate import (
+    exit_distribution as exit_distribution,
+)
+from .interp.exits.exit_gate import (
+    gate_logits as gate_logits,
+)
+from .interp.exits.exit_gate import (
+    readout_at_threshold as readout_at_threshold,
+)
+from .interp.exits.exit_gate import (
+    readout_mixture as readout_mixture,
+)
+from .interp.exits.exits import (
+    AccelerationBelow as AccelerationBelow,
+)
+from .interp.exits.exits import (
+    CosineAbove as CosineAbove,
+)
+from .interp.exits.exits import (
+    EntropyBelow as EntropyBelow,
+)
+from .interp.exits.exits import (
+    KLBelow as KLBelow,
+)
+from .interp.exits.exits import (
+    StepBelow as StepBelow,
+)
+from .interp.exits.exits import (
+    TopStable as TopStable,
+)
+from .interp.exits.exits import (
+    apply_criterion as apply_criterion,
+)
+from .interp.exits.exits import (
+    exits as exits,
+)
+from .interp.exits.halting import (
+    HaltingRule as HaltingRule,
+)
+from .interp.exits.halting import (
+    halting as halting,
+)
+from .interp.generation import (
+    Generated as Generated,
+)
+from .interp.generation import (
+    Sampling as Sampling,
+)
+from .interp.generation import (
+    generate as generate,
+)
+from .interp.lens.decoding import (
+    decodability as decodability,
+)
+from .interp.lens.decoding import (
+    rank_trajectory as rank_trajectory,
+)
+from .interp.lens.lens import (
+    logit_lens as logit_lens,
+)
+from .interp.lens.lens import (
+    readout_lens as readout_lens,
+)
+from .interp.lens.tuned_lens import (
+    TunedLens as TunedLens,
+)
+from .interp.lens.tuned_lens import (
+    train_tuned_lens as train_tuned_lens,
+)
+from .interp.patching.activation import activation_patch as activation_patch
+from .interp.patching.paths import (
+    Receiver as Receiver,
+)
+from .interp.patching.paths import (
+    Sender as Sender,
+)
+from .interp.patching.paths import (
+    path_patch as path_patch,
+)
+from .interp.patching.paths import (
+    path_patch_sweep as path_patch_sweep,
+)
+from .interp.patching.sweep import Sweep as Sweep
+from .interp.patching.tracing import (
+    causal_tracing as causal_tracing,
+)
+from .interp.patching.tracing import (
+    denoising_map as denoising_map,
+)
+from .interp.patching.tracing import (
+    noising_map as noising_map,
+)
+from .interp.weights.circuits import (
+    composition_scores as composition_scores,
+)
+from .interp.weights.circuits import (
+    full_ov as full_ov,
+)
+from .interp.weights.circuits import (
+    full_qk as full_qk,
+)
+from .interp.weights.circuits import (
+    ov_circuit as ov_circuit,
+)
+from .interp.weights.circuits import (
+    qk_circuit as qk_circuit,
+)
+from .models.core.cache import LoopCache as LoopCache
+from .models.core.tokens import (
+    Batch as Batch,
+)
+from .models.core.tokens import (
+    Readout as Readout,
+)
+from .models.views import (
+    unrolled as unrolled,
+)
+from .models.views import (
+    untied as untied,
+)
+from .training.trainer import train as train
+
+__version__: str
+__all__: list[str]

@@ -1,0 +1,120 @@
+"""Norms, an MLP, and linear maps in the layouts of the releases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loopscope.models.core.hooks import Taps, tap
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias. Asked for its scale, it computes in TransformerLens's steps
+    instead of the fused kernel.
+
+    Args:
+        site: Where its points are: `{site}.hook_scale` and `{site}.hook_normalized` (after weight
+            and bias).
+    """
+
+    def __init__(self, d_model: int, eps: float, site: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(d_model))
+        self.b = nn.Parameter(torch.zeros(d_model))
+        self.eps = eps
+        self.scale_site, self.normalized_site = self.sites = norm_sites(site)
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], taps: Taps
+    ) -> Float[Tensor, "batch pos d_model"]:
+        if self.scale_site in taps:
+            x = x - x.mean(-1, keepdim=True)
+            scale = tap(taps, self.scale_site, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+            out = x / scale * self.w + self.b
+        else:
+            out = F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
+        return tap(taps, self.normalized_site, out)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), at least in float32 and then in the input's type, times a weight
+    where there is one.
+
+    Args:
+        width: Of the last axis.
+        site: Where its points are: `{site}.hook_scale` and `{site}.hook_normalized` (after the
+            weight).
+        weighted: Whether it has a weight.
+    """
+
+    def __init__(self, width: int, eps: float, site: str, weighted: bool = True) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(width)) if weighted else None
+        self.eps = eps
+        self.scale_site, self.normalized_site = self.sites = norm_sites(site)
+
+    def forward(self, x: Float[Tensor, "*rows width"], taps: Taps) -> Float[Tensor, "*rows width"]:
+        wide = x if x.dtype == torch.float64 else x.float()
+        if self.scale_site in taps:
+            wide = wide / tap(
+                taps, self.scale_site, (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+            )
+        else:
+            wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
+        out = wide.to(x.dtype)
+        return tap(taps, self.normalized_site, out if self.w is None else self.w * out)
+
+
+Norm = LayerNorm | RMSNorm
+
+
+def norm_sites(site: str) -> tuple[str, str]:
+    """The hook points of a norm."""
+    return f"{site}.hook_scale", f"{site}.hook_normalized"
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), with biases; both matrices are stored output first."""
+
+    sites: ClassVar[tuple[str, ...]] = ("mlp.hook_pre", "mlp.hook_post")
+
+    def __init__(self, d_model: int, d_mlp: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(d_model, d_mlp), nn.Linear(d_mlp, d_model), act
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], taps: Taps
+    ) -> Float[Tensor, "batch pos d_model"]:
+        pre = tap(taps, "mlp.hook_pre", self.up(x))
+        out: Tensor = self.down(tap(taps, "mlp.hook_post", self.act(pre)))
+        return out
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.up.weight.T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self.down.weight.T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        return self.up.bias
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        return self.down.bias
+
+
+def linear(
+    x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_in d_out"], bias: Tensor
+) -> Float[Tensor, "... d_out"]:
+    """x @ weight + bias with input-first weights, in one addmm as GPT-2's Conv1D does it."""
+    return torch.addmm(bias, x.reshape(-1, weight.shape[0]), weight).view(
+        *x.shape[:-1], weight.shape[1]
+    )

@@ -1,0 +1,348 @@
+"""Decoder blocks of the Llama kind: grouped-query attention with rotary positions, a gated MLP, and
+norms where a family puts them.
+
+Projections are stored as the releases store them, output first; W_Q, W_K, W_V, W_O, W_gate, W_in,
+W_out and the biases are views in TransformerLens's shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from loopscope.models.blocks.components import MLP, Norm, RMSNorm, norm_sites
+from loopscope.models.blocks.rotary import Rotary
+from loopscope.models.core.attention import Rows
+from loopscope.models.core.hooks import Taps, tap
+
+Stream = Float[Tensor, "batch pos d_model"]
+Heads = Float[Tensor, "batch pos head d_head"]
+KeyHeads = Float[Tensor, "batch pos kv_head d_head"]
+Projection = Literal["q", "k", "v"]
+
+
+class Attention(nn.Module):
+    """Attention in which groups of query heads share a key and value head.
+
+    A family with more in it (norms of queries and keys, a gate) overrides `projected`, `normed`,
+    `positioned` or `gated`. `dropout` is the share of the attention weights that a family drops in
+    train mode.
+
+    Args:
+        d_model, n_heads, n_kv_heads, d_head: Widths; n_heads * d_head need not be d_model.
+        rotary: None for attention without positions.
+        bias: Biases of the three input projections, and of the output one.
+        fused: One stored matrix `qkv` with the rows of q, k and v below each other, instead of
+            three.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = (
+        "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k",
+        "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z",
+    )  # fmt: skip
+    dropout: float = 0.0
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        d_head: int,
+        rotary: Rotary | None,
+        *,
+        bias: bool = False,
+        fused: bool = False,
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.d_head, self.rotary = (
+            n_heads,
+            n_kv_heads,
+            d_head,
+            rotary,
+        )
+        self.widths = (n_heads * d_head, n_kv_heads * d_head, n_kv_heads * d_head)
+        if fused:
+            self.qkv = nn.Linear(d_model, sum(self.widths), bias=bias)
+        else:
+            self.q, self.k, self.v = (nn.Linear(d_model, width, bias=bias) for width in self.widths)
+        self.o = nn.Linear(n_heads * d_head, d_model, bias=bias)
+        self.fused = fused
+
+    def forward(self, x: Stream, rows: Rows, taps: Taps) -> Stream:
+        return self.attended(*self.projected(x), x, rows, taps)
+
+    def attended(
+        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Stream, rows: Rows, taps: Taps
+    ) -> Stream:
+        """What attention makes of projected queries, keys and values; x is what the queries are
+        made of.
+        """
+        q, k, v = (
+            tap(taps, "attn.hook_q", q),
+            tap(taps, "attn.hook_k", k),
+            tap(taps, "attn.hook_v", v),
+        )
+        q, k = self.normed(q, k, taps)
+        q, k = self.positioned(q, k, rows.places.positions)
+        q, k = tap(taps, "attn.hook_rot_q", q), tap(taps, "attn.hook_rot_k", k)
+        z = tap(
+            taps, "attn.hook_z", rows.attend(q, k, v, taps, self.dropout if self.training else 0.0)
+        )
+        out: Tensor = self.o(self.gated(z.flatten(-2), x, taps))
+        return out
+
+    def projected(self, x: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head."""
+        flat = (
+            self.qkv(x).split(self.widths, dim=-1)
+            if self.fused
+            else (self.q(x), self.k(x), self.v(x))
+        )
+        q, k, v = (part.unflatten(-1, (-1, self.d_head)).contiguous() for part in flat)
+        return q, k, v
+
+    def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
+        """Queries and keys before their positions."""
+        return q, k
+
+    def positioned(
+        self, q: Heads, k: KeyHeads, positions: Int[Tensor, "batch pos"]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they enter the kernel."""
+        return (
+            (q, k)
+            if self.rotary is None
+            else (self.rotary(q, positions), self.rotary(k, positions))
+        )
+
+    def gated(
+        self, z: Float[Tensor, "batch pos width"], x: Stream, taps: Taps
+    ) -> Float[Tensor, "batch pos width"]:
+        """What the output projection reads, given all heads' results and the block's normed
+        input.
+        """
+        return z
+
+    def _weight(self, which: Projection) -> Float[Tensor, "head d_model d_head"]:
+        stored = self._rows(self.qkv.weight, which) if self.fused else getattr(self, which).weight
+        return rearrange(stored, "(head d_head) d_model -> head d_model d_head", d_head=self.d_head)
+
+    def _bias(self, which: Projection) -> Float[Tensor, "head d_head"]:
+        bias = self.qkv.bias if self.fused else getattr(self, which).bias
+        if bias is None:
+            bias = self.o.weight.new_zeros(self.widths["qkv".index(which)])
+        elif self.fused:
+            bias = self._rows(bias, which)
+        return rearrange(bias, "(head d_head) -> head d_head", d_head=self.d_head)
+
+    def _rows(self, stored: Tensor, which: Projection) -> Tensor:
+        rows: tuple[Tensor, ...] = stored.split(self.widths)
+        return rows["qkv".index(which)]
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        return self._weight("q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return self._weight("k")
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return self._weight("v")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        return self._bias("q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
+        return self._bias("k")
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+        return self._bias("v")
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return rearrange(
+            self.o.weight, "d_model (head d_head) -> head d_head d_model", d_head=self.d_head
+        )
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.o.bias
+
+
+class HeadNormedAttention(Attention):
+    """Attention that norms each head's queries and keys before their positions; `hook_q` and
+    `hook_k` are before the norms.
+
+    Args:
+        sizes: The positional arguments of `Attention`.
+        eps: Of both norms, whose hook points are at attn.q_norm and attn.k_norm.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = (
+        *Attention.sites[:3],
+        *norm_sites("attn.q_norm"),
+        *norm_sites("attn.k_norm"),
+        *Attention.sites[3:],
+    )
+
+    def __init__(self, *sizes: Any, eps: float, bias: bool = False) -> None:
+        super().__init__(*sizes, bias=bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.d_head, eps, f"attn.{which}_norm") for which in ("q", "k")
+        )
+
+    def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q, taps), self.k_norm(k, taps)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)).
+
+    Args:
+        act: "silu" or what `torch.nn.functional` calls it.
+        fused: One stored matrix `gate_up` with the rows of gate and up below each other, instead of
+            two.
+        bias: Biases of all three projections.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
+
+    def __init__(
+        self,
+        d_model: int,
+        d_mlp: int,
+        act: str = "silu",
+        *,
+        fused: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.act: Callable[[Tensor], Tensor] = getattr(F, act)
+        if fused:
+            self.gate_up = nn.Linear(d_model, 2 * d_mlp, bias=bias)
+        else:
+            self.gate, self.up = (
+                nn.Linear(d_model, d_mlp, bias=bias),
+                nn.Linear(d_model, d_mlp, bias=bias),
+            )
+        self.down = nn.Linear(d_mlp, d_model, bias=bias)
+        self.fused = fused
+
+    def forward(self, x: Stream, taps: Taps) -> Stream:
+        halves = self.gate_up(x).chunk(2, dim=-1) if self.fused else (self.gate(x), self.up(x))
+        gate, up = (
+            half.contiguous() for half in halves
+        )  # one layout, so that a hook's copy goes through the same kernel
+        gate, up = tap(taps, "mlp.hook_pre", gate), tap(taps, "mlp.hook_pre_linear", up)
+        out: Tensor = self.down(tap(taps, "mlp.hook_post", self.act(gate) * up))
+        return out
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.gate_up.weight.chunk(2)[0].T if self.fused else self.gate.weight.T
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.gate_up.weight.chunk(2)[1].T if self.fused else self.up.weight.T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self.down.weight.T
+
+    @property
+    def b_gate(self) -> Float[Tensor, " d_mlp"]:
+        return self._bias(self.gate_up.bias, 0) if self.fused else self._bias(self.gate.bias)
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        return self._bias(self.gate_up.bias, 1) if self.fused else self._bias(self.up.bias)
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        return (
+            self.down.weight.new_zeros(self.down.out_features)
+            if self.down.bias is None
+            else self.down.bias
+        )
+
+    def _bias(self, bias: Tensor | None, half: int | None = None) -> Float[Tensor, " d_mlp"]:
+        if bias is None:
+            return self.down.weight.new_zeros(self.down.in_features)
+        return bias if half is None else bias.chunk(2)[half]
+
+
+Placement = Literal["input", "output", "sum"]
+
+
+class Block(nn.Module):
+    """Attention and an MLP on a residual stream, with each of their norms where a family puts it.
+
+    "input" norms what a sub-layer reads (pre-norm), "output" what it adds (so that `attn.hook_out`
+    is before and `hook_attn_out` after the norm), "sum" the stream after the addition (so that the
+    stream is no sum of what was added).
+
+    Args:
+        norm: Makes a norm, given the site of its hook points: ln1 and ln2 read the stream, ln1_post
+            and ln2_post come after.
+        norms: The placements that the family has.
+    """
+
+    def __init__(
+        self,
+        attn: Attention,
+        mlp: GatedMLP | MLP,
+        norm: Callable[[str], Norm],
+        norms: tuple[Placement, ...] = ("input",),
+    ) -> None:
+        super().__init__()
+        self.attn, self.mlp = attn, mlp
+        before, after = "input" in norms, "output" in norms or "sum" in norms
+        self.ln1: Norm | None = norm("ln1") if before else None
+        self.ln2: Norm | None = norm("ln2") if before else None
+        self.ln1_post: Norm | None = norm("ln1_post") if after else None
+        self.ln2_post: Norm | None = norm("ln2_post") if after else None
+        self.of_output = "output" in norms
+        self.sites = self._sites()
+
+    def _sites(self) -> tuple[str, ...]:
+        sites = ["hook_resid_pre"]
+        for name, part, ln, post, end in (
+            ("attn", self.attn, self.ln1, self.ln1_post, "hook_resid_mid"),
+            ("mlp", self.mlp, self.ln2, self.ln2_post, "hook_resid_post"),
+        ):
+            after = () if post is None else post.sites
+            added = (f"hook_{name}_out",)
+            tail = (f"{name}.hook_out", *after, *added) if self.of_output else (*added, *after)
+            sites += [*(() if ln is None else ln.sites), *part.sites, *tail, end]
+        return tuple(sites)
+
+    def forward(self, x: Stream, rows: Rows, taps: Taps) -> Stream:
+        x = tap(taps, "hook_resid_pre", x)
+        return self.added(
+            x, self.attn(x if self.ln1 is None else self.ln1(x, taps), rows, taps), taps
+        )
+
+    def added(self, x: Stream, out: Stream, taps: Taps) -> Stream:
+        """The stream after the block, given what attention made of it."""
+        x = tap(taps, "hook_resid_mid", self._add(x, out, "attn", self.ln1_post, taps))
+        out = self.mlp(x if self.ln2 is None else self.ln2(x, taps), taps)
+        return tap(taps, "hook_resid_post", self._add(x, out, "mlp", self.ln2_post, taps))
+
+    def _add(self, x: Stream, out: Stream, name: str, post: Norm | None, taps: Taps) -> Stream:
+        if post is None:
+            return x + tap(taps, f"hook_{name}_out", out)
+        if self.of_output:
+            normed: Tensor = post(tap(taps, f"{name}.hook_out", out), taps)
+            return x + tap(taps, f"hook_{name}_out", normed)
+        summed: Tensor = post(x + tap(taps, f"hook_{name}_out", out), taps)
+        return summed

@@ -1,0 +1,187 @@
+"""Text to tokens and back: the vocabulary, where an answer is read, and the batch a model is
+given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+PAD = "<pad>"
+
+
+@runtime_checkable
+class Words(Protocol):
+    """Text to token ids and back.
+
+    Attributes:
+        words: The tokens in the order of their ids.
+    """
+
+    @property
+    def words(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ...
+
+
+class Vocabulary:
+    """Whole-word tokens of the form `<...>`, written one after another without spaces.
+
+    Args:
+        words: The tokens in the order of their ids. `<pad>` is put in front (id 0) when absent, as
+            the releases do.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words: tuple[str, ...] = tuple(words) if PAD in words else (PAD, *words)
+        self._ids = {word: i for i, word in enumerate(self.words)}
+        if len(self._ids) != len(self.words):
+            twice = sorted({w for w in self.words if self.words.count(w) > 1})
+            raise ValueError(
+                f"a vocabulary must hold each token once, but {twice[0]!r} occurs more often"
+            )
+        if self._ids[PAD] != 0:
+            raise ValueError(f"{PAD!r} must have id 0, got {self._ids[PAD]}")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text; ValueError names the first piece that is not in the vocabulary."""
+        pieces = re.findall(r"<[^<>]*>|[^<\s]+|<", text)
+        for piece in pieces:
+            if piece not in self._ids:
+                raise ValueError(
+                    f"{piece!r} is not one of the {len(self)} tokens of this vocabulary (such as"
+                    f" {', '.join(self.words[1:4])}); tokens are written without spaces, as in"
+                    " '<e_12><r_3>'"
+                )
+        if not pieces:
+            raise ValueError("a text must hold at least one token, got an empty one")
+        return [self._ids[piece] for piece in pieces]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Where an answer is read.
+
+    Attributes:
+        kind: "last_real" (the last token that is not padding), "first_pad" (the column after it,
+            clamped to the last column that positions allow), or "column" (one fixed column of the
+            padded input).
+        column: The fixed column, from 0; None for the other kinds.
+    """
+
+    kind: Literal["last_real", "first_pad", "column"]
+    column: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("last_real", "first_pad", "column"):
+            raise ValueError(
+                f"readout must be 'last_real', 'first_pad' or 'column:K', got {self.kind!r}"
+            )
+        if (self.column is None) != (self.kind != "column") or (
+            self.column is not None and self.column < 0
+        ):
+            raise ValueError(
+                "a fixed readout column must be given with kind 'column' only and be >= 0, got"
+                f" {self}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Readout:
+        """From "last_real", "first_pad" or "column:49"."""
+        column = re.fullmatch(r"column:([0-9]+)", text)
+        if column:
+            return cls("column", int(column.group(1)))
+        if text == "last_real":
+            return cls("last_real")
+        if text == "first_pad":
+            return cls("first_pad")
+        raise ValueError(f"readout must be 'last_real', 'first_pad' or 'column:K', got {text!r}")
+
+    def __str__(self) -> str:
+        return self.kind if self.column is None else f"{self.kind}:{self.column}"
+
+    def place(
+        self, lengths: Sequence[int], n_ctx: int | None, positional: bool
+    ) -> tuple[list[int], int]:
+        """The column read in each row, and the padded width that holds it.
+
+        Without positions every padding column carries the same state, so a fixed column far to the
+        right is read at the first column after the longest input; with positions the padded width
+        is the trained one.
+        """
+        longest = max(lengths)
+        if self.kind == "last_real":
+            return [n - 1 for n in lengths], longest
+        if self.kind == "first_pad":
+            last = longest if n_ctx is None else min(longest, n_ctx - 1)
+            return [min(n, last) for n in lengths], last + 1 if last >= longest else longest
+        assert self.column is not None, "kind 'column' always has a column"
+        if longest > self.column + 1:
+            raise ValueError(
+                f"answers are read at column {self.column}, so inputs have at most"
+                f" {self.column + 1} tokens, got {longest}"
+            )
+        column = self.column if positional else min(self.column, longest)
+        return [column] * len(lengths), column + 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded inputs with the column at which each answer is read.
+
+    Attributes:
+        tokens: Int[Tensor, "batch pos"].
+        mask: Int[Tensor, "batch pos"], ones for real tokens, then zeros.
+        readout: Int[Tensor, " batch"], a column of each row.
+        options: What a family's `begin` takes besides: a seed or state of the latent, token types.
+            Tensors have a row per input.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    readout: Int[Tensor, " batch"]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> Batch:
+        return self._map(lambda x: x[rows])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        return self._map(lambda x: x.to(device))
+
+    def repeat(self, times: int) -> Batch:
+        """The batch several times below itself."""
+        return self._map(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        options = {
+            name: fn(value) if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
+        }
+        return Batch(fn(self.tokens), fn(self.mask), fn(self.readout), options)
+
+
+def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
+    """Token and mask matrices of a given width; padding has id 0."""
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return tokens, mask

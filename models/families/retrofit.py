@@ -1,0 +1,111 @@
+"""Pretrained language models cut into prelude, core and coda and taught to iterate: retrofitted
+Llama and OLMo-2 (arXiv 2511.07384).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from loopscope.models.blocks.components import RMSNorm, norm_sites
+from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Heads, KeyHeads
+from loopscope.models.blocks.rotary import Rotary
+from loopscope.models.core.hooks import Taps
+from loopscope.models.core.registry import family
+from loopscope.models.families.huginn import PreludeCoreCoda, PreludeCoreCodaConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrofitConfig(PreludeCoreCodaConfig):
+    """Sizes, and what token embeddings and the initial latent are multiplied by."""
+
+    embedding_scale: float | int = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrofitLlamaConfig(RetrofitConfig):
+    """A retrofitted Llama."""
+
+    family: ClassVar[str] = "retrofit_llama"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrofitOlmoConfig(RetrofitConfig):
+    """A retrofitted OLMo-2."""
+
+    family: ClassVar[str] = "retrofit_olmo"
+
+
+class Retrofit(PreludeCoreCoda):
+    """Huginn's loop around another model's blocks, with no norm between core and coda."""
+
+    cfg: RetrofitConfig
+
+    @property
+    def embedding_scale(self) -> float:
+        return float(self.cfg.embedding_scale)
+
+
+@family(RetrofitLlamaConfig)
+class RetrofitLlama(Retrofit):
+    """Llama's blocks: norms of what attention and MLP read, so that an iteration's stream is a
+    plain sum from `hook_injected` on.
+
+    Source:
+        arXiv 2511.07384.
+    """
+
+    def one_block(self) -> Block:
+        cfg = self.cfg
+        attn = Attention(
+            cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, self.rotary, fused=True
+        )
+        return Block(attn, GatedMLP(cfg.d_model, cfg.d_mlp, fused=True), self.norm, ("input",))
+
+
+class OlmoAttention(Attention):
+    """Queries and keys are normed over all heads together, before their positions; values are
+    not.
+    """
+
+    sites = (
+        *Attention.sites[:3],
+        *norm_sites("attn.q_norm"),
+        *norm_sites("attn.k_norm"),
+        *Attention.sites[3:],
+    )
+
+    def __init__(self, cfg: RetrofitOlmoConfig, rotary: Rotary) -> None:
+        super().__init__(cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, rotary, fused=True)
+        self.q_norm = RMSNorm(cfg.n_heads * cfg.d_head, cfg.eps, "attn.q_norm")
+        self.k_norm = RMSNorm(cfg.kv_heads * cfg.d_head, cfg.eps, "attn.k_norm")
+
+    def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
+        q, k = self.q_norm(q.flatten(-2), taps), self.k_norm(k.flatten(-2), taps)
+        return q.unflatten(-1, (-1, self.d_head)), k.unflatten(-1, (-1, self.d_head))
+
+
+@family(RetrofitOlmoConfig)
+class RetrofitOlmo(Retrofit):
+    """OLMo-2's blocks: norms of what attention and MLP add, and of queries and keys (`attn.q_norm`,
+    `attn.k_norm`).
+
+    Source:
+        arXiv 2511.07384; the blocks are those of arXiv 2501.00656.
+    """
+
+    cfg: RetrofitOlmoConfig
+
+    def make_rotary(self) -> None:
+        self.rotary = Rotary(self.cfg.d_head, self.cfg.rope_theta, self.cfg.rope_scaling, wide=True)
+
+    def one_block(self) -> Block:
+        cfg = self.cfg
+        return Block(
+            OlmoAttention(cfg, self.rotary),
+            GatedMLP(cfg.d_model, cfg.d_mlp, fused=True),
+            self.norm,
+            ("output",),
+        )

@@ -1,0 +1,246 @@
+"""Training-free looping of ordinary frozen models: a window of their layers is run several times
+(arXiv 2605.23872).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder
+from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, HeadNormedAttention
+from loopscope.models.core.attention import KeyValueStore
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import NamesFilter, Taps, add_point, is_hooked, resolve, tap
+from loopscope.models.core.registry import family
+from loopscope.models.core.state import Slot, State, Visit
+from loopscope.models.families.training_free.rules import (
+    PassSlot,
+    PassVisit,
+    WindowConfig,
+    entered,
+    moved,
+)
+
+STASH = "stash.blocks"
+
+
+class WindowLoops(LoopedModel):
+    """An ordinary stack of layers in which a window is run n_loops times; n_loops = 1 is the
+    ordinary model.
+
+    Layers keep their numbers: `prelude.{l}` before the window, `loops.{k}.blocks.{l}` in it,
+    `coda.{l}` after it. A pass of the whole window is an iteration: `loops.{k}.hook_state_in` is
+    x_k, `.hook_window_out` what the layers made of it, g(x_k), and `.hook_state_out` what the rule
+    moved to. In layer mode these sites belong to each layer, `loops.{k}.blocks.{l}.hook_state_in`,
+    and the K passes of a layer come right after one another; "after iteration k" is then after pass
+    k of the window's last layer.
+
+    During a pass the state has the part `x_k`, and from the end of the first pass to the end of the
+    last one `g_0`, where the rule needs them. The keys and values that a generation cache gets come
+    from a pass of their own, whose points are `stash.blocks.{l}.…`; see
+    `models.training_free_cache`.
+
+    `prefix_readout` is denied because a step is a share 1/K of the call's own K (the naive rule in
+    block mode would have it).
+
+    Source:
+        arXiv 2605.23872.
+    """
+
+    prefix_readout: ClassVar[bool] = False
+    cfg: WindowConfig
+    blocks: nn.ModuleList
+
+    @property
+    def additive_residual(self) -> bool:
+        return self.cfg.rule == "naive"
+
+    # The schedule
+
+    @property
+    def units(self) -> list[range]:
+        """The layers that are looped together: the window, or each of its layers."""
+        first, last = self.cfg.window
+        window = range(first, last + 1)
+        return (
+            [window] if self.cfg.mode == "block" else [range(layer, layer + 1) for layer in window]
+        )
+
+    def plan(self, n_loops: int) -> list[Slot]:
+        first, last = self.cfg.window
+        inside = [
+            self._pass_slot(layer, loop, n_loops, unit)
+            for unit in self.units
+            for loop in range(n_loops)
+            for layer in unit
+        ]
+        before = [self._slot("prelude", layer) for layer in range(first)]
+        return [
+            *before,
+            *inside,
+            *(self._slot("coda", layer) for layer in range(last + 1, self.cfg.n_layers)),
+        ]
+
+    def stash_visits(self, layers: range) -> list[Visit]:
+        """Visits to some layers of the window that belong to no schedule, for the pass that makes
+        canonical keys and values.
+        """
+        return [self._visit(index, self._slot(STASH, layer)) for index, layer in enumerate(layers)]
+
+    def _slot(self, prefix: str, layer: int) -> Slot:
+        block: Any = self.blocks[layer]
+        return Slot(
+            name=f"{prefix}.{layer}",
+            stage=prefix.split(".")[0],
+            loop=None,
+            layer=layer,
+            block=block,
+            sites=block.sites,
+        )
+
+    def _pass_slot(self, layer: int, loop: int, n_loops: int, unit: range) -> PassSlot:
+        block: Any = self.blocks[layer]
+        name = f"loops.{loop}.blocks.{layer}"
+        return PassSlot(
+            name=name,
+            stage="loops",
+            loop=loop,
+            layer=layer,
+            block=block,
+            sites=block.sites,
+            scope=f"loops.{loop}" if self.cfg.mode == "block" else name,
+            opening=("hook_state_in",) if layer == unit[0] else (),
+            closing=("hook_window_out", "hook_state_out") if layer == unit[-1] else (),
+            of=n_loops,
+        )
+
+    def _visit(self, index: int, slot: Slot) -> Visit:
+        visit = super()._visit(index, slot)
+        return PassVisit.at(visit, slot.of) if isinstance(slot, PassSlot) else visit
+
+    # Running
+
+    def enter(
+        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        resid = tap(taps, "hook_state_in", resid)
+        return resid, entered(self.cfg, resid, parts)
+
+    def leave(
+        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert isinstance(visit, PassVisit), "only passes of the window have an end"
+        state, kept = moved(self.cfg, visit, tap(taps, "hook_window_out", resid), parts)
+        return tap(taps, "hook_state_out", state), kept
+
+    def finish(self, state: State, loop: int) -> State:
+        """The state after iteration `loop` of this call's own n_loops, run through the layers after
+        the window.
+        """
+        end = self.iteration_ends(state.n_loops)[-1]
+        return self.advance(replace(state, visit=end, parts={}))
+
+    def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
+        if state.n_loops == 1:
+            return super().extend(state, before)
+        from loopscope.models.families.training_free.cache import (
+            advance_stashing,
+        )  # late, because it is about this class
+
+        new: KeyValueStore = {}
+        return (
+            advance_stashing(self, state, new, source=self.cfg.stash, supplied=before or None),
+            new,
+        )
+
+    def loops_after_prompt(self, n_loops: int) -> int:
+        return 1 if self.cfg.decode == "bypass" else n_loops
+
+    def forward(
+        self, tokens: Tensor, n_loops: int | None = None, mask: Tensor | None = None, **options: Any
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits at all positions; the arguments are those of `begin`."""
+        hooked = (
+            [name for name in self._stash_names() if is_hooked(self.hook_dict[name])]
+            if self.any_hook()
+            else []
+        )
+        if hooked:
+            raise ValueError(
+                f"a hook is attached at {hooked[0]!r}, but a plain call makes no stash pass; "
+                "prefill and decode_looped of models.training_free_cache do"
+            )
+        return super().forward(tokens, n_loops, mask, **options)
+
+    # The hook points of the stash pass, which no plain call has
+
+    def _stash_names(self) -> dict[str, None]:
+        first, last = self.cfg.window
+        return dict.fromkeys(
+            name
+            for layer in range(first, last + 1)
+            for name in self._slot(STASH, layer).hook_names()
+        )
+
+    def grow(self, n_loops: int) -> None:
+        first_time = self._grown == 0
+        super().grow(n_loops)
+        for name in self._stash_names() if first_time else ():
+            point = add_point(self, name, self.training)
+            self.hook_dict[name] = self.mod_dict[name] = point
+            self._watch.add(point)
+
+    def resolve_names(self, names: NamesFilter, n_loops: int | None = None) -> list[str]:
+        if callable(names) or names is None:
+            return super().resolve_names(names, n_loops)
+        entries = [names] if isinstance(names, str) else list(names)
+        stash = [entry for entry in entries if entry.startswith("stash.")]
+        others = [entry for entry in entries if entry not in stash]
+        found = resolve(stash, self._stash_names(), n_loops or 1) if stash else []
+        return super().resolve_names(others, n_loops) + found if others or not stash else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFreeConfig(WindowConfig, DecoderConfig):
+    """Sizes of a Llama or Qwen3 model.
+
+    Attributes:
+        qk_norm: RMSNorm of each head's queries and keys before the rotation (Qwen3).
+        attention_bias: Biases of the four projections of attention.
+        mlp_bias: Biases of the three projections of the MLP.
+    """
+
+    family: ClassVar[str] = "training_free"
+    qk_norm: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+@family(TrainingFreeConfig)
+class TrainingFree(WindowLoops, LoopedDecoder):
+    """A frozen Llama or Qwen3 model with a window of its layers looped; see `WindowLoops`.
+
+    Source:
+        arXiv 2605.23872; the base models are those of arXiv 2407.21783 and arXiv 2505.09388.
+    """
+
+    cfg: TrainingFreeConfig
+
+    def __init__(self, cfg: TrainingFreeConfig) -> None:
+        super().__init__(cfg)
+        self.blocks = nn.ModuleList(self._block() for _ in range(cfg.n_layers))
+        self.initialize()
+
+    def _block(self) -> Block:
+        cfg = self.cfg
+        sizes: tuple[Any, ...] = (cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, self.rotary)
+        if cfg.qk_norm:
+            attn: Attention = HeadNormedAttention(*sizes, eps=cfg.eps, bias=cfg.attention_bias)
+        else:
+            attn = Attention(*sizes, bias=cfg.attention_bias)
+        return Block(attn, GatedMLP(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias), self.norm)

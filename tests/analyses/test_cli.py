@@ -1,0 +1,226 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loopscope.analyses.cli import main
+from loopscope.checkpoints.load import load
+from loopscope.training.catalog import RECIPES
+from tiny_run import TINY
+
+COMMANDS = ("overthinking", "recurrence", "halting", "lens", "patch")
+
+
+def test_list_names_the_shipped_and_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list"])
+    out = capsys.readouterr().out
+    assert "ltg_trained" in out
+    assert "multi_hop/final_models/r_dyn" in out
+    assert "unknown" in out
+    assert "additive_residual" in out
+    assert "training_free_gpt2" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_prints_its_numbers_and_writes_what_is_asked(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([command, "--n-loops", "2", "--per-hop", "2", "--out", str(tmp_path), "--no-html"])
+    out = capsys.readouterr().out
+    assert out.count("wrote") == 3
+    assert sorted("".join(path.suffixes) for path in tmp_path.iterdir()) == [
+        ".csv",
+        ".json",
+        ".settings.json",
+    ]
+
+
+def test_a_run_again_from_its_settings_file_gives_the_same_numbers_and_flags_win(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(
+        [
+            "recurrence",
+            "ltg_trained",
+            "--n-loops",
+            "2",
+            "--per-hop",
+            "2",
+            "--out",
+            str(tmp_path / "a"),
+            "--no-html",
+        ]
+    )
+    saved = tmp_path / "a" / "recurrence_grid.settings.json"
+    assert json.loads(saved.read_text())["checkpoint"] == "ltg_trained"
+    main(["recurrence", "--from-file", str(saved), "--out", str(tmp_path / "b"), "--no-html"])
+    first, second = ((tmp_path / folder / "recurrence_grid.csv").read_text() for folder in "ab")
+    assert first == second
+    main(
+        [
+            "recurrence",
+            "--from-file",
+            str(saved),
+            "--n-loops",
+            "3",
+            "--out",
+            str(tmp_path / "c"),
+            "--no-html",
+        ]
+    )
+    assert len((tmp_path / "c" / "recurrence_grid.csv").read_text().splitlines()) > len(
+        first.splitlines()
+    )
+    capsys.readouterr()
+    for content, sentence in (
+        ('{"loops": 3}', "has the setting 'loops'"),
+        ("[1]", "must be a JSON object"),
+        ("{", "is not valid JSON"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(SystemExit):
+            main(["recurrence", "--from-file", str(tmp_path / "bad.json")])
+        assert sentence in capsys.readouterr().err
+
+
+def test_results_that_are_there_are_not_replaced_silently(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["report", "ltg_trained", "--out", str(page)])
+    assert "page.html is there already; pass --overwrite to replace it" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+
+
+def test_report_ends_with_the_path_of_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    main(["report", "ltg_trained", "--n-loops", "2", "--per-hop", "1", "--out", str(page)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"Open {page}"
+    assert page.stat().st_size > 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("args", "facts"),
+    [
+        (
+            [
+                "multi-hop",
+                "--n-entities",
+                "11",
+                "--n-relations",
+                "3",
+                "--max-hops",
+                "4",
+                "--train",
+                "47",
+                "--test",
+                "13",
+            ],
+            33 + 3 * 47,
+        ),
+        (
+            [
+                "multi-hop",
+                "--graph",
+                "random",
+                "--n-entities",
+                "7",
+                "--max-hops",
+                "3",
+                "--train",
+                "15",
+                "--test",
+                "5",
+            ],
+            70 + 2 * 15,
+        ),
+        (
+            [
+                "two-hop",
+                "--n-entities",
+                "31",
+                "--n-relations",
+                "13",
+                "--out-degree",
+                "9",
+                "--phi",
+                "3",
+            ],
+            279 + 3 * 265,
+        ),
+    ],
+)
+def test_data_writes_a_folder_and_says_what(
+    args: list[str], facts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "made"
+    main(["data", *args, "--out", str(folder)])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"wrote {folder / 'train.json'}: {facts:,} facts"
+    assert out[-1] == f"wrote {folder / 'vocab.json'} and {folder / 'graph.json'}"
+    assert len(json.loads((folder / "train.json").read_text())) == facts
+    assert all(str(path) in "\n".join(out) for path in folder.iterdir())
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(SystemExit):
+        main(["data", *args, "--out", str(folder)])
+    assert "data are written into a new or empty folder" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["report", "no/such/thing"], "neither a shipped checkpoint"),
+        (["overthinking", "--n-loops", "0", "--per-hop", "1"], "n_loops must be at least 1, got 0"),
+        (["lens", "--text", "<e_99>"], "'<e_99>' is not one of the 57 tokens"),
+        (["patch", "--site", "residual"], "this model has no site 'residual'"),
+        (["report", "--readout", "middle"], "readout must be 'last_real'"),
+        (
+            ["data", "multi-hop", "--n-entities", "7"],
+            "15,750 distinct facts of 2 hops were asked for, but this graph has only 700",
+        ),
+        (["data", "two-hop", "--out-degree", "201"], "out_degree is at most 200, got 201"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(
+    args: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert sentence in error
+    assert len(error.strip().splitlines()[-1]) > 20
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_runs_a_recipe_resumes_it_and_refuses_what_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    run = tmp_path / "run"
+    main(["train", "tiny", "--out", str(run), "--release"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"Finished {run / 'final'}"
+    assert (
+        str(load(run / "final").read_at)
+        == str(load(run / "released" / "final").read_at)
+        == "last_real"
+    )
+    with pytest.raises(SystemExit):
+        main(["train", "tiny", "--out", str(run)])
+    assert "pass --resume to go on with it" in capsys.readouterr().err
+    main(["train", "tiny", "--out", str(run), "--resume"])
+    with pytest.raises(SystemExit):
+        main(["train", "huge"])
+    assert (
+        "there is no recipe 'huge'; the recipes are mini/multi_hop/r_dyn" in capsys.readouterr().err
+    )

@@ -1,0 +1,196 @@
+"""The explorer's page, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from urllib.parse import urlsplit
+
+import pytest
+
+from browser import Tab, opened, require_chromium
+from loopscope.analyses.explorer.app import ExploreConfig, make_explorer
+
+PARTS = ("lens", "margin", "attention", "map")
+FIRST, SECOND = "<e_3><r_1><r_4>", "<e_8><r_1><r_4>"
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Tab]:
+    require_chromium()
+    server = make_explorer(ExploreConfig(port=0, per_hop=3))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with opened(f"http://127.0.0.1:{server.port}/") as page:
+            page.resize(1280, 900)
+            page.wait(" && ".join(f"{text_of(f'{part}-took')}" for part in PARTS))
+            settle(page)
+            yield page
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def text_of(key: str) -> str:
+    return f"document.getElementById('{key}')?.innerText"
+
+
+def settle(page: Tab) -> None:
+    """Wait until nothing is being computed."""
+    page.wait(
+        "[...document.querySelectorAll('.status .busy')].every(e => !e.innerText) &&"
+        " !document.querySelector('[data-dash-is-loading]')"
+    )
+
+
+def plot(key: str) -> str:
+    return f"document.querySelector('#{key} .js-plotly-plot')"
+
+
+def ask(page: Tab, a: str, b: str) -> None:
+    page.type_into("#a", a)
+    page.type_into("#b", b)
+    settle(page)
+
+
+def test_every_part_is_drawn_and_says_how_long_it_took(tab: Tab) -> None:
+    sizes = tab.value(f"[{', '.join(f'{plot(part)}.clientHeight' for part in PARTS)}]")
+    assert all(size > 200 for size in sizes)
+    marks = tab.value("document.querySelectorAll('.heatmaplayer image, .heatmaplayer .hm').length")
+    assert marks >= 6, "the lens, four heads, and the patching map"
+    assert [tab.value(text_of(f"{part}-took")).endswith(" ms") for part in PARTS] == [True] * 4
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_nothing_is_wider_than_the_window_and_no_parts_overlap(tab: Tab, width: int) -> None:
+    tab.resize(width, 900)
+    tab.wait(f"window.innerWidth === {width} && {plot('lens')}._fullLayout.width < {width}")
+    assert tab.value("document.documentElement.scrollWidth") <= width
+    boxes = tab.value(
+        "[...document.querySelectorAll('section')].map(s => [s.getBoundingClientRect().top,"
+        " s.getBoundingClientRect().bottom])"
+    )
+    assert len(boxes) == 4
+    assert all(above[1] <= below[0] for above, below in pairwise(boxes))
+    inside = (
+        "[...document.querySelectorAll('.js-plotly-plot')].every(g =>"
+        " g.closest('section').getBoundingClientRect().bottom >= "
+    )
+    assert tab.value(inside + "g.querySelector('.main-svg').getBoundingClientRect().bottom)")
+    tab.resize(1280, 900)
+
+
+def test_every_control_has_a_name(tab: Tab) -> None:
+    unnamed = (
+        "[...document.querySelectorAll('input:not([aria-hidden]), [role=slider],"
+        " button.dash-dropdown')].filter(e => !(e.labels?.length ||"
+        " e.closest('[role=group][aria-labelledby]'))).map(e => e.outerHTML)"
+    )
+    assert tab.value(unnamed) == []
+    groups = (
+        "[...document.querySelectorAll('[role=group]')].map(g =>"
+        " document.getElementById(g.getAttribute('aria-labelledby')).innerText)"
+    )
+    assert all(tab.value(groups))
+
+
+def test_a_typed_question_is_answered(tab: Tab) -> None:
+    ask(tab, FIRST, SECOND)
+    tab.wait(f"{plot('lens')}.data[0].x.length === 3 && {plot('map')}.data[0].x.length === 3")
+    assert tab.value(f"{plot('map')}.data[0].x")[0] == "0 &lt;e_3> / &lt;e_8>"
+    assert "the true answer" in tab.value(text_of("verdict"))
+
+
+def test_a_click_on_a_cell_patches_exactly_that_cell(tab: Tab) -> None:
+    ask(tab, FIRST, SECOND)
+    tab.value(f"{plot('map')}.scrollIntoView({{block: 'center'}})")
+    x, y = tab.value(
+        f"(() => {{ const g = {plot('map')}, l = g._fullLayout, r ="
+        " g.getBoundingClientRect();return [r.x + l.xaxis._offset + l.xaxis.c2p(1), r.y +"
+        " l.yaxis._offset + l.yaxis.c2p(2)]; })()"
+    )
+    change, label = tab.value(f"[{plot('map')}.data[0].z[2][1], {plot('map')}.data[0].y[2]]")
+    assert label == "2.1"
+    tab.click(x, y)
+    tab.wait(f"{text_of('said')}?.includes('after block 2.1 at 1 <r_1>')")
+    settle(tab)
+    before, after = (
+        float(part.split(" logits")[0])
+        for part in tab.value(text_of("said")).split("margin\t")[1].split("\t")
+    )
+    assert after - before == pytest.approx(change, abs=0.011), "both are shown with two decimals"
+    assert tab.value("document.querySelectorAll('#said tbody tr').length") == 6
+    tab.wait(
+        f"{plot('map')}.layout.shapes?.[0]?.x0 === 0.5 && {plot('map')}.layout.shapes[0].y0 === 1.5"
+    )
+
+
+def test_moving_the_slider_moves_all_parts(tab: Tab) -> None:
+    tab.click_on("#loops [role=slider]")
+    for key, code, loops in (("End", 35, 24), ("Home", 36, 1), ("ArrowRight", 39, 2)):
+        tab.press(key, code)
+        tab.wait(
+            f"{plot('lens')}.data[0].y.length === {2 * loops} && {plot('margin')}.data[1].x.length"
+            f" === {loops}"
+        )
+        tab.wait(
+            "document.querySelector('#iteration [role=slider]').getAttribute('aria-valuemax') ==="
+            f" '{loops}'"
+        )
+        settle(tab)
+    assert tab.value(f"{plot('map')}.data[0].y") == ["1.1", "1.2", "2.1", "2.2"]
+
+
+def test_attention_can_be_seen_over_iterations(tab: Tab) -> None:
+    tab.click_on("#view label:nth-of-type(2)")
+    tab.wait(f"{plot('attention')}.layout.annotations[0].text === 'iteration 1'")
+    tab.click_on("#view label:nth-of-type(1)")
+    tab.wait(
+        f"{plot('attention')}.layout.annotations[0].text === 'head 1' &&"
+        f" {plot('attention')}.data.length === 4"
+    )
+
+
+def test_wrong_input_is_explained_in_place_and_changes_nothing(tab: Tab) -> None:
+    ask(tab, FIRST, SECOND)
+    shown = tab.value(f"JSON.stringify([{plot('lens')}.data, {plot('map')}.data])")
+    for text, sentence in (
+        ("<e_3><x>", "'<x>' is not one of"),
+        ("", "at least one token"),
+        ("<e_1>" * 41, "at most 40 tokens, got 41"),
+    ):
+        tab.type_into("#a", text)
+        tab.wait(f"{text_of('a-wrong')}.includes({json.dumps(sentence)})")
+        settle(tab)
+    assert tab.value(f"JSON.stringify([{plot('lens')}.data, {plot('map')}.data])") == shown
+    tab.type_into("#a", FIRST)
+    tab.type_into("#b", "<e_8>")
+    tab.wait(
+        f"{text_of('a-wrong')} === '' && {text_of('b-wrong')}.includes('as many tokens as A, which"
+        " has 3, got 1')"
+    )
+    assert tab.value(f"JSON.stringify([{plot('lens')}.data, {plot('map')}.data])") == shown
+
+
+def test_another_question_brings_its_own_b(tab: Tab) -> None:
+    tab.click_on("#next-a")
+    tab.wait(f"document.querySelector('#a').value !== {FIRST!r} && !{text_of('b-wrong')}")
+    first = tab.value("document.querySelector('#b').value")
+    tab.click_on("#next-b")
+    tab.wait(f"document.querySelector('#b').value !== {first!r}")
+    settle(tab)
+    assert tab.value(text_of("b-wrong")) == ""
+
+
+def test_the_page_logs_no_error_and_asks_this_machine_alone(tab: Tab) -> None:
+    assert tab.value("1 + 1") == 2
+    assert tab.page.errors == []
+    assert len(tab.page.requests) > 20
+    assert {urlsplit(url).hostname for url in tab.page.requests} == {"127.0.0.1"}
+    assert tab.value(text_of("problem")) == ""

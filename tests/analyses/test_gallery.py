@@ -1,0 +1,68 @@
+"""The gallery shows every figure, and what it says is what the commands say."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from loopscope.analyses.common.figure_configs import ANALYSES
+from loopscope.analyses.common.records import markdown_table
+from loopscope.analyses.pages import gallery
+from loopscope.analyses.pages.gallery import Drawn, Entry
+from paths import DOCS
+
+QUICK = ("hop-updates", "grokking", "patch", "lens")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def sections() -> dict[str, str]:
+    text = (DOCS / "gallery.md").read_text()
+    return {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
+
+
+def test_every_command_has_its_section_and_its_picture() -> None:
+    assert list(sections()) == list(ANALYSES)
+    for name, section in sections().items():
+        assert f"![{name}](gallery/{name}.png)" in section
+        assert f"`loopscope {name}" in section
+        assert (DOCS / "gallery" / f"{name}.png").read_bytes().startswith(PNG)
+    assert {path.stem for path in (DOCS / "gallery").iterdir()} == set(ANALYSES)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_numbers_are_what_the_command_prints(name: str) -> None:
+    config, module = ANALYSES[name]
+    record = import_module(f"loopscope.analyses.figures.{module}").run(config())
+    assert markdown_table(record.summary().head(gallery._ROWS)) in sections()[name]
+
+
+def test_a_figure_without_shipped_input_says_so_and_uses_the_toy(tmp_path: Path) -> None:
+    found = {entry.name: entry for entry in gallery.entries(tmp_path / "toy")}
+    assert list(found) == list(ANALYSES)
+    assert [name for name, entry in found.items() if entry.note] == ["exit-gate"]
+    gallery.make_toy(tmp_path / "toy")
+    drawn = gallery.draw_one(found["exit-gate"])
+    assert drawn.image.startswith(PNG)
+    assert found["exit-gate"].note in sections()["exit-gate"]
+    assert markdown_table(drawn.record.summary().head(gallery._ROWS)) in sections()["exit-gate"]
+
+
+def test_the_page_and_its_pictures_are_written_together(tmp_path: Path) -> None:
+    config, module = ANALYSES["hop-updates"]
+    record = import_module(f"loopscope.analyses.figures.{module}").run(config())
+    path = gallery.write(
+        tmp_path / "all.md", lambda: [Drawn(Entry("hop-updates", {}), record, PNG)]
+    )
+    assert (tmp_path / "all" / "hop-updates.png").read_bytes() == PNG
+    assert "![hop-updates](all/hop-updates.png)" in path.read_text()
+
+
+def test_nothing_is_written_when_a_figure_fails(tmp_path: Path) -> None:
+    def fail() -> list[Drawn]:
+        raise ValueError("a picture needs kaleido")
+
+    with pytest.raises(ValueError, match="kaleido"):
+        gallery.write(tmp_path / "all.md", fail)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,110 @@
+"""The report page, in a real browser."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from browser import Page, visit
+from loopscope.analyses.common.configs import ReportConfig
+from loopscope.analyses.report import page as report
+
+TABS = {
+    "Answers": ("margin", "grid", "halting", "flips"),
+    "Circuit": ("lens", "patching", "ranks"),
+    "Dynamics": ("orbits", "steps", "attention"),
+    "Comparison": ("grids", "margins", "halting-compare"),
+}
+FIGURES = tuple(key for keys in TABS.values() for key in keys)
+OF_ONE = (
+    "margin",
+    "grid",
+    "lens",
+    "patching",
+    "halting",
+)  # figures with many marks and a long table
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ReportConfig(per_hop=10, compare=("mini/multi_hop/r4",))
+    return report.write_report(config, tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def page(page_file: Path) -> Page:
+    drawn = "document.querySelectorAll('.js-plotly-plot .main-svg').length"
+    shown = (
+        "[...document.querySelectorAll('[role=tab]')].map(tab => { tab.click(); return"
+        " [tab.textContent, "
+    )
+    shown += (
+        "[...document.querySelectorAll('[role=tabpanel]:not([hidden]) .js-plotly-plot')].map(d =>"
+        " [d.id, d.clientWidth, d.clientHeight])]})"
+    )
+    overflow = "document.documentElement.scrollWidth - window.innerWidth"
+    rows = (
+        "[...document.querySelectorAll('section')].map(s => s.querySelectorAll('table tr').length)"
+    )
+    marks = (
+        "[...document.querySelectorAll('.js-plotly-plot')].map(d => "
+        "d.querySelectorAll('path.js-line, .heatmaplayer image, .heatmap-label').length)"
+    )
+    return visit(
+        page_file, [drawn, shown, overflow, rows, marks], ready=f"{drawn} >= {3 * len(FIGURES)}"
+    )
+
+
+@pytest.mark.browser
+def test_every_figure_is_drawn_inside_the_window(page: Page) -> None:
+    _, tabs, overflow, _, marks = page.values
+    assert {
+        name: tuple(box[0].removeprefix("figure-") for box in boxes) for name, boxes in tabs
+    } == TABS
+    assert all(
+        width > 800 and height > (300 if figure.removeprefix("figure-") in OF_ONE else 250)
+        for _, boxes in tabs
+        for figure, width, height in boxes
+    )
+    assert overflow <= 0
+    assert all(
+        count > (5 if key in OF_ONE else 2) for key, count in zip(FIGURES, marks, strict=True)
+    )
+
+
+@pytest.mark.browser
+def test_the_page_logs_no_error_and_asks_the_network_for_nothing(page: Page) -> None:
+    assert page.errors == []
+    assert page.requests == []
+
+
+@pytest.mark.browser
+def test_every_section_has_its_table(page: Page) -> None:
+    assert all(
+        rows > (4 if key in OF_ONE else 2)
+        for key, rows in zip(FIGURES, page.values[3], strict=True)
+    )
+
+
+def test_the_page_stays_below_10_megabytes(page_file: Path) -> None:
+    assert page_file.stat().st_size < 10_000_000
+
+
+def test_plotly_is_inlined_once_and_nothing_is_linked(page_file: Path) -> None:
+    text = page_file.read_text(encoding="utf-8")
+    assert len(re.findall(r"plotly\.js v\d", text)) == 1
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", text)
+
+
+def test_hover_text_has_the_tokens(page_file: Path) -> None:
+    text = page_file.read_text(encoding="utf-8")
+    assert re.search(r"clean .{0,12}e_\d+.{0,6}, corrupted .{0,12}e_\d+", text)
+    assert re.search(r"rank of .{0,12}e_\d+", text)
+
+
+def test_a_failing_run_leaves_no_page(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 to 16 hops, got hops=99"):
+        report.write_report(ReportConfig(per_hop=1, n_loops=2, hops=99), tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,120 @@
+"""Identity 5: a sweep equals the separate runs that it stands for, and nothing is computed
+twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.patching.activation import activation_patch
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.families.recurrent_depth import RecurrentDepth
+from toy import (
+    BATCH,
+    D_MODEL,
+    HEAD_SITES,
+    LAYERS,
+    SHORTEST,
+    assert_close,
+    cached,
+    index_at,
+    padded,
+    projection,
+    put,
+    random_tokens,
+    run,
+    run_hooked,
+    site_of,
+    toy,
+)
+
+# Patches: each cell is one run
+
+SWEEP_MODELS = [("none", False), ("sinusoidal", False), ("learned", True)]
+
+
+def site_names(model: LoopedModel) -> list[str]:
+    return list(dict.fromkeys(map(site_of, model.hook_names(SHORTEST))))
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("heads", [None, [1, 4]])
+@pytest.mark.parametrize(("positions", "injection"), SWEEP_MODELS)
+def test_each_cell_of_a_sweep_is_one_run_with_that_patch(
+    positions: str, injection: bool, heads: list[int] | None, direction: str
+) -> None:
+    model = toy(positions, injection)
+    clean, corrupted = padded(seed=1), padded(seed=2)
+    sites = [site for site in site_names(model) if heads is None or site in HEAD_SITES]
+    places = {"positions": [0, 5], "heads": heads}
+    sweep = activation_patch(
+        model,
+        clean,
+        corrupted,
+        projection(),
+        SHORTEST,
+        sites=sites,
+        **places,
+        direction=direction,
+        memory_gb=1e-5,
+    )
+    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    names = [name for name in model.hook_names(SHORTEST) if site_of(name) in sites]
+    expected_cells = list(itertools.product(names, places["positions"], heads or [None]))
+    assert [(cell.name, cell.position, cell.head) for cell in sweep.cells] == expected_cells
+    values = {
+        name: cached(model, source, name, SHORTEST)[name]
+        for name in {cell.name for cell in sweep.cells}
+    }
+    read = torch.arange(BATCH), base.readout
+    naive = []
+    for name, position, head in expected_cells:
+        patch = put(values[name], index_at(name, position, head))
+        naive.append(projection()(run_hooked(model, base, name, patch, SHORTEST)[read]))
+    assert_close(sweep.values, torch.stack(naive))
+    assert_close(sweep.clean, projection()(run(model, clean, SHORTEST)[read]))
+    assert_close(sweep.corrupted, projection()(run(model, corrupted, SHORTEST)[read]))
+    assert sweep.values.std(0).min() > 0
+
+
+# Iterations: all of them are one run
+
+
+def counted_blocks(model: RecurrentDepth) -> list[int]:
+    calls: list[int] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *arguments: calls.append(1))
+    return calls
+
+
+def test_recurrence_sweep_runs_each_iteration_once_and_equals_separate_runs() -> None:
+    model, batch = toy(), padded()
+    calls = counted_blocks(model)
+    sweep = readout_lens(model, batch, 40, keep_logits=True).logits
+    assert len(calls) == LAYERS * 40
+    rows = torch.arange(BATCH), batch.readout
+    for r in range(1, 41):
+        assert_close(sweep[r - 1], model(batch.tokens, n_loops=r, mask=batch.mask)[rows])
+
+
+def test_resumed_run_computes_only_what_is_left(plain: RecurrentDepth) -> None:
+    state = plain.begin(random_tokens())
+    calls = counted_blocks(plain)
+    state = plain.advance(state, "loops.3")
+    assert len(calls) == 6
+    plain.readout(plain.advance(state))
+    assert len(calls) == 8
+
+
+def test_readout_at_positions_normalises_only_those_rows(plain: RecurrentDepth) -> None:
+    batch, shapes = padded(), []
+    state = plain.advance(plain.begin(batch.tokens, batch.mask))
+    plain.final_norm.register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(output.shape))
+    )
+    plain.readout(state, batch.readout)
+    assert shapes == [(BATCH, 1, D_MODEL)]
