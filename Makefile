@@ -1,16 +1,37 @@
 PYTHON ?= python3
 BIN := .venv/bin
+SHAPES := --jaxtyping-packages=loopscope,annotated.noting
 
-.PHONY: report test bench minis install dev clean
+.PHONY: report test lint fast shapes slow browser bench minis install dev clean
 
 report: install
 	$(BIN)/loopscope report --out out/report.html --overwrite
 
-test: dev
+test: lint browser
+	$(MAKE) fast shapes
+
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+# everything but what is slow, on two processes of one thread each
+fast: dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not shapes'
+
+# every public call on every family, with the shapes in all signatures checked at run time
+shapes: dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m shapes $(SHAPES)
+
+# what takes long: fresh installs, several processes, files of a gigabyte, notebooks, damaged files
+slow: dev browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+# a browser for the pages that the tests open: one that is there, else Debian's where that may be installed
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq chromium >/dev/null || true; fi
 
 bench: install
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
@@ -34,4 +55,4 @@ dev: .venv/.installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv out build dist *.egg-info

@@ -1,6 +1,4 @@
-"""One torch thread, the toy models as fixtures, and the table of parity errors at the end of a
-run.
-"""
+"""One torch thread, the toy models as fixtures, and what is said at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +6,16 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from golden_cases import GOLDEN
+from browser import NO_BROWSER, browser_path
 from loopscope.checkpoints.load import save
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
+from paths import GOLDEN
 from release_files import toy_model
 from toy import VARIANTS, BatchCentred, Bidirectional, ShortEnding, odd_one, toy
 
@@ -85,14 +85,57 @@ def record_error(request: pytest.FixtureRequest) -> Callable[[str, str, float], 
     return record
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a browser where there is none."""
+    if item.get_closest_marker("browser") and browser_path() is None:
+        pytest.skip(NO_BROWSER)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where several processes share the tests, gather the worst errors of all of them."""
+    if config.pluginmanager.hasplugin("dsession"):
+        config.pluginmanager.register(GatherErrors(config))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands over the worst errors that it met."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        worst = session.config.stash.get(WORST_ERRORS, {})
+        output["worst"] = [[*key, error] for key, error in worst.items()]
+
+
+class GatherErrors:
+    """Collects the worst errors of the workers.
+
+    Attributes:
+        config: The configuration of the process that reports.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take what one worker hands over when it ends."""
+        worst = self.config.stash.setdefault(WORST_ERRORS, {})
+        for case, precision, error in getattr(node, "workeroutput", {}).get("worst", []):
+            worst[case, precision] = max(error, worst.get((case, precision), 0.0))
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    """The table of worst errors, and one line on the tests that no browser could run."""
     worst = config.stash.get(WORST_ERRORS, {})
-    if not worst:
-        return
-    terminalreporter.section(
-        "golden outputs: worst error, relative to the largest magnitude of its tensor"
-    )
-    for (case, precision), error in sorted(worst.items()):
-        terminalreporter.write_line(f"{case:32} {precision:24} {error:.1e}")
+    if worst:
+        terminalreporter.section("golden outputs: worst error, relative to the largest magnitude")
+        for (case, precision), error in sorted(worst.items()):
+            terminalreporter.write_line(f"{case:32} {precision:24} {error:.1e}")
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(NO_BROWSER in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(
+            f"{count} tests were skipped, because they need a browser: install Chromium "
+            "(Debian: apt-get install chromium) and run the tests again",
+            yellow=True,
+        )

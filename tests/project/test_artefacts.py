@@ -1,0 +1,102 @@
+"""The wheel and the source distribution hold one package, and work outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import loopscope
+from paths import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = tuple(map(str, command))
+    done = subprocess.run(command, cwd=cwd, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both artefacts, built from the files that git knows."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in run("git", "ls-files", cwd=ROOT).splitlines():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    run(sys.executable, "-m", "build", "--outdir", out, source, cwd=out)
+    return out
+
+
+def test_the_wheel_holds_one_package(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    about = f"loopscope-{loopscope.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"loopscope", about}
+    shipped = "loopscope/checkpoints/shipped/ltg_trained/checkpoint_epoch_19559.pt"
+    assert {shipped, "loopscope/py.typed", "loopscope/__init__.pyi"} < set(names)
+
+
+def test_the_source_distribution_holds_one_package(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    folders = {m.name.split("/")[1] for m in members if m.isfile() and m.name.count("/") > 1}
+    assert folders == {"loopscope", "loopscope.egg-info"}
+    assert not any(member.issym() for member in members)
+
+
+@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
+def installed(
+    request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """The programs of a fresh environment with one artefact.
+
+    Its dependencies are those of the environment that runs the tests, seen through one line of a
+    `.pth` file, which brings no editable install along.
+    """
+    (artefact,) = built.glob(request.param)
+    home = tmp_path_factory.mktemp("venv")
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
+    pip = (sys.executable, "-m", "pip", "--python", home / "bin" / "python")
+    run(*pip, "install", "-q", "--no-deps", artefact, cwd=home)
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    yield home / "bin"
+    shutil.rmtree(home)
+
+
+def test_an_installed_loopscope_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    where = run(
+        installed / "python", "-c", "import loopscope; print(loopscope.__file__)", cwd=tmp_path
+    )
+    assert where.startswith(str(installed.parent))
+    version = f"loopscope {loopscope.__version__}\n"
+    assert run(installed / "loopscope", "--version", cwd=tmp_path) == version
+    assert "ltg_trained" in run(installed / "loopscope", "list", cwd=tmp_path)
+    run(installed / "loopscope", "report", "ltg_trained", "--per-hop", "5", cwd=tmp_path)
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1_000_000
+    example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[0]
+    assert "metric" in run(installed / "python", "-c", example, cwd=tmp_path)
+
+
+def test_the_first_cells_of_the_notebooks_run_there(installed: Path, tmp_path: Path) -> None:
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert len(paths) >= 5
+    for path in paths:
+        cells = nbformat.read(path, as_version=4).cells
+        first = next(cell.source for cell in cells if cell.cell_type == "code")
+        run(installed / "python", "-c", first, cwd=tmp_path)

@@ -1,0 +1,36 @@
+"""Every public call on every family, with the shapes in all signatures checked while it runs.
+
+`make shapes` runs these tests alone, under jaxtyping's import hook; the other tests run without it.
+The last test fails when a function whose signature states a shape was never called here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from annotated import CALLED, annotated
+from loopscope.analyses.pages import families
+from loopscope.models.core.registry import FAMILIES
+from paths import ROOT
+from toy import toy
+
+pytestmark = pytest.mark.shapes
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(TypeCheckError):
+        toy().unembed(torch.zeros(2, 3))
+
+
+def test_every_method_on_every_family() -> None:
+    found = families.run()
+    assert set(found.methods.columns[1:]) == set(FAMILIES)
+    assert {row["method"] for _, row in found.methods.iterrows()} == set(families.METHODS)
+
+
+def test_every_function_that_states_a_shape_was_called() -> None:
+    stated = annotated(ROOT)
+    assert len(stated) > 200
+    assert sorted(stated - CALLED) == []
