@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.common.cells import place_of
+from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
+from loopscope.interp.common.fingerprint import fingerprint
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
-from loopscope.interp.dynamics.states import Shown, shown_spots
-from loopscope.interp.lens.lens import Lens, at_positions, read_columns
-from loopscope.interp.patching.unfinished import fingerprint
+from loopscope.interp.common.places import loop_and_layer
+from loopscope.interp.lens.lens import Lens
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.files import atomic_path
 from loopscope.models.core.state import State, checked_loops
@@ -146,7 +146,7 @@ class TunedLens:
 
     def frame(self) -> pd.DataFrame:
         """One row per training step and visit: step (from 1), visit, loop, layer, loss."""
-        places = [(name, *place_of(f"{name}.hook_resid_post")) for name in self.names]
+        places = [(name, *loop_and_layer(name)) for name in self.names]
         rows = [(step + 1, *place) for step in range(len(self.losses)) for place in places]
         frame = pd.DataFrame(rows, columns=["step", "visit", "loop", "layer"]).astype(
             {"loop": "Int64", "layer": "Int64"}

@@ -1,0 +1,79 @@
+"""Columns of the inputs: those that a method reads, and the activations that stand there.
+
+Axes: batch pos d_model; `k` counts the columns that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.places import Picked, in_range, whole_numbers
+from loopscope.models.core.tokens import Batch
+
+Shown = Literal["real", "readout", "all"] | Sequence[int] | int
+Spots = tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]
+
+
+def read_columns(batch: Batch, positions: Picked | int | None) -> Int[Tensor, "batch k"]:
+    """The columns of each row that are read: the readout, or the positions asked for."""
+    if positions is None:
+        return batch.readout[:, None]
+    chosen = torch.tensor(in_range("positions", positions, batch.tokens.shape[1]))
+    return chosen.to(batch.tokens.device).expand(len(batch), -1)
+
+
+def at_positions(
+    resid: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch k d_model"]:
+    """Some columns of each row."""
+    return resid.gather(1, columns[..., None].expand(-1, -1, resid.shape[-1]))
+
+
+def shown_spots(batch: Batch, positions: Shown) -> Spots:
+    """The columns to show, and which of them are no padding or were asked for all the same."""
+    if positions == "real":
+        longest = int(batch.mask.sum(1).max())
+        return read_columns(batch, range(longest)), batch.mask[:, :longest].bool()
+    if isinstance(positions, str) and positions not in ("readout", "all"):
+        raise ValueError(
+            f"positions must be 'real', 'readout', 'all' or columns, got {positions!r}"
+        )
+    columns = read_columns(batch, None if positions == "readout" else positions)
+    return columns, torch.ones_like(columns, dtype=torch.bool)
+
+
+def checked_columns(positions: Picked | int) -> list[int] | None:
+    """Columns to write at, each once; None for every one.
+
+    Raises:
+        TypeError: Something else than integers.
+        ValueError: No column, or one below 0.
+    """
+    if isinstance(positions, str) and positions == "all":
+        return None
+    columns = whole_numbers("positions", positions)
+    if not columns or min(columns) < 0:
+        raise ValueError(
+            f"positions must be 'all' or a list of columns counted from 0, got {columns}"
+        )
+    return columns
+
+
+def at_columns_of(value: Tensor, new: Tensor, columns: list[int] | None) -> Tensor:
+    """The value with some of its columns, or all of them, taken from another tensor of its
+    shape.
+    """
+    if columns is None:
+        return new
+    if max(columns) >= value.shape[1]:
+        raise ValueError(
+            f"positions must be in 0..{value.shape[1] - 1} in this run, got {max(columns)}"
+        )
+    changed = value.clone()
+    changed[:, columns] = new[:, columns]
+    return changed
