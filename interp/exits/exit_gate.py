@@ -91,13 +91,13 @@ class GatedReadout:
 
     Attributes:
         logits: Float[Tensor, "batch pos d_vocab"].
-        loops_used: Int[Tensor, "batch pos"], iterations until the exit, from 1; for the mixture,
+        iterations: Int[Tensor, "batch pos"], iterations until the exit, from 1; for the mixture,
             all of them.
         pdf: Float[Tensor, "loop batch pos"], the exit distribution.
     """
 
     logits: Float[Tensor, "batch pos d_vocab"]
-    loops_used: Int[Tensor, "batch pos"]
+    iterations: Int[Tensor, "batch pos"]
     pdf: Float[Tensor, "loop batch pos"]
 
 

@@ -169,7 +169,7 @@ def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = 
     return Exits(
         criterion=criterion,
         lens=lens,
-        loops_used=stop + 1,
+        iterations=stop + 1,
         halted=halted,
         logits=lens.logits_at(stop),
     )

@@ -57,14 +57,14 @@ class Stops:
 
     Attributes:
         lens: The run's answers after every iteration.
-        loops_used: Int[Tensor, " batch"], iterations counted from 1; the last where the example
+        iterations: Int[Tensor, " batch"], iterations counted from 1; the last where the example
             never stopped by itself.
         halted: Bool[Tensor, " batch"], whether it stopped by itself.
         logits: Float[Tensor, "batch d_vocab"], after the iteration at which the example stopped.
     """
 
     lens: Lens
-    loops_used: Int[Tensor, " batch"]
+    iterations: Int[Tensor, " batch"]
     halted: Bool[Tensor, " batch"]
     logits: Float[Tensor, "batch d_vocab"]
 
@@ -73,10 +73,10 @@ class Stops:
         return self.logits.argmax(-1) == answers.to(self.logits.device)
 
     def frame(self, answers: Int[Tensor, " batch"] | None = None) -> pd.DataFrame:
-        """One row per example: example, loops_used, halted, and correct when the answers are
+        """One row per example: example, iterations, halted, and correct when the answers are
         given.
         """
-        frame = pd.DataFrame({"loops_used": self.loops_used.cpu(), "halted": self.halted.cpu()})
+        frame = pd.DataFrame({"iterations": self.iterations.cpu(), "halted": self.halted.cpu()})
         frame.insert(0, "example", range(len(frame)))
         if answers is not None:
             frame["correct"] = self.correct(answers).cpu().numpy()
@@ -132,7 +132,7 @@ def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
         holds[:] = False
     stop, halted = first_stop(holds)
     return Halting(
-        rule=rule, lens=lens, loops_used=stop + 1, halted=halted, logits=lens.logits_at(stop)
+        rule=rule, lens=lens, iterations=stop + 1, halted=halted, logits=lens.logits_at(stop)
     )
 
 

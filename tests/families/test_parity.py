@@ -91,7 +91,7 @@ class Case:
         )
 
     def iterations_used(self, readout: str, kl: str, entropy: str) -> Tensor:
-        return self.halted(readout, kl, entropy).loops_used
+        return self.halted(readout, kl, entropy).iterations
 
     def halting_logits(self, readout: str, kl: str, entropy: str) -> Tensor:
         return self.halted(readout, kl, entropy).logits
@@ -157,7 +157,7 @@ class Trained:
         )
 
     def iterations_used(self, hops: str) -> Tensor:
-        return self.halted(hops).loops_used
+        return self.halted(hops).iterations
 
     def halting_correct(self, hops: str) -> Tensor:
         return self.halted(hops).correct(self.answers(int(hops)))
