@@ -4,7 +4,6 @@ answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,13 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.interp.common.frozen_norm import frozen_norm, watching
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from loopscope.models.core.base import LoopedModel, at_columns
-from loopscope.models.core.hooks import LoopHookPoint, Taps
 from loopscope.models.core.state import Slot, Visit, checked_loops
 from loopscope.models.core.tokens import Batch
-
-Norm = Callable[[Tensor, Taps], Tensor]
 
 
 @dataclass(frozen=True)
@@ -171,47 +168,6 @@ def component_kind(slot: Slot, what: str) -> str:
     return what if slot.loop is not None else f"{slot.stage}.{what}"
 
 
-def frozen_norm(
-    norm: Norm, site: str, x: Float[Tensor, "batch pos d_model"], scale: Tensor
-) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, " d_model"]]:
-    """A norm whose divisor is held is an affine map; its linear part applied to some vectors, and
-    its constant part.
-
-    Args:
-        norm: Of a residual stream and the hook points that it is to use.
-        site: The norm's scale site, e.g. "ln_final.hook_scale".
-        scale: The divisor, to be broadcast over "batch pos 1".
-
-    Raises:
-        ValueError: The norm does not pass its divisor through that site.
-    """
-    asked: list[Tensor] = []
-
-    def hold(value: Tensor, hook: HookPoint) -> Tensor:
-        asked.append(value)
-        return scale.expand_as(value)
-
-    zero = norm(
-        torch.zeros_like(x[:1, :1]), _watching(site, lambda value, hook: torch.ones_like(value))
-    )[0, 0]
-    held = norm(x, _watching(site, hold))
-    if not asked:
-        raise ValueError(
-            f"the norm must show its divisor at {site!r} to be frozen there, but never asked for it"
-        )
-    return held - zero, zero
-
-
-def _watching(site: str, hook: Callable[..., Tensor | None]) -> Taps:
-    """A hook point of our own, so that a norm can be called without the model's hooks and without
-    leaving any.
-    """
-    point = LoopHookPoint()
-    point.name = site
-    point.add_hook(hook)
-    return {site: point}
-
-
 def _through_final_norm(
     model: LoopedModel,
     stack: Float[Tensor, "component batch d_model"],
@@ -219,9 +175,7 @@ def _through_final_norm(
 ) -> tuple[Float[Tensor, "component batch d_model"], Float[Tensor, " d_model"]]:
     """What the frozen final norm makes of each term, and its bias."""
     seen: list[Tensor] = []
-    model.normalize(
-        resid, _watching(model.final_scale_site, lambda value, hook: seen.append(value))
-    )
+    model.normalize(resid, watching(model.final_scale_site, lambda value, hook: seen.append(value)))
     scale = (
         torch.cat(seen).transpose(0, 1) if seen else torch.ones(())
     )  # frozen_norm refuses a norm that shows none

@@ -25,8 +25,9 @@ from loopscope.interp.attribution.direct_logit import check_sum, component_kind,
 from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.common.cells import HEAD_AXIS, Cell, Places, choose
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
-from loopscope.interp.patching.activation import Pair, metric_name
-from loopscope.interp.patching.sweep import Direction, Sweep, base_and_source
+from loopscope.interp.common.metrics import metric_name
+from loopscope.interp.common.pairs import Direction, Pair, base_and_source
+from loopscope.interp.patching.sweep import Sweep
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.state import Visit, checked_loops

@@ -37,3 +37,8 @@ def logit_diff(right: Int[Tensor, " batch"], wrong: Int[Tensor, " batch"]) -> Me
         return picked[:, 0] - picked[:, 1]
 
     return logit_diff
+
+
+def metric_name(metric: Metric) -> str:
+    """What a metric is called in a record."""
+    return str(getattr(metric, "__name__", type(metric).__name__))

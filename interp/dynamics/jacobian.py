@@ -11,8 +11,10 @@ from einops import einsum
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
+from loopscope.interp.common.columns import Shown, shown_spots
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
-from loopscope.interp.dynamics.states import Shown, iteration_start, shown_spots, widened
+from loopscope.interp.common.precision import widened
+from loopscope.interp.dynamics.states import iteration_start
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 

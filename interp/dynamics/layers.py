@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.interp.common.columns import Shown, Spots, at_positions, shown_spots
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
-from loopscope.interp.dynamics.states import Dynamics, Shown, Spots, shown_spots, widened
-from loopscope.interp.lens.lens import at_positions
+from loopscope.interp.common.precision import widened
+from loopscope.interp.dynamics.states import Dynamics
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.state import checked_loops

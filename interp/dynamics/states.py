@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopscope.interp.common.columns import (
+    Shown,
+    Spots,
+    at_positions,
+    shown_spots,
+)
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
-from loopscope.interp.lens.lens import at_positions, read_columns
+from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.core.tokens import Batch
-
-Shown = Literal["real", "readout", "all"] | Sequence[int]
-Spots = tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]
 
 
 @dataclass(frozen=True)
@@ -276,27 +277,9 @@ def effective_rank(rows: Float[Tensor, "row d"]) -> Float[Tensor, ""]:
     return rank
 
 
-def shown_spots(batch: Batch, positions: Shown) -> Spots:
-    """The columns to show, and which of them are no padding or were asked for all the same."""
-    if positions == "real":
-        longest = int(batch.mask.sum(1).max())
-        return read_columns(batch, range(longest)), batch.mask[:, :longest].bool()
-    if isinstance(positions, str) and positions not in ("readout", "all"):
-        raise ValueError(
-            f"positions must be 'real', 'readout', 'all' or columns, got {positions!r}"
-        )
-    columns = read_columns(batch, None if positions == "readout" else positions)
-    return columns, torch.ones_like(columns, dtype=torch.bool)
-
-
 def iteration_start(model: LoopedModel, loop: int, n_loops: int) -> int:
     """The index in the schedule of the first visit of an iteration."""
     return min(visit.index for visit in model.schedule(n_loops) if visit.loop == loop)
-
-
-def widened(x: Tensor) -> Tensor:
-    """Float64 as it is, anything narrower as float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _part(model: LoopedModel, state: State, part: str) -> Float[Tensor, "batch pos ..."]:

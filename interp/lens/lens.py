@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.interp.common.columns import at_positions, read_columns
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.common.processes import over_ranks
@@ -316,23 +317,3 @@ def _lens(
     )
     lens = Lens(heads_input, loops, layers, names, example, columns.flatten(), model)
     return replace(lens, logits=lens._each(lambda logits, rows: logits)) if keep_logits else lens
-
-
-def read_columns(
-    batch: Batch, positions: Literal["all"] | Sequence[int] | None
-) -> Int[Tensor, "batch k"]:
-    """The columns of each row that are read: the readout, or the positions asked for."""
-    if positions is None:
-        return batch.readout[:, None]
-    width = batch.tokens.shape[1]
-    chosen = torch.arange(width) if positions == "all" else torch.as_tensor(list(positions))
-    if bool(((chosen < 0) | (chosen >= width)).any()):
-        raise ValueError(f"positions must be in 0..{width - 1}, got {chosen.tolist()}")
-    return chosen.to(batch.tokens.device).expand(len(batch), -1)
-
-
-def at_positions(
-    resid: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch k"]
-) -> Float[Tensor, "batch k d_model"]:
-    """Some columns of each row."""
-    return resid.gather(1, columns[..., None].expand(-1, -1, resid.shape[-1]))

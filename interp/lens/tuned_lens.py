@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.cells import place_of
+from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
+from loopscope.interp.common.fingerprint import fingerprint
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
-from loopscope.interp.dynamics.states import Shown, shown_spots
-from loopscope.interp.lens.lens import Lens, at_positions, read_columns
-from loopscope.interp.patching.unfinished import fingerprint
+from loopscope.interp.lens.lens import Lens
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.files import atomic_path
 from loopscope.models.core.state import State, checked_loops

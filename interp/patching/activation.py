@@ -18,12 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.interp.common.cells import Cell, Places, Together, choose
-from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
+from loopscope.interp.common.fingerprint import fingerprint
+from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
+from loopscope.interp.common.metrics import metric_name
+from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.processes import gathered, share
 from loopscope.interp.patching.continued import continued_logits
 from loopscope.interp.patching.packed import packable, packed_logits
-from loopscope.interp.patching.sweep import Direction, Sweep, base_and_source
-from loopscope.interp.patching.unfinished import Unfinished, fingerprint
+from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.patching.unfinished import Unfinished
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 from loopscope.models.core.tokens import Batch
@@ -114,44 +117,6 @@ def activation_patch(
         for i, name in enumerate(metrics)
     )
     return replace(first, also={sweep.metric: sweep for sweep in others})
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A clean and a corrupted batch that match row by row."""
-
-    clean: Batch
-    corrupted: Batch
-
-    @classmethod
-    def of(
-        cls, model: LoopedModel, clean: Inputs, corrupted: Inputs, readout: ReadoutColumn
-    ) -> Pair:
-        """Both inputs as batches.
-
-        Raises:
-            ValueError: Their shapes, lengths or readouts differ.
-        """
-        pair = cls(as_batch(model, clean, readout), as_batch(model, corrupted, readout))
-        shapes = [list(batch.tokens.shape) for batch in (pair.clean, pair.corrupted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the clean and corrupted inputs must have one shape, got {shapes[0]} and"
-                f" {shapes[1]}"
-            )
-        if not torch.equal(pair.clean.mask, pair.corrupted.mask) or not torch.equal(
-            pair.clean.readout, pair.corrupted.readout
-        ):
-            raise ValueError(
-                "each clean input must be as long as its corrupted one and be read at the same"
-                " column"
-            )
-        return pair
-
-
-def metric_name(metric: Metric) -> str:
-    """What a metric is called in a record."""
-    return str(getattr(metric, "__name__", type(metric).__name__))
 
 
 def _named(metric: Metric, also: Mapping[str, Metric]) -> dict[str, Metric]:

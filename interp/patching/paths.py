@@ -18,10 +18,10 @@ from torch import Tensor
 
 from loopscope.interp.common.cells import in_range
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
+from loopscope.interp.common.metrics import metric_name
+from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import visits_at
-from loopscope.interp.patching.activation import Pair, metric_name
 from loopscope.interp.patching.path_runs import PathRuns, Spot
-from loopscope.interp.patching.sweep import Direction, base_and_source
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 

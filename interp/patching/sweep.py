@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -12,9 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.interp.common.cells import Cell
-
-Direction = Literal["denoise", "noise"]
-_Run = TypeVar("_Run")
+from loopscope.interp.common.pairs import Direction
 
 
 class Interval(NamedTuple):
@@ -165,14 +163,3 @@ class Sweep:
 
 def _sorted(values: set[int | None]) -> tuple[int | None, ...]:
     return tuple(sorted(values, key=lambda value: (value is not None, value or 0)))
-
-
-def base_and_source(direction: Direction, clean: _Run, corrupted: _Run) -> tuple[_Run, _Run]:
-    """The run that is patched and the one that the patches come from.
-
-    Raises:
-        ValueError: Another direction than "denoise" and "noise".
-    """
-    if direction not in ("denoise", "noise"):
-        raise ValueError(f"direction must be 'denoise' or 'noise', got {direction!r}")
-    return (corrupted, clean) if direction == "denoise" else (clean, corrupted)

@@ -4,9 +4,7 @@ was.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.processes import n_ranks
-from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.files import atomic_path
-from loopscope.models.core.tokens import Batch
 
 _EVERY = 5.0  # seconds between writes
 
@@ -91,20 +86,3 @@ class Unfinished:
                 " to start again"
             )
         return dict(zip(cells.tolist(), values, strict=True))
-
-
-def fingerprint(
-    model: LoopedModel, cells: Sequence[Cell], batches: Sequence[Batch], options: tuple[object, ...]
-) -> str:
-    """What decides a sweep's values: weights, configuration, cells, inputs and options."""
-    digest = hashlib.sha256(repr((model.cfg, tuple(cells), options)).encode())
-    given = [value for batch in batches for value in batch.options.values()]
-    digest.update(repr([value for value in given if not isinstance(value, Tensor)]).encode())
-    inputs = [x for batch in batches for x in (batch.tokens, batch.mask, batch.readout)]
-    for tensor in (
-        *model.state_dict().values(),
-        *inputs,
-        *(value for value in given if isinstance(value, Tensor)),
-    ):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 from transformer_lens.utilities.matrix import composition_scores as scores_of_factors
 
-from loopscope.interp.attribution.direct_logit import frozen_norm
+from loopscope.interp.common.frozen_norm import frozen_norm
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit
 

@@ -18,8 +18,8 @@ from loopscope.analyses.common.look import styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.interp.common.metrics import logit_margin
+from loopscope.interp.common.pairs import Direction
 from loopscope.interp.patching.activation import activation_patch
-from loopscope.interp.patching.sweep import Direction
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from loopscope.analyses.common.figure_configs import AttentionConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, styled
 from loopscope.analyses.common.records import Record
+from loopscope.interp.common.columns import Shown, shown_spots
 from loopscope.interp.dynamics.layers import AttentionDynamics, attention_dynamics
-from loopscope.interp.dynamics.states import Shown, shown_spots
 
 _CHANGE, _ENTROPY = "change from the iteration before", "entropy (nats)"
 _SETTLED = 0.01

@@ -20,8 +20,9 @@ from loopscope.analyses.common.figure_configs import LayersConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.look import CATEGORIES, FAINT, styled
 from loopscope.analyses.common.records import Record
+from loopscope.interp.common.columns import Shown
 from loopscope.interp.dynamics.layers import LayerDynamics, layer_dynamics
-from loopscope.interp.dynamics.states import Dynamics, Shown
+from loopscope.interp.dynamics.states import Dynamics
 
 _ANGLE = "angular_distance"
 _OVER_ITERATIONS: dict[str, Callable[[Dynamics], Tensor]] = {

@@ -20,7 +20,8 @@ from loopscope.analyses.common.figure_configs import OrbitsConfig
 from loopscope.analyses.common.inputs_of import Asked, open_inputs, words
 from loopscope.analyses.common.look import hop_colors, hop_name, styled
 from loopscope.analyses.common.records import Record
-from loopscope.interp.dynamics.states import Dynamics, Shown, dynamics
+from loopscope.interp.common.columns import Shown
+from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.models.core.tokens import Batch
 
 SPACES = ("state", "direction")

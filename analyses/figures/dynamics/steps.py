@@ -20,7 +20,8 @@ from loopscope.analyses.common.figure_configs import StepsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.look import FAINT, hop_colors, hop_name, styled
 from loopscope.analyses.common.records import Record
-from loopscope.interp.dynamics.states import Dynamics, Shown, dynamics
+from loopscope.interp.common.columns import Shown
+from loopscope.interp.dynamics.states import Dynamics, dynamics
 
 STATISTICS: dict[str, Callable[[Dynamics], Tensor]] = {
     "state_norm": lambda path: path.state_norm(),

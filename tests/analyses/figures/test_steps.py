@@ -13,7 +13,7 @@ from loopscope.analyses.common.figure_configs import StepsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.dynamics import steps
-from loopscope.interp.dynamics.states import Shown
+from loopscope.interp.common.columns import Shown
 from toy import LENGTHS, LOOPS, cached, padded, settling
 
 ASKED = Asked(Subject("toy", settling(), {}, None, {}), Group(None, ("a", "b", "c"), padded()))
