@@ -46,15 +46,15 @@ class JacobianSpectrum:
         return self.eigenvalues[:, 0].abs()
 
     def frame(self) -> pd.DataFrame:
-        """One row per example: iteration, example, radius, real, imag (of the pair's upper one),
-        residual, change.
+        """One row per example: loop, example, radius, real, imag (of the conjugate pair's upper
+        one), residual, change; loop counts from 0.
         """
         leading = self.eigenvalues[:, 0]
         columns = {"radius": self.radius, "real": leading.real, "imag": leading.imag.abs()}
         columns |= {"residual": self.residual, "change": self.change}
         frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
         frame.insert(0, "example", range(len(frame)))
-        frame.insert(0, "iteration", self.loop + 1)
+        frame.insert(0, "loop", self.loop)
         return frame
 
 

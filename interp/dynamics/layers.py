@@ -1,11 +1,12 @@
-"""What each layer of the loop does over iterations: where its output settles, and how its attention
-changes.
+"""Each block of the loop over iterations: the states at which its output settles, and the change of
+its attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import pandas as pd
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.interp.common.cells import place_of
 from loopscope.interp.common.columns import Shown, Spots, at_positions, shown_spots
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from loopscope.interp.common.precision import widened
@@ -30,7 +32,8 @@ class LayerDynamics:
 
     Attributes:
         names: What each block is called within an iteration, e.g. "blocks.0".
-        layers: Of each block, the residual stream that leaves it; its first point is iteration 1.
+        layers: Of each block, the residual stream that leaves it; its first point is after one
+            iteration.
     """
 
     names: tuple[str, ...]
@@ -45,10 +48,13 @@ class LayerDynamics:
         return distance / torch.linalg.vector_norm(last, dim=-1)[:, None] if relative else distance
 
     def frame(self) -> pd.DataFrame:
-        """The frames of all layers under one another, with the layer's name in front."""
+        """The frames of all blocks under one another; in front the block's name within an iteration
+        and its layer, from 0.
+        """
         frames = [layer.frame() for layer in self.layers]
         for name, frame in zip(self.names, frames, strict=True):
-            frame.insert(0, "layer", name)
+            frame.insert(0, "block", name)
+            frame.insert(1, "layer", _layer_of(name))
         return pd.concat(frames, ignore_index=True)
 
 
@@ -112,10 +118,15 @@ class AttentionDynamics:
     entropy: Float[Tensor, "loop layer head"]
 
     def frame(self) -> pd.DataFrame:
-        """One row per iteration, layer and head: iteration, layer, head, change, entropy."""
+        """One row per visit and head: visit (its name), loop, layer, head, change, entropy; loop,
+        layer and head count from 0.
+        """
         loops, heads = range(self.change.shape[0]), range(self.change.shape[2])
-        places = [(loop + 1, name, head) for loop in loops for name in self.names for head in heads]
-        frame = pd.DataFrame(places, columns=["iteration", "layer", "head"])
+        places = [
+            (f"loops.{loop}.{name}", loop, _layer_of(name), head)
+            for loop, name, head in product(loops, self.names, heads)
+        ]
+        frame = pd.DataFrame(places, columns=["visit", "loop", "layer", "head"])
         return frame.assign(
             change=self.change.flatten().cpu().numpy(), entropy=self.entropy.flatten().cpu().numpy()
         )
@@ -167,6 +178,11 @@ def attention_dynamics(
 
     _watch(model, batch, n_loops, spots, list(places), add, batch_size)
     return AttentionDynamics(tuple(layers), change / spots[1].sum(), entropy / spots[1].sum())
+
+
+def _layer_of(block: str) -> int | None:
+    """The layer in a block's name within an iteration."""
+    return place_of(f"loops.0.{block}.hook_resid_post")[1]
 
 
 def _loop_points(model: LoopedModel, n_loops: int, site: str) -> dict[str, dict[int, str]]:

@@ -1,8 +1,8 @@
-"""How the recurrent state moves over iterations: steps, angles, orbits, periods.
+"""The motion of the recurrent state over iterations: steps, angles, orbits, periods.
 
-Axes besides the usual ones: `point` is a place on a trajectory (0 is the state before the first
-iteration), `pos` counts the columns that are shown, which `position` names. Iterations count from 1
-in frames and from 0 in hook names.
+Axes besides the usual ones: `point` counts the points of a trajectory from 0, `pos` counts the
+columns that are shown, and `position` holds the column of each. `iterations` is an amount: the
+iterations run before the state of a point, 0 for the state before the first iteration.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Orbits:
     dynamics: Dynamics
 
     def frame(self) -> pd.DataFrame:
-        """One row per point, example and position: iteration, example, position, pc1, pc2, ..."""
+        """One row per point, example and position: iterations (run), example, position, pc1, pc2,
+        ...
+        """
         return self.dynamics._tidy(
             {f"pc{i + 1}": column for i, column in enumerate(self.coordinates.unbind(-1))}
         )
@@ -61,7 +63,8 @@ class Dynamics:
     Attributes:
         states: Float[Tensor, "point batch pos d_model"]; NaN where a column is padding. Axes after
             pos are joined into one.
-        iterations: After which iteration each point is, from 1; 0 is the state before the first.
+        iterations: How many iterations are run before each point; 0 is the state before the first
+            iteration.
         position: Int[Tensor, "batch pos"], the column of the input.
         shown: Bool[Tensor, "batch pos"], False where a column is padding.
         part: Which part of the state, or which site.
@@ -184,8 +187,8 @@ class Dynamics:
         return found
 
     def frame(self) -> pd.DataFrame:
-        """One row per point, example and position that is no padding: iteration, example, position,
-        then every statistic.
+        """One row per point, example and position that is no padding: iterations (run), example,
+        position, then every statistic.
         """
         columns = {
             "state_norm": self.state_norm(),
@@ -207,7 +210,7 @@ class Dynamics:
     def _tidy(self, columns: dict[str, Tensor]) -> pd.DataFrame:
         points, (example, column) = len(self.states), self.shown.nonzero(as_tuple=True)
         places = {
-            "iteration": torch.tensor(self.iterations).repeat_interleave(len(example)),
+            "iterations": torch.tensor(self.iterations).repeat_interleave(len(example)),
             "example": example.repeat(points),
             "position": self.position[example, column].repeat(points),
         }

@@ -91,8 +91,8 @@ class GatedReadout:
 
     Attributes:
         logits: Float[Tensor, "batch pos d_vocab"].
-        iterations: Int[Tensor, "batch pos"], iterations until the exit, from 1; for the mixture,
-            all of them.
+        iterations: Int[Tensor, "batch pos"], how many iterations are run until the exit; for the
+            mixture, all of them.
         pdf: Float[Tensor, "loop batch pos"], the exit distribution.
     """
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.interp.exits.halting import Stops, first_stop
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.base import LoopedModel
 
 

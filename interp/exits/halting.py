@@ -13,7 +13,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.base import LoopedModel
 
 
@@ -57,8 +58,8 @@ class Stops:
 
     Attributes:
         lens: The run's answers after every iteration.
-        iterations: Int[Tensor, " batch"], iterations counted from 1; the last where the example
-            never stopped by itself.
+        iterations: Int[Tensor, " batch"], how many iterations each example runs; all of them where
+            the example never stops by itself.
         halted: Bool[Tensor, " batch"], whether it stopped by itself.
         logits: Float[Tensor, "batch d_vocab"], after the iteration at which the example stopped.
     """
@@ -73,7 +74,7 @@ class Stops:
         return self.logits.argmax(-1) == answers.to(self.logits.device)
 
     def frame(self, answers: Int[Tensor, " batch"] | None = None) -> pd.DataFrame:
-        """One row per example: example, iterations, halted, and correct when the answers are
+        """One row per example: example, iterations (run), halted, and correct when the answers are
         given.
         """
         frame = pd.DataFrame({"iterations": self.iterations.cpu(), "halted": self.halted.cpu()})
@@ -139,8 +140,8 @@ def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
 def first_stop(
     holds: Bool[Tensor, "loop read"],
 ) -> tuple[Int[Tensor, " read"], Bool[Tensor, " read"]]:
-    """The first iteration, from 0, at which each read may stop, the last one if none; and whether
-    there is one.
+    """The first loop, from 0, after which each read may stop, the last loop if there is none; and
+    whether there is one.
     """
     halted = holds.any(0)
     return torch.where(halted, holds.int().argmax(0), len(holds) - 1), halted

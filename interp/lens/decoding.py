@@ -1,8 +1,7 @@
-"""Where in depth can an entity be read? Ranks of chosen tokens under a lens, and how often a token
-is the top one.
+"""Decodability: the ranks of chosen tokens under a lens, and how often a token is the top one.
 
-Effective depth counts visits from 1: with L layers, layer l of iteration t (both from 0) is depth t
-* L + l + 1.
+`depth` in the frames is an amount, the number of visits run (the effective depth): with L layers,
+layer l of loop t (both from 0) is read when t * L + l + 1 visits have run.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, as_batch, in_chunks
-from loopscope.interp.lens.lens import Lens, logit_lens
+from loopscope.interp.lens.lens import logit_lens
+from loopscope.interp.lens.record import Lens, visit_table
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 from loopscope.models.core.tokens import Batch
@@ -49,7 +49,7 @@ class RankTrajectory:
         token, rank, prob.
         """
         n_visits, n_reads, n_targets = self.rank.shape
-        places = _places(self.lens.names, self.lens.loops, self.lens.layers, n_reads * n_targets)
+        places = _visit_table(self.lens, n_reads * n_targets)
         example, position = (
             x.repeat_interleave(n_targets).repeat(n_visits)
             for x in (self.lens.example, self.lens.position)
@@ -123,9 +123,7 @@ class Decodability:
                 f"one name per target is needed: there are {n_targets} targets, got {len(called)}"
                 " names"
             )
-        frame = _places(self.names, self.loops, self.layers, n_targets).assign(
-            target=called * n_visits
-        )
+        frame = _visit_table(self, n_targets).assign(target=called * n_visits)
         frame["accuracy"] = self.accuracy.flatten().cpu().numpy()
         return frame.assign(mean_reciprocal_rank=self.mean_reciprocal_rank.flatten().cpu().numpy())
 
@@ -220,12 +218,7 @@ def _reciprocal(rank: Int[Tensor, ...]) -> Float[Tensor, ...]:
     return 1.0 / (rank + 1).double()
 
 
-def _places(
-    names: Sequence[str], loops: Sequence[int | None], layers: Sequence[int | None], times: int
-) -> pd.DataFrame:
-    """visit, loop, layer and depth of each visit, every row so many times."""
-    frame = pd.DataFrame(
-        {"visit": names, "loop": loops, "layer": layers, "depth": range(1, len(names) + 1)}
-    )
-    frame = frame.astype({"loop": "Int64", "layer": "Int64"})
-    return frame.loc[frame.index.repeat(times)].reset_index(drop=True)
+def _visit_table(lens: Lens | Decodability, times: int) -> pd.DataFrame:
+    """The name, loop, layer and depth of each visit, every row so many times."""
+    table = visit_table(lens.names, lens.loops, lens.layers, times)
+    return table.assign(depth=[run + 1 for run in range(len(lens.names)) for _ in range(times)])

@@ -13,21 +13,21 @@ from typing import Literal
 import pandas as pd
 import torch
 from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.cells import place_of
 from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
 from loopscope.interp.common.fingerprint import fingerprint
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
-from loopscope.interp.lens.lens import Lens
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from loopscope.interp.lens.lens import residuals
+from loopscope.interp.lens.record import Lens, places_of, visit_table
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.files import atomic_path
-from loopscope.models.core.state import State, checked_loops
+from loopscope.models.core.state import checked_loops
 from loopscope.models.core.tokens import Batch
 
 _CHUNK = 1 << 22  # logits held at a time while training
@@ -125,32 +125,22 @@ class TunedLens:
             for part, read in zip(
                 in_chunks(batch, batch_size, "tuned lens"), columns.split(batch_size), strict=True
             ):
-                resids, _ = _run(model, part, read, self.n_loops)
+                run = residuals(model, part, read, self.n_loops)
+                resids = torch.stack(list(run.values.values()))
                 collected.append(model.normalize(_translated(resids, weights, biases)))
-        visits = model.schedule(self.n_loops)
-        loops, layers = (
-            tuple(getattr(visit, axis) for visit in visits) for axis in ("loop", "layer")
-        )
-        example = torch.arange(len(batch), device=columns.device).repeat_interleave(
-            columns.shape[1]
-        )
-        return Lens(
-            torch.cat(collected, dim=1),
-            loops,
-            layers,
-            self.names,
-            example,
-            columns.flatten(),
-            model,
-        )
+        heads_input = torch.cat(collected, dim=1)
+        return Lens.of(model, heads_input, places_of(model, self.n_loops), columns)
 
     def frame(self) -> pd.DataFrame:
-        """One row per training step and visit: step (from 1), visit, loop, layer, loss."""
-        places = [(name, *place_of(f"{name}.hook_resid_post")) for name in self.names]
-        rows = [(step + 1, *place) for step in range(len(self.losses)) for place in places]
-        frame = pd.DataFrame(rows, columns=["step", "visit", "loop", "layer"]).astype(
-            {"loop": "Int64", "layer": "Int64"}
-        )
+        """One row per training step and visit: step, visit, loop, layer, loss; step, loop and layer
+        count from 0.
+        """
+        steps = range(len(self.losses))
+        sites = [f"{name}.hook_resid_post" for name in self.names]
+        loops, layers = zip(*map(place_of, sites), strict=True)
+        table = visit_table(self.names, loops, layers, 1)
+        frame = table.loc[list(table.index) * len(steps)].reset_index(drop=True)
+        frame.insert(0, "step", [step for step in steps for _ in self.names])
         return frame.assign(loss=self.losses.flatten().cpu().numpy())
 
     def save(self, path: str | Path) -> None:
@@ -275,28 +265,11 @@ def _material(
     columns, shown = shown_spots(batch, positions)
     resids, finals = [], []
     for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
-        seen, end = _run(model, part, read, n_loops)
-        resids.append(seen)
-        finals.append(at_positions(model.read_state(end), read).flatten(0, 1))
+        run = residuals(model, part, read, n_loops)
+        resids.append(torch.stack(list(run.values.values())))
+        finals.append(at_positions(model.read_state(run.end), read).flatten(0, 1))
     real = shown.flatten()
     return torch.cat(resids, dim=1)[:, real], torch.cat(finals)[real]
-
-
-def _run(
-    model: LoopedModel, batch: Batch, columns: Int[Tensor, "batch k"], n_loops: int
-) -> tuple[Float[Tensor, "visit read d_model"], State]:
-    """The residual after every visit at some columns, and the state at the end."""
-    seen: list[Tensor] = []
-
-    def keep(resid: Tensor, hook: HookPoint) -> None:
-        seen.append(at_positions(resid, columns).flatten(0, 1))
-
-    with model.hooks(
-        [(f"{visit.name}.hook_resid_post", keep) for visit in model.schedule(n_loops)],
-        n_loops=n_loops,
-    ):
-        end = model.advance(begin_batch(model, batch, n_loops))
-    return torch.stack(seen), end
 
 
 def _translated(

@@ -27,7 +27,8 @@ from loopscope.interp.exits.exits import (
     exits,
 )
 from loopscope.interp.exits.halting import HaltingRule, halting
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.state import Slot, Visit
 from loopscope.models.core.tokens import Batch

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.exits.halting import Halting, HaltingRule, apply_rule, halting
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.registry import build
 from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
