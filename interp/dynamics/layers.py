@@ -1,6 +1,4 @@
-"""Each block of the loop over iterations: the states at which its output settles, and the change of
-its attention.
-"""
+"""Each block of the loop over iterations: its output's trajectory, and its changing attention."""
 
 from __future__ import annotations
 
@@ -27,11 +25,12 @@ from loopscope.models.core.tokens import Batch
 
 @dataclass(frozen=True)
 class LayerDynamics:
-    """The trajectory of every block's own output over iterations: layers may settle at fixed points
-    of their own, which the state then visits in a cycle.
+    """The trajectory of every block's output over iterations.
+
+    Blocks may settle at different fixed points, which the state then visits in a cycle.
 
     Attributes:
-        names: What each block is called within an iteration, e.g. "blocks.0".
+        names: The name of each block within an iteration, e.g. "blocks.0".
         layers: Of each block, the residual stream that leaves it; its first point is after one
             iteration.
     """
@@ -40,9 +39,7 @@ class LayerDynamics:
     layers: tuple[Dynamics, ...]
 
     def between_layers(self, relative: bool = False) -> Float[Tensor, "layer other batch pos"]:
-        """Distance between the last states of two layers, over the norm of the first's when
-        relative.
-        """
+        """Distance between the last states of two blocks; relative to the norm of the first."""
         last = torch.stack([layer.states[-1] for layer in self.layers])
         distance: Tensor = torch.linalg.vector_norm(last[:, None] - last[None], dim=-1)
         return distance / torch.linalg.vector_norm(last, dim=-1)[:, None] if relative else distance
@@ -68,14 +65,16 @@ def layer_dynamics(
     positions: Shown = "real",
     batch_size: int = 512,
 ) -> LayerDynamics:
-    """What leaves every block of the loop, over iterations: the cyclic fixed points of arXiv
-    2604.11791.
+    """The output of every block of the loop, over iterations.
 
     Args:
         inputs, n_loops, readout, positions, batch_size: As for `dynamics`.
 
     Returns:
         One trajectory per block; a block that an iteration leaves out has no point there.
+
+    Source:
+        The cyclic fixed points of arXiv 2604.11791.
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -103,11 +102,12 @@ def layer_dynamics(
 
 @dataclass(frozen=True)
 class AttentionDynamics:
-    """How each head's attention changes from one iteration to the next, averaged over examples and
-    query positions.
+    """The change of each head's attention from one iteration to the next.
+
+    Means over examples and query positions.
 
     Attributes:
-        names: What each block is called within an iteration, e.g. "blocks.0".
+        names: The name of each block within an iteration, e.g. "blocks.0".
         change: Float[Tensor, "loop layer head"], total variation (half the L1 distance, 0 to 1)
             from the pattern one iteration earlier; NaN in the first iteration.
         entropy: Float[Tensor, "loop layer head"], of the pattern, in nats.
@@ -186,9 +186,7 @@ def _layer_of(block: str) -> int | None:
 
 
 def _loop_points(model: LoopedModel, n_loops: int, site: str) -> dict[str, dict[int, str]]:
-    """Of each block of the loop that has the site, by its name within an iteration: hook names by
-    iteration.
-    """
+    """For each block of the loop that has the site (by its name there): hook names by loop."""
     found: dict[str, dict[int, str]] = {}
     for visit in model.schedule(n_loops):
         if visit.loop is not None and site in visit.sites:

@@ -33,8 +33,8 @@ class Orbits:
 
     Attributes:
         coordinates: Float[Tensor, "point batch pos component"]; NaN where a column is padding.
-        components: Float[Tensor, "component d_model"], of length 1; the entry of largest magnitude
-            of each is positive.
+        components: Float[Tensor, "component d_model"], of length 1, each with the sign that
+            makes its entry of largest magnitude positive.
         mean: Float[Tensor, " d_model"], what is taken away before projecting.
         explained: Float[Tensor, " component"], each component's share of the variance.
         dynamics: The trajectories.
@@ -57,8 +57,9 @@ class Orbits:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """A part of the state along iterations. A statistic is NaN where it is not defined, and where a
-    column is padding.
+    """A part of the state along iterations.
+
+    A statistic is NaN where it is not defined, and where a column is padding.
 
     Attributes:
         states: Float[Tensor, "point batch pos d_model"]; NaN where a column is padding. Axes after
@@ -67,7 +68,7 @@ class Dynamics:
             iteration.
         position: Int[Tensor, "batch pos"], the column of the input.
         shown: Bool[Tensor, "batch pos"], False where a column is padding.
-        part: Which part of the state, or which site.
+        part: The name of the part of the state, or of the site.
     """
 
     states: Float[Tensor, "point batch pos d_model"]
@@ -95,9 +96,7 @@ class Dynamics:
         )
 
     def directions(self) -> Dynamics:
-        """The trajectories of h_t / ||h_t||, on the unit sphere; before a norm only these
-        matter.
-        """
+        """The trajectories of h_t / ||h_t||, on the unit sphere."""
         return replace(self, states=self.states / _norm(self.states)[..., None])
 
     def state_norm(self) -> Float[Tensor, "point batch pos"]:

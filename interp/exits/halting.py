@@ -1,6 +1,4 @@
-"""Adaptive halting: when would a model stop if it watched its own answers? (arXiv 2604.07822,
-figures 9 and 10.)
-"""
+"""Adaptive halting: stopping a run by its own answers (figures 9 and 10 of arXiv 2604.07822)."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ from loopscope.models.core.base import LoopedModel
 
 @dataclass(frozen=True)
 class HaltingRule:
-    """Stop an example after the first iteration, from the second on, at which all given conditions
-    hold.
+    """Stop an example once all given conditions hold, after two iterations at the earliest.
 
     Attributes:
         kl: KL(p_t || p_{t-1}) must be below this, in nats; None leaves the condition out.
@@ -41,8 +38,12 @@ class HaltingRule:
 
     @classmethod
     def while_training(cls, padded_length: int) -> HaltingRule:
-        """The rule that evaluates dynamic models during training: H0 = 3 + 12/T for inputs padded
-        to T columns, KL below 0.5.
+        """The rule of the evaluations during training of dynamic models.
+
+        KL must be below 0.5 nats, and the entropy below 3 + 12 / padded_length.
+
+        Args:
+            padded_length: The width of the padded inputs, in columns.
         """
         return cls(kl=0.5, entropy=3.0 + 12.0 / padded_length, inject_input=False)
 
@@ -120,9 +121,7 @@ def halting(
 
 
 def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
-    """Find where a rule stops each read of a `readout_lens`; one lens serves any number of
-    rules.
-    """
+    """Find where a rule stops each read of a `readout_lens`; one lens serves any rules."""
     holds = torch.ones(lens.heads_input.shape[:2], dtype=torch.bool, device=lens.heads_input.device)
     if rule.kl is not None:
         holds &= lens.kl() < rule.kl

@@ -26,7 +26,7 @@ Columns = Int[Tensor, "batch target"] | Sequence[int]
 
 @dataclass(frozen=True)
 class RankTrajectory:
-    """How likely several tokens are at every read and visit of a lens.
+    """Ranks and probabilities of several tokens at every read and visit of a lens.
 
     Attributes:
         lens: The lens.
@@ -45,8 +45,9 @@ class RankTrajectory:
         return _reciprocal(self.rank).mean(1)
 
     def frame(self) -> pd.DataFrame:
-        """One row per visit, read and target: example, position, visit, loop, layer, depth, target,
-        token, rank, prob.
+        """One row per visit, read and target.
+
+        Columns: example, position, visit, loop, layer, depth, target, token, rank, prob.
         """
         n_visits, n_reads, n_targets = self.rank.shape
         places = _visit_table(self.lens, n_reads * n_targets)
@@ -67,8 +68,7 @@ class RankTrajectory:
 
 
 def rank_trajectory(lens: Lens, tokens: Int[Tensor, "read target"]) -> RankTrajectory:
-    """Rank and probability of several tokens per read along a lens, say of every intermediate
-    entity and the answer.
+    """Ranks and probabilities of several tokens per read, e.g. of bridge entities and the answer.
 
     Args:
         lens: Any lens.
@@ -94,7 +94,7 @@ class Decodability:
         accuracy: Float[Tensor, "visit target"], share of the examples.
         mean_reciprocal_rank: Float[Tensor, "visit target"], mean over the examples of 1 / (rank +
             1).
-        names: What each visit is called, e.g. "loops.3.blocks.0".
+        names: The name of each visit, e.g. "loops.3.blocks.0".
         loops, layers: The iteration and block of each visit, from 0; None outside the loop.
         n_examples: How many examples the means are over.
     """
@@ -138,11 +138,10 @@ def decodability(
     *,
     batch_size: int = 512,
 ) -> Decodability:
-    """How often the logit lens reads target k at position k, after every layer of every iteration.
+    """How often the logit lens reads target k at position k, after every visit.
 
     Args:
-        inputs: A batch, texts, or tokens; the positions say where each is read, so tokens need no
-            readout.
+        inputs: A batch, texts, or tokens without `readout`, since `positions` says what is read.
         targets: Int[Tensor, "batch target"], e.g. the bridge entity and the answer of two-hop
             questions.
         positions: The column of each target, e.g. [1, 2] for the two relations; or Int[Tensor,
@@ -202,7 +201,7 @@ def _checked_columns(
 def _lens_at(
     model: LoopedModel, batch: Batch, n_loops: int, columns: Int[Tensor, "batch target"]
 ) -> Lens:
-    """The logit lens with one read per example and target, from columns of each example's own."""
+    """The logit lens with one read per example and target, at columns that differ by example."""
     shown, place = columns.unique(return_inverse=True)
     lens = logit_lens(model, batch, n_loops, positions=shown.tolist())
     reads = (torch.arange(len(batch), device=place.device)[:, None] * len(shown) + place).flatten()

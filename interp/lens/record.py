@@ -1,6 +1,4 @@
-"""The record of a lens: distributions over the vocabulary at successive places of a run, and their
-statistics.
-"""
+"""The record of a lens: distributions over the vocabulary at successive visits of a run."""
 
 from __future__ import annotations
 
@@ -35,20 +33,17 @@ class TopTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Lens:
-    """Distributions over the vocabulary at successive places of a run.
+    """Distributions over the vocabulary at successive visits of a run.
 
-    A read is one position of one example; by default there is one per example, at its readout.
-    Statistics are worked out in chunks from what the head reads, so no more logits are held than
-    asked for.
+    A read is one position of one example; by default each example has one read, at its readout.
+    Statistics are computed in chunks from the head's input, so that few logits are held at a time.
 
     Attributes:
-        heads_input: Float[Tensor, "visit read d_model"], the normalised residual that the head
-            reads.
-        loops, layers: The iteration and block of each visit, from 0; layer is None for a whole
-            iteration.
-        names: What each visit is called, e.g. "loops.3.blocks.0".
+        heads_input: Float[Tensor, "visit read d_model"], the head's input: the normalised residual.
+        loops, layers: The coordinates of each visit, from 0; a whole iteration has no layer.
+        names: The name of each visit, e.g. "loops.3.blocks.0".
         example, position: Int[Tensor, " read"].
-        model: Whose head is used.
+        model: The model whose head is used.
         logits: Float[Tensor, "visit read d_vocab"], only with keep_logits=True.
     """
 

@@ -1,6 +1,4 @@
-"""Tuned lenses: one affine translator per visit, trained so that the model's own norm and head read
-what the run will answer.
-"""
+"""Tuned lenses: one affine translator per visit, trained to foretell the answer of the run."""
 
 from __future__ import annotations
 
@@ -40,19 +38,16 @@ _KIND = "tuned lens"
 
 @dataclass(frozen=True)
 class TunedLens:
-    """Affine translators h -> h + A h + b, one per visit, whose result the model's own final norm
-    and head read.
+    """Affine translators h -> h + A h + b, one per visit, in front of the final norm and the head.
 
     Attributes:
-        weights: Float[Tensor, "visit d_model d_model"], A; the last axis is the one that is summed
-            over.
+        weights: Float[Tensor, "visit d_model d_model"], A; the last axis is summed over.
         biases: Float[Tensor, "visit d_model"], b.
-        names: What each visit is called, e.g. "loops.3.blocks.0".
-        n_loops: Iterations of the runs that it reads.
+        names: The name of each visit, e.g. "loops.3.blocks.0".
+        n_loops: Iterations of the runs that the lens reads.
         family: The model's family.
-        fingerprint: What tells the model's weights and configuration from others.
-        losses: Float[Tensor, "step visit"], KL(final || lens) in nats of each training step's
-            batch.
+        fingerprint: A hash of the model's weights and configuration.
+        losses: Float[Tensor, "step visit"], KL(final || lens) of each step's batch, in nats.
     """
 
     weights: Float[Tensor, "visit d_model d_model"]
@@ -110,8 +105,10 @@ class TunedLens:
         positions: Literal["all"] | Sequence[int] | None = None,
         batch_size: int = 512,
     ) -> Lens:
-        """Final norm and head of the translated residual after every visit; the arguments are those
-        of `logit_lens`.
+        """Final norm and head of the translated residual after every visit.
+
+        Args:
+            inputs, readout, positions, batch_size: As for `logit_lens`.
 
         Raises:
             ValueError: A model that these translators were not made for.
@@ -165,8 +162,8 @@ class TunedLens:
         """Read what `save` wrote.
 
         Args:
-            model: Check at once that the translators were made for it, and put them on its device;
-                `lens` checks it in any case.
+            model: The model that the translators must have been made for; the translators are put
+                on its device. None leaves the check to `lens`.
 
         Raises:
             ValueError: The file holds something else, or translators for another model.
@@ -224,10 +221,9 @@ def train_tuned_lens(
             are not padding, or columns.
         steps: Updates.
         lr: The learning rate of the first update.
-        weight_decay: Pulls A and b to zero, that is to the logit lens; of use where reads are few
-            against d_model.
+        weight_decay: Pulls A and b to zero, that is to the logit lens. Of use for few reads.
         batch_size: Reads in each update.
-        seed: Of the draws; the same one gives the same lens.
+        seed: The seed of the draws; the same seed gives the same lens.
 
     Raises:
         ValueError: Fewer than one step or read, or a learning rate that is not positive.
@@ -259,9 +255,7 @@ def train_tuned_lens(
 def _material(
     model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
 ) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_model"]]:
-    """The residual after every visit, and what the head reads at the end, at the columns that are
-    no padding.
-    """
+    """The residual after every visit and the head's input at the end, at columns without padding."""
     columns, shown = shown_spots(batch, positions)
     resids, finals = [], []
     for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
@@ -297,8 +291,9 @@ def _set_gradients(
     resids: Float[Tensor, "visit read d_model"],
     finals: Float[Tensor, "read d_model"],
 ) -> Float[Tensor, " visit"]:
-    """Set the gradients of every visit's mean KL, and return these; some visits at a time, and with
-    none for the model.
+    """Set the gradients of every visit's mean KL, a few visits at a time; return the mean KL.
+
+    The model's own parameters get no gradient.
     """
     with torch.no_grad():
         target = _log_probs(model, finals[None])
