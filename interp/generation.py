@@ -27,7 +27,7 @@ class Sampling:
         temperature: Divides the logits; 0 takes the most probable token.
         top_k: Only the k most probable tokens; None for all.
         top_p: Only the most probable tokens that together reach this probability; 1 for all.
-        seed: Of the draws.
+        seed: The seed of the draws.
     """
 
     temperature: float = 0.0
@@ -67,11 +67,10 @@ class Generated:
     """Prompts with what was generated after them.
 
     Attributes:
-        tokens: Int[Tensor, "batch pos"], each prompt followed by its new tokens, padded on the
-            right with 0.
+        tokens: Int[Tensor, "batch pos"], each prompt and its new tokens, right-padded with 0.
         mask: Int[Tensor, "batch pos"], ones for the prompt and what was generated.
         new: Int[Tensor, "batch new"], the new tokens alone; 0 after a row has stopped.
-        logits: Float[Tensor, "batch new d_vocab"], what each new token was chosen from.
+        logits: Float[Tensor, "batch new d_vocab"], from which each new token was chosen.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -184,9 +183,7 @@ class _Run:
 
 
 def _widened(batch: Batch, more: int) -> Batch:
-    """The batch with room for more tokens on the right; whole-number options (token types) are 0
-    there.
-    """
+    """The batch with room for more tokens on the right, where whole-number options are 0."""
     width = batch.tokens.shape[1]
 
     def option(name: str, value: Any) -> Any:

@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.subject import Subject
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -25,8 +25,7 @@ class JacobianSpectrum:
 
     Attributes:
         loop: The iteration, from 0.
-        eigenvalues: Complex[Tensor, "batch krylov"], the Ritz values, the largest in magnitude
-            first.
+        eigenvalues: Complex[Tensor, "batch krylov"], Ritz values by falling magnitude.
         residual: Float[Tensor, " batch"], how far the first is from being an eigenvalue: ||J^T v -
             lambda v|| / |lambda| at its Ritz vector v of length 1, up to rounding.
         change: Float[Tensor, " batch"], relative change of the radius with the last dimension of
@@ -40,21 +39,19 @@ class JacobianSpectrum:
 
     @property
     def radius(self) -> Float[Tensor, " batch"]:
-        """The estimated spectral radius; below 1 the iteration contracts near this state,
-        eventually.
-        """
+        """The estimated spectral radius; below 1 the iteration contracts near this state."""
         return self.eigenvalues[:, 0].abs()
 
     def frame(self) -> pd.DataFrame:
-        """One row per example: iteration, example, radius, real, imag (of the pair's upper one),
-        residual, change.
+        """One row per example: loop, example, radius, real, imag (of the conjugate pair's upper
+        one), residual, change; loop counts from 0.
         """
         leading = self.eigenvalues[:, 0]
         columns = {"radius": self.radius, "real": leading.real, "imag": leading.imag.abs()}
         columns |= {"residual": self.residual, "change": self.change}
         frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
         frame.insert(0, "example", range(len(frame)))
-        frame.insert(0, "iteration", self.loop + 1)
+        frame.insert(0, "loop", self.loop)
         return frame
 
 
@@ -70,8 +67,7 @@ def jacobian_spectrum(
     krylov: int = 32,
     batch_size: int = 32,
 ) -> JacobianSpectrum:
-    """Spectral radius of the Jacobian of one iteration, state in to state out, at the state that
-    the run has there.
+    """Leading eigenvalues of the Jacobian of one iteration, at the state of the run there.
 
     An estimate by Arnoldi iteration, which unlike a power iteration also settles where the leading
     eigenvalues are a complex pair. It multiplies by the transposed Jacobian (one backward pass
@@ -129,43 +125,20 @@ def _transposed_jacobian(
     """The product of the transposed Jacobian with a vector "batch n" of each example, and the size
     of one position's vector.
     """
-    known = {
-        "resid": state.resid,
-        **{k: v for k, v in state.parts.items() if v.is_floating_point()},
-    }
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"the part {name!r} cannot vary in the state of this {type(model).__name__}; its"
-                f" parts are {', '.join(known)}"
-            )
-    before = {name: known[name].detach().clone().requires_grad_() for name in names}
+    before = _leaves(model, state, names)
     parts = {name: before.get(name, value) for name, value in state.parts.items()}
     with torch.enable_grad():
-        after = model.advance(
-            replace(state, resid=before.get("resid", state.resid), parts=parts), stop
-        )
-        outs = {name: after.resid if name == "resid" else after.parts[name] for name in names}
-    for name in names:
-        if outs[name].shape != before[name].shape:
-            got = f"{list(before[name].shape)} and leaves it as {list(outs[name].shape)}"
-            raise ValueError(
-                f"a Jacobian's eigenvalues need one shape, but {name!r} enters the iteration as"
-                f" {got}"
-            )
-    if not any(out.requires_grad for out in outs.values()):
-        carried = ", ".join(model.loop_parts)
-        raise ValueError(
-            f"an iteration of this {type(model).__name__} makes nothing of {', '.join(names)}; what"
-            f" it hands on is {carried}"
-        )
+        start = replace(state, resid=before.get("resid", state.resid), parts=parts)
+        after = _floating(model.advance(start, stop))
+        outs = {name: after[name] for name in names}
+    _check_map(model, before, outs)
     sizes = [before[name].flatten(2).shape[2] for name in names]
 
     def times(vector: Tensor) -> Tensor:
         pieces = (vector.unflatten(1, (free.shape[1], -1)) * free[..., None]).split(sizes, dim=-1)
         weights = [
-            piece.reshape(outs[name].shape).to(outs[name].dtype)
-            for piece, name in zip(pieces, names, strict=True)
+            piece.reshape(out.shape).to(out.dtype)
+            for piece, out in zip(pieces, outs.values(), strict=True)
         ]
         grads = torch.autograd.grad(
             list(outs.values()),
@@ -174,11 +147,47 @@ def _transposed_jacobian(
             retain_graph=True,
             materialize_grads=True,
         )
-        return (
-            torch.cat([widened(grad.flatten(2)) for grad in grads], dim=-1) * free[..., None]
-        ).flatten(1)
+        product = torch.cat([widened(grad.flatten(2)) for grad in grads], dim=-1)
+        return (product * free[..., None]).flatten(1)
 
     return times, sum(sizes)
+
+
+def _floating(state: State) -> dict[str, Tensor]:
+    """The residual stream and the parts of a state that hold real numbers, by name."""
+    parts = {name: value for name, value in state.parts.items() if value.is_floating_point()}
+    return {"resid": state.resid, **parts}
+
+
+def _leaves(model: LoopedModel, state: State, names: list[str]) -> dict[str, Tensor]:
+    """The parts of a state that vary, as leaves of a graph of their own."""
+    known = _floating(state)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"the part {name!r} cannot vary in the state of this {type(model).__name__}; its"
+                f" parts are {', '.join(known)}"
+            )
+    return {name: known[name].detach().clone().requires_grad_() for name in names}
+
+
+def _check_map(
+    model: LoopedModel, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Refuse an iteration whose map from state to state has no eigenvalues."""
+    for name, value in before.items():
+        if after[name].shape != value.shape:
+            got = f"{list(value.shape)} and leaves it as {list(after[name].shape)}"
+            raise ValueError(
+                f"a Jacobian's eigenvalues need one shape, but {name!r} enters the iteration as"
+                f" {got}"
+            )
+    if not any(out.requires_grad for out in after.values()):
+        carried = ", ".join(model.loop_parts)
+        raise ValueError(
+            f"an iteration of this {type(model).__name__} makes nothing of {', '.join(before)};"
+            f" what it hands on is {carried}"
+        )
 
 
 def _arnoldi(
@@ -204,9 +213,7 @@ def _arnoldi(
 
 
 def _ritz(matrix: Float[Tensor, "batch next step"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values by falling magnitude, the first one's relative residual, and its relative change
-    with the last step.
-    """
+    """Ritz values by falling magnitude; of the first, its relative residual and relative change."""
     values, vectors = torch.linalg.eig(matrix[:, :-1])
     order = values.abs().argsort(dim=1, descending=True)
     values, last = values.gather(1, order), vectors[:, -1].gather(1, order)

@@ -1,11 +1,10 @@
-"""What each layer of the loop does over iterations: where its output settles, and how its attention
-changes.
-"""
+"""Each block of the loop over iterations: its output's trajectory, and its changing attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import pandas as pd
 import torch
@@ -15,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.columns import Shown, Spots, at_positions, shown_spots
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import Dynamics
 from loopscope.models.core.base import LoopedModel
@@ -25,30 +25,33 @@ from loopscope.models.core.tokens import Batch
 
 @dataclass(frozen=True)
 class LayerDynamics:
-    """The trajectory of every block's own output over iterations: layers may settle at fixed points
-    of their own, which the state then visits in a cycle.
+    """The trajectory of every block's output over iterations.
+
+    Blocks may settle at different fixed points, which the state then visits in a cycle.
 
     Attributes:
-        names: What each block is called within an iteration, e.g. "blocks.0".
-        layers: Of each block, the residual stream that leaves it; its first point is iteration 1.
+        names: The name of each block within an iteration, e.g. "blocks.0".
+        layers: Of each block, the residual stream that leaves it; its first point is after one
+            iteration.
     """
 
     names: tuple[str, ...]
     layers: tuple[Dynamics, ...]
 
     def between_layers(self, relative: bool = False) -> Float[Tensor, "layer other batch pos"]:
-        """Distance between the last states of two layers, over the norm of the first's when
-        relative.
-        """
+        """Distance between the last states of two blocks; relative to the norm of the first."""
         last = torch.stack([layer.states[-1] for layer in self.layers])
         distance: Tensor = torch.linalg.vector_norm(last[:, None] - last[None], dim=-1)
         return distance / torch.linalg.vector_norm(last, dim=-1)[:, None] if relative else distance
 
     def frame(self) -> pd.DataFrame:
-        """The frames of all layers under one another, with the layer's name in front."""
+        """The frames of all blocks under one another; in front the block's name within an iteration
+        and its layer, from 0.
+        """
         frames = [layer.frame() for layer in self.layers]
         for name, frame in zip(self.names, frames, strict=True):
-            frame.insert(0, "layer", name)
+            frame.insert(0, "block", name)
+            frame.insert(1, "layer", _layer_of(name))
         return pd.concat(frames, ignore_index=True)
 
 
@@ -62,14 +65,16 @@ def layer_dynamics(
     positions: Shown = "real",
     batch_size: int = 512,
 ) -> LayerDynamics:
-    """What leaves every block of the loop, over iterations: the cyclic fixed points of arXiv
-    2604.11791.
+    """The output of every block of the loop, over iterations.
 
     Args:
         inputs, n_loops, readout, positions, batch_size: As for `dynamics`.
 
     Returns:
         One trajectory per block; a block that an iteration leaves out has no point there.
+
+    Source:
+        The cyclic fixed points of arXiv 2604.11791.
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -97,11 +102,12 @@ def layer_dynamics(
 
 @dataclass(frozen=True)
 class AttentionDynamics:
-    """How each head's attention changes from one iteration to the next, averaged over examples and
-    query positions.
+    """The change of each head's attention from one iteration to the next.
+
+    Means over examples and query positions.
 
     Attributes:
-        names: What each block is called within an iteration, e.g. "blocks.0".
+        names: The name of each block within an iteration, e.g. "blocks.0".
         change: Float[Tensor, "loop layer head"], total variation (half the L1 distance, 0 to 1)
             from the pattern one iteration earlier; NaN in the first iteration.
         entropy: Float[Tensor, "loop layer head"], of the pattern, in nats.
@@ -112,10 +118,15 @@ class AttentionDynamics:
     entropy: Float[Tensor, "loop layer head"]
 
     def frame(self) -> pd.DataFrame:
-        """One row per iteration, layer and head: iteration, layer, head, change, entropy."""
+        """One row per visit and head: visit (its name), loop, layer, head, change, entropy; loop,
+        layer and head count from 0.
+        """
         loops, heads = range(self.change.shape[0]), range(self.change.shape[2])
-        places = [(loop + 1, name, head) for loop in loops for name in self.names for head in heads]
-        frame = pd.DataFrame(places, columns=["iteration", "layer", "head"])
+        places = [
+            (f"loops.{loop}.{name}", loop, _layer_of(name), head)
+            for loop, name, head in product(loops, self.names, heads)
+        ]
+        frame = pd.DataFrame(places, columns=["visit", "loop", "layer", "head"])
         return frame.assign(
             change=self.change.flatten().cpu().numpy(), entropy=self.entropy.flatten().cpu().numpy()
         )
@@ -169,10 +180,13 @@ def attention_dynamics(
     return AttentionDynamics(tuple(layers), change / spots[1].sum(), entropy / spots[1].sum())
 
 
+def _layer_of(block: str) -> int | None:
+    """The layer in a block's name within an iteration."""
+    return loop_and_layer(f"loops.0.{block}.hook_resid_post")[1]
+
+
 def _loop_points(model: LoopedModel, n_loops: int, site: str) -> dict[str, dict[int, str]]:
-    """Of each block of the loop that has the site, by its name within an iteration: hook names by
-    iteration.
-    """
+    """For each block of the loop that has the site (by its name there): hook names by loop."""
     found: dict[str, dict[int, str]] = {}
     for visit in model.schedule(n_loops):
         if visit.loop is not None and site in visit.sites:

@@ -1,8 +1,8 @@
-"""How the recurrent state moves over iterations: steps, angles, orbits, periods.
+"""The motion of the recurrent state over iterations: steps, angles, orbits, periods.
 
-Axes besides the usual ones: `point` is a place on a trajectory (0 is the state before the first
-iteration), `pos` counts the columns that are shown, which `position` names. Iterations count from 1
-in frames and from 0 in hook names.
+Axes besides the usual ones: `point` counts the points of a trajectory from 0, `pos` counts the
+columns that are shown, and `position` holds the column of each. `iterations` is an amount: the
+iterations run before the state of a point, 0 for the state before the first iteration.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Orbits:
 
     Attributes:
         coordinates: Float[Tensor, "point batch pos component"]; NaN where a column is padding.
-        components: Float[Tensor, "component d_model"], of length 1; the entry of largest magnitude
-            of each is positive.
+        components: Float[Tensor, "component d_model"], of length 1, each with the sign that
+            makes its entry of largest magnitude positive.
         mean: Float[Tensor, " d_model"], what is taken away before projecting.
         explained: Float[Tensor, " component"], each component's share of the variance.
         dynamics: The trajectories.
@@ -47,7 +47,9 @@ class Orbits:
     dynamics: Dynamics
 
     def frame(self) -> pd.DataFrame:
-        """One row per point, example and position: iteration, example, position, pc1, pc2, ..."""
+        """One row per point, example and position: iterations (run), example, position, pc1, pc2,
+        ...
+        """
         return self.dynamics._tidy(
             {f"pc{i + 1}": column for i, column in enumerate(self.coordinates.unbind(-1))}
         )
@@ -55,16 +57,18 @@ class Orbits:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """A part of the state along iterations. A statistic is NaN where it is not defined, and where a
-    column is padding.
+    """A part of the state along iterations.
+
+    A statistic is NaN where it is not defined, and where a column is padding.
 
     Attributes:
         states: Float[Tensor, "point batch pos d_model"]; NaN where a column is padding. Axes after
             pos are joined into one.
-        iterations: After which iteration each point is, from 1; 0 is the state before the first.
+        iterations: How many iterations are run before each point; 0 is the state before the first
+            iteration.
         position: Int[Tensor, "batch pos"], the column of the input.
         shown: Bool[Tensor, "batch pos"], False where a column is padding.
-        part: Which part of the state, or which site.
+        part: The name of the part of the state, or of the site.
     """
 
     states: Float[Tensor, "point batch pos d_model"]
@@ -92,9 +96,7 @@ class Dynamics:
         )
 
     def directions(self) -> Dynamics:
-        """The trajectories of h_t / ||h_t||, on the unit sphere; before a norm only these
-        matter.
-        """
+        """The trajectories of h_t / ||h_t||, on the unit sphere."""
         return replace(self, states=self.states / _norm(self.states)[..., None])
 
     def state_norm(self) -> Float[Tensor, "point batch pos"]:
@@ -184,8 +186,8 @@ class Dynamics:
         return found
 
     def frame(self) -> pd.DataFrame:
-        """One row per point, example and position that is no padding: iteration, example, position,
-        then every statistic.
+        """One row per point, example and position that is no padding: iterations (run), example,
+        position, then every statistic.
         """
         columns = {
             "state_norm": self.state_norm(),
@@ -207,7 +209,7 @@ class Dynamics:
     def _tidy(self, columns: dict[str, Tensor]) -> pd.DataFrame:
         points, (example, column) = len(self.states), self.shown.nonzero(as_tuple=True)
         places = {
-            "iteration": torch.tensor(self.iterations).repeat_interleave(len(example)),
+            "iterations": torch.tensor(self.iterations).repeat_interleave(len(example)),
             "example": example.repeat(points),
             "position": self.position[example, column].repeat(points),
         }

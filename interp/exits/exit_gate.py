@@ -1,6 +1,4 @@
-"""Exit gates: after which iteration a model's own gate would stop, and the answers that the ways of
-using it give.
-"""
+"""Exit gates: the iteration after which a model's own gate exits, and the answers read there."""
 
 from __future__ import annotations
 
@@ -91,13 +89,13 @@ class GatedReadout:
 
     Attributes:
         logits: Float[Tensor, "batch pos d_vocab"].
-        loops_used: Int[Tensor, "batch pos"], iterations until the exit, from 1; for the mixture,
-            all of them.
+        iterations: Int[Tensor, "batch pos"], how many iterations are run until the exit; for the
+            mixture, all of them.
         pdf: Float[Tensor, "loop batch pos"], the exit distribution.
     """
 
     logits: Float[Tensor, "batch pos d_vocab"]
-    loops_used: Int[Tensor, "batch pos"]
+    iterations: Int[Tensor, "batch pos"]
     pdf: Float[Tensor, "loop batch pos"]
 
 
@@ -110,15 +108,16 @@ def readout_at_threshold(
     *,
     readout: ReadoutColumn = None,
 ) -> GatedReadout:
-    """Each position is read after the first iteration whose cumulative exit probability reaches a
-    threshold, else after the last.
+    """Read each position once its cumulative exit probability reaches a threshold.
+
+    A position that never reaches the threshold is read after the last iteration.
 
     All iterations run; the exit only chooses which state is unembedded. Hooks at
     `loops.{t}.hook_exit_logit` change the choice.
 
     Args:
-        threshold: In 0..1. At 1 a gate that is saturated in float32 still exits at once, as the
-            release does.
+        threshold: In 0..1. As in the release, a gate that is saturated in float32 exits at once
+            even at 1.
 
     Source:
         Ouro (arXiv 2510.25741) and its released forward pass.
@@ -139,8 +138,9 @@ def readout_at_threshold(
 def readout_mixture(
     model: LoopedModel, inputs: Inputs, n_loops: int | None = None, *, readout: ReadoutColumn = None
 ) -> GatedReadout:
-    """The logits after every iteration, weighted by the exit distribution: what the release returns
-    when it is given labels.
+    """The logits after every iteration, weighted by the exit distribution.
+
+    The released model returns this mixture when labels are given.
 
     Source:
         Ouro (arXiv 2510.25741) and its released forward pass.

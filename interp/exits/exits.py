@@ -1,6 +1,4 @@
-"""Early exit: after which iteration would a model stop, by its answers, by its states, or by a gate
-of its own?
-"""
+"""Early exit: the iteration after which a criterion on answers or states lets an example stop."""
 
 from __future__ import annotations
 
@@ -15,19 +13,19 @@ from torch import Tensor
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.interp.exits.halting import Stops, first_stop
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.base import LoopedModel
 
 
 @dataclass(frozen=True)
 class Criterion(ABC):
-    """Exit after the first iteration that ends a row of `hits` iterations in which a condition is
-    met.
+    """Exit once a condition has been met in `hits` iterations in a row.
 
     Attributes:
         hits: How many iterations in a row must meet the condition.
         min_loops: No example exits before this many iterations.
-        of_states: The condition is one of the states, not of the answers.
+        of_states: Whether the condition reads states; otherwise it reads answers.
     """
 
     hits: int = field(default=1, kw_only=True)
@@ -42,8 +40,8 @@ class Criterion(ABC):
 
     @abstractmethod
     def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
-        """Whether each iteration meets the condition; it never does where it compares with an
-        iteration that there is not.
+        """Whether each iteration meets the condition; False where there is no earlier iteration to
+        compare with.
         """
 
 
@@ -80,7 +78,7 @@ class TopStable(Criterion):
 
 @dataclass(frozen=True)
 class CosineAbove(Criterion):
-    """Cosine of h_t and h_{t-1} above a threshold; h_0 is the state before the first iteration."""
+    """Cosine of h_t and h_{t-1} above a threshold, h_0 being the first iteration's input."""
 
     threshold: float = 0.999
     of_states: ClassVar[bool] = True
@@ -91,9 +89,7 @@ class CosineAbove(Criterion):
 
 @dataclass(frozen=True)
 class StepBelow(Criterion):
-    """||h_t - h_{t-1}|| / ||h_{t-1}|| below a threshold; h_0 is the state before the first
-    iteration.
-    """
+    """||h_t - h_{t-1}|| / ||h_{t-1}|| below a threshold, h_0 being the first iteration's input."""
 
     threshold: float = 0.03
     of_states: ClassVar[bool] = True
@@ -140,7 +136,7 @@ def exits(
 
     Args:
         inputs: A batch, texts, or tokens with `readout`.
-        n_loops: The cap; an example that never exits uses the last iteration. None means what the
+        n_loops: The cap, at which an example that never exits is read. None means what the
             checkpoint records.
     """
     batch = as_batch(model, inputs, readout)
@@ -149,8 +145,9 @@ def exits(
 
 
 def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = None) -> Exits:
-    """Find where a criterion lets each read of a `readout_lens` exit; one run serves any number of
-    criteria.
+    """Find where a criterion lets each read of a `readout_lens` exit.
+
+    One lens serves any number of criteria.
 
     Args:
         lens: The answers after every iteration.
@@ -158,8 +155,7 @@ def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = 
             criteria that read states.
 
     Raises:
-        ValueError: The criterion reads states and they are not given, or are not those of the
-            lens's reads.
+        ValueError: The criterion reads states, but the states of the lens's reads are not given.
     """
     met = criterion.met(lens, states)
     holds = torch.zeros_like(met)
@@ -169,7 +165,7 @@ def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = 
     return Exits(
         criterion=criterion,
         lens=lens,
-        loops_used=stop + 1,
+        iterations=stop + 1,
         halted=halted,
         logits=lens.logits_at(stop),
     )

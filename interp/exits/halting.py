@@ -1,6 +1,4 @@
-"""Adaptive halting: when would a model stop if it watched its own answers? (arXiv 2604.07822,
-figures 9 and 10.)
-"""
+"""Adaptive halting: stopping a run by its own answers (figures 9 and 10 of arXiv 2604.07822)."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.base import LoopedModel
 
 
 @dataclass(frozen=True)
 class HaltingRule:
-    """Stop an example after the first iteration, from the second on, at which all given conditions
-    hold.
+    """Stop an example once all given conditions hold, after two iterations at the earliest.
 
     Attributes:
         kl: KL(p_t || p_{t-1}) must be below this, in nats; None leaves the condition out.
@@ -40,8 +38,12 @@ class HaltingRule:
 
     @classmethod
     def while_training(cls, padded_length: int) -> HaltingRule:
-        """The rule that evaluates dynamic models during training: H0 = 3 + 12/T for inputs padded
-        to T columns, KL below 0.5.
+        """The rule of the evaluations during training of dynamic models.
+
+        KL must be below 0.5 nats, and the entropy below 3 + 12 / padded_length.
+
+        Args:
+            padded_length: The width of the padded inputs, in columns.
         """
         return cls(kl=0.5, entropy=3.0 + 12.0 / padded_length, inject_input=False)
 
@@ -57,14 +59,14 @@ class Stops:
 
     Attributes:
         lens: The run's answers after every iteration.
-        loops_used: Int[Tensor, " batch"], iterations counted from 1; the last where the example
-            never stopped by itself.
+        iterations: Int[Tensor, " batch"], how many iterations each example runs; all of them where
+            the example never stops by itself.
         halted: Bool[Tensor, " batch"], whether it stopped by itself.
         logits: Float[Tensor, "batch d_vocab"], after the iteration at which the example stopped.
     """
 
     lens: Lens
-    loops_used: Int[Tensor, " batch"]
+    iterations: Int[Tensor, " batch"]
     halted: Bool[Tensor, " batch"]
     logits: Float[Tensor, "batch d_vocab"]
 
@@ -73,10 +75,10 @@ class Stops:
         return self.logits.argmax(-1) == answers.to(self.logits.device)
 
     def frame(self, answers: Int[Tensor, " batch"] | None = None) -> pd.DataFrame:
-        """One row per example: example, loops_used, halted, and correct when the answers are
+        """One row per example: example, iterations (run), halted, and correct when the answers are
         given.
         """
-        frame = pd.DataFrame({"loops_used": self.loops_used.cpu(), "halted": self.halted.cpu()})
+        frame = pd.DataFrame({"iterations": self.iterations.cpu(), "halted": self.halted.cpu()})
         frame.insert(0, "example", range(len(frame)))
         if answers is not None:
             frame["correct"] = self.correct(answers).cpu().numpy()
@@ -119,9 +121,7 @@ def halting(
 
 
 def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
-    """Find where a rule stops each read of a `readout_lens`; one lens serves any number of
-    rules.
-    """
+    """Find where a rule stops each read of a `readout_lens`; one lens serves any rules."""
     holds = torch.ones(lens.heads_input.shape[:2], dtype=torch.bool, device=lens.heads_input.device)
     if rule.kl is not None:
         holds &= lens.kl() < rule.kl
@@ -132,15 +132,15 @@ def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
         holds[:] = False
     stop, halted = first_stop(holds)
     return Halting(
-        rule=rule, lens=lens, loops_used=stop + 1, halted=halted, logits=lens.logits_at(stop)
+        rule=rule, lens=lens, iterations=stop + 1, halted=halted, logits=lens.logits_at(stop)
     )
 
 
 def first_stop(
     holds: Bool[Tensor, "loop read"],
 ) -> tuple[Int[Tensor, " read"], Bool[Tensor, " read"]]:
-    """The first iteration, from 0, at which each read may stop, the last one if none; and whether
-    there is one.
+    """The first loop, from 0, after which each read may stop, the last loop if there is none; and
+    whether there is one.
     """
     halted = holds.any(0)
     return torch.where(halted, holds.int().argmax(0), len(holds) - 1), halted

@@ -1,5 +1,4 @@
-"""What the model would answer after every visit: logit lens, readout lens, tuned lens,
-decodability.
+"""Answers read before the end of a run: logit lens, readout lens, tuned lens, decodability.
 
-Start with `lens.py`. Imports `common`.
+Start with `lens.py`; its record is in `record.py`. Imports `common`.
 """

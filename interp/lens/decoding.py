@@ -1,8 +1,7 @@
-"""Where in depth can an entity be read? Ranks of chosen tokens under a lens, and how often a token
-is the top one.
+"""Decodability: the ranks of chosen tokens under a lens, and how often a token is the top one.
 
-Effective depth counts visits from 1: with L layers, layer l of iteration t (both from 0) is depth t
-* L + l + 1.
+`depth` in the frames is an amount, the number of visits run (the effective depth): with L layers,
+layer l of loop t (both from 0) is read when t * L + l + 1 visits have run.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, as_batch, in_chunks
-from loopscope.interp.lens.lens import Lens, logit_lens
+from loopscope.interp.lens.lens import logit_lens
+from loopscope.interp.lens.record import Lens, visit_table
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 from loopscope.models.core.tokens import Batch
@@ -26,7 +26,7 @@ Columns = Int[Tensor, "batch target"] | Sequence[int]
 
 @dataclass(frozen=True)
 class RankTrajectory:
-    """How likely several tokens are at every read and visit of a lens.
+    """Ranks and probabilities of several tokens at every read and visit of a lens.
 
     Attributes:
         lens: The lens.
@@ -45,11 +45,12 @@ class RankTrajectory:
         return _reciprocal(self.rank).mean(1)
 
     def frame(self) -> pd.DataFrame:
-        """One row per visit, read and target: example, position, visit, loop, layer, depth, target,
-        token, rank, prob.
+        """One row per visit, read and target.
+
+        Columns: example, position, visit, loop, layer, depth, target, token, rank, prob.
         """
         n_visits, n_reads, n_targets = self.rank.shape
-        places = _places(self.lens.names, self.lens.loops, self.lens.layers, n_reads * n_targets)
+        places = _visit_table(self.lens, n_reads * n_targets)
         example, position = (
             x.repeat_interleave(n_targets).repeat(n_visits)
             for x in (self.lens.example, self.lens.position)
@@ -67,8 +68,7 @@ class RankTrajectory:
 
 
 def rank_trajectory(lens: Lens, tokens: Int[Tensor, "read target"]) -> RankTrajectory:
-    """Rank and probability of several tokens per read along a lens, say of every intermediate
-    entity and the answer.
+    """Ranks and probabilities of several tokens per read, e.g. of bridge entities and the answer.
 
     Args:
         lens: Any lens.
@@ -94,7 +94,7 @@ class Decodability:
         accuracy: Float[Tensor, "visit target"], share of the examples.
         mean_reciprocal_rank: Float[Tensor, "visit target"], mean over the examples of 1 / (rank +
             1).
-        names: What each visit is called, e.g. "loops.3.blocks.0".
+        names: The name of each visit, e.g. "loops.3.blocks.0".
         loops, layers: The iteration and block of each visit, from 0; None outside the loop.
         n_examples: How many examples the means are over.
     """
@@ -123,9 +123,7 @@ class Decodability:
                 f"one name per target is needed: there are {n_targets} targets, got {len(called)}"
                 " names"
             )
-        frame = _places(self.names, self.loops, self.layers, n_targets).assign(
-            target=called * n_visits
-        )
+        frame = _visit_table(self, n_targets).assign(target=called * n_visits)
         frame["accuracy"] = self.accuracy.flatten().cpu().numpy()
         return frame.assign(mean_reciprocal_rank=self.mean_reciprocal_rank.flatten().cpu().numpy())
 
@@ -140,11 +138,10 @@ def decodability(
     *,
     batch_size: int = 512,
 ) -> Decodability:
-    """How often the logit lens reads target k at position k, after every layer of every iteration.
+    """How often the logit lens reads target k at position k, after every visit.
 
     Args:
-        inputs: A batch, texts, or tokens; the positions say where each is read, so tokens need no
-            readout.
+        inputs: A batch, texts, or tokens without `readout`, since `positions` says what is read.
         targets: Int[Tensor, "batch target"], e.g. the bridge entity and the answer of two-hop
             questions.
         positions: The column of each target, e.g. [1, 2] for the two relations; or Int[Tensor,
@@ -204,7 +201,7 @@ def _checked_columns(
 def _lens_at(
     model: LoopedModel, batch: Batch, n_loops: int, columns: Int[Tensor, "batch target"]
 ) -> Lens:
-    """The logit lens with one read per example and target, from columns of each example's own."""
+    """The logit lens with one read per example and target, at columns that differ by example."""
     shown, place = columns.unique(return_inverse=True)
     lens = logit_lens(model, batch, n_loops, positions=shown.tolist())
     reads = (torch.arange(len(batch), device=place.device)[:, None] * len(shown) + place).flatten()
@@ -220,12 +217,7 @@ def _reciprocal(rank: Int[Tensor, ...]) -> Float[Tensor, ...]:
     return 1.0 / (rank + 1).double()
 
 
-def _places(
-    names: Sequence[str], loops: Sequence[int | None], layers: Sequence[int | None], times: int
-) -> pd.DataFrame:
-    """visit, loop, layer and depth of each visit, every row so many times."""
-    frame = pd.DataFrame(
-        {"visit": names, "loop": loops, "layer": layers, "depth": range(1, len(names) + 1)}
-    )
-    frame = frame.astype({"loop": "Int64", "layer": "Int64"})
-    return frame.loc[frame.index.repeat(times)].reset_index(drop=True)
+def _visit_table(lens: Lens | Decodability, times: int) -> pd.DataFrame:
+    """The name, loop, layer and depth of each visit, every row so many times."""
+    table = visit_table(lens.names, lens.loops, lens.layers, times)
+    return table.assign(depth=[run + 1 for run in range(len(lens.names)) for _ in range(times)])

@@ -1,6 +1,4 @@
-"""Tuned lenses: one affine translator per visit, trained so that the model's own norm and head read
-what the run will answer.
-"""
+"""Tuned lenses: one affine translator per visit, trained to foretell the answer of the run."""
 
 from __future__ import annotations
 
@@ -13,21 +11,21 @@ from typing import Literal
 import pandas as pd
 import torch
 from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
 from loopscope.interp.common.fingerprint import fingerprint
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
 from loopscope.interp.common.places import loop_and_layer
-from loopscope.interp.lens.lens import Lens
+from loopscope.interp.lens.lens import residuals
+from loopscope.interp.lens.record import Lens, places_of, visit_table
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.files import atomic_path
-from loopscope.models.core.state import State, checked_loops
+from loopscope.models.core.state import checked_loops
 from loopscope.models.core.tokens import Batch
 
 _CHUNK = 1 << 22  # logits held at a time while training
@@ -40,19 +38,16 @@ _KIND = "tuned lens"
 
 @dataclass(frozen=True)
 class TunedLens:
-    """Affine translators h -> h + A h + b, one per visit, whose result the model's own final norm
-    and head read.
+    """Affine translators h -> h + A h + b, one per visit, in front of the final norm and the head.
 
     Attributes:
-        weights: Float[Tensor, "visit d_model d_model"], A; the last axis is the one that is summed
-            over.
+        weights: Float[Tensor, "visit d_model d_model"], A; the last axis is summed over.
         biases: Float[Tensor, "visit d_model"], b.
-        names: What each visit is called, e.g. "loops.3.blocks.0".
-        n_loops: Iterations of the runs that it reads.
+        names: The name of each visit, e.g. "loops.3.blocks.0".
+        n_loops: Iterations of the runs that the lens reads.
         family: The model's family.
-        fingerprint: What tells the model's weights and configuration from others.
-        losses: Float[Tensor, "step visit"], KL(final || lens) in nats of each training step's
-            batch.
+        fingerprint: A hash of the model's weights and configuration.
+        losses: Float[Tensor, "step visit"], KL(final || lens) of each step's batch, in nats.
     """
 
     weights: Float[Tensor, "visit d_model d_model"]
@@ -110,8 +105,10 @@ class TunedLens:
         positions: Literal["all"] | Sequence[int] | None = None,
         batch_size: int = 512,
     ) -> Lens:
-        """Final norm and head of the translated residual after every visit; the arguments are those
-        of `logit_lens`.
+        """Final norm and head of the translated residual after every visit.
+
+        Args:
+            inputs, readout, positions, batch_size: As for `logit_lens`.
 
         Raises:
             ValueError: A model that these translators were not made for.
@@ -125,32 +122,22 @@ class TunedLens:
             for part, read in zip(
                 in_chunks(batch, batch_size, "tuned lens"), columns.split(batch_size), strict=True
             ):
-                resids, _ = _run(model, part, read, self.n_loops)
+                run = residuals(model, part, read, self.n_loops)
+                resids = torch.stack(list(run.values.values()))
                 collected.append(model.normalize(_translated(resids, weights, biases)))
-        visits = model.schedule(self.n_loops)
-        loops, layers = (
-            tuple(getattr(visit, axis) for visit in visits) for axis in ("loop", "layer")
-        )
-        example = torch.arange(len(batch), device=columns.device).repeat_interleave(
-            columns.shape[1]
-        )
-        return Lens(
-            torch.cat(collected, dim=1),
-            loops,
-            layers,
-            self.names,
-            example,
-            columns.flatten(),
-            model,
-        )
+        heads_input = torch.cat(collected, dim=1)
+        return Lens.of(model, heads_input, places_of(model, self.n_loops), columns)
 
     def frame(self) -> pd.DataFrame:
-        """One row per training step and visit: step (from 1), visit, loop, layer, loss."""
-        places = [(name, *loop_and_layer(name)) for name in self.names]
-        rows = [(step + 1, *place) for step in range(len(self.losses)) for place in places]
-        frame = pd.DataFrame(rows, columns=["step", "visit", "loop", "layer"]).astype(
-            {"loop": "Int64", "layer": "Int64"}
-        )
+        """One row per training step and visit: step, visit, loop, layer, loss; step, loop and layer
+        count from 0.
+        """
+        steps = range(len(self.losses))
+        sites = [f"{name}.hook_resid_post" for name in self.names]
+        loops, layers = zip(*map(loop_and_layer, sites), strict=True)
+        table = visit_table(self.names, loops, layers, 1)
+        frame = table.loc[list(table.index) * len(steps)].reset_index(drop=True)
+        frame.insert(0, "step", [step for step in steps for _ in self.names])
         return frame.assign(loss=self.losses.flatten().cpu().numpy())
 
     def save(self, path: str | Path) -> None:
@@ -175,8 +162,8 @@ class TunedLens:
         """Read what `save` wrote.
 
         Args:
-            model: Check at once that the translators were made for it, and put them on its device;
-                `lens` checks it in any case.
+            model: The model that the translators must have been made for; the translators are put
+                on its device. None leaves the check to `lens`.
 
         Raises:
             ValueError: The file holds something else, or translators for another model.
@@ -234,10 +221,9 @@ def train_tuned_lens(
             are not padding, or columns.
         steps: Updates.
         lr: The learning rate of the first update.
-        weight_decay: Pulls A and b to zero, that is to the logit lens; of use where reads are few
-            against d_model.
+        weight_decay: Pulls A and b to zero, that is to the logit lens. Of use for few reads.
         batch_size: Reads in each update.
-        seed: Of the draws; the same one gives the same lens.
+        seed: The seed of the draws; the same seed gives the same lens.
 
     Raises:
         ValueError: Fewer than one step or read, or a learning rate that is not positive.
@@ -269,34 +255,15 @@ def train_tuned_lens(
 def _material(
     model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
 ) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_model"]]:
-    """The residual after every visit, and what the head reads at the end, at the columns that are
-    no padding.
-    """
+    """The residual after every visit and the head's input at the end, at columns without padding."""
     columns, shown = shown_spots(batch, positions)
     resids, finals = [], []
     for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
-        seen, end = _run(model, part, read, n_loops)
-        resids.append(seen)
-        finals.append(at_positions(model.read_state(end), read).flatten(0, 1))
+        run = residuals(model, part, read, n_loops)
+        resids.append(torch.stack(list(run.values.values())))
+        finals.append(at_positions(model.read_state(run.end), read).flatten(0, 1))
     real = shown.flatten()
     return torch.cat(resids, dim=1)[:, real], torch.cat(finals)[real]
-
-
-def _run(
-    model: LoopedModel, batch: Batch, columns: Int[Tensor, "batch k"], n_loops: int
-) -> tuple[Float[Tensor, "visit read d_model"], State]:
-    """The residual after every visit at some columns, and the state at the end."""
-    seen: list[Tensor] = []
-
-    def keep(resid: Tensor, hook: HookPoint) -> None:
-        seen.append(at_positions(resid, columns).flatten(0, 1))
-
-    with model.hooks(
-        [(f"{visit.name}.hook_resid_post", keep) for visit in model.schedule(n_loops)],
-        n_loops=n_loops,
-    ):
-        end = model.advance(begin_batch(model, batch, n_loops))
-    return torch.stack(seen), end
 
 
 def _translated(
@@ -324,8 +291,9 @@ def _set_gradients(
     resids: Float[Tensor, "visit read d_model"],
     finals: Float[Tensor, "read d_model"],
 ) -> Float[Tensor, " visit"]:
-    """Set the gradients of every visit's mean KL, and return these; some visits at a time, and with
-    none for the model.
+    """Set the gradients of every visit's mean KL, a few visits at a time; return the mean KL.
+
+    The model's own parameters get no gradient.
     """
     with torch.no_grad():
         target = _log_probs(model, finals[None])

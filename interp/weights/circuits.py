@@ -1,5 +1,4 @@
-"""Circuits in the weights: what heads read, compare and write, and how the heads of two visits
-compose.
+"""Circuits in the weights of heads (QK, OV), and the composition of the heads of two visits.
 
 Weights are shared over iterations, so a circuit has a layer and a head but no iteration. Vectors
 are rows, as in TransformerLens: a residual x is compared as x @ QK @ y^T and moved as x @ OV.
@@ -29,10 +28,10 @@ Kind = Literal["Q", "K", "V"]
 def qk_circuit(
     model: LoopedModel, layer: int, head: int | None = None, *, fold_ln: bool = True
 ) -> FactoredMatrix:
-    """W_Q W_K^T: which keys (right) a query (left) attends to. The division by sqrt(d_head) and the
-    biases are left out.
+    """W_Q W_K^T: the keys (right) to which a query (left) attends.
 
-    Where keys are rotated, this is the comparison at distance 0.
+    The biases and the division by sqrt(d_head) are left out. Where keys are rotated, this is the
+    comparison at distance 0.
 
     Args:
         layer: A block of the shared stack; the circuit is the same in every iteration.
@@ -44,8 +43,7 @@ def qk_circuit(
         [d_model d_model], or [head d_model d_model].
 
     Raises:
-        ValueError: A layer or head out of range, or a norm to fold where attention reads the stream
-            itself.
+        ValueError: A layer or head out of range, or no norm to fold in front of the attention.
 
     Source:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
@@ -57,7 +55,7 @@ def qk_circuit(
 def ov_circuit(
     model: LoopedModel, layer: int, head: int | None = None, *, fold_ln: bool = True
 ) -> FactoredMatrix:
-    """W_V W_O: what a head writes (right) of what it reads (left). The biases are left out.
+    """W_V W_O: the vector that a head writes (right) for a vector it reads (left), without biases.
 
     Args:
         layer, head: As for `qk_circuit`.
@@ -74,11 +72,10 @@ def ov_circuit(
 def full_qk(
     model: LoopedModel, layer: int, head: int | None = None, *, fold_ln: bool = True
 ) -> FactoredMatrix:
-    """W_E QK W_E^T: how much a query token attends to a key token, if both were read as they were
-    embedded.
+    """W_E QK W_E^T: how much a query token attends to a key token, both as they were embedded.
 
-    That is what attention reads in the first iteration only: in later ones the stream holds what
-    earlier visits wrote.
+    Attention reads embeddings in the first iteration only; later the stream holds what earlier
+    visits wrote.
 
     Args:
         layer, head, fold_ln: As for `qk_circuit`.
@@ -255,7 +252,7 @@ def _for_each_head(
 
 
 def _reads(visit: Visit, like: Tensor, fold_ln: bool) -> Float[Tensor, "d_model d_model"]:
-    """What attention's matrices read of a residual stream, as a matrix."""
+    """The linear map from a residual stream to the input of attention's matrices."""
     if not fold_ln:
         return torch.eye(like.shape[-2], dtype=like.dtype, device=like.device)
     before = visit.sites[: visit.sites.index("attn.hook_q")]

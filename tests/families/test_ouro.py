@@ -81,7 +81,7 @@ TABLE: dict[str, Compute] = {
         at_threshold(case, threshold).logits
     ),
     r"variant\.threshold_([\d.]+)\.exit_step": lambda case, threshold: (
-        at_threshold(case, threshold).loops_used - 1
+        at_threshold(case, threshold).iterations - 1
     ),
     r"variant\.(?:labels|weighted)\.logits": mixture,
     r"variant\.labels\.loss": mixture_loss,
@@ -96,7 +96,7 @@ def test_golden_outputs(record_error: Callable[[str, str, float], None]) -> None
 def test_threshold_one_is_the_last_iteration() -> None:
     case = GoldenCase("ouro")
     assert torch.equal(
-        at_threshold(case, "1.0").loops_used, torch.full_like(case.tokens, case.n_loops)
+        at_threshold(case, "1.0").iterations, torch.full_like(case.tokens, case.n_loops)
     )
     torch.testing.assert_close(at_threshold(case, "1.0").logits, case.logits())
 
@@ -109,7 +109,7 @@ def test_a_hook_on_the_gate_moves_the_exit_and_nothing_else() -> None:
     with model.hooks([*never, (third, lambda gate, hook: gate * 0 + 50.0)], n_loops=4):
         moved = readout_at_threshold(model, case.tokens, 0.5, readout=-1)
         assert torch.equal(case.logits(), before)
-    assert torch.equal(moved.loops_used, torch.full_like(case.tokens, 3))
+    assert torch.equal(moved.iterations, torch.full_like(case.tokens, 3))
     torch.testing.assert_close(moved.logits, case.logits(3))
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.locate import SHIPPED
 from loopscope.interp.exits.halting import Halting, HaltingRule, halting
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.tokens import Batch
 from loopscope.tasks.questions import by_hops, read_questions
@@ -91,7 +92,7 @@ class Case:
         )
 
     def iterations_used(self, readout: str, kl: str, entropy: str) -> Tensor:
-        return self.halted(readout, kl, entropy).loops_used
+        return self.halted(readout, kl, entropy).iterations
 
     def halting_logits(self, readout: str, kl: str, entropy: str) -> Tensor:
         return self.halted(readout, kl, entropy).logits
@@ -157,7 +158,7 @@ class Trained:
         )
 
     def iterations_used(self, hops: str) -> Tensor:
-        return self.halted(hops).loops_used
+        return self.halted(hops).iterations
 
     def halting_correct(self, hops: str) -> Tensor:
         return self.halted(hops).correct(self.answers(int(hops)))

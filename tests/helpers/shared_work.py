@@ -11,7 +11,8 @@ from torch import Tensor
 from loopscope.analyses.common.figure_configs import RecurrenceConfig
 from loopscope.analyses.figures.answers import recurrence_grid
 from loopscope.interp.edit.ablation import Component, ablate
-from loopscope.interp.lens.lens import Lens, logit_lens, readout_lens
+from loopscope.interp.lens.lens import logit_lens, readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.models.core.base import LoopedModel
 from toy import BatchCentred, odd_one, padded, projection, toy

@@ -115,7 +115,7 @@ def measure(
     last, used, agrees = logits.argmax(-1)[real], [], []
     for threshold in tqdm(thresholds, desc="thresholds", leave=False):
         read = readout_at_threshold(model, batch, threshold, n_loops)
-        used.append(read.loops_used[real])
+        used.append(read.iterations[real])
         agrees.append(read.logits.argmax(-1)[real] == last)
     pdf, cdf = exit_distribution(gates)
     return ExitGate(

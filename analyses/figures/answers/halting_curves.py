@@ -94,7 +94,7 @@ def measure(runs: Mapping[int, HopRun], kl: float, entropy: float) -> HaltingCur
     used, accuracy, halted = [], [], []
     for rule in rules:
         stops = [(apply_rule(done.lens, rule), done.answers) for done in runs.values()]
-        used.append([float(stop.loops_used.float().mean()) for stop, _ in stops])
+        used.append([float(stop.iterations.float().mean()) for stop, _ in stops])
         accuracy.append([float(stop.correct(answers).float().mean()) for stop, answers in stops])
         halted.append([float(stop.halted.float().mean()) for stop, _ in stops])
     best = [float(done.lens.correct(done.answers).float().mean(1).max()) for done in runs.values()]

@@ -95,7 +95,7 @@ def measure(
         accuracy.append(done.lens.correct(done.answers).float().mean(1))
         stopped = apply_rule(done.lens, rule)
         halted.append(stopped.correct(done.answers).float().mean())
-        used.append(stopped.loops_used.float().mean())
+        used.append(stopped.iterations.float().mean())
     sizes = tuple(len(done.answers) for done in runs.values())
     return RecurrenceGrid(
         hops=tuple(runs),

@@ -226,15 +226,17 @@ def slow(h: list[list[float]], t: int) -> dict[str, float]:
 def test_frame_holds_every_statistic_by_its_definition(plain: RecurrentDepth) -> None:
     record = dynamics(plain, padded(), LOOPS)
     frame = record.frame()
-    assert list(frame.columns) == ["iteration", "example", "position", *STATISTICS]
+    assert list(frame.columns) == ["iterations", "example", "position", *STATISTICS]
     assert len(frame) == (LOOPS + 1) * sum(LENGTHS)
-    assert frame["iteration"].tolist() == [t for t in range(LOOPS + 1) for _ in range(sum(LENGTHS))]
+    assert frame["iterations"].tolist() == [
+        t for t in range(LOOPS + 1) for _ in range(sum(LENGTHS))
+    ]
     assert set(zip(frame["example"], frame["position"], strict=True)) == {
         (i, j) for i, n in enumerate(LENGTHS) for j in range(n)
     }
     for row in frame.to_dict("records"):
         expected = slow(
-            record.states[:, row["example"], row["position"]].tolist(), row["iteration"]
+            record.states[:, row["example"], row["position"]].tolist(), row["iterations"]
         )
         for name in STATISTICS:
             assert row[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-9, nan_ok=True), name
@@ -351,8 +353,8 @@ def test_orbits_do_not_depend_on_the_order_of_the_examples(plain: RecurrentDepth
 def test_frame_of_orbits(plain: RecurrentDepth) -> None:
     orbits = dynamics(plain, padded(), 2).orbits(3)
     frame = orbits.frame()
-    assert list(frame.columns) == ["iteration", "example", "position", "pc1", "pc2", "pc3"]
-    row = frame[(frame.iteration == 2) & (frame.example == 1) & (frame.position == 3)]
+    assert list(frame.columns) == ["iterations", "example", "position", "pc1", "pc2", "pc3"]
+    row = frame[(frame.iterations == 2) & (frame.example == 1) & (frame.position == 3)]
     assert row[["pc1", "pc2", "pc3"]].to_numpy().tolist() == [orbits.coordinates[2, 1, 3].tolist()]
 
 

@@ -139,7 +139,7 @@ def test_parts_that_vary_jointly_have_the_eigenvalues_of_both() -> None:
     assert_close(both.radius, torch.full((BATCH,), math.sqrt(6), dtype=torch.float64))
     frame = both.frame()
     assert list(frame.columns) == [
-        "iteration",
+        "loop",
         "example",
         "radius",
         "real",
@@ -147,7 +147,7 @@ def test_parts_that_vary_jointly_have_the_eigenvalues_of_both() -> None:
         "residual",
         "change",
     ]
-    assert frame["iteration"].tolist() == [1] * BATCH
+    assert frame["loop"].tolist() == [0] * BATCH
     assert frame["imag"].to_numpy() == pytest.approx(math.sqrt(6))
     assert frame["real"].to_numpy() == pytest.approx(0.0, abs=1e-9)
     assert (jacobian_spectrum(model, padded(), 0, 2, parts="momentum", krylov=8).radius == 0).all()

@@ -89,8 +89,9 @@ def test_a_block_that_an_iteration_leaves_out_has_no_point_there() -> None:
 def test_frame_of_layers(plain: RecurrentDepth) -> None:
     found = layer_dynamics(plain, padded(), 3, positions="readout")
     frame = found.frame()
-    assert list(frame.columns) == ["layer", *found.layers[0].frame().columns]
-    assert frame["layer"].tolist() == ["blocks.0"] * 9 + ["blocks.1"] * 9
+    assert list(frame.columns) == ["block", "layer", *found.layers[0].frame().columns]
+    assert frame["block"].tolist() == ["blocks.0"] * 9 + ["blocks.1"] * 9
+    assert frame["layer"].tolist() == [0] * 9 + [1] * 9
     assert frame["step_norm"].tolist()[12:] == found.layers[1].step_norm()[1:].flatten().tolist()
 
 
@@ -167,8 +168,9 @@ def test_attention_of_a_block_that_an_iteration_leaves_out() -> None:
 def test_frame_of_attention(plain: RecurrentDepth) -> None:
     found = attention_dynamics(plain, padded(), 3)
     frame = found.frame()
-    assert list(frame.columns) == ["iteration", "layer", "head", "change", "entropy"]
-    row = frame[(frame.iteration == 3) & (frame.layer == "blocks.1") & (frame["head"] == 4)]
+    assert list(frame.columns) == ["visit", "loop", "layer", "head", "change", "entropy"]
+    row = frame[(frame.loop == 2) & (frame.layer == 1) & (frame["head"] == 4)]
+    assert row["visit"].tolist() == ["loops.2.blocks.1"]
     assert row[["change", "entropy"]].to_numpy().tolist() == [
         [found.change[2, 1, 4].item(), found.entropy[2, 1, 4].item()]
     ]

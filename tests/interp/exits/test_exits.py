@@ -27,7 +27,8 @@ from loopscope.interp.exits.exits import (
     exits,
 )
 from loopscope.interp.exits.halting import HaltingRule, halting
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.state import Slot, Visit
 from loopscope.models.core.tokens import Batch
@@ -160,8 +161,8 @@ def test_criterion_exits_where_a_loop_over_examples_does(
     expected = one_by_one(condition, threshold, lens, states, hits, min_loops)
     found = exits(quiet, batch, criterion_at(kind, threshold, hits, min_loops), CAP)
     assert found.halted.tolist() == [stop is not None for stop in expected]
-    assert found.loops_used.tolist() == [stop or CAP for stop in expected]
-    assert_close(found.logits, lens.logits[found.loops_used - 1, torch.arange(MANY)])
+    assert found.iterations.tolist() == [stop or CAP for stop in expected]
+    assert_close(found.logits, lens.logits[found.iterations - 1, torch.arange(MANY)])
     assert len(set(expected)) > 1  # the case tells examples apart
 
 
@@ -180,7 +181,7 @@ def test_one_run_serves_any_number_of_criteria(
             exits(quiet, batch, criterion, CAP),
             apply_criterion(lens, criterion, states),
         )
-        assert torch.equal(alone.loops_used, shared.loops_used)
+        assert torch.equal(alone.iterations, shared.iterations)
         assert torch.equal(alone.halted, shared.halted)
 
 
@@ -189,7 +190,7 @@ def test_kl_from_the_second_iteration_is_the_halting_rule_with_kl_only(
 ) -> None:
     rule, criterion = HaltingRule(kl=0.05, entropy=None, min_loops=3), KLBelow(0.05, min_loops=3)
     expected, found = halting(quiet, batch, rule, CAP), exits(quiet, batch, criterion, CAP)
-    assert torch.equal(found.loops_used, expected.loops_used)
+    assert torch.equal(found.iterations, expected.iterations)
     assert torch.equal(found.halted, expected.halted)
     assert_close(found.logits, expected.logits)
 
@@ -206,9 +207,9 @@ def test_a_condition_that_is_met_at_once_by_its_own_kind_of_evidence(
         AccelerationBelow(1e9): 3,
     }
     for criterion, first in generous.items():
-        assert exits(quiet, batch, criterion, CAP).loops_used.tolist() == [first] * MANY
+        assert exits(quiet, batch, criterion, CAP).iterations.tolist() == [first] * MANY
     assert (
-        exits(quiet, batch, AccelerationBelow(1e9, hits=1), CAP).loops_used.tolist() == [2] * MANY
+        exits(quiet, batch, AccelerationBelow(1e9, hits=1), CAP).iterations.tolist() == [2] * MANY
     )
 
 
@@ -220,7 +221,7 @@ def test_never_exiting_uses_the_last_iteration(quiet: RecurrentDepth, batch: Bat
         EntropyBelow(1e9, hits=CAP + 1),
     ):
         found = exits(quiet, batch, criterion, CAP)
-        assert found.loops_used.tolist() == [CAP] * MANY
+        assert found.iterations.tolist() == [CAP] * MANY
         assert not found.halted.any()
 
 
@@ -230,11 +231,11 @@ def test_answers_at_the_exit(quiet: RecurrentDepth, batch: Batch) -> None:
     right = found.logits.argmax(-1)
     answers = torch.where(torch.arange(MANY) % 2 == 0, right, (right + 1) % 29)
     frame = found.frame(answers)
-    assert list(frame.columns) == ["example", "loops_used", "halted", "correct"]
+    assert list(frame.columns) == ["example", "iterations", "halted", "correct"]
     assert frame["example"].tolist() == list(range(MANY))
-    assert frame["loops_used"].tolist() == [CAP] * MANY
+    assert frame["iterations"].tolist() == [CAP] * MANY
     assert frame["correct"].tolist() == [True, False] * (MANY // 2)
-    assert list(found.frame().columns) == ["example", "loops_used", "halted"]
+    assert list(found.frame().columns) == ["example", "iterations", "halted"]
 
 
 def test_number_of_iterations_defaults_to_what_is_recorded(plain: RecurrentDepth) -> None:
@@ -246,7 +247,7 @@ def test_number_of_iterations_defaults_to_what_is_recorded(plain: RecurrentDepth
 def test_families_that_need_the_whole_run_exit_with_its_readout() -> None:
     model, inputs = odd_one(ShortEnding), padded()
     found = exits(model, inputs, CosineAbove(-2.0, min_loops=2), 3)
-    assert found.loops_used.tolist() == [2] * BATCH
+    assert found.iterations.tolist() == [2] * BATCH
     state = model.advance(model.begin(inputs.tokens, inputs.mask, n_loops=3), "loops.2")
     assert_close(found.logits, model.readout(state, inputs.readout))
 
@@ -276,7 +277,7 @@ def test_trained_model_knows_when_it_is_done() -> None:
         load("ltg_trained"), ["<e_24><r_0><r_7>", "<e_11><r_2><r_9><r_5><r_0><r_1>"], KLBelow(), 16
     )
     assert found.halted.all()
-    assert found.loops_used[0] < found.loops_used[1] < 16  # more hops, more iterations
+    assert found.iterations[0] < found.iterations[1] < 16  # more hops, more iterations
 
 
 # Exit gates

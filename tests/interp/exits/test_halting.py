@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.exits.halting import Halting, HaltingRule, apply_rule, halting
-from loopscope.interp.lens.lens import Lens, readout_lens
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.registry import build
 from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -92,9 +93,9 @@ def test_rule_stops_where_a_loop_over_examples_does(
     limits = thresholds(kind, lens)
     found = halting(quiet, batch, HaltingRule(**limits, min_loops=min_loops), CAP)
     used, halted = one_by_one(lens.logits, **limits, min_loops=min_loops)
-    assert found.loops_used.tolist() == used
+    assert found.iterations.tolist() == used
     assert found.halted.tolist() == halted
-    assert_close(found.logits, lens.logits[found.loops_used - 1, torch.arange(MANY)])
+    assert_close(found.logits, lens.logits[found.iterations - 1, torch.arange(MANY)])
     if kind == "fixed":
         assert used == [CAP] * MANY
     else:
@@ -104,7 +105,7 @@ def test_rule_stops_where_a_loop_over_examples_does(
 
 def test_both_conditions_stop_no_earlier_than_either(lens: Lens) -> None:
     both, kl, entropy = (
-        apply_rule(lens, HaltingRule(**thresholds(kind, lens))).loops_used for kind in RULES[:3]
+        apply_rule(lens, HaltingRule(**thresholds(kind, lens))).iterations for kind in RULES[:3]
     )
     assert (both >= torch.maximum(kl, entropy)).all()
     assert (both > kl).any()
@@ -121,15 +122,15 @@ def test_one_lens_serves_any_number_of_rules(
     for kind in RULES:
         rule = HaltingRule(**thresholds(kind, lens))
         assert torch.equal(
-            apply_rule(lens, rule).loops_used, halting(quiet, batch, rule, CAP).loops_used
+            apply_rule(lens, rule).iterations, halting(quiet, batch, rule, CAP).iterations
         )
 
 
 def test_no_example_stops_after_the_first_iteration(quiet: RecurrentDepth, batch: Batch) -> None:
     generous = HaltingRule(kl=1e9, entropy=1e9)
-    assert halting(quiet, batch, generous, CAP).loops_used.tolist() == [2] * MANY
+    assert halting(quiet, batch, generous, CAP).iterations.tolist() == [2] * MANY
     alone = halting(quiet, batch, generous, 1)
-    assert alone.loops_used.tolist() == [1] * MANY
+    assert alone.iterations.tolist() == [1] * MANY
     assert not alone.halted.any()
 
 
@@ -152,11 +153,11 @@ def test_answers_at_the_stop(quiet: RecurrentDepth, batch: Batch) -> None:
     answers = torch.where(torch.arange(MANY) % 2 == 0, right, (right + 1) % D_VOCAB)
     assert found.correct(answers).tolist() == [True, False] * (MANY // 2)
     frame = found.frame(answers)
-    assert list(frame.columns) == ["example", "loops_used", "halted", "correct"]
+    assert list(frame.columns) == ["example", "iterations", "halted", "correct"]
     assert frame["example"].tolist() == list(range(MANY))
-    assert frame["loops_used"].tolist() == [CAP] * MANY
+    assert frame["iterations"].tolist() == [CAP] * MANY
     assert frame["correct"].tolist() == [True, False] * (MANY // 2)
-    assert list(found.frame().columns) == ["example", "loops_used", "halted"]
+    assert list(found.frame().columns) == ["example", "iterations", "halted"]
 
 
 # The rule that evaluates models during training ignores input injection
@@ -181,7 +182,7 @@ def test_injection_is_ignored_while_training(positions: str) -> None:
     rule = HaltingRule.while_training(7)
     found, expected = halting(model, batch, rule, 5), halting(without, batch, rule, 5)
     assert_close(found.lens.heads_input, expected.lens.heads_input)
-    assert torch.equal(found.loops_used, expected.loops_used)
+    assert torch.equal(found.iterations, expected.iterations)
     assert_close(found.logits, expected.logits)
     assert hook_count(model) == 0
     injected = halting(model, batch, HaltingRule(rule.kl, rule.entropy), 5)
@@ -197,7 +198,7 @@ def test_ignoring_injection_changes_nothing_where_there_is_none(plain: Recurrent
 def test_ignoring_injection_in_a_call_of_one_iteration() -> None:
     model = toy("none", True)
     found = halting(model, padded(), HaltingRule.while_training(7), 1)
-    assert found.loops_used.tolist() == [1] * BATCH
+    assert found.iterations.tolist() == [1] * BATCH
     assert torch.equal(found.lens.heads_input, readout_lens(model, padded(), 1).heads_input)
 
 

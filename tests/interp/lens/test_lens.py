@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.metrics import logit_diff, logit_margin, margin
-from loopscope.interp.lens import lens as lens_module
-from loopscope.interp.lens.lens import Lens, logit_lens, readout_lens
+from loopscope.interp.lens import record as lens_module
+from loopscope.interp.lens.lens import logit_lens, readout_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
@@ -265,7 +266,7 @@ def test_frame_has_one_row_per_visit_and_read(method: str, plain: RecurrentDepth
     lens = LENSES[method](plain, padded(), LOOPS)
     frame = lens.frame()
     assert list(frame.columns) == [
-        "name",
+        "visit",
         "loop",
         "layer",
         "example",
@@ -276,7 +277,7 @@ def test_frame_has_one_row_per_visit_and_read(method: str, plain: RecurrentDepth
         "kl",
     ]
     assert len(frame) == len(lens.names) * BATCH
-    assert frame["name"].tolist() == [name for name in lens.names for _ in range(BATCH)]
+    assert frame["visit"].tolist() == [name for name in lens.names for _ in range(BATCH)]
     assert frame["loop"].tolist() == [loop for loop in lens.loops for _ in range(BATCH)]
     assert (
         frame["layer"].isna().all()

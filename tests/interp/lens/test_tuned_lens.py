@@ -14,7 +14,8 @@ from torch import Tensor
 
 from loopscope.checkpoints.load import load
 from loopscope.interp.lens import tuned_lens
-from loopscope.interp.lens.lens import Lens, logit_lens
+from loopscope.interp.lens.lens import logit_lens
+from loopscope.interp.lens.record import Lens
 from loopscope.interp.lens.tuned_lens import TunedLens, train_tuned_lens
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.tokens import Batch, pad_right
@@ -237,7 +238,7 @@ def test_frame_holds_the_losses(plain: RecurrentDepth) -> None:
     frame = found.frame()
     assert list(frame.columns) == ["step", "visit", "loop", "layer", "loss"]
     assert len(frame) == 3 * VISITS
-    row = frame[(frame.step == 2) & (frame.loop == 1) & (frame.layer == 1)].to_dict("records")
+    row = frame[(frame.step == 1) & (frame.loop == 1) & (frame.layer == 1)].to_dict("records")
     assert [(r["visit"], r["loss"]) for r in row] == [
         ("loops.1.blocks.1", found.losses[1, 3].item())
     ]

@@ -1,0 +1,227 @@
+"""The record of a lens: distributions over the vocabulary at successive visits of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.metrics import margin
+from loopscope.models.core.base import LoopedModel
+
+_CHUNK = 1 << 22  # logits held at a time
+Place = tuple[int | None, int | None, str]
+Statistic = Callable[[Tensor, slice], Tensor]
+
+
+class TopTokens(NamedTuple):
+    """The most likely tokens.
+
+    Attributes:
+        tokens: Int[Tensor, "visit read k"].
+        probs: Float[Tensor, "visit read k"].
+    """
+
+    tokens: Int[Tensor, "visit read k"]
+    probs: Float[Tensor, "visit read k"]
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Distributions over the vocabulary at successive visits of a run.
+
+    A read is one position of one example; by default each example has one read, at its readout.
+    Statistics are computed in chunks from the head's input, so that few logits are held at a time.
+
+    Attributes:
+        heads_input: Float[Tensor, "visit read d_model"], the head's input: the normalised residual.
+        loops, layers: The coordinates of each visit, from 0; a whole iteration has no layer.
+        names: The name of each visit, e.g. "loops.3.blocks.0".
+        example, position: Int[Tensor, " read"].
+        model: The model whose head is used.
+        logits: Float[Tensor, "visit read d_vocab"], only with keep_logits=True.
+    """
+
+    heads_input: Float[Tensor, "visit read d_model"]
+    loops: tuple[int | None, ...]
+    layers: tuple[int | None, ...]
+    names: tuple[str, ...]
+    example: Int[Tensor, " read"]
+    position: Int[Tensor, " read"]
+    model: LoopedModel
+    logits: Float[Tensor, "visit read d_vocab"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: LoopedModel,
+        heads_input: Float[Tensor, "visit read d_model"],
+        places: Sequence[Place],
+        columns: Int[Tensor, "batch k"],
+        keep_logits: bool = False,
+    ) -> Lens:
+        """The lens of some visits whose reads are some columns of each example, in that order."""
+        loops, layers, names = zip(*places, strict=True)
+        rows = torch.arange(len(columns), device=columns.device)
+        example = rows.repeat_interleave(columns.shape[1])
+        lens = cls(heads_input, loops, layers, names, example, columns.flatten(), model)
+        return replace(lens, logits=lens._each(lambda x, rows: x)) if keep_logits else lens
+
+    def margin(self, answers: Tensor) -> Float[Tensor, "visit read"]:
+        """Logit of the answer minus the largest other logit. `answers`: Int[Tensor, " read"]."""
+        answers = self._targets(answers)
+        return self._each(lambda logits, rows: margin(logits, answers[rows]))
+
+    def rank(self, tokens: Tensor) -> Int[Tensor, "visit read"]:
+        """How many tokens have a larger logit; 0 is the top. `tokens`: Int[Tensor, " read"]."""
+        tokens = self._targets(tokens)
+        return self._each(
+            lambda logits, rows: (logits > logits.gather(-1, tokens[rows, None])).sum(-1)
+        )
+
+    def prob(self, tokens: Tensor) -> Float[Tensor, "visit read"]:
+        """Probability of one token per read. `tokens`: Int[Tensor, " read"]."""
+        tokens = self._targets(tokens)
+        return self._each(
+            lambda logits, rows: logits.softmax(-1).gather(-1, tokens[rows, None])[:, 0]
+        )
+
+    def correct(self, answers: Tensor) -> Tensor:
+        """Bool[Tensor, "visit read"]: whether the top token is the answer."""
+        return self.top(1).tokens[..., 0] == self._targets(answers)
+
+    def first_hit(self, answers: Tensor) -> Float[Tensor, " read"]:
+        """How many visits are run until the top token is the answer; NaN where it never is (t* of
+        figure 8 of arXiv 2604.07822).
+        """
+        correct = self.correct(answers)
+        first = correct.int().argmax(0) + 1.0
+        return torch.where(correct.any(0), first, torch.nan)
+
+    def top(self, k: int) -> TopTokens:
+        """The k most likely tokens and their probabilities."""
+        tokens = self._each(lambda logits, rows: logits.topk(k).indices)
+        return TopTokens(tokens, self._each(lambda logits, rows: logits.softmax(-1).topk(k).values))
+
+    def entropy(self) -> Float[Tensor, "visit read"]:
+        """Entropy of each distribution, in nats."""
+        return self._each(lambda logits, rows: torch.special.entr(logits.softmax(-1)).sum(-1))
+
+    def kl(self) -> Float[Tensor, "visit read"]:
+        """KL(p_t || p_{t-1}) in nats, where p_{t-1} is the same visit one iteration earlier; NaN in
+        the first iteration and outside the loop.
+        """
+        earlier = self._one_loop_earlier()
+        kind = torch.float64 if self.heads_input.dtype == torch.float64 else torch.float32
+        none = self.heads_input.new_full((len(self.example),), torch.nan, dtype=kind)
+        return torch.stack(
+            [
+                none if before is None else self._kl_between(now, before)
+                for now, before in enumerate(earlier)
+            ]
+        )
+
+    def logits_at(self, visits: Int[Tensor, " read"]) -> Float[Tensor, "read d_vocab"]:
+        """Logits of each read at a visit of its own."""
+        chosen = self.heads_input[visits, torch.arange(len(self.example), device=visits.device)]
+        return self._head(chosen)
+
+    def frame(self, answers: Tensor | None = None) -> pd.DataFrame:
+        """One row per visit and read: visit (its name), loop, layer, example, position, top (the
+        most likely token), top_prob, entropy, kl.
+
+        With `answers` also margin, rank and prob of the answer. loop, layer, example, position and
+        rank count from 0.
+        """
+        n_visits, n_reads = self.heads_input.shape[:2]
+        top = self.top(1)
+        columns = {
+            "example": self.example.repeat(n_visits),
+            "position": self.position.repeat(n_visits),
+            "top": top.tokens[..., 0],
+            "top_prob": top.probs[..., 0],
+            "entropy": self.entropy(),
+            "kl": self.kl(),
+        }
+        if answers is not None:
+            columns["margin"] = self.margin(answers)
+            columns["rank"] = self.rank(answers)
+            columns["prob"] = self.prob(answers)
+        frame = visit_table(self.names, self.loops, self.layers, n_reads).assign(
+            **{name: value.flatten().cpu().numpy() for name, value in columns.items()}
+        )
+        if self.model.vocab is not None:
+            frame["top"] = [self.model.vocab.words[token] for token in frame["top"]]
+        return frame
+
+    def _targets(self, tokens: Tensor) -> Tensor:
+        tokens = torch.as_tensor(tokens, device=self.heads_input.device)
+        n_reads, d_vocab = len(self.example), self.model.cfg.d_vocab
+        if tokens.shape != (n_reads,):
+            raise ValueError(
+                f"one token per read is needed: the lens has {n_reads} reads, got the shape"
+                f" {list(tokens.shape)}"
+            )
+        if bool(((tokens < 0) | (tokens >= d_vocab)).any()):
+            raise ValueError(
+                f"tokens must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got {tokens.min()} to"
+                f" {tokens.max()}"
+            )
+        return tokens
+
+    @torch.no_grad()
+    def _head(self, x: Tensor) -> Tensor:
+        logits = self.model.unembed(x[:, None])[:, 0]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _row_chunks(self) -> list[slice]:
+        size = max(1, _CHUNK // self.model.cfg.d_vocab)
+        return [slice(start, start + size) for start in range(0, len(self.example), size)]
+
+    def _each(self, statistic: Statistic) -> Tensor:
+        """A statistic of the logits at every visit: Tensor[visit, read, ...]."""
+        rows = self._row_chunks()
+        return torch.stack(
+            [
+                torch.cat([statistic(self._head(visit[r]), r) for r in rows])
+                for visit in self.heads_input
+            ]
+        )
+
+    def _one_loop_earlier(self) -> list[int | None]:
+        """For each visit the same visit one iteration earlier: its name tells visits apart, since
+        nested cycles visit several blocks under one loop and layer.
+        """
+        own = [
+            (loop, name.removeprefix(f"loops.{loop}"))
+            for loop, name in zip(self.loops, self.names, strict=True)
+        ]
+        index = {place: i for i, place in enumerate(own)}
+        return [None if loop is None else index.get((loop - 1, name)) for loop, name in own]
+
+    def _kl_between(self, now: int, before: int) -> Tensor:
+        parts = []
+        for rows in self._row_chunks():
+            log_p = self._head(self.heads_input[now, rows]).log_softmax(-1)
+            log_q = self._head(self.heads_input[before, rows]).log_softmax(-1)
+            parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        return torch.cat(parts)
+
+
+def visit_table(
+    names: Sequence[str], loops: Sequence[int | None], layers: Sequence[int | None], times: int
+) -> pd.DataFrame:
+    """The name, the loop and the layer of each visit, every row so many times."""
+    frame = pd.DataFrame({"visit": names, "loop": loops, "layer": layers})
+    frame = frame.astype({"loop": "Int64", "layer": "Int64"})
+    return frame.loc[frame.index.repeat(times)].reset_index(drop=True)
+
+
+def places_of(model: LoopedModel, n_loops: int) -> list[Place]:
+    """The loop, the layer and the name of each visit of a call."""
+    return [(visit.loop, visit.layer, visit.name) for visit in model.schedule(n_loops)]
