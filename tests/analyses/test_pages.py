@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 import torch
 
+from loopscope.analyses.common.claims import verdict
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.pages import findings, replication
-from loopscope.analyses.common.claims import verdict
 from loopscope.analyses.pages.findings import HOPS, Pairs
 from loopscope.models.core.registry import FAMILIES
 from paths import DOCS
