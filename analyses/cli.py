@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -20,7 +20,7 @@ from loopscope.analyses.common.configs import (
     TrainConfig,
     TwoHopDataConfig,
 )
-from loopscope.analyses.common.figure_configs import ANALYSES
+from loopscope.analyses.common.figures import FIGURES, FigureFile
 
 Flat = tyro.conf.arg(name="")
 FROM = "--from-file"
@@ -122,32 +122,23 @@ class Train:
     config: Annotated[TrainConfig, Flat]
 
 
-def _analysis(name: str, config: type) -> type:
-    """The command of an analysis: its config, and what to write."""
+def _command(figure: FigureFile) -> type:
+    """The command of a figure: its config, and what to write."""
+    config = figure.config()
     fields = [("config", Annotated[config, Flat]), ("output", Annotated[OutputConfig, Flat])]
-    return make_dataclass(
-        name.replace("-", "_"), fields, frozen=True, namespace={"__doc__": config.__doc__}
-    )
+    return make_dataclass(figure.stem, fields, frozen=True, namespace={"__doc__": config.__doc__})
 
 
-_ANALYSES = {name: _analysis(name, config) for name, (config, _) in ANALYSES.items()}
+def _listed(figure: FigureFile) -> type:
+    """The command of a figure as `--help` lists it, without importing the figure's code."""
+    return make_dataclass(figure.stem, [], frozen=True, namespace={"__doc__": figure.about()})
+
+
 _PAGES = {
     Replication: "replication",
     Findings: "findings",
     Families: "families",
     Gallery: "gallery",
-}
-_COMMANDS: dict[str, Callable[..., Any]] = {
-    "list": List,
-    "report": Report,
-    "explore": Explore,
-    **_ANALYSES,
-    "replication": Replication,
-    "findings": Findings,
-    "families": Families,
-    "gallery": Gallery,
-    "data": Data,
-    "train": Train,
 }
 _DESCRIPTION = f"""Mechanistic interpretability of looped transformers. An analysis takes its settings from
 flags, and with {FROM} SETTINGS.json from a file as well, where flags win."""
@@ -157,7 +148,14 @@ def main(args: Sequence[str] | None = None) -> None:
     """Parse a command and run it; a user's mistake is one sentence on stderr and exit status 2."""
     args = list(sys.argv[1:] if args is None else args)
     try:
-        _run(_parsed(args))
+        if args and args[0] in FIGURES:
+            _draw(FIGURES[args[0]], args[1:])
+        else:
+            _run(
+                tyro.extras.subcommand_cli_from_dict(
+                    _commands(), prog="loopscope", description=_DESCRIPTION, args=args
+                )
+            )
     except (ValueError, OSError, KeyError, ImportError) as error:
         print(
             f"loopscope: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr
@@ -165,79 +163,104 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def _parsed(args: list[str]) -> Any:
-    if FROM in args[:-1] and args[0] in _ANALYSES:
-        place = args.index(FROM)
-        default = defaults_from_file(
-            _ANALYSES[args[0]], ANALYSES[args[0]][0], Path(args[place + 1])
-        )
-        rest = args[1:place] + args[place + 2 :]
-        return tyro.cli(_ANALYSES[args[0]], prog=f"loopscope {args[0]}", args=rest, default=default)
-    return tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS, prog="loopscope", description=_DESCRIPTION, args=args
-    )
+def _commands() -> dict[str, Callable[..., Any]]:
+    return {
+        "list": List,
+        "report": Report,
+        "explore": Explore,
+        **{name: _listed(figure) for name, figure in FIGURES.items()},
+        "replication": Replication,
+        "findings": Findings,
+        "families": Families,
+        "gallery": Gallery,
+        "data": Data,
+        "train": Train,
+    }
 
 
 def _run(command: Any) -> None:
-    if isinstance(command, List):
-        print(import_module("loopscope.checkpoints.catalog").available().to_string(index=False))
-        families = import_module("loopscope.analyses.pages.families")
-        print(
-            "\nWhat each family declares; --methods and docs/families.md show which methods run on"
-            " which.\n"
-        )
-        print(families.facts().to_string(index=False))
-        if command.methods:
-            import_module("torch").set_num_threads(1)
-            print(f"\n{families.run().methods.to_string(index=False)}")
-    elif isinstance(command, Data):
-        for line in import_module("loopscope.analyses.data").make(command.config):
-            print(line)
-    elif type(command) in _PAGES:
-        import_module("loopscope.analyses.common.records").refuse_existing(
-            [command.out], command.overwrite
-        )
+    for kind, run in _RUNS.items():
+        if isinstance(command, kind):
+            run(command)
+
+
+def _list(command: List) -> None:
+    print(import_module("loopscope.checkpoints.catalog").available().to_string(index=False))
+    families = import_module("loopscope.analyses.pages.families")
+    print(
+        "\nWhat each family declares; --methods and docs/families.md show which methods run on"
+        " which.\n"
+    )
+    print(families.facts().to_string(index=False))
+    if command.methods:
         import_module("torch").set_num_threads(1)
-        print(
-            f"wrote {import_module(f'loopscope.analyses.pages.{_PAGES[type(command)]}').write(command.out)}"
-        )
-    elif isinstance(command, Train):
-        config = command.config
-        import_module("torch").set_num_threads(config.threads)
-        run = import_module("loopscope.training.trainer").train
-        print(
-            "Finished"
-            f" {run(config.recipe, config.out, resume=config.resume, release=config.release, wandb=config.wandb)}"
-        )
-    elif isinstance(command, Explore):
-        import_module("torch").set_num_threads(command.config.threads)
-        import_module("loopscope.analyses.explorer.app").explore(command.config)
-    elif isinstance(command, Report):
-        import_module("loopscope.analyses.common.records").refuse_existing(
-            [command.out], command.overwrite
-        )
-        import_module("torch").set_num_threads(command.config.threads)
-        page = import_module("loopscope.analyses.report.page").write_report(
-            command.config, command.out
-        )
-        print(f"Open {page.resolve()}")
-    else:
-        _analyse(type(command).__name__.replace("_", "-"), command)
+        print(f"\n{families.run().methods.to_string(index=False)}")
 
 
-def _analyse(name: str, command: Any) -> None:
-    module = ANALYSES[name][1]
-    analysis, records = (
-        import_module(f"loopscope.analyses.figures.{module}"),
-        import_module("loopscope.analyses.common.records"),
+def _data(command: Data) -> None:
+    for line in import_module("loopscope.analyses.data").make(command.config):
+        print(line)
+
+
+def _page(command: Any) -> None:
+    _ready([command.out], command.overwrite, threads=1)
+    page = import_module(f"loopscope.analyses.pages.{_PAGES[type(command)]}")
+    print(f"wrote {page.write(command.out)}")
+
+
+def _train(command: Train) -> None:
+    config = command.config
+    import_module("torch").set_num_threads(config.threads)
+    folder = import_module("loopscope.training.trainer").train(
+        config.recipe,
+        config.out,
+        resume=config.resume,
+        release=config.release,
+        wandb=config.wandb,
     )
-    records.refuse_existing(
-        records.files_of(module.rpartition(".")[2], command.output), command.output.overwrite
-    )
+    print(f"Finished {folder}")
+
+
+def _explore(command: Explore) -> None:
     import_module("torch").set_num_threads(command.config.threads)
-    record = analysis.run(command.config)
+    import_module("loopscope.analyses.explorer.app").explore(command.config)
+
+
+def _report(command: Report) -> None:
+    _ready([command.out], command.overwrite, command.config.threads)
+    report = import_module("loopscope.analyses.report.page")
+    print(f"Open {report.write_report(command.config, command.out).resolve()}")
+
+
+_RUNS: dict[type, Callable[[Any], None]] = {
+    List: _list,
+    Data: _data,
+    Train: _train,
+    Explore: _explore,
+    Report: _report,
+    **dict.fromkeys(_PAGES, _page),
+}
+
+
+def _ready(files: Sequence[Path], overwrite: bool, threads: int) -> None:
+    """Refuse, before anything is computed, what cannot be written; and set the threads."""
+    import_module("loopscope.analyses.common.records").refuse_existing(files, overwrite)
+    import_module("torch").set_num_threads(threads)
+
+
+def _draw(figure: FigureFile, args: list[str]) -> None:
+    """Parse a figure's flags, run it, print its numbers and write its files."""
+    kind, default = _command(figure), cast(Any, None)
+    if FROM in args[:-1]:
+        place = args.index(FROM)
+        default = defaults_from_file(kind, figure.config(), Path(args[place + 1]))
+        args = args[:place] + args[place + 2 :]
+    command = tyro.cli(kind, prog=f"loopscope {figure.name}", args=args, default=default)
+    records, module = import_module("loopscope.analyses.common.records"), figure.module()
+    files = records.files_of(figure.name, command.output)
+    _ready(files, command.output.overwrite, command.config.threads)
+    record = module.run(command.config)
     print(record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
-    for path in records.write(
-        module, record, analysis.figure(record), command.output, command.config
-    ):
+    drawn = module.figure(record)
+    for path in records.write(figure.name, record, drawn, command.output, command.config):
         print(f"wrote {path}")

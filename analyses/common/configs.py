@@ -6,11 +6,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
 DEFAULT_CHECKPOINT = "mini/multi_hop/r_dyn"
+
+
+_Kind = TypeVar("_Kind")
+
+
+def taken_from(kind: type[_Kind], config: Any, **own: Any) -> _Kind:
+    """A config of another kind, with the values of all fields that both kinds have.
+
+    Args:
+        own: Values of fields that are not taken over.
+    """
+    there = {each.name for each in fields(config)}
+    shared = [each.name for each in fields(cast(Any, kind)) if each.name in there]
+    return kind(**{name: getattr(config, name) for name in shared} | own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +108,28 @@ class ComparisonConfig(FilesConfig):
 
     def source(self, checkpoint: str) -> SourceConfig:
         """The config of one checkpoint on its own."""
-        shared = {each.name: getattr(self, each.name) for each in fields(FilesConfig)}
-        return SourceConfig(**shared, checkpoint=checkpoint)
+        return taken_from(SourceConfig, self, checkpoint=checkpoint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoHopConfig(ComparisonConfig):
+    """Checkpoints that answer two-hop questions."""
+
+    per_hop: tyro.conf.Suppress[int | None] = None
+    per_group: int | None = None
+    """Use at most this many questions of each group."""
+    n_loops: int | None = None
+    """Iterations; by default what each checkpoint records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanelsConfig(ComparisonConfig):
+    """Several checkpoints that answer multi-hop questions, one panel each."""
+
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(
+        f"mini/multi_hop/{run}" for run in ("r2", "r4", "r6", "r_dyn")
+    )
+    """Names from `loopscope list`, checkpoint files, or folders."""
 
 
 @dataclass(frozen=True, kw_only=True)

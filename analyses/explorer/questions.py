@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.analyses.common.subject import Subject
-from loopscope.analyses.figures.circuit.patching_map import other_head
+from loopscope.analyses.figures.circuit.patch import other_head
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.tokens import Batch
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from loopscope.analyses.common.figure_configs import ANALYSES
+from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import Record, markdown_table, picture, write_text
 from loopscope.checkpoints.load import save
 from loopscope.models.core.files import atomic_path
@@ -74,7 +73,7 @@ def entries(toy: Path) -> list[Entry]:
         "No trained model with an exit gate is shipped: this is a small random Ouro, so only the"
         " form of the figure means something.",
     )
-    return [gate if name == gate.name else Entry(name, {}) for name in ANALYSES]
+    return [gate if name == gate.name else Entry(name, {}) for name in FIGURES]
 
 
 def make_toy(folder: Path) -> None:
@@ -99,14 +98,13 @@ def draw(progress: bool = True) -> list[Drawn]:
 
 def draw_one(entry: Entry) -> Drawn:
     """Run one command with its settings and draw its figure."""
-    config, module = ANALYSES[entry.name]
-    analysis = import_module(f"loopscope.analyses.figures.{module}")
+    file = FIGURES[entry.name]
     settings = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in entry.settings.items()
     }
-    record = analysis.run(config(**settings))
-    return Drawn(entry, record, picture(analysis.figure(record)))
+    record = file.module().run(file.config()(**settings))
+    return Drawn(entry, record, picture(file.module().figure(record)))
 
 
 def page(drawn: list[Drawn], images: str) -> str:
@@ -115,8 +113,7 @@ def page(drawn: list[Drawn], images: str) -> str:
 
 
 def _section(one: Drawn, images: str) -> str:
-    config, _ = ANALYSES[one.entry.name]
-    about = " ".join((config.__doc__ or "").split())
+    about = " ".join(FIGURES[one.entry.name].about().split())
     parts = [
         f"## {one.entry.name}",
         about,

@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 
+from loopscope.analyses.common.claims import EXTRAPOLATES, LEARNED, Claim, read_log, short, verdict
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.figure_configs import RecurrenceConfig, ShortcutConfig
 from loopscope.analyses.common.subject import open_subject
-from loopscope.analyses.figures.answers import recurrence_grid
-from loopscope.analyses.figures.answers.recurrence_grid import RecurrenceGrid
+from loopscope.analyses.figures.answers import recurrence
+from loopscope.analyses.figures.answers.recurrence import RecurrenceConfig, RecurrenceGrid
 from loopscope.analyses.figures.answers.recurrence_grids import leading
 from loopscope.analyses.figures.circuit import shortcut
-from loopscope.analyses.common.claims import EXTRAPOLATES, LEARNED, Claim, read_log, short, verdict
+from loopscope.analyses.figures.circuit.shortcut import ShortcutConfig
 
 FIXED = ("mini/multi_hop/r2", "mini/multi_hop/r4", "mini/multi_hop/r6")
 DYNAMIC = "mini/multi_hop/r_dyn"
@@ -25,7 +25,7 @@ LOOPS = 24
 @cache
 def grid(name: str) -> RecurrenceGrid:
     """Accuracy for each hop count and number of iterations."""
-    return recurrence_grid.run(RecurrenceConfig(checkpoint=name, n_loops=LOOPS))
+    return recurrence.run(RecurrenceConfig(checkpoint=name, n_loops=LOOPS))
 
 
 def _best(name: str) -> list[float]:

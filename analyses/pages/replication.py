@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from loopscope.analyses.common.claims import Claim
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.analyses.pages import multi_hop_claims, two_hop_claims
-from loopscope.analyses.common.claims import Claim
 
 _CHECKS = (
     multi_hop_claims.extrapolation,

@@ -7,9 +7,9 @@ from functools import cache
 
 import torch
 
+from loopscope.analyses.common.claims import EXTRAPOLATES, LEARNED, Claim, read_log, verdict
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import Subject, open_subject
-from loopscope.analyses.common.claims import EXTRAPOLATES, LEARNED, Claim, read_log, verdict
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.models.core.state import checked_loops
 from loopscope.tasks.questions import Question

@@ -182,7 +182,7 @@ def attention_dynamics(
 
 def _layer_of(block: str) -> int | None:
     """The layer in a block's name within an iteration."""
-    return loop_and_layer(f"loops.0.{block}.hook_resid_post")[1]
+    return loop_and_layer(f"loops.0.{block}")[1]
 
 
 def _loop_points(model: LoopedModel, n_loops: int, site: str) -> dict[str, dict[int, str]]:

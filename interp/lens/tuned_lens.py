@@ -133,8 +133,7 @@ class TunedLens:
         count from 0.
         """
         steps = range(len(self.losses))
-        sites = [f"{name}.hook_resid_post" for name in self.names]
-        loops, layers = zip(*map(loop_and_layer, sites), strict=True)
+        loops, layers = zip(*map(loop_and_layer, self.names), strict=True)
         table = visit_table(self.names, loops, layers, 1)
         frame = table.loc[list(table.index) * len(steps)].reset_index(drop=True)
         frame.insert(0, "step", [step for step in steps for _ in self.names])
@@ -255,7 +254,7 @@ def train_tuned_lens(
 def _material(
     model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
 ) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_model"]]:
-    """The residual after every visit and the head's input at the end, at columns without padding."""
+    """The residual after every visit and the head's input at the end, without padding."""
     columns, shown = shown_spots(batch, positions)
     resids, finals = [], []
     for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):

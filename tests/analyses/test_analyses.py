@@ -13,17 +13,15 @@ import pytest
 import torch
 
 from loopscope.analyses.common.configs import OutputConfig, SourceConfig
-from loopscope.analyses.common.figure_configs import (
-    HaltingConfig,
-    LensConfig,
-    OverthinkingConfig,
-    PatchConfig,
-    RecurrenceConfig,
-)
 from loopscope.analyses.common.records import Record, write
 from loopscope.analyses.common.subject import open_subject
-from loopscope.analyses.figures.answers import halting_curves, overthinking, recurrence_grid
-from loopscope.analyses.figures.circuit import lens_heatmap, patching_map
+from loopscope.analyses.figures.answers import halting, overthinking, recurrence
+from loopscope.analyses.figures.answers.halting import HaltingConfig
+from loopscope.analyses.figures.answers.overthinking import OverthinkingConfig
+from loopscope.analyses.figures.answers.recurrence import RecurrenceConfig
+from loopscope.analyses.figures.circuit import lens, patch
+from loopscope.analyses.figures.circuit.lens import LensConfig
+from loopscope.analyses.figures.circuit.patch import PatchConfig
 from loopscope.interp.common.metrics import margin
 from loopscope.tasks.questions import by_hops, read_questions
 from paths import SHIPPED
@@ -31,10 +29,10 @@ from paths import SHIPPED
 SMALL = {"per_hop": 4}
 RUNS: list[tuple[ModuleType, SourceConfig]] = [
     (overthinking, OverthinkingConfig(n_loops=5, **SMALL)),
-    (recurrence_grid, RecurrenceConfig(n_loops=5, **SMALL)),
-    (halting_curves, HaltingConfig(n_loops=5, **SMALL)),
-    (lens_heatmap, LensConfig(n_loops=3, **SMALL)),
-    (patching_map, PatchConfig(n_loops=2, hops=3, **SMALL)),
+    (recurrence, RecurrenceConfig(n_loops=5, **SMALL)),
+    (halting, HaltingConfig(n_loops=5, **SMALL)),
+    (lens, LensConfig(n_loops=3, **SMALL)),
+    (patch, PatchConfig(n_loops=2, hops=3, **SMALL)),
 ]
 
 
@@ -44,8 +42,8 @@ def full_margins() -> overthinking.Overthinking:
 
 
 @pytest.fixture(scope="module")
-def full_grid() -> recurrence_grid.RecurrenceGrid:
-    return recurrence_grid.run(RecurrenceConfig(checkpoint="ltg_trained"))
+def full_grid() -> recurrence.RecurrenceGrid:
+    return recurrence.run(RecurrenceConfig(checkpoint="ltg_trained"))
 
 
 @pytest.mark.parametrize(("analysis", "config"), RUNS, ids=lambda x: getattr(x, "__name__", ""))
@@ -93,7 +91,7 @@ def test_margins_of_13_and_14_hops_rise_peak_and_fall(
         assert curve[-1] < curve[peak] - 1.0
 
 
-def test_accuracy_beyond_the_trained_hops(full_grid: recurrence_grid.RecurrenceGrid) -> None:
+def test_accuracy_beyond_the_trained_hops(full_grid: recurrence.RecurrenceGrid) -> None:
     best = dict(zip(full_grid.hops, full_grid.accuracy.max(1).values.tolist(), strict=True))
     assert full_grid.trained_hops == 8
     assert all(best[hop] >= 0.98 for hop in range(1, 9))
@@ -101,7 +99,7 @@ def test_accuracy_beyond_the_trained_hops(full_grid: recurrence_grid.RecurrenceG
 
 
 def test_the_grid_column_equals_a_call_with_that_many_loops(
-    full_grid: recurrence_grid.RecurrenceGrid,
+    full_grid: recurrence.RecurrenceGrid,
 ) -> None:
     subject = open_subject(RecurrenceConfig(checkpoint="ltg_trained"))
     batch, answers = subject.encode(subject.questions[9])
@@ -126,7 +124,7 @@ def test_the_margin_is_that_of_a_separate_call(full_margins: overthinking.Overth
 
 
 def test_the_patching_effect_walks_along_the_relations() -> None:
-    record = patching_map.run(PatchConfig(hops=5))
+    record = patch.run(PatchConfig(hops=5))
     strongest = record.effect.argmax(1).tolist()
     assert record.visits[0] == (0, 0)
     assert strongest == sorted(strongest)
@@ -136,18 +134,16 @@ def test_the_patching_effect_walks_along_the_relations() -> None:
 
 
 def test_patching_one_pair_and_its_refusals() -> None:
-    record = patching_map.run(
-        PatchConfig(clean="<e_3><r_1><r_2>", corrupted="<e_4><r_1><r_2>", n_loops=2)
-    )
+    record = patch.run(PatchConfig(clean="<e_3><r_1><r_2>", corrupted="<e_4><r_1><r_2>", n_loops=2))
     assert record.columns() == ["0 <e_3> / <e_4>", "1 <r_1>", "2 <r_2>"]
     with pytest.raises(ValueError, match="pass --clean"):
-        patching_map.run(PatchConfig(corrupted="<e_4><r_1>"))
+        patch.run(PatchConfig(corrupted="<e_4><r_1>"))
     with pytest.raises(ValueError, match="must have one shape"):
-        patching_map.run(PatchConfig(clean="<e_3><r_1>", corrupted="<e_4><r_1><r_2>"))
+        patch.run(PatchConfig(clean="<e_3><r_1>", corrupted="<e_4><r_1><r_2>"))
 
 
 def test_lens_tracks_what_it_is_told() -> None:
-    record = lens_heatmap.run(LensConfig(text="<e_3><r_1>", track=("<e_5>", "<r_2>"), n_loops=2))
+    record = lens.run(LensConfig(text="<e_3><r_1>", track=("<e_5>", "<r_2>"), n_loops=2))
     assert record.tracked == ("<e_5>", "<r_2>")
     assert record.rank.shape == (2, 4, 2)
     assert record.frame().columns[-1] == "rank of <r_2>"
@@ -178,8 +174,8 @@ def test_nothing_is_written_when_writing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = LensConfig(text="<e_3><r_1>", n_loops=1)
-    record = lens_heatmap.run(config)
+    record = lens.run(config)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write("name", record, lens_heatmap.figure(record), OutputConfig(out=tmp_path), config)
+        write("name", record, lens.figure(record), OutputConfig(out=tmp_path), config)
     assert list(tmp_path.iterdir()) == []

@@ -55,10 +55,10 @@ def test_a_run_again_from_its_settings_file_gives_the_same_numbers_and_flags_win
             "--no-html",
         ]
     )
-    saved = tmp_path / "a" / "recurrence_grid.settings.json"
+    saved = tmp_path / "a" / "recurrence.settings.json"
     assert json.loads(saved.read_text())["checkpoint"] == "ltg_trained"
     main(["recurrence", "--from-file", str(saved), "--out", str(tmp_path / "b"), "--no-html"])
-    first, second = ((tmp_path / folder / "recurrence_grid.csv").read_text() for folder in "ab")
+    first, second = ((tmp_path / folder / "recurrence.csv").read_text() for folder in "ab")
     assert first == second
     main(
         [
@@ -72,7 +72,7 @@ def test_a_run_again_from_its_settings_file_gives_the_same_numbers_and_flags_win
             "--no-html",
         ]
     )
-    assert len((tmp_path / "c" / "recurrence_grid.csv").read_text().splitlines()) > len(
+    assert len((tmp_path / "c" / "recurrence.csv").read_text().splitlines()) > len(
         first.splitlines()
     )
     capsys.readouterr()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from loopscope.analyses.common.figure_configs import ANALYSES
+from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.pages import gallery
 from loopscope.analyses.pages.gallery import Drawn, Entry
@@ -23,24 +22,23 @@ def sections() -> dict[str, str]:
 
 
 def test_every_command_has_its_section_and_its_picture() -> None:
-    assert list(sections()) == list(ANALYSES)
+    assert list(sections()) == list(FIGURES)
     for name, section in sections().items():
         assert f"![{name}](gallery/{name}.png)" in section
         assert f"`loopscope {name}" in section
         assert (DOCS / "gallery" / f"{name}.png").read_bytes().startswith(PNG)
-    assert {path.stem for path in (DOCS / "gallery").iterdir()} == set(ANALYSES)
+    assert {path.stem for path in (DOCS / "gallery").iterdir()} == set(FIGURES)
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_the_numbers_are_what_the_command_prints(name: str) -> None:
-    config, module = ANALYSES[name]
-    record = import_module(f"loopscope.analyses.figures.{module}").run(config())
+    record = FIGURES[name].module().run(FIGURES[name].config()())
     assert markdown_table(record.summary().head(gallery._ROWS)) in sections()[name]
 
 
 def test_a_figure_without_shipped_input_says_so_and_uses_the_toy(tmp_path: Path) -> None:
     found = {entry.name: entry for entry in gallery.entries(tmp_path / "toy")}
-    assert list(found) == list(ANALYSES)
+    assert list(found) == list(FIGURES)
     assert [name for name, entry in found.items() if entry.note] == ["exit-gate"]
     gallery.make_toy(tmp_path / "toy")
     drawn = gallery.draw_one(found["exit-gate"])
@@ -50,8 +48,7 @@ def test_a_figure_without_shipped_input_says_so_and_uses_the_toy(tmp_path: Path)
 
 
 def test_the_page_and_its_pictures_are_written_together(tmp_path: Path) -> None:
-    config, module = ANALYSES["hop-updates"]
-    record = import_module(f"loopscope.analyses.figures.{module}").run(config())
+    record = FIGURES["hop-updates"].module().run(FIGURES["hop-updates"].config()())
     path = gallery.write(
         tmp_path / "all.md", lambda: [Drawn(Entry("hop-updates", {}), record, PNG)]
     )

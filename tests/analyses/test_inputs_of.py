@@ -4,7 +4,6 @@ without questions.
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 from golden_cases import GOLDEN
 from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import InputsConfig
-from loopscope.analyses.common.figure_configs import ANALYSES, StepsConfig
+from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.inputs_of import open_inputs, token_id, words
 from loopscope.analyses.figures.dynamics import steps
+from loopscope.analyses.figures.dynamics.steps import StepsConfig
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
 from loopscope.models.core.tokens import Readout
@@ -113,9 +113,8 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_figure_of_states_is_drawn_for_token_ids(family: str) -> None:
     for command, options in COMMANDS.items():
-        config, module = ANALYSES[command]
-        analysis = import_module(f"loopscope.analyses.figures.{module}")
-        source = config(
+        analysis = FIGURES[command].module()
+        source = FIGURES[command].config()(
             checkpoint=str(GOLDEN / family), tokens=(5, 7, 11), readout="last_real", **options
         )
         if command == "exit-gate" and family != "ouro":
@@ -144,14 +143,14 @@ def test_the_commands_take_token_ids(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert "mean iterations" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "exit_gate.csv",
-        "exit_gate.json",
-        "exit_gate.settings.json",
+        "exit-gate.csv",
+        "exit-gate.json",
+        "exit-gate.settings.json",
     ]
-    saved = ["--from-file", str(tmp_path / "exit_gate.settings.json"), "--no-html", "--overwrite"]
-    before = (tmp_path / "exit_gate.csv").read_text()
+    saved = ["--from-file", str(tmp_path / "exit-gate.settings.json"), "--no-html", "--overwrite"]
+    before = (tmp_path / "exit-gate.csv").read_text()
     main(["exit-gate", *saved, "--out", str(tmp_path)])
-    assert (tmp_path / "exit_gate.csv").read_text() == before
+    assert (tmp_path / "exit-gate.csv").read_text() == before
 
 
 def test_an_ordinary_model_is_opened_with_the_layers_to_loop() -> None:

@@ -12,17 +12,17 @@ from loopscope.analyses.common.configs import ReportConfig
 from loopscope.analyses.report import page as report
 
 TABS = {
-    "Answers": ("margin", "grid", "halting", "flips"),
-    "Circuit": ("lens", "patching", "ranks"),
-    "Dynamics": ("orbits", "steps", "attention"),
-    "Comparison": ("grids", "margins", "halting-compare"),
+    "Answers": ("overthinking", "recurrence", "halting", "flips"),
+    "Circuit": ("lens", "patch", "ranks"),
+    "Dynamics": ("orbits", "steps", "attention-settling"),
+    "Comparison": ("recurrence-grids", "margins", "halting-compare"),
 }
 FIGURES = tuple(key for keys in TABS.values() for key in keys)
 OF_ONE = (
-    "margin",
-    "grid",
+    "overthinking",
+    "recurrence",
     "lens",
-    "patching",
+    "patch",
     "halting",
 )  # figures with many marks and a long table
 

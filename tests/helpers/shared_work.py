@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import RecurrenceConfig
-from loopscope.analyses.figures.answers import recurrence_grid
+from loopscope.analyses.figures.answers import recurrence
+from loopscope.analyses.figures.answers.recurrence import RecurrenceConfig
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.lens.record import Lens
@@ -63,9 +63,7 @@ def grid() -> dict[str, Any]:
 
     LoopedModel.begin = counted
     try:
-        found = recurrence_grid.run(
-            RecurrenceConfig(checkpoint="ltg_trained", n_loops=6, per_hop=5)
-        )
+        found = recurrence.run(RecurrenceConfig(checkpoint="ltg_trained", n_loops=6, per_hop=5))
     finally:
         LoopedModel.begin = begin
     return {

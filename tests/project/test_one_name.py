@@ -12,14 +12,14 @@ import pytest
 
 import loopscope
 from import_graph import FOLDERS, modules
-from loopscope.analyses.common.figure_configs import ANALYSES
+from loopscope.analyses.common.figures import FIGURES
 from paths import ROOT, write
 
 COMMANDS = (
     "list",
     "report",
     "explore",
-    *ANALYSES,
+    *FIGURES,
     "replication",
     "findings",
     "families",

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import loopscope
 from golden_cases import GOLDEN
-from loopscope.analyses.common.figure_configs import HaltingConfig, RecurrenceConfig
-from loopscope.analyses.figures.answers import halting_curves, recurrence_grid
+from loopscope.analyses.figures.answers import halting, recurrence
+from loopscope.analyses.figures.answers.halting import HaltingConfig
+from loopscope.analyses.figures.answers.recurrence import RecurrenceConfig
 from loopscope.checkpoints.remote import find_release
 from paths import ROOT
 
@@ -71,7 +72,7 @@ def test_the_heat_map_of_ones_own_query_takes_less_than_ten_lines() -> None:
 
 
 def test_the_numbers_beyond_the_trained_depth() -> None:
-    best = recurrence_grid.run(RecurrenceConfig()).accuracy.max(1).values
+    best = recurrence.run(RecurrenceConfig()).accuracy.max(1).values
     assert f"at least {float(best[:10].min()):.2f} on 1 to 10 trained hops" in README
     assert (
         ", ".join(f"{accuracy:.2f}" for accuracy in best[10:].tolist()) + " on 11 to 16" in README
@@ -80,9 +81,9 @@ def test_the_numbers_beyond_the_trained_depth() -> None:
 
 @pytest.mark.parametrize(("checkpoint", "hops"), [("r2", 4), ("r4", 9)])
 def test_the_numbers_of_overthinking(checkpoint: str, hops: int) -> None:
-    accuracy = recurrence_grid.run(
-        RecurrenceConfig(checkpoint=f"mini/multi_hop/{checkpoint}")
-    ).accuracy[hops - 1]
+    accuracy = recurrence.run(RecurrenceConfig(checkpoint=f"mini/multi_hop/{checkpoint}")).accuracy[
+        hops - 1
+    ]
     fall = (
         f"from {float(accuracy.max()):.2f} at r = {int(accuracy.argmax()) + 1} to"
         f" {float(accuracy[-1]):.2f} at r = 24"
@@ -91,7 +92,7 @@ def test_the_numbers_of_overthinking(checkpoint: str, hops: int) -> None:
 
 
 def test_the_numbers_of_halting() -> None:
-    stops = halting_curves.run(HaltingConfig())
+    stops = halting.run(HaltingConfig())
     (both, alone), (many, few) = (
         stops.accuracy.mean(1)[:2].tolist(),
         stops.loops_used.mean(1)[:2].tolist(),

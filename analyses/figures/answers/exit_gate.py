@@ -15,12 +15,25 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.analyses.common.figure_configs import ExitGateConfig
+from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, words
 from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, styled
 from loopscope.analyses.common.records import Record
 from loopscope.interp.exits.exit_gate import exit_distribution, gate_names, readout_at_threshold
 from loopscope.models.core.state import checked_loops
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitGateConfig(InputsConfig):
+    """Where a model's own exit gate stops, token by token, and what an earlier exit costs (after
+    Ouro, arXiv 2510.25741).
+    """
+
+    n_loops: int | None = None
+    """Iterations; by default what the checkpoint records."""
+    thresholds: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    """Thresholds on the cumulative probability of an exit; one run each."""
+
 
 _TITLES = (
     "the gate",

@@ -15,10 +15,22 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.by_hop import HopRun
-from loopscope.analyses.common.figure_configs import FlipsConfig
+from loopscope.analyses.common.configs import PanelsConfig
 from loopscope.analyses.common.look import INK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlipsConfig(PanelsConfig):
+    """How often the top answer changes at each iteration: to right, from right, and between wrong
+    answers.
+    """
+
+    n_loops: int = 24
+    """Iterations to run."""
+
 
 KINDS = ("wrong to right", "right to wrong", "wrong to wrong")
 _COLORS = ("#0072B2", "#D55E00", "#4d5863")
@@ -204,3 +216,28 @@ def _color_axis(kind: int, most: float) -> dict[str, object]:
         "cmax": most,
         "colorbar": bar,
     }
+
+
+def _found(record: Flips) -> str:
+    """Of a record of one checkpoint."""
+    (shares,) = record.flips
+    late = shares.share[:, :, max(0, (shares.trained_loops or 1) - 1) :].sum(2).mean(1)
+    return (
+        f"Per question, over all hop counts: {float(shares.share[0].sum(1).mean()):.2f} changes to"
+        f" the right answer and {float(shares.share[1].sum(1).mean()):.2f} away from it; after the"
+        f" training R, {float(late[0]):.2f} and {float(late[1]):.2f}."
+    )
+
+
+SECTION = Section(
+    title="Answer flips",
+    look_for=(
+        "Each cell is the share of questions of one hop count whose top answer changes at that"
+        " iteration. Right answers should appear along a diagonal, deeper questions later. Changes"
+        " from right to wrong at late iterations are overthinking, question by question."
+    ),
+    measure=lambda opened: Flips(
+        (Panel.of(opened.subject),), (measure(opened.runs, opened.subject.model.cfg.n_loops),)
+    ),
+    found=_found,
+)

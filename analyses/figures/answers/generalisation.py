@@ -15,12 +15,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.by_hop import run_by_hop
-from loopscope.analyses.common.figure_configs import GeneralisationConfig
+from loopscope.analyses.common.configs import ComparisonConfig
 from loopscope.analyses.common.look import FAINT, INK, model_label, run_colors, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import open_subject
 from loopscope.checkpoints.load import read_card
 from loopscope.checkpoints.locate import shipped_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralisationConfig(ComparisonConfig):
+    """Deepest hop count answered over the deepest one trained, along training (figure 19); by
+    default all shipped multi-hop models.
+    """
+
+    n_loops: int = 24
+    """Iterations to run; a hop count is answered if it is at any of them."""
+    threshold: float = 0.6
+    """Accuracy from which a hop count counts as answered."""
+
 
 _KIND = "mini/multi_hop/"
 

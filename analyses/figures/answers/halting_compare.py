@@ -10,11 +10,27 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.analyses.common.figure_configs import HaltingCompareConfig
+from loopscope.analyses.common.configs import PanelsConfig
 from loopscope.analyses.common.look import INK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.figures.answers.halting_curves import HaltingCurves, measure
+from loopscope.analyses.common.sections import Section
+from loopscope.analyses.figures.answers.halting import HaltingCurves, measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaltingCompareConfig(PanelsConfig):
+    """Iterations used and accuracy per hop count with halting on KL and entropy and on KL alone,
+    per checkpoint (figures 9 and 10).
+    """
+
+    n_loops: int = 24
+    """The cap: an example that never halts uses the last iteration."""
+    kl: float = 0.01
+    """Threshold of KL(p_t || p_t-1), in nats."""
+    entropy: float = 3.0
+    """Threshold of the entropy, in nats."""
+
 
 RULES = 2
 """The rules of `HaltingCurves` that are compared: KL and entropy, and KL alone, which come first
@@ -177,3 +193,23 @@ def _draw(plot: go.Figure, panel: Panel, curve: HaltingCurves, col: int) -> None
                 fillcolor=_BEYOND, opacity=1, line_width=0, layer="below",
                 row=row, col=col,
             )  # fmt: skip
+
+
+def _found(record: HaltingCompare) -> str:
+    rows = [
+        f"{panel.checkpoint} {float(curves.accuracy[0].mean()):.2f} in"
+        f" {float(curves.loops_used[0].mean()):.1f}"
+        for panel, curves in zip(record.panels, record.curves, strict=True)
+    ]
+    return f"Accuracy and mean iterations with both conditions: {', '.join(rows)}."
+
+
+SECTION = Section(
+    title="Adaptive halting",
+    look_for=(
+        "Iterations used and accuracy with halting on KL and entropy, and on KL alone; the shaded"
+        " hop counts were not in training."
+    ),
+    measure=lambda opened: run(opened.compared(HaltingCompareConfig)),
+    found=_found,
+)

@@ -12,11 +12,23 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.analyses.common.figure_configs import MarginsConfig
+from loopscope.analyses.common.configs import PanelsConfig
 from loopscope.analyses.common.look import INK, MARK, hop_colors, hop_name, spread, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.analyses.figures.answers.overthinking import Overthinking, measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginsConfig(PanelsConfig):
+    """Mean logit margin after each iteration, one curve per hop count and one panel per checkpoint
+    (figure 8).
+    """
+
+    n_loops: int = 24
+    """Iterations to run."""
+
 
 _PER_ROW, _ROW_HEIGHT, _LABEL = 2, 330, 11.5
 _TOP, _BOTTOM, _BETWEEN = 64, 54, 64
@@ -173,3 +185,22 @@ def placed(heights: Sequence[float], gap: float, bounds: tuple[float, float]) ->
 def _spread_down(rising: Sequence[float], gap: float) -> list[float]:
     """As `spread`, downwards, for heights in rising order."""
     return [-height for height in spread([-height for height in reversed(rising)], gap)][::-1]
+
+
+def _found(record: Margins) -> str:
+    falls = [
+        f"{panel.checkpoint} {float(each.drop().max()):.2f}"
+        for panel, each in zip(record.panels, record.margins, strict=True)
+    ]
+    return f"Largest fall of a mean margin below its peak, in logits: {', '.join(falls)}."
+
+
+SECTION = Section(
+    title="Logit margins",
+    look_for=(
+        "The mean margin of every hop count, one panel per checkpoint on one scale; dashed lines"
+        " mark the mean first hit t*."
+    ),
+    measure=lambda opened: run(opened.compared(MarginsConfig)),
+    found=_found,
+)

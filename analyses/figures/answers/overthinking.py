@@ -14,10 +14,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
-from loopscope.analyses.common.figure_configs import OverthinkingConfig
+from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.look import FAINT, INK, hop_colors, hop_name, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject, open_subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverthinkingConfig(SourceConfig):
+    """Mean logit margin of the answer after each iteration, one curve per hop count (figure 8 of
+    arXiv 2604.07822).
+    """
+
+    n_loops: int = 24
+    """Iterations to run."""
 
 
 @dataclass(frozen=True)
@@ -146,3 +157,29 @@ def figure(record: Overthinking) -> go.Figure:
     plot.update_xaxes(title="iteration", dtick=2, range=[0.7, iterations[-1] + 0.3])
     plot.update_yaxes(title="mean logit margin of the answer", showgrid=True)
     return styled(plot, max(480, 150 + 25 * len(record.hops)))  # the legend fits without scrolling
+
+
+def _found(record: Overthinking) -> str:
+    drop, (peak, where) = record.drop(), record.peak()
+    answered = [i for i in range(len(record.hops)) if peak[i] > 0] or list(range(len(record.hops)))
+    worst = max(answered, key=lambda i: float(drop[i]))
+    falling = [str(hop) for hop, fall in zip(record.hops, drop.tolist(), strict=True) if fall > 0.5]
+    return (
+        f"Among the hop counts that are answered on average, {record.hops[worst]} falls most: its"
+        f" mean margin peaks at {peak[worst]:.2f} after {int(where[worst])} iterations and ends at"
+        f" {record.margin[worst, -1]:.2f}. Hop counts that end more than half a logit below their"
+        f" peak: {', '.join(falling) or 'none'}."
+    )
+
+
+SECTION = Section(
+    title="Logit margin and overthinking",
+    look_for=(
+        "Each curve is the mean margin of the right answer over its strongest rival after every"
+        " iteration. A dashed line marks the mean number of iterations at which the answer is first"
+        " on top (t*). A curve that falls after its peak is overthinking: more iterations make the"
+        " answer worse. Questions with more hops should rise later."
+    ),
+    measure=lambda opened: measure(opened.subject, opened.runs),
+    found=_found,
+)

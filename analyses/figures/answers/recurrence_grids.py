@@ -11,13 +11,29 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.analyses.common.figure_configs import RecurrenceGridsConfig
+from loopscope.analyses.common.claims import EXTRAPOLATES, LEARNED
+from loopscope.analyses.common.configs import PanelsConfig
 from loopscope.analyses.common.look import ACCURACY_SCALE, MARK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.figures.answers.recurrence_grid import RecurrenceGrid, measure
-from loopscope.analyses.common.claims import EXTRAPOLATES, LEARNED
+from loopscope.analyses.common.sections import Section
+from loopscope.analyses.figures.answers.recurrence import RecurrenceGrid, measure
 from loopscope.interp.exits.halting import HaltingRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrenceGridsConfig(PanelsConfig):
+    """Accuracy for each hop count and each number of iterations, several checkpoints side by side
+    (figures 5, 7 and 12 to 18).
+    """
+
+    n_loops: int = 24
+    """Iterations to run; one run gives the accuracy after each of them."""
+    kl: float = 0.01
+    """Row r*: halt when KL(p_t || p_t-1) is below this ..."""
+    entropy: float = 3.0
+    """... and the entropy is below this, both in nats."""
+
 
 _PER_ROW = 4
 _COLORBAR = {
@@ -205,3 +221,22 @@ def _draw(plot: go.Figure, grid: RecurrenceGrid, name: str, row: int, col: int) 
             row=row,
             col=col,
         )
+
+
+def _found(record: RecurrenceGrids) -> str:
+    deepest = [
+        f"{panel.checkpoint} {reached(grid)}"
+        for panel, grid in zip(record.panels, record.grids, strict=True)
+    ]
+    return f"Deepest hop count at 0.60 or better at any r: {', '.join(deepest)}."
+
+
+SECTION = Section(
+    title="Accuracy by hops and iterations",
+    look_for=(
+        "The grid of every checkpoint with one colour scale; lines mark the training R and the"
+        " deepest hop count learned."
+    ),
+    measure=lambda opened: run(opened.compared(RecurrenceGridsConfig)),
+    found=_found,
+)

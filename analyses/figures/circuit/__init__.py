@@ -1,4 +1,4 @@
 """Where in depth and at which positions is the answer carried?
 
-Start with `lens_heatmap.py`.
+Start with `lens.py`.
 """

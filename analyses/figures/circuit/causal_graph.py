@@ -6,16 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import pandas as pd
 import plotly.graph_objects as go
+import tyro
 from jaxtyping import Float
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.analyses.common.figure_configs import CausalGraphConfig
+from loopscope.analyses.common.configs import TwoHopConfig
 from loopscope.analyses.common.look import (
     ACCURACY_SCALE,
     FAINT,
@@ -36,6 +38,20 @@ from loopscope.analyses.common.two_hop import (
 )
 from loopscope.interp.lens.decoding import decodability
 from loopscope.interp.patching.tracing import denoising_map
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalGraphConfig(TwoHopConfig):
+    """Where in depth entities of two-hop questions are decodable, and which single states bring
+    back the answer (figure 11).
+    """
+
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = (
+        "mini/systematicity/r4_l2/ood",
+        "mini/systematicity/r1_l8/id",
+    )
+    """Names from `loopscope list`, checkpoint files, or folders."""
+
 
 COLUMNS = ("h", "r1", "r2")
 _RESTORED_SCALE = [[0.0, "#fbf8f4"], [0.5, "#f0ae72"], [1.0, "#a04000"]]

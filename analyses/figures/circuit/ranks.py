@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -15,12 +16,32 @@ from jaxtyping import Float, Int
 from plotly.colors import sample_colorscale
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import RanksConfig
+from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, token_id
 from loopscope.analyses.common.look import FAINT, INK, hop_name, spread, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.interp.lens.decoding import rank_trajectory
 from loopscope.interp.lens.lens import logit_lens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanksConfig(InputsConfig):
+    """Rank of the entities on the way, of the answer and of a control after every block: the logit
+    lens over effective depth.
+    """
+
+    n_loops: int | None = None
+    """Iterations; by default what the checkpoint records."""
+    at: Literal["own", "readout"] = "own"
+    """own: each entity at the relation that leads to it; readout: all of them where the answer is
+    read.
+    """
+    track: tuple[str, ...] = ()
+    """Tokens to follow at the readout instead (ids, without a vocabulary); needed where no graph
+    and no answer is known.
+    """
+
 
 ANSWER, CONTROL = "answer", "control"
 _TOP = 1.05  # a mean rank up to this counts as the top
@@ -385,3 +406,23 @@ def _label(plot: go.Figure, record: Ranks, colors: list[str]) -> None:
             showarrow=False,
             font={"size": 12, "color": colors[j]},
         )
+
+
+def _found(record: Ranks) -> str:
+    arrived = ", ".join(
+        f"{name} at {depth or 'never'}"
+        for name, depth in zip(record.targets, record.arrivals(), strict=True)
+    )
+    return f"First on top at depth: {arrived}."
+
+
+SECTION = Section(
+    title="Rank trajectories",
+    look_for=(
+        "The rank of each entity on the way, where it should be known, after every block: 0 is the"
+        " top token. Curves that arrive one after another show a step by step computation; a"
+        " control token that nobody asks for should stay where it is."
+    ),
+    measure=lambda opened: measure(opened.asked, opened.asked.group(opened.config.hops)),
+    found=_found,
+)

@@ -5,15 +5,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+import tyro
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import ShortcutConfig
+from loopscope.analyses.common.configs import PanelsConfig
 from loopscope.analyses.common.look import MARK, styled
 from loopscope.analyses.common.panels import Panel, headline, opened, small_titles, together
 from loopscope.analyses.common.records import Record
@@ -21,6 +23,32 @@ from loopscope.analyses.common.subject import Subject
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.patching.tracing import noising_map
 from loopscope.tasks.questions import Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortcutConfig(PanelsConfig):
+    """Where the answer depends on the question: states of random runs put into the clean run, every
+    position and block (figure 21).
+    """
+
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = (
+        "mini/shortcut",
+        "mini/multi_hop/r4",
+    )
+    """Names from `loopscope list`, checkpoint files, or folders."""
+    hops: int | None = None
+    """Hop count of the questions; by default the deepest that each checkpoint was trained on."""
+    average: bool = False
+    """Show the mean over all questions of the hop count instead of one question."""
+    n_loops: int | None = None
+    """Iterations; by default what each checkpoint records."""
+    draws: int = 1
+    """Random runs for each question, each with other tokens at all positions; the effect is their
+    mean.
+    """
+    seed: int = 0
+    """Seed of the random runs."""
+
 
 _BAR = "#4d5863"
 

@@ -5,16 +5,18 @@ of training (figure 4).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+import tyro
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.analyses.common.figure_configs import StagesConfig
+from loopscope.analyses.common.configs import TwoHopConfig
 from loopscope.analyses.common.look import (
     FAINT,
     GROUP_COLORS,
@@ -27,6 +29,21 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.common.two_hop import GROUPS, READ_AT, TARGETS, ask, shape_of
 from loopscope.interp.lens.decoding import decodability
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesConfig(TwoHopConfig):
+    """Where in depth the bridge and the target are decodable, stage by stage (figure 4)."""
+
+    checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = (
+        "mini/systematicity/r4_l2/train",
+        "mini/systematicity/r4_l2/id",
+        "mini/systematicity/r4_l2/ood",
+        "mini/systematicity/r1_l8/train",
+        "mini/systematicity/r1_l8/id",
+    )
+    """Names from `loopscope list`, checkpoint files, or folders."""
+
 
 _SYMBOLS = dict(zip(GROUPS, ("square", "circle", "diamond"), strict=True))
 _SIZES = dict(

@@ -5,17 +5,32 @@ entropy (after arXiv 2604.11791).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.analyses.common.figure_configs import AttentionConfig
+from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.interp.common.columns import Shown, shown_spots
 from loopscope.interp.dynamics.layers import AttentionDynamics, attention_dynamics
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(InputsConfig):
+    """Change of every head's attention pattern from one iteration to the next, and its entropy
+    (after arXiv 2604.11791).
+    """
+
+    n_loops: int = 16
+    """Iterations to run."""
+    positions: Literal["readout", "real"] = "real"
+    """Queries: where the answer is read, or all tokens."""
+
 
 _CHANGE, _ENTROPY = "change from the iteration before", "entropy (nats)"
 _SETTLED = 0.01
@@ -210,3 +225,26 @@ def _maps(record: AttentionSettling) -> go.Figure:
     )
     plot.update_yaxes(autorange="reversed", type="category", col=2)
     return styled(plot, 180 + max(240, 16 * len(rows))).update_layout(margin_l=140)
+
+
+def _found(record: AttentionSettling) -> str:
+    settled = [loop for layer in record.settled() for loop in layer]
+    known = [loop for loop in settled if loop is not None]
+    late = "never for some heads"
+    if len(known) == len(settled):
+        late = f"by loop {max(known)} for all heads"
+    return f"Patterns stand still {late}."
+
+
+SECTION = Section(
+    title="Does attention settle?",
+    look_for=(
+        "How much each head's attention pattern changes from one iteration to the next, and its"
+        " entropy. Heads that go on changing are still looking; a pattern that stands still over"
+        " all keys alike has stopped to look."
+    ),
+    measure=lambda opened: measure(
+        opened.asked, opened.asked.group(opened.config.hops), opened.config.n_loops
+    ),
+    found=_found,
+)

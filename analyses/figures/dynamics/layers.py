@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,13 +17,26 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import LayersConfig
+from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.look import CATEGORIES, FAINT, styled
 from loopscope.analyses.common.records import Record
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.dynamics.layers import LayerDynamics, layer_dynamics
 from loopscope.interp.dynamics.states import Dynamics
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig(InputsConfig):
+    """What each block does over iterations: the angle by which it turns the state, its output's
+    norm and steps (after arXiv 2604.11791).
+    """
+
+    n_loops: int = 16
+    """Iterations to run."""
+    positions: Literal["readout", "real"] = "real"
+    """readout: where the answer is read; real: mean over all tokens."""
+
 
 _ANGLE = "angular_distance"
 _OVER_ITERATIONS: dict[str, Callable[[Dynamics], Tensor]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,13 +17,37 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import OrbitsConfig
+from loopscope.analyses.common.configs import InputsConfig, taken_from
 from loopscope.analyses.common.inputs_of import Asked, open_inputs, words
 from loopscope.analyses.common.look import hop_colors, hop_name, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.models.core.tokens import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrbitsConfig(InputsConfig):
+    """Paths of the state on its principal components: fixed points, orbits and sliders (after
+    figures of arXiv 2502.05171).
+    """
+
+    n_loops: int = 32
+    """Iterations to run."""
+    positions: Literal["readout", "tokens"] = "readout"
+    """readout: one path per input, where its answer is read; tokens: one path per token of one
+    input.
+    """
+    paths: int = 8
+    """At most this many paths; without --hops, questions of as many hop counts as that."""
+    components: Literal[2, 3] = 2
+    """Principal components to draw."""
+    tol: float = 0.01
+    """A period p is found where ||h_t+p - h_t|| / ||h_t|| stays below this over the last
+    iterations.
+    """
+
 
 SPACES = ("state", "direction")
 _PERIODS, _WINDOW = (
@@ -311,3 +336,26 @@ def _colors(record: OrbitPaths) -> list[str]:
         return [by_hop[hop] for hop in hops]
     n = len(record.labels)
     return list(sample_colorscale("Viridis", [0.9 * i / max(1, n - 1) for i in range(n)]))
+
+
+def _found(record: OrbitPaths) -> str:
+    kinds = [f"{state} ({direction} in direction)" for state, direction in record.kinds()]
+    counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    return f"Of the paths shown: {counted}."
+
+
+SECTION = Section(
+    title="Orbits of the state",
+    look_for=(
+        "The state at the readout after every iteration, in its first principal components, and its"
+        " direction alone, which is what the final norm passes on. A fixed point stops, a slider"
+        " goes on straight ahead, an orbit comes back."
+    ),
+    measure=lambda opened: measure(
+        opened.asked,
+        taken_from(
+            OrbitsConfig, opened.config, n_loops=max(opened.config.n_loops, _WINDOW), hops=None
+        ),
+    ),
+    found=_found,
+)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,12 +17,26 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.analyses.common.figure_configs import StepsConfig
+from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.look import FAINT, hop_colors, hop_name, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.dynamics.states import Dynamics, dynamics
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsConfig(InputsConfig):
+    """Size and direction of the steps that the state takes, over iterations, one curve per hop
+    count (after arXiv 2509.23314).
+    """
+
+    n_loops: int = 32
+    """Iterations to run."""
+    positions: Literal["readout", "real"] = "readout"
+    """readout: the state where the answer is read; real: mean over all tokens."""
+
 
 STATISTICS: dict[str, Callable[[Dynamics], Tensor]] = {
     "state_norm": lambda path: path.state_norm(),
@@ -84,19 +99,23 @@ class Steps(Record):
             {"hops": "Int64"}
         )
 
-    def summary(self) -> pd.DataFrame:
-        """One row per group: from which iteration on the mean turn is below one degree, and the
-        last values.
+    def still(self) -> list[int | str]:
+        """For each group the number of iterations from which on the mean turn is below one degree;
+        "never" where it is not at the end.
         """
         moving = self.of("angle")[:, 1:] >= _STILL
-        still = [int(row.nonzero().max()) + 2 if bool(row.any()) else 1 for row in moving]
+        from_ = [int(row.nonzero().max()) + 2 if bool(row.any()) else 1 for row in moving]
+        return [count if count < self.values.shape[2] else "never" for count in from_]
+
+    def summary(self) -> pd.DataFrame:
+        """One row per group: the number of iterations from which on the mean turn is below one
+        degree, and the last values.
+        """
         return pd.DataFrame(
             {
                 "inputs of": self.groups,
                 "number": self.inputs,
-                "turn below 1 degree from": [
-                    t if t < self.values.shape[2] else "never" for t in still
-                ],
+                "turn below 1 degree from": self.still(),
                 "last turn": self.of("angle")[:, -1],
                 "last step": self.of("step_norm")[:, -1],
                 "last relative step": self.of("relative_step")[:, -1],
@@ -219,3 +238,23 @@ def _colors(record: Steps) -> list[str]:
     hops = [hop for hop in record.hops if hop is not None]
     by_hop = hop_colors(hops, record.trained_hops)
     return [by_hop[hop] if hop is not None else "#0072B2" for hop in record.hops]
+
+
+def _found(record: Steps) -> str:
+    still = record.still()
+    return (
+        f"The state turns by less than one degree per iteration from iteration {still[0]}"
+        f" ({record.groups[0]}) to {still[-1]} ({record.groups[-1]}) on."
+    )
+
+
+SECTION = Section(
+    title="Step sizes and angles",
+    look_for=(
+        "How far and in which direction the state moves at each iteration, one curve per hop count."
+        " While something is computed, steps turn; once the answer is there, they should point the"
+        " same way or vanish. Deeper questions should settle later."
+    ),
+    measure=lambda opened: measure(opened.asked, opened.asked.groups(), opened.config.n_loops),
+    found=_found,
+)

@@ -15,10 +15,23 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import GrokkingConfig
+from loopscope.analyses.common.configs import LogsConfig
 from loopscope.analyses.common.look import FAINT, GROUP_COLORS, GROUP_NAMES, run_colors, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrokkingConfig(LogsConfig):
+    """Accuracy on two-hop facts along training, one curve per number of iterations, and the stages
+    of a run (figure 3).
+    """
+
+    stages_of: str | None = None
+    """The run whose stages to show, such as r4_l2; by default the one that ends with the best OOD
+    accuracy.
+    """
+
 
 GROUPS = ("train_inferred", "test_inferred_iid", "test_inferred_ood")
 OOD = GROUPS[-1]

@@ -13,10 +13,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import HopUpdatesConfig
+from loopscope.analyses.common.configs import LogsConfig
 from loopscope.analyses.common.look import INK, hop_name, run_colors, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopUpdatesConfig(LogsConfig):
+    """Updates needed until each hop count was first learned, one curve per run (figure 6)."""
+
+    gate: float | None = None
+    """A hop count is learned once its accuracy exceeds this; by default the gate of the run's own
+    curriculum.
+    """
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loopscope.analyses.common.figure_configs import AttentionConfig
 from loopscope.analyses.common.inputs_of import Asked, Group
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.dynamics import attention_settling
-from loopscope.analyses.figures.dynamics.attention_settling import AttentionSettling
+from loopscope.analyses.figures.dynamics.attention_settling import (
+    AttentionConfig,
+    AttentionSettling,
+)
 from loopscope.interp.dynamics.layers import AttentionDynamics
 from toy import LENGTHS, LOOPS, Bidirectional, cached, odd_one, padded, toy
 

@@ -16,10 +16,16 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.figure_configs import CausalGraphConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.common.two_hop import GROUPS, ask, with_other_start
-from loopscope.analyses.figures.circuit.causal_graph import CausalGraph, Panel, figure, measure, run
+from loopscope.analyses.figures.circuit.causal_graph import (
+    CausalGraph,
+    CausalGraphConfig,
+    Panel,
+    figure,
+    measure,
+    run,
+)
 from loopscope.interp.common.metrics import margin
 
 LOOPED, VANILLA = "mini/systematicity/r4_l2/ood", "mini/systematicity/r1_l8/id"
@@ -215,4 +221,4 @@ def test_refusals_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[
         ]
     )
     assert "bridge from depth" in capsys.readouterr().out
-    assert (tmp_path / "causal_graph.csv").exists()
+    assert (tmp_path / "causal-graph.csv").exists()

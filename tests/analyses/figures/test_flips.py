@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.figure_configs import FlipsConfig, RecurrenceGridsConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.answers import flips, recurrence_grids
-from loopscope.analyses.figures.answers.flips import KINDS, Flips
+from loopscope.analyses.figures.answers.flips import KINDS, Flips, FlipsConfig
+from loopscope.analyses.figures.answers.recurrence_grids import RecurrenceGridsConfig
 
 
 @pytest.fixture(scope="module")

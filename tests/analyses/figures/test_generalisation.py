@@ -13,9 +13,13 @@ import torch
 
 from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.figure_configs import GeneralisationConfig
 from loopscope.analyses.common.subject import open_subject
-from loopscope.analyses.figures.answers.generalisation import Generalisation, figure, run
+from loopscope.analyses.figures.answers.generalisation import (
+    Generalisation,
+    GeneralisationConfig,
+    figure,
+    run,
+)
 from loopscope.checkpoints.locate import SHIPPED, shipped_names
 
 TWO, SIX, END = "mini/multi_hop/r_dyn/2_hops", "mini/multi_hop/r_dyn/6_hops", "mini/multi_hop/r_dyn"

@@ -13,9 +13,14 @@ import torch
 from log_files import line, write_run
 from loopscope.analyses.cli import main
 from loopscope.analyses.common import training_logs
-from loopscope.analyses.common.figure_configs import GrokkingConfig
 from loopscope.analyses.common.training_logs import TrainingLog, read_log, read_logs
-from loopscope.analyses.figures.training.grokking import GROUPS, Grokking, figure, run
+from loopscope.analyses.figures.training.grokking import (
+    GROUPS,
+    Grokking,
+    GrokkingConfig,
+    figure,
+    run,
+)
 from loopscope.checkpoints.locate import SHIPPED
 
 RUN = "mini/systematicity/r2_l2"

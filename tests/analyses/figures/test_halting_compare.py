@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.figure_configs import HaltingCompareConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.answers import halting_compare
-from loopscope.analyses.figures.answers.halting_compare import HaltingCompare
+from loopscope.analyses.figures.answers.halting_compare import HaltingCompare, HaltingCompareConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ import pytest
 
 from log_files import line, write_run
 from loopscope.analyses.cli import main
-from loopscope.analyses.common.figure_configs import HopUpdatesConfig
-from loopscope.analyses.figures.training.hop_updates import figure, run
+from loopscope.analyses.figures.training.hop_updates import HopUpdatesConfig, figure, run
 from loopscope.checkpoints.locate import SHIPPED
 
 RUN = "mini/multi_hop/r2"
@@ -121,4 +120,4 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["hop-updates", RUN, "--gate", "0.9", "--out", str(tmp_path), "--no-html"])
     assert "R = 2, L = 2" in capsys.readouterr().out
-    assert (tmp_path / "hop_updates.csv").exists()
+    assert (tmp_path / "hop-updates.csv").exists()

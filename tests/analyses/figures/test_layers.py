@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loopscope.analyses.common.figure_configs import LayersConfig
 from loopscope.analyses.common.inputs_of import Asked, Group
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.dynamics import layers
+from loopscope.analyses.figures.dynamics.layers import LayersConfig
 from toy import LENGTHS, LOOPS, ShortEnding, cached, odd_one, padded, toy
 
 GROUP = Group(None, ("a", "b", "c"), padded())

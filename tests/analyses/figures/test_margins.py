@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.figure_configs import MarginsConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.answers import margins
-from loopscope.analyses.figures.answers.margins import Margins, placed
+from loopscope.analyses.figures.answers.margins import Margins, MarginsConfig, placed
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from golden_cases import GOLDEN
-from loopscope.analyses.common.figure_configs import OrbitsConfig
 from loopscope.analyses.common.inputs_of import Asked, open_inputs
 from loopscope.analyses.figures.dynamics import orbits
+from loopscope.analyses.figures.dynamics.orbits import OrbitsConfig
 from loopscope.interp.dynamics.states import Dynamics
 
 

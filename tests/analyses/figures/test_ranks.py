@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from golden_cases import GOLDEN
-from loopscope.analyses.common.figure_configs import RanksConfig
 from loopscope.analyses.common.inputs_of import open_inputs
 from loopscope.analyses.figures.circuit import ranks
+from loopscope.analyses.figures.circuit.ranks import RanksConfig
 from loopscope.models.core.base import LoopedModel
 
 HOPS, LOOPS, QUESTIONS = 5, 3, 4

@@ -10,16 +10,13 @@ import pytest
 import torch
 
 from loopscope.analyses.cli import main
-from loopscope.analyses.common.figure_configs import (
-    MarginsConfig,
-    RecurrenceConfig,
-    RecurrenceGridsConfig,
-)
 from loopscope.analyses.common.panels import Panel
-from loopscope.analyses.figures.answers import recurrence_grid, recurrence_grids
-from loopscope.analyses.figures.answers.recurrence_grid import RecurrenceGrid
+from loopscope.analyses.figures.answers import recurrence, recurrence_grids
+from loopscope.analyses.figures.answers.margins import MarginsConfig
+from loopscope.analyses.figures.answers.recurrence import RecurrenceConfig, RecurrenceGrid
 from loopscope.analyses.figures.answers.recurrence_grids import (
     RecurrenceGrids,
+    RecurrenceGridsConfig,
     leading,
     learned,
     reached,
@@ -54,7 +51,7 @@ def test_each_grid_is_that_of_the_checkpoint_alone() -> None:
         RecurrenceGridsConfig(checkpoints=PAIR, n_loops=3, per_hop=7, kl=0.5)
     )
     for name, grid in zip(PAIR, both.grids, strict=True):
-        alone = recurrence_grid.run(RecurrenceConfig(checkpoint=name, n_loops=3, per_hop=7, kl=0.5))
+        alone = recurrence.run(RecurrenceConfig(checkpoint=name, n_loops=3, per_hop=7, kl=0.5))
         pd.testing.assert_frame_equal(grid.frame(), alone.frame())
         frame = both.frame()
         pd.testing.assert_frame_equal(

@@ -10,11 +10,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.figure_configs import ShortcutConfig
 from loopscope.analyses.common.panels import Panel
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.figures.circuit import shortcut
-from loopscope.analyses.figures.circuit.shortcut import Shortcut, ShortcutMap
+from loopscope.analyses.figures.circuit.shortcut import Shortcut, ShortcutConfig, ShortcutMap
 from loopscope.analyses.pages.multi_hop_claims import shortcut_on_random_graph
 from loopscope.models.core.base import LoopedModel
 

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 
 from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.figure_configs import StagesConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.common.two_hop import GROUPS, ask, shape_of, with_other_start
-from loopscope.analyses.figures.circuit.stages import StageDepths, figure, run
+from loopscope.analyses.figures.circuit.stages import StageDepths, StagesConfig, figure, run
 from loopscope.checkpoints.locate import SHIPPED
 from loopscope.tasks.graphs import TableGraph
 from loopscope.tasks.questions import Question

@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 
-from loopscope.analyses.common.figure_configs import StepsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.dynamics import steps
+from loopscope.analyses.figures.dynamics.steps import StepsConfig
 from loopscope.interp.common.columns import Shown
 from toy import LENGTHS, LOOPS, cached, padded, settling
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from golden_cases import GOLDEN
-from loopscope.analyses.common.figure_configs import ExitGateConfig
 from loopscope.analyses.common.inputs_of import Asked, Group
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.answers import exit_gate
+from loopscope.analyses.figures.answers.exit_gate import ExitGateConfig
 from loopscope.checkpoints.load import load
 from loopscope.models.core.tokens import Batch
 

@@ -15,11 +15,27 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
-from loopscope.analyses.common.figure_configs import RecurrenceConfig
+from loopscope.analyses.common.claims import EXTRAPOLATES
+from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.look import ACCURACY_SCALE, INK, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrenceConfig(SourceConfig):
+    """Accuracy for each hop count and each number of iterations (figures 5, 7 and 12 to 18)."""
+
+    n_loops: int = 24
+    """Iterations to run; one run gives the accuracy after each of them."""
+    kl: float = 0.01
+    """Row r*: halt when KL(p_t || p_t-1) is below this ..."""
+    entropy: float = 3.0
+    """... and the entropy is below this, both in nats."""
+    trained_hops: int | None = None
+    """Deepest hop count seen in training, to mark in the figure; by default what card.json says."""
 
 
 @dataclass(frozen=True)
@@ -187,3 +203,38 @@ def figure(record: RecurrenceGrid) -> go.Figure:
     plot.update_xaxes(visible=False, row=1, col=1)
     plot.update_yaxes(title="iterations r", dtick=2, tick0=2, row=2, col=1)
     return styled(plot, 560)
+
+
+def _found(record: RecurrenceGrid) -> str:
+    best = record.accuracy.max(1).values
+    trained = record.trained_hops or 0
+    beyond = [
+        hop
+        for hop, accuracy in zip(record.hops, best.tolist(), strict=True)
+        if hop > trained and accuracy >= EXTRAPOLATES
+    ]
+    reach = "no hop count reaches 0.60"
+    if beyond:
+        reach = f"up to {max(beyond)} hops stay at 0.60 or better"
+    if not trained:
+        return f"Over all hop counts, {reach}."
+    inside = best[: sum(hop <= trained for hop in record.hops)]
+    return (
+        f"Hop counts in training reach at least {inside.min():.2f} at their best r. Beyond"
+        f" training {reach}."
+    )
+
+
+SECTION = Section(
+    title="Accuracy by hops and iterations",
+    look_for=(
+        "Every cell is the accuracy that the model has when it is stopped after r iterations; all"
+        " rows come from one run. Right of the dotted line no question of that depth was in"
+        " training. Deeper questions need more iterations; columns that pale towards the top"
+        " overthink. The row r* lets an adaptive rule choose when to stop."
+    ),
+    measure=lambda opened: measure(
+        opened.subject, opened.runs, HaltingRule(RecurrenceConfig.kl, RecurrenceConfig.entropy)
+    ),
+    found=_found,
+)

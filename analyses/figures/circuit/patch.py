@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -13,13 +14,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import PatchConfig
+from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.look import styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.interp.common.metrics import logit_margin
 from loopscope.interp.common.pairs import Direction
 from loopscope.interp.patching.activation import activation_patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig(SourceConfig):
+    """Effect of restoring one clean activation in a corrupted run, for each iteration and layer and
+    position (figures 11 and 21).
+    """
+
+    clean: str | None = None
+    """The clean question; by default the mean over all questions of one hop count is shown."""
+    corrupted: str | None = None
+    """The corrupted question, of the same length; by default the clean one with another head
+    entity.
+    """
+    hops: int | None = None
+    """Hop count of the questions to average over; by default about half of what was trained."""
+    site: str = "resid_post"
+    """What is patched: resid_pre, resid_mid, resid_post, attn_out, mlp_out, ..."""
+    n_loops: int | None = None
+    """Iterations; by default what the checkpoint records."""
+    direction: Literal["denoise", "noise"] = "denoise"
+    """denoise: clean into corrupted; noise: corrupted into clean."""
 
 
 @dataclass(frozen=True)
@@ -203,3 +227,31 @@ def figure(record: PatchingMap) -> go.Figure:
     plot.update_xaxes(title="position", type="category")
     plot.update_yaxes(title=f"iteration.layer of {record.site}", type="category")
     return styled(plot, 170 + 24 * len(steps))
+
+
+def _found(record: PatchingMap) -> str:
+    strongest = record.effect.argmax(1).tolist()
+    moves = [j for i, j in enumerate(strongest) if i == 0 or j != strongest[i - 1]]
+    path = " → ".join(record.columns()[j] for j in moves)
+    return (
+        f"Means over {len(record.clean)} pairs such as {record.clean[0]} against"
+        f" {record.corrupted[0]}; the margin of the clean answer is {record.clean_margin:.2f} clean"
+        f" and {record.corrupted_margin:.2f} corrupted. From the embedding upwards the strongest"
+        f" position moves {path}."
+    )
+
+
+SECTION = Section(
+    title="What one activation carries",
+    look_for=(
+        "Each corrupted question starts from another entity. A cell puts one clean activation into"
+        " the corrupted run and measures how much of the clean margin comes back (1 = all of it)."
+        " Where the colour is, the answer's history is being carried at that moment: it should walk"
+        " along the relations as the iterations go by, and stay at the readout once the answer is"
+        " known."
+    ),
+    measure=lambda opened: measure(
+        opened.subject, [each.text for each in opened.subject.of_hops(opened.config.hops)]
+    ),
+    found=_found,
+)

@@ -15,11 +15,25 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
-from loopscope.analyses.common.figure_configs import HaltingConfig
+from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.look import FAINT, INK, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import open_subject
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaltingConfig(SourceConfig):
+    """Iterations used and accuracy per hop count, for several halting rules (figures 9 and 10)."""
+
+    n_loops: int = 16
+    """The cap: an example that never halts uses the last iteration."""
+    kl: float = 0.01
+    """Threshold of KL(p_t || p_t-1), in nats."""
+    entropy: float = 3.0
+    """Threshold of the entropy, in nats."""
+
 
 _COLORS = ("#0b4f8a", "#d9730d", "#2f855a", FAINT)
 
@@ -150,3 +164,25 @@ def figure(record: HaltingCurves) -> go.Figure:
     plot.update_yaxes(rangemode="tozero", showgrid=True)
     plot.update_layout(legend={"orientation": "h", "y": -0.22, "x": 0.5, "xanchor": "center"})
     return styled(plot, 420).update_layout(margin_b=90)
+
+
+def _found(record: HaltingCurves) -> str:
+    both, kl_only = record.accuracy.mean(1)[:2].tolist()
+    used = record.loops_used.mean(1).tolist()
+    return (
+        f"The rule with both conditions uses {used[0]:.1f} iterations on average for an accuracy of"
+        f" {both:.2f}; KL alone stops after {used[1]:.1f} with {kl_only:.2f}."
+    )
+
+
+SECTION = Section(
+    title="Adaptive halting",
+    look_for=(
+        "An adaptive rule watches the model's own answers: it stops when two successive ones agree"
+        " (small KL) and the answer is sure (small entropy). A good rule uses more iterations for"
+        " deeper questions and loses little against the best fixed r (dotted). KL alone tends to"
+        " stop while nothing has happened yet."
+    ),
+    measure=lambda opened: measure(opened.runs, HaltingConfig.kl, HaltingConfig.entropy),
+    found=_found,
+)

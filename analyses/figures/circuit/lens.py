@@ -13,11 +13,28 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import LensConfig
+from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.look import ACCURACY_SCALE, INK, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.interp.lens.lens import logit_lens
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensConfig(SourceConfig):
+    """Logit lens of one question: every token position, after every block of every iteration
+    (figure 4 for one example).
+    """
+
+    text: str | None = None
+    """The question; by default the first one of the data with the most hops that were trained."""
+    n_loops: int | None = None
+    """Iterations; by default what the checkpoint records."""
+    track: tuple[str, ...] = ()
+    """Tokens whose rank to show; by default the entities that the question passes, where the graph
+    is known, or its answer.
+    """
 
 
 @dataclass(frozen=True)
@@ -239,3 +256,24 @@ def _hover(record: LensHeatmap) -> list[list[str]]:
             )
         cells.append(row)
     return cells
+
+
+def _found(record: LensHeatmap) -> str:
+    reached = sum(bool((rank == 0).any()) for rank in record.rank)
+    return (
+        f"The question is {record.text}; the answer is {record.answer}. "
+        f"Of its {len(record.tracked)} tracked tokens, {reached} come out on top somewhere."
+    )
+
+
+SECTION = Section(
+    title="Logit lens of one question",
+    look_for=(
+        "Read the residual stream as if the model stopped here: the top token at every position"
+        " after every block. In a model that follows the relations one after another, each"
+        " intermediate entity appears at its own relation, one iteration after the one before it."
+        " The right panel follows the rank of each entity at its own relation."
+    ),
+    measure=lambda opened: measure(opened.subject, opened.subject.example(opened.config.hops).text),
+    found=_found,
+)
