@@ -38,33 +38,36 @@ _TEXT = """# Why the iteration needs a name
 
 Written by `python -m benchmarks.why` with {versions}.
 
-A looped model runs the same blocks several times. A hook point that belongs to a block then fires several times under one name,
-and a tool that finds activations by name is left with one of the values. Here is what that does, on one random HRM-Text with two
-blocks in each of its two stacks, {high} high cycles and {low} runs of the low stack in each: once through TransformerLens's own bridge
-(`TransformerBridge`, whose adapter for this family states the limit), once through this library. Both hold the same weights and
-compute the same logits.
+A looped model runs the same blocks several times. A hook point that belongs to a block then fires
+several times under one name, and a tool that finds activations by name is left with one of the
+values. Here is what that does, on one random HRM-Text with two blocks in each of its two stacks,
+{high} high cycles and {low} runs of the low stack in each: once through TransformerLens's own
+bridge (`TransformerBridge`, whose adapter for this family states the limit), once through this
+library. Both hold the same weights and compute the same logits.
 
 ## One name, several values
 
 {names}
 
-`run_with_cache` on the bridge keeps the value of the last visit. The largest difference between what it cached as
-`L_blocks.0.hook_resid_pre` and our activation of each visit of that block:
+`run_with_cache` on the bridge keeps the value of the last visit. The largest difference between
+what it cached as `L_blocks.0.hook_resid_pre` and our activation of each visit of that block:
 
 {distance}
 
 ## Writing a value back where it came from
 
-Cache a run, then run again with the cached value written back at the same site, at position {position} of 0 to 7 (and head {head} of 0 to
-2 where the site has heads). This must change nothing. Where the point fires several times, the last visit's value is written at all
-of them. How far the logits move, in their standard deviations; as a control, the bridge of a model of the same sizes whose blocks
-are visited once; and the largest change over all visits here (0 is exactly 0):
+Cache a run, then run again with the cached value written back at the same site, at position
+{position} of 0 to 7 (and head {head} of 0 to 2 where the site has heads). This must change nothing.
+Where the point fires several times, the last visit's value is written at all of them. How far the
+logits move, in their standard deviations; as a control, the bridge of a model of the same sizes
+whose blocks are visited once; and the largest change over all visits here (0 is exactly 0):
 
 {moved}
 
-Patching by such a name is patching every visit at once, with a value that belongs to the last one. A hook on the bridge can count its
-own calls, and nnsight can address the n-th call of a module; what neither has is a name for the visit that caches, filters, sweeps,
-lenses and gradients share. Here that name is `loops.{{h}}.low.{{l}}.blocks.{{i}}`.
+Patching by such a name is patching every visit at once, with a value that belongs to the last one.
+A hook on the bridge can count its own calls, and nnsight can address the n-th call of a module;
+what neither has is a name for the visit that caches, filters, sweeps, lenses and gradients share.
+Here that name is `loops.{{h}}.low.{{l}}.blocks.{{i}}`.
 """
 
 
