@@ -43,13 +43,6 @@ class CheckpointFiles:
     n_layers: int | None = None
     readout: str | None = None
 
-    @property
-    def is_release(self) -> bool:
-        """Whether the weights are a pickle as those of "Loop, Think, & Generalize" are: the file
-        alone, without a config.
-        """
-        return self.weights.suffix == ".pt" and not self.weights.with_name("config.json").is_file()
-
 
 def shipped_names() -> list[str]:
     """Names of the checkpoints that travel with the project."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fill import drop_tied_head
 from loopscope.checkpoints.pickles import WHAT_IT_IS
 from loopscope.models.core.files import atomic_path
 from loopscope.models.families.recurrent_depth import (
@@ -95,16 +96,9 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path} holds some keys both with and without the prefix '_orig_mod.'; it must be one"
             " or the other"
         )
-    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("token_embedding.weight")
-    if (
-        head is not None
-        and embedding is not None
-        and not torch.equal(head.nan_to_num(), embedding.nan_to_num())
-    ):
-        raise CheckpointError(
-            f"{path}: lm_head.weight differs from token_embedding.weight, but this family's head is"
-            " tied"
-        )
+    drop_tied_head(
+        tensors, "lm_head.weight", "token_embedding.weight", path, "this family's head is tied"
+    )
     return {key: value for key, value in tensors.items() if not _MASK_BUFFER.fullmatch(key)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names
 from loopscope.models.blocks.rotary import checked_scaling
 from loopscope.models.families.hrm_text import HrmTextConfig
@@ -117,4 +117,5 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "hrm_text",
     config=_config,
     names=_names,
+    releases=(("sapientinc/HRM-Text-1B", "two stacks of 16 layers in nested cycles"),),
 )

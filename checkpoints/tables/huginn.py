@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names
 from loopscope.models.families.huginn import HuginnConfig, PreludeCoreCodaConfig
 
@@ -151,4 +151,5 @@ TABLE = Table(
     config=_config,
     names=_names,
     tied=TIED,
+    releases=(("tomg-group-umd/huginn-0125", "3.5 B parameters; prelude 2, core 4, coda 2"),),
 )

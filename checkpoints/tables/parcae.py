@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names
 from loopscope.models.families.parcae import INJECTIONS, ParcaeConfig
 
@@ -219,4 +219,10 @@ TABLE = Table(
     config=_config,
     names=_names,
     tied=("lm_head.weight", "transformer.wte.weight"),
+    releases=(
+        ("SandyResearch/parcae-140m", "pickled weights; prelude 2, core 2, coda 2"),
+        ("SandyResearch/parcae-370m", "pickled weights; prelude 4, core 4, coda 4"),
+        ("SandyResearch/parcae-770m", "pickled weights; prelude 6, core 6, coda 6"),
+        ("SandyResearch/parcae-1.3b", "pickled weights; prelude 8, core 8, coda 8"),
+    ),
 )

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
 from loopscope.checkpoints.release import BLOCK_KEYS
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
 from loopscope.models.families.training_free.model import TrainingFreeConfig
@@ -210,21 +210,18 @@ def _gpt2_table(prefix: str) -> Table:
     )
 
 
-TABLES = (
-    Table(
-        "training_free",
-        lambda values, keys: values.get("model_type") == "llama",
-        _llama,
-        _names,
-        options=_OPTIONS,
-    ),
-    Table(
-        "training_free",
-        lambda values, keys: values.get("model_type") == "qwen3",
-        _qwen3,
-        _names,
-        options=_OPTIONS,
-    ),
-    _gpt2_table(""),
-    _gpt2_table("transformer."),
+LLAMA = Table(
+    "training_free",
+    lambda values, keys: values.get("model_type") == "llama",
+    _llama,
+    _names,
+    options=_OPTIONS,
 )
+QWEN3 = Table(
+    "training_free",
+    lambda values, keys: values.get("model_type") == "qwen3",
+    _qwen3,
+    _names,
+    options=_OPTIONS,
+)
+GPT2, GPT2_WITH_PREFIX = _gpt2_table(""), _gpt2_table("transformer.")
