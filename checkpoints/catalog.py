@@ -18,8 +18,7 @@ _COLUMNS = ("name", "family", "size", "where", "at", "epoch", "sha256")
 
 
 def available() -> pd.DataFrame:
-    """The checkpoints that `load` knows by name, the public releases that `fetch` brings, and the
-    families without any.
+    """The shipped checkpoints, the public releases that `fetch` brings, and unreleased families.
 
     Returns:
         One row each: name, family, size (bytes, or "unknown"), where ("shipped", "remote", or

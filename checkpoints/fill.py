@@ -17,13 +17,11 @@ from loopscope.models.core.registry import build
 def build_from(
     cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, path: Path
 ) -> LoopedModel:
-    """A model of `cfg` that holds exactly these tensors (assigned, so memory-mapped ones stay on
-    disk until used).
+    """A model of `cfg` that holds exactly these tensors, assigned without copying.
 
     Args:
-        tensors: By the file's own keys.
-        names: Our parameter name for each key that the file may have; None where the keys are our
-            names.
+        tensors: The tensors by the file's own keys; memory-mapped ones stay on disk until used.
+        names: Our parameter name for each possible key; None where the keys are our names.
         path: The file, for messages.
 
     Raises:

@@ -43,16 +43,17 @@ def load(
     """Load a model, in eval mode, with exactly the weights that the file holds.
 
     Args:
-        source: A shipped name ("ltg_trained"), a file (checkpoint_epoch_<N>.pt), or a folder: our
-            own format, or that of a supported family's release (config.json with safetensors, whole
-            or sharded, or a pickle).
-        n_heads, input_injection, n_loops: What a released pickle does not say; for our own format
-            they must agree with it (n_loops replaces the recorded number of iterations).
+        source: A shipped name ("ltg_trained"), a file (checkpoint_epoch_<N>.pt), or a folder: the
+            project's own format, or a release of a supported family (config.json with safetensors,
+            whole or sharded, or with a pickle).
+        n_heads, input_injection: Facts that a released pickle lacks; where a config records them,
+            the arguments must agree with it.
+        n_loops: Iterations to record, in place of those that the checkpoint records.
         readout: Where answers are read: "last_real", "first_pad" or "column:K".
-        vocab: vocab.json, where it does not lie beside the weights. A tokenizer beside the weights
-            is read by transformers.
-        options: What a family's release does not say and its loader takes, as docs/families.md
-            lists them (which layers of an ordinary model to loop, for one).
+        vocab: The path of vocab.json; None means the tokenizer or the vocab.json beside the
+            weights.
+        options: Facts that the release of a family lacks, such as the layers of an ordinary model
+            to loop; docs/families.md lists them.
 
     Raises:
         FileNotFoundError: No such checkpoint.
@@ -75,15 +76,14 @@ def save(
     graph: Mapping[str, Any] | None = None,
     questions: Sequence[Question] = (),
 ) -> None:
-    """Write a model as model.safetensors, config.json, card.json and vocab.json (graph.json,
-    test.json), whole or not at all.
+    """Write a model with its config, card and vocabulary into a new folder, whole or not at all.
 
     Args:
-        folder: Must not exist yet, or be empty.
-        card: What is known of the checkpoint: recipe, seed, accuracy, ...; where answers are read
-            is added.
-        graph: The knowledge graph that it was trained on.
-        questions: What the analyses should ask it.
+        folder: A folder that does not exist yet, or is empty.
+        card: Facts about the checkpoint for card.json: recipe, seed, accuracy, ...; the place where
+            answers are read is added.
+        graph: The content of graph.json: the knowledge graph that the model was trained on.
+        questions: The questions for test.json, which the analyses ask.
 
     Raises:
         CheckpointError: The folder holds something already.
@@ -145,7 +145,7 @@ def _format_of(located: Located) -> Format:
 
 
 def _find_vocabulary(files: CheckpointFiles, given: Path | None, cfg: LoopedConfig) -> Words | None:
-    """The vocabulary that was named, or a tokenizer beside the weights, or the word list there."""
+    """The vocabulary at a given path, or else the tokenizer or the word list beside the weights."""
     if given is None:
         tokenizer = find_tokenizer(files.weights.parent, cfg.d_vocab)
         if tokenizer is not None:

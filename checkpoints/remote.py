@@ -22,7 +22,7 @@ class RemoteRelease:
     """One public release.
 
     Attributes:
-        name: What `fetch` takes; <X> and <Y> stand for what a run's folder is called.
+        name: The name that `fetch` takes; <X> and <Y> stand for the numbers in a run's folder name.
         family: The family's registered name, or "unknown".
         at: A Hugging Face repository id "owner/name", or the address of a Google Drive folder.
         note: A few words that help to choose.
@@ -37,7 +37,7 @@ class RemoteRelease:
 
     @property
     def on_drive(self) -> bool:
-        """Whether it lies in a Google Drive folder and not on the Hugging Face hub."""
+        """Whether the release lies in a Google Drive folder and not on the Hugging Face hub."""
         return self.at.startswith("https://")
 
 
@@ -67,11 +67,10 @@ def remote_releases() -> tuple[RemoteRelease, ...]:
 
 
 def find_release(name: str) -> RemoteRelease:
-    """The release of this name, or of this Hugging Face repository id, known or not.
+    """The release of a name, or of a Hugging Face repository id, which need not be known.
 
     Args:
-        name: A known name ("Ouro-1.4B", in any case), a run ("multi_hop/final_models/r_dyn"), or
-            "owner/name".
+        name: A known name ("Ouro-1.4B", in any case), a run ("multi_hop/12_hop/r_dyn"), or an id.
 
     Raises:
         ValueError: None of these; the message gives the nearest known names.

@@ -29,7 +29,7 @@ class Table:
             recognised by two tables.
         config: Our config from the released fields. `config` takes the fields, the tensors by key,
             and the options that were passed to `load`; it removes the options that it reads.
-        names: Our parameter name for each key that the file may have.
+        names: Our parameter name for each key that a file of this config may have.
         skipped: Keys that hold nothing which the forward pass needs, as a regular expression.
         tied: Where the config ties the head to the embedding: the key of the head, and the key of
             the embedding. A head that is stored must equal the embedding.

@@ -13,8 +13,7 @@ from loopscope.checkpoints.jsons import read_object
 
 
 def read_tensors(weights: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of all shards that an index names; they stay on disk
-    until used.
+    """The tensors of a safetensors file, or of all shards of an index, on disk until used.
 
     Raises:
         CheckpointError: A damaged or missing shard, or shards that do not hold what the index says.

@@ -20,7 +20,7 @@ from loopscope.models.core.config import LoopedConfig
 
 @dataclass(frozen=True)
 class Located:
-    """The files of one checkpoint; each file is read at most once, when a format asks for it."""
+    """The files of one checkpoint; each file is read once, when a format first asks for it."""
 
     files: CheckpointFiles
 
@@ -60,7 +60,7 @@ class Given:
     options: Mapping[str, Any]
 
     def refuse_options(self, located: Located) -> None:
-        """Refuse every option, for a format that takes none."""
+        """Refuse every option, in the name of a format that takes none."""
         for name in self.options:
             raise CheckpointError(
                 f"{located.files.weights}: no {name}= is taken for a checkpoint of this format"
@@ -72,8 +72,7 @@ class Format:
     """One format.
 
     Attributes:
-        is_own: Whether a located checkpoint is of this format. A checkpoint is of one format at
-            most.
+        is_own: Whether a located checkpoint is of this format; no checkpoint is of two.
         family: The name of the model's family, without loading the weights.
         open: The model, and where answers are read unless the caller or a card says otherwise.
     """

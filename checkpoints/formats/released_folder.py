@@ -1,6 +1,4 @@
-"""A released folder of a known family: config.json with safetensors, whole or in shards, or with a
-pickle of tensors.
-"""
+"""A released folder of a known family: config.json with safetensors or a pickle of tensors."""
 
 from __future__ import annotations
 

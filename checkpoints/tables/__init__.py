@@ -5,14 +5,26 @@ itself; nothing else lists the tables, and their order decides nothing, because 
 recognised by two of them. `llama.py` holds key names that several tables share.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
 
 from loopscope.checkpoints.table import Table
 
-TABLES: tuple[Table, ...] = tuple(
-    value
-    for module in iter_modules(__path__, f"{__name__}.")
-    for value in vars(import_module(module.name)).values()
-    if isinstance(value, Table)
-)
+
+def tables_in(folders: Iterable[str], package: str) -> tuple[Table, ...]:
+    """The tables in the modules of a package.
+
+    Args:
+        folders: The package's `__path__`.
+        package: The package's name.
+    """
+    return tuple(
+        value
+        for module in iter_modules(folders, f"{package}.")
+        for value in vars(import_module(module.name)).values()
+        if isinstance(value, Table)
+    )
+
+
+TABLES: tuple[Table, ...] = tables_in(__path__, __name__)

@@ -1,6 +1,4 @@
-"""Releases of Huginn (tomg-group-umd/huginn-0125), and what all releases with its prelude, core and
-coda share.
-"""
+"""Releases of Huginn (tomg-group-umd/huginn-0125), and the parts that the retrofits share."""
 
 from __future__ import annotations
 
@@ -52,9 +50,7 @@ def recognizes(values: Mapping[str, Any], keys: frozenset[str], part: str) -> bo
 
 
 def sizes(fields: ConfigFields) -> dict[str, Any]:
-    """The fields of `PreludeCoreCodaConfig` but for positions, heads of keys and values, and the
-    initial state.
-    """
+    """`PreludeCoreCodaConfig`'s fields without positions, key-value heads and the initial state."""
     fields.only("block_class_name", "SandwichBlock")
     fields.only("mlp_class_name", "GatedMLP")
     fields.only("nonlin_name", "SiLU")
@@ -83,9 +79,7 @@ def sizes(fields: ConfigFields) -> dict[str, Any]:
 
 
 def initial_value(fields: ConfigFields, name: str) -> float | None:
-    """One of the released `init_values`; None where the config has none of them, so that they
-    follow from the width.
-    """
+    """One of the released `init_values`; None where the config has none, and the width decides."""
     values = fields.mapping("init_values", None)
     if values is None:
         return None

@@ -1,6 +1,4 @@
-"""Checkpoints of spiral-lm 0.1.1: its config as JSON beside its state dict; no weights are known to
-be released.
-"""
+"""Checkpoints of spiral-lm 0.1.1, config as JSON beside the state dict. No release is known."""
 
 from __future__ import annotations
 
