@@ -2,49 +2,80 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pandas as pd
 
 from loopscope.checkpoints.load import read_family
 from loopscope.checkpoints.locate import locate, shipped_names
 from loopscope.checkpoints.remote import remote_releases
+from loopscope.checkpoints.tables import TABLES
+from loopscope.models.core.registry import FAMILIES
 
 _UNKNOWN = "unknown"
-_KNOWN_EPOCHS = {"r2": "2765", "r6": "1015", "r7": "1050", "r8": "1259", "r_dyn": "5388"}
-_UNRELEASED = {"hyperloop": "arXiv 2604.21254", "melt": "arXiv 2605.07721"}
+_COLUMNS = ("name", "family", "size", "where", "at", "epoch", "sha256")
 
 
 def available() -> pd.DataFrame:
-    """The checkpoints that `load` knows by name, the public releases that `fetch` brings, and the
-    families without any.
+    """The shipped checkpoints, the public releases that `fetch` brings, and unreleased families.
 
     Returns:
         One row each: name, family, size (bytes, or "unknown"), where ("shipped", "remote", or
         "unreleased" for a family of which nobody has published weights or code), at (a folder or an
         address), epoch and sha256 ("unknown" where nobody has published them).
     """
-    rows = []
-    for name in shipped_names():
-        files = locate(name)
-        family = read_family(name)
-        rows.append(
-            (
-                name,
-                family,
-                str(files.weights.stat().st_size),
-                "shipped",
-                str(files.weights.parent),
-                _UNKNOWN,
-            )
-        )
-    for release in remote_releases():
-        at = release.at if release.on_drive else f"https://huggingface.co/{release.at}"
-        epoch = _KNOWN_EPOCHS.get(release.name.removeprefix("multi_hop/final_models/"), _UNKNOWN)
-        rows.append((release.name, release.family, _UNKNOWN, "remote", at, epoch))
-    rows += [
-        (family, family, _UNKNOWN, "unreleased", paper, _UNKNOWN)
-        for family, paper in _UNRELEASED.items()
+    rows = [*_shipped(), *_remote(), *_unreleased()]
+    return pd.DataFrame([{"epoch": _UNKNOWN, "sha256": _UNKNOWN, **row} for row in rows])[
+        list(_COLUMNS)
     ]
-    return pd.DataFrame(
-        [(*row, _UNKNOWN) for row in rows],
-        columns=["name", "family", "size", "where", "at", "epoch", "sha256"],
-    )
+
+
+def _shipped() -> list[dict[str, str]]:
+    located = {name: locate(name) for name in shipped_names()}
+    return [
+        {
+            "name": name,
+            "family": read_family(name),
+            "size": str(files.weights.stat().st_size),
+            "where": "shipped",
+            "at": str(files.weights.parent),
+        }
+        for name, files in located.items()
+    ]
+
+
+def _remote() -> list[dict[str, str]]:
+    return [
+        {
+            "name": release.name,
+            "family": release.family,
+            "size": _UNKNOWN,
+            "where": "remote",
+            "at": release.at if release.on_drive else f"https://huggingface.co/{release.at}",
+            "epoch": release.epoch or _UNKNOWN,
+        }
+        for release in remote_releases()
+    ]
+
+
+def _unreleased() -> list[dict[str, str]]:
+    """The families that no table reads and of which no release is known, each with its paper."""
+    known = {table.family for table in TABLES} | {each.family for each in remote_releases()}
+    return [
+        {
+            "name": family,
+            "family": family,
+            "size": _UNKNOWN,
+            "where": "unreleased",
+            "at": _paper(family),
+        }
+        for family in sorted(set(FAMILIES) - known)
+    ]
+
+
+def _paper(family: str) -> str:
+    """The paper that the family's module names first."""
+    about = sys.modules[FAMILIES[family][1].__module__].__doc__ or ""
+    found = re.search(r"arXiv\s+\d{4}\.\d{5}", about)
+    return " ".join(found.group().split()) if found else _UNKNOWN

@@ -1,4 +1,4 @@
-"""A released config.json, read field by field; what nobody has read is refused."""
+"""A released config.json, read field by field; a field that the table does not read is refused."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _REQUIRED = object()
 class ConfigFields:
     """The fields of a released config under their own names.
 
-    A loader table reads what the forward pass depends on, says which values it cannot compute, and
-    ends with `done`.
+    A table reads the fields that the forward pass depends on, refuses the values that are not
+    computed here, and ends with `done`.
 
     Args:
-        values: The config.
-        path: Its file, for messages.
+        values: The content of config.json.
+        path: The file of the config, for messages.
     """
 
     def __init__(self, values: Mapping[str, Any], path: Path) -> None:
@@ -77,9 +77,7 @@ class ConfigFields:
         return self._read(name, (list,), "a list", default)
 
     def only(self, name: str, *allowed: Any, why: str = "") -> None:
-        """Refuse a field that has another than these values; where it is absent the first one
-        holds.
-        """
+        """Refuse a field with any other value; an absent field counts as the first value."""
         value = self._values.get(name, allowed[0])
         self._seen.add(name)
         if not any(
@@ -91,11 +89,11 @@ class ConfigFields:
             )
 
     def unused(self, *names: str) -> None:
-        """Fields that change nothing in the forward pass, whatever they hold."""
+        """Pass over fields that change nothing in the forward pass."""
         self._seen.update(names)
 
     def done(self) -> None:
-        """Refuse the fields that nobody has read."""
+        """Refuse the fields that have not been read."""
         unknown = sorted(set(self._values) - self._seen - BOOKKEEPING)
         if unknown:
             raise CheckpointError(

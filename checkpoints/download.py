@@ -1,8 +1,8 @@
 """Bringing public releases onto this machine: from the Hugging Face hub, or from the Google Drive
 folder of arXiv 2604.07822.
 
-What is slow to import is imported when it is first needed. Caching, access tokens, proxies,
-HF_ENDPOINT and HF_HOME are the hub library's own.
+Slow libraries are imported when they are first needed. Caching, access tokens, proxies, HF_ENDPOINT
+and HF_HOME are the hub library's own.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ _DRIVE_TIMEOUT, _DRIVE_RETRIES = 60.0, 3
 
 
 def fetch(name: str, *, revision: str | None = None, folder: str | Path | None = None) -> Path:
-    """Bring a public release onto this machine, unless it is there already, and return the folder
-    that `load` takes.
+    """Bring a public release onto this machine, unless it is there already.
 
     From the hub come configs, tokenizer files and safetensors; pickles only where a repository has
-    no safetensors. A folder is returned only when everything in it is whole. A folder of several
-    pickles (one per training stage) is returned as it is, and `load` then asks for one of its
-    files. The download from Google Drive has not been tried against the real folder.
+    no safetensors. A folder is returned only when everything in it is whole. The folder that is
+    returned can be given to `load`. Where the folder holds several pickles (one per training
+    stage), `load` asks for one of the files. The download from Google Drive has not been tried
+    against the real folder.
 
     Args:
         name: A name that `available()` lists, or a Hugging Face repository id "owner/name".
-        revision: A branch, tag or commit of a Hugging Face repository; its main branch where
-            absent.
+        revision: A branch, tag or commit of a Hugging Face repository; None means the main branch.
         folder: Where downloads are kept, in place of the hub's own cache or, for Google Drive, of
             $LOOPSCOPE_HOME or loopscope in $XDG_CACHE_HOME or ~/.cache.
 
@@ -50,8 +49,7 @@ def fetch(name: str, *, revision: str | None = None, folder: str | Path | None =
         ValueError: No such name, with the nearest ones; or a revision of a release on Google Drive.
         FileNotFoundError: No such repository, revision or run, or one without weights.
         PermissionError: A repository that is not open to everyone.
-        ConnectionError: No network, or a connection that broke off; what had come of a file is
-            removed.
+        ConnectionError: No network, or a connection that broke off; half a file is removed.
         FileExistsError: A folder with other content where a release on Google Drive would go.
     """
     release = find_release(name)
@@ -66,9 +64,7 @@ def fetch(name: str, *, revision: str | None = None, folder: str | Path | None =
 
 
 def _cache_home() -> Path:
-    """Where releases from Google Drive are kept; relative cache folders are ignored, as the XDG
-    specification asks.
-    """
+    """The folder for releases from Google Drive; the XDG rules ignore a relative cache folder."""
     if os.environ.get("LOOPSCOPE_HOME"):
         return Path(os.environ["LOOPSCOPE_HOME"]).expanduser()
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -130,9 +126,7 @@ def _check_shards(folder: Path, where: str) -> None:
 
 
 def _hub_sentence(error: Exception, where: str) -> Exception | None:
-    """What to tell the caller about an error of the hub library; None for one that is not about the
-    download.
-    """
+    """The sentence for an error of the hub library; None where the error is not of the download."""
     from huggingface_hub import errors
 
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
@@ -155,7 +149,7 @@ def _hub_sentence(error: Exception, where: str) -> Exception | None:
 
 
 def _refusal(error: Exception, where: str) -> OSError:
-    """What to tell the caller about an answer of the hub that is not the file."""
+    """The sentence for an answer of the hub that is not the file."""
     from huggingface_hub import errors
 
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
@@ -189,8 +183,7 @@ def _unreachable(error: BaseException, where: str, check: str) -> ConnectionErro
 
 
 def _is_broken_connection(error: Exception) -> bool:
-    """Whether an error is about the network and not about this machine's files, which have an
-    errno.
+    """Whether an error is of the network; an error about this machine's files has an errno.
 
     The hub library changed its transport library between its versions 1 and 2, hence the comparison
     by name.
@@ -211,8 +204,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _from_drive(name: str, home: Path) -> Path:
-    """The folder of one run, made beside its place and moved there when whole; a process that is
-    killed leaves a hidden draft there.
+    """The folder of one run. A hidden draft beside the folder takes its place when whole; a killed
+    process leaves the draft.
     """
     from loopscope.models.core.files import usual_mode  # late, because it brings torch
 

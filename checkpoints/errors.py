@@ -2,6 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the rule, and what was
-    found.
-    """
+    """A checkpoint that cannot be used; the message names the file, the rule and the finding."""

@@ -17,13 +17,11 @@ from loopscope.models.core.registry import build
 def build_from(
     cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, path: Path
 ) -> LoopedModel:
-    """A model of `cfg` that holds exactly these tensors (assigned, so memory-mapped ones stay on
-    disk until used).
+    """A model of `cfg` that holds exactly these tensors, assigned without copying.
 
     Args:
-        tensors: By the file's own keys.
-        names: Our parameter name for each key that the file may have; None where the keys are our
-            names.
+        tensors: The tensors by the file's own keys; memory-mapped ones stay on disk until used.
+        names: Our parameter name for each possible key; None where the keys are our names.
         path: The file, for messages.
 
     Raises:
@@ -85,3 +83,22 @@ def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, path: Path) -> No
             f"{path}: {key!r} holds {bad} value(s) that are NaN or infinite; the weights are"
             " damaged"
         )
+
+
+def drop_tied_head(
+    tensors: dict[str, Tensor], head: str, embedding: str, path: Path, why: str
+) -> None:
+    """Take away a stored head that equals the embedding.
+
+    Args:
+        head, embedding: Their keys.
+        why: The fact that ties the two, for the message.
+
+    Raises:
+        CheckpointError: A head that differs from the embedding.
+    """
+    ours, theirs = tensors.pop(head, None), tensors.get(embedding)
+    if ours is None or theirs is None:
+        return
+    if not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
+        raise CheckpointError(f"{path}: {head} differs from {embedding}, but {why}")

@@ -23,15 +23,15 @@ _COMPANIONS = {
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The files of one checkpoint; what is absent is None.
+    """The files of one checkpoint; a file that is absent is None.
 
     Attributes:
         weights: model.safetensors, or a release's .pt file.
         card, vocab, graph, questions: card.json, vocab.json, graph.json and test.json beside the
             weights.
-        layout: What the release's folder names say.
-        n_layers: Blocks that the folder name r<X>_l<Y> promises.
-        readout: Where the release reads its answers, where the layout tells.
+        layout: Facts that the folder names of a release say.
+        n_layers: The number of blocks that a folder name r<X>_l<Y> promises.
+        readout: The place where answers are read, where the folder names say so.
     """
 
     weights: Path
@@ -42,13 +42,6 @@ class CheckpointFiles:
     layout: ReleaseFacts = field(default_factory=ReleaseFacts)
     n_layers: int | None = None
     readout: str | None = None
-
-    @property
-    def is_release(self) -> bool:
-        """Whether the weights are a pickle as those of "Loop, Think, & Generalize" are: the file
-        alone, without a config.
-        """
-        return self.weights.suffix == ".pt" and not self.weights.with_name("config.json").is_file()
 
 
 def shipped_names() -> list[str]:
@@ -108,11 +101,10 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _layout(weights: Path) -> tuple[ReleaseFacts, int | None, str | None]:
-    """What `systematicity/r<X>_l<Y>` and `multi_hop/{final_models,12_hop}/{r<X>,r_dyn}` say;
-    released models inject no input.
+    """The facts in `systematicity/r<X>_l<Y>` and `multi_hop/{final_models,12_hop}/{r<X>,r_dyn}`.
 
-    Multi-hop releases read their answer at a padding column; without positions all padding columns
-    are alike.
+    Released models inject no input. Multi-hop releases read their answer at a padding column;
+    without positions, every padding column gives the same answer.
     """
     folder = weights.absolute().parent
     fixed = re.fullmatch(r"r(\d+)_l(\d+)", folder.name)

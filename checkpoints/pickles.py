@@ -19,18 +19,18 @@ WHAT_IT_IS = (
 
 
 class Record:
-    """What stands for an object of a foreign class: its attributes, and none of its code."""
+    """A stand-in for an object of a foreign class: its attributes, and none of its code."""
 
 
 def read_pickle(path: Path, records: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The content of a torch file, its tensors memory-mapped.
+    """The content of a torch file, with memory-mapped tensors.
 
     Args:
         records: Foreign classes, "module.Class", whose objects are read as inert `Record`s; any
             other class is refused.
 
     Raises:
-        CheckpointError: Not a torch file, cut short, holding code, or holding something else than a
+        CheckpointError: Not a torch file, or one that is cut short, holds code, or holds no
             mapping.
     """
     with path.open("rb") as file:

@@ -1,8 +1,8 @@
 """The released pickles of "Loop, Think, & Generalize": `checkpoint_epoch_<N>.pt`.
 
 Torch pickles with `epoch`, `model_state_dict` and optimiser state. Heads, iterations, injection and
-where answers are read are not in the file. Projections are stored input-first (GPT-2's Conv1D), as
-our own weights are.
+where answers are read are not in the file. As in our own weights, projections are stored
+input-first (GPT-2's Conv1D).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fill import drop_tied_head
 from loopscope.checkpoints.pickles import WHAT_IT_IS
 from loopscope.models.core.files import atomic_path
 from loopscope.models.families.recurrent_depth import (
@@ -53,7 +54,7 @@ BLOCK_KEYS = {
 
 @dataclass(frozen=True)
 class ReleaseFacts:
-    """What a release file does not say about its model; None where nobody knows it."""
+    """Facts about a model that its release file does not hold; None where a fact is not known."""
 
     n_heads: int | None = None
     input_injection: bool | None = None
@@ -71,10 +72,10 @@ def key_names(n_layers: int) -> dict[str, str]:
 
 
 def state_dict_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The model's tensors in the content of a release file, still on disk (memory-mapped);
-    optimiser state is never read.
+    """The model's tensors in the content of a release file; the optimiser's state is never read.
 
-    The tied head and the causal-mask buffers of old transformers versions are checked and left out.
+    The tied head is compared with the embedding and left out; so are the causal-mask buffers of old
+    transformers versions.
 
     Raises:
         CheckpointError: Content without a model, or with a head that is not tied.
@@ -95,25 +96,18 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path} holds some keys both with and without the prefix '_orig_mod.'; it must be one"
             " or the other"
         )
-    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("token_embedding.weight")
-    if (
-        head is not None
-        and embedding is not None
-        and not torch.equal(head.nan_to_num(), embedding.nan_to_num())
-    ):
-        raise CheckpointError(
-            f"{path}: lm_head.weight differs from token_embedding.weight, but this family's head is"
-            " tied"
-        )
+    drop_tied_head(
+        tensors, "lm_head.weight", "token_embedding.weight", path, "this family's head is tied"
+    )
     return {key: value for key, value in tensors.items() if not _MASK_BUFFER.fullmatch(key)}
 
 
 def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = None) -> None:
-    """Write a model in the released layout, as checkpoint_epoch_<N>.pt (epoch N - 1) or
-    checkpoint_final.pt; whole or not at all.
+    """Write a model as a released pickle, whole or not at all.
 
     Args:
-        epoch: As the releases count it, from 0; None leaves it out, as checkpoint_final.pt does.
+        epoch: The epoch, counted from 0; checkpoint_epoch_<N>.pt holds the epoch N - 1, and
+            checkpoint_final.pt none (None).
 
     Raises:
         TypeError: A family that has no such layout.
@@ -139,7 +133,7 @@ def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = No
 def infer_config(
     tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts
 ) -> RecurrentDepthConfig:
-    """The configuration that the shapes imply, completed by what is known beside the file.
+    """The configuration that the shapes imply, completed by facts that are known beside the file.
 
     At the paper's size (d_model 768) the releases have 12 heads and no injection.
 

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DRIVE_FOLDER = "https://drive.google.com/drive/folders/1AQvp8erdtRRn9_ix7E1ssmyWarwFNLVU"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_REPOSITORIES = (
-    ("ouro", "ByteDance/Ouro-1.4B", "24 layers, 4 iterations, exit gate"),
-    ("ouro", "ByteDance/Ouro-1.4B-Thinking", "24 layers, 4 iterations, exit gate"),
-    ("ouro", "ByteDance/Ouro-2.6B", "48 layers, 4 iterations, exit gate"),
-    ("ouro", "ByteDance/Ouro-2.6B-Thinking", "48 layers, 4 iterations, exit gate"),
-    ("huginn", "tomg-group-umd/huginn-0125", "3.5 B parameters; prelude 2, core 4, coda 2"),
-    ("hrm_text", "sapientinc/HRM-Text-1B", "two stacks of 16 layers in nested cycles"),
-    ("nanbeige", "Nanbeige/Nanbeige4.2-3B", "22 layers, 2 iterations"),
-    ("parcae", "SandyResearch/parcae-140m", "pickled weights; prelude 2, core 2, coda 2"),
-    ("parcae", "SandyResearch/parcae-370m", "pickled weights; prelude 4, core 4, coda 4"),
-    ("parcae", "SandyResearch/parcae-770m", "pickled weights; prelude 6, core 6, coda 6"),
-    ("parcae", "SandyResearch/parcae-1.3b", "pickled weights; prelude 8, core 8, coda 8"),
-    ("albert", "albert/albert-base-v2", "one layer, 12 iterations; reads in both directions"),
-    ("albert", "albert/albert-large-v2", "one layer iterated; reads in both directions"),
-    ("albert", "albert/albert-xlarge-v2", "one layer iterated; reads in both directions"),
-    ("albert", "albert/albert-xxlarge-v2", "one layer iterated; reads in both directions"),
-    (
-        "smollm",
-        "akhljndl/smollm",
-        "pickled weights; one layer, 8 iterations; several models and seeds in one repository",
-    ),
-)
+_KNOWN_EPOCHS = {"r2": "2765", "r6": "1015", "r7": "1050", "r8": "1259", "r_dyn": "5388"}
+_FINAL = "multi_hop/final_models/"
 _RUNS = (
-    *(f"multi_hop/final_models/{run}" for run in (*(f"r{r}" for r in range(1, 9)), "r_dyn")),
+    *(f"{_FINAL}{run}" for run in (*(f"r{r}" for r in range(1, 9)), "r_dyn")),
     "multi_hop/12_hop/r<X>",
     "systematicity/r<X>_l<Y>",
 )
@@ -42,20 +22,22 @@ class RemoteRelease:
     """One public release.
 
     Attributes:
-        name: What `fetch` takes; <X> and <Y> stand for what a run's folder is called.
+        name: The name that `fetch` takes; <X> and <Y> stand for the numbers in a run's folder name.
         family: The family's registered name, or "unknown".
         at: A Hugging Face repository id "owner/name", or the address of a Google Drive folder.
-        note: What helps to choose it.
+        note: A few words that help to choose.
+        epoch: The epoch whose checkpoint was released, where it was published.
     """
 
     name: str
     family: str
     at: str
     note: str = ""
+    epoch: str | None = None
 
     @property
     def on_drive(self) -> bool:
-        """Whether it lies in a Google Drive folder and not on the Hugging Face hub."""
+        """Whether the release lies in a Google Drive folder and not on the Hugging Face hub."""
         return self.at.startswith("https://")
 
 
@@ -64,23 +46,31 @@ def remote_releases() -> tuple[RemoteRelease, ...]:
 
     Source: the model cards of the families; arXiv 2604.07822 for the runs on Google Drive.
     """
+    from loopscope.checkpoints.tables import TABLES  # late, because the tables bring torch
+
     hub = tuple(
-        RemoteRelease(at.partition("/")[2], family, at, note) for family, at, note in _REPOSITORIES
+        RemoteRelease(at.partition("/")[2], table.family, at, note)
+        for table in TABLES
+        for at, note in table.releases
     )
+    about = "a folder of pickles, about 342 MB each"
     return hub + tuple(
         RemoteRelease(
-            run, "recurrent_depth", DRIVE_FOLDER, "a folder of pickles, about 342 MB each"
+            run,
+            "recurrent_depth",
+            DRIVE_FOLDER,
+            about,
+            _KNOWN_EPOCHS.get(run.removeprefix(_FINAL)),
         )
         for run in _RUNS
     )
 
 
 def find_release(name: str) -> RemoteRelease:
-    """The release of this name, or of this Hugging Face repository id, known or not.
+    """The release of a name, or of a Hugging Face repository id, which need not be known.
 
     Args:
-        name: A known name ("Ouro-1.4B", in any case), a run ("multi_hop/final_models/r_dyn"), or
-            "owner/name".
+        name: A known name ("Ouro-1.4B", in any case), a run ("multi_hop/12_hop/r_dyn"), or an id.
 
     Raises:
         ValueError: None of these; the message gives the nearest known names.
@@ -93,7 +83,7 @@ def find_release(name: str) -> RemoteRelease:
         ):
             return release
         if release.on_drive and re.fullmatch(re.sub("<[XY]>", "[A-Za-z0-9_]+", release.name), name):
-            return RemoteRelease(name, release.family, release.at, release.note)
+            return replace(release, name=name)
     _refuse_shipped(name)
     if _REPOSITORY.fullmatch(name) and not name.startswith(("multi_hop/", "systematicity/")):
         return RemoteRelease(name, "unknown", name)

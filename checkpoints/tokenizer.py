@@ -23,12 +23,12 @@ _COMPANIONS = (
 
 
 class HubTokenizer:
-    """A released tokenizer in the manner of a `Vocabulary`. Special tokens are put in only where a
-    text writes them.
+    """A released tokenizer with the calls of a `Vocabulary`. A text's ids hold special tokens only
+    where the text writes them.
 
     Args:
-        tokenizer: As transformers loads it.
-        d_vocab: Ids of the model, which may have more than the tokenizer.
+        tokenizer: The tokenizer that transformers loads.
+        d_vocab: Number of the model's ids; the tokenizer may have fewer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> None:
@@ -62,8 +62,8 @@ class HubTokenizer:
 
 
 def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
-    """The tokenizer whose files lie in a folder; None where there are none. Nothing is downloaded
-    and no code in it is run.
+    """The tokenizer whose files lie in a folder; None where there are none. Nothing is downloaded,
+    and no code in the folder is run.
 
     Raises:
         CheckpointError: Files that transformers cannot read, or more tokens than the model has.
@@ -85,13 +85,9 @@ def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
 
 
 def _read(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, read where the model's config is out of sight, which transformers may not
-    know.
-    """
-    from transformers import (
-        AutoTokenizer,
-        PreTrainedTokenizerFast,
-    )  # takes seconds, and most checkpoints have no tokenizer
+    """The tokenizer, read from a folder without config.json, which transformers may not know."""
+    # Imported late: it takes seconds, and most checkpoints have no tokenizer.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     with tempfile.TemporaryDirectory() as alone:

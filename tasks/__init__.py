@@ -1,5 +1,4 @@
-"""What the checkpoints were trained on: knowledge graphs, their facts and questions, molecule
-strings.
+"""The data of the checkpoints: knowledge graphs, their facts and questions, molecule strings.
 
 Start with `graphs.py`; `multi_hop.py` and `two_hop.py` draw the facts, `datasets.py` writes and
 reads them in the released file format. Imports nothing else of this project.

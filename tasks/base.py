@@ -1,4 +1,4 @@
-"""What every knowledge graph can do: walk, count its facts, and be written.
+"""The calls that every knowledge graph has: walks, counts of facts, writing.
 
 Axes: relation, entity, fact, hop. A graph's `table[relation, entity]` is the tail of that atomic
 fact, -1 where there is none.
@@ -23,8 +23,8 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 class Graph(ABC):
-    """What all graphs can do; every entity has the same number of relations, so all facts of k hops
-    are equally likely on a random walk.
+    """A knowledge graph. Every entity has the same number of relations, so that a random walk gives
+    every fact of k hops with equal probability.
     """
 
     @property
@@ -72,7 +72,7 @@ class Graph(ABC):
     def paths(
         self, heads: Int64[np.ndarray, " fact"], relations: Int64[np.ndarray, "fact hop"]
     ) -> Int64[np.ndarray, "fact entity"]:
-        """The entities that facts pass: head, every intermediate one, answer; one more than hops.
+        """The entities that facts pass: the head, every intermediate one, and the answer.
 
         Raises:
             ValueError: An entity or relation that the graph does not have.
@@ -99,7 +99,7 @@ class Graph(ABC):
         return path
 
     def walk(self, text: str) -> list[str]:
-        """The entities that a question passes: its head, every intermediate one, and the answer.
+        """The entities that a question passes: the head, every intermediate one, and the answer.
 
         Args:
             text: An entity and its relations, such as "<e_12><r_3><r_7>".

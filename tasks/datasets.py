@@ -40,12 +40,11 @@ _Groups = Mapping[str, FactBatch]
 def write_multi_hop(
     data: MultiHopData, folder: str | Path, progress: bool = False
 ) -> dict[str, int]:
-    """Write train.json, test.json, test_small.json, valid.json, vocab.json and graph.json into a
-    new folder, all or none.
+    """Write a multi-hop data set as the released files and graph.json, all or none of them.
 
     test.json has all test facts, up to 2000 atomic ones and up to 2000 training facts of each hop
-    count; test_small.json 50 test facts of each; valid.json equals test.json. The labels are right,
-    where those of the released train.json are two hops too low.
+    count. test_small.json has 50 test facts of each hop count, and valid.json equals test.json. The
+    labels are right; in the released train.json the labels are two hops too low.
 
     Returns:
         How many facts each file holds.
@@ -69,8 +68,7 @@ def write_multi_hop(
 
 
 def write_two_hop(data: TwoHopData, folder: str | Path, progress: bool = False) -> dict[str, int]:
-    """Write train.json, test.json, valid.json, vocab.json and graph.json into a new folder, all or
-    none.
+    """Write a two-hop data set as the released files and graph.json, all or none of them.
 
     train.json has all atomic facts and the inferred ones to train on; test.json the test groups;
     valid.json the OOD group of them.
@@ -99,8 +97,7 @@ def write_two_hop(data: TwoHopData, folder: str | Path, progress: bool = False) 
 
 
 def read_multi_hop(folder: str | Path, progress: bool = False) -> MultiHopData:
-    """A data set of ours or of the release; hops are counted from the tokens, and what is in
-    train.json is no test.
+    """Read a multi-hop data set. Hops are counted from the tokens; a fact of train.json is no test.
 
     Without graph.json the graph is made of the facts of 1 hop in train.json.
 
@@ -129,7 +126,7 @@ def read_multi_hop(folder: str | Path, progress: bool = False) -> MultiHopData:
 
 
 def read_two_hop(folder: str | Path, progress: bool = False) -> TwoHopData:
-    """A data set of ours or of the release; the test groups are those that test.json names.
+    """Read a two-hop data set, with the test groups that test.json names.
 
     Without graph.json the graph is made of the facts of 1 hop in train.json, and those that
     test.json calls ood_atomic are OOD.

@@ -26,8 +26,8 @@ class FactBatch:
     """Facts of one hop count.
 
     Attributes:
-        tokens: Int64[np.ndarray, "fact pos"], ids of the head entity and its relations: what a
-            model is given.
+        tokens: Int64[np.ndarray, "fact pos"], ids of the head entity and its relations: the model's
+            input.
         answers: Int64[np.ndarray, " fact"], ids of the entities to predict.
         path: Int64[np.ndarray, "fact pos"], entities (not ids) along the walk: head, every
             intermediate one, answer.
@@ -52,9 +52,7 @@ class FactBatch:
 
     @property
     def rows(self) -> Int64[np.ndarray, "fact word"]:
-        """Ids of head, relations and answer: hops + 2 of them, and everything that a training set
-        holds.
-        """
+        """Ids of head, relations and answer, hops + 2 of them."""
         return np.concatenate([self.tokens, self.answers[:, None]], axis=1)
 
 
@@ -74,8 +72,8 @@ def first_relation(n_entities: int) -> int:
 
 
 def vocabulary(n_entities: int, n_relations: int) -> list[str]:
-    """The content of vocab.json: entities, relations, special tokens; <pad> is not among them and
-    comes before them, as id 0.
+    """The content of vocab.json: entities, relations, special tokens. The file leaves out <pad>,
+    which has the id 0.
     """
     return [
         *(f"<e_{i}>" for i in range(n_entities)),
@@ -169,6 +167,6 @@ def is_among(facts: FactBatch, others: FactBatch) -> Bool[np.ndarray, " fact"]:
 
 
 def _keys(facts: FactBatch) -> np.ndarray:
-    """Each fact's question as one opaque value, because 40 relations do not fit into an integer."""
+    """The question of each fact as one opaque value; 40 relations do not fit into an integer."""
     words = np.ascontiguousarray(facts.tokens, dtype=np.int32)
     return words.view(np.dtype((np.void, words.itemsize * words.shape[1]))).ravel()

@@ -17,8 +17,7 @@ from loopscope.tasks.base import ABSENT, Graph, Rows
 
 @dataclass(frozen=True)
 class PermutationGraph(Graph):
-    """Every relation is a permutation of the entities: `permutations[r][e]` is the entity that r
-    leads to from e.
+    """A graph whose relations are permutations: `permutations[r][e]` is the tail of (e, r).
 
     Raises:
         ValueError: A relation that is not a permutation of all entities.
@@ -73,10 +72,10 @@ class PermutationGraph(Graph):
 
 @dataclass(frozen=True)
 class TableGraph(Graph):
-    """Tails are arbitrary, and an entity may lack a relation.
+    """A graph whose tails are arbitrary; an entity may lack a relation.
 
     Attributes:
-        tails: `tails[r][e]` is the entity that r leads to from e, -1 where e lacks r.
+        tails: `tails[r][e]` is the tail of (e, r), -1 where e lacks r.
         ood: (head, relation) of the atomic facts that no training fact of two hops uses, in
             increasing order.
 
@@ -209,17 +208,14 @@ class TableGraph(Graph):
 
 
 def from_table(table: Int64[np.ndarray, "relation entity"]) -> PermutationGraph | TableGraph:
-    """The graph with these tails (-1 for none): a permutation graph where every relation is a
-    permutation.
-    """
+    """The graph of a table of tails (-1 for none): a permutation graph where possible."""
     entities = np.arange(table.shape[1])
     kind = PermutationGraph if (np.sort(table, axis=1) == entities).all() else TableGraph
     return kind(_tuples(table))
 
 
 def read_graph(path: str | Path) -> PermutationGraph | TableGraph:
-    """The graph of a graph.json of either kind: it holds `permutations`, or `tails` and perhaps
-    `ood`.
+    """The graph of a graph.json, which holds `permutations`, or `tails` and perhaps `ood`.
 
     Raises:
         ValueError: Neither.

@@ -28,7 +28,7 @@ class MultiHopData:
     """A fixed set of facts; no fact is in both train and test.
 
     Attributes:
-        graph: It answers all of them.
+        graph: The graph that answers all facts.
         atomic: All facts of 1 hop, in random order; they are all trained on.
         train, test: By hop count, from 2; distinct facts in random order.
     """
@@ -56,8 +56,8 @@ def sample_facts(
             any.
 
     Raises:
-        ValueError: Held-out facts of 1 hop (there are none), or a graph on which draws never give
-            what is asked for.
+        ValueError: Held-out facts of 1 hop (there are none), or a graph on which no draw is as
+            asked for.
     """
     if held_out is None or (hops == 1 and not held_out):
         return draw_facts(graph, hops, count, rng)

@@ -24,8 +24,8 @@ class Question:
         answer: The token to predict.
         hops: Relations in the input, counted from its tokens (the files' own `type` labels are
             offset in places).
-        kind: The file's label, such as "test_inferred_ood"; empty where it has none. Two questions
-            are the same whatever theirs.
+        kind: The file's label, such as "test_inferred_ood"; empty where it has none. Equality of
+            questions leaves the label out.
     """
 
     text: str

@@ -1,5 +1,4 @@
-"""Molecules as text: SMILES tokens and what a reader must keep of them, and a grammar that makes
-molecules from fragments.
+"""Molecules as text: SMILES tokens, the state that a reader must keep, and a fragment grammar.
 
 A molecule has many writings; a ring number or a bracket must be closed after any number of tokens.
 Axes: pos (a token of a text).
@@ -201,17 +200,12 @@ TERMINALS = {
 }
 _TOKEN = re.compile(r"<[a-z]+>|\[[^\[\]<>]*\]|Br|Cl|%[0-9]{2}|.", re.DOTALL)
 _RING = re.compile(r"%?([0-9]+)")
-_BROKEN = {
-    "[",
-    "]",
-    "%",
-}  # pieces only where a bracket atom or a ring number of two digits is not complete
+# Pieces only where a bracket atom or a ring number of two digits is not complete.
+_BROKEN = {"[", "]", "%"}
 _CARBON = {"C", "c"}
 _MOST_RINGS = 6  # all ring numbers of the vocabulary
-_PATIENCE, _CHIRAL_SHARE = (
-    2000,
-    0.08,
-)  # draws in a row that give nothing new; molecules with a stereocentre
+_PATIENCE = 2000  # draws in a row that give nothing new
+_CHIRAL_SHARE = 0.08  # molecules with a stereocentre
 
 
 # Tokens
@@ -225,7 +219,7 @@ def pieces(text: str) -> list[str]:
 
 
 class SmilesVocabulary:
-    """Tokens of SMILES; <bos> and <eos> count only where they are written, as in "<bos>CCO".
+    """Tokens of SMILES; a text's ids hold <bos> and <eos> only where the text writes them.
 
     Args:
         words: The tokens in the order of their ids, <pad> first; those of the grammar by default.
@@ -268,16 +262,14 @@ class SmilesVocabulary:
         return "".join(self.words[i] for i in ids)
 
     def branch_depth(self, tokens: Integer[np.ndarray, "... pos"]) -> Int64[np.ndarray, "... pos"]:
-        """How many branches are open once each token has been read: "(" counts as inside, ")" as
-        outside.
-        """
+        """The number of open branches after each token: "(" counts as inside, ")" as outside."""
         depth: Int64[np.ndarray, "... pos"] = np.cumsum(
             self._is(tokens, ["("]) - self._is(tokens, [")"]), axis=-1
         )
         return depth
 
     def open_rings(self, tokens: Integer[np.ndarray, "... pos"]) -> Int64[np.ndarray, "... pos"]:
-        """How many ring numbers wait for their second occurrence once each token has been read."""
+        """The number of rings that are open after each token."""
         count: Int64[np.ndarray, "... pos"] = np.zeros(tokens.shape, dtype=np.int64)
         for number in {ring_number(word) for word in self.words} - {None}:
             count += (
@@ -298,9 +290,7 @@ class SmilesVocabulary:
 
 
 def ring_number(piece: str) -> int | None:
-    """The number of a token that opens or closes a ring ("3" and "%03" are the same); None for
-    another token.
-    """
+    """The ring number of a token ("3" and "%03" are the same); None for another token."""
     found = _RING.fullmatch(piece)
     return int(found[1]) if found else None
 
@@ -309,8 +299,8 @@ def ring_number(piece: str) -> int | None:
 
 
 def well_formed(text: str) -> bool:
-    """Whether brackets are balanced and ring numbers paired; a word such as <bos> inside, or no
-    token at all, is neither.
+    """Whether brackets are balanced and ring numbers paired. A text with a word such as <bos>, or
+    without a token, is not well formed.
     """
     found = pieces(text)
     depth = 0
@@ -401,14 +391,13 @@ def random_writings(
             raise ValueError(
                 f"only molecules can be written in other ways, but rdkit reads none in {text!r}"
             )
-        written += chem.MolToRandomSmilesVect(
-            molecule, times, randomSeed=rng.randint(1, 2**31 - 1)
-        )  # 0 would mean no seed
+        seed = rng.randint(1, 2**31 - 1)  # 0 would mean no seed
+        written += chem.MolToRandomSmilesVect(molecule, times, randomSeed=seed)
     return written
 
 
 class _Builder:
-    """One molecule in the making; every ring gets a number of its own, and rdkit writes it anew.
+    """One molecule in the making. Every ring gets a number of its own; rdkit numbers them anew.
 
     Args:
         rng: Where choices come from.
@@ -447,8 +436,8 @@ class _Builder:
         return "".join(parts)
 
     def substituent(self, carbon: bool) -> str:
-        """What is bound to a slot: a ring, directly or through a linker, a chain, or an end; on a
-        nitrogen it starts with a carbon.
+        """The content of a slot: a ring, directly or through a linker, a chain, or an end. On a
+        nitrogen the content starts with a carbon.
         """
         kind = self.rng.random()
         if self.left >= 6 and kind < 0.3:
@@ -459,12 +448,12 @@ class _Builder:
         return self.place(self.pick(CHAINS if kind > 0.9 else TERMINALS, carbon))
 
     def ring_or_end(self) -> dict[str, int]:
-        """The rings, as long as there are numbers for them; one has at most two."""
+        """The rings while two ring numbers are left, else the ends."""
         return RINGS if self.rings <= _MOST_RINGS - 2 else TERMINALS
 
 
 def _checked(chem: Any, text: str, rng: random.Random) -> Any:
-    """The molecule of a text; sometimes one of its stereocentres is given a hand."""
+    """The molecule of a text; sometimes one stereocentre is given a chirality."""
     molecule = chem.MolFromSmiles(text)
     assert molecule is not None, f"the grammar makes only molecules, but wrote {text}"
     if rng.random() < _CHIRAL_SHARE:

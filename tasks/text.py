@@ -103,11 +103,10 @@ def _parse(
 def write_items(
     path: Path, groups: Mapping[str, FactBatch], graph: Graph, done: Callable[[int], object]
 ) -> int:
-    """Write a JSON list of items, each batch with its label as type; equal to what json.dump
-    writes.
+    """Write a JSON list of items, as json.dump would, with the label of its batch as each type.
 
     Args:
-        done: Told how many items were written, after each batch.
+        done: A call that is told, after each batch, how many items were written.
 
     Returns:
         How many items.
@@ -126,9 +125,7 @@ def write_items(
 
 
 def _items(facts: FactBatch, table: np.ndarray, kind: str) -> bytes:
-    """The items of a batch: equally wide columns side by side, from which the filling zeros are
-    then deleted.
-    """
+    """The items of a batch: columns of equal width, from which the filling zeros are deleted."""
     text, answer = (_bytes(table[ids]) for ids in (facts.tokens, facts.answers))
     between = ['{"input_text": "', '", "target_text": "', f'</a>", "type": {json.dumps(kind)}}}, ']
     start, middle, end = (

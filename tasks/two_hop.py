@@ -27,7 +27,7 @@ class TwoHopData:
     its kind.
 
     Attributes:
-        graph: It answers all of them, and says which atoms are OOD.
+        graph: The graph that answers all facts, and says which atoms are OOD.
         id_atomic, ood_atomic: All facts of 1 hop; they are all trained on.
         train_inferred: Facts of 2 hops to train on, both atoms ID, in random order.
         test: Facts to test on, for each of TEST_GROUPS: samples of the three above, and facts that
@@ -47,9 +47,9 @@ def make_two_hop(
 ) -> TwoHopData:
     """Split all two-hop facts of a graph; the defaults are the paper's.
 
-    A fact whose atoms are both ID goes to test_inferred_iid with a small probability and else to
-    the training pool, of which a random part is trained on; one whose atoms are both OOD goes to
-    test_inferred_ood; one with exactly one OOD atom is dropped.
+    A fact with two ID atoms goes to test_inferred_iid with a small probability, and else to the
+    training pool, of which a random part is trained on. A fact with two OOD atoms goes to
+    test_inferred_ood. A fact with one OOD atom is dropped.
 
     Args:
         phi: Training facts of 2 hops for each ID atom.

@@ -12,12 +12,12 @@ _DYNAMIC = Loops(mean=4.0, low=2, high=8)
 def extrapolation(
     name: str, loops: Loops, *, max_hops: int = 30, lr_decay: float = 1.0, forced_first: int = 0
 ) -> Recipe:
-    """The paper's multi-hop training: a gated curriculum with joint replay; optimiser and schedule
-    restart at each stage.
+    """The paper's multi-hop training: a gated curriculum with joint replay and restarts.
 
     Args:
-        loops: Fixed or drawn for each batch; with drawn ones gates are judged by the halting rule.
-        max_hops: The last stage, should the model get there.
+        loops: Iterations, fixed or drawn for each batch; where they are drawn, gates are judged by
+            the halting rule.
+        max_hops: The hop count of the last stage, which a run need not reach.
         lr_decay: The public code's optional decay of the learning rate per stage (0.9, with a floor
             of 2e-5).
         forced_first: The public code's optional minimum of updates for 2 hops (1000 epochs of 133).
@@ -62,12 +62,13 @@ def extrapolation(
 def systematicity(
     name: str, n_loops: int, n_layers: int, *, batch_size: int = 512, weight_decay: float = 0.01
 ) -> Recipe:
-    """The paper's two-hop training: a fixed number of iterations, learned positions, dropout and
-    label smoothing, checkpoints of the three stages (training facts known, in-distribution facts
-    known, and the end).
+    """The paper's two-hop training: fixed iterations, learned positions, dropout, label smoothing,
+    and a checkpoint when the training facts are known, when the in-distribution facts are known,
+    and at the end.
 
     Args:
-        batch_size, weight_decay: As printed; the public code's defaults are 128 and 0.1.
+        batch_size, weight_decay: The values in the paper; the public code's defaults are 128 and
+            0.1.
 
     Source:
         arXiv 2604.07822, its section on systematic generalisation and its appendix on training, and
@@ -97,8 +98,8 @@ def systematicity(
 
 
 def _two_hop_stages(last: Stage, *, looped: bool, gate: float, warmup: int) -> tuple[Stage, ...]:
-    """Until training facts are known ("train"), for looped models until in-distribution facts are
-    ("id"), and to the end.
+    """The stages "train" (until training facts are known), "id" (looped models: until
+    in-distribution facts are known), and the rest.
     """
     constant = replace(last, gate=gate, lr_end=last.lr, fall_from=0.0)
     first = replace(constant, name="train", gate_on="train_inferred", warmup=warmup)
@@ -111,9 +112,7 @@ def _two_hop_stages(last: Stage, *, looped: bool, gate: float, warmup: int) -> t
 def _mini_multi_hop(
     name: str, loops: Loops, hops: int, polish: int, *, permutations: bool = True
 ) -> Recipe:
-    """A multi-hop miniature: a gated curriculum at a constant rate, then all hop counts with a
-    falling one.
-    """
+    """A multi-hop miniature: a gated curriculum, then all hop counts at a falling rate."""
     rising = curriculum(2, hops - 2, max_updates=12_000, gate=0.93, lr=2e-3, warmup=200)
     final = Stage(
         name="final", hops=tuple(range(1, hops + 1)), max_updates=polish, lr=1.5e-3, lr_end=1e-5
@@ -133,9 +132,7 @@ def _mini_multi_hop(
 
 
 def _mini_two_hop(n_loops: int, n_layers: int, updates: int) -> Recipe:
-    """A two-hop miniature on a smaller, denser graph: strong decay of the matrices, a rate that
-    falls at the end.
-    """
+    """A two-hop miniature on a smaller, denser graph, with strong weight decay of the matrices."""
     last = Stage(
         name="end", hops=(1, 2), max_updates=updates, lr=1.5e-3, lr_end=1e-5, fall_from=0.5
     )

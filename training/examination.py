@@ -1,4 +1,4 @@
-"""How good a model is on test questions: while training, and for its card."""
+"""The accuracy of a model on test questions: while training, and for its card."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def _right(
 def accuracy_table(
     model: RecurrentDepth, questions: Questions, groups: list[str]
 ) -> dict[str, list[float]]:
-    """For each group the accuracy after each of 1 to 24 iterations, from one run of at most 200
-    questions.
-    """
+    """The accuracy of each group after 1 to 24 iterations, from one run of up to 200 questions."""
     table = {}
     for group in groups:
         batch = _test_batch(model, questions, group, _TABLE_QUESTIONS, _TABLE_LOOPS)

@@ -1,6 +1,4 @@
-"""A run's log: lines of JSON, and the same numbers for TensorBoard and, where asked for, Weights &
-Biases.
-"""
+"""A run's log: lines of JSON, and the same numbers for TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,14 +16,14 @@ from loopscope.training.state import Progress
 
 
 class Log:
-    """One entry per evaluation; what a resumed run had written after its last saved state is cut
-    off.
+    """The log of a run, one entry per evaluation. A resumed run cuts off the entries that came
+    after its saved state.
 
     Args:
-        folder: Of the run; holds log.jsonl and the folder tensorboard.
-        recipe: Of the run.
-        update: Updates of the state that the run resumes from.
-        wandb: Report to Weights & Biases too.
+        folder: The folder of the run, for log.jsonl and the folder tensorboard.
+        recipe: The recipe of the run.
+        update: Updates done in the state that the run resumes from.
+        wandb: Whether to report to Weights & Biases too.
 
     Raises:
         ImportError: wandb is asked for and not installed.
@@ -44,9 +42,7 @@ class Log:
         self._wandb = _start_wandb(folder, recipe) if wandb else None
 
     def write(self, progress: Progress, accuracy: dict[str, float], **values: float) -> None:
-        """Append one entry: where the run is, accuracy for each group of test questions, and other
-        numbers.
-        """
+        """Append one entry: the progress, the accuracy of each test group, and other numbers."""
         line = {**asdict(progress), **values, "accuracy": accuracy}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

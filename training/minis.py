@@ -1,6 +1,4 @@
-"""The miniatures that travel with the project: train them all, and put what is shipped of each run
-in its place.
-"""
+"""The shipped miniatures: training them all, and copying each into its place."""
 
 from __future__ import annotations
 
@@ -31,8 +29,7 @@ PLACES: dict[str, dict[str, str]] = {
 
 
 def ship(name: str, run: Path, shipped: Path = SHIPPED) -> None:
-    """Copy what is shipped of a finished run: its log, and the checkpoints of some stages, to a
-    place under the recipe's name.
+    """Copy the log and the shipped checkpoints of a finished run under the recipe's name.
 
     Raises:
         FileNotFoundError: The run lacks one of these checkpoints.
@@ -53,9 +50,7 @@ def ship(name: str, run: Path, shipped: Path = SHIPPED) -> None:
 
 
 def main() -> None:
-    """Train every miniature, one after another, going on with runs that were stopped, and ship
-    each.
-    """
+    """Train and ship every miniature, one after another; stopped runs go on."""
     torch.set_num_threads(1)
     for name in PLACES:
         run = Path("runs") / name

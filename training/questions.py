@@ -1,7 +1,7 @@
-"""Where a recipe's questions come from: fresh random facts, or a fixed data set in shuffled epochs.
+"""The questions of a recipe: fresh random facts, or a fixed data set in shuffled epochs.
 
-What an update is given depends on the recipe and on the run's progress alone, so a resumed run sees
-what it would have seen.
+The questions of an update depend on the recipe and on the progress alone, so that a resumed run
+sees the same ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Questions(ABC):
 
     Attributes:
         recipe: The recipe.
-        graph: What answers them.
+        graph: The graph that answers the questions.
         n_shown: Test questions of each group that travel with a checkpoint, at most.
     """
 
@@ -79,7 +79,7 @@ def questions_of(recipe: Recipe) -> Questions:
 
 
 class _MultiHop(Questions):
-    """What fresh and fixed facts share: the graph, and test groups that are hop counts."""
+    """The graph, and hop counts as test groups, which fresh and fixed facts share."""
 
     def __init__(self, recipe: Recipe, task: MultiHopTask) -> None:
         super().__init__(recipe)
@@ -100,9 +100,7 @@ class _MultiHop(Questions):
 
 
 class FreshFacts(_MultiHop):
-    """New random facts of one hop count at every update; one in ten of two or more hops is held
-    out.
-    """
+    """New random facts of one hop count at every update; a tenth of all facts is held out."""
 
     def batch(self, stage: Stage, progress: Progress, rng: np.random.Generator) -> list[FactBatch]:
         hops = int(rng.choice(stage.hops))
@@ -147,9 +145,7 @@ class _Epochs(Questions):
 
 
 class FixedFacts(_Epochs, _MultiHop):
-    """The paper's multi-hop data set, up to the deepest hop count of the recipe and a few
-    beyond.
-    """
+    """The paper's multi-hop data set, up to a few hops beyond the recipe's deepest count."""
 
     def __init__(self, recipe: Recipe, task: MultiHopTask) -> None:
         super().__init__(recipe, task)
@@ -167,9 +163,7 @@ class FixedFacts(_Epochs, _MultiHop):
 
 
 class TwoHop(_Epochs):
-    """Atomic facts and compositions, shuffled together; the test groups are those of the data
-    set.
-    """
+    """Atomic facts and compositions, shuffled together, with the data set's test groups."""
 
     n_shown = 200
 

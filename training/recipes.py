@@ -1,5 +1,5 @@
-"""What a training run is, as frozen configs: the questions, the model, and the stages. The named
-ones are in `training.catalog`.
+"""Frozen configs of a training run: the questions, the model, and the stages. The named recipes are
+in `training.catalog`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from loopscope.models.families.recurrent_depth import Positions
 
 @dataclass(frozen=True, kw_only=True)
 class Loops:
-    """How many iterations a batch is trained with: clip(Poisson(mean), low, high), one draw per
-    batch; low == high is fixed.
+    """The number of iterations of a training batch: clip(Poisson(mean), low, high), one draw per
+    batch. With low == high the number is fixed.
     """
 
     mean: float
@@ -30,7 +30,7 @@ class Loops:
 
     @classmethod
     def fixed(cls, loops: int) -> Loops:
-        """Always the same number."""
+        """The same number for every batch."""
         return cls(mean=float(loops), low=loops, high=loops)
 
     def draw(self, rng: np.random.Generator) -> int:
@@ -49,10 +49,10 @@ class Loops:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiHopTask:
-    """Facts of many hops; the defaults are the paper's.
+    """The task of many hops; the defaults are the paper's.
 
     Attributes:
-        n_entities, n_relations, graph_seed: The graph.
+        n_entities, n_relations, graph_seed: Sizes and seed of the graph.
         permutations: Whether each relation is a permutation; if not, tails are random, and a short
             suffix nearly fixes the answer.
         train: Distinct facts of each hop count to train on, in shuffled epochs over all hop counts
@@ -82,8 +82,8 @@ class TwoHopTask:
     defaults are the paper's.
 
     Attributes:
-        n_entities, n_relations, out_degree, ood_share, graph_seed: The graph.
-        phi, iid_share, test: The split, as in `tasks.two_hop.make_two_hop`.
+        n_entities, n_relations, out_degree, ood_share, graph_seed: As in `TableGraph.two_hop`.
+        phi, iid_share, test: As in `make_two_hop`.
     """
 
     n_entities: int = 2000
@@ -108,17 +108,17 @@ class Stage:
     """A part of a run with one set of hop counts; at its end a checkpoint of its name is exported.
 
     Attributes:
-        name: Of the checkpoint's folder.
+        name: The name of the checkpoint's folder.
         hops: Hop counts of the questions.
         max_updates: The stage ends after so many updates.
         gate_on, gate: It also ends once accuracy on this group of test questions exceeds the gate;
             None means no gate. Groups are hop counts ("3"), or those of the two-hop task
             ("test_inferred_iid").
-        min_updates: The gate is not asked before.
+        min_updates: Updates before the gate is first asked.
         lr, lr_end: The learning rate stays at lr and then falls linearly to lr_end at max_updates.
-        fall_from: Share of max_updates after which it falls.
-        warmup: Updates over which the rate rises from zero at the beginning.
-        restart: Forget the optimiser's moments at the beginning.
+        fall_from: Share of max_updates after which the learning rate falls.
+        warmup: Updates over which the learning rate first rises from zero.
+        restart: Whether the stage forgets the optimiser's moments at its beginning.
     """
 
     name: str
@@ -147,29 +147,29 @@ class Recipe:
     """Everything that decides a run, besides the machine.
 
     Attributes:
-        name: Its name on the command line and in the card.
-        task: What is asked.
-        n_layers, d_model, n_heads, positions: The model; its MLP is four times as wide.
-        dropout: Of the blocks, while training.
-        zero_init: Start both output projections of every block at zero, so that the loop is the
-            identity.
+        name: The recipe's name on the command line and in the card.
+        task: The task that the model is trained on.
+        n_layers, d_model, n_heads, positions: Sizes of the model; its MLP is four times as wide.
+        dropout: Dropout rate of the blocks, while training.
+        zero_init: Whether both output projections of every block start at zero, so that the loop
+            starts as the identity.
         readout: Where answers are read: the last real token, or the last column of the inputs
             padded to `padded_to`.
-        padded_to: Columns of the padded inputs; None means those of the longest in the batch.
+        padded_to: Columns of the padded inputs; None means the length of the batch's longest input.
         loops: Iterations per batch.
         eval_loops: Iterations at which gates are judged; with `halting_gate` the most that the
             halting rule may use.
-        halting_gate: Judge gates after the iteration at which the paper's rule for evaluation while
-            training stops.
-        stages: In order.
+        halting_gate: Whether gates are judged after the iteration at which the paper's halting rule
+            for training stops.
+        stages: The stages in order.
         batch_size: Questions per update.
-        weight_decay, betas: Of AdamW.
-        decay_matrices_only: Leave biases and norms out of the decay.
-        clip: Largest gradient norm; None does not clip.
-        label_smoothing: Of the cross-entropy.
+        weight_decay, betas: Arguments of AdamW.
+        decay_matrices_only: Whether biases and norms are left out of the weight decay.
+        clip: The largest gradient norm; None means no clipping.
+        label_smoothing: Label smoothing of the cross-entropy.
         eval_every: Updates between evaluations.
         eval_questions: Test questions of each group in an evaluation.
-        seed: Of weights and batches.
+        seed: The seed of weights and batches.
     """
 
     name: str
@@ -232,12 +232,12 @@ def curriculum(
     replay).
 
     Args:
-        max_updates, gate: Of each stage.
-        lr: Of the first stage; each later one starts at `lr_decay` times the rate of the one
-            before, but not below `lr_floor`.
-        lr_end: Where the rate of a stage falls to by max_updates; None keeps it constant.
-        warmup: Of the first stage, and with `restart` of each.
-        restart: Restart optimiser and schedule at each stage.
+        max_updates, gate: As in `Stage`, for each stage.
+        lr: The learning rate of the first stage. Each later stage starts at `lr_decay` times the
+            rate of the stage before, but not below `lr_floor`.
+        lr_end: The learning rate at the end of a stage; None keeps the rate constant.
+        warmup: As in `Stage`, for the first stage and, with `restart`, for each.
+        restart: Whether optimiser and schedule restart at each stage.
         forced_first: Updates that the first stage runs, whatever its gate says.
     """
     stages = []

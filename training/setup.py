@@ -29,7 +29,7 @@ class TrainingBatch:
     Attributes:
         inputs: Tokens, mask, and the column at which each answer is read.
         answers: Int[Tensor, " batch"].
-        n_loops: Iterations to train it with.
+        n_loops: Iterations to run.
     """
 
     inputs: Batch
@@ -47,7 +47,7 @@ class TrainingBatch:
 
 
 def readout_of(recipe: Recipe) -> Readout:
-    """Where the model of a recipe is read."""
+    """The place where the model of a recipe is read."""
     if recipe.readout == "last_real":
         return Readout("last_real")
     assert recipe.padded_to is not None, "a recipe that reads the last column says which that is"
@@ -57,9 +57,9 @@ def readout_of(recipe: Recipe) -> Readout:
 def pack(recipe: Recipe, facts: Sequence[FactBatch], n_loops: int) -> TrainingBatch:
     """Facts of several hop counts as one right-padded batch.
 
-    Its columns reach to the longest real token, and without positions one column further where
-    answers are read at the last one: no other padding column changes the loss or a gradient. Of the
-    padding that is left only readouts are computed.
+    The columns reach to the end of the longest question. Without positions, answers at the last
+    column need one padding column more. No other padding column changes the loss or a gradient, so
+    that padding is computed only where an answer is read.
     """
     lengths = np.concatenate([np.full(len(batch), batch.hops + 1) for batch in facts])
     columns, width = readout_of(recipe).place(
@@ -78,9 +78,7 @@ def pack(recipe: Recipe, facts: Sequence[FactBatch], n_loops: int) -> TrainingBa
 
 
 class Answering(nn.Module):
-    """A model as the function that is trained, from a batch to the logits of its answers; what
-    data-parallel training wraps.
-    """
+    """A model as a function from a batch to its answers' logits, for data-parallel training."""
 
     def __init__(self, model: RecurrentDepth) -> None:
         super().__init__()
@@ -96,8 +94,8 @@ class Answering(nn.Module):
 
 
 def fresh_model(recipe: Recipe) -> RecurrentDepth:
-    """A new model; with `zero_init` its loop is the identity, because both output projections of
-    every block are zero (c_scale = 0).
+    """A new model. With `zero_init` the loop is the identity: both output projections of every
+    block are zero (c_scale = 0).
     """
     words = Vocabulary(vocabulary(recipe.task.n_entities, recipe.task.n_relations))
     cfg = RecurrentDepthConfig(

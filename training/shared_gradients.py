@@ -1,8 +1,8 @@
 """Weight gradients of a looped model without one matrix per use.
 
 A shared weight is used once per iteration, and autograd makes a gradient of its size for every use
-and adds them up. With few rows and wide weights that costs as much as the products themselves. Here
-the rows of all uses are joined and multiplied once.
+and adds them up. With few rows and wide weights these sums cost as much as the products themselves.
+Here the rows of all uses are joined and multiplied once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Uses:
-    """The uses of one weight in a forward pass, and what their backward pass has brought so far."""
+    """The uses of one weight in a forward pass, with the rows and gradients so far."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -25,8 +25,8 @@ class _Uses:
 
 
 class _Product(torch.autograd.Function):
-    """bias + rows @ weight; the backward pass that comes last returns the weight's whole gradient,
-    the others none.
+    """bias + rows @ weight. The last backward pass returns the weight's whole gradient, the passes
+    before it return none.
     """
 
     @staticmethod
@@ -50,11 +50,11 @@ class _Product(torch.autograd.Function):
 
 
 class SharedGradients(TorchFunctionMode):
-    """Inside the `with` block, products with parameters share their gradient's computation; for one
-    forward and its backward.
+    """A context in which products with parameters share the computation of their gradient, for one
+    forward and its backward pass.
 
-    Every product must be on the way to what is differentiated; `check` after the backward pass
-    makes sure.
+    Every product must be on the way to the loss; `check`, called after the backward pass, makes
+    sure.
     """
 
     def __init__(self) -> None:
@@ -78,9 +78,7 @@ class SharedGradients(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def check(self) -> None:
-        """Raise a RuntimeError where a product had no backward pass, so that its weight's gradient
-        is missing.
-        """
+        """Raise a RuntimeError where a product had no backward pass and a gradient is missing."""
         if any(uses.rows for uses in self._uses.values()):
             raise RuntimeError(
                 "a product inside SharedGradients is not on the way to the loss, so a weight's"

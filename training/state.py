@@ -19,11 +19,11 @@ from loopscope.training.recipes import Recipe
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """The progress of a run.
 
     Attributes:
         stage: Index of the stage.
-        stage_update: Updates done in it.
+        stage_update: Updates done in that stage.
         update: Updates done in all.
         seconds: Time spent.
     """
@@ -41,8 +41,8 @@ def save_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write everything that the next update depends on; random draws depend on the recipe's seed
-    and the progress alone.
+    """Write the state that the next update depends on. Random draws depend on the recipe's seed and
+    the progress alone.
     """
     content = {
         "recipe": recipe_text(recipe),

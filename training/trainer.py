@@ -1,6 +1,4 @@
-"""The trainer: runs a recipe's stages, resumes bit for bit, and writes checkpoints that `load`
-reads.
-"""
+"""The trainer, which runs a recipe's stages, resumes bit for bit, and writes checkpoints."""
 
 from __future__ import annotations
 
@@ -45,8 +43,8 @@ def train(
     """Run a named recipe to its end.
 
     Args:
-        name: Of the recipe.
-        folder: Of the run; None means runs/<name>.
+        name: The name of the recipe.
+        folder: The folder of the run; None means runs/<name>.
         resume, release, wandb: As in `Trainer`.
 
     Returns:
@@ -65,23 +63,23 @@ def train(
 
 
 class Trainer:
-    """One run of a recipe in a folder; under `accelerate launch` every process has one, and each
-    batch is shared among them.
+    """One run of a recipe in a folder. Under `accelerate launch` every process has a trainer, and
+    the processes share each batch.
 
-    On a GPU it computes in bfloat16 autocast with compiled blocks, on a CPU in float32.
+    A GPU computes in bfloat16 autocast with compiled blocks, a CPU in float32.
 
     Args:
-        recipe: What to run.
+        recipe: The recipe to run.
         folder: Holds state.pt (to resume), log.jsonl, TensorBoard's files, and a checkpoint for
             each stage, by its name.
-        resume: Go on from state.pt.
-        release: Write each checkpoint in the released layout too, as
+        resume: Whether to go on from state.pt.
+        release: Whether to write each checkpoint in the released layout too, as
             released/<stage>/checkpoint_epoch_<N>.pt, where N counts evaluations.
-        wandb: Report to Weights & Biases.
+        wandb: Whether to report to Weights & Biases.
 
     Attributes:
-        shares_gradients: Whether weight gradients are made by `SharedGradients`; on a CPU it pays
-            for wide models.
+        shares_gradients: Whether `SharedGradients` makes the weight gradients; on a CPU that is
+            faster for wide models.
 
     Raises:
         ValueError: The folder holds a run already and resume is False, the state is of another
@@ -173,17 +171,16 @@ class Trainer:
         Raises:
             FloatingPointError: The loss is not a number; the saved state is left as it was.
         """
-        torch.manual_seed(
-            self.recipe.seed + 1_000_003 * self.progress.update + self.accelerator.process_index
-        )  # of the dropout
+        dropout_seed = self.recipe.seed + 1_000_003 * self.progress.update
+        torch.manual_seed(dropout_seed + self.accelerator.process_index)
         value = self.update(self.batch(stage), stage.rate(self.progress.stage_update))
         self.progress.update += 1
         self.progress.stage_update += 1
         return value
 
     def update(self, batch: TrainingBatch, rate: float) -> float:
-        """Change the weights by one batch at a learning rate; returns and raises what `step`
-        does.
+        """Change the weights by one batch at a learning rate; the loss and errors are those of
+        `step`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -216,7 +213,7 @@ class Trainer:
         )
 
     def _evaluate(self, stage: Stage, loss: float, bar: tqdm[Any]) -> bool:
-        """Whether the stage's gate is passed, as the main process finds."""
+        """Whether the stage's gate is passed; the main process decides for all."""
         passed = [False]
         if self.log is not None:
             self.model.eval()
@@ -239,9 +236,7 @@ class Trainer:
             )
 
     def export(self, name: str) -> None:
-        """Write the model in our own format, with its graph, its card and test questions; a folder
-        that exists is left.
-        """
+        """Write the model with its graph, card and test questions, unless the folder exists."""
         folder = self.folder / name
         if not folder.exists():
             self.model.eval()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.models.families.albert import AlbertConfig
 
 _EMBEDDING = "albert.embeddings.word_embeddings.weight"
@@ -132,4 +132,10 @@ TABLE = Table(
     ),
     tied=("predictions.decoder.weight", _EMBEDDING),
     readout=None,
+    releases=(
+        ("albert/albert-base-v2", "one layer, 12 iterations; reads in both directions"),
+        ("albert/albert-large-v2", "one layer iterated; reads in both directions"),
+        ("albert/albert-xlarge-v2", "one layer iterated; reads in both directions"),
+        ("albert/albert-xxlarge-v2", "one layer iterated; reads in both directions"),
+    ),
 )

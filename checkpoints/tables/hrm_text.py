@@ -1,4 +1,4 @@
-"""Releases of HRM-Text (sapientinc/HRM-Text-1B and its kin), with fused projections or under the
+"""Releases of HRM-Text (sapientinc/HRM-Text-1B and its kin). Projections are fused, or have the
 names of transformers' modules.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names
 from loopscope.models.blocks.rotary import checked_scaling
 from loopscope.models.families.hrm_text import HrmTextConfig
@@ -74,8 +74,8 @@ def _config(
 
 
 def _layers_per_stack(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> int:
-    """The blocks of a stack, which `num_hidden_layers` gives unless their number stands beside it;
-    it may also count both stacks.
+    """The blocks of one stack. Without `num_layers_per_stack`, `num_hidden_layers` counts one stack
+    or both, and the stored keys decide.
     """
     per_stack: int | None = fields.integer("num_layers_per_stack", None)
     if per_stack is not None:
@@ -87,9 +87,7 @@ def _layers_per_stack(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> in
 
 
 def _rotary(fields: ConfigFields) -> tuple[float, Mapping[str, Any] | None]:
-    """Base and scaling of the rotary positions, from `rope_parameters` or from the two older
-    fields.
-    """
+    """Base and scaling of the rotary positions, from the newer field or the two older ones."""
     values = fields.mapping("rope_scaling", None) or fields.mapping("rope_parameters", None) or {}
     fields.unused("rope_parameters")  # where both are given the older one counts
     inner = ConfigFields(values, fields.path)
@@ -117,4 +115,5 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "hrm_text",
     config=_config,
     names=_names,
+    releases=(("sapientinc/HRM-Text-1B", "two stacks of 16 layers in nested cycles"),),
 )

@@ -1,6 +1,4 @@
-"""Releases of Huginn (tomg-group-umd/huginn-0125), and what all releases with its prelude, core and
-coda share.
-"""
+"""Releases of Huginn (tomg-group-umd/huginn-0125), and the parts that the retrofits share."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names
 from loopscope.models.families.huginn import HuginnConfig, PreludeCoreCodaConfig
 
@@ -52,9 +50,7 @@ def recognizes(values: Mapping[str, Any], keys: frozenset[str], part: str) -> bo
 
 
 def sizes(fields: ConfigFields) -> dict[str, Any]:
-    """The fields of `PreludeCoreCodaConfig` but for positions, heads of keys and values, and the
-    initial state.
-    """
+    """`PreludeCoreCodaConfig`'s fields without positions, key-value heads and the initial state."""
     fields.only("block_class_name", "SandwichBlock")
     fields.only("mlp_class_name", "GatedMLP")
     fields.only("nonlin_name", "SiLU")
@@ -83,9 +79,7 @@ def sizes(fields: ConfigFields) -> dict[str, Any]:
 
 
 def initial_value(fields: ConfigFields, name: str) -> float | None:
-    """One of the released `init_values`; None where the config has none of them, so that they
-    follow from the width.
-    """
+    """One of the released `init_values`; None where the config has none, and the width decides."""
     values = fields.mapping("init_values", None)
     if values is None:
         return None
@@ -151,4 +145,5 @@ TABLE = Table(
     config=_config,
     names=_names,
     tied=TIED,
+    releases=(("tomg-group-umd/huginn-0125", "3.5 B parameters; prelude 2, core 4, coda 2"),),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.models.families.nanbeige import NanbeigeConfig
 
@@ -142,4 +142,5 @@ TABLE = Table(
     config=_config,
     names=_names,
     skipped=r".*rotary_emb\.inv_freq|.*_hc\.h_(pre|post|res)_static",
+    releases=(("Nanbeige/Nanbeige4.2-3B", "22 layers, 2 iterations"),),
 )

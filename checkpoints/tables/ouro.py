@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
 from loopscope.models.families.ouro import OuroConfig
 
@@ -64,4 +64,10 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "ouro",
     config=_config,
     names=_names,
+    releases=(
+        ("ByteDance/Ouro-1.4B", "24 layers, 4 iterations, exit gate"),
+        ("ByteDance/Ouro-1.4B-Thinking", "24 layers, 4 iterations, exit gate"),
+        ("ByteDance/Ouro-2.6B", "48 layers, 4 iterations, exit gate"),
+        ("ByteDance/Ouro-2.6B-Thinking", "48 layers, 4 iterations, exit gate"),
+    ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names
 from loopscope.models.families.parcae import INJECTIONS, ParcaeConfig
 
@@ -68,7 +68,7 @@ _UNUSED = (
 
 
 def _stated(fields: ConfigFields, name: str, value: str) -> None:
-    """Refuse another value, and also none, where the release's own default is another."""
+    """Refuse another value, and an absent one, because the release's own default is another."""
     fields.text(name)
     fields.only(name, value)
 
@@ -162,11 +162,12 @@ def _sizes(fields: ConfigFields) -> dict[str, Any]:
 def _value_places(
     fields: ConfigFields, sizes: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Places of the tables and of the gates of value embeddings.
+    """Places of the value embeddings' tables, and of their gates.
 
-    Both are every second one of some count, but the release counts tables with the core once, and
-    gates with the coda behind mean_recurrence runs of the core and towards the core's blocks times
-    mean_backprop_depth; so they need not meet.
+    Tables and gates stand at every second place, but the release counts the places in two ways, so
+    that tables and gates need not meet. Tables: the core counts once. Gates: the coda comes after
+    mean_recurrence runs of the core, and the count ends at the core's blocks times
+    mean_backprop_depth.
     """
     n_prelude, n_core, n_coda = (
         sizes[name] for name in ("n_prelude_layers", "n_layers", "n_coda_layers")
@@ -184,9 +185,7 @@ def _value_places(
 
 
 def _rotary(fields: ConfigFields) -> tuple[float, float]:
-    """The base and what positions are divided by; only a fresh model computes its angles from
-    them.
-    """
+    """The rotary base, and the divisor of the positions; a loaded model has its angles stored."""
     inner = ConfigFields(fields.mapping("rope_settings", {}), fields.path)
     inner.only("use_rope", True)
     theta, condensed = inner.number("rope_base", 50000.0), inner.number("rope_condense_ratio", 1.0)
@@ -219,4 +218,10 @@ TABLE = Table(
     config=_config,
     names=_names,
     tied=("lm_head.weight", "transformer.wte.weight"),
+    releases=(
+        ("SandyResearch/parcae-140m", "pickled weights; prelude 2, core 2, coda 2"),
+        ("SandyResearch/parcae-370m", "pickled weights; prelude 4, core 4, coda 4"),
+        ("SandyResearch/parcae-770m", "pickled weights; prelude 6, core 6, coda 6"),
+        ("SandyResearch/parcae-1.3b", "pickled weights; prelude 8, core 8, coda 8"),
+    ),
 )

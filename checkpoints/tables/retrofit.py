@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.huginn import (
     PARTS,
     TIED,
@@ -40,9 +40,8 @@ def _shared(fields: ConfigFields) -> dict[str, Any]:
     fields.only("qk_bias", False)
     fields.only("initial_state_mode", "random")
     fields.only("partial_rotary_factor", 1.0, 1)
-    fields.unused(
-        "rope_base", "block_size"
-    )  # left over from Huginn; positions follow rope_theta and have no table
+    # Left over from Huginn; here positions follow rope_theta and have no table.
+    fields.unused("rope_base", "block_size")
     return {
         **common,
         "n_key_value_heads": fields.integer("num_key_value_heads", None),

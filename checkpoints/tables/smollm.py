@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Release, Table
 from loopscope.checkpoints.pickles import Record
+from loopscope.checkpoints.table import Release, Table
 from loopscope.models.families.smollm import SMolLMConfig
 
 _MODULES = ("smollm.model", "smollm.config", "smollm.configs")
@@ -80,4 +80,10 @@ TABLE = Table(
         "smollm.tokenizer.SmilesTokenizer",
     ),
     unpack=_unpack,
+    releases=(
+        (
+            "akhljndl/smollm",
+            "pickled weights; one layer, 8 iterations; several models and seeds in one repository",
+        ),
+    ),
 )

@@ -1,6 +1,4 @@
-"""Checkpoints of spiral-lm 0.1.1: its config as JSON beside its state dict; no weights are known to
-be released.
-"""
+"""Checkpoints of spiral-lm 0.1.1, config as JSON beside the state dict. No release is known."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names
 from loopscope.models.families.spiral import SpiralConfig
 

@@ -1,6 +1,4 @@
-"""Ordinary models whose layers are looped without training: Llama, Qwen3 and GPT-2 as they were
-released.
-"""
+"""Ordinary models that are looped without training: released Llama, Qwen3 and GPT-2."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.hub import Table
 from loopscope.checkpoints.release import BLOCK_KEYS
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
 from loopscope.models.families.training_free.model import TrainingFreeConfig
@@ -38,7 +36,7 @@ _OPTIONS = {
 
 
 def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
-    """Window, rule, beta, mode and the rule of the cache from what the caller passed to `load`."""
+    """Window, rule, beta, mode and the rule of the cache, from the caller's options."""
     if options.get("window") is None:
         raise ValueError(
             f"this is an ordinary model of {n_layers} layers, so say which of them to loop:"
@@ -61,9 +59,7 @@ def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
 
 
 def _rotary(fields: ConfigFields) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling of the rotary positions, from `rope_parameters` or from the two older
-    fields.
-    """
+    """Base and scaling of the rotary positions, from the newer field or the two older ones."""
     newer, older = fields.mapping("rope_parameters", None), fields.mapping("rope_scaling", None)
     if newer is not None and older is not None:
         fields.only(
@@ -80,7 +76,7 @@ def _rotary(fields: ConfigFields) -> tuple[float, dict[str, Any] | None]:
 
 
 def _shared(fields: ConfigFields, options: dict[str, Any]) -> dict[str, Any]:
-    """What Llama and Qwen3 configs have in common."""
+    """The fields that Llama and Qwen3 configs share."""
     n_layers = fields.integer("num_hidden_layers")
     fields.only("hidden_act", "silu")
     theta, scaling = _rotary(fields)
@@ -210,21 +206,18 @@ def _gpt2_table(prefix: str) -> Table:
     )
 
 
-TABLES = (
-    Table(
-        "training_free",
-        lambda values, keys: values.get("model_type") == "llama",
-        _llama,
-        _names,
-        options=_OPTIONS,
-    ),
-    Table(
-        "training_free",
-        lambda values, keys: values.get("model_type") == "qwen3",
-        _qwen3,
-        _names,
-        options=_OPTIONS,
-    ),
-    _gpt2_table(""),
-    _gpt2_table("transformer."),
+LLAMA = Table(
+    "training_free",
+    lambda values, keys: values.get("model_type") == "llama",
+    _llama,
+    _names,
+    options=_OPTIONS,
 )
+QWEN3 = Table(
+    "training_free",
+    lambda values, keys: values.get("model_type") == "qwen3",
+    _qwen3,
+    _names,
+    options=_OPTIONS,
+)
+GPT2, GPT2_WITH_PREFIX = _gpt2_table(""), _gpt2_table("transformer.")

@@ -265,6 +265,7 @@ def test_a_repository_without_weights_is_refused(hub: Hub) -> None:
         fetch("someone/data")
 
 
+@pytest.mark.slow
 def test_the_environment_decides_where_from_and_where_to(
     hub: Hub, tiny: Files, tmp_path: Path
 ) -> None:

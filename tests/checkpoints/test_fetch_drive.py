@@ -246,6 +246,7 @@ def test_what_lies_in_the_place_of_a_run_is_left_alone(
     assert (path.read_text(), drive.listed) == ("mine", 0)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_nothing_that_is_taken_for_the_run(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +32,12 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def without_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages end without a checkpoint, whose table of accuracies takes most of the time."""
+    monkeypatch.setattr(Trainer, "export", lambda trainer, name: None)
 
 
 def test_a_fresh_loop_is_the_identity() -> None:
@@ -71,6 +77,7 @@ def test_a_run_improves_exports_and_logs(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("without_export")
 def test_a_gate_ends_its_stage_early(tmp_path: Path) -> None:
     recipe = replace(
         TINY, stages=(replace(TINY.stages[0], max_updates=100, gate=-1.0), TINY.stages[1])
@@ -99,9 +106,29 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
-def test_the_same_numbers_go_to_tensorboard(tmp_path: Path) -> None:
-    Trainer(TINY, tmp_path).run()
-    (events,) = (tmp_path / "tensorboard").iterdir()
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of the smallest recipe: its folder, and the calls that wandb was given."""
+
+    folder: Path
+    reported: list[tuple[dict[str, float], int]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    done = Finished(tmp_path_factory.mktemp("finished"), [])
+    run = SimpleNamespace(
+        log=lambda numbers, step: done.reported.append((numbers, step)),
+        finish=lambda: done.reported.append(({}, -1)),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+        Trainer(TINY, done.folder, release=True, wandb=True).run()
+    return done
+
+
+def test_the_same_numbers_go_to_tensorboard(finished: Finished) -> None:
+    (events,) = (finished.folder / "tensorboard").iterdir()
     content = events.read_bytes()
     assert all(name in content for name in (b"loss", b"lr", b"accuracy/2", b"accuracy/3"))
 
@@ -114,24 +141,17 @@ def test_without_wandb_asking_for_it_says_what_to_do(
         Trainer(TINY, tmp_path, wandb=True)
 
 
-def test_wandb_is_given_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reported: list[tuple[dict[str, float], int]] = []
-    run = SimpleNamespace(
-        log=lambda numbers, step: reported.append((numbers, step)),
-        finish=lambda: reported.append(({}, -1)),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
-    Trainer(TINY, tmp_path, wandb=True).run()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [step for _, step in reported] == [*(line["update"] for line in lines), -1]
-    assert reported[0][0]["accuracy/2"] == lines[0]["accuracy"]["2"]
+def test_wandb_is_given_the_same_numbers(finished: Finished) -> None:
+    lines = [json.loads(line) for line in (finished.folder / "log.jsonl").read_text().splitlines()]
+    assert [step for _, step in finished.reported] == [*(line["update"] for line in lines), -1]
+    assert finished.reported[0][0]["accuracy/2"] == lines[0]["accuracy"]["2"]
 
 
-def test_checkpoints_in_the_released_layout_give_the_same_logits(tmp_path: Path) -> None:
-    Trainer(TINY, tmp_path, release=True).run()
+def test_checkpoints_in_the_released_layout_give_the_same_logits(finished: Finished) -> None:
+    folder = finished.folder
     for stage, epoch in (("2_hops", 3), ("final", 6)):
-        ours, released = load(tmp_path / stage), load(tmp_path / "released" / stage)
-        assert (tmp_path / "released" / stage / f"checkpoint_epoch_{epoch}.pt").is_file()
+        ours, released = load(folder / stage), load(folder / "released" / stage)
+        assert (folder / "released" / stage / f"checkpoint_epoch_{epoch}.pt").is_file()
         assert str(released.read_at) == "last_real"
         tokens = torch.tensor([[1, 8, 9], [2, 9, 10]])
         assert torch.equal(ours(tokens, n_loops=3), released(tokens, n_loops=3))
@@ -162,6 +182,7 @@ def test_only_matrices_decay_when_asked() -> None:
     assert len(every["params"]) == len(list(model.parameters()))
 
 
+@pytest.mark.usefixtures("without_export")
 def test_a_restart_forgets_the_moments(tmp_path: Path) -> None:
     recipe = replace(
         TINY, stages=(TINY.stages[0], replace(TINY.stages[1], restart=True, max_updates=1))
@@ -173,6 +194,7 @@ def test_a_restart_forgets_the_moments(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("without_export")
 def test_a_gate_is_not_asked_before_its_forced_updates(tmp_path: Path) -> None:
     recipe = replace(
         TINY,
@@ -183,6 +205,7 @@ def test_a_gate_is_not_asked_before_its_forced_updates(tmp_path: Path) -> None:
     assert trainer.progress.update == 12 + TINY.stages[1].max_updates
 
 
+@pytest.mark.usefixtures("without_export")
 def test_a_halting_gate_judges_where_the_rule_stops(tmp_path: Path) -> None:
     recipe = replace(TINY, halting_gate=True)
     trainer = Trainer(recipe, tmp_path)

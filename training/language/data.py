@@ -34,8 +34,8 @@ class Corpus:
 
 
 def make_corpus(recipe: LanguageRecipe, progress: bool = False) -> Corpus:
-    """The strings of a recipe; the held-out ones depend on the task's seed and sizes of molecules
-    alone, not on how many train.
+    """The strings of a recipe. The held-out ones depend on the task's seed and molecule sizes
+    alone.
 
     Args:
         progress: Show progress bars.
@@ -52,7 +52,7 @@ def make_corpus(recipe: LanguageRecipe, progress: bool = False) -> Corpus:
 
 
 def to_rows(texts: Sequence[str], context: int) -> UInt8[np.ndarray, "string pos"]:
-    """Strings between <bos> and <eos> as rows; those of more than `context` tokens are left out."""
+    """Strings between <bos> and <eos> as rows, without those of more than `context` tokens."""
     vocabulary = SmilesVocabulary()
     ids = [vocabulary.ids(f"{BOS}{text}{EOS}") for text in texts]
     kept = [row for row in ids if len(row) <= context]
@@ -68,7 +68,7 @@ def as_tokens(rows: UInt8[np.ndarray, "string pos"]) -> Int[Tensor, "string widt
 
 
 def corpus_in(folder: Path, recipe: LanguageRecipe) -> Corpus:
-    """The strings of a run, from its data.npz, which is made if it is not there.
+    """The strings of a run, from its data.npz; the file is made where it is absent.
 
     Raises:
         ValueError: The file is of another task or context, or there are fewer training strings than
@@ -100,8 +100,8 @@ def corpus_in(folder: Path, recipe: LanguageRecipe) -> Corpus:
 
 
 class Batches:
-    """Training strings in shuffled epochs of batches of similar length; an update's batch depends
-    on the seed and its number alone.
+    """Training strings in shuffled epochs of batches of similar length. The batch of an update
+    depends on the seed and the update alone.
     """
 
     def __init__(self, rows: UInt8[np.ndarray, "string pos"], size: int, seed: int) -> None:

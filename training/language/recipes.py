@@ -16,11 +16,11 @@ class SmilesTask:
     """Random writings of random molecules.
 
     Attributes:
-        molecules, held_out: Distinct molecules to train on, and others to test on; of those each
-            has one writing.
-        writings: Of each training molecule.
+        molecules, held_out: Distinct molecules to train on, and others to test on, which have one
+            writing each.
+        writings: Writings of each training molecule.
         atoms: Fewest and most heavy atoms.
-        seed: Of molecules and writings.
+        seed: The seed of molecules and writings.
     """
 
     molecules: int = 60_000
@@ -38,7 +38,7 @@ class SmilesTask:
 
 @dataclass(frozen=True, kw_only=True)
 class CosineStage(Stage):
-    """A whole run: the learning rate rises linearly and falls as half a cosine."""
+    """A whole run, whose learning rate rises linearly and falls as half a cosine."""
 
     hops: tuple[int, ...] = ()
 
@@ -51,8 +51,7 @@ class CosineStage(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageRecipe(Recipe):
-    """A recipe of next-token training. What of `Recipe` only makes sense for questions is fixed,
-    and no argument.
+    """A recipe of next-token training. The fields of `Recipe` that are about questions are fixed.
 
     Attributes:
         task: The strings.

@@ -1,4 +1,4 @@
-"""How well a language model predicts the next token, and what it writes."""
+"""Scores of a language model: predictions of the next token, and the strings that it writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def next_token_loss(model: LoopedModel, tokens: Int[Tensor, "string pos"]) -> Fl
 
 @dataclass(frozen=True)
 class PassScores:
-    """How well a model predicts the next token when it is read out after each iteration.
+    """Scores of next-token prediction, read out after each iteration.
 
     Attributes:
         nats: Cross-entropy per token after 1, 2, ... iterations.
@@ -41,9 +41,7 @@ class PassScores:
 def score_passes(
     model: LoopedModel, rows: UInt8[np.ndarray, "string pos"], n_loops: int, batch_size: int = 250
 ) -> PassScores:
-    """Read a model out after each of `n_loops` iterations of one run, at every token of some
-    strings.
-    """
+    """The scores after each of `n_loops` iterations of one run, at every token of some strings."""
     nats, right, count = np.zeros(n_loops), np.zeros(n_loops), 0
     ordered = rows[np.argsort(np.count_nonzero(rows, axis=1), kind="stable")]
     for start in range(0, len(rows), batch_size):
@@ -63,8 +61,7 @@ def score_passes(
 def sample_strings(
     model: LoopedModel, count: int, seed: int, *, context: int, temperature: float | int = 1.0
 ) -> list[str]:
-    """Strings drawn from a model token by token, <bos> left out; one that ends within the context
-    ends in <eos>.
+    """Strings drawn from a model token by token, without <bos>; a finished one ends in <eos>.
 
     Args:
         context: Tokens of the longest string, <bos> and <eos> among them.
@@ -91,9 +88,7 @@ def sample_strings(
 
 
 def shares(samples: Sequence[str]) -> dict[str, float]:
-    """Of some samples, the shares that end, are well formed, are valid, and are distinct valid
-    ones; only what ends counts.
-    """
+    """The shares of samples that end, and of those that end: well formed, valid, distinct valid."""
     ended = [text.removesuffix(EOS) for text in samples if text.endswith(EOS)]
     good = [text for text in ended if valid(text)]
     counts = {

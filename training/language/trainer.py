@@ -33,11 +33,11 @@ class LanguageTrainer:
     """One run of a language recipe in a folder, on the CPU in float32.
 
     Args:
-        recipe: What to run.
+        recipe: The recipe to run.
         folder: Holds data.npz, state.pt (to resume), log.jsonl, TensorBoard's files, and the
             finished checkpoint.
-        resume: Go on from state.pt.
-        wandb: Report to Weights & Biases.
+        resume: Whether to go on from state.pt.
+        wandb: Whether to report to Weights & Biases.
 
     Raises:
         ValueError: The folder holds a run already and resume is False, or its state or data are of
@@ -132,9 +132,7 @@ class LanguageTrainer:
         save_state(self.folder / "state.pt", self.recipe, self.progress, self.model, self.optimizer)
 
     def export(self) -> None:
-        """Write the finished model with its card into the folder `final`; one that exists is
-        left.
-        """
+        """Write the finished model with its card into `final`, unless that folder exists."""
         folder = self.folder / "final"
         if not folder.exists():
             self.model.eval()
@@ -168,9 +166,7 @@ class LanguageTrainer:
 
 
 def fresh_language_model(recipe: LanguageRecipe) -> LoopedModel:
-    """A new model with its vocabulary, read at the last token; its weights start as its family
-    makes them.
-    """
+    """A new model with its vocabulary, read at the last token, with its family's fresh weights."""
     words = SmilesVocabulary()
     torch.manual_seed(recipe.seed)
     model = build(config_of(recipe, len(words)))
@@ -184,7 +180,7 @@ def train_language(
     """Run a recipe to its end.
 
     Args:
-        folder: Of the run.
+        folder: The folder of the run.
         resume, wandb: As in `LanguageTrainer`.
 
     Returns:
@@ -200,8 +196,8 @@ def main(
     """Train a language model by a named recipe.
 
     Args:
-        name: Of the recipe.
-        out: Folder of the run; runs/<name> by default.
+        name: The name of the recipe.
+        out: The folder of the run; runs/<name> by default.
         resume: Go on with a run that was stopped.
     """
     if name not in LANGUAGE_RECIPES:

@@ -1,0 +1,30 @@
+"""A pickle that holds the config and the weights, in the way of one of the known families."""
+
+from __future__ import annotations
+
+from loopscope.checkpoints.formats.base import Format, Located
+from loopscope.checkpoints.formats.released_folder import family_of, open_release
+from loopscope.checkpoints.table import Release
+from loopscope.checkpoints.tables import TABLES
+
+
+def unpacked(located: Located) -> Release | None:
+    """The config and the tensors in a pickle; None where the pickle does not hold both."""
+    content = located.pickle
+    if content is None:
+        return None
+    releases = (table.unpack(content) for table in TABLES)
+    return next((release for release in releases if release is not None), None)
+
+
+def _release(located: Located) -> Release:
+    release = unpacked(located)
+    assert release is not None, "a format opens only what is its own"
+    return release
+
+
+WHOLE_PICKLE = Format(
+    lambda located: unpacked(located) is not None,
+    lambda located: family_of(located, _release(located)),
+    lambda located, given: open_release(located, _release(located), given),
+)

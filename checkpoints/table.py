@@ -1,0 +1,117 @@
+"""How the releases of one family are read: the form of a table in `tables/`, and reading by one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fill import build_from, drop_tied_head
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.config import LoopedConfig
+
+Release = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """How one family's releases are read.
+
+    Attributes:
+        family: The family's name among the configs.
+        recognizes: Whether a config and the keys of its weights are of this family. No release is
+            recognised by two tables.
+        config: Our config from the released fields. `config` takes the fields, the tensors by key,
+            and the options that were passed to `load`; it removes the options that it reads.
+        names: Our parameter name for each key that a file of this config may have.
+        skipped: Keys that hold nothing which the forward pass needs, as a regular expression.
+        tied: Where the config ties the head to the embedding: the key of the head, and the key of
+            the embedding. A head that is stored must equal the embedding.
+        options: The options that `config` reads, and a sentence on each.
+        readout: Where answers are read unless the caller says otherwise.
+        records: Foreign classes that the release's pickle holds, "module.Class"; their objects are
+            read as inert records.
+        unpack: The config and the tensors in the content of the release's pickle; None for the
+            content of another family's pickle.
+        releases: The public releases that are known: a Hugging Face repository id, and a note that
+            helps to choose.
+    """
+
+    family: str
+    recognizes: Callable[[Mapping[str, Any], frozenset[str]], bool]
+    config: Callable[[ConfigFields, Mapping[str, Tensor], dict[str, Any]], LoopedConfig]
+    names: Callable[[Any], Mapping[str, str]]
+    skipped: str = r".*rotary_emb\.inv_freq"
+    tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+    options: Mapping[str, str] = field(default_factory=dict)
+    readout: str | None = "last_real"
+    records: tuple[str, ...] = ()
+    unpack: Callable[[Mapping[str, Any]], Release | None] = field(default=lambda content: None)
+    releases: tuple[tuple[str, str], ...] = ()
+
+
+def recognize(release: Release, tables: tuple[Table, ...], path: Path) -> Table:
+    """The one table that recognises a release.
+
+    Args:
+        path: The file of the release's config, for messages.
+
+    Raises:
+        CheckpointError: No table recognises the release, or several do.
+    """
+    values, tensors = release
+    keys = frozenset(tensors)
+    found = [table for table in tables if table.recognizes(values, keys)]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} could be of the families {' and '.join(table.family for table in found)};"
+            " remove the fields that belong to the other one"
+        )
+    if not found:
+        kind = values.get("model_type", "none")
+        known = ", ".join(sorted({table.family for table in tables}))
+        raise CheckpointError(
+            f"{path} names no family that can be loaded (its model_type is {kind!r}); those are"
+            f" {known}"
+        )
+    return found[0]
+
+
+def load_by(
+    table: Table, release: Release, weights: Path, options: Mapping[str, Any]
+) -> LoopedModel:
+    """A model from a release of a table's family.
+
+    Args:
+        release: The config, and the tensors by key.
+        weights: The file that holds the tensors, for messages.
+        options: Facts that the release does not say, by the names that the table knows.
+
+    Raises:
+        CheckpointError: The config, a key or an option does not fit the family.
+    """
+    values, tensors = release
+    path = weights.with_name("config.json")
+    fields, left = ConfigFields(values, path), dict(options)
+    try:
+        cfg = table.config(fields, tensors, left)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    fields.done()
+    if left:
+        raise CheckpointError(
+            f"{weights}: a {table.family} release takes no {next(iter(left))}=, got"
+            f" {next(iter(left.values()))!r}"
+        )
+    kept = {key: tensor for key, tensor in tensors.items() if not re.fullmatch(table.skipped, key)}
+    if getattr(cfg, "tied", False):
+        drop_tied_head(kept, *table.tied, weights, "the config ties the head to the embedding")
+    return build_from(cfg, kept, table.names(cfg), weights)
