@@ -11,8 +11,9 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.ranking import rank_of
 from loopscope.interp.lens.lens import readout_lens
-from loopscope.interp.lens.record import Lens
+from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.core.base import LoopedModel
 
 
@@ -70,11 +71,15 @@ class Stops:
     halted: Bool[Tensor, " batch"]
     logits: Float[Tensor, "batch d_vocab"]
 
-    def correct(self, answers: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
-        """Whether each example stopped with the right answer."""
-        return self.logits.argmax(-1) == answers.to(self.logits.device)
+    def correct(self, answers: Targets) -> Bool[Tensor, " batch"]:
+        """Whether the top token of each example at its stop is the answer.
 
-    def frame(self, answers: Int[Tensor, " batch"] | None = None) -> pd.DataFrame:
+        The order of tokens is that of `Lens.rank`, and the errors too.
+        """
+        tokens = self.lens.targets(answers)
+        return rank_of(self.logits, tokens, lambda index: f"example {index[0]}") == 0
+
+    def frame(self, answers: Targets | None = None) -> pd.DataFrame:
         """One row per example: example, iterations (run), halted, and correct when the answers are
         given.
         """

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from loopscope.interp.common.cells import place_of
 from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
 from loopscope.interp.common.fingerprint import fingerprint
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
 from loopscope.interp.lens.lens import residuals
 from loopscope.interp.lens.record import Lens, places_of, visit_table
@@ -226,7 +227,8 @@ def train_tuned_lens(
         seed: The seed of the draws; the same seed gives the same lens.
 
     Raises:
-        ValueError: Fewer than one step or read, or a learning rate that is not positive.
+        ValueError: Fewer than one step or read, a learning rate that is not positive, or runs
+            that are not finite.
 
     Source:
         Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
@@ -239,6 +241,9 @@ def train_tuned_lens(
         )
     start = TunedLens.identity(model, n_loops)
     resids, finals = _material(model, as_batch(model, inputs, readout), positions, start.n_loops)
+    for name, visit in zip(start.names, resids, strict=True):
+        refuse_nonfinite(f"the residuals at visit {name}", visit)
+    refuse_nonfinite("the answers of the runs", finals)
     params = [start.weights.clone(), start.biases.clone()]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -255,7 +260,7 @@ def train_tuned_lens(
 def _material(
     model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
 ) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_model"]]:
-    """The residual after every visit and the head's input at the end, at columns without padding."""
+    """The residual after every visit and the head's input at the end, without padding."""
     columns, shown = shown_spots(batch, positions)
     resids, finals = [], []
     for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):

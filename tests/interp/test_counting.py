@@ -1,5 +1,5 @@
-"""One way to count in the frames of lenses, exits and dynamics: coordinates count from 0, amounts are
-called what they are.
+"""One way to count in the frames of lenses, exits and dynamics: coordinates count from 0, and amounts
+are called by their names.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Frames = Mapping[str, Callable[[LoopedModel, Batch], pd.DataFrame]]
 OF_VISITS: Frames = {
     "logit_lens": lambda m, b: logit_lens(m, b, LOOPS).frame(ANSWERS),
     "readout_lens": lambda m, b: readout_lens(m, b, LOOPS).frame(ANSWERS),
-    "rank_trajectory": lambda m, b: (
-        rank_trajectory(logit_lens(m, b, LOOPS), ANSWERS[:, None]).frame()
-    ),
+    "rank_trajectory": lambda m, b: rank_trajectory(
+        logit_lens(m, b, LOOPS), ANSWERS[:, None]
+    ).frame(),
     "decodability": lambda m, b: decodability(m, b, ANSWERS[:, None], [2], LOOPS).frame(),
     "tuned_lens": lambda m, b: train_tuned_lens(m, b, LOOPS, steps=2, batch_size=2).frame(),
     "attention_dynamics": lambda m, b: attention_dynamics(m, b, LOOPS).frame(),
