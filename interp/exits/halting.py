@@ -157,8 +157,8 @@ def check_iterations(lens: Lens) -> None:
     """Refuse a lens whose entries are visits where iterations are counted."""
     if any(layer is not None for layer in lens.layers):
         raise ValueError(
-            "a rule or criterion counts iterations, so it needs the answers after each of them, but"
-            f" got a lens of visits ({lens.names[0]}, ...); use readout_lens(model, inputs, n_loops)"
+            "a rule or criterion counts iterations, so it needs the answers after each, but got"
+            f" a lens of visits ({lens.names[0]}, ...); use readout_lens(model, inputs, n_loops)"
         )
 
 
