@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loopscope.interp.common.finite import first_nonfinite
 from loopscope.interp.common.inputs import Inputs, as_batch, begin_batch
+from loopscope.interp.common.precision import widened
+from loopscope.interp.common.ranking import check_order, has_no_order, in_order, top_token
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import checked_loops
 from loopscope.models.core.tokens import Batch
+
+StopAt = int | str | Sequence[int | str] | Int[Tensor, " token"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -46,20 +53,23 @@ class Sampling:
     def choose(
         self, logits: Float[Tensor, "batch d_vocab"], generator: torch.Generator
     ) -> Int[Tensor, " batch"]:
-        """One token for each row."""
+        """One token for each row; ties are broken as in `Lens.rank`.
+
+        Raises:
+            ValueError: Logits that are not finite have no order.
+        """
         if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits.float().cpu() / self.temperature
+            return top_token(logits)
+        check_order(logits)
+        order = in_order(widened(logits).cpu())
+        ordered = widened(logits).cpu().gather(-1, order) / self.temperature
         if self.top_k is not None:
-            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            ordered[:, self.top_k :] = -torch.inf
+        probs = ordered.softmax(-1)
         if self.top_p < 1:
-            ordered, order = logits.sort(-1, descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            logits = logits.scatter(
-                -1, order, ordered.masked_fill(before >= self.top_p, -torch.inf)
-            )
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            probs = probs.masked_fill(probs.cumsum(-1) - probs >= self.top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, probs)
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def generate(
     n_loops: int | None = None,
     *,
     sampling: Sampling | None = None,
-    stop_at: int | None = None,
+    stop_at: StopAt | None = None,
     use_cache: bool = True,
 ) -> Generated:
     """Generate tokens after each prompt; prompts of different lengths go side by side.
@@ -101,12 +111,15 @@ def generate(
         max_new_tokens: At least 1.
         n_loops: Iterations for every token; None means what the checkpoint records.
         sampling: None takes the most probable token.
-        stop_at: A token id after which a row stops.
+        stop_at: Tokens after any of which a row stops: an id, the text of one token, or several
+            of these.
         use_cache: False runs every step from the first token: slow, and for a family with one key
             and value per visit the same.
 
     Raises:
-        ValueError: A family that is not causal, or more positions than the model has.
+        TypeError: A `stop_at` that is neither a token nor a list of tokens.
+        ValueError: A family that is not causal, more positions than the model has, a `stop_at`
+            outside the vocabulary, or logits that are not finite.
     """
     if not model.causal:
         raise ValueError(
@@ -123,17 +136,20 @@ def generate(
             f"the prompt and {max_new_tokens} new tokens need {furthest} positions, but this model"
             f" has n_ctx={model.cfg.n_ctx}"
         )
-    sampling = sampling or Sampling()
+    sampling, stops = sampling or Sampling(), _stops(model, stop_at)
     run = _Run(model, _widened(batch, max_new_tokens), n_loops, use_cache)
     generator = torch.Generator().manual_seed(sampling.seed)
     going = torch.ones(len(batch), dtype=torch.bool, device=model.device)
     new, logits = [], []
     for _ in tqdm(range(max_new_tokens), desc="generate", leave=False, disable=max_new_tokens < 8):
         logits.append(run.logits())
-        chosen = sampling.choose(logits[-1], generator).to(model.device) * going
+        if bool((has_no_order(logits[-1]) & going).any()):
+            raise ValueError(run.unordered(logits[-1], going))
+        rows = torch.where(going[:, None], logits[-1], torch.zeros_like(logits[-1]))
+        chosen = sampling.choose(rows, generator).to(model.device) * going
         new.append(chosen)
         run.append(chosen, going)
-        going = going if stop_at is None else going & (chosen != stop_at)
+        going = going & ~torch.isin(chosen, stops)
         if not bool(going.any()):
             break
     width = int(run.batch.mask.sum(1).max())
@@ -143,6 +159,31 @@ def generate(
         torch.stack(new, 1),
         torch.stack(logits, 1),
     )
+
+
+def _stops(model: LoopedModel, stop_at: StopAt | None) -> Int[Tensor, " token"]:
+    """The ids of the tokens after which a row stops."""
+    if stop_at is None:
+        return torch.tensor([], dtype=torch.long, device=model.device)
+    given = stop_at.tolist() if isinstance(stop_at, Tensor) else stop_at
+    entries = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    ids = [model.to_single_token(x) if isinstance(x, str) else _whole(x) for x in entries]
+    for token in ids:
+        if not 0 <= token < model.cfg.d_vocab:
+            raise ValueError(
+                f"stop_at must be tokens in 0..{model.cfg.d_vocab - 1}"
+                f" (d_vocab={model.cfg.d_vocab}), got {token}"
+            )
+    return torch.tensor(ids, dtype=torch.long, device=model.device)
+
+
+def _whole(token: SupportsIndex) -> int:
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise TypeError(
+            f"stop_at must be a token id, the text of one token, or several of these, got {token!r}"
+        ) from None
 
 
 class _Run:
@@ -169,6 +210,25 @@ class _Run:
             for name, kept in new.items()
         }
         return self.model.readout(end, lengths - 1)
+
+    def unordered(self, logits: Float[Tensor, "batch d_vocab"], going: Tensor) -> str:
+        """The words for logits from which no token can be chosen, with the first place of the run
+        that is not finite.
+        """
+        row = int((has_no_order(logits) & going).nonzero()[0, 0])
+        lengths = self.batch.mask.sum(1)
+        batch = _columns(self.batch, int(lengths.max()))
+        place = first_nonfinite(self.model, replace(batch, readout=lengths - 1), self.n_loops)
+        where = (
+            "a run without the cache is finite"
+            if place is None
+            else f"the first place that is not finite is {place.name}, row {place.row}, position"
+            f" {place.position}"
+        )
+        return (
+            f"a token can be chosen from finite logits only, but those of row {row} after position"
+            f" {int(lengths[row]) - 1} have the maximum {logits[row].amax().item()}; {where}"
+        )
 
     def _loops(self) -> int:
         return self.model.loops_after_prompt(self.n_loops) if self.store else self.n_loops

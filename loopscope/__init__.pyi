@@ -22,6 +22,7 @@ from .interp.attribution.patching import (
     edge_attribution as edge_attribution,
 )
 from .interp.common.cells import Cell as Cell
+from .interp.common.finite import first_nonfinite as first_nonfinite
 from .interp.common.metrics import (
     logit_diff as logit_diff,
 )

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from loopscope.interp.common.columns import Shown, shown_spots
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import iteration_start
@@ -214,6 +215,7 @@ def _arnoldi(
 
 def _ritz(matrix: Float[Tensor, "batch next step"]) -> tuple[Tensor, Tensor, Tensor]:
     """Ritz values by falling magnitude; of the first, its relative residual and relative change."""
+    refuse_nonfinite("the products with the Jacobian", matrix)
     values, vectors = torch.linalg.eig(matrix[:, :-1])
     order = values.abs().argsort(dim=1, descending=True)
     values, last = values.gather(1, order), vectors[:, -1].gather(1, order)

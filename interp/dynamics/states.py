@@ -21,6 +21,7 @@ from loopscope.interp.common.columns import (
     at_positions,
     shown_spots,
 )
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel
@@ -141,6 +142,7 @@ class Dynamics:
             ValueError: k is more than the points and d_model allow.
         """
         rows = self.states[:, self.shown].flatten(0, 1)
+        refuse_nonfinite("the states", rows)
         if not 1 <= k <= min(len(rows) - 1, rows.shape[1]):
             raise ValueError(
                 f"k must be in 1..{min(len(rows) - 1, rows.shape[1])} for {len(rows)} points of"
@@ -263,15 +265,25 @@ def dynamics(
     return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), spots, part)
 
 
-def effective_rank(rows: Float[Tensor, "row d"]) -> Float[Tensor, ""]:
-    """Exponential of the entropy of the singular values' shares, of the rows minus their mean; NaN
-    where all rows are the same.
+def effective_rank(rows: Float[Tensor, "row d"] | Sequence[Sequence[float]]) -> Float[Tensor, ""]:
+    """Exponential of the entropy of the singular values' shares, of the rows minus their mean.
+
+    Args:
+        rows: Float[Tensor, "row d"], or lists of numbers.
+
+    Returns:
+        The effective rank, in float32 or wider; NaN where all rows are the same.
+
+    Raises:
+        ValueError: Fewer than two rows, or rows that are not finite.
 
     Source:
         Roy & Vetterli, "The effective rank", EUSIPCO 2007.
     """
+    rows = widened(torch.as_tensor(rows))
     if len(rows) < 2:
         raise ValueError(f"an effective rank needs at least two rows, got {len(rows)}")
+    refuse_nonfinite("the rows", rows)
     sizes = torch.linalg.svdvals(rows - rows.mean(0))
     rounding = max(rows.shape) * torch.finfo(rows.dtype).eps * rows.norm()
     sizes = sizes.masked_fill(sizes <= rounding, 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import State, checked_loops
 from loopscope.models.core.tokens import Batch
@@ -38,9 +39,19 @@ def exit_distribution(gate_logits: Float[Tensor, "loop ..."]) -> ExitDistributio
 
     The last iteration takes what is left, so its own logit is not used.
 
+    Raises:
+        ValueError: A logit that is NaN.
+
     Source:
         Ouro (arXiv 2510.25741).
     """
+    gate_logits = widened(gate_logits)
+    if bool(gate_logits.isnan().any()):
+        raise ValueError(
+            f"the logits of an exit gate must be numbers, got NaN in loop"
+            f" {int(gate_logits.isnan().nonzero()[0, 0])}; first_nonfinite(model, inputs) names the"
+            " first activation that is not finite"
+        )
     log_left = F.logsigmoid(-gate_logits).cumsum(0)
     first = torch.zeros_like(log_left[:1])
     log_before = torch.cat([first, log_left[:-1]])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.dynamics.states import Dynamics, dynamics
-from loopscope.interp.exits.halting import Stops, first_stop
+from loopscope.interp.exits.halting import Stops, check_iterations, first_stop
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
 from loopscope.models.core.base import LoopedModel
@@ -155,8 +155,10 @@ def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = 
             criteria that read states.
 
     Raises:
-        ValueError: The criterion reads states, but the states of the lens's reads are not given.
+        ValueError: The criterion reads states, but the states of the lens's reads are not given;
+            or a lens of visits, such as a `logit_lens`.
     """
+    check_iterations(lens)
     met = criterion.met(lens, states)
     holds = torch.zeros_like(met)
     for loop in range(max(criterion.hits, criterion.min_loops) - 1, len(met)):

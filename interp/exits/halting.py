@@ -11,9 +11,11 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.ranking import rank_of
 from loopscope.interp.lens.lens import readout_lens
-from loopscope.interp.lens.record import Lens
+from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,15 @@ class Stops:
     halted: Bool[Tensor, " batch"]
     logits: Float[Tensor, "batch d_vocab"]
 
-    def correct(self, answers: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
-        """Whether each example stopped with the right answer."""
-        return self.logits.argmax(-1) == answers.to(self.logits.device)
+    def correct(self, answers: Targets) -> Bool[Tensor, " batch"]:
+        """Whether the top token of each example at its stop is the answer.
 
-    def frame(self, answers: Int[Tensor, " batch"] | None = None) -> pd.DataFrame:
+        The order of tokens is that of `Lens.rank`, and the errors too.
+        """
+        tokens = self.lens.targets(answers)
+        return rank_of(self.logits, tokens, lambda index: f"example {index[0]}") == 0
+
+    def frame(self, answers: Targets | None = None) -> pd.DataFrame:
         """One row per example: example, iterations (run), halted, and correct when the answers are
         given.
         """
@@ -100,7 +106,7 @@ def halting(
     model: LoopedModel,
     inputs: Inputs,
     rule: HaltingRule | None = None,
-    n_loops: int = 16,
+    n_loops: int | None = None,
     *,
     readout: ReadoutColumn = None,
 ) -> Halting:
@@ -109,19 +115,30 @@ def halting(
     Args:
         inputs: A batch, texts, or tokens with `readout`.
         rule: None means the paper's, HaltingRule(0.01, 3.0).
-        n_loops: The cap; an example that never halts uses the last iteration.
+        n_loops: The cap, at which an example that never halts is read; the paper's is 16. None
+            means what the checkpoint records.
     """
     rule = rule or HaltingRule()
     batch = as_batch(model, inputs, readout)
-    injects = any("hook_input" in visit.opening for visit in model.schedule(n_loops))
-    if rule.inject_input or not injects:
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    injected = [
+        f"{visit.scope}.hook_input"
+        for visit in model.schedule(n_loops)
+        if "hook_input" in visit.opening
+    ]
+    if rule.inject_input or not injected:
         return apply_rule(readout_lens(model, batch, n_loops), rule)
-    with model.hooks([("loops.*.hook_input", _nothing)], n_loops=n_loops):
+    with model.hooks([(injected, _nothing)], n_loops=n_loops):
         return apply_rule(readout_lens(model, batch, n_loops), rule)
 
 
 def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
-    """Find where a rule stops each read of a `readout_lens`; one lens serves any rules."""
+    """Find where a rule stops each read of a `readout_lens`; one lens serves any rules.
+
+    Raises:
+        ValueError: A lens of visits, such as a `logit_lens`.
+    """
+    check_iterations(lens)
     holds = torch.ones(lens.heads_input.shape[:2], dtype=torch.bool, device=lens.heads_input.device)
     if rule.kl is not None:
         holds &= lens.kl() < rule.kl
@@ -134,6 +151,15 @@ def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
     return Halting(
         rule=rule, lens=lens, iterations=stop + 1, halted=halted, logits=lens.logits_at(stop)
     )
+
+
+def check_iterations(lens: Lens) -> None:
+    """Refuse a lens whose entries are visits where iterations are counted."""
+    if any(layer is not None for layer in lens.layers):
+        raise ValueError(
+            "a rule or criterion counts iterations, so it needs the answers after each, but got"
+            f" a lens of visits ({lens.names[0]}, ...); use readout_lens(model, inputs, n_loops)"
+        )
 
 
 def first_stop(

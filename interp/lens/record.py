@@ -8,15 +8,40 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.metrics import margin
+from loopscope.interp.common.precision import widened
+from loopscope.interp.common.ranking import rank_of, top_tokens
 from loopscope.models.core.base import LoopedModel
 
 _CHUNK = 1 << 22  # logits held at a time
 Place = tuple[int | None, int | None, str]
-Statistic = Callable[[Tensor, slice], Tensor]
+Targets = Int[Tensor, " read"] | Sequence[int]
+
+
+class Reads(NamedTuple):
+    """Some reads of one visit of a lens.
+
+    Attributes:
+        lens: The lens.
+        visit: The visit's index in the lens.
+        rows: The reads.
+    """
+
+    lens: Lens
+    visit: int
+    rows: slice
+
+    def name(self, index: tuple[int, ...]) -> str:
+        """The words of an error for one of the reads."""
+        read = range(len(self.lens.example))[self.rows][index[0]]
+        example, position = self.lens.example[read], self.lens.position[read]
+        return f"visit {self.lens.names[self.visit]}, example {example}, position {position}"
+
+
+Statistic = Callable[[Tensor, Reads], Tensor]
 
 
 class TopTokens(NamedTuple):
@@ -70,32 +95,39 @@ class Lens:
         rows = torch.arange(len(columns), device=columns.device)
         example = rows.repeat_interleave(columns.shape[1])
         lens = cls(heads_input, loops, layers, names, example, columns.flatten(), model)
-        return replace(lens, logits=lens._each(lambda x, rows: x)) if keep_logits else lens
+        return replace(lens, logits=lens._each(lambda logits, at: logits)) if keep_logits else lens
 
-    def margin(self, answers: Tensor) -> Float[Tensor, "visit read"]:
+    def margin(self, answers: Targets) -> Float[Tensor, "visit read"]:
         """Logit of the answer minus the largest other logit. `answers`: Int[Tensor, " read"]."""
-        answers = self._targets(answers)
-        return self._each(lambda logits, rows: margin(logits, answers[rows]))
+        answers = self.targets(answers)
+        return self._each(lambda logits, at: margin(logits, answers[at.rows]))
 
-    def rank(self, tokens: Tensor) -> Int[Tensor, "visit read"]:
-        """How many tokens have a larger logit; 0 is the top. `tokens`: Int[Tensor, " read"]."""
-        tokens = self._targets(tokens)
-        return self._each(
-            lambda logits, rows: (logits > logits.gather(-1, tokens[rows, None])).sum(-1)
-        )
+    def rank(self, tokens: Targets) -> Int[Tensor, "visit read"]:
+        """How many tokens come before one token per read; 0 is the top.
 
-    def prob(self, tokens: Tensor) -> Float[Tensor, "visit read"]:
+        Tokens are ordered by falling logit, and tokens of equal logits by rising id.
+
+        Args:
+            tokens: Int[Tensor, " read"].
+
+        Raises:
+            ValueError: Logits that are not finite have no order.
+        """
+        tokens = self.targets(tokens)
+        return self._each(lambda logits, at: rank_of(logits, tokens[at.rows], at.name))
+
+    def prob(self, tokens: Targets) -> Float[Tensor, "visit read"]:
         """Probability of one token per read. `tokens`: Int[Tensor, " read"]."""
-        tokens = self._targets(tokens)
+        tokens = self.targets(tokens)
         return self._each(
-            lambda logits, rows: logits.softmax(-1).gather(-1, tokens[rows, None])[:, 0]
+            lambda logits, at: logits.softmax(-1).gather(-1, tokens[at.rows, None])[:, 0]
         )
 
-    def correct(self, answers: Tensor) -> Tensor:
-        """Bool[Tensor, "visit read"]: whether the top token is the answer."""
-        return self.top(1).tokens[..., 0] == self._targets(answers)
+    def correct(self, answers: Targets) -> Bool[Tensor, "visit read"]:
+        """Whether the top token is the answer; the order of tokens is that of `rank`."""
+        return self.rank(answers) == 0
 
-    def first_hit(self, answers: Tensor) -> Float[Tensor, " read"]:
+    def first_hit(self, answers: Targets) -> Float[Tensor, " read"]:
         """How many visits are run until the top token is the answer; NaN where it never is (t* of
         figure 8 of arXiv 2604.07822).
         """
@@ -104,13 +136,13 @@ class Lens:
         return torch.where(correct.any(0), first, torch.nan)
 
     def top(self, k: int) -> TopTokens:
-        """The k most likely tokens and their probabilities."""
-        tokens = self._each(lambda logits, rows: logits.topk(k).indices)
-        return TopTokens(tokens, self._each(lambda logits, rows: logits.softmax(-1).topk(k).values))
+        """The k most likely tokens and their probabilities, in the order of `rank`."""
+        tokens = self._each(lambda logits, at: top_tokens(logits, k, at.name))
+        return TopTokens(tokens, self._each(lambda logits, at: logits.softmax(-1).topk(k).values))
 
     def entropy(self) -> Float[Tensor, "visit read"]:
         """Entropy of each distribution, in nats."""
-        return self._each(lambda logits, rows: torch.special.entr(logits.softmax(-1)).sum(-1))
+        return self._each(lambda logits, at: torch.special.entr(logits.softmax(-1)).sum(-1))
 
     def kl(self) -> Float[Tensor, "visit read"]:
         """KL(p_t || p_{t-1}) in nats, where p_{t-1} is the same visit one iteration earlier; NaN in
@@ -131,7 +163,7 @@ class Lens:
         chosen = self.heads_input[visits, torch.arange(len(self.example), device=visits.device)]
         return self._head(chosen)
 
-    def frame(self, answers: Tensor | None = None) -> pd.DataFrame:
+    def frame(self, answers: Targets | None = None) -> pd.DataFrame:
         """One row per visit and read: visit (its name), loop, layer, example, position, top (the
         most likely token), top_prob, entropy, kl.
 
@@ -159,8 +191,11 @@ class Lens:
             frame["top"] = [self.model.vocab.words[token] for token in frame["top"]]
         return frame
 
-    def _targets(self, tokens: Tensor) -> Tensor:
-        tokens = torch.as_tensor(tokens, device=self.heads_input.device)
+    def targets(self, given: Targets) -> Int[Tensor, " read"]:
+        """One token per read as a tensor; ValueError or TypeError for anything else."""
+        tokens = torch.as_tensor(given, device=self.heads_input.device)
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens must be integers, one per read, got {tokens.dtype}")
         n_reads, d_vocab = len(self.example), self.model.cfg.d_vocab
         if tokens.shape != (n_reads,):
             raise ValueError(
@@ -172,12 +207,12 @@ class Lens:
                 f"tokens must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got {tokens.min()} to"
                 f" {tokens.max()}"
             )
-        return tokens
+        return tokens.long()
 
     @torch.no_grad()
     def _head(self, x: Tensor) -> Tensor:
         logits = self.model.unembed(x[:, None])[:, 0]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return widened(logits)
 
     def _row_chunks(self) -> list[slice]:
         size = max(1, _CHUNK // self.model.cfg.d_vocab)
@@ -185,11 +220,11 @@ class Lens:
 
     def _each(self, statistic: Statistic) -> Tensor:
         """A statistic of the logits at every visit: Tensor[visit, read, ...]."""
-        rows = self._row_chunks()
+        chunks = self._row_chunks()
         return torch.stack(
             [
-                torch.cat([statistic(self._head(visit[r]), r) for r in rows])
-                for visit in self.heads_input
+                torch.cat([statistic(self._head(x[r]), Reads(self, visit, r)) for r in chunks])
+                for visit, x in enumerate(self.heads_input)
             ]
         )
 

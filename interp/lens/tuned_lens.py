@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
 from loopscope.interp.common.fingerprint import fingerprint
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.lens.lens import residuals
@@ -225,7 +226,8 @@ def train_tuned_lens(
         seed: The seed of the draws; the same seed gives the same lens.
 
     Raises:
-        ValueError: Fewer than one step or read, or a learning rate that is not positive.
+        ValueError: Fewer than one step or read, a learning rate that is not positive, or runs
+            that are not finite.
 
     Source:
         Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
@@ -238,6 +240,9 @@ def train_tuned_lens(
         )
     start = TunedLens.identity(model, n_loops)
     resids, finals = _material(model, as_batch(model, inputs, readout), positions, start.n_loops)
+    for name, visit in zip(start.names, resids, strict=True):
+        refuse_nonfinite(f"the residuals at visit {name}", visit)
+    refuse_nonfinite("the answers of the runs", finals)
     params = [start.weights.clone(), start.biases.clone()]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)

@@ -1,5 +1,6 @@
-"""One way to count in the frames of lenses, exits and dynamics: coordinates count from 0, amounts are
-called what they are.
+"""One way to count in the frames of lenses, exits and dynamics.
+
+Coordinates count from 0, and amounts are called by their names.
 """
 
 from __future__ import annotations

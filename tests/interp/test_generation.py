@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from family_toys import TOYS, Toy, padded, random_tokens
+from loopscope.checkpoints.load import load
 from loopscope.interp.generation import Sampling, generate
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel
@@ -202,3 +206,43 @@ def test_too_many_positions_are_refused() -> None:
         ValueError, match="60 new tokens need 66 positions, but this model has n_ctx=64"
     ):
         generate(model, random_tokens(model), 60)
+
+
+@pytest.mark.parametrize(
+    "stop_at", [28, [28], [3, 28], (28,), torch.tensor([28]), torch.tensor(28), np.int64(28)]
+)
+def test_a_row_stops_after_any_of_the_tokens(stop_at: object) -> None:
+    model, batch = settling(), padded_toy()
+    with model.hooks([("ln_final.hook_normalized", toward(model, 28))], n_loops=4):
+        found = generate(model, batch, 3, stop_at=stop_at)
+        assert torch.equal(found.new, torch.full((3, 1), 28))
+        assert generate(model, batch, 3, stop_at=[27]).new.tolist() == [[28] * 3] * 3
+
+
+def toward(model: LoopedModel, token: int) -> Callable[[Tensor, HookPoint], Tensor]:
+    """Make a token the answer."""
+    direction = 50.0 * model.W_U[:, token]
+    return lambda value, hook: value + direction
+
+
+def test_a_token_to_stop_at_may_be_given_as_its_text() -> None:
+    model = load("ltg_trained")
+    prompt = ["<e_24><r_0><r_7>"]
+    free = generate(model, prompt, 3, 4).new[0].tolist()
+    first = model.to_str_tokens(torch.tensor(free))[0]
+    for stop_at in (first, [first], ["<e_1>", first], [free[0]]):
+        assert generate(model, prompt, 3, 4, stop_at=stop_at).new.tolist() == [free[:1]]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "error", "words"),
+    [
+        ([29], ValueError, r"stop_at must be tokens in 0\.\.28 \(d_vocab=29\), got 29"),
+        (-1, ValueError, r"stop_at must be tokens in 0\.\.28 \(d_vocab=29\), got -1"),
+        (2.0, TypeError, r"stop_at must be a token id, the text of one token, .* got 2\.0"),
+        ([[28]], TypeError, r"stop_at must be a token id, .* got \[28\]"),
+    ],
+)
+def test_what_is_no_token_cannot_stop(stop_at: object, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        generate(settling(), padded_toy(), 2, stop_at=stop_at)

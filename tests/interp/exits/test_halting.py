@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from family_toys import TOYS
+from family_toys import padded as family_padded
+from loopscope.interp.exits.exits import EntropyBelow, apply_criterion
 from loopscope.interp.exits.halting import Halting, HaltingRule, apply_rule, halting
-from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.lens.record import Lens
 from loopscope.models.core.registry import build
 from loopscope.models.core.tokens import Batch
@@ -15,6 +20,7 @@ from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     BATCH,
     D_VOCAB,
+    LOOPS,
     assert_close,
     hook_count,
     nothing,
@@ -134,10 +140,29 @@ def test_no_example_stops_after_the_first_iteration(quiet: RecurrentDepth, batch
     assert not alone.halted.any()
 
 
-def test_default_is_the_papers_rule_with_its_cap(quiet: RecurrentDepth, batch: Batch) -> None:
+def test_default_is_the_papers_rule_and_the_recorded_iterations(
+    quiet: RecurrentDepth, batch: Batch
+) -> None:
     found = halting(quiet, batch)
     assert (found.rule.kl, found.rule.entropy, found.rule.min_loops) == (0.01, 3.0, 1)
-    assert len(found.lens.loops) == 16
+    assert len(found.lens.loops) == quiet.cfg.n_loops == LOOPS
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda lens: apply_rule(lens, HaltingRule()),
+        lambda lens: apply_criterion(lens, EntropyBelow(1.0)),
+    ],
+)
+def test_a_lens_of_visits_is_refused(
+    apply: Callable[[Lens], object], quiet: RecurrentDepth, batch: Batch
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"counts iterations, .* got a lens of visits \(loops\.0\.blocks\.0, \.\.\.\)",
+    ):
+        apply(logit_lens(quiet, batch, 2))
 
 
 def test_rules_say_what_they_are() -> None:
@@ -187,6 +212,19 @@ def test_injection_is_ignored_while_training(positions: str) -> None:
     assert hook_count(model) == 0
     injected = halting(model, batch, HaltingRule(rule.kl, rule.entropy), 5)
     assert (injected.lens.heads_input[1:] - found.lens.heads_input[1:]).abs().max() > 0.1
+
+
+def test_injection_is_ignored_at_every_point_of_nested_cycles() -> None:
+    family = TOYS["hrm_text"]
+    model = family.make()
+    batch = family_padded(family, model)
+    found = halting(model, batch, HaltingRule.while_training(7), 3)
+    inputs = [each for each in model.hook_names(3) if each.endswith(".hook_input")]
+    assert len(inputs) >= 3
+    with model.hooks([(inputs, lambda value, hook: torch.zeros_like(value))], n_loops=3):
+        assert_close(found.lens.heads_input, readout_lens(model, batch, 3).heads_input)
+    assert (found.lens.heads_input - readout_lens(model, batch, 3).heads_input).abs().max() > 1e-3
+    assert hook_count(model) == 0
 
 
 def test_ignoring_injection_changes_nothing_where_there_is_none(plain: RecurrentDepth) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from family_toys import TOYS
+from family_toys import padded as family_padded
 from loopscope.interp.common.metrics import logit_diff, logit_margin, margin
 from loopscope.interp.lens import record as lens_module
 from loopscope.interp.lens.lens import logit_lens, readout_lens
@@ -256,6 +258,21 @@ def test_lens_of_a_hooked_run_shows_the_hook(plain: RecurrentDepth) -> None:
         hooked = logit_lens(plain, padded(), LOOPS).heads_input
     changed = (hooked - before).abs().amax((1, 2)) > 1e-6
     assert changed.tolist() == [False] * 2 + [True] * 6
+
+
+def test_kl_of_nested_cycles_is_from_the_same_visit_one_iteration_earlier() -> None:
+    """HRM-Text visits four blocks under loop 0 and layer 0: low.0, low.1 and high among them."""
+    family = TOYS["hrm_text"]
+    model = family.make()
+    lens = logit_lens(model, family_padded(family, model), 3, keep_logits=True)
+    assert len(set(zip(lens.loops, lens.layers, strict=True))) < len(lens.names)
+    log_p = dict(zip(lens.names, lens.logits.log_softmax(-1), strict=True))
+    for name, loop, kl in zip(lens.names, lens.loops, lens.kl(), strict=True):
+        if not loop:
+            assert kl.isnan().all()
+            continue
+        now, before = log_p[name], log_p[name.replace(f"loops.{loop}", f"loops.{loop - 1}", 1)]
+        assert_close(kl, (now.exp() * (now - before)).sum(-1))
 
 
 # Frames
