@@ -140,8 +140,8 @@ _PAGES = {
     Families: "families",
     Gallery: "gallery",
 }
-_DESCRIPTION = f"""Mechanistic interpretability of looped transformers. An analysis takes its settings from
-flags, and with {FROM} SETTINGS.json from a file as well, where flags win."""
+_DESCRIPTION = f"""Mechanistic interpretability of looped transformers. A figure takes its settings
+from flags, and with {FROM} SETTINGS.json from a file as well, where flags win."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -288,8 +288,9 @@ def _outcome(call: Callable[[], Any]) -> str:
 
 _PAGE = """# Families
 
-Written by `loopscope families`, which runs every method on a tiny random model of every family. `load(folder)` takes a release of
-each family as it is published (config.json with safetensors, or its pickle); `loopscope list` names the known ones.
+Written by `loopscope families`, which runs every method on a tiny random model of every family.
+`load(folder)` takes a release of each family as it is published (config.json with safetensors,
+or its pickle); `loopscope list` names the known ones.
 
 ## What each family is
 
@@ -297,10 +298,12 @@ each family as it is published (config.json with safetensors, or its pickle); `l
 
 ## What each family declares
 
-`causal`: a later token never changes an earlier result. `prefix_readout`: stopping after t iterations and reading out equals a call with
-n_loops=t. `additive_residual`: the stream is a plain sum of component outputs. `batch_independent`: a row never depends on
-the others. "own format only" means that nobody has released weights: the family follows its paper's equations. What a family takes is
-given to a call by name (`model(tokens, seed=3)`), and to a method in a `Batch`'s `options`.
+`causal`: a later token never changes an earlier result. `prefix_readout`: stopping after t
+iterations and reading out equals a call with n_loops=t. `additive_residual`: the stream is a
+plain sum of component outputs. `batch_independent`: a row never depends on the others. "own
+format only" means that nobody has released weights: the family follows its paper's equations.
+What a family takes is given to a call by name (`model(tokens, seed=3)`), and to a method in a
+`Batch`'s `options`.
 
 {facts}
 

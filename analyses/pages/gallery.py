@@ -23,8 +23,9 @@ from loopscope.models.families.ouro import OuroConfig
 _ROWS = 12  # of a figure's table
 _HEAD = """# Gallery
 
-Written by `loopscope gallery` from the shipped checkpoints and the logs of their training: one figure for each command, with its
-numbers. Every command takes other checkpoints by name, file or folder, and writes its figure as HTML, PNG, SVG or PDF."""
+Written by `loopscope gallery` from the shipped checkpoints and the logs of their training: one
+figure for each command, with its numbers. Every command takes other checkpoints by name, file
+or folder, and writes its figure as HTML, PNG, SVG or PDF."""
 
 
 @dataclass(frozen=True)
