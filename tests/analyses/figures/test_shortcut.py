@@ -101,7 +101,7 @@ def test_shares_of_a_map_worked_out_by_hand() -> None:
         ("q",),
         ("<e_5><r_1><r_1><r_1><r_1>",),
         tokens,
-        ("hook_embed", "loops.0.blocks.0.hook_resid_post"),
+        names,
         effect,
         1.0,
     )
