@@ -212,11 +212,7 @@ def _train(command: Train) -> None:
     config = command.config
     import_module("torch").set_num_threads(config.threads)
     folder = import_module("loopscope.training.trainer").train(
-        config.recipe,
-        config.out,
-        resume=config.resume,
-        release=config.release,
-        wandb=config.wandb,
+        config.recipe, config.out, resume=config.resume, release=config.release, wandb=config.wandb
     )
     print(f"Finished {folder}")
 

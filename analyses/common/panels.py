@@ -21,7 +21,7 @@ _DRAWN = re.compile(r"clip\(Poisson\(.*\), (\d+), (\d+)\)")
 
 @dataclass(frozen=True)
 class Panel:
-    """What a panel says of its checkpoint.
+    """The title of a panel: its checkpoint and the training of the checkpoint.
 
     Attributes:
         checkpoint: Its name.

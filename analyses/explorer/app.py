@@ -114,7 +114,7 @@ class _Quiet(WSGIRequestHandler):
 
 @dataclass(frozen=True)
 class Explorer:
-    """What the page's callbacks do with one checkpoint.
+    """The page's callbacks for one checkpoint.
 
     Attributes:
         subject: The checkpoint.
@@ -193,13 +193,7 @@ class Explorer:
         return figure, sentence, took
 
     def show_attention(
-        self,
-        text: str,
-        n_loops: int | None,
-        view: str,
-        loop: int | None,
-        block: int,
-        head: int,
+        self, text: str, n_loops: int | None, view: str, loop: int | None, block: int, head: int
     ) -> tuple[Figure, bool, bool, str]:
         """Attention patterns, which pickers do not matter, and how long it took."""
 
@@ -270,7 +264,7 @@ class Explorer:
         return table, frame, took
 
     def _labels(self, n_loops: int) -> dict[str, str]:
-        """What to call each visit."""
+        """The short name of each visit, by its full name."""
         return {visit.name: tick(visit.name) for visit in self.subject.model.schedule(n_loops)}
 
     def _loops(self, n_loops: int | None) -> int:

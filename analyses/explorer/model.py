@@ -1,6 +1,4 @@
-"""What the explorer computes and draws: pure functions of a checkpoint and what was typed, so that
-they need no browser.
-"""
+"""The explorer's computations: functions of a checkpoint and the typed text, without a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ SWEEP_BUDGET = 6e8  # rows times parameters: about 0.15 s on one slow core
 
 @dataclass(frozen=True)
 class Answers:
-    """What a run says at the readout.
+    """The answers of a run at the readout.
 
     Attributes:
         top: The most likely tokens with their probabilities.
@@ -40,7 +38,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class LensTable:
-    """What the model would say at every column after every block.
+    """The logit lens at every column after every block.
 
     Attributes:
         blocks: The visit of each row, such as "loops.3.blocks.0".
@@ -107,7 +105,7 @@ class PatchGrid:
 
     @property
     def change(self) -> Float[Tensor, "visit pos"]:
-        """What each patch does to the margin, in logits."""
+        """The change of the margin by each patch, in logits."""
         return self.margin - self.margin_a
 
 
@@ -216,13 +214,7 @@ def patch_grid(
     )
     blocks = tuple(cell.name.removesuffix(f".{SITE}") for cell in sweep.cells[::width])
     values = sweep.values.view(len(blocks), width).cpu()
-    return PatchGrid(
-        blocks,
-        values,
-        float(sweep.clean),
-        float(sweep.corrupted),
-        stride,
-    )
+    return PatchGrid(blocks, values, float(sweep.clean), float(sweep.corrupted), stride)
 
 
 def _cost(model: LoopedModel, query: Query, n_loops: int, stride: int) -> float:
@@ -242,7 +234,7 @@ def _cost(model: LoopedModel, query: Query, n_loops: int, stride: int) -> float:
 def patch_cell(
     model: LoopedModel, a: Query, b: Query, n_loops: int, block: str, position: int
 ) -> tuple[Answers, Answers]:
-    """What A's run says before and after exactly one residual is replaced by B's.
+    """The answers of A's run before and after one residual is replaced by B's.
 
     Args:
         block: A visit of the schedule, such as "loops.3.blocks.0"; the residual after it is

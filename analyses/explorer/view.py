@@ -1,6 +1,4 @@
-"""What the explorer's page shows: its figures, sentences and tables, each of a record of
-`explorer_model`.
-"""
+"""The figures, sentences and tables of the explorer's page, each made of a record of `model.py`."""
 
 from __future__ import annotations
 
@@ -365,7 +363,7 @@ def cell_mark(blocks: list[str], block: str, position: int) -> list[Figure]:
 
 
 def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str:
-    """What the margins say, in sentences."""
+    """The margins in sentences."""
     source = "the true answer, which the checkpoint's graph or questions tell"
     if not query.known:
         source = (
@@ -396,7 +394,7 @@ def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str
 
 
 def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
-    """What a patching map shows, in sentences."""
+    """The caption of a patching map."""
     sentence = (
         f"A {a.text} has the margin {grid.margin_a:.2f} after {_iterations(n_loops)}; in B {b.text}"
         " the same answer "

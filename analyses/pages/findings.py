@@ -184,8 +184,8 @@ def restored(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
 
 
 def writers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
-    """What writes each entity: effects of the clean output of attention and MLP at the front, and
-    accuracy without them.
+    """The writers of each entity at the front: effects of the clean output of attention and of
+    the MLP, and accuracy without them.
     """
     attention, mlp = pairs.sweep("attn_out").grid(), pairs.sweep("mlp_out").grid()
     rows = []

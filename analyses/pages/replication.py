@@ -1,4 +1,4 @@
-"""What of "Loop, Think, & Generalize" (arXiv 2604.07822) the shipped miniatures show, claim by
+"""The claims of "Loop, Think, & Generalize" (arXiv 2604.07822) on the shipped miniatures, claim by
 claim, with the numbers.
 """
 

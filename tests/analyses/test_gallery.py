@@ -9,7 +9,7 @@ import pytest
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.pages import gallery
-from loopscope.analyses.pages.gallery import Drawn, Entry
+from loopscope.analyses.pages.gallery import Pictured, Entry
 from paths import DOCS
 from same_page import assert_same_page
 
@@ -58,14 +58,14 @@ def test_a_figure_without_shipped_input_says_so_and_uses_the_toy(tmp_path: Path)
 def test_the_page_and_its_pictures_are_written_together(tmp_path: Path) -> None:
     record = FIGURES["hop-updates"].module().run(FIGURES["hop-updates"].config()())
     path = gallery.write(
-        tmp_path / "all.md", lambda: [Drawn(Entry("hop-updates", {}), record, PNG)]
+        tmp_path / "all.md", lambda: [Pictured(Entry("hop-updates", {}), record, PNG)]
     )
     assert (tmp_path / "all" / "hop-updates.png").read_bytes() == PNG
     assert "![hop-updates](all/hop-updates.png)" in path.read_text()
 
 
 def test_nothing_is_written_when_a_figure_fails(tmp_path: Path) -> None:
-    def fail() -> list[Drawn]:
+    def fail() -> list[Pictured]:
         raise ValueError("a picture needs kaleido")
 
     with pytest.raises(ValueError, match="kaleido"):

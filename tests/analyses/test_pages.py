@@ -119,12 +119,7 @@ def test_a_verdict_is_yes_partly_or_no() -> None:
     assert [
         verdict(shown, partly)
         for shown, partly in ((True, True), (True, False), (False, True), (False, False))
-    ] == [
-        "yes",
-        "yes",
-        "partly",
-        "no",
-    ]
+    ] == ["yes", "yes", "partly", "no"]
 
 
 def test_a_table_has_two_decimals_and_no_negative_zero() -> None:

@@ -109,12 +109,7 @@ class LensHeatmap(Record):
                 continue
             visit, position = hits[0].tolist()
             rows.append(
-                (
-                    token,
-                    f"{position} {self.tokens[position]}",
-                    self.visits[visit],
-                    str(len(hits)),
-                )
+                (token, f"{position} {self.tokens[position]}", self.visits[visit], str(len(hits)))
             )
         return pd.DataFrame(
             rows, columns=["token", "first on top at", "after visit", "cells on top"]

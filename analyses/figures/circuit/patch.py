@@ -40,7 +40,7 @@ class PatchConfig(SourceConfig):
     hops: int | None = None
     """Hop count of the questions to average over; by default about half of what was trained."""
     site: str = "resid_post"
-    """What is patched: resid_pre, resid_mid, resid_post, attn_out, mlp_out, ..."""
+    """The site that is patched: resid_pre, resid_mid, resid_post, attn_out, mlp_out, ..."""
     n_loops: int | None = None
     """Iterations; by default what the checkpoint records."""
     direction: Literal["denoise", "noise"] = "denoise"
@@ -75,7 +75,7 @@ class PatchingMap(Record):
     corrupted_margin: float
 
     def columns(self) -> list[str]:
-        """What to call each position: its tokens for one pair, its role for several."""
+        """The name of each position: its tokens for one pair, its role for several."""
         if len(self.clean) == 1:
             pairs = zip(self.clean_tokens, self.corrupted_tokens, strict=True)
             return [f"{j} {a}" if a == b else f"{j} {a} / {b}" for j, (a, b) in enumerate(pairs)]

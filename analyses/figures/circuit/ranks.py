@@ -207,7 +207,7 @@ def _ranks(
 def _targets(
     asked: Asked, group: Group, track: Sequence[str]
 ) -> tuple[tuple[str, ...], Int[Tensor, "batch target"]]:
-    """What to follow in each input: the same tokens in all, or the entities on the way, the answer
+    """The targets in each input: the same tokens in all, or the entities on the way, the answer
     and a control.
     """
     model, graph = asked.subject.model, asked.subject.graph
@@ -316,12 +316,7 @@ def figure(record: Ranks) -> go.Figure:
     )
     of_hops = "" if one or record.hops is None else f" of {hop_name(record.hops)}"
     plot.update_layout(
-        title={
-            "text": label(f"{what}{of_hops}"),
-            "font": {"size": 14},
-            "x": 0.02,
-            "y": 0.96,
-        }
+        title={"text": label(f"{what}{of_hops}"), "font": {"size": 14}, "x": 0.02, "y": 0.96}
     )
     plot.update_xaxes(
         title="effective depth (blocks run)",

@@ -56,7 +56,7 @@ _BAR = "#4d5863"
 
 @dataclass(frozen=True)
 class ShortcutMap:
-    """What single states of random runs do to the answer of one checkpoint.
+    """Effects of single states of random runs on the answer of one checkpoint.
 
     Attributes:
         hops: Of the questions.
@@ -88,11 +88,11 @@ class ShortcutMap:
         return float(self.share()[-(len(self.tokens) // 2) :].sum())
 
     def steps(self) -> list[str]:
-        """What to call each row on an axis."""
+        """The name of each row on an axis."""
         return list(map(tick, self.names))
 
     def columns(self) -> list[str]:
-        """What to call each position: its number and token for one question, its role for
+        """The name of each position: its number and token for one question, its role for
         several.
         """
         if len(self.texts) == 1:
@@ -293,10 +293,7 @@ def figure(record: Shortcut) -> go.Figure:
 
 
 def _draw(plot: go.Figure, panel: Panel, each: ShortcutMap, col: int) -> None:
-    names, half = (
-        [label(name) for name in each.columns()],
-        len(each.tokens) // 2,
-    )
+    names, half = ([label(name) for name in each.columns()], len(each.tokens) // 2)
     colors = [_BAR] * (len(names) - half) + [MARK] * half
     plot.add_bar(
         x=names,

@@ -28,7 +28,7 @@ from loopscope.interp.dynamics.states import Dynamics, Shown
 
 @dataclass(frozen=True, kw_only=True)
 class LayersConfig(InputsConfig):
-    """What each block does over iterations: the angle by which it turns the state, its output's
+    """The work of each block over loops: the angle by which it turns the state, its output's
     norm and steps (after arXiv 2604.11791).
     """
 

@@ -86,7 +86,7 @@ class OrbitPaths(Record):
     step_ratio: Float[Tensor, " path"]
 
     def kinds(self) -> list[tuple[str, str]]:
-        """What each path comes to over its last 8 points, as a state and as a direction.
+        """The kind of each path over its last 8 points, as a state and as a direction.
 
         A slider goes straight on (every cosine between consecutive steps at least 0.9) with steps
         that do not shrink (by less than a tenth). Else a period that `Dynamics.period` finds is a
@@ -140,7 +140,7 @@ class OrbitPaths(Record):
 
 
 def _named(period: float, otherwise: str) -> str:
-    """What a period is called; `otherwise` for NaN."""
+    """The name of a period; `otherwise` for NaN."""
     if period != period:
         return otherwise
     return "fixed point" if period == 1 else f"orbit of {period:.0f}"
@@ -303,7 +303,7 @@ def _path(
 
 
 def _titles(record: OrbitPaths) -> tuple[str, str]:
-    """What each space is, and how many of the paths come to what in it."""
+    """The name of each space, with the number of paths of each kind."""
     counts = [Counter(kinds) for kinds in zip(*record.kinds(), strict=True)]
     found = [
         ", ".join(f"{n} of {len(record.labels)}: {kind}" for kind, n in count.most_common())

@@ -96,15 +96,7 @@ def test_shares_of_a_map_worked_out_by_hand() -> None:
     effect = torch.tensor([[-1.0, 2.0, 0.0, -3.0, 2.0], [0.0, -2.0, 0.0, -5.0, 5.0]])
     tokens = ("<e_1>", "<r_2>", "<r_2>", "<r_0>", "<r_7>")
     names = ("hook_embed", "loops.0.blocks.0.hook_resid_post")
-    found = ShortcutMap(
-        4,
-        ("q",),
-        ("<e_5><r_1><r_1><r_1><r_1>",),
-        tokens,
-        names,
-        effect,
-        1.0,
-    )
+    found = ShortcutMap(4, ("q",), ("<e_5><r_1><r_1><r_1><r_1>",), tokens, names, effect, 1.0)
     assert found.share().tolist() == pytest.approx([0.05, 0.2, 0.0, 0.4, 0.35])
     assert found.last_half() == pytest.approx(0.75)
     assert found.columns() == ["0 <e_1>", "1 <r_2>", "2 <r_2>", "3 <r_0>", "4 <r_7>"]
