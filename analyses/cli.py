@@ -140,8 +140,8 @@ _PAGES = {
     Families: "families",
     Gallery: "gallery",
 }
-_DESCRIPTION = f"""Mechanistic interpretability of looped transformers. An analysis takes its settings from
-flags, and with {FROM} SETTINGS.json from a file as well, where flags win."""
+_DESCRIPTION = f"""Mechanistic interpretability of looped transformers. A figure takes its settings
+from flags, and with {FROM} SETTINGS.json from a file as well, where flags win."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -212,11 +212,7 @@ def _train(command: Train) -> None:
     config = command.config
     import_module("torch").set_num_threads(config.threads)
     folder = import_module("loopscope.training.trainer").train(
-        config.recipe,
-        config.out,
-        resume=config.resume,
-        release=config.release,
-        wandb=config.wandb,
+        config.recipe, config.out, resume=config.resume, release=config.release, wandb=config.wandb
     )
     print(f"Finished {folder}")
 

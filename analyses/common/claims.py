@@ -1,4 +1,4 @@
-"""What a claim is, and the checkpoints and words that claims share."""
+"""Claims of the paper with their verdicts, and the helpers that claims share."""
 
 from __future__ import annotations
 

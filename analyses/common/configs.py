@@ -1,5 +1,6 @@
-"""What commands can be told: frozen, and free of heavy imports, because the command line reads them
-to print its help.
+"""The settings of commands, as frozen classes.
+
+This file imports nothing heavy, because the command line reads it to print its help.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def taken_from(kind: type[_Kind], config: Any, **own: Any) -> _Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every analysis is told."""
+    """The settings of every figure."""
 
     threads: int = 1
     """CPU threads. One is fastest for small models and on a shared machine; take more for wide
@@ -39,7 +40,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FilesConfig(RunConfig):
-    """What a checkpoint's file does not say, and where to compute."""
+    """Settings that a checkpoint's file lacks, and the device."""
 
     data: Path | None = None
     """test.json with the questions; by default the one beside the weights."""
@@ -63,7 +64,7 @@ class FilesConfig(RunConfig):
     """Where to compute: cpu, cuda, ..."""
 
     def told(self) -> dict[str, Any]:
-        """What `load` is told besides the checkpoint."""
+        """The arguments of `load` besides the checkpoint."""
         known = {
             name: getattr(self, name) for name in ("n_heads", "input_injection", "readout", "vocab")
         }
@@ -134,7 +135,7 @@ class PanelsConfig(ComparisonConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InputsConfig(SourceConfig):
-    """What a checkpoint is run on: its own questions, or texts, or token ids."""
+    """The inputs of a checkpoint: its own questions, or texts, or token ids."""
 
     text: tuple[str, ...] = ()
     """Texts to run instead of the questions beside the weights."""
@@ -246,7 +247,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """What to write."""
+    """The files to write."""
 
     out: Path = field(default_factory=lambda: Path("out"))
     """Folder for the files."""

@@ -1,6 +1,4 @@
-"""What an analysis runs a checkpoint on: the questions beside its weights, or texts or token ids of
-the user's.
-"""
+"""The inputs of a checkpoint: its own questions, or the user's texts or token ids."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class Group:
     Attributes:
         hops: Hop count of the questions; None for texts and token ids.
         texts: The inputs, as a reader would write them.
-        batch: The same, encoded.
+        batch: The encoded inputs.
         answers: The questions' answers; empty for texts and token ids.
     """
 
@@ -41,7 +39,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Asked:
-    """A checkpoint and what it is run on.
+    """A checkpoint and its inputs.
 
     Attributes:
         subject: The checkpoint; it has questions only where those are run.
@@ -144,7 +142,7 @@ def _without_questions(config: InputsConfig) -> Subject:
 
 
 def _batch_of_ids(model: LoopedModel, ids: Sequence[int]) -> Batch:
-    """What `encode` makes of a text, for the ids of one."""
+    """The batch of one input given as token ids, as `encode` makes it of a text."""
     if model.read_at is None:
         raise ValueError(
             "this checkpoint does not say where its answers are read; pass --readout last_real,"

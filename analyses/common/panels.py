@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
 from loopscope.analyses.common.claims import short
 from loopscope.analyses.common.configs import PanelsConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import INK
 from loopscope.analyses.common.subject import Subject, open_subject
 
@@ -20,7 +21,7 @@ _DRAWN = re.compile(r"clip\(Poisson\(.*\), (\d+), (\d+)\)")
 
 @dataclass(frozen=True)
 class Panel:
-    """What a panel says of its checkpoint.
+    """The title of a panel: its checkpoint and the training of the checkpoint.
 
     Attributes:
         checkpoint: Its name.
@@ -47,7 +48,7 @@ class Panel:
         """The checkpoint's short name and its R, and below it another line."""
         loops = _DRAWN.sub(r"\1 to \2", self.training_loops or "")
         known = f", R = {loops}" if loops else ""
-        return f"<b>{short(self.checkpoint)}</b>{known}" + (f"<br>{line}" if line else "")
+        return f"<b>{label(short(self.checkpoint))}</b>{known}" + (f"<br>{line}" if line else "")
 
 
 def opened(config: PanelsConfig) -> list[Subject]:

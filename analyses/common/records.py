@@ -1,6 +1,4 @@
-"""What every analysis returns: a frozen record with tidy numbers, and how records and figures are
-written.
-"""
+"""The records that figures are drawn from, and the files of a record and its figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the report says about a figure, and what it opens for all of them."""
+"""The section of the report about a figure, and the checkpoint that all sections share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
-from loopscope.analyses.common.configs import (
-    ComparisonConfig,
-    ReportConfig,
-    taken_from,
-)
+from loopscope.analyses.common.configs import ComparisonConfig, ReportConfig, taken_from
 from loopscope.analyses.common.inputs_of import Asked
 from loopscope.analyses.common.subject import Subject
 
@@ -50,7 +46,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Section(Generic[_Record]):
-    """What the report says about a figure, whose file has it under the name `SECTION`.
+    """The section of the report about a figure; the figure's file holds it as `SECTION`.
 
     Attributes:
         title: The heading.

@@ -20,7 +20,7 @@ TARGETS, READ_AT = ("bridge", "target"), (1, 2)
 
 
 @dataclass(frozen=True)
-class Asked:
+class TwoHopQuestions:
     """The questions of one group.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked:
     targets: Int[Tensor, "batch target"]
 
 
-def ask(subject: Subject, group: str, at_most: int | None = None) -> Asked:
+def ask(subject: Subject, group: str, at_most: int | None = None) -> TwoHopQuestions:
     """The two-hop questions of one group of a checkpoint's data, at most so many.
 
     Raises:
@@ -56,7 +56,7 @@ def ask(subject: Subject, group: str, at_most: int | None = None) -> Asked:
     paths = [subject.graph.walk(question.text)[1:] for question in found]
     targets = [[subject.model.to_single_token(entity) for entity in path] for path in paths]
     batch = subject.model.encode([question.text for question in found])
-    return Asked(found, batch, torch.tensor(targets, device=subject.model.device))
+    return TwoHopQuestions(found, batch, torch.tensor(targets, device=subject.model.device))
 
 
 def shape_of(subject: Subject, n_loops: int | None = None) -> tuple[int, int]:

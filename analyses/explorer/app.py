@@ -22,14 +22,14 @@ from dash import Dash, Input, Output, Patch, State, ctx, html, no_update, set_pr
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 from loopscope.analyses.common.configs import ExploreConfig
+from loopscope.analyses.common.labels import spoken, tick
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.explorer.model import (
     SWEEP_BUDGET,
     PatchGrid,
-    block_labels,
     heads_of,
-    iterations_of,
     lens_table,
+    loops_of,
     margins,
     patch_cell,
     patch_grid,
@@ -114,7 +114,7 @@ class _Quiet(WSGIRequestHandler):
 
 @dataclass(frozen=True)
 class Explorer:
-    """What the page's callbacks do with one checkpoint.
+    """The page's callbacks for one checkpoint.
 
     Attributes:
         subject: The checkpoint.
@@ -163,10 +163,10 @@ class Explorer:
                 return shown, no_update, "", f"B: {error}.", ""
         return shown, {"a": a.text, "b": b.text}, "", "", ""
 
-    def limit(self, n_loops: int | None, iteration: int | None) -> tuple[int, int]:
-        """The largest iteration whose attention can be shown, and the one that is."""
-        loops = self._loops(n_loops)
-        return loops, min(iteration or 1, loops)
+    def limit(self, n_loops: int | None, loop: int | None) -> tuple[int, int]:
+        """The last loop whose attention can be shown, and the loop that is shown."""
+        last = self._loops(n_loops) - 1
+        return last, min(loop or 0, last)
 
     def show_lens(self, text: str, n_loops: int | None, rows: str) -> tuple[Figure, str]:
         """The lens of A, and how long it took."""
@@ -193,25 +193,17 @@ class Explorer:
         return figure, sentence, took
 
     def show_attention(
-        self,
-        text: str,
-        n_loops: int | None,
-        view: str,
-        iteration: int | None,
-        block: int,
-        head: int,
+        self, text: str, n_loops: int | None, view: str, loop: int | None, block: int, head: int
     ) -> tuple[Figure, bool, bool, str]:
-        """Attention patterns, which pickers do not matter, and how long it took. Iteration, block
-        and head count from 1.
-        """
+        """Attention patterns, which pickers do not matter, and how long it took."""
 
         def work(loops: int) -> Figure:
             query, model = ask(self.subject, text, self.trained), self.subject.model
             if view == "heads":
                 return attention_figure(
-                    heads_of(model, query, loops, min(iteration or 1, loops) - 1, block - 1), query
+                    heads_of(model, query, loops, min(loop or 0, loops - 1), block), query
                 )
-            return attention_figure(iterations_of(model, query, loops, block - 1, head - 1), query)
+            return attention_figure(loops_of(model, query, loops, block, head), query)
 
         figure, took = self._timed("attention", n_loops, work)
         return figure, view != "heads", view == "heads", took
@@ -231,11 +223,11 @@ class Explorer:
             grid = patch_grid(
                 self.subject.model, a, b, loops, SWEEP_BUDGET if extent == "quick" else math.inf
             )
-            return grid, a, b, patch_figure(grid, a, b), block_labels(self.subject.model, loops)
+            return grid, a, b, patch_figure(grid, a, b), self._labels(loops)
 
         (grid, a, b, figure, labels), took = self._timed("patching map", n_loops, work)
         loops = self._loops(n_loops)
-        shown = {**pair, "n_loops": loops, "blocks": list(grid.blocks), "labels": list(grid.labels)}
+        shown = {**pair, "n_loops": loops, "blocks": list(grid.blocks)}
         blocks = [{"value": name, "label": label} for name, label in labels.items()]
         positions = [{"value": i, "label": name} for i, name in enumerate(a.columns)]
         kept = (
@@ -264,14 +256,16 @@ class Explorer:
 
         def work(loops: int) -> Any:
             a, b = self._pair(shown)
-            label = (
-                f"block {block_labels(self.subject.model, loops)[block]} at {a.columns[position]}"
-            )
+            label = f"{spoken(block)} at {a.columns[position]}"
             return said(*patch_cell(self.subject.model, a, b, loops, block, position), a, label)
 
         table, took = self._timed("patch", shown["n_loops"], work)
         frame["layout"]["shapes"] = cell_mark(shown["blocks"], block, position)
         return table, frame, took
+
+    def _labels(self, n_loops: int) -> dict[str, str]:
+        """The short name of each visit, by its full name."""
+        return {visit.name: tick(visit.name) for visit in self.subject.model.schedule(n_loops)}
 
     def _loops(self, n_loops: int | None) -> int:
         return min(max(int(n_loops or self.start), 1), self.most)
@@ -297,7 +291,7 @@ def choose(click: dict[str, Any] | None, shown: dict[str, Any]) -> tuple[Any, An
         return no_update, no_update, None
     point = click["points"][0]
     return (
-        shown["blocks"][shown["labels"].index(point["y"])],
+        shown["blocks"][[tick(block) for block in shown["blocks"]].index(point["y"])],
         int(point["x"].partition(" ")[0]),
         None,
     )
@@ -372,10 +366,10 @@ def _wire(app: Dash, explorer: Explorer) -> None:
     )
     tie(
         explorer.limit,
-        Output("iteration", "max"),
-        Output("iteration", "value"),
+        Output("loop", "max"),
+        Output("loop", "value"),
         n_loops,
-        State("iteration", "value"),
+        State("loop", "value"),
     )
     tie(
         explorer.show_lens,
@@ -398,13 +392,13 @@ def _wire(app: Dash, explorer: Explorer) -> None:
     tie(
         explorer.show_attention,
         Output("attention", "figure"),
-        Output("iteration", "disabled"),
+        Output("loop", "disabled"),
         Output("head", "disabled"),
         Output("attention-took", "children"),
         asked,
         n_loops,
         Input("view", "value"),
-        Input("iteration", "value"),
+        Input("loop", "value"),
         Input("layer", "value"),
         Input("head", "value"),
         busy="attention",

@@ -1,6 +1,4 @@
-"""What the explorer computes and draws: pure functions of a checkpoint and what was typed, so that
-they need no browser.
-"""
+"""The explorer's computations: functions of a checkpoint and the typed text, without a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ SWEEP_BUDGET = 6e8  # rows times parameters: about 0.15 s on one slow core
 
 @dataclass(frozen=True)
 class Answers:
-    """What a run says at the readout.
+    """The answers of a run at the readout.
 
     Attributes:
         top: The most likely tokens with their probabilities.
@@ -40,11 +38,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class LensTable:
-    """What the model would say at every column after every block.
+    """The logit lens at every column after every block.
 
     Attributes:
-        blocks: What each row is called, "iteration.block".
-        closing: The rows that end an iteration.
+        blocks: The visit of each row, such as "loops.3.blocks.0".
+        closing: The rows that end a loop.
         top: The most likely tokens of each row and column.
         prob: Float[Tensor, "visit pos k"], their probabilities.
     """
@@ -56,18 +54,18 @@ class LensTable:
 
 
 @dataclass(frozen=True)
-class Margins:
+class MarginCurve:
     """The answer after 1, 2, ... iterations.
 
     Attributes:
-        margin: Float[Tensor, " loop"], of the query's answer, in logits.
+        margin: Float[Tensor, " r"], of the query's answer, in logits.
         top: The model's own answer after each.
-        prob: Float[Tensor, " loop"], the probability of that.
+        prob: Float[Tensor, " r"], the probability of that.
     """
 
-    margin: Float[Tensor, " loop"]
+    margin: Float[Tensor, " r"]
     top: tuple[str, ...]
-    prob: Float[Tensor, " loop"]
+    prob: Float[Tensor, " r"]
 
     @property
     def best(self) -> int:
@@ -76,7 +74,7 @@ class Margins:
 
 
 @dataclass(frozen=True)
-class Panels:
+class Patterns:
     """Attention patterns side by side.
 
     Attributes:
@@ -94,14 +92,12 @@ class PatchGrid:
 
     Attributes:
         blocks: The visit of each row, such as "loops.3.blocks.0".
-        labels: What to call it, "iteration.block".
         margin: Float[Tensor, "visit pos"], after the patch, in logits.
         margin_a, margin_b: Of A's answer, without a patch, in either run.
         stride: Every so many iterations have rows; 0 where even one of them would take too long.
     """
 
     blocks: tuple[str, ...]
-    labels: tuple[str, ...]
     margin: Float[Tensor, "visit pos"]
     margin_a: float
     margin_b: float
@@ -109,7 +105,7 @@ class PatchGrid:
 
     @property
     def change(self) -> Float[Tensor, "visit pos"]:
-        """What each patch does to the margin, in logits."""
+        """The change of the margin by each patch, in logits."""
         return self.margin - self.margin_a
 
 
@@ -129,10 +125,10 @@ def lens_table(model: LoopedModel, query: Query, n_loops: int) -> LensTable:
     k = top.tokens.shape[-1]
     rows = tuple(tuple(tuple(row[i : i + k]) for i in range(0, len(row), k)) for row in words)
     ends = tuple(end - 1 for end in model.iteration_ends(n_loops))
-    return LensTable(tuple(block_labels(model, n_loops).values()), ends, rows, top.probs.cpu())
+    return LensTable(lens.names, ends, rows, top.probs.cpu())
 
 
-def margins(model: LoopedModel, query: Query, n_loops: int) -> Margins:
+def margins(model: LoopedModel, query: Query, n_loops: int) -> MarginCurve:
     """The answer after each number of iterations up to `n_loops`, from one run where the family
     allows it.
     """
@@ -144,36 +140,36 @@ def margins(model: LoopedModel, query: Query, n_loops: int) -> Margins:
         logits = torch.cat([answer_logits(model, query.batch, loop + 1) for loop in range(n_loops)])
     top = logits.softmax(-1).max(-1)
     size = margin(logits, torch.full((n_loops,), query.answer_id, device=logits.device))
-    return Margins(size.cpu(), tuple(model.to_str_tokens(top.indices)), top.values.cpu())
+    return MarginCurve(size.cpu(), tuple(model.to_str_tokens(top.indices)), top.values.cpu())
 
 
-def heads_of(model: LoopedModel, query: Query, n_loops: int, loop: int, block: int) -> Panels:
-    """Every head's pattern in one block (its number within the iteration, from 0) of one
-    iteration.
+def heads_of(model: LoopedModel, query: Query, n_loops: int, loop: int, block: int) -> Patterns:
+    """Every head's pattern in one block of one loop; `block` is the place of its visit in the loop,
+    from 0.
     """
     visits = _visits(model, n_loops, loop)
     in_range("blocks", [block], len(visits))
     pattern = _patterns(model, query, n_loops, [visits[block]])[0]
-    return Panels(tuple(f"head {head + 1}" for head in range(len(pattern))), pattern)
+    return Patterns(tuple(f"head {head}" for head in range(len(pattern))), pattern)
 
 
-def iterations_of(model: LoopedModel, query: Query, n_loops: int, block: int, head: int) -> Panels:
-    """One head's pattern in one block of every iteration."""
+def loops_of(model: LoopedModel, query: Query, n_loops: int, block: int, head: int) -> Patterns:
+    """One head's pattern in one block of every loop."""
     found = [
         (loop, visits[block])
         for loop in range(n_loops)
         if len(visits := _visits(model, n_loops, loop)) > block
     ]
     pattern = _patterns(model, query, n_loops, [visit for _, visit in found])[:, head]
-    return Panels(tuple(f"iteration {loop + 1}" for loop, _ in found), pattern)
+    return Patterns(tuple(f"loop {loop}" for loop, _ in found), pattern)
 
 
 def _visits(model: LoopedModel, n_loops: int, loop: int) -> list[Visit]:
     return [visit for visit in model.schedule(n_loops) if visit.loop == loop]
 
 
-def blocks_per_iteration(model: LoopedModel) -> int:
-    """Visits of the first iteration."""
+def blocks_per_loop(model: LoopedModel) -> int:
+    """How many visits loop 0 has."""
     return len(_visits(model, 1, 0))
 
 
@@ -187,22 +183,6 @@ def _patterns(
         batch.tokens, n_loops=n_loops, mask=batch.mask, names_filter=names, remove_batch_dim=True
     )[1]
     return torch.stack([cache[name] for name in names]).cpu()
-
-
-def block_labels(model: LoopedModel, n_loops: int) -> dict[str, str]:
-    """What to call each visit: "iteration.block", both from 1, where that tells all of them apart,
-    else its own name.
-    """
-    visits = model.schedule(n_loops)
-    short = [
-        visit.name if visit.loop is None else f"{visit.loop + 1}.{visit.layer + 1}"
-        for visit in visits
-    ]
-    plain = len(set(short)) == len(short)
-    return {
-        visit.name: label if plain else visit.name
-        for visit, label in zip(visits, short, strict=True)
-    }
 
 
 # Patching
@@ -227,22 +207,14 @@ def patch_grid(
         margin_a, margin_b = (
             float(metric(answer_logits(model, query.batch, n_loops))) for query in (a, b)
         )
-        return PatchGrid((), (), torch.zeros(0, width), margin_a, margin_b, 0)
+        return PatchGrid((), torch.zeros(0, width), margin_a, margin_b, 0)
     loops = None if stride == 1 else range(0, n_loops, stride)
     sweep = activation_patch(
         model, a.batch, b.batch, metric, n_loops, sites=[SITE], loops=loops, direction="noise"
     )
     blocks = tuple(cell.name.removesuffix(f".{SITE}") for cell in sweep.cells[::width])
-    names = block_labels(model, n_loops)
     values = sweep.values.view(len(blocks), width).cpu()
-    return PatchGrid(
-        blocks,
-        tuple(names[block] for block in blocks),
-        values,
-        float(sweep.clean),
-        float(sweep.corrupted),
-        stride,
-    )
+    return PatchGrid(blocks, values, float(sweep.clean), float(sweep.corrupted), stride)
 
 
 def _cost(model: LoopedModel, query: Query, n_loops: int, stride: int) -> float:
@@ -262,7 +234,7 @@ def _cost(model: LoopedModel, query: Query, n_loops: int, stride: int) -> float:
 def patch_cell(
     model: LoopedModel, a: Query, b: Query, n_loops: int, block: str, position: int
 ) -> tuple[Answers, Answers]:
-    """What A's run says before and after exactly one residual is replaced by B's.
+    """The answers of A's run before and after one residual is replaced by B's.
 
     Args:
         block: A visit of the schedule, such as "loops.3.blocks.0"; the residual after it is

@@ -8,9 +8,10 @@ import plotly.graph_objects as go
 from dash import dcc, html
 from dash.development.base_component import Component
 
+from loopscope.analyses.common.labels import AXIS
 from loopscope.analyses.common.records import FIGURE_CONFIG
 from loopscope.analyses.common.subject import Subject
-from loopscope.analyses.explorer.model import blocks_per_iteration
+from loopscope.analyses.explorer.model import blocks_per_loop
 from loopscope.analyses.explorer.questions import MAX_TOKENS, contrast, hint
 
 BUSY = {
@@ -90,11 +91,11 @@ def _lens_section() -> Component:
 
 
 def _attention_section(subject: Subject, start: int) -> Component:
-    views = {"heads": "all heads of one iteration", "iterations": "all iterations of one head"}
+    views = {"heads": "all heads of one loop", "loops": "all loops of one head"}
     pickers = [
         _radio("view", "Show", views),
-        _control("iteration", "Iteration", _slider("iteration", 1, start), wide=True),
-        _control("layer", "Block", _counted("layer", blocks_per_iteration(subject.model))),
+        _control("loop", "Loop", _slider("loop", 0, start - 1, least=0), wide=True),
+        _control("layer", "Block", _counted("layer", blocks_per_loop(subject.model))),
         _control("head", "Head", _counted("head", subject.model.cfg.n_heads)),
     ]
     text = (
@@ -113,12 +114,12 @@ def _patch_section(subject: Subject) -> Component:
         [_typed("b", "Question B, as long as A", second), _button("next-b", "Another B")],
         className="controls",
     )
-    names = {"block": "After block (iteration.block)", "position": "At position"}
+    names = {"block": f"After block ({AXIS})", "position": "At position"}
     pickers = [
         _control(key, name, dcc.Dropdown([], None, id=key, searchable=False))
         for key, name in names.items()
     ]
-    extent = {"quick": "as many iterations as are quick", "all": "every iteration"}
+    extent = {"quick": "as many loops as are quick", "all": "every loop"}
     cell = html.Div(
         [html.Div(pickers, className="controls"), html.Div(id="said", className="said")]
     )
@@ -168,11 +169,13 @@ def _radio(key: str, name: str, choices: dict[str, str]) -> Component:
     )
 
 
-def _slider(key: str, value: int, most: int, marks: tuple[int, ...] = ()) -> Component:
-    """A slider over whole numbers from 1; the arrow keys move it too."""
+def _slider(
+    key: str, value: int, most: int, marks: tuple[int, ...] = (), least: int = 1
+) -> Component:
+    """A slider over whole numbers; the arrow keys move it too."""
     named = {loop: str(loop) for loop in marks} or None
     return dcc.Slider(
-        1,
+        least,
         most,
         1,
         value=value,
@@ -185,8 +188,8 @@ def _slider(key: str, value: int, most: int, marks: tuple[int, ...] = ()) -> Com
 
 def _counted(key: str, count: int) -> Component:
     return dcc.Dropdown(
-        [{"value": i, "label": f"{i}"} for i in range(1, count + 1)],
-        1,
+        [{"value": i, "label": f"{i}"} for i in range(count)],
+        0,
         id=key,
         clearable=False,
         searchable=False,

@@ -1,6 +1,4 @@
-"""What the explorer's page shows: its figures, sentences and tables, each of a record of
-`explorer_model`.
-"""
+"""The figures, sentences and tables of the explorer's page, each made of a record of `model.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +10,16 @@ import plotly.graph_objects as go
 from dash import html
 from dash.development.base_component import Component
 
+from loopscope.analyses.common.labels import AXIS, label, spoken, tick
 from loopscope.analyses.common.look import ACCURACY_SCALE, FAINT, INK, styled
-from loopscope.analyses.explorer.model import Answers, LensTable, Margins, Panels, PatchGrid
+from loopscope.analyses.explorer.model import (
+    SITE,
+    Answers,
+    LensTable,
+    MarginCurve,
+    PatchGrid,
+    Patterns,
+)
 from loopscope.analyses.explorer.questions import Query
 
 CHANGE_SCALE = [
@@ -29,11 +35,6 @@ OVERTHINKING = 0.5  # logits below the best margin
 
 
 Figure = dict[str, Any]
-
-
-def escaped(text: str) -> str:
-    """A text that Plotly shows as it is, angle brackets included."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 @cache
@@ -68,7 +69,7 @@ def drawn(traces: list[Figure], height: int, axes: Mapping[str, Figure], **layou
 
 
 def _columns(query: Query) -> list[str]:
-    return [escaped(name) for name in query.columns]
+    return [label(name) for name in query.columns]
 
 
 def _bar(title: str) -> Figure:
@@ -84,21 +85,21 @@ def _bar(title: str) -> Figure:
 
 
 def lens_figure(table: LensTable, query: Query, every_block: bool = True) -> Figure:
-    """Rows are iteration and block, columns are positions; text is the top token and colour its
+    """Rows are visits, columns are positions; text is the top token and colour its
     probability.
     """
     rows = range(len(table.blocks)) if every_block else table.closing
     cells = {
         "type": "heatmap",
         "x": _columns(query),
-        "y": [table.blocks[row] for row in rows],
+        "y": [tick(table.blocks[row]) for row in rows],
         "z": [table.prob[row, :, 0].tolist() for row in rows],
         "zmin": 0,
         "zmax": 1,
         "colorscale": ACCURACY_SCALE,
         "xgap": 1,
         "ygap": 1,
-        "text": [[escaped(cell[0]) for cell in table.top[row]] for row in rows],
+        "text": [[label(cell[0]) for cell in table.top[row]] for row in rows],
         "texttemplate": "%{text}",
         "textfont": {"size": 11},
         "customdata": [
@@ -122,7 +123,7 @@ def lens_figure(table: LensTable, query: Query, every_block: bool = True) -> Fig
             "type": "category",
             "tickangle": -30,
         },
-        "yaxis": {"title": {"text": "iteration.block"}, "type": "category"},
+        "yaxis": {"title": {"text": AXIS}, "type": "category"},
     }
     margin = {"l": 70, "r": 30, "t": 30, "b": 90}
     return drawn(
@@ -137,20 +138,21 @@ def lens_figure(table: LensTable, query: Query, every_block: bool = True) -> Fig
 def _top_tokens(table: LensTable, query: Query, row: int, column: int) -> str:
     cell = zip(table.top[row][column], table.prob[row, column].tolist(), strict=True)
     lines = [
-        f"after block {table.blocks[row]} at {query.columns[column]}",
+        f"{table.blocks[row]}.{SITE}",
+        f"after {spoken(table.blocks[row])}, at {query.columns[column]}",
         *(f"{prob:.3f}  {token}" for token, prob in cell),
     ]
-    return "<br>".join(map(escaped, lines))
+    return "<br>".join(map(label, lines))
 
 
-def margin_figure(record: Margins, chosen: int, trained: int) -> Figure:
+def margin_figure(record: MarginCurve, chosen: int, trained: int) -> Figure:
     """Margin against iterations; the curve is pale beyond the chosen number, and the best number
     has a star.
     """
     loops = list(range(1, len(record.margin) + 1))
     sizes = record.margin.tolist()
     says = [
-        f"says {escaped(token)}, p = {prob:.3f}"
+        f"says {label(token)}, p = {prob:.3f}"
         for token, prob in zip(record.top, record.prob.tolist(), strict=True)
     ]
     hover = "%{x} iterations: margin %{y:.2f} logits<br>%{customdata}<extra></extra>"
@@ -228,7 +230,7 @@ def margin_figure(record: Margins, chosen: int, trained: int) -> Figure:
     )
 
 
-def attention_figure(panels: Panels, query: Query) -> Figure:
+def attention_figure(panels: Patterns, query: Query) -> Figure:
     """Small multiples on one colour scale: rows are the positions that look, columns those that are
     looked at.
     """
@@ -295,7 +297,7 @@ def _panel_axis(domain: list[float], anchor: str, title: str, labelled: bool, **
 
 
 def patch_figure(grid: PatchGrid, a: Query, b: Query) -> Figure:
-    """Rows are iteration and block, columns are positions; colour is the change of the margin of
+    """Rows are visits, columns are positions; colour is the change of the margin of
     A's answer.
     """
     names = [
@@ -304,13 +306,13 @@ def patch_figure(grid: PatchGrid, a: Query, b: Query) -> Figure:
     ]
     reach = max(float(grid.change.abs().max()), 1e-6) if grid.blocks else 1.0
     hover = (
-        "B's residual after block %{y} at %{x}<br>margin %{customdata:.2f}, a change of %{z:.2f}"
+        "B's %{customdata[0]}<br>at %{x}<br>margin %{customdata[1]:.2f}, a change of %{z:.2f}"
         " logits<extra></extra>"
     )
     cells = {
         "type": "heatmap",
-        "x": list(map(escaped, names)),
-        "y": list(grid.labels),
+        "x": list(map(label, names)),
+        "y": list(map(tick, grid.blocks)),
         "z": grid.change.tolist(),
         "zmin": -reach,
         "zmax": reach,
@@ -319,7 +321,10 @@ def patch_figure(grid: PatchGrid, a: Query, b: Query) -> Figure:
         "ygap": 1,
         "texttemplate": "%{z:.1f}",
         "textfont": {"size": 11},
-        "customdata": grid.margin.tolist(),
+        "customdata": [
+            [(f"{block}.{SITE}", size) for size in row]
+            for block, row in zip(grid.blocks, grid.margin.tolist(), strict=True)
+        ],
         "hovertemplate": hover,
         "colorbar": _bar("change of<br>margin<br>(logits)"),
     }
@@ -329,7 +334,7 @@ def patch_figure(grid: PatchGrid, a: Query, b: Query) -> Figure:
             "type": "category",
             "tickangle": -30,
         },
-        "yaxis": {"title": {"text": "iteration.block"}, "type": "category"},
+        "yaxis": {"title": {"text": AXIS}, "type": "category"},
     }
     none = {
         "text": "This map would take long: choose every iteration, or one cell.",
@@ -357,8 +362,8 @@ def cell_mark(blocks: list[str], block: str, position: int) -> list[Figure]:
 # Sentences
 
 
-def verdict(query: Query, record: Margins, chosen: int, trained: int) -> str:
-    """What the margins say, in sentences."""
+def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str:
+    """The margins in sentences."""
     source = "the true answer, which the checkpoint's graph or questions tell"
     if not query.known:
         source = (
@@ -389,7 +394,7 @@ def verdict(query: Query, record: Margins, chosen: int, trained: int) -> str:
 
 
 def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
-    """What a patching map shows, in sentences."""
+    """The caption of a patching map."""
     sentence = (
         f"A {a.text} has the margin {grid.margin_a:.2f} after {_iterations(n_loops)}; in B {b.text}"
         " the same answer "
@@ -397,7 +402,7 @@ def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
     sentence += f"{a.answer} has {grid.margin_b:.2f}. Each cell puts one residual of B into A."
     if grid.stride > 1:
         sentence += (
-            f" To be quick, it shows only iteration 1 and every {grid.stride} iterations from it;"
+            f" To be quick, it shows only loop 0 and every {grid.stride} loops from it;"
             " any cell can be chosen."
         )
     return sentence
@@ -409,10 +414,10 @@ def _iterations(count: int) -> str:
 
 def said(before: Answers, after: Answers, query: Query, place: str) -> Component:
     """The answers of A before and after one patch, side by side."""
-    head = html.Tr([html.Th(text) for text in ("", "before", "p", "after", "p")])
+    head = html.Tr([html.Th(text) for text in ("rank", "before", "p", "after", "p")])
     rows = []
     for i, (old, new) in enumerate(zip(before.top, after.top, strict=True)):
-        cells = [html.Td(f"{i + 1}")]
+        cells = [html.Td(f"{i}")]
         for token, prob in (old, new):
             cells += [
                 html.Td(token, className="asked" if token == query.answer else ""),

@@ -1,6 +1,4 @@
-"""What every family is and which methods run on it: found by running each method on a tiny random
-model of each family.
-"""
+"""The facts of every family, and the methods that run on a tiny random model of it."""
 
 from __future__ import annotations
 
@@ -121,7 +119,7 @@ def tiny(family: str) -> LoopedModel:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the methods are asked: two inputs of three rows, answers, and a metric."""
+    """The arguments of all methods: two inputs of three rows, answers, and a metric."""
 
     model: LoopedModel
     clean: Batch
@@ -229,7 +227,7 @@ def _patched(model: LoopedModel) -> list[str]:
 
 @dataclass(frozen=True)
 class Support:
-    """What runs.
+    """The methods that run on each family.
 
     Attributes:
         facts: One row per family: the four declared facts, and how its releases are loaded.
@@ -288,8 +286,9 @@ def _outcome(call: Callable[[], Any]) -> str:
 
 _PAGE = """# Families
 
-Written by `loopscope families`, which runs every method on a tiny random model of every family. `load(folder)` takes a release of
-each family as it is published (config.json with safetensors, or its pickle); `loopscope list` names the known ones.
+Written by `loopscope families`, which runs every method on a tiny random model of every family.
+`load(folder)` takes a release of each family as it is published (config.json with safetensors,
+or its pickle); `loopscope list` names the known ones.
 
 ## What each family is
 
@@ -297,10 +296,12 @@ each family as it is published (config.json with safetensors, or its pickle); `l
 
 ## What each family declares
 
-`causal`: a later token never changes an earlier result. `prefix_readout`: stopping after t iterations and reading out equals a call with
-n_loops=t. `additive_residual`: the stream is a plain sum of component outputs. `batch_independent`: a row never depends on
-the others. "own format only" means that nobody has released weights: the family follows its paper's equations. What a family takes is
-given to a call by name (`model(tokens, seed=3)`), and to a method in a `Batch`'s `options`.
+`causal`: a later token never changes an earlier result. `prefix_readout`: stopping after t
+iterations and reading out equals a call with n_loops=t. `additive_residual`: the stream is a
+plain sum of component outputs. `batch_independent`: a row never depends on the others. "own
+format only" means that nobody has released weights: the family follows its paper's equations.
+What a family takes is given to a call by name (`model(tokens, seed=3)`), and to a method in a
+`Batch`'s `options`.
 
 {facts}
 
@@ -321,8 +322,9 @@ On every family: {everywhere}. Of the others:
 
 
 def page(support: Support) -> str:
-    """What the families are and declare, what runs on which, and every refusal, the same sentence
-    once with all its families.
+    """The page: families, declared facts, methods, and every refusal.
+
+    A sentence of several refusals stands once, with all its families.
     """
     rows = support.methods.set_index("method")
     everywhere = [name for name, row in rows.iterrows() if (row == "yes").all()]

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.analyses.common.configs import DEFAULT_CHECKPOINT, SourceConfig
+from loopscope.analyses.common.labels import spoken
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.interp.attribution.patching import attribution_patch
@@ -157,7 +158,7 @@ def steps(pairs: Pairs) -> list[Step]:
 
 
 def restored(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
-    """For each block of the first iterations, the position at which the clean state restores most,
+    """For each block of the first loops, the position at which the clean state restores most,
     and how much.
     """
     effect, right = pairs.residual.grid(), pairs.residual.also["right"].grid(normalized=False)
@@ -168,11 +169,11 @@ def restored(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
             best = int(shares.argmax())
             answered = float(right.values[loop, layer, best, 0])
             elsewhere = float(torch.cat([shares[:best], shares[best + 1 :]]).abs().max())
-            rows.append((loop + 1, layer, best, float(shares[best]), answered, elsewhere))
+            rows.append((loop, layer, best, float(shares[best]), answered, elsewhere))
     return pd.DataFrame(
         rows,
         columns=[
-            "iteration",
+            "loop",
             "block",
             "position",
             "margin restored",
@@ -183,8 +184,8 @@ def restored(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
 
 
 def writers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
-    """What writes each entity: effects of the clean output of attention and MLP at the front, and
-    accuracy without them.
+    """The writers of each entity at the front: effects of the clean output of attention and of
+    the MLP, and accuracy without them.
     """
     attention, mlp = pairs.sweep("attn_out").grid(), pairs.sweep("mlp_out").grid()
     rows = []
@@ -197,7 +198,7 @@ def writers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
         rows.append(
             (
                 step.hop,
-                step.loop + 1,
+                step.loop,
                 step.layer,
                 float(attention.values[at]),
                 float(mlp.values[at]),
@@ -206,7 +207,7 @@ def writers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
         )
     columns = [
         "hop",
-        "iteration",
+        "loop",
         "block",
         "attention restores",
         "MLP restores",
@@ -236,10 +237,10 @@ def movers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
             back = float(pattern[head, step.hop, step.hop - 1])
             effect = float(heads.values[step.loop, step.layer, step.hop, head])
             without = [pairs.accuracy_without(itself, how) for how in ("mean", "mean_per_position")]
-            rows.append((step.hop, step.loop + 1, step.layer, head, back, effect, *without))
+            rows.append((step.hop, step.loop, step.layer, head, back, effect, *without))
     columns = [
         "hop",
-        "iteration",
+        "loop",
         "block",
         "head",
         "attention one back",
@@ -283,17 +284,17 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
     """Everything, as Markdown."""
     pairs = Pairs.of(open_subject(replace(SourceConfig(), checkpoint=checkpoint)), HOPS)
     front = steps(pairs)
-    table = pd.DataFrame([(s.hop, s.hop, s.loop + 1, s.layer, s.share, s.before) for s in front])
+    table = pd.DataFrame([(s.hop, s.hop, s.loop, s.layer, s.share, s.before) for s in front])
     table.columns = [
         "entity after hop",
         "at position",
-        "iteration",
+        "loop",
         "block",
         "on top",
         "one block earlier",
     ]
     skipped = {
-        t + 1: pairs.accuracy_without(Component("iteration", loops=(t,)), "zero")
+        t: pairs.accuracy_without(Component("iteration", loops=(t,)), "zero")
         for t in range(pairs.n_loops)
     }
     tables = [
@@ -310,7 +311,7 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
         "count": len(pairs.answers),
         "loops": pairs.n_loops,
         "accuracy": f"{pairs.accuracy():.2f}",
-        "last": f"{front[-1].loop + 1}, block {front[-1].layer}",
+        "last": spoken(f"loops.{front[-1].loop}.blocks.{front[-1].layer}"),
         "worst": worst,
         "left": f"{skipped[worst]:.2f}",
     }
@@ -329,51 +330,59 @@ def write(path: Path) -> Path:
 
 _TEXT = """# How a looped model walks: the circuit of `{checkpoint}`
 
-Written by `loopscope findings`. The model is asked {count} held-out questions of {hops} hops ("<e><r><r>...": the head entity stands
-at position 0, the relation of hop k at position k), runs {loops} iterations of its two blocks, and answers {accuracy} of them. For
-patching, each question is paired with the same relations asked of another entity; relations are permutations, so every entity on the
-way differs. Blocks count from 0, iterations from 1.
+Written by `loopscope findings`. The model is asked {count} held-out questions of {hops} hops
+("<e><r><r>...": the head entity stands at position 0, the relation of hop k at position k),
+runs {loops} iterations of its two blocks, and answers {accuracy} of them. For patching, each
+question is paired with the same relations asked of another entity; relations are permutations,
+so every entity on the way differs. Loops, blocks, positions and heads count from 0, as in the
+hook names.
 
 ## Where each entity appears
 
-The first block after which the logit lens has the entity after hop k on top, at position k, for at least 0.9 of the questions; and
-the share of questions one block earlier. The answer is there after iteration {last}.
+The first block after which the logit lens has the entity after hop k on top, at position k, for
+at least 0.9 of the questions; and the share of questions one block earlier. The answer is there
+after {last}.
 
 FRONT
 
 ## What restores the answer
 
-The clean state of one position after one block, put into the run of the corrupted question (0 is the corrupted margin, 1 the clean
-one): the position that restores most, the questions that are then answered right, and the largest effect of any other position.
+The clean state of one position after one block, put into the run of the corrupted question (0
+is the corrupted margin, 1 the clean one): the position that restores most, the questions that
+are then answered right, and the largest effect of any other position.
 
 RESTORED
 
 ## What writes the next entity
 
-Where an entity appears: the share of the margin that is restored when only the attention's or only the MLP's output is clean, at
-that position; and accuracy on the clean questions when that output is replaced, at all positions of that block of that iteration, by
-its mean over questions and positions.
+Where an entity appears: the share of the margin that is restored when only the attention's or
+only the MLP's output is clean, at that position; and accuracy on the clean questions when that
+output is replaced, at all positions of that visit, by its mean over questions and positions.
 
 WRITERS
 
 ## Which heads move it
 
-One head at a time in the same places: its mean attention from the position to the one before; what its clean output alone restores;
-accuracy on the clean questions with the head replaced by its mean over questions and positions, and by its mean over questions at each
-position. What a head restores depends on the entity; a head that restores nothing, cannot be replaced by one mean, but can be replaced by
-its mean at each position, says only where a token stands, which a model without positions has to work out for itself.
+One head at a time in the same places: its mean attention from the position to the one before;
+what its clean output alone restores; accuracy on the clean questions with the head replaced by
+its mean over questions and positions, and by its mean over questions at each position. What a
+head restores depends on the entity; a head that restores nothing, cannot be replaced by one
+mean, but can be replaced by its mean at each position, says only where a token stands, which a
+model without positions has to work out for itself.
 
 MOVERS
 
 ## What does not break it
 
-Leaving out any one iteration altogether (the state passes unchanged) leaves an accuracy of at least {left} (iteration {worst}): the
-blocks do not count iterations, the same step is taken one iteration later.
+Leaving out any one iteration altogether (the state passes unchanged) leaves an accuracy of at
+least {left} (loop {worst}): the blocks do not count iterations, the same step is taken one
+iteration later.
 
 ## How far to trust estimates
 
-Attribution patching estimates every cell of such a sweep from gradients: one of the corrupted run (0 steps), or the mean over steps
-on the way to the clean activation. Spearman's rank correlation of the estimated with the exact margins, over all cells:
+Attribution patching estimates every cell of such a sweep from gradients: one of the corrupted
+run (0 steps), or the mean over steps on the way to the clean activation. Spearman's rank
+correlation of the estimated with the exact margins, over all cells:
 
 ESTIMATES
 """

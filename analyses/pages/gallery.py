@@ -23,8 +23,9 @@ from loopscope.models.families.ouro import OuroConfig
 _ROWS = 12  # of a figure's table
 _HEAD = """# Gallery
 
-Written by `loopscope gallery` from the shipped checkpoints and the logs of their training: one figure for each command, with its
-numbers. Every command takes other checkpoints by name, file or folder, and writes its figure as HTML, PNG, SVG or PDF."""
+Written by `loopscope gallery` from the shipped checkpoints and the logs of their training: one
+figure for each command, with its numbers. Every command takes other checkpoints by name, file
+or folder, and writes its figure as HTML, PNG, SVG or PDF."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Entry:
 
     @property
     def command(self) -> str:
-        """What one types."""
+        """The command line of the entry."""
         flags = "".join(
             f" --{key.replace('_', '-')} {value}"
             for key, value in self.settings.items()
@@ -53,7 +54,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Pictured:
     """An entry with its record and its figure."""
 
     entry: Entry
@@ -86,7 +87,7 @@ def make_toy(folder: Path) -> None:
     save(model, folder, {"readout": "last_real"})
 
 
-def draw(progress: bool = True) -> list[Drawn]:
+def draw(progress: bool = True) -> list[Pictured]:
     """Run every command with its settings and draw its figure."""
     with tempfile.TemporaryDirectory() as place:
         toy = Path(place) / "ouro"
@@ -96,7 +97,7 @@ def draw(progress: bool = True) -> list[Drawn]:
         ]
 
 
-def draw_one(entry: Entry) -> Drawn:
+def draw_one(entry: Entry) -> Pictured:
     """Run one command with its settings and draw its figure."""
     file = FIGURES[entry.name]
     settings = {
@@ -104,15 +105,15 @@ def draw_one(entry: Entry) -> Drawn:
         for key, value in entry.settings.items()
     }
     record = file.module().run(file.config()(**settings))
-    return Drawn(entry, record, picture(file.module().figure(record)))
+    return Pictured(entry, record, picture(file.module().figure(record)))
 
 
-def page(drawn: list[Drawn], images: str) -> str:
+def page(drawn: list[Pictured], images: str) -> str:
     """The page; `images` is where the pictures lie, seen from it."""
     return "\n\n".join([_HEAD, *(_section(one, images) for one in drawn)]) + "\n"
 
 
-def _section(one: Drawn, images: str) -> str:
+def _section(one: Pictured, images: str) -> str:
     about = " ".join(FIGURES[one.entry.name].about().split())
     parts = [
         f"## {one.entry.name}",
@@ -129,7 +130,7 @@ def _section(one: Drawn, images: str) -> str:
     )
 
 
-def write(path: Path, draw_all: Callable[[], list[Drawn]] = draw) -> Path:
+def write(path: Path, draw_all: Callable[[], list[Pictured]] = draw) -> Path:
     """Draw everything, and write the page and its pictures into a folder of the page's name."""
     drawn = draw_all()
     folder = path.with_suffix("")

@@ -1,4 +1,4 @@
-"""What of "Loop, Think, & Generalize" (arXiv 2604.07822) the shipped miniatures show, claim by
+"""The claims of "Loop, Think, & Generalize" (arXiv 2604.07822) on the shipped miniatures, claim by
 claim, with the numbers.
 """
 
@@ -29,14 +29,17 @@ _CHECKS = (
 )
 _HEAD = """# What the miniatures show
 
-Written by `loopscope replication` from the shipped checkpoints and the logs of their training; `make minis` trains them again. The
-paper's models have 28 million parameters and 200 or 2,000 entities; these have 0.1 to 1 million and 40 or 80. What holds here shows
-that the phenomenon appears at this size; what does not hold here may need the paper's. Accuracies are on held-out questions (50 per
-hop count, up to 200 per two-hop group); "best over r" is over 1 to 24 iterations."""
+Written by `loopscope replication` from the shipped checkpoints and the logs of their training;
+`make minis` trains them again. The paper's models have 28 million parameters and 200 or 2,000
+entities; these have 0.1 to 1 million and 40 or 80. What holds here shows that the phenomenon
+appears at this size; what does not hold here may need the paper's. Accuracies are on held-out
+questions (50 per hop count, up to 200 per two-hop group); "best over r" is over 1 to 24
+iterations."""
 _BELOW = """## Every accuracy
 
-Multi-hop: questions asked, best accuracy over r and where, accuracy at the last r, and with adaptive halting (KL < 0.01, entropy < 3).
-Two hops: accuracy at the training R for each group of questions."""
+Multi-hop: questions asked, best accuracy over r and where, accuracy at the last r, and with
+adaptive halting (KL < 0.01, entropy < 3). Two hops: accuracy at the training R for each group
+of questions."""
 
 
 def claims() -> list[Claim]:

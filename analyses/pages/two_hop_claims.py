@@ -165,11 +165,11 @@ def bridge() -> Claim:
     shown = verdict(min(inside, outside) >= LEARNED, min(inside, outside) >= 0.5)
     found = (
         f"share of questions with the bridge as top token at the first relation: {inside:.2f} in"
-        f" distribution and {outside:.2f} OOD within the first iteration, at most {later[0]:.2f}"
-        f" and {later[1]:.2f} in later ones; vanilla OOD at most {max(deep):.2f}, after layer"
-        f" {deep.index(max(deep)) + 1}"
+        f" distribution and {outside:.2f} OOD within loop 0, at most {later[0]:.2f} and"
+        f" {later[1]:.2f} in later loops; vanilla OOD at most {max(deep):.2f}, after block"
+        f" {deep.index(max(deep))}"
     )
-    rule = "at least 0.9 within the first iteration on both (partly: 0.5)"
+    rule = "at least 0.9 within loop 0 on both (partly: 0.5)"
     return Claim(
         "The bridge entity is decodable in the first iteration (figures 4, 11)", found, rule, shown
     )

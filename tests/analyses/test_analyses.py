@@ -126,7 +126,7 @@ def test_the_margin_is_that_of_a_separate_call(full_margins: overthinking.Overth
 def test_the_patching_effect_walks_along_the_relations() -> None:
     record = patch.run(PatchConfig(hops=5))
     strongest = record.effect.argmax(1).tolist()
-    assert record.visits[0] == (0, 0)
+    assert record.names[:2] == ("hook_embed", "loops.0.blocks.0.hook_resid_post")
     assert strongest == sorted(strongest)
     assert set(strongest) == set(range(6))
     assert record.effect[0, 0] == pytest.approx(1.0, abs=1e-4)

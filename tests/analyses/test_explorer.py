@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.explorer import app as explorer
 from loopscope.analyses.explorer.app import ExploreConfig, Explorer, choose, make_explorer
 from loopscope.analyses.explorer.model import (
-    Margins,
+    MarginCurve,
     PatchGrid,
-    block_labels,
     heads_of,
-    iterations_of,
     lens_table,
+    loops_of,
     margins,
     patch_cell,
     patch_grid,
@@ -165,7 +165,7 @@ def test_the_hint_names_the_tokens_of_questions(shipped: Subject, subject: Subje
 def test_the_lens_is_the_head_of_each_residual(subject: Subject, pair: tuple[Query, Query]) -> None:
     model, query = subject.model, pair[0]
     table = lens_table(model, query, 3)
-    assert table.blocks == ("1.1", "1.2", "2.1", "2.2", "3.1", "3.2")
+    assert table.blocks == tuple(f"loops.{t}.blocks.{i}" for t in range(3) for i in range(2))
     assert table.closing == (1, 3, 5)
     _, cache = model.run_with_cache(query.batch.tokens, n_loops=3, mask=query.batch.mask)
     for row, (loop, layer) in enumerate((loop, layer) for loop in range(3) for layer in range(2)):
@@ -203,7 +203,7 @@ def test_attention_panels_are_the_cached_patterns(
     _, cache = model.run_with_cache(
         query.batch.tokens, n_loops=3, mask=query.batch.mask, names_filter="**.hook_pattern"
     )
-    heads, loops = heads_of(model, query, 3, 2, 1), iterations_of(model, query, 3, 1, 3)
+    heads, loops = heads_of(model, query, 3, 2, 1), loops_of(model, query, 3, 1, 3)
     torch.testing.assert_close(heads.pattern, cache["pattern", 2, 1][0], atol=1e-9, rtol=0)
     torch.testing.assert_close(
         loops.pattern,
@@ -211,14 +211,14 @@ def test_attention_panels_are_the_cached_patterns(
         atol=1e-9,
         rtol=0,
     )
-    assert heads.titles == tuple(f"head {head}" for head in range(1, HEADS + 1))
-    assert loops.titles == ("iteration 1", "iteration 2", "iteration 3")
+    assert heads.titles == tuple(f"head {head}" for head in range(HEADS))
+    assert loops.titles == ("loop 0", "loop 1", "loop 2")
 
 
 def test_attention_of_a_block_that_an_iteration_lacks(subject: Subject) -> None:
     short = around(odd_one(ShortEnding))
     query = ask(short, A_TEXT, LOOPS)
-    assert iterations_of(short.model, query, 3, 1, 0).titles == ("iteration 1", "iteration 2")
+    assert loops_of(short.model, query, 3, 1, 0).titles == ("loop 0", "loop 1")
     with pytest.raises(ValueError, match=r"blocks must be in 0\.\.0, got 1"):
         heads_of(short.model, query, 3, 2, 1)
 
@@ -249,7 +249,7 @@ def test_every_cell_of_the_map_is_that_patch_alone(
 ) -> None:
     model, (a, b) = subject.model, pair
     grid = patch_grid(model, a, b, 2)
-    assert grid.labels == ("1.1", "1.2", "2.1", "2.2")
+    assert grid.blocks == tuple(f"loops.{t}.blocks.{i}" for t in range(2) for i in range(2))
     assert (grid.stride, tuple(grid.margin.shape)) == (1, (4, 6))
     answer = torch.tensor([a.answer_id])
     for row, block in enumerate(grid.blocks):
@@ -289,8 +289,8 @@ def test_a_smaller_budget_leaves_out_iterations_and_then_all(
         found[grid.stride] = grid
         rows = [
             row
-            for row, label in enumerate(whole.labels)
-            if grid.stride and (int(label[0]) - 1) % grid.stride == 0
+            for row, block in enumerate(whole.blocks)
+            if grid.stride and int(block.split(".")[1]) % grid.stride == 0
         ]
         assert grid.blocks == tuple(whole.blocks[row] for row in rows)
         torch.testing.assert_close(
@@ -330,20 +330,6 @@ def test_no_hook_stays_after_anything(subject: Subject, pair: tuple[Query, Query
     assert not subject.model.any_hook()
 
 
-def test_labels_count_from_1_and_are_names_where_numbers_are_not_enough(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert block_labels(subject.model, 2) == {
-        "loops.0.blocks.0": "1.1",
-        "loops.0.blocks.1": "1.2",
-        "loops.1.blocks.0": "2.1",
-        "loops.1.blocks.1": "2.2",
-    }
-    twice = [visit for visit in subject.model.schedule(1) for _ in range(2)]
-    monkeypatch.setattr(subject.model, "schedule", lambda n_loops: twice)
-    assert set(block_labels(subject.model, 1).values()) == {"loops.0.blocks.0", "loops.0.blocks.1"}
-
-
 # Figures and sentences
 
 
@@ -357,18 +343,20 @@ def test_the_lens_figure_has_the_top_tokens_and_five_on_hover(
 ) -> None:
     table = lens_table(subject.model, pair[0], 3)
     figure = valid(lens_figure(table, pair[0]))
-    assert figure.data[0].y == table.blocks
-    assert figure.data[0].text[4][2] == table.top[4][2][0].replace("<", "&lt;")
-    assert figure.data[0].customdata[4][2].count("<br>") == 5
-    assert valid(lens_figure(table, pair[0], every_block=False)).data[0].y == ("1.2", "2.2", "3.2")
+    assert figure.data[0].y == ("0.0", "0.1", "1.0", "1.1", "2.0", "2.1")
+    assert figure.data[0].text[4][2] == label(table.top[4][2][0])
+    assert figure.data[0].customdata[4][2].count("<br>") == 6
+    assert figure.data[0].customdata[4][2].startswith("loops.2.blocks.0.hook_resid_post<br>")
+    assert "after loop 2 · block 0, at 2 " in figure.data[0].customdata[4][2]
+    assert valid(lens_figure(table, pair[0], every_block=False)).data[0].y == ("0.1", "1.1", "2.1")
     assert (figure.layout.yaxis.title.text, figure.layout.template.layout.font.size is None) == (
-        "iteration.block",
+        "loop.block",
         True,
     )
 
 
 def test_the_margin_figure_marks_the_best_the_chosen_and_the_trained() -> None:
-    record = Margins(
+    record = MarginCurve(
         torch.tensor([-1.0, 2.5, 2.0, -0.5]),
         ("<a>", "<b>", "<b>", "<c>"),
         torch.tensor([0.2, 0.5, 0.5, 0.3]),
@@ -394,7 +382,7 @@ def test_attention_panels_stand_inside_the_figure_without_touching(
     subject: Subject, count: int, rows: int
 ) -> None:
     query = ask(subject, A_TEXT, LOOPS)
-    panels = iterations_of(subject.model, query, count, 0, 2)
+    panels = loops_of(subject.model, query, count, 0, 2)
     figure = valid(attention_figure(panels, query))
     assert len(figure.data) == count
     boxes = [
@@ -415,8 +403,8 @@ def test_attention_panels_stand_inside_the_figure_without_touching(
 def test_the_patching_figure_and_its_frame(subject: Subject, pair: tuple[Query, Query]) -> None:
     grid = patch_grid(subject.model, *pair, 2)
     figure = valid(patch_figure(grid, *pair))
-    assert figure.data[0].x[0] == "0 &lt;w_3> / &lt;w_4>"
-    assert figure.data[0].x[1] == "1 &lt;w_8>"
+    assert figure.data[0].x[0] == "0 &lt;w_3&gt; / &lt;w_4&gt;"
+    assert figure.data[0].x[1] == "1 &lt;w_8&gt;"
     assert (
         figure.data[0].zmax == -figure.data[0].zmin == pytest.approx(float(grid.change.abs().max()))
     )
@@ -435,12 +423,12 @@ def test_a_click_names_the_block_and_position_of_its_cell(
     grid = patch_grid(subject.model, *pair, 3)
     figure = patch_figure(grid, *pair)
     point = {"x": figure["data"][0]["x"][4], "y": figure["data"][0]["y"][3]}
-    shown = {"blocks": list(grid.blocks), "labels": list(grid.labels)}
+    shown = {"blocks": list(grid.blocks)}
     assert choose({"points": [point]}, shown)[:2] == ("loops.1.blocks.1", 4)
 
 
 def test_the_sentences_say_which_answer_is_measured_and_where_it_is_best(subject: Subject) -> None:
-    record = Margins(
+    record = MarginCurve(
         torch.tensor([-1.0, 2.5, 2.0, -0.5]),
         ("<w_1>", "<w_9>", "<w_9>", "<w_3>"),
         torch.tensor([0.2, 0.5, 0.5, 0.3]),
@@ -463,10 +451,10 @@ def test_the_sentences_say_which_answer_is_measured_and_where_it_is_best(subject
     assert "the model's own top token after 4 iterations, because the true answer" in verdict(
         own, record, 1, 4
     )
-    grid = PatchGrid(("x",), ("1.1",), torch.zeros(1, 6), 2.0, -3.0, 2)
+    grid = PatchGrid(("x",), torch.zeros(1, 6), 2.0, -3.0, 2)
     caption = map_caption(grid, known, own, 1)
     assert "has the margin 2.00 after 1 iteration;" in caption
-    assert "every 2 iterations from it" in caption
+    assert "every 2 loops from it" in caption
 
 
 # The page's callbacks
@@ -499,7 +487,7 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
     made: Explorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = []
-    for name in ("lens_table", "margins", "heads_of", "iterations_of", "patch_grid", "patch_cell"):
+    for name in ("lens_table", "margins", "heads_of", "loops_of", "patch_grid", "patch_cell"):
         real = getattr(explorer, name)
 
         def watched(*args: Any, real: Any = real, **options: Any) -> Any:
@@ -508,10 +496,10 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
 
         monkeypatch.setattr(explorer, name, watched)
     asked = {"a": A_TEXT, "b": B_TEXT}
-    assert valid(made.show_lens(A_TEXT, 3, "iterations")[0]).data[0].y == ("1.2", "2.2", "3.2")
+    assert valid(made.show_lens(A_TEXT, 3, "iterations")[0]).data[0].y == ("0.1", "1.1", "2.1")
     assert len(valid(made.show_margin(A_TEXT, 3)[0]).data[0].x) == made.most == 12
-    assert len(valid(made.show_attention(A_TEXT, 3, "heads", 9, 2, 1)[0]).data) == HEADS
-    assert len(valid(made.show_attention(A_TEXT, 3, "iterations", 1, 2, 1)[0]).data) == 3
+    assert len(valid(made.show_attention(A_TEXT, 3, "heads", 9, 1, 0)[0]).data) == HEADS
+    assert len(valid(made.show_attention(A_TEXT, 3, "loops", 1, 1, 0)[0]).data) == 3
     figure, shown, _, blocks, positions, block, position, took = made.show_map(
         asked, 2, "all", "loops.3.blocks.0", 5
     )
@@ -528,7 +516,7 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
 
 
 def test_iterations_outside_the_slider_are_brought_inside(made: Explorer) -> None:
-    assert [made.limit(n, 9) for n in (None, 0, 2, 99)] == [(4, 4), (4, 4), (2, 2), (12, 9)]
+    assert [made.limit(n, 9) for n in (None, 0, 2, 99)] == [(3, 3), (3, 3), (1, 1), (11, 9)]
 
 
 # Serving

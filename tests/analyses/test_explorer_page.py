@@ -103,7 +103,7 @@ def test_every_control_has_a_name(tab: Tab) -> None:
 def test_a_typed_question_is_answered(tab: Tab) -> None:
     ask(tab, FIRST, SECOND)
     tab.wait(f"{plot('lens')}.data[0].x.length === 3 && {plot('map')}.data[0].x.length === 3")
-    assert tab.value(f"{plot('map')}.data[0].x")[0] == "0 &lt;e_3> / &lt;e_8>"
+    assert tab.value(f"{plot('map')}.data[0].x")[0] == "0 &lt;e_3&gt; / &lt;e_8&gt;"
     assert "the true answer" in tab.value(text_of("verdict"))
 
 
@@ -116,9 +116,9 @@ def test_a_click_on_a_cell_patches_exactly_that_cell(tab: Tab) -> None:
         " l.yaxis._offset + l.yaxis.c2p(2)]; })()"
     )
     change, label = tab.value(f"[{plot('map')}.data[0].z[2][1], {plot('map')}.data[0].y[2]]")
-    assert label == "2.1"
+    assert label == "1.0"
     tab.click(x, y)
-    tab.wait(f"{text_of('said')}?.includes('after block 2.1 at 1 <r_1>')")
+    tab.wait(f"{text_of('said')}?.includes('after loop 1 · block 0 at 1 <r_1>')")
     settle(tab)
     before, after = (
         float(part.split(" logits")[0])
@@ -140,19 +140,19 @@ def test_moving_the_slider_moves_all_parts(tab: Tab) -> None:
             f" === {loops}"
         )
         tab.wait(
-            "document.querySelector('#iteration [role=slider]').getAttribute('aria-valuemax') ==="
-            f" '{loops}'"
+            "document.querySelector('#loop [role=slider]').getAttribute('aria-valuemax') ==="
+            f" '{loops - 1}'"
         )
         settle(tab)
-    assert tab.value(f"{plot('map')}.data[0].y") == ["1.1", "1.2", "2.1", "2.2"]
+    assert tab.value(f"{plot('map')}.data[0].y") == ["0.0", "0.1", "1.0", "1.1"]
 
 
 def test_attention_can_be_seen_over_iterations(tab: Tab) -> None:
     tab.click_on("#view label:nth-of-type(2)")
-    tab.wait(f"{plot('attention')}.layout.annotations[0].text === 'iteration 1'")
+    tab.wait(f"{plot('attention')}.layout.annotations[0].text === 'loop 0'")
     tab.click_on("#view label:nth-of-type(1)")
     tab.wait(
-        f"{plot('attention')}.layout.annotations[0].text === 'head 1' &&"
+        f"{plot('attention')}.layout.annotations[0].text === 'head 0' &&"
         f" {plot('attention')}.data.length === 4"
     )
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, words
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, styled
 from loopscope.analyses.common.records import Record
 from loopscope.interp.exits.exit_gate import exit_distribution, gate_names, readout_at_threshold
@@ -39,7 +40,7 @@ _TITLES = (
     "the gate",
     "iterations used",
     "same top token as the last",
-    "expected exit of each token (iteration)",
+    "expected exit of each token (iterations)",
 )
 _WIDTH, _LINES = 16, 24  # tokens in a line of the map, and lines of it
 
@@ -71,11 +72,11 @@ class ExitGate(Record):
     agrees: Bool[Tensor, "threshold spot"]
 
     def expected(self) -> Float[Tensor, " spot"]:
-        """The expected iteration of the exit, from 1: the sum of t p_t."""
+        """The expected number of iterations run at the exit: the sum of r p_r."""
         return torch.arange(1, len(self.pdf) + 1, dtype=self.pdf.dtype) @ self.pdf
 
     def frame(self) -> pd.DataFrame:
-        """input, position, token, iteration (from 1), lambda, p, cumulative."""
+        """input, position, token, iterations (run at the exit), lambda, p, cumulative."""
         spots = [(i, j, token) for i, row in enumerate(self.tokens) for j, token in enumerate(row)]
         rows = [
             (*spot, t + 1, *(float(x[t, k]) for x in (self.exit_now, self.pdf, self.cdf)))
@@ -83,7 +84,7 @@ class ExitGate(Record):
             for t in range(len(self.pdf))
         ]
         return pd.DataFrame(
-            rows, columns=["input", "position", "token", "iteration", "lambda", "p", "cumulative"]
+            rows, columns=["input", "position", "token", "iterations", "lambda", "p", "cumulative"]
         )
 
     def summary(self) -> pd.DataFrame:
@@ -94,7 +95,7 @@ class ExitGate(Record):
             {
                 "threshold": self.thresholds,
                 "mean iterations": self.used.double().mean(1),
-                "same top token as the last iteration": self.agrees.double().mean(1),
+                "same top token as after all": self.agrees.double().mean(1),
             }
         )
 
@@ -181,7 +182,7 @@ def figure(record: ExitGate) -> go.Figure:
         )
         plot.update_yaxes(title=unit, title_standoff=6, row=1, col=col)
     plot.update_xaxes(title="threshold", dtick=0.25, tick0=0, row=1)
-    plot.update_xaxes(title="iteration", dtick=max(1, len(record.pdf) // 8), tick0=1, row=1, col=1)
+    plot.update_xaxes(title="iterations", dtick=max(1, len(record.pdf) // 8), tick0=1, row=1, col=1)
     plot.update_yaxes(range=[0, len(record.pdf) * 1.04], row=1, col=2)
     plot.update_yaxes(range=[0, 1.04], row=1, col=3)
     plot.update_yaxes(showgrid=True, row=1)
@@ -196,7 +197,7 @@ def figure(record: ExitGate) -> go.Figure:
 def _distribution(plot: go.Figure, record: ExitGate) -> None:
     """Means over the tokens: p_t as bars, the cumulative and lambda_t as lines."""
     iterations = list(range(1, len(record.pdf) + 1))
-    hover = "iteration %{x}<br>%{y:.3f}<extra></extra>"
+    hover = "after %{x} iterations<br>%{y:.3f}<extra></extra>"
     plot.add_bar(
         x=iterations, y=record.pdf.mean(1).tolist(), name="p<sub>t</sub>, exit here",
         marker_color=CATEGORIES[5], hovertemplate="p " + hover, row=1, col=1,
@@ -236,9 +237,9 @@ def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, in
         shown = record.tokens[i][start : start + width]
         gaps = width - len(shown)
         z.append([*expected[spot : spot + len(shown)], *[math.nan] * gaps])
-        text.append([*(token.replace("<", "&lt;") for token in shown), *[""] * gaps])
+        text.append([*map(label, shown), *[""] * gaps])
         hover.append(
-            [*(f"input {i + 1}, position {start + j}" for j in range(len(shown))), *[""] * gaps]
+            [*(f"input {i}, position {start + j}" for j in range(len(shown))), *[""] * gaps]
         )
     plot.add_heatmap(
         z=z,
@@ -261,12 +262,12 @@ def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, in
             "title": {"text": "exit"},
         },
         hovertemplate=(
-            "%{text}, %{customdata}<br>expected exit after iteration %{z:.2f}<extra></extra>"
+            "%{text}, %{customdata}<br>expected exit after %{z:.2f} iterations<extra></extra>"
         ),
         row=2,
         col=1,
     )
-    names = [f"input {i + 1}" if start == 0 else "" for i, start, _ in lines]
+    names = [f"input {i}" if start == 0 else "" for i, start, _ in lines]
     plot.update_yaxes(
         autorange="reversed", tickvals=list(range(len(lines))), ticktext=names, row=2, col=1
     )

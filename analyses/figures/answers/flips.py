@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.by_hop import HopRun
 from loopscope.analyses.common.configs import PanelsConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import INK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
@@ -44,8 +45,8 @@ class FlipShares:
         hops: The hop counts.
         questions: How many of each.
         share: Float[Tensor, "kind hop step"], share of the questions of a hop count whose top
-            answer at iteration `step` + 2 (iterations count from 1) is another than one iteration
-            before, for each of `KINDS`.
+            answer after `step` + 2 iterations is another than one iteration before, for each of
+            `KINDS`.
         trained_loops: Iterations in training (the most, where they were drawn); None where unknown.
     """
 
@@ -55,14 +56,14 @@ class FlipShares:
     trained_loops: int | None
 
     def frame(self) -> pd.DataFrame:
-        """hops, iteration (at which the answer is another), kind, share."""
+        """hops, iterations (after which the answer is another one), kind, share."""
         rows = [
             (hop, step + 2, kind, float(self.share[k, i, step]))
             for i, hop in enumerate(self.hops)
             for step in range(self.share.shape[2])
             for k, kind in enumerate(KINDS)
         ]
-        return pd.DataFrame(rows, columns=["hops", "iteration", "kind", "share"])
+        return pd.DataFrame(rows, columns=["hops", "iterations", "kind", "share"])
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Flips(Record):
     flips: tuple[FlipShares, ...]
 
     def frame(self) -> pd.DataFrame:
-        """checkpoint, hops, iteration (at which the answer is another), kind, share."""
+        """checkpoint, hops, iterations (after which the answer is another one), kind, share."""
         return together(self.panels, [each.frame() for each in self.flips])
 
     def summary(self) -> pd.DataFrame:
@@ -156,7 +157,7 @@ def figure(record: Flips) -> go.Figure:
             title=f"<b>{kind}</b><br>hops", title_font_color=_COLORS[k], row=k + 1, col=1
         )
     last = record.flips[0].share.shape[2] + 1
-    plot.update_xaxes(title="iteration", row=len(KINDS))
+    plot.update_xaxes(title="iterations", row=len(KINDS))
     plot.update_xaxes(tick0=4, dtick=4, range=[1.4, last + 0.6])
     hops = [hop for each in record.flips for hop in each.hops]
     plot.update_yaxes(tick0=4, dtick=4, range=[min(hops) - 0.5, max(hops) + 0.5])
@@ -176,8 +177,8 @@ def _draw(plot: go.Figure, panel: Panel, each: FlipShares, kind: int, col: int) 
         xgap=1,
         ygap=1,
         hovertemplate=(
-            f"{panel.checkpoint}<br>%{{y}} hops, at iteration %{{x}}<br>{KINDS[kind]} %{{z:.2f}} of"
-            " the questions<extra></extra>"
+            f"{label(panel.checkpoint)}<br>%{{y}} hops, after %{{x}} iterations<br>{KINDS[kind]}"
+            " %{z:.2f} of the questions<extra></extra>"
         ),
         row=kind + 1,
         col=col,

@@ -121,7 +121,7 @@ class Generalisation(Record):
 
 
 class _Facts(NamedTuple):
-    """What a card says of its checkpoint; in the order by which checkpoints are sorted."""
+    """The facts in a checkpoint's card, in the order by which checkpoints are sorted."""
 
     dynamic: bool
     loops: tuple[int, int]

@@ -45,8 +45,8 @@ class HaltingCurves(Record):
     Attributes:
         hops: The hop counts.
         rules: The rules' names.
-        loops_used: Float[Tensor, "rule hop"], mean iterations.
-        accuracy: Float[Tensor, "rule hop"], at the iteration where each example stopped.
+        iterations: Float[Tensor, "rule hop"], mean iterations used.
+        accuracy: Float[Tensor, "rule hop"], after the iterations at which each example stopped.
         halted: Float[Tensor, "rule hop"], share of examples that the rule stopped before the cap
             made it.
         best: Float[Tensor, " hop"], the best accuracy over all fixed r, for comparison.
@@ -55,7 +55,7 @@ class HaltingCurves(Record):
 
     hops: tuple[int, ...]
     rules: tuple[str, ...]
-    loops_used: Float[Tensor, "rule hop"]
+    iterations: Float[Tensor, "rule hop"]
     accuracy: Float[Tensor, "rule hop"]
     halted: Float[Tensor, "rule hop"]
     best: Float[Tensor, " hop"]
@@ -67,7 +67,7 @@ class HaltingCurves(Record):
             (
                 rule,
                 hop,
-                float(self.loops_used[i, j]),
+                float(self.iterations[i, j]),
                 float(self.accuracy[i, j]),
                 float(self.halted[i, j]),
             )
@@ -83,7 +83,7 @@ class HaltingCurves(Record):
         return pd.DataFrame(
             {
                 "rule": self.rules,
-                "mean iterations": self.loops_used.mean(1),
+                "mean iterations": self.iterations.mean(1),
                 "mean accuracy": self.accuracy.mean(1),
                 "below the best r": (self.best - self.accuracy).mean(1),
                 "halted": self.halted.mean(1),
@@ -116,7 +116,7 @@ def measure(runs: Mapping[int, HopRun], kl: float, entropy: float) -> HaltingCur
     return HaltingCurves(
         hops=tuple(runs),
         rules=tuple(map(str, rules)),
-        loops_used=torch.tensor(used),
+        iterations=torch.tensor(used),
         accuracy=torch.tensor(accuracy),
         halted=torch.tensor(halted),
         best=torch.tensor(best),
@@ -143,7 +143,7 @@ def figure(record: HaltingCurves) -> go.Figure:
             "marker": {"size": 6},
         }
         plot.add_scatter(
-            x=hops, y=record.loops_used[i].tolist(), row=1, col=1, **look,
+            x=hops, y=record.iterations[i].tolist(), row=1, col=1, **look,
             hovertemplate=f"{name}<br>%{{x}} hops<br>%{{y:.1f}} iterations<extra></extra>",
         )  # fmt: skip
         plot.add_scatter(
@@ -168,7 +168,7 @@ def figure(record: HaltingCurves) -> go.Figure:
 
 def _found(record: HaltingCurves) -> str:
     both, kl_only = record.accuracy.mean(1)[:2].tolist()
-    used = record.loops_used.mean(1).tolist()
+    used = record.iterations.mean(1).tolist()
     return (
         f"The rule with both conditions uses {used[0]:.1f} iterations on average for an accuracy of"
         f" {both:.2f}; KL alone stops after {used[1]:.1f} with {kl_only:.2f}."

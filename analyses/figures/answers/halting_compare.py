@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.configs import PanelsConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import INK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
@@ -75,7 +76,7 @@ class HaltingCompare(Record):
             ]
             for k, rule in enumerate(curve.rules[:RULES]):
                 used, right, halted = (
-                    part[k, inside] for part in (curve.loops_used, curve.accuracy, curve.halted)
+                    part[k, inside] for part in (curve.iterations, curve.accuracy, curve.halted)
                 )
                 gap = curve.best[inside] - right
                 rows.append(
@@ -132,7 +133,7 @@ def figure(record: HaltingCompare) -> go.Figure:
         _draw(plot, panel, curve, col)
     plot.update_xaxes(tick0=2, dtick=2, tickfont_size=11)
     plot.update_xaxes(title="hops", row=2)
-    most = max(float(curve.loops_used[:RULES].max()) for curve in record.curves)
+    most = max(float(curve.iterations[:RULES].max()) for curve in record.curves)
     plot.update_yaxes(range=[0, 1.06 * most], showgrid=True, row=1)
     plot.update_yaxes(range=[-0.04, 1.06], showgrid=True, row=2)
     plot.update_yaxes(title="mean iterations used", col=1, row=1)
@@ -149,7 +150,7 @@ def figure(record: HaltingCompare) -> go.Figure:
 def _draw(plot: go.Figure, panel: Panel, curve: HaltingCurves, col: int) -> None:
     hops = list(curve.hops)
     for k, rule in enumerate(curve.rules[:RULES]):
-        name = rule.replace("<", " &lt; ").replace("H ", "entropy ")
+        name = label(rule.replace("<", " < ")).replace("H ", "entropy ")
         look = {
             "x": hops,
             "mode": "lines+markers",
@@ -160,7 +161,7 @@ def _draw(plot: go.Figure, panel: Panel, curve: HaltingCurves, col: int) -> None
             "col": col,
         }
         plot.add_scatter(
-            y=curve.loops_used[k].tolist(),
+            y=curve.iterations[k].tolist(),
             row=1,
             showlegend=col == 1,
             customdata=curve.halted[k].tolist(),
@@ -198,7 +199,7 @@ def _draw(plot: go.Figure, panel: Panel, curve: HaltingCurves, col: int) -> None
 def _found(record: HaltingCompare) -> str:
     rows = [
         f"{panel.checkpoint} {float(curves.accuracy[0].mean()):.2f} in"
-        f" {float(curves.loops_used[0].mean()):.1f}"
+        f" {float(curves.iterations[0].mean()):.1f}"
         for panel, curves in zip(record.panels, record.curves, strict=True)
     ]
     return f"Accuracy and mean iterations with both conditions: {', '.join(rows)}."

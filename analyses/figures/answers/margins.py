@@ -1,4 +1,4 @@
-"""Which models overthink? Mean logit margin against iteration, side by side (figure 8 of arXiv
+"""Which models overthink? Mean logit margin against iterations run, side by side (figure 8 of arXiv
 2604.07822).
 """
 
@@ -52,12 +52,12 @@ class Margins(Record):
     margins: tuple[Overthinking, ...]
 
     def frame(self) -> pd.DataFrame:
-        """checkpoint, hops, iteration (from 1), margin."""
+        """checkpoint, hops, iterations (run), margin."""
         return together(self.panels, [each.frame() for each in self.margins])
 
     def summary(self) -> pd.DataFrame:
-        """One row per checkpoint and hop count: ever answered, t*, peak margin and its iteration,
-        last margin, drop.
+        """One row per checkpoint and hop count: ever answered, t*, peak margin and the
+        iterations run there, last margin, drop.
         """
         return together(self.panels, [each.summary() for each in self.margins])
 
@@ -108,7 +108,7 @@ def figure(record: Margins) -> go.Figure:
     plot.update_layout(shapes=lines, annotations=[*plot.layout.annotations, *labels])
     plot.add_hline(y=0, line={"color": INK, "width": 1})
     plot.update_xaxes(range=[0.7, n_loops + 0.3], tick0=4, dtick=4, showticklabels=True)
-    plot.update_xaxes(title="iteration", row=rows)
+    plot.update_xaxes(title="iterations", row=rows)
     plot.update_yaxes(range=[low - room, high + room], showgrid=True)
     plot.update_yaxes(title="mean logit margin of the answer", col=1)
     styled(plot, height).update_layout(margin={"t": _TOP, "b": _BOTTOM}, showlegend=False)
@@ -133,7 +133,7 @@ def _draw(
         plot.add_scatter(
             x=list(range(1, last + 1)), y=each.margin[i].tolist(), mode="lines", name=hop_name(hop),
             line={"color": colors[hop], "width": 2},
-            hovertemplate=f"{hop_name(hop)}<br>iteration %{{x}}<br>mean margin %{{y:.2f}}<br>"
+            hovertemplate=f"{hop_name(hop)}<br>%{{x}} iterations<br>mean margin %{{y:.2f}}<br>"
             f"ever right {share:.2f}, t* {hit:.1f}<extra></extra>",
             row=row, col=col,
         )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Does the answer get worse with more iterations? Mean logit margin vs iteration (figure 8 of arXiv
-2604.07822).
+"""Does the answer get worse with more iterations? Mean logit margin against iterations run (figure
+8 of arXiv 2604.07822).
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ class OverthinkingConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class Overthinking(Record):
-    """Margins per hop count and iteration.
+    """Margins per hop count and iterations run.
 
     Attributes:
         hops: The hop counts.
         questions: How many of each.
-        margin: Float[Tensor, "hop loop"], mean over the questions, in logits.
-        t_star: Float[Tensor, " hop"], mean first iteration (from 1) whose top token is the answer,
-            over the questions ever answered; NaN where none is.
+        margin: Float[Tensor, "hop r"], mean over the questions, in logits; column r-1 is after r
+            iterations.
+        t_star: Float[Tensor, " hop"], mean number of iterations after which the answer is first the
+            top token, over the questions ever answered; NaN where none is.
         hit_share: Float[Tensor, " hop"], share of questions ever answered.
         trained_hops: Deepest hop count seen in training; None where unknown.
     """
 
     hops: tuple[int, ...]
     questions: tuple[int, ...]
-    margin: Float[Tensor, "hop loop"]
+    margin: Float[Tensor, "hop r"]
     t_star: Float[Tensor, " hop"]
     hit_share: Float[Tensor, " hop"]
     trained_hops: int | None
 
     def peak(self) -> tuple[Float[Tensor, " hop"], Int[Tensor, " hop"]]:
-        """The largest mean margin of each hop count, and its iteration counted from 1."""
+        """The largest mean margin of each hop count, and after how many iterations it is there."""
         best = self.margin.max(1)
         return best.values, best.indices + 1
 
@@ -64,18 +65,18 @@ class Overthinking(Record):
         return self.peak()[0] - self.margin[:, -1]
 
     def frame(self) -> pd.DataFrame:
-        """hops, iteration (from 1), margin."""
+        """hops, iterations (run), margin."""
         n_loops = self.margin.shape[1]
         rows = [
-            (hop, loop + 1, float(self.margin[i, loop]))
+            (hop, r, float(self.margin[i, r - 1]))
             for i, hop in enumerate(self.hops)
-            for loop in range(n_loops)
+            for r in range(1, n_loops + 1)
         ]
-        return pd.DataFrame(rows, columns=["hops", "iteration", "margin"])
+        return pd.DataFrame(rows, columns=["hops", "iterations", "margin"])
 
     def summary(self) -> pd.DataFrame:
-        """One row per hop count: questions, ever answered, t*, peak margin and its iteration, last
-        margin, drop.
+        """One row per hop count: questions, ever answered, t*, peak margin and the iterations run
+        there, last margin, drop.
         """
         peak, where = self.peak()
         return pd.DataFrame(
@@ -85,7 +86,7 @@ class Overthinking(Record):
                 "ever right": self.hit_share,
                 "t*": self.t_star,
                 "peak margin": peak,
-                "at iteration": where,
+                "at iterations": where,
                 "last margin": self.margin[:, -1],
                 "drop": self.drop(),
             }
@@ -135,7 +136,7 @@ def figure(record: Overthinking) -> go.Figure:
             ),
             line={"color": colors[hop], "width": 2.5 if beyond else 1.8},
             hovertemplate=(
-                f"{hop_name(hop)}<br>iteration %{{x}}<br>mean margin %{{y:.2f}}<extra></extra>"
+                f"{hop_name(hop)}<br>%{{x}} iterations<br>mean margin %{{y:.2f}}<extra></extra>"
             ),
         )
         hit = float(record.t_star[i])
@@ -154,7 +155,7 @@ def figure(record: Overthinking) -> go.Figure:
         xanchor="right",
         font={"size": 11, "color": FAINT},
     )
-    plot.update_xaxes(title="iteration", dtick=2, range=[0.7, iterations[-1] + 0.3])
+    plot.update_xaxes(title="iterations", dtick=2, range=[0.7, iterations[-1] + 0.3])
     plot.update_yaxes(title="mean logit margin of the answer", showgrid=True)
     return styled(plot, max(480, 150 + 25 * len(record.hops)))  # the legend fits without scrolling
 

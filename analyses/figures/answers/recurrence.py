@@ -45,7 +45,7 @@ class RecurrenceGrid(Record):
     Attributes:
         hops: The hop counts.
         questions: How many of each.
-        accuracy: Float[Tensor, "hop loop"]; column r-1 is what a call with n_loops=r answers.
+        accuracy: Float[Tensor, "hop r"]; column r-1 is what a call with n_loops=r answers.
         halted: Float[Tensor, " hop"], accuracy with adaptive halting (the row r*).
         halted_loops: Float[Tensor, " hop"], mean iterations that halting used.
         rule: The halting rule.
@@ -55,7 +55,7 @@ class RecurrenceGrid(Record):
 
     hops: tuple[int, ...]
     questions: tuple[int, ...]
-    accuracy: Float[Tensor, "hop loop"]
+    accuracy: Float[Tensor, "hop r"]
     halted: Float[Tensor, " hop"]
     halted_loops: Float[Tensor, " hop"]
     rule: str
@@ -63,15 +63,18 @@ class RecurrenceGrid(Record):
     trained_loops: int | None
 
     def frame(self) -> pd.DataFrame:
-        """hops, r (the halting rule's row is called "r*"), accuracy, iterations used."""
+        """hops, stop ("fixed", or "halting" for the row r*), iterations (run; with halting their
+        mean), accuracy.
+        """
         n_loops = self.accuracy.shape[1]
         rows: list[tuple[int, str, float, float]] = []
         for i, hop in enumerate(self.hops):
             rows += [
-                (hop, str(r + 1), float(self.accuracy[i, r]), float(r + 1)) for r in range(n_loops)
+                (hop, "fixed", float(r), float(self.accuracy[i, r - 1]))
+                for r in range(1, n_loops + 1)
             ]
-            rows.append((hop, "r*", float(self.halted[i]), float(self.halted_loops[i])))
-        return pd.DataFrame(rows, columns=["hops", "r", "accuracy", "iterations"])
+            rows.append((hop, "halting", float(self.halted_loops[i]), float(self.halted[i])))
+        return pd.DataFrame(rows, columns=["hops", "stop", "iterations", "accuracy"])
 
     def summary(self) -> pd.DataFrame:
         """One row per hop count: best accuracy over r, the smallest r that reaches it, accuracy at

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.claims import EXTRAPOLATES, LEARNED
 from loopscope.analyses.common.configs import PanelsConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import ACCURACY_SCALE, MARK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
@@ -60,7 +61,7 @@ class RecurrenceGrids(Record):
     grids: tuple[RecurrenceGrid, ...]
 
     def frame(self) -> pd.DataFrame:
-        """checkpoint, hops, r ("r*" with halting), accuracy, iterations used."""
+        """checkpoint, hops, stop ("fixed" or "halting"), iterations, accuracy."""
         return together(self.panels, [grid.frame() for grid in self.grids])
 
     def summary(self) -> pd.DataFrame:
@@ -192,11 +193,12 @@ def _draw(plot: go.Figure, grid: RecurrenceGrid, name: str, row: int, col: int) 
     look = {"x": hops, "coloraxis": "coloraxis", "xgap": 1, "ygap": 1, "row": row, "col": col}
     plot.add_heatmap(
         y=list(range(1, n_loops + 1)), z=grid.accuracy.T.tolist(), **look,
-        hovertemplate=f"{name}<br>%{{x}} hops, r = %{{y}}<br>accuracy %{{z:.2f}}<extra></extra>",
+        hovertemplate=f"{label(name)}<br>%{{x}} hops, r = %{{y}}<br>"
+        "accuracy %{z:.2f}<extra></extra>",
     )  # fmt: skip
     plot.add_heatmap(
         y=[n_loops + 2], z=[grid.halted.tolist()], customdata=[grid.halted_loops.tolist()], **look,
-        hovertemplate=f"{name}<br>%{{x}} hops, halting ({grid.rule.replace('<', '&lt;')})<br>"
+        hovertemplate=f"{label(name)}<br>%{{x}} hops, halting ({label(grid.rule)})<br>"
         "accuracy %{z:.2f}<br>mean iterations %{customdata:.1f}<extra></extra>",
     )  # fmt: skip
     line = {"opacity": 1, "line": {"color": MARK, "width": 1.5}, "row": row, "col": col}

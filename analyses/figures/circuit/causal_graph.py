@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import TwoHopConfig
+from loopscope.analyses.common.labels import AXIS, EMBED, loop_and_layer, spoken, tick
 from loopscope.analyses.common.look import (
     ACCURACY_SCALE,
     FAINT,
@@ -59,7 +60,7 @@ _CLEAR, _ANSWERS = 0.5, 0.1
 
 
 @dataclass(frozen=True)
-class Panel:
+class TwoHopPanel:
     """One checkpoint on one group of facts.
 
     Attributes:
@@ -68,7 +69,7 @@ class Panel:
         group: The facts.
         questions: How many.
         decoded: Float[Tensor, "depth target"], how often the logit lens reads the bridge at r1 and
-            the target at r2, from depth 1.
+            the target at r2; row d-1 is after d blocks.
         answered: Float[Tensor, "depth position"], share of corrupted questions whose top token is
             the clean answer once the clean state is restored at one depth and position; depth 0 is
             the embedding.
@@ -116,16 +117,16 @@ class CausalGraph(Record):
         panels: Checkpoint by checkpoint, and for each the held-out ID facts and then the OOD facts.
     """
 
-    panels: tuple[Panel, ...]
+    panels: tuple[TwoHopPanel, ...]
 
     def frame(self) -> pd.DataFrame:
-        """checkpoint, group, iteration, layer, depth (0 is the embedding), position, decoded (its
-        entity), answered, margin.
+        """checkpoint, group, hook (the state), loop, layer, depth (blocks run), position, decoded
+        (its entity), answered, margin.
         """
         rows = []
         for panel in self.panels:
             for depth, position in _nodes(panel):
-                iteration, layer = _place(panel, depth)
+                name = _hook(panel, depth)
                 read = _decoded(panel, depth, position)
                 effects = (
                     float(panel.answered[depth, position]),
@@ -135,20 +136,21 @@ class CausalGraph(Record):
                     (
                         panel.checkpoint,
                         panel.group,
-                        iteration,
-                        layer,
+                        name,
+                        *loop_and_layer(name),
                         depth,
                         COLUMNS[position],
                         read,
                         *effects,
                     )
                 )
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             rows,
             columns=[
                 "checkpoint",
                 "group",
-                "iteration",
+                "hook",
+                "loop",
                 "layer",
                 "depth",
                 "position",
@@ -157,6 +159,7 @@ class CausalGraph(Record):
                 "margin",
             ],
         )
+        return frame.astype({"loop": "Int64", "layer": "Int64"})
 
     def summary(self) -> pd.DataFrame:
         """One row per panel: questions, share answered, first depth of bridge and target, depths at
@@ -206,7 +209,7 @@ def run(config: CausalGraphConfig) -> CausalGraph:
 
 def measure(
     subject: Subject, group: str, per_group: int | None = None, n_loops: int | None = None
-) -> Panel:
+) -> TwoHopPanel:
     """One group of facts of an open checkpoint.
 
     Raises:
@@ -220,7 +223,7 @@ def measure(
     ).accuracy
     trace = denoising_map(subject.model, asked.batch, corrupted, answers, n_loops=n_loops)
     sweep = trace.sweep
-    return Panel(
+    return TwoHopPanel(
         checkpoint=subject.name,
         shape=shape,
         group=group,
@@ -239,7 +242,7 @@ def measure(
     )
 
 
-def _nodes(panel: Panel) -> Iterator[tuple[int, int]]:
+def _nodes(panel: TwoHopPanel) -> Iterator[tuple[int, int]]:
     """Depth and position of every state."""
     return (
         (depth, position)
@@ -248,14 +251,15 @@ def _nodes(panel: Panel) -> Iterator[tuple[int, int]]:
     )
 
 
-def _place(panel: Panel, depth: int) -> tuple[int, int]:
-    """Iteration and layer from 1; (0, 0) is the embedding."""
-    return (
-        ((depth - 1) // panel.shape[1] + 1, (depth - 1) % panel.shape[1] + 1) if depth else (0, 0)
-    )
+def _hook(panel: TwoHopPanel, depth: int) -> str:
+    """The hook point of the state that so many blocks have made."""
+    if depth == 0:
+        return EMBED
+    loop, layer = divmod(depth - 1, panel.shape[1])
+    return f"loops.{loop}.blocks.{layer}.hook_resid_post"
 
 
-def _decoded(panel: Panel, depth: int, position: int) -> float:
+def _decoded(panel: TwoHopPanel, depth: int, position: int) -> float:
     """How often the entity that belongs to a position is read there; NaN where none belongs or
     nothing is read.
     """
@@ -282,7 +286,7 @@ def figure(record: CausalGraph) -> go.Figure:
     for col, domain in enumerate(_domains(len(names)), start=1):
         plot.update_xaxes(domain=domain, col=col)
     for row, group in enumerate(groups, start=1):
-        plot.update_yaxes(title=f"{GROUP_NAMES[group]}, iteration.layer", row=row, col=1)
+        plot.update_yaxes(title=f"{GROUP_NAMES[group]}, {AXIS}", row=row, col=1)
     return styled(plot, 110 + len(groups) * (90 + 29 * deepest)).update_layout(
         margin={"t": 75, "b": 40, "r": 15}, showlegend=False
     )
@@ -302,7 +306,7 @@ def _domains(models: int) -> list[list[float]]:
     return [[start, start + graph] for start in starts]
 
 
-def _add_hops(plot: go.Figure, panel: Panel, row: int, col: int) -> None:
+def _add_hops(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
     """The residual streams, and a line for each hop into the first depth at which its entity is
     decodable.
     """
@@ -331,7 +335,7 @@ def _add_hops(plot: go.Figure, panel: Panel, row: int, col: int) -> None:
             )
 
 
-def _add_states(plot: go.Figure, panel: Panel, row: int, col: int) -> None:
+def _add_states(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
     """A node for each state, its number inside; empty where no entity belongs."""
     nodes = list(_nodes(panel))
     read = [_decoded(panel, *node) for node in nodes]
@@ -373,20 +377,20 @@ def _add_states(plot: go.Figure, panel: Panel, row: int, col: int) -> None:
         )
 
 
-def _hover(panel: Panel, depth: int, position: int) -> str:
-    iteration, layer = _place(panel, depth)
-    where = f"iteration {iteration}, layer {layer} (depth {depth})" if depth else "embedding"
+def _hover(panel: TwoHopPanel, depth: int, position: int) -> str:
+    name = _hook(panel, depth)
+    where = f"{name}<br>{spoken(name)}, depth {depth}"
     read = _decoded(panel, depth, position)
     entity = f"<br>{TARGETS[READ_AT.index(position)]} on top for {read:.2f}" if read == read else ""
     effect = (
         f"answered {panel.answered[depth, position]:.2f}, margin"
         f" {panel.margin[depth, position]:.2f} of the way back"
     )
-    return f"{COLUMNS[position]}, {where}{entity}<br>restored: {effect}"
+    return f"{where}, position {COLUMNS[position]}{entity}<br>restored: {effect}"
 
 
-def _frame(plot: go.Figure, panel: Panel, row: int, col: int) -> None:
-    """Shades for every second iteration, axes, and titles."""
+def _frame(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
+    """Shades for every second loop, axes, and titles."""
     loops, layers = panel.shape
     for graph, title in ((col, "decodable"), (col + 1, "answered once restored")):
         for loop in range(1, loops, 2):
@@ -426,10 +430,7 @@ def _frame(plot: go.Figure, panel: Panel, row: int, col: int) -> None:
         row=row,
         col=col,
     )
-    labels = [
-        "embed",
-        *(f"{loop + 1}.{layer + 1}" for loop in range(loops) for layer in range(layers)),
-    ]
+    labels = [tick(_hook(panel, depth)) for depth in range(loops * layers + 1)]
     for graph in (col, col + 1):
         plot.update_xaxes(
             tickvals=[0, 1, 2], ticktext=list(COLUMNS), range=[-0.5, 2.5], row=row, col=graph

@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.labels import AXIS, label, loop_and_layer, spoken, tick
 from loopscope.analyses.common.look import ACCURACY_SCALE, INK, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
@@ -46,7 +47,7 @@ class LensHeatmap(Record):
         tokens: Its tokens (and the padding column where the answer is read, if there is one).
         readout: The column at which the answer is read.
         answer: The right answer; None where unknown.
-        visits: Iteration and layer of each visit, counted from 1 for display.
+        visits: The name of each visit, such as "loops.2.blocks.0".
         top: Top token of each visit and position.
         prob, entropy: Float[Tensor, "visit pos"], probability of the top token, entropy in nats.
         tracked: The tokens whose rank is followed.
@@ -59,7 +60,7 @@ class LensHeatmap(Record):
     tokens: tuple[str, ...]
     readout: int
     answer: str | None
-    visits: tuple[tuple[int, int], ...]
+    visits: tuple[str, ...]
     top: tuple[tuple[str, ...], ...]
     prob: Float[Tensor, "visit pos"]
     entropy: Float[Tensor, "visit pos"]
@@ -68,17 +69,19 @@ class LensHeatmap(Record):
     rank: Int[Tensor, "tracked visit pos"]
 
     def frame(self) -> pd.DataFrame:
-        """iteration, layer, position, token, top, prob, entropy, and a column "rank of X" for each
-        tracked token.
+        """visit (its name), loop, layer, position, token, top, prob, entropy, and a column "rank of
+        X" for each tracked token.
         """
         rows = []
-        for i, (iteration, layer) in enumerate(self.visits):
+        for i, visit in enumerate(self.visits):
+            loop, layer = loop_and_layer(visit)
             for j, token in enumerate(self.tokens):
                 ranks = {
                     f"rank of {t}": int(self.rank[k, i, j]) for k, t in enumerate(self.tracked)
                 }
                 own = {
-                    "iteration": iteration,
+                    "visit": visit,
+                    "loop": loop,
                     "layer": layer,
                     "position": j,
                     "token": token,
@@ -92,29 +95,24 @@ class LensHeatmap(Record):
                         **ranks,
                     }
                 )
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).astype({"loop": "Int64", "layer": "Int64"})
 
     def summary(self) -> pd.DataFrame:
-        """For each tracked token: the position where it first gets to the top, and the iteration
-        and layer at which it does.
+        """For each tracked token: the position where it first gets to the top, and the visit at
+        which it does.
         """
         rows: list[tuple[str, ...]] = []
         for k, token in enumerate(self.tracked):
             hits = (self.rank[k] == 0).nonzero()
             if len(hits) == 0:
-                rows.append((token, "never", "", "", ""))
+                rows.append((token, "never", "", ""))
                 continue
             visit, position = hits[0].tolist()
             rows.append(
-                (
-                    token,
-                    f"{position} {self.tokens[position]}",
-                    *map(str, self.visits[visit]),
-                    str(len(hits)),
-                )
+                (token, f"{position} {self.tokens[position]}", self.visits[visit], str(len(hits)))
             )
         return pd.DataFrame(
-            rows, columns=["token", "first on top at", "iteration", "layer", "cells on top"]
+            rows, columns=["token", "first on top at", "after visit", "cells on top"]
         )
 
 
@@ -148,10 +146,7 @@ def measure(
         tokens=tuple(model.to_str_tokens(batch.tokens[0])),
         readout=readout,
         answer=answer,
-        visits=tuple(
-            (int(loop or 0) + 1, int(layer or 0) + 1)
-            for loop, layer in zip(lens.loops, lens.layers, strict=True)
-        ),
+        visits=lens.names,
         top=tuple(map(tuple, words)),
         prob=top.probs[..., 0].float().cpu(),
         entropy=lens.entropy().float().cpu(),
@@ -188,8 +183,8 @@ def figure(record: LensHeatmap) -> go.Figure:
         rows=1, cols=2, column_widths=[0.64, 0.36], horizontal_spacing=0.17,
         subplot_titles=("top token after each block", "rank of each entity at its place"),
     )  # fmt: skip
-    steps = [f"{iteration}.{layer}" for iteration, layer in record.visits]
-    columns = [f"{i} {token}" for i, token in enumerate(record.tokens)]
+    steps = list(map(tick, record.visits))
+    columns = [label(f"{i} {token}") for i, token in enumerate(record.tokens)]
     plot.add_heatmap(
         x=columns,
         y=steps,
@@ -199,7 +194,7 @@ def figure(record: LensHeatmap) -> go.Figure:
         colorscale=ACCURACY_SCALE,
         xgap=1,
         ygap=1,
-        text=record.top,
+        text=[list(map(label, row)) for row in record.top],
         texttemplate="%{text}",
         textfont={"size": 11},
         customdata=_hover(record),
@@ -220,15 +215,16 @@ def figure(record: LensHeatmap) -> go.Figure:
             y=steps,
             mode="lines+markers",
             marker={"size": 5},
-            name=name.replace("<", "&lt;"),
+            name=label(name),
+            customdata=list(record.visits),
             line={"color": INK if is_answer else color, "width": 3 if is_answer else 1.6},
             hovertemplate=(
-                f"{token.replace('<', '&lt;')}<br>after block %{{y}}<br>rank %{{x}}<extra></extra>"
+                f"{label(token)}<br>%{{customdata}}.hook_resid_post<br>rank %{{x}}<extra></extra>"
             ),
             row=1,
             col=2,
         )
-    plot.update_yaxes(title="iteration.layer", type="category", row=1, col=1)
+    plot.update_yaxes(title=AXIS, type="category", row=1, col=1)
     plot.update_yaxes(type="category", matches="y", row=1, col=2)
     plot.update_xaxes(type="category", tickangle=-30, row=1, col=1)
     plot.update_xaxes(title="rank (0 = top)", rangemode="tozero", showgrid=True, row=1, col=2)
@@ -238,10 +234,10 @@ def figure(record: LensHeatmap) -> go.Figure:
 
 def _hover(record: LensHeatmap) -> list[list[str]]:
     cells = []
-    for i, (iteration, layer) in enumerate(record.visits):
+    for i, visit in enumerate(record.visits):
         row = []
         for j, token in enumerate(record.tokens):
-            lines = [f"at {j} {token}, iteration {iteration}, layer {layer}"]
+            lines = [f"{visit}.hook_resid_post", f"{spoken(visit)}, position {j} {token}"]
             lines += [
                 f"top {record.top[i][j]}, p = {record.prob[i, j]:.3f}, entropy"
                 f" {record.entropy[i, j]:.2f}"
@@ -249,11 +245,7 @@ def _hover(record: LensHeatmap) -> list[list[str]]:
             lines += [
                 f"rank of {t}: {int(record.rank[k, i, j])}" for k, t in enumerate(record.tracked)
             ]
-            row.append(
-                "<br>".join(
-                    line.replace("<e_", "&lt;e_").replace("<r_", "&lt;r_") for line in lines
-                )
-            )
+            row.append("<br>".join(map(label, lines)))
         cells.append(row)
     return cells
 

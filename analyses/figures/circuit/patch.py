@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.labels import AXIS, label, loop_and_layer, spoken, tick
 from loopscope.analyses.common.look import styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
@@ -39,7 +40,7 @@ class PatchConfig(SourceConfig):
     hops: int | None = None
     """Hop count of the questions to average over; by default about half of what was trained."""
     site: str = "resid_post"
-    """What is patched: resid_pre, resid_mid, resid_post, attn_out, mlp_out, ..."""
+    """The site that is patched: resid_pre, resid_mid, resid_post, attn_out, mlp_out, ..."""
     n_loops: int | None = None
     """Iterations; by default what the checkpoint records."""
     direction: Literal["denoise", "noise"] = "denoise"
@@ -56,7 +57,7 @@ class PatchingMap(Record):
         clean_tokens, corrupted_tokens: Tokens of the first pair.
         site: What is patched.
         direction: "denoise" or "noise".
-        visits: Iteration and layer of each row, counted from 1; (0, 0) is the embedding.
+        names: The hook point of each row; the first one is the embedding.
         effect: Float[Tensor, "row pos"].
         clean_margin, corrupted_margin: The mean margin without a patch, in logits.
     """
@@ -68,13 +69,13 @@ class PatchingMap(Record):
     corrupted_tokens: tuple[str, ...]
     site: str
     direction: Direction
-    visits: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
     effect: Float[Tensor, "row pos"]
     clean_margin: float
     corrupted_margin: float
 
     def columns(self) -> list[str]:
-        """What to call each position: its tokens for one pair, its role for several."""
+        """The name of each position: its tokens for one pair, its role for several."""
         if len(self.clean) == 1:
             pairs = zip(self.clean_tokens, self.corrupted_tokens, strict=True)
             return [f"{j} {a}" if a == b else f"{j} {a} / {b}" for j, (a, b) in enumerate(pairs)]
@@ -82,21 +83,21 @@ class PatchingMap(Record):
         return [f"{j} {roles.get(token[:2], token)}" for j, token in enumerate(self.clean_tokens)]
 
     def frame(self) -> pd.DataFrame:
-        """iteration, layer (0, 0 is the embedding), position, name of the position, effect."""
+        """hook (the point that is patched), loop, layer, position, name of the position, effect."""
         rows = [
-            (iteration, layer, j, name, float(self.effect[i, j]))
-            for i, (iteration, layer) in enumerate(self.visits)
+            (hook, *loop_and_layer(hook), j, name, float(self.effect[i, j]))
+            for i, hook in enumerate(self.names)
             for j, name in enumerate(self.columns())
         ]
-        return pd.DataFrame(rows, columns=["iteration", "layer", "position", "name", "effect"])
+        frame = pd.DataFrame(rows, columns=["hook", "loop", "layer", "position", "name", "effect"])
+        return frame.astype({"loop": "Int64", "layer": "Int64"})
 
     def summary(self) -> pd.DataFrame:
-        """One row per visit: the position with the largest effect, and the effect."""
+        """One row per hook point: the position with the largest effect, and the effect."""
         best = self.effect.max(1)
         return pd.DataFrame(
             {
-                "iteration": [iteration or "embedding" for iteration, _ in self.visits],
-                "layer": [layer or "" for _, layer in self.visits],
+                "hook": self.names,
                 "strongest position": [self.columns()[j] for j in best.indices.tolist()],
                 "effect": best.values,
             }
@@ -104,9 +105,7 @@ class PatchingMap(Record):
 
 
 def run(config: PatchConfig) -> PatchingMap:
-    """Patch every (iteration, layer) and position of one pair, or of all questions of one hop
-    count.
-    """
+    """Patch every visit and position of one pair, or of all questions of one hop count."""
     subject = open_subject(config)
     if config.corrupted and not config.clean:
         raise ValueError("a corrupted question needs its clean one; pass --clean too")
@@ -145,7 +144,7 @@ def measure(
         direction=direction,
     )
     width = clean_batch.tokens.shape[1]
-    places = [(cell.loop, cell.layer) for cell in sweep.cells[::width]]
+    names = tuple(cell.name for cell in sweep.cells[::width])
     return PatchingMap(
         clean=tuple(clean),
         corrupted=tuple(corrupted),
@@ -154,10 +153,8 @@ def measure(
         corrupted_tokens=tuple(model.to_str_tokens(corrupted_batch.tokens[0])),
         site=site,
         direction=direction,
-        visits=tuple(
-            (0, 0) if loop is None else (loop + 1, (layer or 0) + 1) for loop, layer in places
-        ),
-        effect=sweep.normalized().view(len(places), width).float().cpu(),
+        names=names,
+        effect=sweep.normalized().view(len(names), width).float().cpu(),
         clean_margin=float(sweep.clean.mean()),
         corrupted_margin=float(sweep.corrupted.mean()),
     )
@@ -192,14 +189,14 @@ def other_head(subject: Subject, text: str) -> str:
 
 
 def figure(record: PatchingMap) -> go.Figure:
-    """Rows are (iteration, layer), columns are positions, colour is the effect."""
-    steps = ["embed" if visit == (0, 0) else f"{visit[0]}.{visit[1]}" for visit in record.visits]
+    """Rows are visits, columns are positions, colour is the effect."""
+    steps = list(map(tick, record.names))
     pairs = list(zip(record.clean_tokens, record.corrupted_tokens, strict=True))
     which = "" if len(record.clean) == 1 else f"first of {len(record.clean)} pairs: "
-    hover = [f"{which}clean {a}, corrupted {b}".replace("<", "&lt;") for a, b in pairs]
+    hover = [label(f"{which}clean {a}, corrupted {b}") for a, b in pairs]
     plot = go.Figure()
     plot.add_heatmap(
-        x=record.columns(),
+        x=list(map(label, record.columns())),
         y=steps,
         z=record.effect.tolist(),
         zmid=0,
@@ -214,10 +211,10 @@ def figure(record: PatchingMap) -> go.Figure:
         ],
         texttemplate="%{text}",
         textfont={"size": 11},
-        customdata=[hover for _ in steps],
-        hovertemplate=(
-            "after block %{y}, position %{x}<br>%{customdata}<br>effect %{z:.3f}<extra></extra>"
-        ),
+        customdata=[
+            [f"{name}<br>{spoken(name)}<br>{text}" for text in hover] for name in record.names
+        ],
+        hovertemplate=("%{customdata}<br>position %{x}<br>effect %{z:.3f}<extra></extra>"),
         colorbar={
             "title": {"text": "effect<br>0 corrupted<br>1 clean"},
             "thickness": 12,
@@ -225,7 +222,7 @@ def figure(record: PatchingMap) -> go.Figure:
         },
     )
     plot.update_xaxes(title="position", type="category")
-    plot.update_yaxes(title=f"iteration.layer of {record.site}", type="category")
+    plot.update_yaxes(title=f"{AXIS} of {record.site}", type="category")
     return styled(plot, 170 + 24 * len(steps))
 
 

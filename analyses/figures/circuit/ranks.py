@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, token_id
+from loopscope.analyses.common.labels import label, loop_and_layer
 from loopscope.analyses.common.look import FAINT, INK, hop_name, spread, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
@@ -44,7 +45,8 @@ class RanksConfig(InputsConfig):
 
 
 ANSWER, CONTROL = "answer", "control"
-_TOP = 1.05  # a mean rank up to this counts as the top
+_RANKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
+_TOP = 0.05  # a mean rank up to this counts as the top
 
 
 @dataclass(frozen=True)
@@ -54,21 +56,19 @@ class Ranks(Record):
     Attributes:
         texts: The inputs.
         hops: Their hop count; None where they are no questions.
-        names: The visits in order, as hooks name them; effective depth counts them from 1.
-        iterations: The iteration of each visit, from 1; None outside the loop.
+        names: The visits in order; the effective depth is how many of them have run.
         targets: What is followed: "hop 1" and so on for the entities on the way, "answer",
             "control", or tokens.
         at: Where each target is read, such as "relation 2" or "readout".
-        mean: Float[Tensor, "visit target"], geometric mean of the rank, counted from 1 (the top
-            token).
-        low, high: Float[Tensor, "visit target"], its quartiles.
+        mean: Float[Tensor, "visit target"], geometric mean of the place on the list (rank + 1),
+            minus 1: a rank again, 0 for the top token.
+        low, high: Float[Tensor, "visit target"], quartiles of the rank.
         top: Float[Tensor, "visit target"], share of the inputs whose top token is the target.
     """
 
     texts: tuple[str, ...]
     hops: int | None
     names: tuple[str, ...]
-    iterations: tuple[int | None, ...]
     targets: tuple[str, ...]
     at: tuple[str, ...]
     mean: Float[Tensor, "visit target"]
@@ -77,7 +77,7 @@ class Ranks(Record):
     top: Float[Tensor, "visit target"]
 
     def arrivals(self) -> list[int | None]:
-        """For each target the first depth at which its mean rank is at most 1.05; None where it
+        """For each target the first depth at which its mean rank is at most 0.05; None where it
         never is.
         """
         there = self.mean <= _TOP
@@ -87,14 +87,14 @@ class Ranks(Record):
         ]
 
     def frame(self) -> pd.DataFrame:
-        """depth (from 1), visit, iteration (from 1), target, at, rank (from 1), its quartiles,
-        share on top.
+        """depth (blocks run), visit, loop, target, at, rank (0 is the top; geometric mean), its
+        quartiles, share on top.
         """
         rows = [
             (
                 i + 1,
                 name,
-                self.iterations[i],
+                loop_and_layer(name)[0],
                 target,
                 self.at[j],
                 *(float(x[i, j]) for x in (self.mean, self.low, self.high, self.top)),
@@ -105,18 +105,18 @@ class Ranks(Record):
         columns = [
             "depth",
             "visit",
-            "iteration",
+            "loop",
             "target",
             "at",
-            "mean_rank",
+            "geometric_mean_rank",
             "lower_quartile",
             "upper_quartile",
             "share_on_top",
         ]
-        return pd.DataFrame(rows, columns=columns).astype({"iteration": "Int64"})
+        return pd.DataFrame(rows, columns=columns).astype({"loop": "Int64"})
 
     def summary(self) -> pd.DataFrame:
-        """One row per target: where it is read, its best mean rank and the depth and iteration
+        """One row per target: where it is read, its best geometric mean rank and the depth
         there, and its last one.
         """
         best = self.mean.min(0)
@@ -126,9 +126,9 @@ class Ranks(Record):
                 "target": self.targets,
                 "read at": self.at,
                 "first on top at depth": arrived,
-                "best mean rank": best.values,
+                "best geometric mean rank": best.values,
                 "at depth": best.indices + 1,
-                "last mean rank": self.mean[-1],
+                "last geometric mean rank": self.mean[-1],
                 "last share on top": self.top[-1],
             }
         )
@@ -171,21 +171,20 @@ def measure(
         texts=group.texts,
         hops=group.hops,
         names=tuple(visit.name for visit in visits),
-        iterations=tuple(None if visit.loop is None else visit.loop + 1 for visit in visits),
         targets=targets,
         at=tuple(f"relation {column}" for column in entities)
         + ("readout",) * (len(targets) - len(entities)),
-        mean=rank.double().log().mean(1).exp(),
+        mean=rank.double().log1p().mean(1).expm1(),
         low=quartiles[0],
         high=quartiles[1],
-        top=(rank == 1).double().mean(1),
+        top=(rank == 0).double().mean(1),
     )
 
 
 def _ranks(
     asked: Asked, group: Group, tokens: Tensor, columns: list[int], n_loops: int | None
 ) -> Int[Tensor, "visit batch target"]:
-    """Ranks from 1, each of the first targets at a column of its own and the others at the
+    """Ranks, each of the first targets at a column of its own and the others at the
     readout.
     """
     model, found = asked.subject.model, []
@@ -196,12 +195,9 @@ def _ranks(
         if targets.shape[1] > 0:
             lens = logit_lens(model, group.batch, n_loops, positions=positions)
             n_reads = 1 if positions is None else len(positions)
-            rank = (
-                rank_trajectory(
-                    lens, targets.to(model.device).repeat_interleave(n_reads, 0)
-                ).rank.cpu()
-                + 1
-            )
+            rank = rank_trajectory(
+                lens, targets.to(model.device).repeat_interleave(n_reads, 0)
+            ).rank.cpu()
             if positions is not None:
                 rank = rank.unflatten(1, (-1, n_reads)).diagonal(dim1=2, dim2=3)
             found.append(rank)
@@ -211,7 +207,7 @@ def _ranks(
 def _targets(
     asked: Asked, group: Group, track: Sequence[str]
 ) -> tuple[tuple[str, ...], Int[Tensor, "batch target"]]:
-    """What to follow in each input: the same tokens in all, or the entities on the way, the answer
+    """The targets in each input: the same tokens in all, or the entities on the way, the answer
     and a control.
     """
     model, graph = asked.subject.model, asked.subject.graph
@@ -267,7 +263,10 @@ def figure(record: Ranks) -> go.Figure:
         if not one:
             plot.add_scatter(
                 x=depths + depths[::-1],
-                y=record.low[:, j].tolist() + record.high[:, j].tolist()[::-1],
+                y=[
+                    1 + rank
+                    for rank in (*record.low[:, j].tolist(), *record.high[:, j].tolist()[::-1])
+                ],
                 fill="toself",
                 mode="none",
                 fillcolor=colors[j],
@@ -277,7 +276,7 @@ def figure(record: Ranks) -> go.Figure:
             )
         plot.add_scatter(
             x=depths,
-            y=record.mean[:, j].tolist(),
+            y=(1 + record.mean[:, j]).tolist(),
             mode="lines+markers",
             name=target,
             showlegend=False,
@@ -288,16 +287,23 @@ def figure(record: Ranks) -> go.Figure:
                 "dash": "dot" if target == CONTROL else "solid",
             },
             customdata=[
-                [name, float(top)] for name, top in zip(record.names, record.top[:, j], strict=True)
+                [name, float(top), float(mean)]
+                for name, top, mean in zip(
+                    record.names, record.top[:, j], record.mean[:, j], strict=True
+                )
             ],
             hovertemplate=(
-                f"{target.replace('<', '&lt;')}, read at the {record.at[j]}<br>depth %{{x}}:"
-                " %{customdata[0]}<br>"
+                f"{label(target)}, read at the {record.at[j]}<br>depth %{{x}}:"
+                " %{customdata[0]}.hook_resid_post<br>"
             )
-            + ("rank %{y:.0f}" if one else "mean rank %{y:.2f}<br>on top in %{customdata[1]:.0%}")
+            + (
+                "rank %{customdata[2]:.0f}"
+                if one
+                else "geometric mean rank %{customdata[2]:.2f}<br>on top in %{customdata[1]:.0%}"
+            )
             + "<extra></extra>",
         )
-    _mark_iterations(plot, record)
+    _mark_loops(plot, record)
     _label(plot, record, colors)
     what = (
         record.texts[0]
@@ -310,12 +316,7 @@ def figure(record: Ranks) -> go.Figure:
     )
     of_hops = "" if one or record.hops is None else f" of {hop_name(record.hops)}"
     plot.update_layout(
-        title={
-            "text": f"{what}{of_hops}".replace("<", "&lt;"),
-            "font": {"size": 14},
-            "x": 0.02,
-            "y": 0.96,
-        }
+        title={"text": label(f"{what}{of_hops}"), "font": {"size": 14}, "x": 0.02, "y": 0.96}
     )
     plot.update_xaxes(
         title="effective depth (blocks run)",
@@ -325,21 +326,22 @@ def figure(record: Ranks) -> go.Figure:
     )
     plot.update_yaxes(
         title=(
-            "rank of the token (1 = top)"
+            "rank of the token (0 = top)"
             if one
-            else "rank of the token (1 = top), mean and quartiles"
+            else "rank of the token (0 = top),<br>geometric mean and quartiles"
         ),
         type="log",
         range=[_log10(_lowest(record)), -0.16],
-        tickvals=[1, 2, 5, 10, 20, 50, 100, 1000, 10000, 100000],
+        tickvals=[1 + rank for rank in _RANKS],
+        ticktext=list(map(str, _RANKS)),
         showgrid=True,
     )
     return styled(plot, 480).update_layout(margin_r=80, margin_t=72)
 
 
 def _lowest(record: Ranks) -> float:
-    """The rank at the bottom of the figure."""
-    return 1.15 * max(float(record.high.max()), float(record.mean.max()))
+    """The place on the list, from 1, at the bottom of the figure."""
+    return 1.15 * (1 + max(float(record.high.max()), float(record.mean.max())))
 
 
 def _log10(value: float) -> float:
@@ -358,22 +360,23 @@ def _colors(record: Ranks) -> list[str]:
     return [fixed.get(target) or shades[way.index(j)] for j, target in enumerate(record.targets)]
 
 
-def _mark_iterations(plot: go.Figure, record: Ranks) -> None:
-    """A line where an iteration begins, with its number on top."""
-    starts = [i for i, t in enumerate(record.iterations) if i == 0 or t != record.iterations[i - 1]]
+def _mark_loops(plot: go.Figure, record: Ranks) -> None:
+    """A line where a loop begins, with its number on top."""
+    loops = [loop_and_layer(name)[0] for name in record.names]
+    starts = [i for i, loop in enumerate(loops) if i == 0 or loop != loops[i - 1]]
     step = max(1, len(starts) // 16)
     for count, i in enumerate(starts):
         plot.add_vline(x=i + 0.5, line={"color": FAINT, "width": 1, "dash": "dot"}, layer="below")
-        if record.iterations[i] is None or count % step:
+        if loops[i] is None or count % step:
             continue
         end = next((k for k in starts if k > i), len(record.names))
-        first = "iteration " if count == 0 else ""
+        first = "loop " if count == 0 else ""
         plot.add_annotation(
             x=(i + end + 1) / 2,
             y=1,
             yref="paper",
             yshift=10,
-            text=f"{first}{record.iterations[i]}",
+            text=f"{first}{loops[i]}",
             showarrow=False,
             font={"size": 11, "color": INK},
         )
@@ -390,11 +393,12 @@ def _label(plot: go.Figure, record: Ranks, colors: list[str]) -> None:
     for depth, group in arrived.items():
         names = [record.targets[j].removeprefix("hop ") if j else record.targets[j] for j in group]
         plot.add_annotation(
-            x=depth, y=0, yshift=13, text=", ".join(names).replace("<", "&lt;"), showarrow=False,
+            x=depth, y=0, yshift=13, text=label(", ".join(names)), showarrow=False,
             font={"size": 12, "color": colors[group[-1]]},
         )  # fmt: skip
     heights = spread(
-        [_log10(float(record.mean[-1, j])) for j in late], 0.05 * (_log10(_lowest(record)) + 0.16)
+        [_log10(1 + float(record.mean[-1, j])) for j in late],
+        0.05 * (_log10(_lowest(record)) + 0.16),
     )
     for j, height in zip(late, heights, strict=True):
         plot.add_annotation(
@@ -402,7 +406,7 @@ def _label(plot: go.Figure, record: Ranks, colors: list[str]) -> None:
             xshift=8,
             y=height,
             xanchor="left",
-            text=record.targets[j].replace("<", "&lt;"),
+            text=label(record.targets[j]),
             showarrow=False,
             font={"size": 12, "color": colors[j]},
         )

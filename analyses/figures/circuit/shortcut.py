@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.configs import PanelsConfig
+from loopscope.analyses.common.labels import AXIS, label, loop_and_layer, spoken, tick
 from loopscope.analyses.common.look import MARK, styled
 from loopscope.analyses.common.panels import Panel, headline, opened, small_titles, together
 from loopscope.analyses.common.records import Record
@@ -55,14 +56,14 @@ _BAR = "#4d5863"
 
 @dataclass(frozen=True)
 class ShortcutMap:
-    """What single states of random runs do to the answer of one checkpoint.
+    """Effects of single states of random runs on the answer of one checkpoint.
 
     Attributes:
         hops: Of the questions.
         texts: The clean questions.
         random: The questions of the random runs, `draws` of them for each clean one, draw by draw.
         tokens: Tokens of the first clean question, one per position.
-        visits: Iteration and layer of each row, counted from 1; (0, 0) is the embedding.
+        names: The hook point of each row; the first one is the embedding.
         effect: Float[Tensor, "row pos"], change of the right answer's mean logit margin, in logits.
         clean_margin: The mean margin of the clean runs.
     """
@@ -71,7 +72,7 @@ class ShortcutMap:
     texts: tuple[str, ...]
     random: tuple[str, ...]
     tokens: tuple[str, ...]
-    visits: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
     effect: Float[Tensor, "row pos"]
     clean_margin: float
 
@@ -87,11 +88,11 @@ class ShortcutMap:
         return float(self.share()[-(len(self.tokens) // 2) :].sum())
 
     def steps(self) -> list[str]:
-        """What to call each row."""
-        return ["embed" if visit == (0, 0) else f"{visit[0]}.{visit[1]}" for visit in self.visits]
+        """The name of each row on an axis."""
+        return list(map(tick, self.names))
 
     def columns(self) -> list[str]:
-        """What to call each position: its number and token for one question, its role for
+        """The name of each position: its number and token for one question, its role for
         several.
         """
         if len(self.texts) == 1:
@@ -102,13 +103,14 @@ class ShortcutMap:
         ]
 
     def frame(self) -> pd.DataFrame:
-        """iteration, layer (0, 0 is the embedding), position, name of the position, effect."""
+        """hook (the point that is patched), loop, layer, position, name of the position, effect."""
         rows = [
-            (iteration, layer, j, name, float(self.effect[i, j]))
-            for i, (iteration, layer) in enumerate(self.visits)
+            (hook, *loop_and_layer(hook), j, name, float(self.effect[i, j]))
+            for i, hook in enumerate(self.names)
             for j, name in enumerate(self.columns())
         ]
-        return pd.DataFrame(rows, columns=["iteration", "layer", "position", "name", "effect"])
+        frame = pd.DataFrame(rows, columns=["hook", "loop", "layer", "position", "name", "effect"])
+        return frame.astype({"loop": "Int64", "layer": "Int64"})
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ class Shortcut(Record):
     maps: tuple[ShortcutMap, ...]
 
     def frame(self) -> pd.DataFrame:
-        """checkpoint, iteration, layer (0, 0 is the embedding), position, name of the position,
-        effect.
+        """checkpoint, hook (the point that is patched), loop, layer, position, name of the
+        position, effect.
         """
         return together(self.panels, [each.frame() for each in self.maps])
 
@@ -136,7 +138,7 @@ class Shortcut(Record):
         rows = []
         for panel, each in zip(self.panels, self.maps, strict=True):
             strongest = divmod(int(each.effect.abs().argmax()), len(each.tokens))
-            place = f"{each.steps()[strongest[0]]} at {each.columns()[strongest[1]]}"
+            place = f"{each.names[strongest[0]]} at {each.columns()[strongest[1]]}"
             numbers = (
                 each.clean_margin,
                 each.last_half(),
@@ -197,10 +199,7 @@ def measure(subject: Subject, hops: int, config: ShortcutConfig) -> ShortcutMap:
         texts=tuple(texts),
         random=tuple(random),
         tokens=tuple(subject.model.to_str_tokens(batch.tokens[0])),
-        visits=tuple(
-            (0, 0) if loop is None else (loop + 1, (layer or 0) + 1)
-            for loop, layer in zip(trace.loops, trace.layers, strict=True)
-        ),
+        names=trace.names,
         effect=trace.effect.cpu(),
         clean_margin=float(trace.sweep.clean.mean()),
     )
@@ -232,7 +231,7 @@ def _random_question(subject: Subject, text: str, generator: torch.Generator) ->
 
 
 def figure(record: Shortcut) -> go.Figure:
-    """Below: rows are (iteration, layer), columns positions, colour the change of the margin;
+    """Below: rows are visits, columns positions, colour the change of the margin;
     above: each position's share of it.
     """
     count = len(record.maps)
@@ -243,7 +242,7 @@ def figure(record: Shortcut) -> go.Figure:
         )
         for panel, each in zip(record.panels, record.maps, strict=True)
     ]
-    alike = len({each.visits for each in record.maps}) == 1
+    alike = len({each.names for each in record.maps}) == 1
     plot = make_subplots(
         rows=2,
         cols=count,
@@ -263,9 +262,9 @@ def figure(record: Shortcut) -> go.Figure:
     plot.update_yaxes(title="share of the<br>total effect", row=1, col=1)
     for col, each in enumerate(record.maps, start=1):
         plot.update_yaxes(
-            type="category", range=[-0.5, len(each.visits) - 0.5], tickfont_size=11, row=2, col=col
+            type="category", range=[-0.5, len(each.names) - 0.5], tickfont_size=11, row=2, col=col
         )
-    plot.update_yaxes(title="iteration.layer", row=2, col=1)
+    plot.update_yaxes(title=AXIS, row=2, col=1)
     plot.update_xaxes(type="category", tickfont_size=11)
     plot.update_xaxes(title="position", row=2)
     bar = {
@@ -285,7 +284,7 @@ def figure(record: Shortcut) -> go.Figure:
         },
         bargap=0.15,
     )
-    styled(plot, 230 + 30 * max(len(each.visits) for each in record.maps)).update_layout(
+    styled(plot, 230 + 30 * max(len(each.names) for each in record.maps)).update_layout(
         margin={"t": 84, "b": 80, "r": 20}
     )
     small_titles(plot, count)
@@ -294,10 +293,7 @@ def figure(record: Shortcut) -> go.Figure:
 
 
 def _draw(plot: go.Figure, panel: Panel, each: ShortcutMap, col: int) -> None:
-    names, half = (
-        [name.replace("<", "").replace(">", "") for name in each.columns()],
-        len(each.tokens) // 2,
-    )
+    names, half = ([label(name) for name in each.columns()], len(each.tokens) // 2)
     colors = [_BAR] * (len(names) - half) + [MARK] * half
     plot.add_bar(
         x=names,
@@ -305,7 +301,7 @@ def _draw(plot: go.Figure, panel: Panel, each: ShortcutMap, col: int) -> None:
         marker_color=colors,
         showlegend=False,
         hovertemplate=(
-            f"{panel.checkpoint}<br>position %{{x}}<br>%{{y:.1%}} of the total"
+            f"{label(panel.checkpoint)}<br>position %{{x}}<br>%{{y:.1%}} of the total"
             " effect<extra></extra>"
         ),
         row=1,
@@ -322,9 +318,12 @@ def _draw(plot: go.Figure, panel: Panel, each: ShortcutMap, col: int) -> None:
         text=[[f"{value:.0f}".replace("-0", "0") for value in row] for row in values],
         texttemplate="%{text}",
         textfont={"size": 10},
-        customdata=[_instead(each)] * len(values),
+        customdata=[
+            [f"{name}<br>{spoken(name)}<br>{text}" for text in _instead(each)]
+            for name in each.names
+        ],
         hovertemplate=(
-            f"{panel.checkpoint}<br>after block %{{y}}, position %{{x}}<br>%{{customdata}}<br>"
+            f"{label(panel.checkpoint)}<br>%{{customdata}}<br>position %{{x}}<br>"
             "change of the margin %{z:.2f} logits<extra></extra>"
         ),
         row=2,
@@ -338,4 +337,4 @@ def _instead(each: ShortcutMap) -> list[str]:
         return [f"mean over {len(each.random)} random runs"] * len(each.tokens)
     others = ["<" + part for part in each.random[0].split("<")[1:]]
     others += [""] * (len(each.tokens) - len(others))
-    return [f"in the random run {token}".replace("<", "&lt;") for token in others]
+    return [label(f"in the random run {token}") for token in others]

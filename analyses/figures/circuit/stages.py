@@ -74,21 +74,22 @@ class StageDepths(Record):
     accuracy: tuple[Float[Tensor, "group _depth target"], ...]
 
     def first(self, checkpoint: int, group: int, target: int, least: float = 0.5) -> int | None:
-        """The smallest depth, from 1, at which a target is read for at least this share of
+        """The smallest depth (blocks run) at which a target is read for at least this share of
         questions; None where it never is.
         """
         reached = (self.accuracy[checkpoint][group, :, target] >= least).nonzero()
         return int(reached[0]) + 1 if len(reached) else None
 
     def frame(self) -> pd.DataFrame:
-        """checkpoint, stage, group, iteration, layer, depth (all from 1), target, accuracy."""
+        """checkpoint, stage, group, visit, loop, layer, depth (blocks run), target, accuracy."""
         rows = [
             (
                 name,
                 self.stages[i],
                 group,
-                depth // layers + 1,
-                depth % layers + 1,
+                f"loops.{depth // layers}.blocks.{depth % layers}",
+                depth // layers,
+                depth % layers,
                 depth + 1,
                 target,
                 float(found[j, depth, k]),
@@ -106,7 +107,8 @@ class StageDepths(Record):
                 "checkpoint",
                 "stage",
                 "group",
-                "iteration",
+                "visit",
+                "loop",
                 "layer",
                 "depth",
                 "target",
@@ -164,7 +166,7 @@ def run(config: StagesConfig) -> StageDepths:
 
 def figure(record: StageDepths) -> go.Figure:
     """One column per checkpoint: the bridge above, the target below, one curve per group of facts;
-    shades are iterations.
+    shades are loops.
     """
     names = [
         f"{model_label((loops, loops), layers)}<br>stage {stage}"
@@ -183,7 +185,7 @@ def figure(record: StageDepths) -> go.Figure:
         for row in (1, 2):
             _add_curves(plot, record, row, col)
             _shade(plot, record.shapes[col - 1], row, col)
-        _label_iterations(plot, record.shapes[col - 1], col)
+        _label_loops(plot, record.shapes[col - 1], col)
     plot.update_xaxes(dtick=1, tickangle=0)
     plot.update_yaxes(range=[-0.04, 1.12], tickvals=[0, 0.5, 1], showgrid=True)
     for row, title in ((1, "bridge read at r1"), (2, "target read at r2")):
@@ -208,7 +210,7 @@ def figure(record: StageDepths) -> go.Figure:
 
 def _add_curves(plot: go.Figure, record: StageDepths, row: int, col: int) -> None:
     loops, layers = record.shapes[col - 1]
-    places = [(depth // layers + 1, depth % layers + 1) for depth in range(loops * layers)]
+    places = [f"loops.{loop}.blocks.{layer}" for loop in range(loops) for layer in range(layers)]
     for j, group in enumerate(record.groups):
         name = f"{GROUP_NAMES[group]} ({record.questions[col - 1][j]})"
         plot.add_scatter(
@@ -223,8 +225,8 @@ def _add_curves(plot: go.Figure, record: StageDepths, row: int, col: int) -> Non
             marker={"symbol": _SYMBOLS[group], "size": _SIZES[group]},
             customdata=places,
             hovertemplate=(
-                f"{TARGETS[row - 1]}, {name}<br>iteration %{{customdata[0]}}, layer"
-                " %{customdata[1]}, depth %{x}<br>read for %{y:.2f}<extra></extra>"
+                f"{TARGETS[row - 1]}, {name}<br>%{{customdata}}.hook_resid_post, depth"
+                " %{x}<br>read for %{y:.2f}<extra></extra>"
             ),
             row=row,
             col=col,
@@ -232,7 +234,7 @@ def _add_curves(plot: go.Figure, record: StageDepths, row: int, col: int) -> Non
 
 
 def _shade(plot: go.Figure, shape: tuple[int, int], row: int, col: int) -> None:
-    """Every second iteration."""
+    """A shade for every second loop."""
     loops, layers = shape
     for loop in range(1, loops, 2):
         plot.add_vrect(
@@ -247,11 +249,11 @@ def _shade(plot: go.Figure, shape: tuple[int, int], row: int, col: int) -> None:
         )
 
 
-def _label_iterations(plot: go.Figure, shape: tuple[int, int], col: int) -> None:
-    """Their numbers, in the upper panel."""
+def _label_loops(plot: go.Figure, shape: tuple[int, int], col: int) -> None:
+    """The number of each loop, from 0, in the upper panel."""
     loops, layers = shape
     for loop in range(loops):
-        text = str(loop + 1) if loop else "iteration 1" if loops == 1 else "it. 1"
+        text = str(loop) if loop else "loop 0"
         plot.add_annotation(
             x=loop * layers + (layers + 1) / 2,
             y=1.12,

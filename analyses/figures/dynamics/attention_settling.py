@@ -5,6 +5,7 @@ entropy (after arXiv 2604.11791).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import pandas as pd
@@ -13,6 +14,7 @@ from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
+from loopscope.analyses.common.labels import loop_and_layer
 from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
@@ -32,7 +34,7 @@ class AttentionConfig(InputsConfig):
     """Queries: where the answer is read, or all tokens."""
 
 
-_CHANGE, _ENTROPY = "change from the iteration before", "entropy (nats)"
+_CHANGE, _ENTROPY = "change from the loop before", "entropy (nats)"
 _SETTLED = 0.01
 _LINES, _ROWS = (
     (4, 8),
@@ -61,27 +63,39 @@ class AttentionSettling(Record):
     dynamics: AttentionDynamics
 
     def settled(self) -> list[list[int | None]]:
-        """Of each block's heads the first iteration (from 1) from which on the pattern changes by
-        at most 0.01; None where it never is.
+        """For each block's heads the first loop (from 0) from which on the pattern changes by at
+        most 0.01; None where it still changes at the end.
         """
         late = (self.dynamics.change <= _SETTLED).long().flip(0).cumprod(0).sum(0)
         n_loops = len(self.dynamics.change)
-        return [[n_loops + 1 - count if count else None for count in row] for row in late.tolist()]
+        return [[n_loops - count if count else None for count in row] for row in late.tolist()]
 
     def frame(self) -> pd.DataFrame:
-        """iteration (from 1), layer, head, change, entropy."""
-        return self.dynamics.frame()
+        """visit (its name), loop, layer, head, change, entropy."""
+        change, entropy = self.dynamics.change, self.dynamics.entropy
+        rows = [
+            (
+                visit,
+                *loop_and_layer(visit),
+                head,
+                float(change[t, i, head]),
+                float(entropy[t, i, head]),
+            )
+            for t, i, head in product(*map(range, change.shape))
+            for visit in (f"loops.{t}.{self.dynamics.names[i]}",)
+        ]
+        return pd.DataFrame(rows, columns=["visit", "loop", "layer", "head", "change", "entropy"])
 
     def summary(self) -> pd.DataFrame:
-        """One row per head: from which iteration on it is settled, its change in iteration 2 and in
-        the last, its last entropy.
+        """One row per head: the loop from which on it is settled, its change in loop 1 and in the
+        last, its last entropy.
         """
-        change, entropy = self.dynamics.change, self.dynamics.entropy
+        change, entropy, settled = self.dynamics.change, self.dynamics.entropy, self.settled()
         rows = [
             (
                 name,
                 head,
-                self.settled()[i][head] or "never",
+                "never" if settled[i][head] is None else settled[i][head],
                 *(float(x[i, head]) for x in (change[:2][-1], change[-1], entropy[-1])),
             )
             for i, name in enumerate(self.dynamics.names)
@@ -92,8 +106,8 @@ class AttentionSettling(Record):
             columns=[
                 "block",
                 "head",
-                "settled from iteration",
-                "change in iteration 2",
+                "settled from loop",
+                "change in loop 1",
                 "last change",
                 "last entropy",
             ],
@@ -140,7 +154,7 @@ def _curves(record: AttentionSettling) -> go.Figure:
         for i, name in enumerate(names):
             for head in range(values.shape[2]):
                 plot.add_scatter(
-                    x=list(range(1, n_loops + 1)),
+                    x=list(range(n_loops)),
                     y=values[:, i, head].tolist(),
                     mode="lines+markers",
                     name=f"head {head}",
@@ -149,8 +163,8 @@ def _curves(record: AttentionSettling) -> go.Figure:
                     marker={"size": 5},
                     line={"color": CATEGORIES[head % len(CATEGORIES)], "width": 2},
                     hovertemplate=(
-                        f"{name}, head {head}<br>iteration"
-                        f" %{{x}}<br>{(_CHANGE, _ENTROPY)[row - 1]}: %{{y:.3g}}<extra></extra>"
+                        f"loops.%{{x}}.{name}.attn.hook_pattern<br>head"
+                        f" {head}<br>{(_CHANGE, _ENTROPY)[row - 1]}: %{{y:.3g}}<extra></extra>"
                     ),
                     row=row,
                     col=i + 1,
@@ -166,7 +180,7 @@ def _curves(record: AttentionSettling) -> go.Figure:
     if record.uniform is not None:
         plot.add_hline(y=record.uniform, line={"color": INK, "width": 1, "dash": "dot"}, row=2)
         plot.add_annotation(
-            x=n_loops,
+            x=n_loops - 1,
             y=record.uniform,
             text="all keys alike",
             showarrow=False,
@@ -179,8 +193,8 @@ def _curves(record: AttentionSettling) -> go.Figure:
     plot.update_yaxes(showgrid=True)
     plot.update_yaxes(title=_CHANGE.replace(" the", "<br>the"), row=1, col=1)
     plot.update_yaxes(title=_ENTROPY, row=2, col=1)
-    plot.update_xaxes(title="iteration", row=2)
-    plot.update_xaxes(range=[0.5, n_loops + 0.5], tick0=2, dtick=2 if n_loops <= 24 else None)
+    plot.update_xaxes(title="loop", row=2)
+    plot.update_xaxes(range=[-0.5, n_loops - 0.5], tick0=0, dtick=2 if n_loops <= 24 else None)
     plot.update_layout(legend={"orientation": "h", "y": -0.16, "x": 0.5, "xanchor": "center"})
     return styled(plot, 540).update_layout(margin_b=90)
 
@@ -203,7 +217,7 @@ def _maps(record: AttentionSettling) -> go.Figure:
     for col, values in enumerate((record.dynamics.change, record.dynamics.entropy), start=1):
         shown = values.flatten(1) if by_head else values.nanmean(2)
         plot.add_heatmap(
-            x=list(range(1, n_loops + 1)),
+            x=list(range(n_loops)),
             y=rows,
             z=shown.T.tolist(),
             zmin=0,
@@ -213,13 +227,13 @@ def _maps(record: AttentionSettling) -> go.Figure:
             xgap=1,
             ygap=1,
             colorbar={"thickness": 10, "outlinewidth": 0, "x": 0.44 if col == 1 else 1.01},
-            hovertemplate="%{y}<br>iteration %{x}<br>"
+            hovertemplate="loop %{x} · %{y}<br>"
             + (_CHANGE, _ENTROPY)[col - 1]
             + ": %{z:.3g}<extra></extra>",
             row=1,
             col=col,
         )
-    plot.update_xaxes(title="iteration")
+    plot.update_xaxes(title="loop")
     plot.update_yaxes(
         autorange="reversed", type="category", title="" if by_head else "mean over heads", col=1
     )

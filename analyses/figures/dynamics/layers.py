@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
+from loopscope.analyses.common.labels import loop_and_layer
 from loopscope.analyses.common.look import CATEGORIES, FAINT, styled
 from loopscope.analyses.common.records import Record
 from loopscope.interp.common.columns import Shown
@@ -28,7 +29,7 @@ from loopscope.interp.dynamics.states import Dynamics
 
 @dataclass(frozen=True, kw_only=True)
 class LayersConfig(InputsConfig):
-    """What each block does over iterations: the angle by which it turns the state, its output's
+    """The work of each block over loops: the angle by which it turns the state, its output's
     norm and steps (after arXiv 2604.11791).
     """
 
@@ -55,7 +56,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Layers(Record):
-    """Means over the inputs and their tokens, of what leaves each block in each iteration.
+    """Means over the inputs and their tokens, of what leaves each block in each loop.
 
     Attributes:
         inputs: How many inputs.
@@ -79,24 +80,25 @@ class Layers(Record):
         return self.values[self.statistics.index(statistic)]
 
     def frame(self) -> pd.DataFrame:
-        """iteration (from 1), block, and one column per statistic."""
+        """visit (its name), loop, layer, and one column per statistic."""
         n_loops = self.values.shape[1]
         rows = [
-            (t + 1, name, *self.values[:, t, i].tolist())
+            (visit, *loop_and_layer(visit), *self.values[:, t, i].tolist())
             for t in range(n_loops)
             for i, name in enumerate(self.names)
+            for visit in (f"loops.{t}.{name}",)
         ]
-        return pd.DataFrame(rows, columns=["iteration", "block", *self.statistics])
+        return pd.DataFrame(rows, columns=["visit", "loop", "layer", *self.statistics])
 
     def summary(self) -> pd.DataFrame:
-        """One row per block: its turn in the second and in the last iteration, its last output's
-        size, its last relative step.
+        """One row per block: its turn in loop 1 and in the last one, its last output's size, its
+        last relative step.
         """
         angle, second = self.of(_ANGLE), min(1, self.values.shape[1] - 1)
         return pd.DataFrame(
             {
                 "block": self.names,
-                f"angle in iteration {second + 1} (of pi)": angle[second],
+                f"angle in loop {second} (of pi)": angle[second],
                 "last angle (of pi)": angle[-1],
                 "last output's size": self.of("output_norm")[-1],
                 "last relative step": self.of("relative_step")[-1],
@@ -154,9 +156,7 @@ def _angles(found: LayerDynamics, n_loops: int) -> Float[Tensor, "loop layer"]:
 
 
 def figure(record: Layers) -> go.Figure:
-    """First panel: blocks along, one curve per iteration; the others: iterations along, one curve
-    per block.
-    """
+    """First panel: blocks along, a curve per loop; the others: loops along, a curve per block."""
     plot = make_subplots(
         rows=2,
         cols=2,
@@ -177,7 +177,8 @@ def figure(record: Layers) -> go.Figure:
             row=1,
             col=1,
             hovertemplate=(
-                f"iteration {t + 1}, %{{x}}<br>angle %{{y:.3f}} of a half turn<extra></extra>"
+                f"loops.{t}.%{{x}}.hook_resid_post<br>angle %{{y:.3f}} of a half"
+                " turn<extra></extra>"
             ),
         )
     _scale(plot, n_loops)
@@ -185,7 +186,7 @@ def figure(record: Layers) -> go.Figure:
         place = {"row": s // 2 + 1, "col": s % 2 + 1}
         for i, name in enumerate(record.names):
             plot.add_scatter(
-                x=list(range(1, n_loops + 1)),
+                x=list(range(n_loops)),
                 y=record.values[s, :, i].tolist(),
                 mode="lines+markers",
                 name=name,
@@ -194,12 +195,12 @@ def figure(record: Layers) -> go.Figure:
                 marker={"size": 5},
                 line={"color": _color(i, n_layers), "width": 2},
                 hovertemplate=(
-                    f"{name}<br>iteration %{{x}}<br>{statistic.replace('_', ' ')}"
+                    f"loops.%{{x}}.{name}.hook_resid_post<br>{statistic.replace('_', ' ')}"
                     " %{y:.3g}<extra></extra>"
                 ),
                 **place,
             )
-        plot.update_xaxes(title="iteration", range=[0.5, n_loops + 0.5], **place)
+        plot.update_xaxes(title="loop", range=[-0.5, n_loops - 0.5], **place)
     small = {"size": 10 if n_layers > 4 else 13}
     plot.update_xaxes(
         type="category", showticklabels=n_layers <= _NAMED, tickfont=small, row=1, col=1
@@ -222,10 +223,10 @@ def _color(layer: int, n_layers: int) -> str:
 
 
 def _scale(plot: go.Figure, n_loops: int) -> None:
-    """Which colour is which iteration, as a bar beside the first panel."""
+    """Which colour is which loop, as a bar beside the first panel."""
     colors = sample_colorscale("Viridis", [0.92 * i / 20 for i in range(21)])
     bar = {
-        "title": {"text": "iteration<br>(first panel)", "font": {"size": 12}},
+        "title": {"text": "loop<br>(first panel)", "font": {"size": 12}},
         "thickness": 9,
         "y": 1,
         "yanchor": "top",
@@ -234,7 +235,7 @@ def _scale(plot: go.Figure, n_loops: int) -> None:
     plot.add_scatter(
         x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip", row=1, col=1,
         marker={
-            "color": [1], "cmin": 1, "cmax": n_loops, "colorbar": {**bar, "outlinewidth": 0},
+            "color": [0], "cmin": 0, "cmax": n_loops - 1, "colorbar": {**bar, "outlinewidth": 0},
             "colorscale": [[i / 20, color] for i, color in enumerate(colors)],
         },
     )  # fmt: skip

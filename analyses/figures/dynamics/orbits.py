@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig, taken_from
 from loopscope.analyses.common.inputs_of import Asked, open_inputs, words
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import hop_colors, hop_name, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
@@ -66,8 +67,8 @@ class OrbitPaths(Record):
         labels: What each path is: an input, or a token.
         hops: The hop count of each path's question; None for texts and token ids.
         trained_hops: Deepest hop count seen in training; None where unknown.
-        coordinates: Float[Tensor, "space path iteration component"], space 0 being the state and 1
-            the direction; after each iteration, from the first one.
+        coordinates: Float[Tensor, "space path point component"], space 0 being the state and 1 the
+            direction; point r-1 is after r iterations.
         explained: Float[Tensor, "space component"], each component's share of the variance.
         period: Float[Tensor, "space path"], 1 for a fixed point; NaN where no period up to 4 fits.
         straightness: Float[Tensor, " path"], smallest cosine between consecutive steps over the
@@ -79,14 +80,14 @@ class OrbitPaths(Record):
     labels: tuple[str, ...]
     hops: tuple[int | None, ...]
     trained_hops: int | None
-    coordinates: Float[Tensor, "space path iteration component"]
+    coordinates: Float[Tensor, "space path point component"]
     explained: Float[Tensor, "space component"]
     period: Float[Tensor, "space path"]
     straightness: Float[Tensor, " path"]
     step_ratio: Float[Tensor, " path"]
 
     def kinds(self) -> list[tuple[str, str]]:
-        """What each path comes to over its last 8 points, as a state and as a direction.
+        """The kind of each path over its last 8 points, as a state and as a direction.
 
         A slider goes straight on (every cosine between consecutive steps at least 0.9) with steps
         that do not shrink (by less than a tenth). Else a period that `Dynamics.period` finds is a
@@ -106,7 +107,7 @@ class OrbitPaths(Record):
         ]
 
     def frame(self) -> pd.DataFrame:
-        """space, path, hops, iteration (from 1), kind, pc1, pc2, ..."""
+        """space, path, hops, iterations (run), kind, pc1, pc2, ..."""
         _, paths, iterations, components = self.coordinates.shape
         kinds, rows = self.kinds(), []
         for s, i, t in product(range(len(SPACES)), range(paths), range(iterations)):
@@ -116,7 +117,7 @@ class OrbitPaths(Record):
             "space",
             "path",
             "hops",
-            "iteration",
+            "iterations",
             "kind",
             *(f"pc{k + 1}" for k in range(components)),
         ]
@@ -140,7 +141,7 @@ class OrbitPaths(Record):
 
 
 def _named(period: float, otherwise: str) -> str:
-    """What a period is called; `otherwise` for NaN."""
+    """The name of a period; `otherwise` for NaN."""
     if period != period:
         return otherwise
     return "fixed point" if period == 1 else f"orbit of {period:.0f}"
@@ -176,7 +177,7 @@ def measure(asked: Asked, config: OrbitsConfig) -> OrbitPaths:
     planes = [space.orbits(config.components) for space in spaces]
     steps = state.step_norm()[:, :, 0]
     return OrbitPaths(
-        labels=tuple(label for _, _, labels, _ in chosen for label in labels),
+        labels=tuple(each for _, _, labels, _ in chosen for each in labels),
         hops=tuple(hop for _, _, labels, hop in chosen for _ in labels),
         trained_hops=asked.subject.trained_hops,
         coordinates=torch.stack([plane.coordinates[:, :, 0].movedim(0, 1) for plane in planes]),
@@ -216,8 +217,8 @@ def _tokens(asked: Asked, config: OrbitsConfig) -> list[Chosen]:
 
 
 def figure(record: OrbitPaths) -> go.Figure:
-    """Left the state, right its direction; one path per input, from the ring (iteration 1) along
-    the arrows to the square (the last).
+    """Left the state, right its direction; one path per input, from the ring (one iteration
+    run) along the arrows to the square (the last).
     """
     last = record.coordinates.shape[-1]
     plot = make_subplots(
@@ -272,11 +273,9 @@ def figure(record: OrbitPaths) -> go.Figure:
 
 
 def _path(
-    points: Float[Tensor, "iteration 2"], near: float, color: str, name: str, hover: str
+    points: Float[Tensor, "point 2"], near: float, color: str, name: str, hover: str
 ) -> go.Scatter:
-    """A line with an arrow head at iterations that are not nearer than `near` to the one before
-    that has it.
-    """
+    """A line with arrow heads, each at least `near` away from the arrow head before."""
     sizes, shown = [0.0] * len(points), points[0]
     for i, point in enumerate(points[1:], start=1):
         if float((point - shown).norm()) >= near:
@@ -298,13 +297,14 @@ def _path(
         legendgroup=name,
         customdata=list(range(1, len(points) + 1)),
         hovertemplate=(
-            f"{hover}<br>iteration %{{customdata}}<br>(%{{x:.3g}}, %{{y:.3g}})<extra></extra>"
+            f"{hover}<br>after %{{customdata}} iterations<br>(%{{x:.3g}},"
+            " %{y:.3g})<extra></extra>"
         ),
     )
 
 
 def _titles(record: OrbitPaths) -> tuple[str, str]:
-    """What each space is, and how many of the paths come to what in it."""
+    """The name of each space, with the number of paths of each kind."""
     counts = [Counter(kinds) for kinds in zip(*record.kinds(), strict=True)]
     found = [
         ", ".join(f"{n} of {len(record.labels)}: {kind}" for kind, n in count.most_common())
@@ -318,10 +318,10 @@ def _titles(record: OrbitPaths) -> tuple[str, str]:
 
 def _text(record: OrbitPaths, i: int, kind: str) -> tuple[str, str]:
     """The name of a path in the legend, and what is shown when it is pointed at."""
-    label = record.labels[i].replace("<", "&lt;")
+    name = label(record.labels[i])
     hop = record.hops[i]
     many = len(set(record.hops)) == len(record.hops) > 1
-    return (hop_name(hop) if many and hop is not None else label), f"{label}: {kind}"
+    return (hop_name(hop) if many and hop is not None else name), f"{name}: {kind}"
 
 
 def _axis(record: OrbitPaths, space: int, component: int) -> str:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import FAINT, hop_colors, hop_name, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
@@ -88,14 +89,14 @@ class Steps(Record):
         return self.values[self.statistics.index(statistic)]
 
     def frame(self) -> pd.DataFrame:
-        """group, hops, iteration (0 is before the first), and one column per statistic."""
+        """group, hops, iterations (run; 0 is before the first), and one column per statistic."""
         points = range(self.values.shape[2])
         rows = [
             (group, self.hops[i], t, *self.values[:, i, t].tolist())
             for i, group in enumerate(self.groups)
             for t in points
         ]
-        return pd.DataFrame(rows, columns=["group", "hops", "iteration", *self.statistics]).astype(
+        return pd.DataFrame(rows, columns=["group", "hops", "iterations", *self.statistics]).astype(
             {"hops": "Int64"}
         )
 
@@ -191,7 +192,7 @@ def figure(record: Steps) -> go.Figure:
             )
             plot.add_hline(y=0, line={"color": FAINT, "width": 1}, **place)
     plot.update_xaxes(showticklabels=True, range=[0.4, last + 0.6])
-    plot.update_xaxes(title="iteration", row=rows)
+    plot.update_xaxes(title="iterations", row=rows)
     plot.update_yaxes(showgrid=True)
     plot.update_annotations(font_size=13)
     return styled(plot, 120 + 240 * rows)
@@ -199,7 +200,7 @@ def figure(record: Steps) -> go.Figure:
 
 def _curve(record: Steps, statistic: int, group: int, color: str) -> go.Scatter:
     name, beyond = (
-        record.groups[group].replace("<", "&lt;"),
+        label(record.groups[group]),
         (record.hops[group] or 0) > (record.trained_hops or math.inf),
     )
     values = record.values[statistic, group, 1:].tolist()
@@ -216,7 +217,7 @@ def _curve(record: Steps, statistic: int, group: int, color: str) -> go.Scatter:
             "beyond training" if beyond else "hops in training" if record.trained_hops else None
         ),
         hovertemplate=(
-            f"{name}<br>iteration %{{x}}<br>{record.statistics[statistic].replace('_', ' ')}"
+            f"{name}<br>after %{{x}} iterations<br>{record.statistics[statistic].replace('_', ' ')}"
             " %{y:.3g}<extra></extra>"
         ),
     )
@@ -243,7 +244,7 @@ def _colors(record: Steps) -> list[str]:
 def _found(record: Steps) -> str:
     still = record.still()
     return (
-        f"The state turns by less than one degree per iteration from iteration {still[0]}"
+        f"The state turns by less than one degree per iteration from {still[0]} iterations"
         f" ({record.groups[0]}) to {still[-1]} ({record.groups[-1]}) on."
     )
 

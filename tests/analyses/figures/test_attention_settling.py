@@ -76,18 +76,18 @@ def test_a_model_that_sees_later_tokens_has_no_reference_entropy() -> None:
     assert attention_settling.measure(asked(model), asked(model).group(), 2).uniform is None
 
 
-def test_settled_is_the_first_iteration_after_the_last_change() -> None:
+def test_settled_is_the_first_loop_after_the_last_change() -> None:
     change = torch.tensor([math.nan, 0.5, 0.001, 0.2, 0.01, 0.0])[:, None, None].repeat(1, 1, 3)
     change[-1, 0, 1], change[1:, 0, 2] = 0.3, 0.0
     dynamics = AttentionDynamics(("blocks.0",), change, torch.zeros_like(change))
     record = AttentionSettling(1, None, "real", None, dynamics)
-    assert record.settled() == [[5, None, 2]]
-    assert record.summary()["settled from iteration"].tolist() == [5, "never", 2]
+    assert record.settled() == [[4, None, 1]]
+    assert record.summary()["settled from loop"].tolist() == [4, "never", 1]
 
 
 def test_shipped_heads_settle_and_end_with_all_keys_alike(shipped: AttentionSettling) -> None:
     assert shipped.hops == 6
-    assert all(first is not None and 6 <= first <= 9 for row in shipped.settled() for first in row)
+    assert all(first is not None and 5 <= first <= 8 for row in shipped.settled() for first in row)
     assert shipped.uniform == pytest.approx(sum(math.log(k) for k in range(1, 8)) / 7)
     assert shipped.dynamics.entropy[-1].min() > 0.94 * shipped.uniform
     assert shipped.dynamics.entropy[1].mean() < 0.7 * shipped.uniform

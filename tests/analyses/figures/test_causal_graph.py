@@ -21,7 +21,7 @@ from loopscope.analyses.common.two_hop import GROUPS, ask, with_other_start
 from loopscope.analyses.figures.circuit.causal_graph import (
     CausalGraph,
     CausalGraphConfig,
-    Panel,
+    TwoHopPanel,
     figure,
     measure,
     run,
@@ -36,10 +36,12 @@ def shipped() -> CausalGraph:
     return run(CausalGraphConfig())
 
 
-def panel(group: str = GROUPS[1], shape: tuple[int, int] = (3, 1), name: str = "mine") -> Panel:
+def panel(
+    group: str = GROUPS[1], shape: tuple[int, int] = (3, 1), name: str = "mine"
+) -> TwoHopPanel:
     depths = shape[0] * shape[1]
     generator = torch.Generator().manual_seed(depths)
-    return Panel(
+    return TwoHopPanel(
         checkpoint=name,
         shape=shape,
         group=group,
@@ -136,7 +138,8 @@ def test_the_frame_has_a_row_for_every_state(shipped: CausalGraph) -> None:
     frame = shipped.frame()
     assert len(frame) == 4 * 9 * 3
     first = frame.iloc[0]
-    assert (first.iteration, first.layer, first.depth, first.position) == (0, 0, 0, "h")
+    assert (first.hook, first.depth, first.position) == ("hook_embed", 0, "h")
+    assert first[["loop", "layer"]].isna().all()
     assert math.isnan(first.decoded)
     row = frame[
         (frame.checkpoint == LOOPED)
@@ -144,7 +147,7 @@ def test_the_frame_has_a_row_for_every_state(shipped: CausalGraph) -> None:
         & (frame.depth == 6)
         & (frame.position == "r2")
     ].iloc[0]
-    assert (row.iteration, row.layer) == (3, 2)
+    assert (row.hook, row.loop, row.layer) == ("loops.2.blocks.1.hook_resid_post", 2, 1)
     assert row.decoded == float(shipped.panels[1].decoded[5, 1])
     assert row.answered == float(shipped.panels[1].answered[6, 2])
 
@@ -183,7 +186,7 @@ def test_the_figure_has_two_graphs_per_panel_with_a_line_into_each_decodable_hop
     assert all(a[1] < b[0] for a, b in pairwise(domains))
     assert domains[0][0] == 0
     assert domains[-1][1] == pytest.approx(1)
-    assert "iteration 2, layer 1 (depth 2)<br>bridge on top for 0.90" in read.customdata[7]
+    assert "loop 1 · block 0, depth 2, position r1<br>bridge on top for 0.90" in read.customdata[7]
     texts = [note.text for note in plot.layout.annotations]
     assert texts.count("<b>R = 3, L = 1</b> answers 0.95 of 11") == 2
 
@@ -194,9 +197,10 @@ def test_sites_are_counted_from_what_the_corrupted_run_answers() -> None:
         dtype=torch.float64,
     )
     measured = panel()
-    assert Panel(**{**vars(measured), "answered": answered}).sites(1) == [1, 2]
+    assert TwoHopPanel(**{**vars(measured), "answered": answered}).sites(1) == [1, 2]
     assert (
-        Panel(**{**vars(measured), "answered": answered, "corrupted_answered": 0.9}).sites(1) == []
+        TwoHopPanel(**{**vars(measured), "answered": answered, "corrupted_answered": 0.9}).sites(1)
+        == []
     )
 
 

@@ -57,11 +57,11 @@ def test_fixed_depth_loses_answers_and_the_dynamic_model_keeps_them(shipped: Fli
 def test_the_frame_has_a_row_per_kind_hop_count_and_iteration_from_2(shipped: Flips) -> None:
     frame = shipped.frame()
     assert len(frame) == 3 * 11 * (10 + 14 + 12 + 16)
-    assert (frame["iteration"].min(), frame["iteration"].max()) == (2, 12)
+    assert (frame["iterations"].min(), frame["iterations"].max()) == (2, 12)
     row = frame[
         (frame["checkpoint"] == "mini/multi_hop/r6")
         & (frame["hops"] == 5)
-        & (frame["iteration"] == 5)
+        & (frame["iterations"] == 5)
     ].set_index("kind")
     assert row["share"].tolist() == shipped.flips[2].share[:, 4, 3].tolist()
     assert row.loc["wrong to right", "share"] > 0.9

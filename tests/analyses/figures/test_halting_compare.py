@@ -55,7 +55,7 @@ def test_every_number_is_that_of_stopping_question_by_question() -> None:
                     == subject.model.to_single_token(question.answer)
                 )
         for rule in range(2):
-            assert float(curve.loops_used[rule, curve.hops.index(hops)]) == pytest.approx(
+            assert float(curve.iterations[rule, curve.hops.index(hops)]) == pytest.approx(
                 sum(used[rule]) / 5
             )
             assert float(curve.accuracy[rule, curve.hops.index(hops)]) == pytest.approx(
@@ -90,14 +90,14 @@ def test_two_rules_and_the_best_r_in_every_column_on_shared_axes(shipped: Haltin
     ]
     upper = [axis for axis in figure.select_yaxes(row=1)]
     assert len({tuple(axis.range) for axis in upper}) == 1
-    assert upper[0].range[1] >= max(float(curve.loops_used[:2].max()) for curve in shipped.curves)
+    assert upper[0].range[1] >= max(float(curve.iterations[:2].max()) for curve in shipped.curves)
     assert sorted({shape.x0 for shape in figure.layout.shapes}) == [4.5, 6.5, 8.5, 10.5]
     last = shipped.curves[-1]
     drawn = [trace.y for trace in figure.data[-5:]]
     expected = [
-        last.loops_used[0],
+        last.iterations[0],
         last.accuracy[0],
-        last.loops_used[1],
+        last.iterations[1],
         last.accuracy[1],
         last.best,
     ]

@@ -36,7 +36,7 @@ def test_a_margin_is_that_of_a_separate_call(shipped: Margins) -> None:
     row = frame[
         (frame["checkpoint"] == "mini/multi_hop/r2")
         & (frame["hops"] == 3)
-        & (frame["iteration"] == 5)
+        & (frame["iterations"] == 5)
     ]
     assert row["margin"].item() == float(shipped.margins[0].margin[2, 4])
 

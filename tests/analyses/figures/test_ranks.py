@@ -12,6 +12,7 @@ import torch
 
 from golden_cases import GOLDEN
 from loopscope.analyses.common.inputs_of import open_inputs
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.figures.circuit import ranks
 from loopscope.analyses.figures.circuit.ranks import RanksConfig
 from loopscope.models.core.base import LoopedModel
@@ -20,12 +21,12 @@ HOPS, LOOPS, QUESTIONS = 5, 3, 4
 
 
 def slow_rank(model: LoopedModel, text: str, name: str, column: int, word: str) -> int:
-    """Rank from 1 of a word where one block of one run ends."""
+    """Rank, 0 for the top, of a word where one block of one run ends."""
     cache = model.run_with_cache(
         model.to_tokens(text), n_loops=LOOPS, names_filter=f"{name}.hook_resid_post"
     )[1]
     logits = model.unembed(model.normalize(cache[f"{name}.hook_resid_post"]))[0, column].detach()
-    return 1 + sum(float(logit) > float(logits[model.to_single_token(word)]) for logit in logits)
+    return sum(float(logit) > float(logits[model.to_single_token(word)]) for logit in logits)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_each_rank_is_that_of_a_run_of_its_own(at: str) -> None:
             ]
             expected = torch.tensor(found, dtype=torch.float64)
             assert record.mean[visit, target] == pytest.approx(
-                float(expected.prod() ** (1 / QUESTIONS)), rel=1e-9
+                float((1 + expected).prod() ** (1 / QUESTIONS)) - 1, rel=1e-9
             )
             assert record.low[visit, target] == pytest.approx(
                 float(expected.quantile(0.25)), rel=1e-9
@@ -65,14 +66,14 @@ def test_each_rank_is_that_of_a_run_of_its_own(at: str) -> None:
             assert record.high[visit, target] == pytest.approx(
                 float(expected.quantile(0.75)), rel=1e-9
             )
-            assert record.top[visit, target] == found.count(1) / QUESTIONS
+            assert record.top[visit, target] == found.count(0) / QUESTIONS
 
 
 def test_one_hop_comes_to_the_top_with_every_block(full: ranks.Ranks) -> None:
     assert full.hops == 6
     assert full.arrivals() == [1, 2, 3, 4, 5, 6, None]
     assert full.mean[:, -1].min() > 10
-    assert full.iterations[4:6] == (3, 3)
+    assert full.frame()["loop"].tolist()[4 * 7 : 6 * 7] == [2] * 14
     table = full.summary().set_index("target")
     assert table.loc["answer", "first on top at depth"] == 6
     assert table.loc["control", "first on top at depth"] == "never"
@@ -104,7 +105,9 @@ def test_tokens_that_are_tracked_are_read_at_the_readout_of_each_input() -> None
         slow_rank(model, text, "loops.1.blocks.0", column, "<e_5>")
         for text, column in zip(texts, (1, 3), strict=True)
     ]
-    assert record.mean[2, 0] == pytest.approx((found[0] * found[1]) ** 0.5, rel=1e-9)
+    assert record.mean[2, 0] == pytest.approx(
+        ((1 + found[0]) * (1 + found[1])) ** 0.5 - 1, rel=1e-9
+    )
 
 
 def test_what_cannot_be_followed_is_refused() -> None:
@@ -119,7 +122,8 @@ def test_a_curve_and_a_band_for_each_target_and_names_where_they_arrive(full: ra
     curves = [trace for trace in figure.data if trace.mode == "lines+markers"]
     assert [trace.name for trace in curves] == list(full.targets)
     assert len(figure.data) == 2 * len(curves)
-    assert list(curves[5].y) == full.mean[:, 5].tolist()
+    assert [y - 1 for y in curves[5].y] == pytest.approx(full.mean[:, 5].tolist())
+    assert (figure.layout.yaxis.tickvals[0], figure.layout.yaxis.ticktext[0]) == (1, "0")
     assert figure.layout.yaxis.type == "log"
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]
     notes = {note.text: note.x for note in figure.layout.annotations}
@@ -130,10 +134,10 @@ def test_a_curve_and_a_band_for_each_target_and_names_where_they_arrive(full: ra
         "answer": 6,
     }
     assert notes["control"] == 16
-    assert notes["iteration 1"] == 1.5
+    assert notes["loop 0"] == 1.5
     one = ranks.figure(replace(full, texts=full.texts[:1]))
     assert len(one.data) == len(curves)
-    assert one.layout.title.text == full.texts[0].replace("<", "&lt;")
+    assert one.layout.title.text == label(full.texts[0])
 
 
 def test_targets_that_never_arrive_have_labels_apart_and_in_their_order() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.panels import Panel
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.figures.circuit import shortcut
@@ -88,15 +89,14 @@ def test_the_one_question_is_one_that_is_answered(subject: Subject) -> None:
     assert found.clean_margin > 0
     assert found.tokens == tuple(subject.model.to_str_tokens(found.texts[0]))
     assert found.effect.shape == (1 + 4 * 2, 7)
-    assert found.steps()[:3] == ["embed", "1.1", "1.2"]
+    assert found.steps()[:3] == ["embed", "0.0", "0.1"]
 
 
 def test_shares_of_a_map_worked_out_by_hand() -> None:
     effect = torch.tensor([[-1.0, 2.0, 0.0, -3.0, 2.0], [0.0, -2.0, 0.0, -5.0, 5.0]])
     tokens = ("<e_1>", "<r_2>", "<r_2>", "<r_0>", "<r_7>")
-    found = ShortcutMap(
-        4, ("q",), ("<e_5><r_1><r_1><r_1><r_1>",), tokens, ((0, 0), (1, 1)), effect, 1.0
-    )
+    names = ("hook_embed", "loops.0.blocks.0.hook_resid_post")
+    found = ShortcutMap(4, ("q",), ("<e_5><r_1><r_1><r_1><r_1>",), tokens, names, effect, 1.0)
     assert found.share().tolist() == pytest.approx([0.05, 0.2, 0.0, 0.4, 0.35])
     assert found.last_half() == pytest.approx(0.75)
     assert found.columns() == ["0 <e_1>", "1 <r_2>", "2 <r_2>", "3 <r_0>", "4 <r_7>"]
@@ -105,7 +105,7 @@ def test_shares_of_a_map_worked_out_by_hand() -> None:
     assert (row["on the last half"], row["on the head"], row["largest effect"]) == pytest.approx(
         (0.75, 0.05, -5.0)
     )
-    assert row["at"] == "1.1 at 3 <r_0>"
+    assert row["at"] == "loops.0.blocks.0.hook_resid_post at 3 <r_0>"
 
 
 def test_maps_of_unlike_models_are_drawn_on_one_scale() -> None:
@@ -121,8 +121,8 @@ def test_maps_of_unlike_models_are_drawn_on_one_scale() -> None:
     assert figure.data[3].z[1] == pytest.approx(record.maps[1].effect[1].tolist())
     assert sum(figure.data[0].y) == pytest.approx(1.0)
     random = record.maps[0].random[0]
-    assert figure.data[1].customdata[0][2] == f"in the random run <{random.split('<')[3]}".replace(
-        "<", "&lt;"
+    assert figure.data[1].customdata[0][2] == "hook_embed<br>embedding<br>" + label(
+        f"in the random run <{random.split('<')[3]}"
     )
     assert len(record.frame()) == 2 * 5 * 5
 

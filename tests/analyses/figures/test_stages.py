@@ -98,7 +98,7 @@ def test_the_shipped_stages_show_the_bridge_before_the_target_and_ood_facts_last
             assert target is None or (bridge is not None and bridge < target)
 
 
-def test_frame_and_summary_count_from_one(shipped: StageDepths) -> None:
+def test_places_count_from_zero_and_depth_counts_blocks(shipped: StageDepths) -> None:
     frame = shipped.frame()
     assert len(frame) == 5 * 3 * 8 * 2
     row = frame[
@@ -107,7 +107,7 @@ def test_frame_and_summary_count_from_one(shipped: StageDepths) -> None:
         & (frame.depth == 6)
         & (frame.target == "target")
     ].iloc[0]
-    assert (row.iteration, row.layer) == (3, 2)
+    assert (row.visit, row.loop, row.layer) == ("loops.2.blocks.1", 2, 1)
     assert row.accuracy == float(shipped.accuracy[2][2, 5, 1])
     table = shipped.summary()
     assert len(table) == 15
@@ -126,7 +126,7 @@ def test_checkpoints_of_unequal_depth_stand_side_by_side(shipped: StageDepths) -
         found[0, :, k].tolist() for found in record.accuracy for k in range(2)
     ]
     assert [(shape.x0, shape.x1) for shape in plot.layout.shapes] == [(1.5, 2.5)] * 2
-    assert plot.data[2].customdata[4] == [1, 5]
+    assert plot.data[2].customdata[4] == "loops.0.blocks.4"
 
 
 def test_the_figure_has_a_column_per_checkpoint_and_one_legend(shipped: StageDepths) -> None:
