@@ -6,7 +6,6 @@ sentence "loop 2 · block 0"; coordinates count from 0. The full hook name goes 
 
 from __future__ import annotations
 
-from loopscope.interp.common.cells import place_of
 from loopscope.models.core.cache import coordinate
 
 AXIS = "loop.block"
@@ -42,7 +41,10 @@ def spoken(name: str) -> str:
 
 def loop_and_layer(name: str) -> tuple[int | None, int | None]:
     """The loop and the layer of a visit or a hook point, from 0; None where it has none."""
-    return place_of(_pointed(name))
+    place = _coordinate(name)
+    loop = place[0] if place and isinstance(place[0], int) else None
+    layer = place[-1] if len(place) > 1 and isinstance(place[-1], int) else None
+    return loop, layer
 
 
 def _coordinate(name: str) -> tuple[str | int, ...]:

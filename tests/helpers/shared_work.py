@@ -1,4 +1,4 @@
-"""What two processes share: a sweep, a lens, a recurrence grid; each process runs it and says how much was its own."""
+"""A sweep, a lens and a recurrence grid that two processes share; each says how much it did."""
 
 from __future__ import annotations
 

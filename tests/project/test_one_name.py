@@ -1,4 +1,4 @@
-"""Each module has one name, the public calls one list, and `import loopscope` leaves the rest for later."""
+"""One name for each module, one list of the public calls, and a light `import loopscope`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ files = {}
 for name, module in list(sys.modules.items()):
     if getattr(module, "__file__", None):
         files.setdefault(module.__file__, set()).add(name)
-print(json.dumps({file: sorted(names) for file, names in files.items() if any(n.startswith("loopscope") for n in names)}))
+ours = {f: sorted(n) for f, n in files.items() if any(x.startswith("loopscope") for x in n)}
+print(json.dumps(ours))
 """
 
 
@@ -71,8 +72,8 @@ def test_in_a_checkout_the_folders_are_no_packages_of_their_own(folder: str, lin
     done = python("-c", line.format(folder), cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        f"ImportError: the code of {folder!r} is imported as 'loopscope.{folder}', so that there is "
-        f"one copy of it; write 'from loopscope.{folder} import ...'"
+        f"ImportError: the code of {folder!r} is imported as 'loopscope.{folder}', so that there "
+        f"is one copy of it; write 'from loopscope.{folder} import ...'"
     )
 
 
