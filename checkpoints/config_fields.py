@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loopscope.checkpoints.errors import CheckpointError
+from torch import Tensor
+
+from loopscope.checkpoints.contents import Contents, Kind
+from loopscope.checkpoints.errors import CheckpointError, shown
 
 BOOKKEEPING = frozenset(
     (
@@ -42,18 +45,41 @@ class ConfigFields:
     Args:
         values: The content of config.json.
         path: The file of the config, for messages.
+        tensors: The weights, which bound the sizes in the config; None for no bounds.
     """
 
-    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], path: Path, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._values, self.path = values, path
+        self._contents = None if tensors is None else Contents.of(tensors)
         self._seen: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
     def integer(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A whole number."""
-        return self._read(name, (int,), "a whole number", default)
+        """A whole number of at least 0."""
+        value = self._read(name, (int,), "a whole number", default)
+        if value is not None and value < 0:
+            raise CheckpointError(f"{self.path}: {name} must be at least 0, got {value}")
+        return value
+
+    def layers(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A number of layers, each of which has weights of its own."""
+        return self._size(name, default, "layers")
+
+    def width(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A number of channels, heads or tokens."""
+        return self._size(name, default, "width")
+
+    def iterations(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A number of iterations."""
+        return self._size(name, default, "iterations")
+
+    def positions(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A number of positions."""
+        return self._size(name, default, "positions")
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
         """A number, as a float."""
@@ -69,12 +95,15 @@ class ConfigFields:
         return self._read(name, (str,), "a string", default)
 
     def mapping(self, name: str, default: Any = _REQUIRED) -> Any:
-        """An object."""
-        return self._read(name, (dict,), "an object", default)
-
-    def sequence(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A list."""
-        return self._read(name, (list,), "a list", default)
+        """An object whose values are plain: text, a number, true, false or null."""
+        found = self._read(name, (dict,), "an object", default)
+        for key, value in (found or {}).items():
+            if not isinstance(value, str | int | float | None):
+                raise CheckpointError(
+                    f"{self.path}: {name}.{key} must be text, a number, true, false or null, got"
+                    f" {shown(value)}"
+                )
+        return found
 
     def only(self, name: str, *allowed: Any, why: str = "") -> None:
         """Refuse a field with any other value; an absent field counts as the first value."""
@@ -83,9 +112,9 @@ class ConfigFields:
         if not any(
             value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
         ):
-            choices = " or ".join(map(repr, allowed))
+            choices, reason = " or ".join(map(shown, allowed)), f"; {why}" if why else ""
             raise CheckpointError(
-                f"{self.path}: {name} must be {choices}, got {value!r}{'; ' + why if why else ''}"
+                f"{self.path}: {name} must be {choices}, got {shown(value)}{reason}"
             )
 
     def unused(self, *names: str) -> None:
@@ -96,11 +125,18 @@ class ConfigFields:
         """Refuse the fields that have not been read."""
         unknown = sorted(set(self._values) - self._seen - BOOKKEEPING)
         if unknown:
+            value = shown(self._values[unknown[0]])
             raise CheckpointError(
-                f"{self.path} has the field {unknown[0]!r} (= {self._values[unknown[0]]!r}), which"
-                " this family's loader does not know; it is refused, because it could change what"
-                " the model computes"
+                f"{self.path} has the field {shown(unknown[0])} (= {value}), which this family's"
+                " loader does not know; it is refused, because it could change what the model"
+                " computes"
             )
+
+    def _size(self, name: str, default: Any, kind: Kind) -> Any:
+        value = self.integer(name, default)
+        if value is not None and self._contents is not None:
+            self._contents.check(self.path, name, value, kind)
+        return value
 
     def _read(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
         self._seen.add(name)
@@ -110,5 +146,5 @@ class ConfigFields:
             return default
         value = self._values[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise CheckpointError(f"{self.path}: {name} must be {what}, got {value!r}")
+            raise CheckpointError(f"{self.path}: {name} must be {what}, got {shown(value)}")
         return value

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.registry import build
+
+_FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = 1e15
 
 
 def build_from(
@@ -28,17 +31,45 @@ def build_from(
         CheckpointError: A missing or unexpected key, a wrong shape, a type that is not floating
             point, or a value that is not finite; the first is named by the file's own key.
     """
-    with torch.device("meta"):
-        model = build(cfg)
+    model = _empty(cfg, path)
     expected = model.state_dict()
+    found = _keys_by_name(cfg, list(expected), list(tensors), names, path)
+    weights = dict(model.named_parameters())
+    _check_one_format({found[name]: tensors[found[name]] for name in weights}, path)
+    for name, want in expected.items():
+        _check_tensor(found[name], tensors[found[name]], want.shape, path)
+    model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)
+    return model
+
+
+def _empty(cfg: LoopedConfig, path: Path) -> LoopedModel:
+    """A model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return build(cfg)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path}: a {cfg.family} model of these sizes cannot be made: {error}"
+        ) from None
+
+
+def _keys_by_name(
+    cfg: LoopedConfig,
+    expected: list[str],
+    keys: list[str],
+    names: Mapping[str, str] | None,
+    path: Path,
+) -> dict[str, str]:
+    """The file's key for each of our names; every name has a key, and every key a name."""
     ours = {name: name for name in expected} if names is None else names
-    unexpected = [key for key in tensors if ours.get(key) not in expected]
+    wanted = set(expected)
+    unexpected = [key for key in keys if ours.get(key) not in wanted]
     if unexpected:
         raise CheckpointError(
-            f"{path} has {len(unexpected)} unexpected key(s), first {unexpected[0]!r}; a"
+            f"{path} has {len(unexpected)} unexpected key(s), first {shown(unexpected[0])}; a"
             f" {cfg.family} model has none of that name"
         )
-    found = {ours[key]: key for key in tensors}
+    found = {ours[key]: key for key in keys}
     theirs = {name: key for key, name in reversed(list(ours.items()))}
     missing = [theirs[name] for name in expected if name not in found]
     if missing:
@@ -46,23 +77,19 @@ def build_from(
             f"{path} lacks {len(missing)} key(s) of a {cfg.family} model with {cfg.n_layers}"
             f" layers, first {missing[0]!r}"
         )
-    weights = dict(
-        model.named_parameters()
-    )  # tables of angles and the like are stored in a format of their own
-    kinds = {
-        tensor.dtype
-        for key, tensor in tensors.items()
-        if tensor.is_floating_point() and ours[key] in weights
-    }
+    return found
+
+
+def _check_one_format(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights of several number formats; other tensors, such as tables of angles, are stored
+    in a format of their own.
+    """
+    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(kinds) > 1:
         raise CheckpointError(
             f"{path} mixes the number formats {sorted(map(str, kinds))}; all weights of a model"
             " must have one"
         )
-    for name, want in expected.items():
-        _check_tensor(found[name], tensors[found[name]], want.shape, path)
-    model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)
-    return model
 
 
 def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, path: Path) -> None:
@@ -74,14 +101,30 @@ def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, path: Path) -> No
         raise CheckpointError(
             f"{path}: {key!r} must hold floating-point numbers, got {tensor.dtype}"
         )
-    bad: int = sum(
-        int(chunk.isfinite().logical_not().sum())
-        for chunk in tensor.detach().flatten().split(1 << 20)
-    )
+    if tensor.dtype not in _FORMATS:
+        raise CheckpointError(
+            f"{path}: {key!r} must hold numbers of 16, 32 or 64 bits, got {tensor.dtype}"
+        )
+    _check_values(key, tensor, path)
+
+
+def _check_values(key: str, tensor: Tensor, path: Path) -> None:
+    """Refuse values that are not finite, or so large that no model is trained to them."""
+    bad = large = 0
+    for chunk in tensor.detach().flatten().split(1 << 20):
+        finite = chunk.isfinite()
+        bad += int(finite.logical_not().sum())
+        if chunk.dtype != torch.float16:  # whose largest number is below the bound
+            large += int((chunk.abs() > _LARGEST).logical_and(finite).sum())
     if bad:
         raise CheckpointError(
             f"{path}: {key!r} holds {bad} value(s) that are NaN or infinite; the weights are"
             " damaged"
+        )
+    if large:
+        raise CheckpointError(
+            f"{path}: {key!r} holds {large} value(s) beyond {_LARGEST:g}, whose products are not"
+            " finite; the weights are damaged"
         )
 
 
@@ -100,5 +143,14 @@ def drop_tied_head(
     ours, theirs = tensors.pop(head, None), tensors.get(embedding)
     if ours is None or theirs is None:
         return
-    if not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
+    if not same_values(ours, theirs):
         raise CheckpointError(f"{path}: {head} differs from {embedding}, but {why}")
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same format; NaN counts as 0, because
+    `build_from` refuses it later.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype or one.dtype not in _FORMATS:
+        return False
+    return torch.equal(one.nan_to_num(), other.nan_to_num())

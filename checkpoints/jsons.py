@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.tasks import jsons
 
 
 def read_json(path: Path) -> Any:
-    """The file's content."""
+    """The content of a file; every number in it is finite.
+
+    Raises:
+        FileNotFoundError: No such file.
+        CheckpointError: The file cannot be read, or is not valid JSON.
+    """
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        return jsons.read_json(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -26,5 +36,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value, indented."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    """Write a value, indented.
+
+    Raises:
+        ValueError: The value holds a number that is not finite.
+    """
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import nn
 
-from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.fill import build_from
 from loopscope.checkpoints.formats.base import Format, Given, Located
 from loopscope.checkpoints.formats.own import OWN
 from loopscope.checkpoints.formats.paper import PAPER
@@ -20,13 +20,16 @@ from loopscope.checkpoints.jsons import read_json, write_json
 from loopscope.checkpoints.locate import CheckpointFiles, locate
 from loopscope.checkpoints.release import ReleaseFacts
 from loopscope.checkpoints.tokenizer import HubTokenizer, find_tokenizer
+from loopscope.checkpoints.weight_files import plain_weights
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.files import usual_mode
 from loopscope.models.core.tokens import Readout, Vocabulary, Words
+from loopscope.tasks.files import new_folder
 from loopscope.tasks.questions import Question
 from loopscope.tasks.smiles import BOS, SmilesVocabulary
 
+_WEIGHTS = "model.safetensors"
 FORMATS: tuple[Format, ...] = (OWN, RELEASED_FOLDER, WHOLE_PICKLE, PAPER)
 
 
@@ -61,10 +64,12 @@ def load(
     """
     located = Located(locate(source))
     files, card = located.files, located.card
-    given = Given(ReleaseFacts(n_heads, input_injection, n_loops), options)
+    given = Given(ReleaseFacts(n_heads, input_injection, n_loops), options, readout, vocab)
+    recorded = _recorded_readout(card, files)
     model, default = _format_of(located).open(located, given)
-    where = readout or card.get("readout") or default
-    model.read_at = Readout.parse(where) if where else None
+    model.read_at = Readout.parse(readout or default) if readout or default else None
+    if recorded is not None and not readout:
+        model.read_at = recorded
     model.vocab = _find_vocabulary(files, Path(vocab) if vocab else None, model.cfg)
     return model
 
@@ -86,7 +91,9 @@ def save(
         questions: The questions for test.json, which the analyses ask.
 
     Raises:
-        CheckpointError: The folder holds something already.
+        CheckpointError: The folder holds something already, or the weights are not those of a model
+            with this config, such as a copy with untied weights.
+        ValueError: The card or the graph holds a number that is not finite.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -94,33 +101,43 @@ def save(
             f"{folder} exists and is not empty; saving never overwrites, so choose another folder"
             " or remove it"
         )
-    made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        usual_mode(draft)
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-        }
-        save_file(tensors, draft / "model.safetensors")
-        usual_mode(draft / "model.safetensors")
-        write_json(draft / "config.json", model.cfg.to_dict())
-        readout = {"readout": str(model.read_at)} if model.read_at else {}
-        write_json(draft / "card.json", {**(card or {}), **readout})
-        if isinstance(model.vocab, HubTokenizer):
-            model.vocab.save(draft)
-        elif model.vocab:
-            write_json(draft / "vocab.json", list(model.vocab.words))
-        if graph is not None:
-            write_json(draft / "graph.json", graph)
-        if questions:
-            write_json(draft / "test.json", [question.to_item() for question in questions])
-        draft.replace(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if not folder.exists():
-            for parent in made:
-                parent.rmdir()
+    plain = unwrapped(model)
+    tensors = plain_weights(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()},
+        folder,
+    )
+    build_from(plain.cfg, tensors, None, folder)
+    readout = {"readout": str(plain.read_at)} if plain.read_at else {}
+    files: dict[str, Any] = {
+        "config.json": plain.cfg.to_dict(),
+        "card.json": {**(card or {}), **readout},
+        "graph.json": graph,
+        "test.json": [question.to_item() for question in questions] or None,
+    }
+    with new_folder(folder) as draft:
+        save_file(tensors, draft / _WEIGHTS)
+        usual_mode(draft / _WEIGHTS)
+        if isinstance(plain.vocab, HubTokenizer):
+            plain.vocab.save(draft)
+        elif plain.vocab:
+            files["vocab.json"] = list(plain.vocab.words)
+        for name, content in files.items():
+            if content is not None:
+                write_json(draft / name, content)
+
+
+def unwrapped(model: nn.Module) -> LoopedModel:
+    """The looped model inside wrappers such as torch.compile or data-parallel training.
+
+    Raises:
+        TypeError: No looped model.
+    """
+    inner: Any = model
+    while not isinstance(inner, LoopedModel) and isinstance(inner, nn.Module):
+        inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+    if not isinstance(inner, LoopedModel):
+        raise TypeError(f"a looped model can be saved, got {type(model).__name__}")
+    return inner
 
 
 def read_card(source: str | Path) -> dict[str, Any]:
@@ -142,6 +159,17 @@ def _format_of(located: Located) -> Format:
         f"{located.files.weights} is not a checkpoint: expected a .pt file, or a .safetensors file"
         " with config.json beside it"
     )
+
+
+def _recorded_readout(card: Mapping[str, Any], files: CheckpointFiles) -> Readout | None:
+    """Where the card says that answers are read; None where it does not say."""
+    where = card.get("readout")
+    if where is None:
+        return None
+    try:
+        return Readout.parse(where if isinstance(where, str) else shown(where))
+    except ValueError as error:
+        raise CheckpointError(f"{files.card}: {error}") from None
 
 
 def _find_vocabulary(files: CheckpointFiles, given: Path | None, cfg: LoopedConfig) -> Words | None:

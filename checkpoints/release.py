@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError, MissingFacts, config_errors, shown
 from loopscope.checkpoints.fill import drop_tied_head
 from loopscope.checkpoints.pickles import WHAT_IT_IS
+from loopscope.checkpoints.weight_files import plain_weights
 from loopscope.models.core.files import atomic_path
 from loopscope.models.families.recurrent_depth import (
     Positions,
@@ -28,7 +29,7 @@ from loopscope.models.families.recurrent_depth import (
 
 PAPER_D_MODEL, PAPER_HEADS = 768, 12
 _MASK_BUFFER = re.compile(r"blocks\.\d+\.attn\.(bias|masked_bias)")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.([0-9]{1,9})\.")
 _EDGE_KEYS = {
     "token_embedding.weight": "embedding",
     "position_embedding.weight": "W_pos",
@@ -88,14 +89,9 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(
             f"{path} holds no model: {WHAT_IT_IS}, but this file holds"
-            f" {sorted(map(str, content))[:6]}"
+            f" {shown(sorted(map(str, content)))}"
         )
-    tensors = {str(key).removeprefix("_orig_mod."): value for key, value in state.items()}
-    if len(tensors) < len(state):
-        raise CheckpointError(
-            f"{path} holds some keys both with and without the prefix '_orig_mod.'; it must be one"
-            " or the other"
-        )
+    tensors = plain_weights(state, path)
     drop_tied_head(
         tensors, "lm_head.weight", "token_embedding.weight", path, "this family's head is tied"
     )
@@ -131,15 +127,18 @@ def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = No
 
 
 def infer_config(
-    tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts
+    tensors: Mapping[str, Tensor], path: Path, facts: ReleaseFacts, unsaid: tuple[str, ...] = ()
 ) -> RecurrentDepthConfig:
     """The configuration that the shapes imply, completed by facts that are known beside the file.
 
     At the paper's size (d_model 768) the releases have 12 heads and no injection.
 
+    Args:
+        unsaid: Further arguments of `load` that nothing says, for the message.
+
     Raises:
-        CheckpointError: A tensor that the sizes depend on is missing, or heads or injection are not
-            known.
+        MissingFacts: Heads or injection are not known.
+        CheckpointError: A tensor that the sizes depend on is missing.
     """
     for key in ("token_embedding.weight", "blocks.0.mlp.c_fc.weight"):
         if key not in tensors or tensors[key].ndim != 2:
@@ -147,42 +146,62 @@ def infer_config(
                 f"{path} lacks the matrix {key!r}, so the model's sizes cannot be told"
             )
     d_vocab, d_model = tensors["token_embedding.weight"].shape
-    paper_size = d_model == PAPER_D_MODEL
-    n_heads = PAPER_HEADS if facts.n_heads is None and paper_size else facts.n_heads
-    if n_heads is None:
-        raise CheckpointError(
-            f"{path} does not say into how many heads its d_model={d_model} is split; pass n_heads="
+    n_heads, injection = facts.n_heads, facts.input_injection
+    if d_model == PAPER_D_MODEL:
+        n_heads = PAPER_HEADS if n_heads is None else n_heads
+        injection = bool(injection)
+    if n_heads is None or injection is None:
+        questions = {
+            "n_heads": (n_heads, f"into how many heads its d_model={d_model} is split"),
+            "input_injection": (
+                injection,
+                "whether the embedding is added again before each later iteration",
+            ),
+        }
+        needed = {name: what for name, (known, what) in questions.items() if known is None}
+        raise MissingFacts(path, needed, unsaid)
+    positions, n_ctx = _positions(tensors, d_model, path)
+    with config_errors(path):
+        return RecurrentDepthConfig(
+            n_layers=_number_of_blocks(tensors, path),
+            n_loops=facts.n_loops,
+            d_model=d_model,
+            n_heads=n_heads,
+            d_mlp=tensors["blocks.0.mlp.c_fc.weight"].shape[1],
+            d_vocab=d_vocab,
+            n_ctx=n_ctx,
+            positions=positions,
+            input_injection=injection,
         )
-    if facts.input_injection is None and not paper_size:
+
+
+def _number_of_blocks(tensors: Mapping[str, Tensor], path: Path) -> int:
+    """The number of blocks that the keys count, at most one per tensor."""
+    numbers = [int(found.group(1)) for found in map(_BLOCK.match, tensors) if found]
+    if max(numbers) >= len(tensors):
         raise CheckpointError(
-            f"{path} does not say whether the embedding is added again before each later iteration;"
-            " pass input_injection=True or input_injection=False"
+            f"{path} has keys of the block {max(numbers)}, but it holds only {len(tensors)} tensors"
         )
-    positions: Positions = "none"
-    if "position_embedding.weight" in tensors:
-        positions = "learned"
-    elif "pe" in tensors:
-        positions = "sinusoidal"
-    tables = [key for key in ("position_embedding.weight", "pe") if key in tensors]
+    return 1 + max(numbers)
+
+
+def _positions(
+    tensors: Mapping[str, Tensor], d_model: int, path: Path
+) -> tuple[Positions, int | None]:
+    """The kind of positions, and the number of rows of their table."""
+    kinds: dict[str, Positions] = {"position_embedding.weight": "learned", "pe": "sinusoidal"}
+    tables = [key for key in kinds if key in tensors]
     if len(tables) > 1:
         raise CheckpointError(
             f"{path} has both pe and position_embedding.weight, but positions are sinusoidal or"
             " learned"
         )
-    table = tensors[tables[0]] if tables else None
-    if table is not None and table.ndim != 2:
+    if not tables:
+        return "none", None
+    table = tensors[tables[0]]
+    if table.ndim != 2:
         raise CheckpointError(
             f"{path}: {tables[0]!r} must have the shape [n_positions, {d_model}], got"
             f" {list(table.shape)}"
         )
-    return RecurrentDepthConfig(
-        n_layers=1 + max(int(found.group(1)) for found in map(_BLOCK.match, tensors) if found),
-        n_loops=facts.n_loops,
-        d_model=d_model,
-        n_heads=n_heads,
-        d_mlp=tensors["blocks.0.mlp.c_fc.weight"].shape[1],
-        d_vocab=d_vocab,
-        n_ctx=None if table is None else table.shape[0],
-        positions=positions,
-        input_injection=bool(facts.input_injection),
-    )
+    return kinds[tables[0]], table.shape[0]

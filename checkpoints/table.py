@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.contents import Contents
+from loopscope.checkpoints.errors import CheckpointError, config_errors, shown
 from loopscope.checkpoints.fill import build_from, drop_tied_head
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
@@ -74,10 +75,10 @@ def recognize(release: Release, tables: tuple[Table, ...], path: Path) -> Table:
             " remove the fields that belong to the other one"
         )
     if not found:
-        kind = values.get("model_type", "none")
+        kind = shown(values.get("model_type", "none"))
         known = ", ".join(sorted({table.family for table in tables}))
         raise CheckpointError(
-            f"{path} names no family that can be loaded (its model_type is {kind!r}); those are"
+            f"{path} names no family that can be loaded (its model_type is {kind}); those are"
             f" {known}"
         )
     return found[0]
@@ -98,14 +99,11 @@ def load_by(
     """
     values, tensors = release
     path = weights.with_name("config.json")
-    fields, left = ConfigFields(values, path), dict(options)
-    try:
+    fields, left = ConfigFields(values, path, tensors), dict(options)
+    with config_errors(path):
         cfg = table.config(fields, tensors, left)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
     fields.done()
+    Contents.of(tensors).check_ours(path, cfg.to_dict())
     if left:
         raise CheckpointError(
             f"{weights}: a {table.family} release takes no {next(iter(left))}=, got"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.jsons import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,18 +71,41 @@ def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
     """
     if not any((folder / name).is_file() for name in _FILES):
         return None
+    _refuse_custom_code(folder)
     try:
         tokenizer = _read(folder)
-    except Exception as error:  # transformers raises many types on files that it cannot read
+        most = max(tokenizer.get_vocab().values(), default=-1)
+    except BaseException as error:  # transformers raises many types, and tokenizers' panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {str(error)[:200]})"
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {said})"
         ) from None
+    if most >= d_vocab >= len(tokenizer):
+        raise CheckpointError(
+            f"the tokenizer in {folder} has the id {most}, but the model has d_vocab={d_vocab}"
+        )
     if len(tokenizer) > d_vocab:
         raise CheckpointError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model has"
             f" d_vocab={d_vocab}"
         )
     return HubTokenizer(tokenizer, d_vocab)
+
+
+def _refuse_custom_code(folder: Path) -> None:
+    """Refuse a tokenizer that is a class of its own, unless its tokenizer.json can be read without
+    that class.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or (folder / "tokenizer.json").is_file():
+        return
+    if "auto_map" in read_object(path):
+        raise CheckpointError(
+            f"{path} names code of its own (auto_map), which is never run; put the tokenizer.json"
+            " of the tokenizer beside it, or take the file away to load without a tokenizer"
+        )
 
 
 def _read(folder: Path) -> PreTrainedTokenizerBase:
@@ -94,5 +118,7 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
         for name in (*_FILES, *_COMPANIONS):
             if (folder / name).is_file():
                 (Path(alone) / name).symlink_to((folder / name).resolve())
-        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(alone, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
+            alone, local_files_only=True, trust_remote_code=False
+        )
     return tokenizer

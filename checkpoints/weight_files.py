@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.jsons import read_object
+
+_COMPILED, _PARALLEL = "_orig_mod.", "module."
 
 
 def read_tensors(weights: Path) -> dict[str, Tensor]:
@@ -19,26 +24,77 @@ def read_tensors(weights: Path) -> dict[str, Tensor]:
         CheckpointError: A damaged or missing shard, or shards that do not hold what the index says.
     """
     if weights.suffix != ".json":
-        return _read_safetensors(weights)
-    where = read_object(weights).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise CheckpointError(f"{weights} must map each key to its shard under 'weight_map'")
+        return plain_weights(_read_safetensors(weights), weights)
+    where = _shard_names(weights)
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
-        shard = _read_safetensors(_shard(weights, str(name)))
+        shard = _read_safetensors(_shard(weights, name))
         tensors |= {key: value for key, value in shard.items() if where.get(key) == name}
     absent = sorted(set(where) - set(tensors))
     if absent:
         raise CheckpointError(
             f"{weights} promises {absent[0]!r} in {where[absent[0]]!r}, which does not hold it"
         )
-    return tensors
+    return plain_weights(tensors, weights)
+
+
+def plain_weights(tensors: Mapping[Any, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a file under the names that they have without wrappers such as torch.compile.
+
+    Args:
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: Names that are the same without their wrapper, a sparse tensor, one without
+            data, or one whose elements share memory.
+    """
+    parallel = all(str(key).startswith(_PARALLEL) for key in tensors)
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = str(key).removeprefix(_PARALLEL if parallel else "").replace(_COMPILED, "")
+        if name in found:
+            raise CheckpointError(
+                f"{path} holds some keys both with and without the prefix {_COMPILED!r}, first"
+                f" {shown(name)}; it must be one or the other"
+            )
+        _check_dense(name, tensor, path)
+        found[name] = tensor
+    return found
+
+
+def _check_dense(key: str, tensor: Tensor, path: Path) -> None:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"{path}: {shown(key)} must be a dense tensor with data, got one of the layout"
+            f" {tensor.layout} on the device {tensor.device.type!r}"
+        )
+    if tensor.is_quantized:
+        raise CheckpointError(f"{path}: {shown(key)} must not be quantized, got {tensor.dtype}")
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise CheckpointError(
+            f"{path}: {shown(key)} must have a stored number for each of its {tensor.numel()}"
+            " elements, but some share one"
+        )
+
+
+def _shard_names(index: Path) -> dict[str, str]:
+    """The shard of each key."""
+    where = read_object(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{index} must map each key to its shard under 'weight_map'")
+    for key, name in where.items():
+        if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) < 256:
+            raise CheckpointError(
+                f"{index}: weight_map.{key} must be the name of a file, got {shown(name)}"
+            )
+    return where
 
 
 def _shard(index: Path, name: str) -> Path:
     """The file of a shard, which must lie beside the index."""
     shard = index.parent / name
-    if shard.resolve().parent != index.parent.resolve() and not shard.is_symlink():
+    beside = "\0" not in name and shard.name == name
+    if not beside:
         raise CheckpointError(f"{index} names the shard {name!r}, which is not beside it")
     if not shard.is_file():
         raise CheckpointError(
@@ -50,5 +106,5 @@ def _shard(index: Path, name: str) -> Path:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from None

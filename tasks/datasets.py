@@ -28,6 +28,7 @@ from loopscope.tasks.facts import (
 )
 from loopscope.tasks.files import new_folder
 from loopscope.tasks.graphs import PermutationGraph, TableGraph, from_table, read_graph
+from loopscope.tasks.jsons import read_json
 from loopscope.tasks.multi_hop import MultiHopData
 from loopscope.tasks.questions import Question, read_questions
 from loopscope.tasks.text import to_facts, to_rows, write_items
@@ -180,9 +181,9 @@ def read_vocabulary(path: str | Path) -> tuple[int, int]:
         f" {' '.join(SPECIAL)}, in this order"
     )
     try:
-        content = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{rule}: {error!r}") from None
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{rule}: {error}") from None
     found = [str(word) for word in content] if isinstance(content, list) else []
     n_entities, n_relations = (
         sum(word.startswith(start) for word in found) for start in ("<e_", "<r_")

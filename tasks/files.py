@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -52,9 +52,14 @@ def refuse_unless_new(path: str | Path) -> None:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if not path.exists():
+            for parent in made:
+                with suppress(OSError):  # another process has put something there
+                    parent.rmdir()

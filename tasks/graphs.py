@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from loopscope.tasks.base import ABSENT, Graph, Rows
+from loopscope.tasks.jsons import read_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class PermutationGraph(Graph):
         Raises:
             ValueError: Not such a file.
         """
-        return cls(_rows(_read(path, ("permutations",))["permutations"], path))
+        rows = _rows(_read(path, ("permutations",))["permutations"], path)
+        with _named(path):
+            return cls(rows)
 
     @classmethod
     def random(
@@ -148,7 +152,9 @@ class TableGraph(Graph):
         ood = _rows(content.get("ood", []), path)
         if any(len(pair) != 2 for pair in ood):
             raise ValueError(f"{path} must list in 'ood' pairs of a head and a relation")
-        return cls(_rows(content["tails"], path), tuple((pair[0], pair[1]) for pair in ood))
+        tails = _rows(content["tails"], path)
+        with _named(path):
+            return cls(tails, tuple((pair[0], pair[1]) for pair in ood))
 
     @classmethod
     def random(cls, n_entities: int = 200, n_relations: int = 10, seed: int = 42) -> TableGraph:
@@ -229,9 +235,9 @@ def read_graph(path: str | Path) -> PermutationGraph | TableGraph:
 def _read(path: str | Path, keys: Sequence[str]) -> dict[str, Any]:
     rule = f"{path} must be JSON with {' or '.join(map(repr, keys))}, a list of lists of entities"
     try:
-        content = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{rule}: {error!r}") from None
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{rule}: {error}") from None
     if not isinstance(content, dict) or not any(key in content for key in keys):
         raise ValueError(f"{rule}, and it has none")
     return content
@@ -239,9 +245,18 @@ def _read(path: str | Path, keys: Sequence[str]) -> dict[str, Any]:
 
 def _rows(lists: Any, path: str | Path) -> Rows:
     try:
-        return tuple(tuple(map(int, row)) for row in lists)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} must hold lists of lists of whole numbers: {error!r}") from None
+        return tuple(tuple(map(operator.index, row)) for row in lists)
+    except TypeError as error:
+        raise ValueError(f"{path} must hold lists of lists of whole numbers: {error}") from None
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """A context in which the errors about a graph name its file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _tuples(table: Int64[np.ndarray, "relation entity"]) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from loopscope.tasks.jsons import read_json
 
 _RELATION = re.compile(r"<r_[^<>]*>")
 _LAST_TOKEN = re.compile(r".*(<[^<>]*>)", re.DOTALL)
@@ -38,7 +39,9 @@ class Question:
         """From `{"input_text": ..., "target_text": ...}`; the answer is the last token before
         `</a>`.
         """
-        text, target = str(item["input_text"]), str(item["target_text"])
+        text, target = item["input_text"], item["target_text"]
+        if not isinstance(text, str) or not isinstance(target, str):
+            raise ValueError(f"input_text and target_text must be text, got {text!r}, {target!r}")
         last = _LAST_TOKEN.match(target.partition("</a>")[0])
         if last is None:
             raise ValueError(f"a target must hold a token before </a>, got {target!r}")
@@ -62,18 +65,19 @@ def read_questions(path: str | Path, progress: bool = False) -> list[Question]:
     Raises:
         ValueError: Not a JSON list of items with input_text and target_text.
     """
+    rule = f"{path} must be a JSON list of items with 'input_text' and 'target_text'"
     try:
-        items = json.loads(Path(path).read_text())
+        items = read_json(path)
+        if not isinstance(items, list) or not items:
+            raise ValueError("got an empty list" if items == [] else f"got {type(items).__name__}")
         return [
             Question.from_item(item)
             for item in tqdm(
                 items, desc=f"reading {Path(path).name}", unit="fact", disable=not progress
             )
         ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} must be a JSON list of items with 'input_text' and 'target_text': {error!r}"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{rule}: {error}") from None
 
 
 def by_hops(questions: Sequence[Question]) -> dict[int, list[Question]]:

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from loopscope.checkpoints.contents import Contents
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.jsons import read_object
 from loopscope.checkpoints.locate import CheckpointFiles
@@ -53,11 +55,14 @@ class Given:
 
     Attributes:
         facts: n_heads, input_injection and n_loops; None where the caller says nothing.
-        options: All others, by name.
+        options: The options of a family, by name.
+        readout, vocab: As in `load`.
     """
 
     facts: ReleaseFacts
     options: Mapping[str, Any]
+    readout: str | None = None
+    vocab: str | Path | None = None
 
     def refuse_options(self, located: Located) -> None:
         """Refuse every option, in the name of a format that takes none."""
@@ -83,5 +88,12 @@ class Format:
 
 
 def with_loops(cfg: LoopedConfig, n_loops: int | None) -> LoopedConfig:
-    """The config with the number of iterations that the caller gave, if any."""
-    return cfg if n_loops is None else dataclasses.replace(cfg, n_loops=n_loops)
+    """The config with the number of iterations that the caller gave, if any.
+
+    Raises:
+        ValueError: A number that no model runs.
+    """
+    if n_loops is None:
+        return cfg
+    Contents(0, 0).check(Path("load"), "n_loops", n_loops, "iterations")
+    return dataclasses.replace(cfg, n_loops=n_loops)

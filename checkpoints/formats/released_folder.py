@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.formats.base import Format, Given, Located, with_loops
 from loopscope.checkpoints.pickles import read_pickle
 from loopscope.checkpoints.table import Release, load_by, recognize
 from loopscope.checkpoints.tables import TABLES
-from loopscope.checkpoints.weight_files import read_tensors
+from loopscope.checkpoints.weight_files import plain_weights, read_tensors
 from loopscope.models.core.base import LoopedModel
 
 
@@ -40,12 +40,11 @@ def _release(located: Located) -> Release:
     if weights.suffix in (".safetensors", ".json"):
         return values, read_tensors(weights)
     content = read_pickle(weights)
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors or len(tensors) < len(content):
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(
-            f"{weights} must hold tensors by name, got {sorted(map(str, content))[:6]}"
+            f"{weights} must hold tensors by name, got {shown(sorted(map(str, content)))}"
         )
-    return values, tensors
+    return values, plain_weights(content, weights)
 
 
 RELEASED_FOLDER = Format(

@@ -6,6 +6,7 @@ from loopscope.checkpoints.formats.base import Format, Located
 from loopscope.checkpoints.formats.released_folder import family_of, open_release
 from loopscope.checkpoints.table import Release
 from loopscope.checkpoints.tables import TABLES
+from loopscope.checkpoints.weight_files import plain_weights
 
 
 def unpacked(located: Located) -> Release | None:
@@ -13,8 +14,11 @@ def unpacked(located: Located) -> Release | None:
     content = located.pickle
     if content is None:
         return None
-    releases = (table.unpack(content) for table in TABLES)
-    return next((release for release in releases if release is not None), None)
+    for table in TABLES:
+        release = table.unpack(content)
+        if release is not None:
+            return release[0], plain_weights(release[1], located.files.weights)
+    return None
 
 
 def _release(located: Located) -> Release:

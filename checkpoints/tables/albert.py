@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fill import same_values
 from loopscope.checkpoints.table import Table
 from loopscope.models.families.albert import AlbertConfig
 
@@ -69,19 +69,22 @@ def _config(
     fields.only("pruned_heads", {}, None)
     fields.unused(*_UNUSED)
     _check_bias(fields, tensors)
-    n_loops, n_groups = fields.integer("num_hidden_layers"), fields.integer("num_hidden_groups", 1)
+    n_loops, n_groups = (
+        fields.iterations("num_hidden_layers"),
+        fields.layers("num_hidden_groups", 1),
+    )
     return AlbertConfig(
-        n_layers=fields.integer("inner_group_num", 1),
+        n_layers=fields.layers("inner_group_num", 1),
         n_loops=n_loops,
         n_groups=n_groups,
         n_grouped_loops=n_loops if n_groups != 1 else None,
-        d_model=fields.integer("hidden_size"),
-        d_factor=fields.integer("embedding_size"),
-        n_heads=fields.integer("num_attention_heads"),
-        d_mlp=fields.integer("intermediate_size"),
-        d_vocab=fields.integer("vocab_size"),
-        n_ctx=fields.integer("max_position_embeddings"),
-        n_token_types=fields.integer("type_vocab_size", 2),
+        d_model=fields.width("hidden_size"),
+        d_factor=fields.width("embedding_size"),
+        n_heads=fields.width("num_attention_heads"),
+        d_mlp=fields.width("intermediate_size"),
+        d_vocab=fields.width("vocab_size"),
+        n_ctx=fields.positions("max_position_embeddings"),
+        n_token_types=fields.width("type_vocab_size", 2),
         eps=fields.number("layer_norm_eps", 1e-12),
         act_fn=fields.text("hidden_act", "gelu_new"),
     )
@@ -89,13 +92,12 @@ def _config(
 
 def _check_bias(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> None:
     """The head's bias may be stored under two names, and is one tensor."""
-    if _BIAS in tensors and _BIAS_AGAIN in tensors:
-        one, other = tensors[_BIAS].nan_to_num(), tensors[_BIAS_AGAIN].nan_to_num()
-        if not torch.equal(one, other):
-            raise CheckpointError(
-                f"{fields.path.parent}: {_BIAS_AGAIN} differs from {_BIAS}, but they are one bias"
-                " in this family"
-            )
+    one, again = tensors.get(_BIAS), tensors.get(_BIAS_AGAIN)
+    if one is not None and again is not None and not same_values(one, again):
+        raise CheckpointError(
+            f"{fields.path.parent}: {_BIAS_AGAIN} differs from {_BIAS}, but they are one bias in"
+            " this family"
+        )
 
 
 def _names(cfg: AlbertConfig) -> dict[str, str]:

@@ -42,7 +42,7 @@ _ROTARY = (
 def _config(
     fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
 ) -> HrmTextConfig:
-    n_heads = fields.integer("num_attention_heads")
+    n_heads = fields.width("num_attention_heads")
     fields.only(
         "num_key_value_heads", n_heads, None, why="every head has keys and values of its own"
     )
@@ -51,14 +51,14 @@ def _config(
     theta, scaling = _rotary(fields)
     return HrmTextConfig(
         n_layers=_layers_per_stack(fields, tensors),
-        n_loops=fields.integer("H_cycles"),
-        n_low_loops=fields.integer("L_cycles"),
-        d_model=fields.integer("hidden_size"),
+        n_loops=fields.iterations("H_cycles"),
+        n_low_loops=fields.iterations("L_cycles"),
+        d_model=fields.width("hidden_size"),
         n_heads=n_heads,
-        head_dim=fields.integer("head_dim", 128),
-        d_mlp=fields.integer("intermediate_size"),
-        d_vocab=fields.integer("vocab_size"),
-        n_ctx=fields.integer("max_position_embeddings"),
+        head_dim=fields.width("head_dim", 128),
+        d_mlp=fields.width("intermediate_size"),
+        d_vocab=fields.width("vocab_size"),
+        n_ctx=fields.positions("max_position_embeddings"),
         eps=fields.number("rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -77,11 +77,11 @@ def _layers_per_stack(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> in
     """The blocks of one stack. Without `num_layers_per_stack`, `num_hidden_layers` counts one stack
     or both, and the stored keys decide.
     """
-    per_stack: int | None = fields.integer("num_layers_per_stack", None)
+    per_stack: int | None = fields.layers("num_layers_per_stack", None)
     if per_stack is not None:
         fields.unused("num_hidden_layers")  # then that of cache slots: blocks of a stack times runs
         return per_stack
-    counted: int = fields.integer("num_hidden_layers")
+    counted: int = fields.layers("num_hidden_layers")
     stored = len({key.split(".")[3] for key in tensors if key.startswith("model.L_module.layers.")})
     return stored if counted == 2 * stored else counted
 

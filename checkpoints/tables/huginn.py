@@ -64,14 +64,14 @@ def sizes(fields: ConfigFields) -> dict[str, Any]:
     tied = fields.boolean("tie_embeddings", True)
     fields.only("tie_word_embeddings", tied)
     return {
-        "n_layers": fields.integer("n_layers_in_recurrent_block"),
-        "n_prelude_layers": fields.integer("n_layers_in_prelude"),
-        "n_coda_layers": fields.integer("n_layers_in_coda"),
-        "n_loops": fields.integer("mean_recurrence"),
-        "d_model": fields.integer("n_embd"),
-        "n_heads": fields.integer("n_heads"),
-        "d_mlp": fields.integer("intermediate_size"),
-        "d_vocab": fields.integer("padded_vocab_size", None) or fields.integer("vocab_size"),
+        "n_layers": fields.layers("n_layers_in_recurrent_block"),
+        "n_prelude_layers": fields.layers("n_layers_in_prelude"),
+        "n_coda_layers": fields.layers("n_layers_in_coda"),
+        "n_loops": fields.iterations("mean_recurrence"),
+        "d_model": fields.width("n_embd"),
+        "n_heads": fields.width("n_heads"),
+        "d_mlp": fields.width("intermediate_size"),
+        "d_vocab": fields.width("padded_vocab_size", None) or fields.width("vocab_size"),
         "eps": fields.number("norm_eps"),
         "adapter_bias": fields.boolean("bias", False),
         "tied": tied,
@@ -127,7 +127,7 @@ def _config(
     fields.unused("max_position_embeddings")
     return HuginnConfig(
         **common,
-        n_ctx=fields.integer("block_size"),
+        n_ctx=fields.positions("block_size"),
         rope_theta=fields.number("rope_base"),
         qk_bias=fields.boolean("qk_bias", True),
         state_std=initial_value(fields, "std"),

@@ -40,15 +40,15 @@ def _config(
         "rope_parameters", None, again, why="the released code reads rope_theta and rope_scaling"
     )
     return NanbeigeConfig(
-        n_layers=fields.integer("num_hidden_layers"),
-        n_loops=fields.integer("num_loops", 1),
-        d_model=fields.integer("hidden_size"),
-        n_heads=fields.integer("num_attention_heads"),
-        n_key_value_heads=fields.integer("num_key_value_heads", None),
-        head_dim=fields.integer("head_dim", None),
-        d_mlp=fields.integer("intermediate_size"),
-        d_vocab=fields.integer("vocab_size"),
-        n_ctx=fields.integer("max_position_embeddings", 2048),
+        n_layers=fields.layers("num_hidden_layers"),
+        n_loops=fields.iterations("num_loops", 1),
+        d_model=fields.width("hidden_size"),
+        n_heads=fields.width("num_attention_heads"),
+        n_key_value_heads=fields.width("num_key_value_heads", None),
+        head_dim=fields.width("head_dim", None),
+        d_mlp=fields.width("intermediate_size"),
+        d_vocab=fields.width("vocab_size"),
+        n_ctx=fields.positions("max_position_embeddings", 2048),
         eps=fields.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -58,7 +58,7 @@ def _config(
         attention_bias=fields.boolean("attention_bias", False),
         mlp_bias=fields.boolean("mlp_bias", False),
         n_streams=_streams(fields),
-        sinkhorn_iterations=fields.integer("mhc_sinkhorn_iterations", 20),
+        sinkhorn_iterations=fields.iterations("mhc_sinkhorn_iterations", 20),
     )
 
 
@@ -73,7 +73,7 @@ def _streams(fields: ConfigFields) -> int | None:
             f"{fields.path}: enable_mhc must be {connected} where enable_hyper_connection is, got"
             f" {constrained}; only constrained hyper-connections are computed here"
         )
-    n_streams: int = fields.integer("num_residual_streams", 4)
+    n_streams: int = fields.layers("num_residual_streams", 4)
     return n_streams if connected else None
 
 

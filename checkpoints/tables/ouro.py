@@ -23,27 +23,27 @@ _NORMS = {
 def _config(
     fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
 ) -> OuroConfig:
-    n_layers = fields.integer("num_hidden_layers")
+    n_layers = fields.layers("num_hidden_layers")
     fields.only("hidden_act", "silu")
     fields.only("use_sliding_window", False)
     fields.only("layer_types", None, ["full_attention"] * n_layers)
     fields.unused("sliding_window", "max_window_layers", "chunk_size")
     return OuroConfig(
         n_layers=n_layers,
-        n_loops=fields.integer("total_ut_steps"),
-        d_model=fields.integer("hidden_size"),
-        n_heads=fields.integer("num_attention_heads"),
-        n_key_value_heads=fields.integer("num_key_value_heads", None),
-        head_dim=fields.integer("head_dim", None),
-        d_mlp=fields.integer("intermediate_size"),
-        d_vocab=fields.integer("vocab_size"),
-        n_ctx=fields.integer("max_position_embeddings"),
+        n_loops=fields.iterations("total_ut_steps"),
+        d_model=fields.width("hidden_size"),
+        n_heads=fields.width("num_attention_heads"),
+        n_key_value_heads=fields.width("num_key_value_heads", None),
+        head_dim=fields.width("head_dim", None),
+        d_mlp=fields.width("intermediate_size"),
+        d_vocab=fields.width("vocab_size"),
+        n_ctx=fields.positions("max_position_embeddings"),
         eps=fields.number("rms_norm_eps"),
         rope_theta=fields.number("rope_theta"),
         rope_scaling=fields.mapping("rope_scaling", None),
         tied=fields.boolean("tie_word_embeddings", False),
         exit_threshold=fields.number("early_exit_threshold", 1.0),
-        exit_step=fields.integer("early_exit_step", None),
+        exit_step=fields.iterations("early_exit_step", None),
     )
 
 

@@ -83,7 +83,7 @@ def _config(
     theta, condensed = _rotary(fields)
     return ParcaeConfig(
         **sizes,
-        n_ctx=fields.integer("block_size"),
+        n_ctx=fields.positions("block_size"),
         d_vocab=_padded_vocabulary(fields),
         eps=fields.number("norm_eps"),
         rope_theta=theta,
@@ -126,15 +126,15 @@ def _check_kinds(fields: ConfigFields, tied: bool) -> None:
 
 def _padded_vocabulary(fields: ConfigFields) -> int:
     """Rows of the embedding: as given, or the vocabulary filled up to a multiple."""
-    padded: int | None = fields.integer("padded_vocab_size", None)
-    words, multiple = fields.integer("vocab_size"), fields.integer("padding_multiple", 512)
+    padded: int | None = fields.width("padded_vocab_size", None)
+    words, multiple = fields.width("vocab_size"), fields.width("padding_multiple", 512)
     return -(-words // multiple) * multiple if padded is None else padded
 
 
 def _sizes(fields: ConfigFields) -> dict[str, Any]:
-    d_model, n_heads = fields.integer("n_embd"), fields.integer("num_attention_heads")
-    d_mlp_outside = fields.integer("intermediate_size", None)
-    fields.integer("recurrent_embedding_dimension")
+    d_model, n_heads = fields.width("n_embd"), fields.width("num_attention_heads")
+    d_mlp_outside = fields.width("intermediate_size", None)
+    fields.width("recurrent_embedding_dimension")
     fields.only(
         "recurrent_embedding_dimension",
         d_model,
@@ -147,14 +147,14 @@ def _sizes(fields: ConfigFields) -> dict[str, Any]:
         why="the core shares the rotary table of the prelude and the coda",
     )
     return {
-        "n_layers": fields.integer("n_layers_in_recurrent_block"),
-        "n_prelude_layers": fields.integer("n_layers_in_prelude"),
-        "n_coda_layers": fields.integer("n_layers_in_coda"),
-        "n_loops": fields.integer("mean_recurrence"),
+        "n_layers": fields.layers("n_layers_in_recurrent_block"),
+        "n_prelude_layers": fields.layers("n_layers_in_prelude"),
+        "n_coda_layers": fields.layers("n_layers_in_coda"),
+        "n_loops": fields.iterations("mean_recurrence"),
         "d_model": d_model,
         "n_heads": n_heads,
-        "n_key_value_heads": fields.integer("num_key_value_heads", None),
-        "d_mlp": fields.integer("recurrent_intermediation_embedding_dimension"),
+        "n_key_value_heads": fields.width("num_key_value_heads", None),
+        "d_mlp": fields.width("recurrent_intermediation_embedding_dimension"),
         "d_mlp_outside": 4 * d_model if d_mlp_outside is None else d_mlp_outside,
     }
 
@@ -174,7 +174,7 @@ def _value_places(
     )
     places = range(n_prelude + n_core + n_coda)
     tables = tuple(place for place in places if (len(places) - 1 - place) % 2 == 0)
-    last = n_core * fields.integer("mean_backprop_depth") - 1
+    last = n_core * fields.iterations("mean_backprop_depth") - 1
     counted = [
         place if place < n_prelude + n_core else place + n_core * (sizes["n_loops"] - 1)
         for place in places

@@ -44,8 +44,8 @@ def _shared(fields: ConfigFields) -> dict[str, Any]:
     fields.unused("rope_base", "block_size")
     return {
         **common,
-        "n_key_value_heads": fields.integer("num_key_value_heads", None),
-        "n_ctx": fields.integer("max_position_embeddings", None),
+        "n_key_value_heads": fields.width("num_key_value_heads", None),
+        "n_ctx": fields.positions("max_position_embeddings", None),
         "rope_theta": fields.number("rope_theta"),
         "rope_scaling": fields.mapping("rope_scaling", None),
         "state_std": initial_value(fields, "std"),
@@ -64,7 +64,7 @@ def _llama(
 def _olmo(
     fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
 ) -> RetrofitOlmoConfig:
-    return RetrofitOlmoConfig(**_shared(fields), head_dim=fields.integer("head_dim", None))
+    return RetrofitOlmoConfig(**_shared(fields), head_dim=fields.width("head_dim", None))
 
 
 def _llama_names(cfg: RetrofitConfig) -> dict[str, str]:

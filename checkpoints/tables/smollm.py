@@ -44,14 +44,14 @@ def _config(
         fields.boolean(switch)  # where the released code is told nothing it takes false
         fields.only(switch, True, why=why)
     fields.unused("pad_id")  # the loss leaves it out
-    d_model = fields.integer("n_embd")
+    d_model = fields.width("n_embd")
     return SMolLMConfig(
-        n_loops=fields.integer("n_layer"),
+        n_loops=fields.iterations("n_layer"),
         d_model=d_model,
-        n_heads=fields.integer("n_head"),
+        n_heads=fields.width("n_head"),
         d_mlp=int(2 * fields.number("ffn_mult") * d_model / 3),
-        d_vocab=fields.integer("vocab_size"),
-        n_ctx=fields.integer("block_size"),
+        d_vocab=fields.width("vocab_size"),
+        n_ctx=fields.positions("block_size"),
         dropout=fields.number("dropout", 0.1),
     )
 

@@ -77,17 +77,17 @@ def _rotary(fields: ConfigFields) -> tuple[float, dict[str, Any] | None]:
 
 def _shared(fields: ConfigFields, options: dict[str, Any]) -> dict[str, Any]:
     """The fields that Llama and Qwen3 configs share."""
-    n_layers = fields.integer("num_hidden_layers")
+    n_layers = fields.layers("num_hidden_layers")
     fields.only("hidden_act", "silu")
     theta, scaling = _rotary(fields)
     return {
         **_looping(options, n_layers),
         "n_layers": n_layers,
-        "d_model": fields.integer("hidden_size"),
-        "n_heads": fields.integer("num_attention_heads"),
-        "d_mlp": fields.integer("intermediate_size"),
-        "d_vocab": fields.integer("vocab_size"),
-        "n_ctx": fields.integer("max_position_embeddings"),
+        "d_model": fields.width("hidden_size"),
+        "n_heads": fields.width("num_attention_heads"),
+        "d_mlp": fields.width("intermediate_size"),
+        "d_vocab": fields.width("vocab_size"),
+        "n_ctx": fields.positions("max_position_embeddings"),
         "eps": fields.number("rms_norm_eps"),
         "rope_theta": theta,
         "rope_scaling": scaling,
@@ -102,8 +102,8 @@ def _llama(
     fields.unused("pretraining_tp")  # in how many slices the same products were computed
     return TrainingFreeConfig(
         **_shared(fields, options),
-        n_key_value_heads=fields.integer("num_key_value_heads", None),
-        head_dim=fields.integer("head_dim", None),
+        n_key_value_heads=fields.width("num_key_value_heads", None),
+        head_dim=fields.width("head_dim", None),
         mlp_bias=fields.boolean("mlp_bias", False),
     )
 
@@ -111,7 +111,7 @@ def _llama(
 def _qwen3(
     fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
 ) -> TrainingFreeConfig:
-    n_layers = fields.integer("num_hidden_layers")
+    n_layers = fields.layers("num_hidden_layers")
     fields.only("use_sliding_window", False, why="sliding windows are not computed here")
     fields.only(
         "layer_types",
@@ -122,8 +122,8 @@ def _qwen3(
     fields.unused("sliding_window", "max_window_layers")
     return TrainingFreeConfig(
         **_shared(fields, options),
-        n_key_value_heads=fields.integer("num_key_value_heads"),
-        head_dim=fields.integer("head_dim"),
+        n_key_value_heads=fields.width("num_key_value_heads"),
+        head_dim=fields.width("head_dim"),
         qk_norm=True,
     )
 
@@ -142,7 +142,7 @@ def _bias(weight: str) -> str:
 def _gpt2(
     fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
 ) -> TrainingFreeGPT2Config:
-    n_layers, d_model = fields.integer("n_layer"), fields.integer("n_embd")
+    n_layers, d_model = fields.layers("n_layer"), fields.width("n_embd")
     fields.only("activation_function", "gelu_new", "gelu_pytorch_tanh")  # two names of one function
     fields.only("scale_attn_weights", True)
     fields.only("scale_attn_by_inverse_layer_idx", False)
@@ -169,10 +169,10 @@ def _gpt2(
         **_looping(options, n_layers),
         n_layers=n_layers,
         d_model=d_model,
-        n_heads=fields.integer("n_head"),
-        d_mlp=fields.integer("n_inner", 4 * d_model),
-        d_vocab=fields.integer("vocab_size"),
-        n_ctx=fields.integer("n_positions"),
+        n_heads=fields.width("n_head"),
+        d_mlp=fields.width("n_inner", 4 * d_model),
+        d_vocab=fields.width("vocab_size"),
+        n_ctx=fields.positions("n_positions"),
         eps=fields.number("layer_norm_epsilon", 1e-5),
     )
 

@@ -84,9 +84,10 @@ def test_questions_are_read_in_the_files_order(file: Path) -> None:
         assert [question.text for question in read_questions(path)] == texts
 
 
-def test_an_empty_file_of_questions_has_none(file: Path) -> None:
+def test_an_empty_file_of_questions_is_refused(file: Path) -> None:
     file.write_text("[]")
-    assert read_questions(file) == []
+    with pytest.raises(ValueError, match=r"test\.json must be a JSON list .*: got an empty list"):
+        read_questions(file)
 
 
 @pytest.mark.parametrize(
