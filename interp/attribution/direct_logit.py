@@ -15,7 +15,13 @@ from torch import Tensor
 
 from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.frozen_norm import frozen_norm, watching
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    checked_batch_size,
+    in_chunks,
+)
 from loopscope.interp.common.metrics import Answers, one_per_row
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
@@ -107,7 +113,7 @@ def direct_logit_attribution(
     require_additive(model, "direct_logit_attribution")
     batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
     sides = {"answers": answers} | ({} if against is None else {"against": against})
-    d_vocab, device = model.cfg.d_vocab, batch.tokens.device
+    d_vocab, device, size = model.cfg.d_vocab, batch.tokens.device, checked_batch_size(batch_size)
     tokens = torch.stack(
         [one_per_row(what, side, len(batch), d_vocab, device) for what, side in sides.items()],
         dim=1,
@@ -115,9 +121,7 @@ def direct_logit_attribution(
     W_U, b_U = widened(model.W_U), widened(model.b_U)
     signs = torch.tensor([1.0, -1.0], dtype=W_U.dtype, device=model.device)[: tokens.shape[1]]
     pieces = []
-    for part, chosen in zip(
-        in_chunks(batch, batch_size, "logits"), tokens.split(batch_size), strict=True
-    ):
+    for part, chosen in zip(in_chunks(batch, size, "logits"), tokens.split(size), strict=True):
         terms, resid, logits = _run(model, part, n_loops, heads)
         linear, offset = _through_final_norm(model, torch.stack(list(terms.values())), resid)
         direction = einsum(W_U.T[chosen], signs, "batch token d_model, token -> batch d_model")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from loopscope.interp.common.cells import Cell
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import is_hooked
 from loopscope.models.core.tokens import Batch
+
+_PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device)
+_PLAIN += (type(None), types.EllipsisType)
 
 
 def fingerprint(
@@ -31,97 +35,95 @@ def fingerprint(
     Raises:
         ValueError: An option or a hook holds an object that cannot be told from others.
     """
-    found = _Hash()
-    found.add((repr(model.cfg), repr(tuple(cells)), options))
-    for batch in batches:
-        found.add((batch.tokens, batch.mask, batch.readout, dict(batch.options)))
-    for name, point in model.hook_dict.items():
-        hooks = [*point._forward_hooks.values(), *point._forward_pre_hooks.values()]
-        if hooks:
-            found.add((name, hooks))
-    found.add(list(model.state_dict().values()))
-    return found.digest.hexdigest()
+    inputs = [(batch.tokens, batch.mask, batch.readout, dict(batch.options)) for batch in batches]
+    hooks = {
+        name: [*point._forward_hooks.values(), *point._forward_pre_hooks.values()]
+        for name, point in model.hook_dict.items()
+        if is_hooked(point)
+    }
+    weights = list(model.state_dict().values())
+    return described((repr(model.cfg), repr(tuple(cells)), options, inputs, hooks, weights))
 
 
-class _Hash:
-    """A hash that takes in values of many kinds, each object once."""
+def described(value: object) -> str:
+    """A hash of a value and of all that it holds; equal values have equal hashes, also in another
+    process.
+
+    Raises:
+        ValueError: It holds an object that cannot be told from others.
+    """
+    return _Hashes().of(value).hex()
+
+
+class _Hashes:
+    """The hashes of values of many kinds, each object's worked out once."""
 
     def __init__(self) -> None:
-        self.digest = hashlib.sha256()
-        self._seen: dict[int, object] = {}
+        self._known: dict[int, tuple[object, bytes]] = {}
 
-    def add(self, value: object) -> None:
-        """Take in a value and all that it holds."""
-        if isinstance(value, (type(None), bool, int, float, complex, str, bytes)):
-            self._text(type(value).__name__, repr(value))
-            return
-        if id(value) in self._seen:
-            self._text("again", str(list(self._seen).index(id(value))))
-            return
-        self._seen[id(value)] = value  # kept, so that no other object takes its id
-        self._text("type", f"{type(value).__module__}.{type(value).__qualname__}")
-        self._object(value)
+    def of(self, value: object) -> bytes:
+        """The hash of a value."""
+        if id(value) not in self._known:
+            # kept with the object, so that no other takes its id; an object inside itself is not
+            # followed again
+            self._known[id(value)] = value, b"inside itself"
+            whole = hashlib.sha256(f"{type(value).__module__}.{type(value).__qualname__}".encode())
+            for part in self._parts(value):
+                whole.update(part)
+            self._known[id(value)] = value, whole.digest()
+        return self._known[id(value)][1]
 
-    def _text(self, *words: str) -> None:
-        self.digest.update(repr(words).encode())
-
-    def _object(self, value: Any) -> None:
-        if isinstance(value, Tensor):
+    def _parts(self, value: Any) -> Iterator[bytes]:
+        if isinstance(value, _PLAIN):
+            yield repr(value).encode()
+        elif isinstance(value, Tensor):
             whole = value.detach().cpu().contiguous()
-            self._text(str(whole.dtype), str(list(whole.shape)))
-            self.digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, nn.Module):
-            self.add(list(value.state_dict().values()))
-        elif isinstance(value, types.FunctionType):
-            self._function(value)
+            yield repr((whole.dtype, tuple(whole.shape))).encode()
+            yield whole.reshape(-1).view(torch.uint8).numpy().tobytes()
         elif isinstance(value, Mapping):
-            self.add([(key, item) for key, item in value.items()])
+            yield from (self.of(pair) for pair in value.items())
         elif isinstance(value, Set):
-            self._text(*sorted(map(repr, value)))
+            yield from sorted(map(self.of, value))
         elif isinstance(value, Sequence):
-            for item in value:
-                self.add(item)
+            yield from map(self.of, value)
         else:
-            self._other(value)
+            yield from map(self.of, self._held(value))
 
-    def _other(self, value: Any) -> None:
+    def _held(self, value: Any) -> Iterable[object]:
+        """The values that an object consists of."""
+        if isinstance(value, types.FunctionType):
+            return self._of_function(value)
+        if isinstance(value, types.CodeType):
+            return value.co_name, value.co_code, value.co_names, value.co_consts
         if isinstance(value, functools.partial):
-            self.add((value.func, value.args, value.keywords))
-        elif isinstance(value, types.MethodType):
-            self.add((value.__func__, value.__self__))
-        elif isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
-            self._text(str(getattr(value, "__qualname__", value.__name__)))
-        elif isinstance(value, (torch.dtype, torch.device)):
-            self._text(str(value))
-        elif hasattr(value, "__dict__"):
-            self.add(vars(value))
-        elif hasattr(value, "__array__"):
-            self.add(torch.as_tensor(value))
-        else:
-            raise ValueError(
-                "save_to= needs metrics and hooks that can be told from others, but a"
-                f" {type(value).__name__} that one of them holds cannot; leave save_to out"
-            )
+            return value.func, value.args, value.keywords
+        if isinstance(value, types.MethodType):
+            return value.__func__, value.__self__
+        if callable(value) and hasattr(value, "__qualname__"):  # of a library, or a class
+            return getattr(value, "__module__", ""), value.__qualname__
+        if isinstance(value, types.ModuleType):
+            return (value.__name__,)
+        if isinstance(value, nn.Module):
+            return list(value.state_dict().values())
+        if hasattr(value, "__array__"):
+            return (torch.as_tensor(value),)
+        if hasattr(value, "__dict__"):
+            return (vars(value),)
+        raise ValueError(
+            "save_to= needs metrics and hooks that can be told from others, but a"
+            f" {type(value).__name__} that one of them holds cannot; leave save_to out"
+        )
 
-    def _function(self, function: types.FunctionType) -> None:
-        """A function by its code, and by the values that the code finds around it."""
-        self._code(function.__code__)
-        self.add((function.__defaults__, function.__kwdefaults__))
-        self.add([cell.cell_contents for cell in function.__closure__ or ()])
+    def _of_function(self, function: types.FunctionType) -> Iterator[object]:
+        """A function's code, and the values that the code finds around it."""
+        yield function.__code__
+        yield function.__defaults__, function.__kwdefaults__
+        yield [cell.cell_contents for cell in function.__closure__ or ()]
         for name in sorted(_global_names(function.__code__)):
             value = function.__globals__.get(name)
             if isinstance(value, types.FunctionType) and value.__module__ != function.__module__:
-                self._code(value.__code__)  # a library's: its own globals are no part of this
-            elif not isinstance(value, types.ModuleType):
-                self.add(value)
-
-    def _code(self, code: types.CodeType) -> None:
-        self._text(code.co_name, repr(code.co_code), *code.co_names)
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                self._code(constant)
-            else:
-                self._text(repr(constant))
+                value = value.__code__  # a library's, whose own globals are no part of this
+            yield value
 
 
 def _global_names(code: types.CodeType) -> set[str]:

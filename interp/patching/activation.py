@@ -97,6 +97,8 @@ def activation_patch(
             partial results of another sweep.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    if not memory_gb > 0:
+        raise ValueError(f"memory_gb must be a size in GiB above 0, got {memory_gb}")
     pair = Pair.of(model, clean, corrupted, readout)
     base, source = base_and_source(direction, pair.clean, pair.corrupted)
     selection = Selection(

@@ -123,7 +123,7 @@ class Sweep:
             )
         self._require_scale()
         drawn = _drawn(self.values.shape[1], resamples, seed).to(self.values)
-        edges = torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(self.values)
+        edges = self.values.new_tensor([(1 - level) / 2, (1 + level) / 2])
         effect, whole = self.values - self.corrupted, self.clean - self.corrupted
         shown = self._present().to(self.values)
         found = []

@@ -4,16 +4,26 @@ partial results, both engines.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from loopscope.interp.attribution.direct_logit import direct_logit_attribution
+from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.cells import Cell
+from loopscope.interp.common.fingerprint import fingerprint
+from loopscope.interp.common.inputs import Metric
+from loopscope.interp.common.metrics import logit_diff, logit_margin
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.packed import packable
+from loopscope.interp.patching.paths import Receiver, path_patch_sweep
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.interp.patching.unfinished import Unfinished
 from loopscope.models.core.base import LoopedModel
@@ -23,9 +33,11 @@ from toy import (
     LAYERS,
     LOOPS,
     POS,
+    Bidirectional,
     assert_close,
     cached,
     full,
+    odd_one,
     padded,
     projection,
     put,
@@ -186,6 +198,117 @@ def test_bootstrap_intervals_hold_the_mean_and_are_those_of_the_seed() -> None:
         sweep.bootstrap(level=1.0)
 
 
+def test_resamples_are_means_over_drawn_examples() -> None:
+    count, generator = 2000, torch.Generator().manual_seed(4)
+    values, clean, corrupted = torch.randn(
+        (3, count), generator=generator, dtype=torch.float64
+    ) + torch.tensor([[1.0], [5.0], [0.0]], dtype=torch.float64)
+    sweep = Sweep(by_hand().cells[:1], values[None], clean, corrupted, "margin", "denoise")
+    draws = torch.randint(count, (1000, count), generator=torch.Generator().manual_seed(3))
+    effects = (values - corrupted)[draws].mean(1) / (clean - corrupted)[draws].mean(1)
+    low, high = sweep.bootstrap(level=0.9, seed=3)
+    edges = torch.tensor([0.05, 0.95], dtype=torch.float64)
+    assert_close(torch.stack([low[0], high[0]]), effects.quantile(edges))
+
+
+def test_one_example_has_no_interval() -> None:
+    one = activation_patch(toy(), padded(1, (5,)), padded(2, (5,)), projection(), 2)
+    with pytest.raises(ValueError, match="at least two examples, but this sweep has one example"):
+        one.bootstrap()
+    assert one.frame()["standard_error"].isna().all()
+
+
+def test_questions_that_do_not_have_a_place_do_not_count(plain: RecurrentDepth) -> None:
+    sweep = activation_patch(plain, CLEAN, CORRUPTED, projection(), 2)
+    each = [
+        activation_patch(plain, CLEAN[row], CORRUPTED[row], projection(), 2)
+        for row in (slice(i, i + 1) for i in range(BATCH))
+    ]
+    count = [sum(read >= position for read in CLEAN.readout) for position in range(POS)]
+    assert count == [3, 3, 3, 3, 2, 1, 1]
+    frame, normalized = sweep.frame(), sweep.normalized()
+    for i, cell in enumerate(sweep.cells):
+        has = [row for row in range(BATCH) if CLEAN.readout[row] >= cell.position]
+        values = torch.stack([each[row].values[i, 0] for row in has])
+        scale = (sweep.clean - sweep.corrupted)[has].mean()
+        share = (values - sweep.corrupted[has]).mean() / scale
+        assert frame["value"][i] == pytest.approx(values.mean().item(), rel=1e-9)
+        assert frame["examples"][i] == len(has) == count[cell.position]
+        assert normalized[i].item() == pytest.approx(share.item(), rel=1e-9)
+        if len(has) > 1:
+            error = values.std() / len(has) ** 0.5
+            assert frame["standard_error"][i] == pytest.approx(error.item(), rel=1e-9)
+    low, high = sweep.bootstrap(resamples=50)
+    assert (low <= high)[sweep.examples() > 1].all()
+
+
+def test_columns_after_the_readout_count_where_a_model_reads_them() -> None:
+    model = odd_one(Bidirectional)
+    sweep = activation_patch(model, full(1, 3), full(2, 3), projection(), 2, sites="embed")
+    assert sweep.examples().tolist() == [BATCH] * POS
+    masked = activation_patch(model, CLEAN, CORRUPTED, projection(), 2, sites="embed")
+    assert masked.examples().tolist() == [3, 3, 3, 3, 2, 1, 1]
+    together = activation_patch(
+        model,
+        CLEAN,
+        CORRUPTED,
+        projection(),
+        2,
+        sites="embed",
+        positions=[4, 6],
+        together="positions",
+    )
+    assert together.examples().tolist() == [2]
+
+
+def test_a_place_that_no_question_has_is_missing(plain: RecurrentDepth) -> None:
+    clean, corrupted = padded(1, (3, 4)), padded(2, (3, 4))
+    frame = activation_patch(plain, clean, corrupted, projection(), 2, positions=[3, 5]).frame()
+    assert frame["examples"].tolist() == [1, 0] * 4
+    assert frame["value"].isna().tolist() == [False, True] * 4
+
+
+def test_a_window_longer_than_the_iterations_is_refused(plain: RecurrentDepth) -> None:
+    with pytest.raises(ValueError, match=r"at most the number of chosen iterations, which is 2 at"):
+        activation_patch(plain, CLEAN, CORRUPTED, projection(), 3, loops=[0, 2], window=3)
+
+
+def test_positions_count_once(plain: RecurrentDepth) -> None:
+    def cells(**options: Any) -> tuple[Cell, ...]:
+        return activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, **options).cells
+
+    assert cells(positions=[2, 2, 1]) == cells(positions=np.array([2, 1]))
+    assert cells(positions=3) == cells(positions=[3])
+    assert cells(loops=1, layers=np.int64(0)) == cells(loops=[1], layers=[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: activation_patch(m, CLEAN, CORRUPTED, projection(), memory_gb=0), "memory_gb"),
+        (
+            lambda m: attribution_patch(m, CLEAN, CORRUPTED, projection(), batch_size=0, steps=2),
+            "batch_size must be at least 1, got 0",
+        ),
+        (
+            lambda m: direct_logit_attribution(m, CLEAN, 3, batch_size=-1),
+            "batch_size must be at least 1, got -1",
+        ),
+        (
+            lambda m: path_patch_sweep(
+                m, CLEAN, CORRUPTED, projection(), Receiver("readout"), batch_size=0
+            ),
+            "batch_size must be at least 1, got 0",
+        ),
+    ],
+)
+def test_sizes_of_nothing_are_refused(
+    call: Callable[[LoopedModel], object], message: str, plain: RecurrentDepth
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(plain)
+
+
 def test_a_grid_has_named_axes(plain: RecurrentDepth) -> None:
     sweep = activation_patch(
         plain,
@@ -311,3 +434,60 @@ def test_partial_results_of_another_sweep_are_refused(
     file.write_text("something else")
     with pytest.raises(ValueError, match="does not hold partial results of a sweep"):
         activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file)
+
+
+def doubled(value: Tensor, hook: object) -> Tensor:
+    return 2.0 * value
+
+
+def halved(value: Tensor, hook: object) -> Tensor:
+    return 0.5 * value
+
+
+def test_partial_results_belong_to_a_metric_its_answers_and_the_hooks(
+    plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "loopscope.interp.patching.unfinished.Unfinished.forget", lambda self: self.write()
+    )
+    file, answers = tmp_path / "sweep.safetensors", torch.tensor([3, 5, 7])
+
+    def sweep(metric: Metric, hook: Any = doubled, **options: Any) -> Sweep:
+        with plain.hooks([("loops.0.blocks.0.hook_mlp_out", hook)], n_loops=2):
+            return activation_patch(plain, CLEAN, CORRUPTED, metric, 2, save_to=file, **options)
+
+    first = sweep(logit_margin(answers), also={"other": logit_diff(answers, 2)})
+    again = sweep(logit_margin(answers.clone()), also={"other": logit_diff(answers, 2)})
+    assert torch.equal(first.values, again.values)
+    for metric, options in (
+        (logit_margin(torch.tensor([3, 5, 8])), {"also": {"other": logit_diff(answers, 2)}}),
+        (logit_margin(answers), {"also": {"other": logit_diff(answers, 4)}}),
+        (logit_margin(answers), {"also": {"other": logit_diff(answers, 2)}, "hook": halved}),
+        (
+            partial(torch.Tensor.mean, dim=-1),
+            {"also": {"other": logit_diff(answers, 2)}},
+        ),
+    ):
+        with pytest.raises(ValueError, match="holds partial results of another sweep"):
+            sweep(metric, **options)
+    with pytest.raises(ValueError, match="a generator that one of them holds cannot"):
+        sweep(logit_margin(answers), hook=partial(doubled, hook=(i for i in range(2))))
+
+
+def test_a_function_counts_with_the_globals_that_it_reads(
+    plain: RecurrentDepth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key() -> str:
+        return fingerprint(plain, (), (), (reads_a_global,))
+
+    before = key()
+    assert key() == before
+    monkeypatch.setitem(globals(), "WEIGHT", torch.tensor(3.0))
+    assert key() != before
+
+
+WEIGHT = torch.tensor(2.0)
+
+
+def reads_a_global(logits: Tensor) -> Tensor:
+    return WEIGHT * logits.sum(-1)
