@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.analyses.explorer.questions import Query, answer_logits
-from loopscope.interp.common.cells import in_range
+from loopscope.interp.common.places import in_range
 from loopscope.interp.common.metrics import logit_margin, margin
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch

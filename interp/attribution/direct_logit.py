@@ -12,10 +12,10 @@ import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
+from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.frozen_norm import frozen_norm, watching
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import Slot, Visit, checked_loops
 from loopscope.models.core.tokens import Batch
@@ -192,14 +192,13 @@ def _run(
     before, attn_site = model.edge_sites()[0], "attn.hook_z" if heads else "hook_attn_out"
     _require_sites(visits, attn_site, heads)
     inside = [f"{visit.name}.{site}" for visit in visits for site in (attn_site, "hook_mlp_out")]
-    seen: dict[str, Tensor] = {}
-
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        assert hook.name is not None, "every hook point is named when it is made"
-        seen[hook.name] = at_columns(value, batch.readout)
-
-    with model.hooks([([*before, *inside], keep)], n_loops=n_loops):
-        state = model.advance(begin_batch(model, batch, n_loops))
+    seen, state = collect(
+        model,
+        batch,
+        [*before, *inside],
+        n_loops,
+        reduce=lambda value, name: at_columns(value, batch.readout),
+    )
     terms = {
         LogitComponent(name, name.removeprefix("hook_"), None, None, None): seen[name]
         for name in before

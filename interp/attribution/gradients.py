@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
+from loopscope.interp.common.metrics import measure
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.hooks import NamesFilter
-from loopscope.models.core.state import checked_loops
+from loopscope.models.core.state import State, checked_loops
 
 
 def gradients(
@@ -42,21 +44,26 @@ def gradients(
     def watch(value: Tensor, hook: HookPoint) -> Tensor:
         assert hook.name is not None, "every hook point is named when it is made"
         own = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-        seen[hook.name] = (
-            # a tensor of this point alone: an injected input is the same object at every iteration
-            own
-        )
+        # a tensor of this point alone: an injected input is the same object at every iteration
+        seen[hook.name] = own
         return own
 
     with torch.enable_grad(), model.hooks([(names, watch)], n_loops=n_loops):
         state = model.advance(begin_batch(model, batch, n_loops))
-        read = at_columns(
-            model.read_state(state), batch.readout
-        )  # after the norm, whose sites then have all positions
-        total = metric(model.unembed(read[:, None])[:, 0]).sum()
+        total = measure(metric, logits_read(model, state, batch.readout)).sum()
         found = torch.autograd.grad(total, list(seen.values()), allow_unused=True)
     grads = {
         name: torch.zeros_like(value) if grad is None else grad
         for (name, value), grad in zip(seen.items(), found, strict=True)
     }
     return LoopCache({k: v.detach() for k, v in seen.items()}, n_loops), LoopCache(grads, n_loops)
+
+
+def logits_read(
+    model: LoopedModel, state: State, columns: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits at one column of each row; the final norm is run at all columns, so that its sites
+    have every position.
+    """
+    read = at_columns(model.read_state(state), columns)
+    return model.unembed(read[:, None])[:, 0]

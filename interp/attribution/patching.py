@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -22,13 +22,15 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.attribution.direct_logit import check_sum, component_kind, require_additive
-from loopscope.interp.attribution.gradients import gradients
-from loopscope.interp.common.cells import HEAD_AXIS, Cell, Places, choose
+from loopscope.interp.attribution.gradients import gradients, logits_read
+from loopscope.interp.common.cells import HEAD_AXIS, Cell, Selection, choose
+from loopscope.interp.common.collecting import keeping
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
-from loopscope.interp.common.metrics import metric_name
+from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
+from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.patching.sweep import Sweep
-from loopscope.models.core.base import LoopedModel, at_columns
+from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.state import Visit, checked_loops
 from loopscope.models.core.tokens import Batch
@@ -46,10 +48,11 @@ def attribution_patch(
     n_loops: int | None = None,
     *,
     sites: str | Sequence[str] = ("resid_pre",),
-    positions: Literal["all"] | Sequence[int] = "all",
-    heads: Literal["all"] | Sequence[int] | None = None,
-    loops: Sequence[int] | None = None,
-    layers: Sequence[int] | None = None,
+    positions: Picked | int = "all",
+    heads: Picked | int | None = None,
+    loops: Picked | int | None = None,
+    layers: Picked | int | None = None,
+    visits: VisitNames | None = None,
     direction: Direction = "denoise",
     readout: ReadoutColumn = None,
     steps: int = 0,
@@ -59,8 +62,8 @@ def attribution_patch(
     gradient, summed over the cell.
 
     Args:
-        clean, corrupted, metric, n_loops, sites, positions, heads, loops, layers, direction,
-            readout: As for `activation_patch`.
+        clean, corrupted, metric, n_loops, sites, positions, heads, loops, layers, visits,
+            direction, readout: As for `activation_patch`.
         steps: 0 takes the gradient of the base run. More average the gradients at the midpoints of
             this many parts of the straight line from the base to the source activation (integrated
             gradients), a hook point being moved along its line at all positions at once; every hook
@@ -73,7 +76,7 @@ def attribution_patch(
         metrics of all rows.
 
     Raises:
-        KeyError: A site that this model does not have.
+        KeyError: A site or a visit that this model does not have.
         ValueError: Inputs that do not match, a place out of range, or a negative number of steps.
 
     Source:
@@ -89,9 +92,10 @@ def attribution_patch(
         )
     pair = Pair.of(model, clean, corrupted, readout)
     base, source = base_and_source(direction, pair.clean, pair.corrupted)
-    sites = (sites,) if isinstance(sites, str) else tuple(sites)
-    places = Places(sites=sites, positions=positions, heads=heads, loops=loops, layers=layers)
-    cells = choose(model, n_loops, base.tokens.shape[1], places)
+    selection = Selection(
+        sites=sites, where=Where(loops, layers, visits), positions=positions, heads=heads
+    )
+    cells = choose(model, n_loops, base.tokens.shape[1], selection)
     names = list(dict.fromkeys(cell.name for cell in cells))
     source_values, source_metric = _activations(model, source, metric, names, n_loops)
     base_values, grads, base_metric = _gradients(model, base, metric, names, n_loops)
@@ -275,18 +279,9 @@ def _activations(
     model: LoopedModel, batch: Batch, metric: Metric, names: Sequence[str], n_loops: int
 ) -> tuple[Values, Float[Tensor, " batch"]]:
     """Activations of a run, and its metric."""
-    seen: Values = {}
-
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        assert hook.name is not None, "every hook point is named when it is made"
-        seen[hook.name] = value
-
-    with model.hooks([(names, keep)], n_loops=n_loops):
+    with keeping(model, names, n_loops) as seen:
         state = model.advance(begin_batch(model, batch, n_loops))
-        read = at_columns(
-            model.read_state(state), batch.readout
-        )  # after the norm, whose sites then have all positions
-        return seen, metric(model.unembed(read[:, None])[:, 0])
+        return seen, measure(metric, logits_read(model, state, batch.readout))
 
 
 def _gradients(
@@ -295,12 +290,12 @@ def _gradients(
     """Activations of a run, the metric's gradients, and the metric."""
     measured: list[Tensor] = []
 
-    def measure(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-        value = metric(logits)
+    def remembered(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+        value = measure(metric, logits)
         measured.append(value.detach())
         return value
 
-    values, grads = gradients(model, batch, measure, list(names), n_loops)
+    values, grads = gradients(model, batch, remembered, list(names), n_loops)
     return dict(values), dict(grads), measured[0]
 
 
@@ -331,7 +326,7 @@ def _line_gradient(
 def _side_by_side(
     metric: Metric, size: int, logits: Float[Tensor, "row d_vocab"]
 ) -> Float[Tensor, " row"]:
-    return torch.cat([metric(part) for part in logits.split(size)])
+    return torch.cat([measure(metric, part) for part in logits.split(size)])
 
 
 def _move(value: Tensor, hook: HookPoint, to: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
+from loopscope.interp.common.places import Picked, Place, Where, at_site, in_range, places_of
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.cache import coordinate, is_site, site_of
 
 HEAD_AXIS = {
     "attn.hook_q": 2,
@@ -28,16 +28,19 @@ class Cell:
     """One patch.
 
     Attributes:
-        name: The hook point; of a patch at several iterations the first.
-        site: What the caller called it, or its full name where that could be several; outside the
-            loop's one stack with the stage before it ("prelude.resid_pre").
-        loop, layer: Where it is; None where the site has no such coordinate, or all of the chosen
-            iterations are patched together.
+        name: The hook point; for a patch at several iterations the first hook point.
+        site: The site as the caller called it, or its full name where the caller's word could mean
+            several sites; outside the loop's one stack with the stage before it
+            ("prelude.resid_pre").
+        loop, layer: The coordinates of the visit, from 0; None where the site has no such
+            coordinate, or all of the chosen iterations are patched together.
         position: The column that is replaced (the query position for scores and patterns); None
-            where several are together.
+            where several are patched together.
         head: The head that is replaced; None for all of the site.
         also: The hook points patched together with `name`, at later iterations.
         positions: The columns, where several are patched together.
+        visit: The visit at which `name` stands, or the run of a stack that the visit opens or
+            closes; empty before the first visit and after the last.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Cell:
     head: int | None
     also: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
+    visit: str = field(default="", compare=False)  # the hook point says it already
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,164 +65,144 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """What a caller chose to patch; the fields are those of `activation_patch`."""
+class Selection:
+    """The patches that a caller chose; the fields are those of `activation_patch`."""
 
-    sites: tuple[str, ...]
-    positions: Literal["all"] | Sequence[int] = "all"
-    heads: Literal["all"] | Sequence[int] | None = None
-    loops: Sequence[int] | None = None
-    layers: Sequence[int] | None = None
-    together: tuple[Together, ...] = ()
+    sites: str | Sequence[str]
+    where: Where = field(default_factory=Where)
+    positions: Picked | int = "all"
+    heads: Picked | int | None = None
+    together: Together | Sequence[Together] = ()
     window: int | None = None
 
     def __post_init__(self) -> None:
-        wrong = [word for word in self.together if word not in ("loops", "positions")]
+        wrong = [word for word in self.joined if word not in ("loops", "positions")]
         if wrong:
             raise ValueError(f"together names 'loops' or 'positions', got {wrong[0]!r}")
-        if self.window is not None and (self.window < 1 or "loops" in self.together):
+        if self.window is not None and (self.window < 1 or "loops" in self.joined):
             raise ValueError(
                 "window is a number of iterations, at least 1, and excludes together='loops', got"
-                f" {self.window} and {self.together}"
+                f" {self.window} and {self.joined}"
             )
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """The axes along which several places are patched at once."""
+        return (self.together,) if isinstance(self.together, str) else tuple(self.together)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The sites as the caller called them."""
+        return (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
 
 
 @dataclass(frozen=True)
-class _Column:
-    """A site at one layer (or at none): its hook points by iteration."""
+class _Series:
+    """The places of one site at one layer (or at none) of one stage, by iteration."""
 
-    site: str
     label: str
-    layer: int | None
-    names: tuple[tuple[int | None, str], ...]
+    site: str
+    places: tuple[Place, ...]
+
+    @property
+    def inside(self) -> bool:
+        """Whether the places have iterations."""
+        return all(place.loop is not None for place in self.places)
 
 
-def choose(model: LoopedModel, n_loops: int, width: int, places: Places) -> list[Cell]:
+def choose(model: LoopedModel, n_loops: int, width: int, selection: Selection) -> list[Cell]:
     """The cells that a caller chose, in the order of the schedule.
 
     Raises:
-        KeyError: A site that this model does not have.
-        ValueError: A position, head, loop or layer out of range, or nothing left.
+        KeyError: A site or a visit that this model does not have.
+        ValueError: A position, head, loop or layer out of range, a window longer than the chosen
+            iterations, or nothing left.
     """
-    names = model.hook_names(n_loops)
-    _check_sites(names, places.sites)
-    kept_loops = in_range("loops", places.loops, n_loops)
-    kept_layers = in_range(
-        "layers",
-        places.layers,
-        1 + max(layer for _, layer in map(place_of, names) if layer is not None),
-    )
-    positions = in_range("positions", places.positions, width)
-    labels = _labels(names, places.sites)
-    columns: dict[tuple[str, str, int | None], list[tuple[int | None, str]]] = {}
-    for name in (name for name in names if any(is_site(name, site) for site in places.sites)):
-        loop, layer = place_of(name)
-        if not _kept(loop, places.loops, kept_loops) or not _kept(
-            layer, places.layers, kept_layers
-        ):
-            continue
-        columns.setdefault((stage_of(name), site_of(name), layer), []).append((loop, name))
-    cells = []
-    for (stage, site, layer), found in columns.items():
-        heads: list[int] | list[None] = [None]
-        if places.heads is not None and site in HEAD_AXIS:
-            heads = in_range(
-                "heads",
-                places.heads,
-                model.cfg.kv_heads if site in _KEYS_AND_VALUES else model.cfg.n_heads,
-            )
-        column = _Column(
-            site, f"{stage}.{labels[site]}" if stage else labels[site], layer, tuple(found)
-        )
-        cells += [
-            cell
-            for group in _groups(column, places)
-            for cell in _at_positions(column, group, positions, heads, places)
-        ]
-    if not cells:
+    every = places_of(model, n_loops)
+    labels = _labels(every, selection.called)
+    chosen = [place for place in selection.where.among(every, n_loops) if place.site in labels]
+    if not chosen:
         raise ValueError(
-            f"no cell is left: the sites {list(places.sites)} do not occur at loops={places.loops},"
-            f" layers={places.layers}"
+            f"no cell is left: the sites {list(selection.called)} do not occur at {selection.where}"
         )
-    order = {name: i for i, name in enumerate(names)}
+    columns = in_range("positions", selection.positions, width)
+    cells = [
+        cell
+        for series in _series(chosen, labels)
+        for group in _groups(series, selection)
+        for cell in _cells(series, group, columns, _heads(model, series.site, selection), selection)
+    ]
+    if not cells:
+        raise ValueError(f"no cell is left: no position is chosen, got {selection.positions}")
+    order = {place.name: i for i, place in enumerate(every)}
     return sorted(cells, key=lambda cell: order[cell.name])
 
 
-def in_range(what: str, wanted: Literal["all"] | Sequence[int] | None, count: int) -> list[int]:
-    """The chosen indices below `count`; None and "all" are all of them."""
-    chosen = list(range(count)) if wanted is None or wanted == "all" else [int(w) for w in wanted]
-    outside = [w for w in chosen if not 0 <= w < count]
-    if outside:
-        raise ValueError(f"{what} must be in 0..{count - 1}, got {outside[0]}")
-    return chosen
+def _series(chosen: Sequence[Place], labels: dict[str, str]) -> list[_Series]:
+    found: dict[tuple[str, str, int | None], list[Place]] = {}
+    for place in chosen:
+        found.setdefault((place.stage, place.site, place.layer), []).append(place)
+    return [
+        _Series(f"{stage}.{labels[site]}" if stage else labels[site], site, tuple(places))
+        for (stage, site, _), places in found.items()
+    ]
 
 
-def place_of(name: str) -> tuple[int | None, int | None]:
-    """The iteration and the layer in a hook name; None where it has none."""
-    place = coordinate(name)
-    loop = place[0] if place and isinstance(place[0], int) else None
-    return loop, place[-1] if len(place) > 1 and isinstance(place[-1], int) else None
+def _heads(model: LoopedModel, site: str, selection: Selection) -> Sequence[int | None]:
+    """The heads that are patched one by one; a single None where all are patched at once."""
+    if selection.heads is None or site not in HEAD_AXIS:
+        return [None]
+    count = model.cfg.kv_heads if site in _KEYS_AND_VALUES else model.cfg.n_heads
+    return in_range("heads", selection.heads, count)
 
 
-def stage_of(name: str) -> str:
-    """What else says where a hook point is, besides iteration and layer: "prelude", "coda", or
-    "low.1" of nested cycles.
-    """
-    place = coordinate(name)
-    between = place[isinstance(place[0], int) : -1] if place else ()
-    return ".".join(map(str, between))
-
-
-def _kept(place: int | None, wanted: Sequence[int] | None, kept: list[int]) -> bool:
-    return wanted is None if place is None else place in kept
-
-
-def _groups(column: _Column, places: Places) -> Iterator[tuple[tuple[int | None, str], ...]]:
-    """The hook points that one cell patches: one, all iterations together, or a window of them."""
-    inside = all(loop is not None for loop, _ in column.names)
-    if inside and "loops" in places.together:
-        yield column.names
-    elif inside and places.window is not None:
-        size = min(places.window, len(column.names))
-        yield from (column.names[i : i + size] for i in range(len(column.names) - size + 1))
+def _groups(series: _Series, selection: Selection) -> Iterator[tuple[Place, ...]]:
+    """The places that one cell patches: one, all iterations together, or a window of them."""
+    if series.inside and "loops" in selection.joined:
+        yield series.places
+    elif series.inside and selection.window is not None:
+        size, count = selection.window, len(series.places)
+        if size > count:
+            raise ValueError(
+                f"window must be at most the number of chosen iterations, which is {count} at"
+                f" {series.label!r}, got {size}"
+            )
+        yield from (series.places[i : i + size] for i in range(count - size + 1))
     else:
-        yield from ((each,) for each in column.names)
+        yield from ((place,) for place in series.places)
 
 
-def _at_positions(
-    column: _Column,
-    group: tuple[tuple[int | None, str], ...],
-    positions: list[int],
-    heads: list[int] | list[None],
-    places: Places,
+def _cells(
+    series: _Series,
+    group: tuple[Place, ...],
+    columns: list[int],
+    heads: Sequence[int | None],
+    selection: Selection,
 ) -> Iterator[Cell]:
-    loop = None if "loops" in places.together else group[0][0]
-    first, *also = (name for _, name in group)
-    if "positions" in places.together:
-        columns = tuple(sorted(set(positions)))
-        yield from (
-            Cell(first, column.label, loop, column.layer, None, head, tuple(also), columns)
-            for head in heads
-            if columns
+    """The cells of one group: one for each head, and for each column unless columns go together."""
+    first, also = group[0], tuple(place.name for place in group[1:])
+    loop = None if "loops" in selection.joined else first.loop
+    together = tuple(sorted(columns)) if "positions" in selection.joined else ()
+    for position, head in product([None] if together else columns, heads):
+        yield Cell(
+            first.name,
+            series.label,
+            loop,
+            first.layer,
+            position,
+            head,
+            also,
+            together,
+            first.visit,
         )
-        return
-    for position, head in product(positions, heads):
-        yield Cell(first, column.label, loop, column.layer, position, head, tuple(also))
 
 
-def _check_sites(names: Sequence[str], sites: Sequence[str]) -> None:
-    for site in sites:
-        if not any(is_site(name, site) for name in names):
-            known = sorted({site_of(name) for name in names})
-            raise KeyError(f"this model has no site {site!r}; its sites are {', '.join(known)}")
-
-
-def _labels(names: Sequence[str], sites: Sequence[str]) -> dict[str, str]:
-    """What to call each site that is swept: as the caller did, unless that could be several
-    ("scale").
+def _labels(every: Sequence[Place], called: Sequence[str]) -> dict[str, str]:
+    """The label of each site that is swept: the caller's word, or the full site where that word
+    could mean several ("scale").
     """
     labels: dict[str, str] = {}
-    for site in sites:
-        meant = {site_of(name) for name in names if is_site(name, site)}
-        labels |= {own: site if len(meant) == 1 else own.replace("hook_", "") for own in meant}
+    for word in called:
+        meant = {place.site for place in at_site(every, word)}
+        labels |= {own: word if len(meant) == 1 else own.replace("hook_", "") for own in meant}
     return labels

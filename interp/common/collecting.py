@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -72,12 +73,11 @@ def keeping(
         yield values
 
 
-def last_visit(model: LoopedModel, names: Sequence[str], n_loops: int) -> int:
-    """The visit after the last of some hook points, as an index into the schedule; the schedule's
-    length where one of the points comes after all visits.
-    """
-    schedule = model.schedule(n_loops)
-    after = set(names) & set(model.edge_sites()[1])
+@torch.no_grad()
+def recorded(
+    model: LoopedModel, batch: Batch, names: Sequence[str], n_loops: int
+) -> dict[str, Tensor]:
+    """Activations at some hook points of the visits; nothing after the last of them is computed."""
     wanted = set(names)
-    last = [visit.index + 1 for visit in schedule if wanted & set(visit.hook_names())]
-    return len(schedule) if after else max(last, default=0)
+    last = max(visit.index for visit in model.schedule(n_loops) if wanted & set(visit.hook_names()))
+    return collect(model, batch, names, n_loops, until=last + 1).values

@@ -12,22 +12,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopscope.interp.common.places import Picked, in_range, whole_numbers
 from loopscope.models.core.tokens import Batch
 
-Shown = Literal["real", "readout", "all"] | Sequence[int]
+Shown = Literal["real", "readout", "all"] | Sequence[int] | int
 Spots = tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]
 
 
-def read_columns(
-    batch: Batch, positions: Literal["all"] | Sequence[int] | None
-) -> Int[Tensor, "batch k"]:
+def read_columns(batch: Batch, positions: Picked | int | None) -> Int[Tensor, "batch k"]:
     """The columns of each row that are read: the readout, or the positions asked for."""
     if positions is None:
         return batch.readout[:, None]
-    width = batch.tokens.shape[1]
-    chosen = torch.arange(width) if positions == "all" else torch.as_tensor(list(positions))
-    if bool(((chosen < 0) | (chosen >= width)).any()):
-        raise ValueError(f"positions must be in 0..{width - 1}, got {chosen.tolist()}")
+    chosen = torch.tensor(in_range("positions", positions, batch.tokens.shape[1]))
     return chosen.to(batch.tokens.device).expand(len(batch), -1)
 
 
@@ -49,3 +45,35 @@ def shown_spots(batch: Batch, positions: Shown) -> Spots:
         )
     columns = read_columns(batch, None if positions == "readout" else positions)
     return columns, torch.ones_like(columns, dtype=torch.bool)
+
+
+def checked_columns(positions: Picked | int) -> list[int] | None:
+    """Columns to write at, each once; None for every one.
+
+    Raises:
+        TypeError: Something else than integers.
+        ValueError: No column, or one below 0.
+    """
+    if isinstance(positions, str) and positions == "all":
+        return None
+    columns = whole_numbers("positions", positions)
+    if not columns or min(columns) < 0:
+        raise ValueError(
+            f"positions must be 'all' or a list of columns counted from 0, got {columns}"
+        )
+    return columns
+
+
+def at_columns_of(value: Tensor, new: Tensor, columns: list[int] | None) -> Tensor:
+    """The value with some of its columns, or all of them, taken from another tensor of its
+    shape.
+    """
+    if columns is None:
+        return new
+    if max(columns) >= value.shape[1]:
+        raise ValueError(
+            f"positions must be in 0..{value.shape[1] - 1} in this run, got {max(columns)}"
+        )
+    changed = value.clone()
+    changed[:, columns] = new[:, columns]
+    return changed

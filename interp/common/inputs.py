@@ -53,6 +53,11 @@ def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) 
     return Batch(tokens, torch.ones_like(tokens), columns)
 
 
+def reference_batch(model: LoopedModel, inputs: Inputs) -> Batch:
+    """A batch of which no answer is read, so that tokens need no readout column."""
+    return as_batch(model, inputs, -1 if isinstance(inputs, Tensor) else None)
+
+
 def begin_batch(model: LoopedModel, batch: Batch, n_loops: int | None) -> State:
     """The state of a batch before the first visit."""
     return model.begin(batch.tokens, batch.mask, n_loops=n_loops, **batch.options)

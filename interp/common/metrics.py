@@ -1,14 +1,20 @@
-"""Metrics of the logits at the readout: Float[Tensor, "batch d_vocab"] to Float[Tensor, "
-batch"].
+"""Metrics of the logits at the readout: Float[Tensor, "batch d_vocab"] to Float[Tensor, " batch"].
+
+Every method calls a metric through `measure`, which checks what it gives.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.inputs import Metric
+from loopscope.interp.common.precision import widened
+
+Answers = Int[Tensor, " batch"] | Sequence[int] | int
 
 
 def margin(
@@ -20,25 +26,84 @@ def margin(
     return right - others.amax(-1)
 
 
-def logit_margin(answers: Int[Tensor, " batch"]) -> Metric:
-    """The metric "margin of these answers"."""
+def logit_margin(answers: Answers) -> Metric:
+    """The metric "logit of the answer minus the largest other logit".
+
+    Args:
+        answers: One token per row, or an int for the same token in all rows.
+    """
 
     def logit_margin(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-        return margin(logits, answers.to(logits.device))
+        return margin(logits, one_per_row("answer", answers, logits))
 
     return logit_margin
 
 
-def logit_diff(right: Int[Tensor, " batch"], wrong: Int[Tensor, " batch"]) -> Metric:
-    """The metric "logit of the right token minus logit of the wrong one"."""
+def logit_diff(right: Answers, wrong: Answers) -> Metric:
+    """The metric "logit of the right token minus logit of the wrong one".
+
+    Args:
+        right, wrong: One token per row each, or an int for the same token in all rows.
+    """
 
     def logit_diff(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-        picked = logits.gather(-1, torch.stack([right, wrong], dim=-1).to(logits.device))
+        tokens = [one_per_row(*side, logits) for side in (("right", right), ("wrong", wrong))]
+        picked = logits.gather(-1, torch.stack(tokens, dim=-1))
         return picked[:, 0] - picked[:, 1]
 
     return logit_diff
 
 
+def one_per_row(
+    what: str, tokens: Answers, logits: Float[Tensor, "batch d_vocab"]
+) -> Int[Tensor, " batch"]:
+    """One token for each row of some logits.
+
+    Raises:
+        TypeError: Tokens that are no integers.
+        ValueError: Another number of tokens than rows, or tokens outside the vocabulary.
+    """
+    rows, d_vocab = logits.shape
+    given = torch.as_tensor(tokens, device=logits.device)
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise TypeError(f"{what} tokens must be integers, got {given.dtype}")
+    if given.ndim == 0 and not isinstance(tokens, Tensor):
+        given = given.expand(rows)
+    if given.shape != (rows,):
+        raise ValueError(
+            f"one {what} token per row is needed: there are {rows} rows, got the shape"
+            f" {list(given.shape)}; an int means the same token in all rows"
+        )
+    if bool(((given < 0) | (given >= d_vocab)).any()):
+        raise ValueError(
+            f"{what} tokens must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got"
+            f" {int(given.min())} to {int(given.max())}"
+        )
+    return given.long()
+
+
+def measure(metric: Metric, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+    """The metric of some logits, in float32 or wider.
+
+    Raises:
+        TypeError: The metric gives something else than a tensor.
+        ValueError: The metric does not give one number per row.
+    """
+    values = metric(widened(logits))
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"the metric {metric_name(metric)!r} must return a tensor of the shape [batch], got"
+            f" {type(values).__name__}"
+        )
+    if values.shape != logits.shape[:1]:
+        raise ValueError(
+            f"the metric {metric_name(metric)!r} must return one number per row, so the shape"
+            f" {list(logits.shape[:1])} for logits {list(logits.shape)}, got {list(values.shape)};"
+            " take no mean over the batch, and leave no axis of one"
+        )
+    return widened(values)
+
+
 def metric_name(metric: Metric) -> str:
-    """What a metric is called in a record."""
+    """The name of a metric in a record."""
     return str(getattr(metric, "__name__", type(metric).__name__))

@@ -1,88 +1,202 @@
-"""Places in a run, and what another run has there: shared by ablation, steering and path patching.
+"""Where in a run: the one vocabulary and the one resolver of places.
 
-Axes: batch pos.
+A *visit* is one run of one block, such as "loops.2.blocks.0", "loops.0.low.1.blocks.0" or
+"prelude.0". A *place* is one hook point; it stands at a visit, or at the run of a stack that the
+visit opens or closes ("loops.2", "loops.0.low.1").
+
+Iteration and layer are coordinates of a visit and no key: where cycles are nested, several visits
+share them. `loops=` and `layers=` mean every visit at these coordinates, in the order of the
+schedule; `visits=` names visits one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from loopscope.interp.common.cells import in_range
-from loopscope.interp.common.inputs import Inputs, as_batch, begin_batch
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.cache import is_site
+from loopscope.models.core.hooks import resolve
 from loopscope.models.core.state import Visit
-from loopscope.models.core.tokens import Batch
 
 Picked = Literal["all"] | Sequence[int]
+VisitNames = str | Sequence[str]
 
 
-def checked_columns(positions: Picked) -> list[int] | None:
-    """Columns to write at; None for every one."""
-    if positions == "all":
-        return None
-    columns = [int(position) for position in positions]
-    if not columns or min(columns) < 0:
-        raise ValueError(
-            f"positions must be 'all' or a list of columns counted from 0, got {columns}"
-        )
-    return columns
+@dataclass(frozen=True)
+class Place:
+    """One hook point of a call.
 
-
-def at_columns_of(value: Tensor, new: Tensor, columns: list[int] | None) -> Tensor:
-    """The value with some of its columns, or all of them, taken from another tensor of its
-    shape.
+    Attributes:
+        name: The hook point, e.g. "loops.2.blocks.0.attn.hook_z".
+        visit: The visit or the run of a stack at which it stands, e.g. "loops.2.blocks.0",
+            "loops.2"; empty before the first visit and after the last.
+        site: The rest of the name, e.g. "attn.hook_z".
+        loop, layer: The coordinates of the visit, from 0; None where it has no such coordinate.
     """
-    if columns is None:
-        return new
-    if max(columns) >= value.shape[1]:
-        raise ValueError(
-            f"positions must be in 0..{value.shape[1] - 1} in this run, got {max(columns)}"
-        )
-    changed = value.clone()
-    changed[:, columns] = new[:, columns]
-    return changed
+
+    name: str
+    visit: str
+    site: str
+    loop: int | None
+    layer: int | None
+
+    @property
+    def stage(self) -> str:
+        """The part of the visit's name besides iteration and layer: "prelude", "low.1", or
+        empty in the loop's one stack.
+        """
+        inside = self.visit if self.loop is None else self.visit.removeprefix(f"loops.{self.loop}")
+        stack = inside if self.layer is None else inside.rpartition(".")[0]
+        return stack.removesuffix("blocks").strip(".")
 
 
-def visits_at(model: LoopedModel, n_loops: int, loops: Picked, layers: Picked) -> list[Visit]:
-    """The visits inside the loop at some iterations and layers, in order."""
-    inside = [visit for visit in model.schedule(n_loops) if visit.loop is not None]
-    kept_loops = in_range("loops", loops, n_loops)
-    kept_layers = in_range("layers", layers, 1 + max(visit.layer for visit in inside))
-    return [visit for visit in inside if visit.loop in kept_loops and visit.layer in kept_layers]
+@dataclass(frozen=True)
+class Where:
+    """The visits that a caller chose; what is given besides narrows the choice further.
 
-
-@torch.no_grad()
-def recorded(
-    model: LoopedModel, batch: Batch, names: Sequence[str], n_loops: int
-) -> dict[str, Tensor]:
-    """Activations at some hook points of the visits, without computing what comes after the last of
-    them.
+    Attributes:
+        loops: Iterations, from 0; "all" for every one; None also keeps what lies outside the loop.
+        layers: Layers of a stack, from 0; "all" for every one; None also keeps what has no layer.
+        visits: Names of visits or patterns of names ("loops.0.low.1.blocks.0", "loops.*.low.*"). A
+            name also means what stands inside ("loops.0.low.1" has all its blocks). None keeps all.
     """
-    store, hooks, _ = model.get_caching_hooks(list(names), n_loops=n_loops)
-    wanted = set(names)
-    last = max(visit.index for visit in model.schedule(n_loops) if wanted & set(visit.hook_names()))
-    with model.hooks(hooks, n_loops=n_loops):
-        model.advance(begin_batch(model, batch, n_loops), last + 1)
-    return store
+
+    loops: Picked | int | None = None
+    layers: Picked | int | None = None
+    visits: VisitNames | None = None
+
+    def __str__(self) -> str:
+        given = {"loops": self.loops, "layers": self.layers}
+        given |= {} if self.visits is None else {"visits": self.visits}
+        return ", ".join(f"{name}={value}" for name, value in given.items())
+
+    def among(self, places: Sequence[Place], n_loops: int) -> list[Place]:
+        """The chosen ones of some places, in their order.
+
+        Raises:
+            KeyError: A name in `visits` that is none of their visits.
+            ValueError: An iteration or a layer out of range.
+        """
+        deepest = max((place.layer for place in places if place.layer is not None), default=-1)
+        tests = [_within("loops", self.loops, n_loops), _within("layers", self.layers, deepest + 1)]
+        named = self._named(places, n_loops)
+        return [
+            place
+            for place in places
+            if tests[0](place.loop) and tests[1](place.layer) and place.visit in named
+        ]
+
+    def _named(self, places: Sequence[Place], n_loops: int) -> Mapping[str, None]:
+        known = dict.fromkeys(place.visit for place in places)
+        if self.visits is None:
+            return known
+        entries = [self.visits] if isinstance(self.visits, str) else list(self.visits)
+        named: dict[str, None] = {}
+        for entry in entries:
+            try:
+                named |= dict.fromkeys(resolve(f"{entry}.**", known, n_loops))
+            except KeyError:
+                nearest = difflib.get_close_matches(entry, known, n=3, cutoff=0.3)
+                raise KeyError(
+                    f"{entry!r} is no visit of this call with n_loops={n_loops} that can be meant"
+                    f" here; nearest: {', '.join(nearest or list(known)[:3])}"
+                ) from None
+        return named
 
 
-def reference_batch(model: LoopedModel, inputs: Inputs) -> Batch:
-    """A batch of which no answer is read, so that tokens need no readout column."""
-    return as_batch(model, inputs, -1 if isinstance(inputs, Tensor) else None)
+def _within(what: str, wanted: Picked | int | None, count: int) -> Callable[[int | None], bool]:
+    """Whether a coordinate is one of those that a caller wants."""
+    kept = in_range(what, wanted, count)
+    return lambda at: wanted is None if at is None else at in kept
 
 
-def other_rows(count: int, seed: int) -> Int[Tensor, " row"]:
-    """A random permutation that leaves no row in place: each row's successor on a random circle.
+def in_range(what: str, wanted: Picked | int | None, count: int) -> list[int]:
+    """The chosen indices below `count`, each once; None and "all" are all of them.
 
     Raises:
-        ValueError: Fewer than two rows.
+        TypeError: Something else than integers.
+        ValueError: An index that is not in 0..count - 1.
     """
-    if count < 2:
-        raise ValueError(f"a reference to resample from needs at least two rows, got {count}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return torch.empty_like(order).scatter(0, order, order.roll(-1))
+    if wanted is None or (isinstance(wanted, str) and wanted == "all"):
+        return list(range(count))
+    chosen = whole_numbers(what, wanted)
+    outside = [number for number in chosen if not 0 <= number < count]
+    if outside:
+        raise ValueError(f"{what} must be in 0..{count - 1}, got {outside[0]}")
+    return chosen
+
+
+def whole_numbers(what: str, wanted: Iterable[int] | int) -> list[int]:
+    """One number or several as Python's integers, each once.
+
+    Raises:
+        TypeError: Something else than integers.
+    """
+    try:
+        given = list(wanted) if isinstance(wanted, Iterable) else [wanted]
+        return list(dict.fromkeys(operator.index(number) for number in given))
+    except TypeError:
+        raise TypeError(f"{what} must be 'all', an integer or several, got {wanted!r}") from None
+
+
+def places_of(model: LoopedModel, n_loops: int) -> list[Place]:
+    """Every place of a call, in the order of the run."""
+    before, after = model.edge_sites()
+    found = [Place(site, "", site, None, None) for site in before]
+    for visit in model.schedule(n_loops):
+        stack, block = (visit.scope, visit.loop, None), (visit.name, visit.loop, visit.layer)
+        for sites, (at, loop, layer) in (
+            (visit.opening, stack),
+            (visit.sites, block),
+            (visit.closing, stack),
+        ):
+            found += [Place(f"{at}.{site}", at, site, loop, layer) for site in sites]
+    return found + [Place(site, "", site, None, None) for site in after]
+
+
+def loop_and_layer(visit: str) -> tuple[int | None, int | None]:
+    """The coordinates in a visit's name, where no model is at hand to give the visit itself."""
+    steps = visit.split(".")
+    loop = int(steps[1]) if steps[0] == "loops" else None
+    return loop, int(steps[-1])
+
+
+def at_site(places: Sequence[Place], site: str) -> list[Place]:
+    """The places at a site, given as "attn.hook_z", "attn.z", "hook_z" or "z".
+
+    Raises:
+        KeyError: None of them is at such a site.
+    """
+    found = [place for place in places if is_site(place.site, site)]
+    if not found:
+        known = ", ".join(sorted({place.site for place in places}))
+        raise KeyError(f"this model has no site {site!r}; its sites are {known}")
+    return found
+
+
+def chosen_visits(model: LoopedModel, n_loops: int, where: Where) -> list[Visit]:
+    """The visits that a caller chose, in the order of the schedule; the errors are those of
+    `Where.among`.
+    """
+    visits = {visit.name: visit for visit in model.schedule(n_loops)}
+    places = [Place(name, name, "", visit.loop, visit.layer) for name, visit in visits.items()]
+    return [visits[place.name] for place in where.among(places, n_loops)]
+
+
+def one_visit(model: LoopedModel, n_loops: int, where: Where) -> Visit:
+    """The one visit that a caller chose.
+
+    Raises:
+        KeyError, ValueError: As for `Where.among`, or the choice means no visit or several.
+    """
+    found = chosen_visits(model, n_loops, where)
+    if len(found) != 1:
+        several = ", ".join(visit.name for visit in found) or "none"
+        raise ValueError(
+            f"one visit is needed, but {where} means {several}; name one of them with visit="
+        )
+    return found[0]

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.common.cells import place_of
 from loopscope.interp.common.columns import Shown, Spots, at_positions, shown_spots
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import Dynamics
 from loopscope.models.core.base import LoopedModel
@@ -182,7 +182,7 @@ def attention_dynamics(
 
 def _layer_of(block: str) -> int | None:
     """The layer in a block's name within an iteration."""
-    return place_of(f"loops.0.{block}.hook_resid_post")[1]
+    return loop_and_layer(f"loops.0.{block}")[1]
 
 
 def _loop_points(model: LoopedModel, n_loops: int, site: str) -> dict[str, dict[int, str]]:

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.common.cells import in_range
-from loopscope.interp.common.inputs import Inputs, in_chunks
+from loopscope.interp.common.collecting import recorded
+from loopscope.interp.common.columns import at_columns_of, checked_columns
+from loopscope.interp.common.inputs import Inputs, in_chunks, reference_batch
 from loopscope.interp.common.places import (
     Picked,
-    at_columns_of,
-    checked_columns,
-    other_rows,
-    recorded,
-    reference_batch,
-    visits_at,
+    Place,
+    VisitNames,
+    Where,
+    chosen_visits,
+    in_range,
+    places_of,
 )
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit, checked_loops
@@ -50,12 +51,16 @@ class Component:
         loops: Iterations, from 0; "all" for every one.
         layers: Blocks within an iteration, "all" for every one; an iteration takes all of them.
         heads: Heads, "all" for every one; for kind "head" only.
+        visits: Visits by name or pattern, such as "loops.0.low.1.blocks.0"; for an iteration the
+            runs of stacks, such as "loops.0.low.1". None means every visit at the iterations and
+            layers, also where several share both.
     """
 
     kind: Kind
-    loops: Picked = "all"
-    layers: Picked = "all"
-    heads: Picked = "all"
+    loops: Picked | int = "all"
+    layers: Picked | int = "all"
+    heads: Picked | int = "all"
+    visits: VisitNames | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("head", "attn", "mlp", "visit", "iteration"):
@@ -68,6 +73,11 @@ class Component:
             raise ValueError(
                 "an iteration is skipped with all its layers; kind 'visit' takes layers="
             )
+
+    @property
+    def where(self) -> Where:
+        """The visits that the component is ablated at."""
+        return Where(self.loops, self.layers, self.visits)
 
 
 @contextmanager
@@ -199,19 +209,12 @@ def _skipped(model: LoopedModel, components: Sequence[Component], n_loops: int) 
                 )
                 skipped[f"{visit.name}.{after}"] = f"{visit.name}.{before}"
         if component.kind == "iteration":
-            for loop in sorted(
-                {
-                    visit.loop
-                    for visit in _visits(model, component, n_loops)
-                    if visit.loop is not None
-                }
-            ):
-                skipped |= _ends(model, n_loops, loop)
+            skipped |= _ends(model, component, n_loops)
     return skipped
 
 
 def _visits(model: LoopedModel, component: Component, n_loops: int) -> list[Visit]:
-    visits = visits_at(model, n_loops, component.loops, component.layers)
+    visits = chosen_visits(model, n_loops, component.where)
     if not visits:
         raise ValueError(f"{component} means no visit of a call with n_loops={n_loops}")
     return visits
@@ -226,27 +229,26 @@ def _required(visit: Visit, site: str, kind: str) -> str:
     return site
 
 
-def _ends(model: LoopedModel, n_loops: int, loop: int) -> dict[str, str]:
-    """Each part of the state where an iteration is left, and where it is entered."""
-    visits = [visit for visit in model.schedule(n_loops) if visit.loop == loop]
-    opening = [
-        f"{visit.scope}.{site}"
-        for visit in visits
-        for site in visit.opening
-        if site.startswith("hook_state_in")
-    ]
-    closing = [
-        f"{visit.scope}.{site}"
-        for visit in visits
-        for site in visit.closing
-        if site.startswith("hook_state_out")
-    ]
-    ends = {name.replace("hook_state_in", "hook_state_out"): name for name in opening}
-    if not ends or set(ends) != set(closing):
-        raise ValueError(
-            f"iteration {loop} cannot be skipped: the state that enters it is at {opening} and the"
-            f" state that leaves it at {closing}, and each part needs both"
-        )
+def _ends(model: LoopedModel, component: Component, n_loops: int) -> dict[str, str]:
+    """Each part of the state where a chosen iteration is left, and where it is entered."""
+    states = [place for place in places_of(model, n_loops) if "hook_state_" in place.site]
+    inside = [place for place in states if place.loop is not None]
+    runs: dict[str, list[Place]] = {}
+    for place in Where(component.loops, None, component.visits).among(inside, n_loops):
+        runs.setdefault(place.visit, []).append(place)
+    if not runs:
+        raise ValueError(f"{component} means no iteration of a call with n_loops={n_loops}")
+    ends: dict[str, str] = {}
+    for places in runs.values():
+        entered = [place.name for place in places if place.site.startswith("hook_state_in")]
+        left = [place.name for place in places if place.site.startswith("hook_state_out")]
+        own = {name.replace("hook_state_in", "hook_state_out"): name for name in entered}
+        if set(own) != set(left):
+            raise ValueError(
+                f"iteration {places[0].loop} cannot be skipped: the state that enters it is at"
+                f" {entered} and the state that leaves it at {left}, and each part needs both"
+            )
+        ends |= own
     return ends
 
 
@@ -344,6 +346,18 @@ def _resampled(values: dict[str, Tensor], rows: Int[Tensor, " row"]) -> Substitu
         return source[rows[torch.arange(value.shape[0], device=rows.device) % len(rows)]]
 
     return take
+
+
+def other_rows(count: int, seed: int) -> Int[Tensor, " row"]:
+    """A random permutation that leaves no row in place: each row's successor on a random circle.
+
+    Raises:
+        ValueError: Fewer than two rows.
+    """
+    if count < 2:
+        raise ValueError(f"a reference to resample from needs at least two rows, got {count}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter(0, order, order.roll(-1))
 
 
 def _means(model: LoopedModel, batch: Batch, names: list[str], n_loops: int) -> Substitute:

@@ -6,7 +6,7 @@ Axes: batch pos d_model head d_head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,17 +14,26 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.common.cells import in_range
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
-from loopscope.interp.common.places import (
-    Picked,
-    at_columns_of,
-    checked_columns,
-    recorded,
+from loopscope.interp.common.collecting import recorded
+from loopscope.interp.common.columns import at_columns_of, checked_columns
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    in_chunks,
     reference_batch,
 )
+from loopscope.interp.common.places import (
+    Picked,
+    Place,
+    VisitNames,
+    Where,
+    at_site,
+    in_range,
+    places_of,
+)
 from loopscope.models.core.base import LoopedModel, at_columns
-from loopscope.models.core.cache import coordinate, is_site, position_axis, site_of
+from loopscope.models.core.cache import position_axis
 from loopscope.models.core.state import checked_loops
 
 _CHUNK = 512  # rows run at a time
@@ -36,9 +45,10 @@ def steer(
     vectors: Float[Tensor, "*shape"],
     *,
     site: str = "resid_pre",
-    loops: Picked,
-    layers: Picked | None,
-    positions: Picked = "all",
+    loops: Picked | int | None = None,
+    layers: Picked | int | None = None,
+    visits: VisitNames | None = None,
+    positions: Picked | int = "all",
     scale: float | int = 1.0,
     n_loops: int | None = None,
 ) -> Iterator[LoopedModel]:
@@ -54,14 +64,18 @@ def steer(
         site: e.g. "resid_pre", "mlp_out", "z"; or an iteration's own site, e.g. "state_in".
         loops: Iterations, from 0; "all" for every one.
         layers: Blocks within an iteration, "all" for every one; None for an iteration's own site.
+            Where several visits share iteration and layer, the vector is added at each of them.
+        visits: Visits by name or pattern, such as "loops.0.low.1.blocks.0" or "prelude.0"; for an
+            iteration's own site the runs of stacks, such as "loops.0.low.1". Given together with
+            loops or layers, it narrows them further.
         positions: Columns that are written, "all" for every one.
         scale: Multiplies the vectors.
         n_loops: Iterations of the runs inside; None means what the checkpoint records.
 
     Raises:
-        KeyError: A site that this model does not have.
-        ValueError: A place out of range, a site whose second axis is not pos, and from the runs
-            inside: vectors that do not have the site's shape, or another n_loops.
+        KeyError: A site or a visit that this model does not have.
+        ValueError: No place or one out of range, a site whose second axis is not pos, and from the
+            runs inside: vectors that do not have the site's shape, or another n_loops.
 
     Source:
         Turner et al. 2023 (arXiv 2308.10248), activation addition.
@@ -70,8 +84,7 @@ def steer(
         model,
         lambda value, name: value + scale * _fitted(vectors, value, name),
         site,
-        loops,
-        layers,
+        Where(loops, layers, visits),
         positions,
         n_loops,
     ) as inside:
@@ -84,9 +97,10 @@ def set_to(
     vectors: Float[Tensor, "*shape"],
     *,
     site: str = "resid_pre",
-    loops: Picked,
-    layers: Picked | None,
-    positions: Picked = "all",
+    loops: Picked | int | None = None,
+    layers: Picked | int | None = None,
+    visits: VisitNames | None = None,
+    positions: Picked | int = "all",
     n_loops: int | None = None,
 ) -> Iterator[LoopedModel]:
     """As `steer`, but the vector takes the activation's place instead of being added to it."""
@@ -94,8 +108,7 @@ def set_to(
         model,
         lambda value, name: _fitted(vectors, value, name).expand_as(value),
         site,
-        loops,
-        layers,
+        Where(loops, layers, visits),
         positions,
         n_loops,
     ) as inside:
@@ -108,16 +121,20 @@ def steering_vector(
     positive: Inputs,
     negative: Inputs,
     site: str,
-    loop: int,
-    layer: int | None,
+    loop: int | None = None,
+    layer: int | None = None,
     n_loops: int | None = None,
     readout: ReadoutColumn = None,
+    *,
+    visit: str | None = None,
 ) -> Float[Tensor, "*shape"]:
     """Mean activation at the readout of one set of inputs, minus that of another.
 
     Args:
         positive, negative: Batches, texts, or tokens with `readout`; they need not be equally many.
         site, loop, layer: One place; layer is None for an iteration's own site.
+        visit: The visit by its name, in place of loop and layer; it must be given where several
+            visits share both.
         n_loops: Iterations; None means what the checkpoint records.
 
     Returns:
@@ -130,10 +147,12 @@ def steering_vector(
         Rimsky et al. 2024 (arXiv 2312.06681), contrastive activation addition.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    names = _places(model, site, [loop], None if layer is None else [layer], n_loops)
+    where = Where(loop, layer, visit)
+    names = _points(model, site, where, n_loops)
     if len(names) != 1:
         raise ValueError(
-            f"one place is needed, but {site!r} at loop={loop}, layer={layer} is {', '.join(names)}"
+            f"one place is needed, but {site!r} at loop={loop}, layer={layer} is"
+            f" {', '.join(names)}; name one of them with visit="
         )
     return _mean_at_readout(model, positive, names[0], n_loops, readout) - _mean_at_readout(
         model, negative, names[0], n_loops, readout
@@ -142,20 +161,28 @@ def steering_vector(
 
 @contextmanager
 def attenuate_input(
-    model: LoopedModel, factor: float | int, loops: Picked = "all", n_loops: int | None = None
+    model: LoopedModel,
+    factor: float | int,
+    loops: Picked | int = "all",
+    n_loops: int | None = None,
+    *,
+    visits: VisitNames | None = None,
 ) -> Iterator[LoopedModel]:
-    """Inside the `with` block what is injected at some iterations is multiplied by a factor.
+    """Inside the `with` block the input that some iterations are injected is multiplied by a
+    factor.
 
     Args:
         factor: 1 changes nothing, 0 injects zeros.
-        loops: Iterations at which something is injected, "all" for every such one.
+        loops: Iterations at which something is injected, "all" for every such one. Where an
+            iteration is injected several times, as in nested cycles, every injection is meant.
+        visits: Runs of stacks by name or pattern, such as "loops.0.low.1"; narrows `loops`.
         n_loops: Iterations of the runs inside; None means what the checkpoint records.
 
     Raises:
         ValueError: A model, or an iteration, without injection; from the runs inside: another
             n_loops.
     """
-    names = _injections(model, loops, checked_loops(n_loops, model.cfg.n_loops))
+    names = _injections(model, loops, visits, checked_loops(n_loops, model.cfg.n_loops))
     with model.hooks(
         [(set(names).__contains__, lambda value, hook: factor * value)], n_loops=n_loops
     ):
@@ -164,7 +191,12 @@ def attenuate_input(
 
 @contextmanager
 def swap_input(
-    model: LoopedModel, other: Inputs, loops: Picked = "all", n_loops: int | None = None
+    model: LoopedModel,
+    other: Inputs,
+    loops: Picked | int = "all",
+    n_loops: int | None = None,
+    *,
+    visits: VisitNames | None = None,
 ) -> Iterator[LoopedModel]:
     """Inside the `with` block another input is injected at some iterations; the state computed so
     far stays.
@@ -172,13 +204,13 @@ def swap_input(
     Args:
         other: A batch, texts or tokens of the shape of the runs inside; it is run once, when the
             context is entered.
-        loops, n_loops: As for `attenuate_input`.
+        loops, n_loops, visits: As for `attenuate_input`.
 
     Raises:
         ValueError: As for `attenuate_input`, and a run inside of another shape.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    names = _injections(model, loops, n_loops)
+    names = _injections(model, loops, visits, n_loops)
     injected = recorded(model, reference_batch(model, other), names, n_loops)
 
     def swap(value: Tensor, hook: HookPoint) -> Tensor:
@@ -199,13 +231,12 @@ def _writing(
     model: LoopedModel,
     new: Callable[[Tensor, str], Tensor],
     site: str,
-    loops: Picked,
-    layers: Picked | None,
-    positions: Picked,
+    where: Where,
+    positions: Picked | int,
     n_loops: int | None,
 ) -> Iterator[LoopedModel]:
     n_loops, columns = checked_loops(n_loops, model.cfg.n_loops), checked_columns(positions)
-    names = set(_places(model, site, loops, layers, n_loops))
+    names = set(_points(model, site, where, n_loops))
 
     def write(value: Tensor, hook: HookPoint) -> Tensor:
         return at_columns_of(value, new(value, str(hook.name)), columns)
@@ -229,47 +260,36 @@ def _fitted(vectors: Tensor, value: Tensor, name: str) -> Tensor:
     )
 
 
-def _places(
-    model: LoopedModel, site: str, loops: Picked, layers: Picked | None, n_loops: int
-) -> list[str]:
-    """The hook points of a site at some iterations and layers."""
-    names = model.hook_names(n_loops)
-    here = [name for name in names if is_site(name, site)]
-    if not here:
-        raise KeyError(
-            f"this model has no site {site!r}; its sites are"
-            f" {', '.join(sorted({site_of(name) for name in names}))}"
-        )
-    meant = sorted({site_of(name) for name in here})
+def _points(model: LoopedModel, site: str, where: Where, n_loops: int) -> list[str]:
+    """The hook points of a site at the chosen visits."""
+    here = at_site(places_of(model, n_loops), site)
+    meant = sorted({place.site for place in here})
     if len(meant) > 1:
         raise ValueError(f"{site!r} could be {' or '.join(meant)}; name the site in full")
-    if position_axis(here[0]) != 1:
+    if position_axis(here[0].name) != 1:
         raise ValueError(
             f"{site!r} has a head axis before its positions, so no vector can be added there"
         )
-    inside = {name: coordinate(name) for name in here if name.startswith("loops.")}
-    if not inside:
-        raise ValueError(f"{site!r} lies outside the loop, so it has no iteration")
-    layered = any(len(place) > 1 for place in inside.values())
-    if layered == (layers is None):
-        raise ValueError(
-            f"{site!r}"
-            f" {'needs layers= (blocks, or all)' if layered else 'has no layer, so pass layers=None'}"
-        )
-    kept_loops = in_range("loops", loops, n_loops)
-    kept_layers = (
-        in_range("layers", layers, 1 + max(int(place[-1]) for place in inside.values()))
-        if layered
-        else []
-    )
-    chosen = [
-        name
-        for name, place in inside.items()
-        if place[0] in kept_loops and (not layered or place[-1] in kept_layers)
-    ]
+    if where.visits is None:
+        here = _with_coordinates(site, where, here)
+    chosen = where.among(here, n_loops)
     if not chosen:
-        raise ValueError(f"{site!r} does not occur at loops={loops}, layers={layers}")
-    return chosen
+        raise ValueError(f"{site!r} does not occur at {where}")
+    return [place.name for place in chosen]
+
+
+def _with_coordinates(site: str, where: Where, here: Sequence[Place]) -> list[Place]:
+    """The places inside the loop, which iterations and layers can name."""
+    inside = [place for place in here if place.loop is not None]
+    if not inside:
+        raise ValueError(f"{site!r} lies outside the loop, so it has no iteration; pass visits=")
+    if where.loops is None:
+        raise ValueError(f"{site!r} needs loops= (iterations, or 'all') or visits=")
+    layered = any(place.layer is not None for place in inside)
+    if layered == (where.layers is None):
+        rule = "needs layers= (blocks, or all)" if layered else "has no layer, so pass layers=None"
+        raise ValueError(f"{site!r} {rule}")
+    return inside
 
 
 def _mean_at_readout(
@@ -284,21 +304,21 @@ def _mean_at_readout(
     return torch.as_tensor(total) / len(batch)
 
 
-def _injections(model: LoopedModel, loops: Picked, n_loops: int) -> list[str]:
-    """The points of what is injected at some iterations."""
-    kept = in_range("loops", loops, n_loops)
-    opening = [visit for visit in model.schedule(n_loops) if "hook_input" in visit.opening]
-    points = {
-        visit.loop: f"{visit.scope}.hook_input" for visit in opening if visit.loop is not None
-    }
-    if not points:
+def _injections(
+    model: LoopedModel, loops: Picked | int, visits: VisitNames | None, n_loops: int
+) -> list[str]:
+    """The points of what is injected at some iterations, in the order of the schedule."""
+    places = [place for place in places_of(model, n_loops) if place.site == "hook_input"]
+    injected = sorted({place.loop for place in places if place.loop is not None})
+    if not injected:
         raise ValueError(
             "nothing is injected into this model's iterations in such a call: it has no hook_input"
         )
-    missing = [] if loops == "all" else [loop for loop in kept if loop not in points]
-    if missing or not kept:
+    wanted = injected if isinstance(loops, str) else in_range("loops", loops, n_loops)
+    missing = [loop for loop in wanted if loop not in injected]
+    if missing or not wanted:
         where = f"at iteration {missing[0]}" if missing else "at loops=[]"
         raise ValueError(
-            f"nothing is injected {where}; this model injects at the iterations {sorted(points)}"
+            f"nothing is injected {where}; this model injects at the iterations {injected}"
         )
-    return [points[loop] for loop in kept if loop in points]
+    return [place.name for place in Where(wanted, None, visits).among(places, n_loops)]

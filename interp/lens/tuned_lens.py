@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.interp.common.cells import place_of
 from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
 from loopscope.interp.common.fingerprint import fingerprint
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.lens.lens import residuals
 from loopscope.interp.lens.record import Lens, places_of, visit_table
 from loopscope.models.core.base import LoopedModel
@@ -134,8 +134,7 @@ class TunedLens:
         count from 0.
         """
         steps = range(len(self.losses))
-        sites = [f"{name}.hook_resid_post" for name in self.names]
-        loops, layers = zip(*map(place_of, sites), strict=True)
+        loops, layers = zip(*map(loop_and_layer, self.names), strict=True)
         table = visit_table(self.names, loops, layers, 1)
         frame = table.loc[list(table.index) * len(steps)].reset_index(drop=True)
         frame.insert(0, "step", [step for step in steps for _ in self.names])

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.interp.common.cells import Cell, Places, Together, choose
+from loopscope.interp.common.cells import Cell, Selection, Together, choose
 from loopscope.interp.common.fingerprint import fingerprint
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
-from loopscope.interp.common.metrics import metric_name
+from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
+from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.common.processes import gathered, share
 from loopscope.interp.patching.continued import continued_logits
 from loopscope.interp.patching.packed import packable, packed_logits
@@ -43,10 +43,11 @@ def activation_patch(
     n_loops: int | None = None,
     *,
     sites: str | Sequence[str] = ("resid_pre",),
-    positions: Literal["all"] | Sequence[int] = "all",
-    heads: Literal["all"] | Sequence[int] | None = None,
-    loops: Sequence[int] | None = None,
-    layers: Sequence[int] | None = None,
+    positions: Picked | int = "all",
+    heads: Picked | int | None = None,
+    loops: Picked | int | None = None,
+    layers: Picked | int | None = None,
+    visits: VisitNames | None = None,
     together: Together | Sequence[Together] = (),
     window: int | None = None,
     direction: Direction = "denoise",
@@ -72,7 +73,10 @@ def activation_patch(
         positions: Columns to patch, "all" for every one.
         heads: Heads to patch one by one at sites that have heads, "all" for every one; None patches
             all heads together.
-        loops, layers: Restrict the sweep; None means all.
+        loops, layers: Restrict the sweep to iterations and layers, from 0; None means all. Each
+            visit there has cells of its own, also where several visits share iteration and layer.
+        visits: Restrict the sweep to visits by name or pattern, such as "loops.0.low.1.blocks.0" or
+            "loops.*.low.*"; None means all.
         together: What is patched at once instead of one by one: "loops" (the site at all chosen
             iterations), "positions" (all chosen columns).
         window: Patch so many consecutive chosen iterations at once; a cell's loop is then the first
@@ -86,26 +90,25 @@ def activation_patch(
             on from there.
 
     Raises:
-        KeyError: A site that this model does not have.
+        KeyError: A site or a visit that this model does not have.
         ValueError: Inputs that do not match, a position, head, loop or layer out of range, or
             partial results of another sweep.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     pair = Pair.of(model, clean, corrupted, readout)
     base, source = base_and_source(direction, pair.clean, pair.corrupted)
-    places = Places(
-        sites=(sites,) if isinstance(sites, str) else tuple(sites),
+    selection = Selection(
+        sites=sites,
+        where=Where(loops, layers, visits),
         positions=positions,
         heads=heads,
-        loops=loops,
-        layers=layers,
-        together=(together,) if isinstance(together, str) else tuple(together),
+        together=together,
         window=window,
     )
-    cells = choose(model, n_loops, base.tokens.shape[1], places)
+    cells = choose(model, n_loops, base.tokens.shape[1], selection)
     metrics = _named(metric, also or {})
     key = (
-        fingerprint(model, cells, (base, source), (n_loops, direction, *metrics))
+        fingerprint(model, cells, (base, source), (n_loops, direction, metrics))
         if save_to is not None
         else ""
     )
@@ -182,4 +185,4 @@ class _Job:
         return dict(run[1])
 
     def _measure(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "metric batch"]:
-        return torch.stack([metric(logits) for metric in self.metrics.values()])
+        return torch.stack([measure(metric, logits) for metric in self.metrics.values()])

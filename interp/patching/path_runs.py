@@ -8,6 +8,7 @@ taken; and the base run with those put in, everything after them free.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,31 +19,32 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.common.cells import in_range
+from loopscope.interp.common.collecting import keeping, recorded
 from loopscope.interp.common.inputs import Metric, begin_batch
-from loopscope.interp.common.places import recorded
+from loopscope.interp.common.metrics import measure
+from loopscope.interp.common.places import in_range
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import NamesFilter
 from loopscope.models.core.intervene import Hook
-from loopscope.models.core.state import State
+from loopscope.models.core.state import State, Visit
 from loopscope.models.core.tokens import Batch
 
 
 @dataclass(frozen=True)
-class Spot:
+class PathEnd:
     """One end of a path in the run.
 
     Attributes:
         name: The hook point.
-        added: The hook point at which it is in the residual stream; for a head that of its
-            attention's output.
-        visit: The visit, as an index into the schedule.
-        head, position: What is sent or received there; None for all.
+        added: The hook point at which the component's output is in the residual stream; for a head
+            the output of its attention.
+        visit: The visit of both.
+        head, position: The head and the column that are sent or received; None for all.
     """
 
     name: str
     added: str
-    visit: int
+    visit: Visit
     head: int | None
     position: int | None
 
@@ -63,7 +65,7 @@ class PathRuns:
     model: LoopedModel
     base: Batch
     source: Batch
-    receivers: tuple[Spot, ...]
+    receivers: tuple[PathEnd, ...]
     frozen_sites: tuple[str, ...]
     n_loops: int
     order: Mapping[str, int]
@@ -72,19 +74,20 @@ class PathRuns:
     def first(self) -> int:
         """The visit of the first receiver."""
         return min(
-            (spot.visit for spot in self.receivers), default=len(self.model.schedule(self.n_loops))
+            (end.visit.index for end in self.receivers),
+            default=len(self.model.schedule(self.n_loops)),
         )
 
     @property
     def stop(self) -> int:
         """The visit after the last receiver."""
         return max(
-            (spot.visit + 1 for spot in self.receivers),
+            (end.visit.index + 1 for end in self.receivers),
             default=len(self.model.schedule(self.n_loops)),
         )
 
     def values(
-        self, senders: Sequence[Spot], metric: Metric, batch_size: int
+        self, senders: Sequence[PathEnd], metric: Metric, batch_size: int
     ) -> Float[Tensor, "sender batch"]:
         """The metric of each sender's patched run, at most `batch_size` rows side by side."""
         groups: dict[str, list[int]] = {}
@@ -98,13 +101,13 @@ class PathRuns:
         state: State | None = None
         with tqdm(total=len(senders), desc="path patching", leave=False, delay=2) as bar:
             for name in sorted(groups, key=self.order.__getitem__):
-                state = self._state(state, senders[groups[name][0]].visit)
+                state = self._state(state, senders[groups[name][0]].visit.index)
                 for pack in (groups[name][i : i + size] for i in range(0, len(groups[name]), size)):
                     logits = self._logits(
                         state, first, [senders[n] for n in pack], sent[name], frozen
                     )
                     results |= {
-                        n: metric(part)
+                        n: measure(metric, part)
                         for n, part in zip(pack, logits.split(len(self.base)), strict=True)
                     }
                     bar.update(len(pack))
@@ -119,7 +122,7 @@ class PathRuns:
         self,
         state: State,
         first: State,
-        senders: Sequence[Spot],
+        senders: Sequence[PathEnd],
         source: Tensor,
         frozen: Mapping[str, Tensor],
     ) -> Float[Tensor, "row d_vocab"]:
@@ -127,11 +130,11 @@ class PathRuns:
         are (sender, batch).
         """
         columns = _times(self.base.readout, len(senders))
-        end, received = self._held(state, senders, source, frozen)
+        last, received = self._held(state, senders, source, frozen)
         if not self.receivers:
-            return self.model.readout(end, columns)
-        names = dict.fromkeys(spot.name for spot in self.receivers)
-        places = {name: [spot for spot in self.receivers if spot.name == name] for name in names}
+            return self.model.readout(last, columns)
+        names = dict.fromkeys(end.name for end in self.receivers)
+        places = {name: [end for end in self.receivers if end.name == name] for name in names}
         hooks: list[tuple[NamesFilter, Hook]] = [
             (name, partial(_put, source=received[name], places=[at])) for name, at in places.items()
         ]
@@ -141,16 +144,12 @@ class PathRuns:
             )
 
     def _held(
-        self, state: State, senders: Sequence[Spot], source: Tensor, frozen: Mapping[str, Tensor]
+        self, state: State, senders: Sequence[PathEnd], source: Tensor, frozen: Mapping[str, Tensor]
     ) -> tuple[State, Mapping[str, Tensor]]:
         """The frozen run from the senders on: its state after the last receiver, and what each
         receiver is given.
         """
         times = len(senders)
-        received: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: HookPoint) -> None:
-            received[str(hook.name)] = value
 
         def hold(value: Tensor, hook: HookPoint) -> Tensor:
             return _times(frozen[str(hook.name)], times)
@@ -159,13 +158,17 @@ class PathRuns:
             (senders[0].name, partial(_put, source=source, places=[[sender] for sender in senders]))
         ]
         hooks += [
-            (name, keep) for name in dict.fromkeys(spot.name for spot in self.receivers)
-        ]  # an MLP is kept before it is held
-        hooks += [
             (later, hold) for later in frozen if self.order[later] > self.order[senders[0].added]
         ]
-        with self.model.hooks(hooks, n_loops=self.n_loops):
-            return self.model.advance(state.map(partial(_times, times=times)), self.stop), received
+        state = state.map(partial(_times, times=times))
+        names = list(dict.fromkeys(end.name for end in self.receivers))
+        with ExitStack() as stack:
+            # attached first, because an MLP is kept before it is held
+            received = (
+                stack.enter_context(keeping(self.model, names, self.n_loops)) if names else {}
+            )
+            stack.enter_context(self.model.hooks(hooks, n_loops=self.n_loops))
+            return self.model.advance(state, self.stop), received
 
     def _state(self, state: State | None, visit: int) -> State:
         """The base run before a visit, continued from an earlier state."""
@@ -197,7 +200,7 @@ def _times(value: Tensor, times: int) -> Tensor:
 
 
 def _put(
-    value: Tensor, hook: HookPoint, source: Tensor, places: Sequence[Sequence[Spot]]
+    value: Tensor, hook: HookPoint, source: Tensor, places: Sequence[Sequence[PathEnd]]
 ) -> Tensor:
     """The value with some places taken from a source, which may have fewer rows.
 
@@ -210,14 +213,12 @@ def _put(
         part=len(places),
     )
     for part, where in enumerate(places):
-        for spot in where:
-            columns = (
-                slice(None) if spot.position is None else slice(spot.position, spot.position + 1)
-            )
+        for end in where:
+            columns = slice(None) if end.position is None else slice(end.position, end.position + 1)
             index: tuple[slice | int, ...] = (slice(None), columns)
-            if spot.head is not None:
-                in_range("heads", [spot.head], value.shape[2])
-                index = (*index, spot.head)
+            if end.head is not None:
+                in_range("heads", [end.head], value.shape[2])
+                index = (*index, end.head)
             patched[part][index] = given[part][index]
     flat: Tensor = rearrange(patched, "part batch ... -> (part batch) ...")
     return flat

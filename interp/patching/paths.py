@@ -8,7 +8,7 @@ The three runs of Wang et al. 2022 (arXiv 2211.00593), section 3.1 and appendix 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import pandas as pd
@@ -16,12 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.interp.common.cells import in_range
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
-from loopscope.interp.common.metrics import metric_name
+from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
-from loopscope.interp.common.places import visits_at
-from loopscope.interp.patching.path_runs import PathRuns, Spot
+from loopscope.interp.common.places import Where, chosen_visits, in_range, one_visit
+from loopscope.interp.patching.path_runs import PathEnd, PathRuns
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -41,25 +40,29 @@ class Sender:
 
     Attributes:
         kind: "head" (at attn.hook_z), "attn" or "mlp" (what it adds to the residual stream).
-        loop, layer: Where it is, from 0.
+        loop, layer: The coordinates of its visit, from 0.
         head: The head, for kind "head" only.
         position: The column that is sent; None for all.
+        visit: The visit by its name ("loops.0.low.1.blocks.0", "prelude.0"), in place of loop and
+            layer; it must be given where several visits share both.
     """
 
     kind: Literal["head", "attn", "mlp"]
-    loop: int
-    layer: int
+    loop: int | None = None
+    layer: int | None = None
     head: int | None = None
     position: int | None = None
+    visit: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _SENT:
             raise ValueError(f"a sender's kind must be 'head', 'attn' or 'mlp', got {self.kind!r}")
+        _require_visit("a sender", self)
         if (self.head is None) != (self.kind != "head"):
             raise ValueError(f"head= must be given for kind 'head' and only then, got {self}")
 
     def __str__(self) -> str:
-        return _words(self.kind, self.loop, self.layer, self.head, self.position)
+        return _words(self)
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,11 @@ class Receiver:
     Attributes:
         kind: "q", "k" or "v" of attention, "mlp" (an MLP's input), or "readout" (the final logits;
             it stands alone).
-        loop, layer: Where it is, from 0; None for the readout.
+        loop, layer: The coordinates of its visit, from 0; None for the readout.
         head: The head (for k and v the key-value head); None for all, and where there are none.
         position: The column that receives; None for all.
+        visit: The visit by its name, in place of loop and layer; it must be given where several
+            visits share both.
     """
 
     kind: Literal["q", "k", "v", "mlp", "readout"]
@@ -79,31 +84,35 @@ class Receiver:
     layer: int | None = None
     head: int | None = None
     position: int | None = None
+    visit: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in (*_RECEIVED, "readout"):
             raise ValueError(
                 f"a receiver's kind must be 'q', 'k', 'v', 'mlp' or 'readout', got {self.kind!r}"
             )
-        place = (self.loop, self.layer)
-        if self.kind == "readout" and (*place, self.head, self.position) != (None,) * 4:
+        if self.kind != "readout":
+            _require_visit("a receiver", self)
+        elif any(getattr(self, field.name) is not None for field in fields(self)[1:]):
             raise ValueError(f"the readout has no loop, layer, head or position, got {self}")
-        if self.kind != "readout" and None in place:
-            raise ValueError(f"a receiver needs loop= and layer=, got {self}")
         if self.kind == "mlp" and self.head is not None:
             raise ValueError(f"an MLP has no heads, got {self}")
 
     def __str__(self) -> str:
-        return _words(self.kind, self.loop, self.layer, self.head, self.position)
+        return _words(self)
 
 
-def _words(
-    kind: str, loop: int | None, layer: int | None, head: int | None, position: int | None
-) -> str:
-    places = {"loop": loop, "layer": layer, "head": head, "position": position}
-    return " ".join(
-        [kind, *(f"{name} {number}" for name, number in places.items() if number is not None)]
-    )
+def _require_visit(what: str, end: Sender | Receiver) -> None:
+    """Raise unless the end of a path has a visit: by its coordinates or by its name."""
+    given = [end.loop is not None, end.layer is not None, end.visit is not None]
+    if given not in ([True, True, False], [False, False, True]):
+        raise ValueError(f"{what} needs loop= and layer=, or visit= alone, got {end}")
+
+
+def _words(end: Sender | Receiver) -> str:
+    axes = ("visit", "loop", "layer", "head", "position")
+    numbers = [f"{axis} {getattr(end, axis)}" for axis in axes if getattr(end, axis) is not None]
+    return " ".join([end.kind, *numbers])
 
 
 @dataclass(frozen=True)
@@ -232,8 +241,8 @@ def path_patch_sweep(
             `path_patch`.
 
     Returns:
-        One row per sender: kind, loop, layer, head, position, receivers, metric, clean, corrupted,
-        value (means over the batch).
+        One row per sender: kind, visit, loop, layer, head, position, receivers, metric, clean,
+        corrupted, value (means over the batch).
 
     Raises:
         ValueError: As for `path_patch`, or no sender is earlier than the receivers.
@@ -247,10 +256,12 @@ def path_patch_sweep(
             f"no sender is earlier than all of the receivers ({_listed(paths.receivers)})"
         )
     values = paths.values(chosen, metric, batch_size)
+    visits = [paths.sent(sender).visit for sender in chosen]
     places = [
-        (sender.kind, sender.loop, sender.layer, sender.head, sender.position) for sender in chosen
+        (sender.kind, visit.name, visit.loop, visit.layer, sender.head, sender.position)
+        for sender, visit in zip(chosen, visits, strict=True)
     ]
-    frame = pd.DataFrame(places, columns=["kind", "loop", "layer", "head", "position"])
+    frame = pd.DataFrame(places, columns=["kind", "visit", "loop", "layer", "head", "position"])
     frame = frame.astype({column: "Int64" for column in ("loop", "layer", "head", "position")})
     frame["receivers"], frame["metric"] = _listed(paths.receivers), metric_name(metric)
     frame["clean"], frame["corrupted"] = (run.mean().item() for run in paths.unpatched(metric))
@@ -293,82 +304,77 @@ class _Paths:
                 f" {_listed(ends)}"
             )
         width = base.tokens.shape[1]
-        spots = tuple(
-            _spot(model, n_loops, width, receiver, _RECEIVED)
+        found = tuple(
+            _end(model, n_loops, width, receiver, _RECEIVED)
             for receiver in ends
             if receiver.kind != "readout"
         )
         order = {name: place for place, name in enumerate(model.hook_names(n_loops))}
         return cls(
-            pair, ends, PathRuns(model, base, source, spots, _FROZEN[freeze], n_loops, order)
+            pair, ends, PathRuns(model, base, source, found, _FROZEN[freeze], n_loops, order)
         )
 
     def values(
         self, senders: Sequence[Sender], metric: Metric, batch_size: int
     ) -> Float[Tensor, "sender batch"]:
         """The metric of each sender's patched run."""
-        spots = [self._sent(sender) for sender in senders]
-        for sender, spot in zip(senders, spots, strict=True):
-            # the readout has no spot, and nothing is later than it
+        found = [self.sent(sender) for sender in senders]
+        for sender, sent in zip(senders, found, strict=True):
+            # the readout is no visit, and nothing is later than it
             late = [
                 receiver
                 for receiver, into in zip(self.receivers, self.runs.receivers, strict=False)
-                if not self._earlier(spot, into)
+                if not self._earlier(sent, into)
             ]
             if late:
                 raise ValueError(
                     f"a receiver must come later in the run than the sender, but ({late[0]}) is not"
                     f" later than ({sender})"
                 )
-        return self.runs.values(spots, metric, batch_size)
+        return self.runs.values(found, metric, batch_size)
 
     def unpatched(self, metric: Metric) -> tuple[Tensor, Tensor]:
         """The metric of the clean and of the corrupted run."""
-        return metric(self.runs.unpatched(self.pair.clean)), metric(
-            self.runs.unpatched(self.pair.corrupted)
+        clean, corrupted = (
+            measure(metric, self.runs.unpatched(batch))
+            for batch in (self.pair.clean, self.pair.corrupted)
         )
+        return clean, corrupted
 
     def earlier_senders(self) -> list[Sender]:
         """Each head and each MLP inside the loop that is earlier than all receivers."""
         everything: list[Sender] = []
-        for visit in visits_at(self.runs.model, self.runs.n_loops, "all", "all"):
-            assert visit.loop is not None, "visits_at gives visits inside the loop"
-            heads = [
-                Sender("head", visit.loop, visit.layer, head)
-                for head in range(self.runs.model.cfg.n_heads)
-            ]
-            everything += [*heads, Sender("mlp", visit.loop, visit.layer)]
+        model = self.runs.model
+        for visit in chosen_visits(model, self.runs.n_loops, Where(loops="all")):
+            heads = range(model.cfg.n_heads)
+            everything += [Sender("head", head=head, visit=visit.name) for head in heads]
+            everything.append(Sender("mlp", visit=visit.name))
         return [
             sender
             for sender in everything
-            if all(self._earlier(self._sent(sender), into) for into in self.runs.receivers)
+            if all(self._earlier(self.sent(sender), into) for into in self.runs.receivers)
         ]
 
-    def _sent(self, sender: Sender) -> Spot:
-        return _spot(
-            self.runs.model, self.runs.n_loops, self.runs.base.tokens.shape[1], sender, _SENT
-        )
+    def sent(self, sender: Sender) -> PathEnd:
+        """A sender in the run."""
+        width = self.runs.base.tokens.shape[1]
+        return _end(self.runs.model, self.runs.n_loops, width, sender, _SENT)
 
-    def _earlier(self, sender: Spot, receiver: Spot) -> bool:
+    def _earlier(self, sender: PathEnd, receiver: PathEnd) -> bool:
         return self.runs.order[sender.name] < self.runs.order[receiver.name]
 
 
-def _spot(
+def _end(
     model: LoopedModel, n_loops: int, width: int, end: Sender | Receiver, sites: Mapping[str, str]
-) -> Spot:
-    """The place in the run of one end of the path."""
-    assert end.loop is not None, "only the readout has no place"
-    assert end.layer is not None, "only the readout has no place"
-    visits = visits_at(model, n_loops, [end.loop], [end.layer])
-    if len(visits) != 1 or sites[end.kind] not in visits[0].points:
-        where = ", ".join(visit.name for visit in visits) or "none"
-        raise ValueError(f"one visit with {sites[end.kind]} is needed for {end}, found {where}")
+) -> PathEnd:
+    """One end of the path in the run."""
+    visit = one_visit(model, n_loops, Where(end.loop, end.layer, end.visit))
+    site = sites[end.kind]
+    if site not in visit.points:
+        raise ValueError(f"{visit.name} has no {site}, which {end} needs")
     if end.position is not None:
         in_range("positions", [end.position], width)
     if end.head is not None and end.kind in ("head", "q"):
         in_range("heads", [end.head], model.cfg.n_heads)
-    name, added = (
-        f"{visits[0].name}.{site}"
-        for site in (sites[end.kind], _ADDED.get(end.kind, sites[end.kind]))
-    )
-    return Spot(name, added, visits[0].index, end.head, end.position)
+    name, added = (f"{visit.name}.{point}" for point in (site, _ADDED.get(end.kind, site)))
+    return PathEnd(name, added, visit, end.head, end.position)

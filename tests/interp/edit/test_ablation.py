@@ -15,8 +15,7 @@ from torch import Tensor
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.locate import SHIPPED
 from loopscope.interp.common.metrics import margin
-from loopscope.interp.common.places import other_rows
-from loopscope.interp.edit.ablation import Component, ablate
+from loopscope.interp.edit.ablation import Component, ablate, other_rows
 from loopscope.interp.exits.halting import halting
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch

@@ -395,6 +395,7 @@ def test_a_sweep_is_one_path_after_another(batch_size: int) -> None:
     )
     assert list(frame.columns) == [
         "kind",
+        "visit",
         "loop",
         "layer",
         "head",
@@ -556,7 +557,7 @@ def test_inputs_that_do_not_match_are_refused(
         ),
         (Sender, ("mlp", 0, 0, 3), "head= must be given for kind 'head' and only then"),
         (Sender, ("q", 0, 0), "kind"),
-        (Receiver, ("q", 1), r"a receiver needs loop= and layer=, got q loop 1"),
+        (Receiver, ("q", 1), r"a receiver needs loop= and layer=, or visit= alone, got q loop 1"),
         (
             Receiver,
             ("readout", 1),

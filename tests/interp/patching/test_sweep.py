@@ -34,16 +34,22 @@ from toy import (
 
 # Patches: each cell is one run
 
-SWEEP_MODELS = [("none", False), ("sinusoidal", False), ("learned", True)]
-
 
 def site_names(model: LoopedModel) -> list[str]:
     return list(dict.fromkeys(map(site_of, model.hook_names(SHORTEST))))
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("heads", [None, [1, 4]])
-@pytest.mark.parametrize(("positions", "injection"), SWEEP_MODELS)
+@pytest.mark.parametrize(
+    ("positions", "injection", "heads", "direction"),
+    [
+        ("none", False, None, "denoise"),
+        ("none", False, [1, 4], "noise"),
+        ("sinusoidal", False, None, "noise"),
+        ("sinusoidal", False, [1, 4], "denoise"),
+        ("learned", True, None, "denoise"),
+        ("learned", True, [1, 4], "noise"),
+    ],
+)
 def test_each_cell_of_a_sweep_is_one_run_with_that_patch(
     positions: str, injection: bool, heads: list[int] | None, direction: str
 ) -> None:

@@ -15,6 +15,7 @@ from loopscope.interp.common.cells import Cell
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.packed import packable
 from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.patching.unfinished import Unfinished
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
@@ -257,21 +258,21 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loopscope.interp.patching.unfinished._EVERY", 0.0)
-    file, calls = tmp_path / "sweep.safetensors", []
+    file, added, add = tmp_path / "sweep.safetensors", [], Unfinished.add
 
-    def metric(logits: Tensor) -> Tensor:
-        calls.append(1)
-        if len(calls) == 31:
+    def counted(self: Unfinished, index: int, values: Tensor) -> None:
+        if len(added) == 28:
+            added.append(-1)
             raise KeyboardInterrupt
-        return projection()(logits)
+        added.append(index)
+        add(self, index, values)
 
+    monkeypatch.setattr(Unfinished, "add", counted)
     with pytest.raises(KeyboardInterrupt):
-        activation_patch(plain, CLEAN, CORRUPTED, metric, 3, save_to=file)
+        activation_patch(plain, CLEAN, CORRUPTED, projection(), 3, save_to=file)
     assert file.is_file()
-    done = activation_patch(plain, CLEAN, CORRUPTED, metric, 3, save_to=file)
-    assert len(calls) == 31 + 2 + (
-        3 * LAYERS * POS - 28
-    )  # again the two runs without a patch, and the cells that were missing
+    done = activation_patch(plain, CLEAN, CORRUPTED, projection(), 3, save_to=file)
+    assert added == [*range(28), -1, *range(28, 3 * LAYERS * POS)]  # only what was missing
     assert_close(done.values, activation_patch(plain, CLEAN, CORRUPTED, projection(), 3).values)
     assert not list(tmp_path.iterdir())
 
