@@ -190,8 +190,10 @@ def writers(pairs: Pairs, front: list[Step]) -> pd.DataFrame:
     rows = []
     for step in front:
         at = (step.loop, step.layer, step.hop, 0)
-        places = {"loops": (step.loop,), "layers": (step.layer,)}
-        without = [pairs.accuracy_without(Component(kind, **places)) for kind in ("attn", "mlp")]
+        without = [
+            pairs.accuracy_without(Component(kind, (step.loop,), (step.layer,)))
+            for kind in ("attn", "mlp")
+        ]
         rows.append(
             (
                 step.hop,

@@ -10,12 +10,15 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.frozen_norm import frozen_norm, watching
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from loopscope.interp.common.metrics import Answers, one_per_row
+from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import Slot, Visit, checked_loops
 from loopscope.models.core.tokens import Batch
@@ -69,12 +72,13 @@ class DirectLogits:
 
 
 @torch.no_grad()
+@evaluated
 def direct_logit_attribution(
     model: LoopedModel,
     inputs: Inputs,
-    answers: Int[Tensor, " batch"],
+    answers: Answers,
     *,
-    against: Int[Tensor, " batch"] | None = None,
+    against: Answers | None = None,
     n_loops: int | None = None,
     readout: ReadoutColumn = None,
     heads: bool = True,
@@ -85,8 +89,9 @@ def direct_logit_attribution(
 
     Args:
         inputs: A batch, texts, or tokens with `readout`.
-        answers: Int[Tensor, " batch"], the token of each row whose logit is split up.
-        against: Int[Tensor, " batch"], tokens whose logit is subtracted; None for the plain logit.
+        answers: The token of each row whose logit is split up; an int for the same token in all
+            rows.
+        against: Tokens whose logit is subtracted; None for the plain logit.
         n_loops: Iterations; None means what the checkpoint records.
         heads: Every head on its own and the attention's output bias as a row of its own; False
             gives each attention whole.
@@ -101,26 +106,28 @@ def direct_logit_attribution(
     """
     require_additive(model, "direct_logit_attribution")
     batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
+    sides = {"answers": answers} | ({} if against is None else {"against": against})
+    d_vocab, device = model.cfg.d_vocab, batch.tokens.device
     tokens = torch.stack(
-        [_checked(model, batch, ids) for ids in (answers, against) if ids is not None], dim=1
+        [one_per_row(what, side, len(batch), d_vocab, device) for what, side in sides.items()],
+        dim=1,
     )
-    signs = torch.tensor([1.0, -1.0], dtype=model.W_U.dtype, device=model.device)[: tokens.shape[1]]
+    W_U, b_U = widened(model.W_U), widened(model.b_U)
+    signs = torch.tensor([1.0, -1.0], dtype=W_U.dtype, device=model.device)[: tokens.shape[1]]
     pieces = []
     for part, chosen in zip(
         in_chunks(batch, batch_size, "logits"), tokens.split(batch_size), strict=True
     ):
         terms, resid, logits = _run(model, part, n_loops, heads)
         linear, offset = _through_final_norm(model, torch.stack(list(terms.values())), resid)
-        direction = einsum(
-            model.W_U.T[chosen], signs, "batch token d_model, token -> batch d_model"
-        )
+        direction = einsum(W_U.T[chosen], signs, "batch token d_model, token -> batch d_model")
         values = einsum(
-            linear, direction, "component batch d_model, batch d_model -> component batch"
+            widened(linear), direction, "component batch d_model, batch d_model -> component batch"
         )
-        constant = direction @ offset + model.b_U[chosen] @ signs
-        pieces.append((values, constant, logits.gather(1, chosen) @ signs.to(logits.dtype)))
+        constant = direction @ widened(offset) + b_U[chosen] @ signs
+        pieces.append((values, constant, widened(logits).gather(1, chosen) @ signs))
     values, constant, picked = (torch.cat(piece, dim=-1) for piece in zip(*pieces, strict=True))
-    check_sum(torch.cat([values, constant[None]]), picked, "the logit")
+    check_sum(torch.cat([values, constant[None]]), picked, "the logit", model.W_U.dtype)
     return DirectLogits(tuple(terms), values, constant, picked)
 
 
@@ -146,16 +153,18 @@ def require_additive(model: LoopedModel, method: str) -> None:
     )
 
 
-def check_sum(parts: Float[Tensor, "part ..."], total: Tensor, what: str) -> None:
+def check_sum(
+    parts: Float[Tensor, "part ..."], total: Tensor, what: str, dtype: torch.dtype
+) -> None:
     """Raise unless the parts sum to the total, of the shape "...", up to the square root of the
-    number format's precision.
+    precision of the number format in which the model ran.
 
     Raises:
         ValueError: They do not: a hook writes to the stream, or the family does what its
             `additive_residual` denies.
     """
     off, scale = (parts.sum(0) - total).abs(), parts.abs().sum(0)
-    if bool((off > torch.finfo(parts.dtype).eps ** 0.5 * scale).any()):
+    if bool((off > torch.finfo(dtype).eps ** 0.5 * scale).any()):
         raise ValueError(
             f"the components' outputs must sum to {what}, but are off by up to"
             f" {float(off.max()):.3g}; something else writes to the residual stream: a hook at"
@@ -248,20 +257,3 @@ def _require_sites(visits: list[Visit], attn_site: str, heads: bool) -> None:
                 f"{visit.name} normalises its attention's output, so its heads do not add up; pass"
                 " heads=False"
             )
-
-
-def _checked(
-    model: LoopedModel, batch: Batch, tokens: Int[Tensor, " any"]
-) -> Int[Tensor, " batch"]:
-    if tokens.shape != batch.readout.shape:
-        raise ValueError(
-            f"one token per row is needed: the batch has {len(batch)} rows, got the shape"
-            f" {list(tokens.shape)}"
-        )
-    if bool(((tokens < 0) | (tokens >= model.cfg.d_vocab)).any()):
-        d_vocab = model.cfg.d_vocab
-        raise ValueError(
-            f"answers must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got {int(tokens.min())} to"
-            f" {int(tokens.max())}"
-        )
-    return tokens.to(batch.tokens.device)

@@ -9,12 +9,14 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.metrics import measure
+from loopscope.interp.common.modes import differentiated
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.hooks import NamesFilter
 from loopscope.models.core.state import State, checked_loops
 
 
+@differentiated
 def gradients(
     model: LoopedModel,
     inputs: Inputs,

@@ -25,11 +25,19 @@ from loopscope.interp.attribution.direct_logit import check_sum, component_kind,
 from loopscope.interp.attribution.gradients import gradients, logits_read
 from loopscope.interp.common.cells import HEAD_AXIS, Cell, Selection, choose
 from loopscope.interp.common.collecting import keeping
-from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
+from loopscope.interp.common.inputs import (
+    Inputs,
+    Metric,
+    ReadoutColumn,
+    begin_batch,
+    runs_side_by_side,
+)
 from loopscope.interp.common.metrics import measure, metric_name
+from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
-from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.common.precision import widened
+from loopscope.interp.patching.sweep import Sweep, present
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.state import Visit, checked_loops
@@ -40,6 +48,7 @@ _RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 _WRITTEN = ("hook_attn_out", "hook_mlp_out")
 
 
+@differentiated
 def attribution_patch(
     model: LoopedModel,
     clean: Inputs,
@@ -99,7 +108,7 @@ def attribution_patch(
     names = list(dict.fromkeys(cell.name for cell in cells))
     source_values, source_metric = _activations(model, source, metric, names, n_loops)
     base_values, grads, base_metric = _gradients(model, base, metric, names, n_loops)
-    together = max(1, batch_size // len(base)) if model.batch_independent else 1
+    together = runs_side_by_side(model, base, batch_size)
     shares = (
         ((torch.arange(steps, dtype=torch.float64) + 0.5) / steps).split(together) if steps else ()
     )
@@ -110,12 +119,13 @@ def attribution_patch(
             grad = _line_gradient(
                 model, base, metric, name, (base_values[name], change), n_loops, shares
             )
-        effects[name] = _by_place(change * grad, name)
+        effects[name] = _by_place(widened(change) * widened(grad), name)
     values = base_metric + torch.stack([_of_cell(effects[cell.name], cell) for cell in cells])
     unpatched = (
         (source_metric, base_metric) if direction == "denoise" else (base_metric, source_metric)
     )
-    return Sweep(tuple(cells), values, *unpatched, metric_name(metric), direction)
+    shown = present(model, base, cells)
+    return Sweep(tuple(cells), values, *unpatched, metric_name(metric), direction, present=shown)
 
 
 class End(NamedTuple):
@@ -174,6 +184,7 @@ class EdgeAttribution:
         return frame.astype({side: "Int64" for side in sides if "_" in side})
 
 
+@differentiated
 def edge_attribution(
     model: LoopedModel,
     clean: Inputs,
@@ -215,36 +226,44 @@ def edge_attribution(
     source_values, source_metric = _activations(model, source, metric, written, n_loops)
     base_values, grads, base_metric = _gradients(model, base, metric, [*written, *stream], n_loops)
     check_sum(
-        torch.stack([base_values[name] for name in written]),
-        base_values[stream[-1]],
+        torch.stack([widened(base_values[name]) for name in written]),
+        widened(base_values[stream[-1]]),
         "the residual stream",
+        base_values[stream[-1]].dtype,
     )
-    changes = {
-        name: source_values[name] - base_values[name]
-        for name in written
-        if name != "hook_pos_embed"
-    }
+    changes = {name: widened(source_values[name] - base_values[name]) for name in written}
     writers = [
         (End(name.removeprefix("hook_"), None, None), changes[name])
         for name in before
-        if name in changes
+        if name != "hook_pos_embed"
     ]
+    edges, values = _edges(visits, grads, changes, writers)
+    return EdgeAttribution(edges, values, source_metric, base_metric, metric_name(metric))
+
+
+def _edges(
+    visits: Sequence[Visit], grads: Values, changes: Values, writers: list[tuple[End, Tensor]]
+) -> tuple[tuple[Edge, ...], Float[Tensor, "edge batch pos"]]:
+    """Every edge with its effect at each position.
+
+    Args:
+        grads: Gradients of the base run at the residual stream, by hook name.
+        changes: What each component writes in the source run minus the base run, by hook name.
+        writers: The writers before the first visit with their changes.
+    """
     edges: list[Edge] = []
     values: list[Tensor] = []
+    last = f"{visits[-1].name}.{_RESIDUAL[-1]}"
+    writers = list(writers)
     for visit in tqdm([*visits, None], desc="edges", leave=False, disable=len(visits) < 64):
-        for reader, grad, written_next in _readers(visit, grads, stream[-1]):
+        for reader, grad, written_next in _readers(visit, grads, last):
             earlier = torch.stack([change for _, change in writers])
             edges += [Edge(writer, reader) for writer, _ in writers]
-            values.append(
-                einsum(
-                    earlier, grad, "writer batch pos d_model, batch pos d_model -> writer batch pos"
-                )
-            )
+            sums = "writer batch pos d_model, batch pos d_model -> writer batch pos"
+            values.append(einsum(earlier, widened(grad), sums))
             if written_next is not None:
                 writers.append((reader, changes[written_next]))
-    return EdgeAttribution(
-        tuple(edges), torch.cat(values), source_metric, base_metric, metric_name(metric)
-    )
+    return tuple(edges), torch.cat(values)
 
 
 def _readers(visit: Visit | None, grads: Values, last: str) -> list[tuple[End, Tensor, str | None]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.modes import evaluated
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State
 from loopscope.models.core.tokens import Batch
@@ -74,6 +75,7 @@ def keeping(
 
 
 @torch.no_grad()
+@evaluated
 def recorded(
     model: LoopedModel, batch: Batch, names: Sequence[str], n_loops: int
 ) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,44 +15,81 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_tokens
 from loopscope.models.core.tokens import Batch
 
-Inputs = Batch | str | Sequence[str] | Tensor
+Inputs = Batch | str | Sequence[str] | Sequence[Sequence[int]] | Tensor
 Metric = Callable[[Float[Tensor, "batch d_vocab"]], Float[Tensor, " batch"]]
-ReadoutColumn = int | Int[Tensor, " batch"] | None
+ReadoutColumn = int | Sequence[int] | Int[Tensor, " batch"] | None
 
 
 def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) -> Batch:
     """A `Batch` on the model's device.
 
     Args:
-        inputs: A batch, texts to encode, or unpadded tokens Int[Tensor, "batch pos"].
-        readout: The column at which answers are read, for tokens only; negative counts from the
-            end.
+        inputs: A batch, texts to encode, or unpadded tokens Int[Tensor, "batch pos"], also as
+            lists of one length.
+        readout: The column at which answers are read, one for all rows or one per row, for tokens
+            only; negative counts from the end.
 
     Raises:
-        ValueError: Tokens without a readout column, or a column outside the input.
+        TypeError: A readout that is no integer.
+        ValueError: Tokens without a readout column, a column outside the input, or another number
+            of columns than rows.
     """
     if isinstance(inputs, Batch):
         if readout is not None:
             raise ValueError(
                 "a Batch says where its answers are read; readout= goes with tokens only"
             )
-        return inputs.to(model.device)
+        return _fit(inputs.to(model.device))
     if not isinstance(inputs, Tensor):
-        return model.encode(inputs)
+        texts = [inputs] if isinstance(inputs, str) else [x for x in inputs if isinstance(x, str)]
+        if isinstance(inputs, str) or len(texts) == len(inputs):
+            return model.encode(texts)
     if readout is None:
         raise ValueError(
             "tokens do not say where the answer is read; pass readout= (a column), or a Batch from"
             " model.encode"
         )
-    tokens = checked_tokens(inputs, model.cfg.d_vocab).to(model.device)
-    width = tokens.shape[1]
-    columns = torch.as_tensor(readout, device=model.device).expand(tokens.shape[0])
-    columns = torch.where(columns < 0, columns + width, columns)
+    tokens = checked_tokens(_token_matrix(inputs), model.cfg.d_vocab).to(model.device)
+    return _fit(Batch(tokens, torch.ones_like(tokens), _read_at(readout, tokens)))
+
+
+def _token_matrix(inputs: Tensor | Sequence[Any]) -> Tensor:
+    """Tokens as a tensor, given as one or as lists."""
+    if isinstance(inputs, Tensor):
+        return inputs
+    try:
+        return torch.as_tensor(inputs)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "inputs must be a Batch, texts, or unpadded tokens [batch, pos], got a"
+            f" {type(inputs).__name__} that is no matrix of integers; rows of unequal length go"
+            " through model.encode"
+        ) from None
+
+
+def _read_at(readout: ReadoutColumn, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
+    rows, width = tokens.shape
+    columns = torch.as_tensor(readout, device=tokens.device)
+    if columns.is_floating_point() or columns.dtype == torch.bool:
+        raise TypeError(f"the readout column must be an integer, got {readout!r}")
+    if columns.ndim > 1 or (columns.ndim == 1 and len(columns) not in (1, rows)):
+        raise ValueError(
+            f"one readout column per row is needed: there are {rows} rows, got the shape"
+            f" {list(columns.shape)}"
+        )
+    columns = torch.where(columns < 0, columns + width, columns).long().expand(rows)
     if bool(((columns < 0) | (columns >= width)).any()):
         raise ValueError(
             f"the readout column must be within the {width} positions of the input, got {readout}"
         )
-    return Batch(tokens, torch.ones_like(tokens), columns)
+    return columns
+
+
+def _fit(batch: Batch) -> Batch:
+    """The batch with ordinary tensors where inference mode is off, since gradients need them."""
+    if torch.is_inference_mode_enabled() or not batch.tokens.is_inference():
+        return batch
+    return batch[slice(None)].repeat(1)
 
 
 def reference_batch(model: LoopedModel, inputs: Inputs) -> Batch:
@@ -64,7 +103,31 @@ def begin_batch(model: LoopedModel, batch: Batch, n_loops: int | None) -> State:
 
 
 def in_chunks(batch: Batch, size: int, label: str) -> Iterator[Batch]:
-    """The batch in pieces of at most `size` rows, with a progress bar when there are several."""
+    """The batch in pieces of at most `size` rows, with a progress bar when there are several.
+
+    Raises:
+        TypeError, ValueError: A size that is no integer of at least 1.
+    """
+    size = checked_batch_size(size)
     starts = range(0, len(batch), size)
     for start in tqdm(starts, desc=label, leave=False, disable=len(starts) < 2):
         yield batch[slice(start, start + size)]
+
+
+def checked_batch_size(size: int) -> int:
+    """How many rows are run at a time; at least 1."""
+    try:
+        rows = operator.index(size)
+    except TypeError:
+        raise TypeError(f"batch_size must be an integer, got {type(size).__name__}") from None
+    if rows < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    return rows
+
+
+def runs_side_by_side(model: LoopedModel, batch: Batch, batch_size: int) -> int:
+    """How many copies of a batch are run at once: as many as `batch_size` rows allow, but one where
+    rows depend on each other.
+    """
+    copies = max(1, checked_batch_size(batch_size) // len(batch))
+    return copies if model.batch_independent else 1

@@ -34,7 +34,7 @@ def logit_margin(answers: Answers) -> Metric:
     """
 
     def logit_margin(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-        return margin(logits, one_per_row("answer", answers, logits))
+        return margin(logits, _tokens_of("answers", answers, logits))
 
     return logit_margin
 
@@ -47,39 +47,43 @@ def logit_diff(right: Answers, wrong: Answers) -> Metric:
     """
 
     def logit_diff(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-        tokens = [one_per_row(*side, logits) for side in (("right", right), ("wrong", wrong))]
-        picked = logits.gather(-1, torch.stack(tokens, dim=-1))
+        sides = [_tokens_of("right", right, logits), _tokens_of("wrong", wrong, logits)]
+        picked = logits.gather(-1, torch.stack(sides, dim=-1))
         return picked[:, 0] - picked[:, 1]
 
     return logit_diff
 
 
+def _tokens_of(what: str, tokens: Answers, logits: Tensor) -> Int[Tensor, " batch"]:
+    rows, d_vocab = logits.shape
+    return one_per_row(what, tokens, rows, d_vocab, logits.device)
+
+
 def one_per_row(
-    what: str, tokens: Answers, logits: Float[Tensor, "batch d_vocab"]
+    what: str, tokens: Answers, rows: int, d_vocab: int, device: torch.device
 ) -> Int[Tensor, " batch"]:
-    """One token for each row of some logits.
+    """One token for each row.
 
     Raises:
         TypeError: Tokens that are no integers.
         ValueError: Another number of tokens than rows, or tokens outside the vocabulary.
     """
-    rows, d_vocab = logits.shape
-    given = torch.as_tensor(tokens, device=logits.device)
+    given = torch.as_tensor(tokens, device=device)
     if given.is_floating_point() or given.dtype == torch.bool:
-        raise TypeError(f"{what} tokens must be integers, got {given.dtype}")
+        raise TypeError(f"{what} must be integers, got {given.dtype}")
     if given.ndim == 0 and not isinstance(tokens, Tensor):
         given = given.expand(rows)
     if given.shape != (rows,):
         raise ValueError(
-            f"one {what} token per row is needed: there are {rows} rows, got the shape"
-            f" {list(given.shape)}; an int means the same token in all rows"
+            f"one token per row is needed: the batch has {rows} rows, got the shape"
+            f" {list(given.shape)} for {what}; an int means the same token in all rows"
         )
     if bool(((given < 0) | (given >= d_vocab)).any()):
         raise ValueError(
-            f"{what} tokens must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got"
+            f"{what} must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got"
             f" {int(given.min())} to {int(given.max())}"
         )
-    return given.long()
+    return given.clone() if given.is_inference() else given.long()
 
 
 def measure(metric: Metric, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:

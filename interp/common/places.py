@@ -70,8 +70,9 @@ class Where:
     visits: VisitNames | None = None
 
     def __str__(self) -> str:
-        given = {"loops": self.loops, "layers": self.layers}
-        given |= {} if self.visits is None else {"visits": self.visits}
+        given: dict[str, object] = {"loops": self.loops, "layers": self.layers}
+        if self.visits is not None:
+            given["visits"] = self.visits
         return ", ".join(f"{name}={value}" for name, value in given.items())
 
     def among(self, places: Sequence[Place], n_loops: int) -> list[Place]:

@@ -29,6 +29,7 @@ from loopscope.interp.common.places import (
     in_range,
     places_of,
 )
+from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit, checked_loops
 from loopscope.models.core.tokens import Batch
@@ -318,7 +319,7 @@ def _substitute(
     if how == "mean":
         return _means(model, batch, names, n_loops)
     values = {
-        name: value.mean(0, keepdim=True)
+        name: widened(value).mean(0, keepdim=True).to(value.dtype)
         for name, value in _reference_values(model, batch, names, n_loops).items()
     }
     return _resampled(values, torch.zeros(1, dtype=torch.int64, device=model.device))
@@ -368,6 +369,6 @@ def _means(model: LoopedModel, batch: Batch, names: list[str], n_loops: int) -> 
         kept[torch.arange(len(part), device=kept.device), part.readout] = True
         count += int(kept.sum())
         for name, value in recorded(model, part, names, n_loops).items():
-            totals[name] = totals.get(name, 0.0) + value[kept].sum(0)
+            totals[name] = totals.get(name, 0.0) + widened(value[kept]).sum(0)
     means = {name: total / count for name, total in totals.items()}
-    return lambda value, name: means[name].expand_as(value)
+    return lambda value, name: means[name].to(value.dtype).expand_as(value)

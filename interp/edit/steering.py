@@ -23,6 +23,7 @@ from loopscope.interp.common.inputs import (
     in_chunks,
     reference_batch,
 )
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import (
     Picked,
     Place,
@@ -32,6 +33,7 @@ from loopscope.interp.common.places import (
     in_range,
     places_of,
 )
+from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.state import checked_loops
@@ -42,7 +44,7 @@ _CHUNK = 512  # rows run at a time
 @contextmanager
 def steer(
     model: LoopedModel,
-    vectors: Float[Tensor, "*shape"],
+    vectors: Float[Tensor, "*shape"] | Sequence[float],
     *,
     site: str = "resid_pre",
     loops: Picked | int | None = None,
@@ -94,7 +96,7 @@ def steer(
 @contextmanager
 def set_to(
     model: LoopedModel,
-    vectors: Float[Tensor, "*shape"],
+    vectors: Float[Tensor, "*shape"] | Sequence[float],
     *,
     site: str = "resid_pre",
     loops: Picked | int | None = None,
@@ -116,6 +118,7 @@ def set_to(
 
 
 @torch.no_grad()
+@evaluated
 def steering_vector(
     model: LoopedModel,
     positive: Inputs,
@@ -247,9 +250,10 @@ def _writing(
         yield model
 
 
-def _fitted(vectors: Tensor, value: Tensor, name: str) -> Tensor:
+def _fitted(vectors: Tensor | Sequence[float], value: Tensor, name: str) -> Tensor:
     """The vectors with the axes of a site's value."""
-    vectors, shared, each = vectors.to(value), value.shape[2:], (value.shape[0], *value.shape[2:])
+    vectors = torch.as_tensor(vectors).to(value)
+    shared, each = value.shape[2:], (value.shape[0], *value.shape[2:])
     if vectors.shape == shared:
         return vectors
     if vectors.shape == each:
@@ -298,7 +302,7 @@ def _mean_at_readout(
     batch = as_batch(model, inputs, readout)
     parts = in_chunks(batch, _CHUNK if model.batch_independent else len(batch), "activations")
     total = sum(
-        at_columns(recorded(model, part, [name], n_loops)[name], part.readout).sum(0)
+        widened(at_columns(recorded(model, part, [name], n_loops)[name], part.readout)).sum(0)
         for part in parts
     )
     return torch.as_tensor(total) / len(batch)

@@ -20,12 +20,13 @@ from loopscope.interp.common.cells import Cell, Selection, Together, choose
 from loopscope.interp.common.fingerprint import fingerprint
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
 from loopscope.interp.common.metrics import measure, metric_name
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.common.processes import gathered, share
 from loopscope.interp.patching.continued import continued_logits
 from loopscope.interp.patching.packed import packable, packed_logits
-from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.patching.sweep import Sweep, present
 from loopscope.interp.patching.unfinished import Unfinished
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -35,6 +36,7 @@ _BAR_FROM = 4000  # cells times examples below which no progress is shown
 
 
 @torch.no_grad()
+@evaluated
 def activation_patch(
     model: LoopedModel,
     clean: Inputs,
@@ -114,9 +116,10 @@ def activation_patch(
     )
     job = _Job(model, cells, base, n_loops, metrics, memory_gb)
     values, unpatched = job.run(source, Unfinished(save_to, key, len(metrics), len(base)))
+    shown = present(model, base, cells)
     low, high = unpatched if direction == "denoise" else reversed(unpatched)
     first, *others = (
-        Sweep(tuple(cells), values[i], high[i], low[i], name, direction)
+        Sweep(tuple(cells), values[i], high[i], low[i], name, direction, present=shown)
         for i, name in enumerate(metrics)
     )
     return replace(first, also={sweep.metric: sweep for sweep in others})

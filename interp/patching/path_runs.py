@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.collecting import keeping, recorded
-from loopscope.interp.common.inputs import Metric, begin_batch
+from loopscope.interp.common.inputs import Metric, begin_batch, runs_side_by_side
 from loopscope.interp.common.metrics import measure
 from loopscope.interp.common.places import in_range
 from loopscope.models.core.base import LoopedModel
@@ -96,7 +96,7 @@ class PathRuns:
         sent = recorded(self.model, self.source, list(groups), self.n_loops)
         frozen = self._frozen(min(self.order[sender.added] for sender in senders))
         first = self._state(None, self.first)
-        size = max(1, batch_size // len(self.base)) if self.model.batch_independent else 1
+        size = runs_side_by_side(self.model, self.base, batch_size)
         results: dict[int, Tensor] = {}
         state: State | None = None
         with tqdm(total=len(senders), desc="path patching", leave=False, delay=2) as bar:

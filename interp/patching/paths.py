@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import measure, metric_name
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Where, chosen_visits, in_range, one_visit
 from loopscope.interp.patching.path_runs import PathEnd, PathRuns
@@ -159,6 +160,7 @@ class PathPatch:
 
 
 @torch.no_grad()
+@evaluated
 def path_patch(
     model: LoopedModel,
     clean: Inputs,
@@ -217,6 +219,7 @@ def path_patch(
 
 
 @torch.no_grad()
+@evaluated
 def path_patch_sweep(
     model: LoopedModel,
     clean: Inputs,

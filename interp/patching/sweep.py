@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.pairs import Direction
+from loopscope.interp.common.precision import widened
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.tokens import Batch
+
+_TOGETHER = 1024  # cells whose resamples are held at a time
 
 
 class Interval(NamedTuple):
@@ -54,6 +59,9 @@ class Sweep:
         metric: The metric's name.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse.
         also: Sweeps of other metrics of the same runs, by name.
+        present: Bool[Tensor, "cell batch"], False where an example does not have a cell's place,
+            because the column is padding or comes after the readout; None where all have all. Means
+            are over the examples that have the place.
     """
 
     cells: tuple[Cell, ...]
@@ -63,59 +71,82 @@ class Sweep:
     metric: str
     direction: Direction
     also: Mapping[str, Sweep] = field(default_factory=dict)
+    present: Bool[Tensor, "cell batch"] | None = None
+
+    def examples(self) -> Int[Tensor, " cell"]:
+        """How many examples have the place of each cell."""
+        return self._present().sum(1)
+
+    def mean(self, values: Float[Tensor, "cell batch"] | None = None) -> Float[Tensor, " cell"]:
+        """Mean over the examples that have a cell's place; NaN where none has it.
+
+        Args:
+            values: What is averaged; None means the metric of the patched runs.
+        """
+        shown = self._present()
+        kept = torch.where(shown, self.values if values is None else values, 0.0)
+        return kept.sum(1) / shown.sum(1)
 
     def normalized(self) -> Float[Tensor, " cell"]:
-        """Mean over the batch, on the scale where 0 is the corrupted run and 1 the clean one.
+        """Mean over the examples that have a cell's place, on the scale where 0 is the corrupted
+        run of these examples and 1 their clean run.
 
         Raises:
             ValueError: Both runs have the same mean metric, so there is no scale.
         """
-        low, high = self._scale()
-        share: Tensor = (self.values.mean(1) - low) / (high - low)
-        return share
+        self._require_scale()
+        whole = (self.clean - self.corrupted).expand_as(self.values)
+        return self.mean(self.values - self.corrupted) / self.mean(whole)
 
     def standard_error(self) -> Float[Tensor, " cell"]:
-        """Standard error over the batch of the mean metric, in the metric's unit; NaN for a single
-        example.
+        """Standard error over the examples of the mean metric, in the metric's unit; NaN for a
+        single example.
         """
-        if self.values.shape[1] < 2:
-            return torch.full_like(self.values[:, 0], torch.nan)
-        error: Tensor = self.values.std(1) / self.values.shape[1] ** 0.5
-        return error
+        off, count = (self.values - self.mean()[:, None]) ** 2, self.examples()
+        spread = torch.where(self._present(), off, 0.0).sum(1) / (count - 1).clamp(min=0)
+        return (spread / count).sqrt()
 
     def bootstrap(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Interval:
         """Percentile intervals of `normalized`, over examples drawn again with replacement (pairs
         stay together).
 
         Raises:
-            ValueError: A level outside 0 to 1, or no scale.
+            ValueError: A level outside 0 to 1, one example, or no scale.
         """
         if not 0.0 < level < 1.0 or resamples < 1:
             raise ValueError(
                 f"level is between 0 and 1 and resamples at least 1, got {level} and {resamples}"
             )
-        self._scale()
-        count = self.values.shape[1]
-        generator = torch.Generator().manual_seed(seed)
-        weights = torch.nn.functional.one_hot(
-            torch.randint(count, (resamples, count), generator=generator), count
-        ).sum(1)
-        weights = weights.to(self.values) / count
-        low, high = weights @ self.corrupted, weights @ self.clean
-        drawn = (weights @ self.values.T - low[:, None]) / (high - low)[:, None]
-        edges = drawn.nanquantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(drawn), dim=0)
-        return Interval(edges[0], edges[1])
+        if self.values.shape[1] < 2:
+            raise ValueError(
+                "an interval needs at least two examples, but this sweep has one example"
+            )
+        self._require_scale()
+        drawn = _drawn(self.values.shape[1], resamples, seed).to(self.values)
+        edges = torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(self.values)
+        effect, whole = self.values - self.corrupted, self.clean - self.corrupted
+        shown = self._present().to(self.values)
+        found = []
+        for part, own in zip(effect.split(_TOGETHER), shown.split(_TOGETHER), strict=True):
+            ratio = drawn @ (part * own).T / (drawn @ (whole * own).T)
+            found.append(ratio.nanquantile(edges, dim=0))
+        low, high = torch.cat(found, dim=1)
+        return Interval(low, high)
 
     def frame(self) -> pd.DataFrame:
-        """One row per cell: site, loop, layer, position, head, metric, value (mean over the batch),
-        standard_error; `also` below.
+        """One row per cell: site, visit, loop, layer, position, head, metric, value (mean over the
+        examples that have the place), standard_error, examples (how many have it); `also` below.
         """
-        rows = [(cell.site, cell.loop, cell.layer, cell.position, cell.head) for cell in self.cells]
-        frame = pd.DataFrame(rows, columns=["site", "loop", "layer", "position", "head"])
+        rows = [
+            (cell.site, cell.visit, cell.loop, cell.layer, cell.position, cell.head)
+            for cell in self.cells
+        ]
+        columns = ["site", "visit", "loop", "layer", "position", "head"]
+        frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:], "Int64"))
         frame["metric"] = self.metric
-        frame["value"] = self.values.mean(1).cpu().numpy()
-        frame["standard_error"] = self.standard_error().cpu().numpy()
-        frame = frame.astype({column: "Int64" for column in ("loop", "layer", "position", "head")})
+        frame["value"] = widened(self.mean()).cpu().numpy()
+        frame["standard_error"] = widened(self.standard_error()).cpu().numpy()
+        frame["examples"] = self.examples().cpu().numpy()
         return pd.concat(
             [frame, *(sweep.frame() for sweep in self.also.values())], ignore_index=True
         )
@@ -135,7 +166,7 @@ class Sweep:
             raise ValueError(
                 f"this sweep has the sites {', '.join(sites)}; name one of them, got {site!r}"
             )
-        values = self.normalized() if normalized else self.values.mean(1)
+        values = self.normalized() if normalized else self.mean()
         chosen = [
             (cell, value)
             for cell, value in zip(self.cells, values, strict=True)
@@ -151,14 +182,37 @@ class Sweep:
             table[tuple(axis.index(at) for axis, at in zip(axes, place, strict=True))] = value
         return Grid(table, axes[0], axes[1], axes[2], axes[3])
 
-    def _scale(self) -> tuple[Tensor, Tensor]:
+    def _present(self) -> Bool[Tensor, "cell batch"]:
+        if self.present is None:
+            return torch.ones_like(self.values, dtype=torch.bool)
+        return self.present
+
+    def _require_scale(self) -> None:
         low, high = self.corrupted.mean(), self.clean.mean()
         if low == high:
             raise ValueError(
                 f"the clean and the corrupted run have the same mean {self.metric} ({high:.4g}), so"
                 " effects have no scale"
             )
-        return low, high
+
+
+def present(model: LoopedModel, batch: Batch, cells: Sequence[Cell]) -> Bool[Tensor, "cell batch"]:
+    """Whether each example has a cell's place: one of its columns holds a token or is read, and in
+    a causal model does not come after the readout.
+    """
+    column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    read = batch.readout[:, None]
+    has = batch.mask.bool() | (column == read)
+    if model.causal:
+        has &= column <= read
+    return torch.stack([has[:, list(cell.columns)].any(1) for cell in cells])
+
+
+def _drawn(count: int, resamples: int, seed: int) -> Int[Tensor, "resample example"]:
+    """How often each example is drawn in each resample."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(count, (resamples, count), generator=generator)
+    return torch.stack([draw.bincount(minlength=count) for draw in draws])
 
 
 def _sorted(values: set[int | None]) -> tuple[int | None, ...]:

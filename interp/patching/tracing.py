@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.metrics import logit_margin
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.models.core.base import LoopedModel
@@ -30,8 +31,8 @@ class Trace:
     """What patching single states does, by depth and position.
 
     Attributes:
-        effect: Float[Tensor, "depth position"], mean over the examples; what it is, the function
-            that made it says.
+        effect: Float[Tensor, "depth position"], mean over the examples that have the position, in
+            the unit of the function that made the map; NaN where no example has it.
         names: The hook point of each depth.
         loops, layers: The iteration and block of each depth, from 0; None for the embedding.
         positions: The patched columns.
@@ -64,16 +65,20 @@ class Trace:
 
     def frame(self) -> pd.DataFrame:
         """One row per depth and position: depth (0 is the embedding), name, loop, layer, position,
-        effect.
+        effect, examples (how many have the position).
         """
         places = zip(range(len(self.names)), self.names, self.loops, self.layers, strict=True)
         rows = [(*place, position) for place in places for position in self.positions]
         frame = pd.DataFrame(rows, columns=["depth", "name", "loop", "layer", "position"]).astype(
             {"loop": "Int64", "layer": "Int64"}
         )
-        return frame.assign(effect=self.effect.flatten().cpu().numpy())
+        return frame.assign(
+            effect=self.effect.flatten().cpu().numpy(),
+            examples=self.sweep.examples().cpu().numpy(),
+        )
 
 
+@evaluated
 def causal_tracing(
     model: LoopedModel,
     clean: Inputs,
@@ -116,7 +121,7 @@ def causal_tracing(
         direction="noise",
         also={"logit_margin": logit_margin(answers)},
     )
-    return Trace.of(sweep, sweep.values.mean(1))
+    return Trace.of(sweep, sweep.mean())
 
 
 def denoising_map(
@@ -204,7 +209,7 @@ def noising_map(
         direction="noise",
         readout=readout,
     )
-    return Trace.of(sweep, (sweep.values - sweep.clean).mean(1))
+    return Trace.of(sweep, sweep.mean(sweep.values - sweep.clean))
 
 
 def _top_changed(tokens: Int[Tensor, " batch"]) -> Metric:

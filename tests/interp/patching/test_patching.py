@@ -294,6 +294,7 @@ def test_frame_columns(plain: RecurrentDepth) -> None:
     frame = sweep.frame()
     assert list(frame.columns) == [
         "site",
+        "visit",
         "loop",
         "layer",
         "position",
@@ -301,7 +302,10 @@ def test_frame_columns(plain: RecurrentDepth) -> None:
         "metric",
         "value",
         "standard_error",
+        "examples",
     ]
+    assert set(frame["examples"]) == {BATCH}
+    assert list(frame["visit"])[:2] == ["", "loops.0"]
     assert len(frame) == len(sweep.cells) == 1 + 2 + 4 * 2 + 4
     assert frame["value"].tolist() == sweep.values.mean(1).tolist()
     assert set(frame["metric"]) == {"projection"}

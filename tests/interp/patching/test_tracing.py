@@ -87,27 +87,29 @@ def test_denoising_is_the_margin_that_comes_back(model: RecurrentDepth) -> None:
     clean, corrupted = padded(1), padded(2)
     found = denoising_map(model, clean, corrupted, ANSWERS, [4, 1], SHORTEST)
     low, high = (
-        margin(at_readout(batch, run(model, batch, SHORTEST)), ANSWERS).mean()
+        margin(at_readout(batch, run(model, batch, SHORTEST)), ANSWERS)
         for batch in (corrupted, clean)
     )
-    expected = torch.stack(
-        [margin(logits, ANSWERS).mean() for logits in one_by_one(model, corrupted, clean, [4, 1])]
-    )
-    assert_close(found.effect, ((expected - low) / (high - low)).view(-1, 2))
+    patched = [margin(logits, ANSWERS) for logits in one_by_one(model, corrupted, clean, [4, 1])]
+    expected = []
+    for value, position in zip(patched, [4, 1] * len(DEPTHS), strict=True):
+        has = clean.readout >= position  # the others have no such position
+        expected.append((value - low)[has].mean() / (high - low)[has].mean())
+    assert_close(found.effect, torch.stack(expected).view(-1, 2))
     assert found.positions == (4, 1)
+    assert found.frame()["examples"].tolist() == [2, 3] * len(DEPTHS)
 
 
 def test_noising_is_the_margin_that_is_lost(model: RecurrentDepth) -> None:
     clean, corrupted = padded(1), padded(2)
     found = noising_map(model, clean, corrupted, ANSWERS, n_loops=SHORTEST)
     before = margin(at_readout(clean, run(model, clean, SHORTEST)), ANSWERS)
-    expected = torch.stack(
-        [
-            (margin(x, ANSWERS) - before).mean()
-            for x in one_by_one(model, clean, corrupted, list(range(POS)))
-        ]
-    )
-    assert_close(found.effect, expected.view(-1, POS))
+    patched = list(one_by_one(model, clean, corrupted, list(range(POS))))
+    expected = [
+        (margin(logits, ANSWERS) - before)[clean.readout >= position].mean()
+        for logits, position in zip(patched, [*range(POS)] * len(DEPTHS), strict=True)
+    ]
+    assert_close(found.effect, torch.stack(expected).view(-1, POS))
     assert found.positions == tuple(range(POS))
 
 
@@ -126,7 +128,15 @@ def test_depths_and_their_names(plain: RecurrentDepth) -> None:
     assert found.loops == (None, 0, 0, 1, 1)
     assert found.layers == (None, 0, 1, 0, 1)
     frame = found.frame()
-    assert list(frame.columns) == ["depth", "name", "loop", "layer", "position", "effect"]
+    assert list(frame.columns) == [
+        "depth",
+        "name",
+        "loop",
+        "layer",
+        "position",
+        "effect",
+        "examples",
+    ]
     assert len(frame) == len(DEPTHS) * 2
     row = frame[(frame.depth == 4) & (frame.position == 3)].to_dict("records")
     assert [(r["name"], r["loop"], r["layer"], r["effect"]) for r in row] == [

@@ -1,0 +1,80 @@
+"""The modes that methods run in: evaluation for all of them, gradients for some.
+
+A method's own decorator stands closest to it: `@evaluated` above `def`, other decorators above.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def evaluated(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method of a model (its first argument, `model`) that runs in evaluation mode and puts every
+    module's mode back, so that no dropout makes its result random.
+    """
+
+    @functools.wraps(method)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with evaluating(_model_of(*args, **kwargs)):
+            return method(*args, **kwargs)
+
+    return run
+
+
+def differentiated(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """An `evaluated` method that needs gradients, also where the caller has switched them off with
+    `torch.no_grad()` or `torch.inference_mode()`.
+
+    Raises:
+        ValueError: The model's weights were made inside `torch.inference_mode()`.
+    """
+    quiet = evaluated(method)
+
+    @functools.wraps(method)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if any(weight.is_inference() for weight in _model_of(*args, **kwargs).parameters()):
+            raise ValueError(
+                f"{method.__name__} needs gradients, but this model was made inside"
+                " torch.inference_mode(), whose tensors have none; make or load it outside"
+            )
+        with torch.inference_mode(False):
+            return quiet(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block a model is in evaluation mode; afterwards, also after an error, every
+    module has the mode that it had.
+    """
+    whole, training = model.training, [module for module in model.modules() if module.training]
+    if not training:
+        yield
+        return
+    known = set(model.modules())
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module in model.modules():
+            if module not in known:  # a hook point that was made meanwhile
+                module.training = whole
+
+
+def _model_of(*args: object, **kwargs: object) -> nn.Module:
+    model = args[0] if args else kwargs.get("model")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the first argument must be a model, got {type(model).__name__}")
+    return model
