@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from loopscope.interp.common.finite import first_nonfinite
 from loopscope.interp.common.inputs import Inputs, as_batch, begin_batch
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import check_order, has_no_order, in_order, top_token
 from loopscope.models.core.attention import KeyValues
@@ -90,6 +91,7 @@ class Generated:
 
 
 @torch.no_grad()
+@evaluated
 def generate(
     model: LoopedModel,
     inputs: Inputs,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch
+from loopscope.interp.common.modes import evaluated
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.hooks import is_hooked
@@ -32,6 +33,7 @@ class NonFinite(NamedTuple):
 
 
 @torch.no_grad()
+@evaluated
 def first_nonfinite(
     model: LoopedModel,
     inputs: Inputs,

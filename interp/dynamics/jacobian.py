@@ -13,7 +13,15 @@ from torch import Tensor
 
 from loopscope.interp.common.columns import Shown, shown_spots
 from loopscope.interp.common.finite import refuse_nonfinite
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    begin_batch,
+    checked_batch_size,
+    in_chunks,
+)
+from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.models.core.base import LoopedModel
@@ -56,6 +64,7 @@ class JacobianSpectrum:
         return frame
 
 
+@differentiated
 def jacobian_spectrum(
     model: LoopedModel,
     inputs: Inputs,
@@ -92,17 +101,22 @@ def jacobian_spectrum(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     if not 0 <= loop < n_loops:
         raise ValueError(f"loop must be in 0..{n_loops - 1}, got {loop}")
+    if krylov is not None and krylov < 1:
+        raise ValueError(f"krylov must be at least 1, got {krylov}")
     if not model.batch_independent:
         raise ValueError(
             f"the examples of a {type(model).__name__} depend on one another, so no example has a"
             " Jacobian of its own"
         )
+    batch_size = checked_batch_size(batch_size)
     names = [parts] if isinstance(parts, str) else list(parts or model.loop_parts)
     found = []
     columns, shown = shown_spots(batch, positions)
     varying = torch.zeros_like(batch.mask, dtype=torch.bool).scatter(1, columns, shown)
     for rows, free in zip(
-        in_chunks(batch, batch_size, "jacobian"), varying.split(batch_size), strict=True
+        in_chunks(batch, batch_size, "jacobian"),
+        varying.split(batch_size),
+        strict=True,
     ):
         with torch.no_grad():
             state = model.advance(

@@ -13,7 +13,15 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.columns import Shown, Spots, at_positions, shown_spots
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    begin_batch,
+    checked_batch_size,
+    in_chunks,
+)
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import Dynamics
@@ -56,6 +64,7 @@ class LayerDynamics:
 
 
 @torch.no_grad()
+@evaluated
 def layer_dynamics(
     model: LoopedModel,
     inputs: Inputs,
@@ -133,6 +142,7 @@ class AttentionDynamics:
 
 
 @torch.no_grad()
+@evaluated
 def attention_dynamics(
     model: LoopedModel,
     inputs: Inputs,
@@ -211,6 +221,7 @@ def _watch(
     batch_size: int,
 ) -> None:
     """Call `see(value "batch pos d", name, shown)` at hook points, of the columns to show."""
+    batch_size = checked_batch_size(batch_size)
     chunks = zip(
         in_chunks(batch, batch_size, "iterations"),
         *(x.split(batch_size) for x in spots),

@@ -22,7 +22,15 @@ from loopscope.interp.common.columns import (
     shown_spots,
 )
 from loopscope.interp.common.finite import refuse_nonfinite
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    begin_batch,
+    checked_batch_size,
+    in_chunks,
+)
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
@@ -222,6 +230,7 @@ class Dynamics:
 
 
 @torch.no_grad()
+@evaluated
 def dynamics(
     model: LoopedModel,
     inputs: Inputs,
@@ -250,11 +259,14 @@ def dynamics(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    batch_size = checked_batch_size(batch_size)
     spots = shown_spots(batch, positions)
     stops = [iteration_start(model, 0, n_loops), *model.iteration_ends(n_loops)]
     collected = []
     for rows, columns in zip(
-        in_chunks(batch, batch_size, "dynamics"), spots[0].split(batch_size), strict=True
+        in_chunks(batch, batch_size, "dynamics"),
+        spots[0].split(batch_size),
+        strict=True,
     ):
         state = begin_batch(model, rows, n_loops)
         points = []

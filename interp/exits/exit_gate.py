@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import State, checked_loops
@@ -60,6 +61,7 @@ def exit_distribution(gate_logits: Float[Tensor, "loop ..."]) -> ExitDistributio
 
 
 @torch.no_grad()
+@evaluated
 def gate_logits(
     model: LoopedModel,
     inputs: Inputs,
@@ -111,6 +113,7 @@ class GatedReadout:
 
 
 @torch.no_grad()
+@evaluated
 def readout_at_threshold(
     model: LoopedModel,
     inputs: Inputs,
@@ -146,6 +149,7 @@ def readout_at_threshold(
 
 
 @torch.no_grad()
+@evaluated
 def readout_mixture(
     model: LoopedModel, inputs: Inputs, n_loops: int | None = None, *, readout: ReadoutColumn = None
 ) -> GatedReadout:

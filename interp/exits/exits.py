@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.interp.exits.halting import Stops, check_iterations, first_stop
 from loopscope.interp.lens.lens import readout_lens
@@ -123,6 +124,7 @@ class Exits(Stops):
     criterion: Criterion
 
 
+@evaluated
 def exits(
     model: LoopedModel,
     inputs: Inputs,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.ranking import rank_of
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
@@ -102,6 +103,7 @@ class Halting(Stops):
     rule: HaltingRule
 
 
+@evaluated
 def halting(
     model: LoopedModel,
     inputs: Inputs,

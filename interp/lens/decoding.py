@@ -14,14 +14,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopscope.interp.common.inputs import Inputs, as_batch, in_chunks
+from loopscope.interp.common.inputs import Inputs, as_batch, checked_batch_size, in_chunks
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.lens.lens import logit_lens
 from loopscope.interp.lens.record import Lens, visit_table
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 from loopscope.models.core.tokens import Batch
 
-Columns = Int[Tensor, "batch target"] | Sequence[int]
+Targets = Int[Tensor, "row target"] | Sequence[Sequence[int]]
+Columns = Int[Tensor, "batch target"] | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class RankTrajectory:
         )
 
 
-def rank_trajectory(lens: Lens, tokens: Int[Tensor, "read target"]) -> RankTrajectory:
+def rank_trajectory(lens: Lens, tokens: Targets) -> RankTrajectory:
     """Ranks and probabilities of several tokens per read, e.g. of bridge entities and the answer.
 
     Args:
@@ -77,8 +79,7 @@ def rank_trajectory(lens: Lens, tokens: Int[Tensor, "read target"]) -> RankTraje
     Raises:
         ValueError: Not one row per read, no target, or tokens outside the vocabulary.
     """
-    if tokens.shape[1] < 1:
-        raise ValueError("at least one target token per read is needed, got none")
+    tokens = _matrix("tokens", tokens).to(lens.heads_input.device)
     targets = tokens.unbind(1)
     rank = torch.stack([lens.rank(target) for target in targets], dim=-1)
     return RankTrajectory(
@@ -129,10 +130,11 @@ class Decodability:
 
 
 @torch.no_grad()
+@evaluated
 def decodability(
     model: LoopedModel,
     inputs: Inputs,
-    targets: Int[Tensor, "batch target"],
+    targets: Targets,
     positions: Columns,
     n_loops: int | None = None,
     *,
@@ -158,6 +160,8 @@ def decodability(
     """
     batch = as_batch(model, inputs, -1 if isinstance(inputs, Tensor) else None)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    targets = _matrix("targets", targets)
+    batch_size = checked_batch_size(batch_size)
     columns = _checked_columns(batch, targets, positions)
     hits, reciprocal, lens = [], [], None
     for part, tokens, read in zip(
@@ -176,10 +180,23 @@ def decodability(
     return Decodability(accuracy, mean, lens.names, lens.loops, lens.layers, len(batch))
 
 
+def _matrix(what: str, tokens: Targets) -> Int[Tensor, "row target"]:
+    """Tokens by row and target as a tensor."""
+    matrix = torch.as_tensor(tokens)
+    if matrix.ndim != 2 or matrix.shape[1] < 1:
+        raise ValueError(
+            f"{what} must hold at least one target token for each read or example, one row each, got"
+            f" the shape {list(matrix.shape)}"
+        )
+    if matrix.is_floating_point() or matrix.dtype == torch.bool:
+        raise TypeError(f"{what} must be integers, got {matrix.dtype}")
+    return matrix
+
+
 def _checked_columns(
     batch: Batch, targets: Tensor, positions: Columns
 ) -> Int[Tensor, "batch target"]:
-    if len(targets) != len(batch) or targets.shape[1] < 1:
+    if len(targets) != len(batch):
         raise ValueError(
             f"one row of targets per example is needed: there are {len(batch)} examples, got the"
             f" shape {list(targets.shape)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from loopscope.interp.common.collecting import Collected, collect
 from loopscope.interp.common.columns import at_positions, read_columns
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.processes import over_ranks
 from loopscope.interp.lens.record import Lens, Place, places_of
 from loopscope.models.core.base import LoopedModel
@@ -20,6 +21,7 @@ from loopscope.models.core.tokens import Batch
 
 
 @torch.no_grad()
+@evaluated
 def logit_lens(
     model: LoopedModel,
     inputs: Inputs,
@@ -81,6 +83,7 @@ def residuals(
 
 
 @torch.no_grad()
+@evaluated
 def readout_lens(
     model: LoopedModel,
     inputs: Inputs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,14 @@ from tqdm.auto import tqdm
 from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
 from loopscope.interp.common.fingerprint import fingerprint
 from loopscope.interp.common.finite import refuse_nonfinite
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    checked_batch_size,
+    in_chunks,
+)
+from loopscope.interp.common.modes import differentiated, evaluating
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.lens.lens import residuals
 from loopscope.interp.lens.record import Lens, places_of, visit_table
@@ -116,12 +124,15 @@ class TunedLens:
         """
         self.check(model)
         batch = as_batch(model, inputs, readout)
+        batch_size = checked_batch_size(batch_size)
         columns = read_columns(batch, positions)
         weights, biases = self.weights.to(model.device), self.biases.to(model.device)
         collected = []
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for part, read in zip(
-                in_chunks(batch, batch_size, "tuned lens"), columns.split(batch_size), strict=True
+                in_chunks(batch, batch_size, "tuned lens"),
+                columns.split(batch_size),
+                strict=True,
             ):
                 run = residuals(model, part, read, self.n_loops)
                 resids = torch.stack(list(run.values.values()))
@@ -195,6 +206,7 @@ class TunedLens:
         return replace(found, **moved)
 
 
+@differentiated
 def train_tuned_lens(
     model: LoopedModel,
     inputs: Inputs,
@@ -233,7 +245,7 @@ def train_tuned_lens(
         Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
         2303.08112.
     """
-    if steps < 1 or batch_size < 1 or lr <= 0:
+    if steps < 1 or batch_size < 1 or not 0 < lr < math.inf:
         raise ValueError(
             f"steps and batch_size must be at least 1 and lr positive, got steps={steps},"
             f" batch_size={batch_size}, lr={lr}"

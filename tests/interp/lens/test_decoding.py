@@ -186,7 +186,7 @@ def test_frame_of_decodability(plain: RecurrentDepth) -> None:
     ("targets", "positions", "message"),
     [
         (TARGETS[:2], [1, 2], r"there are 3 examples, got the shape \[2, 2\]"),
-        (TARGETS[:, :0], [], r"one row of targets per example is needed"),
+        (TARGETS[:, :0], [], r"targets must hold at least one target token .* \[3, 0\]"),
         (TARGETS, [1], r"the targets have the shape \[3, 2\], got \[1\]"),
         (TARGETS, [1, 7], r"positions must be in 0\.\.6, got 1 to 7"),
         (TARGETS, [-1, 2], r"positions must be in 0\.\.6, got -1 to 2"),

@@ -1,0 +1,176 @@
+"""Ways to call methods: in train mode, in inference mode, in pieces of any size, with lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from loopscope.interp.common.finite import first_nonfinite
+from loopscope.interp.dynamics.jacobian import jacobian_spectrum
+from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
+from loopscope.interp.dynamics.states import dynamics, effective_rank
+from loopscope.interp.exits.exits import TopStable, exits
+from loopscope.interp.exits.halting import HaltingRule, halting
+from loopscope.interp.generation import generate
+from loopscope.interp.lens.decoding import decodability, rank_trajectory
+from loopscope.interp.lens.lens import logit_lens, readout_lens
+from loopscope.interp.lens.tuned_lens import TunedLens, train_tuned_lens
+from loopscope.models.families.recurrent_depth import RecurrentDepth
+from toy import padded, toy
+
+LOOPS = 3
+ANSWERS = [1, 2, 3]
+TARGETS = [[1, 4], [2, 4], [3, 4]]
+
+
+def tuned(model: RecurrentDepth, **options: Any) -> Tensor:
+    lens = train_tuned_lens(model, padded(), LOOPS, steps=2, batch_size=2)
+    return lens.lens(model, padded(), **options).prob(ANSWERS)
+
+
+METHODS: Mapping[str, Callable[..., Any]] = {
+    "logit_lens": lambda m, **o: logit_lens(m, padded(), LOOPS, **o).prob(ANSWERS),
+    "readout_lens": lambda m, **o: readout_lens(m, padded(), LOOPS, **o).prob(ANSWERS),
+    "train_tuned_lens": tuned,
+    "decodability": lambda m, **o: (
+        decodability(m, padded(), TARGETS, [0, 2], LOOPS, **o).mean_reciprocal_rank
+    ),
+    "dynamics": lambda m, **o: dynamics(m, padded(), LOOPS, **o).states.nan_to_num(),
+    "layer_dynamics": lambda m, **o: (
+        layer_dynamics(m, padded(), LOOPS, **o).layers[1].states.nan_to_num()
+    ),
+    "attention_dynamics": lambda m, **o: attention_dynamics(m, padded(), LOOPS, **o).entropy,
+    "jacobian_spectrum": lambda m, **o: (
+        jacobian_spectrum(m, padded(), 1, LOOPS, krylov=3, **o).radius
+    ),
+}
+OF_ONE_BATCH: Mapping[str, Callable[[RecurrentDepth], Any]] = {
+    "halting": lambda m: halting(m, padded(), HaltingRule(None, None), LOOPS).logits,
+    "exits": lambda m: exits(m, padded(), TopStable(hits=LOOPS), LOOPS).logits,
+    "generate": lambda m: generate(m, padded(), 2, LOOPS).logits,
+}
+
+
+@pytest.fixture(scope="module")
+def dropping() -> RecurrentDepth:
+    return toy(dropout=0.5).eval()
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OF_ONE_BATCH])
+def test_dropout_is_off_and_the_mode_is_put_back(name: str, dropping: RecurrentDepth) -> None:
+    method = (METHODS | OF_ONE_BATCH)[name]
+    expected = method(dropping)
+    dropping.train()
+    dropping.blocks[1].eval()
+    try:
+        torch.testing.assert_close(method(dropping), expected, rtol=0, atol=0)
+        assert dropping.training
+        assert dropping.blocks[0].training
+        assert not dropping.blocks[1].training
+    finally:
+        dropping.eval()
+
+
+def test_a_hook_in_train_mode_sees_no_dropout(dropping: RecurrentDepth) -> None:
+    dropping.train()
+    try:
+        assert first_nonfinite(dropping, padded(), LOOPS) is None
+        assert dropping.training
+    finally:
+        dropping.eval()
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OF_ONE_BATCH])
+def test_inference_mode_changes_nothing(name: str, dropping: RecurrentDepth) -> None:
+    method = (METHODS | OF_ONE_BATCH)[name]
+    with torch.inference_mode():
+        found = method(dropping)
+    torch.testing.assert_close(found, method(dropping), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_pieces_have_at_least_one_row(name: str, dropping: RecurrentDepth) -> None:
+    whole = METHODS[name](dropping)
+    torch.testing.assert_close(METHODS[name](dropping, batch_size=np.int64(2)), whole)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        METHODS[name](dropping, batch_size=0)
+    with pytest.raises(TypeError, match="batch_size must be an integer, got float"):
+        METHODS[name](dropping, batch_size=2.0)
+
+
+# Lists and numpy's numbers
+
+
+def test_lists_are_as_good_as_tensors(plain: RecurrentDepth) -> None:
+    lens = readout_lens(plain, padded(), LOOPS)
+    answers = torch.tensor(ANSWERS)
+    for name in ("margin", "rank", "prob", "correct", "first_hit"):
+        ask = getattr(lens, name)
+        torch.testing.assert_close(ask(ANSWERS), ask(answers), equal_nan=True)
+    stops = halting(plain, padded(), HaltingRule(None, None), LOOPS)
+    assert torch.equal(stops.correct(ANSWERS), stops.correct(answers))
+    found = rank_trajectory(lens, TARGETS)
+    assert torch.equal(found.rank, rank_trajectory(lens, torch.tensor(TARGETS)).rank)
+    assert effective_rank([[1.0, 0.0], [0.0, 1.0]]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "words"),
+    [
+        (lambda lens: lens.rank([0.5, 1.0, 2.0]), TypeError, "tokens must be integers"),
+        (lambda lens: lens.rank([1, 2]), ValueError, "one token per read is needed"),
+        (lambda lens: lens.rank([1, 2, 99]), ValueError, r"tokens must be in 0\.\.28"),
+        (
+            lambda lens: rank_trajectory(lens, ANSWERS),
+            ValueError,
+            "at least one target token for each",
+        ),
+        (
+            lambda lens: rank_trajectory(lens, [[], [], []]),
+            ValueError,
+            "at least one target token for each",
+        ),
+        (lambda lens: rank_trajectory(lens, [[0.5]] * 3), TypeError, "tokens must be integers"),
+        (lambda lens: lens.top(30), ValueError, r"k must be in 1\.\.29"),
+        (lambda lens: lens.top(0), ValueError, r"k must be in 1\.\.29"),
+    ],
+)
+def test_other_targets_are_refused(
+    ask: Callable[[Any], object],
+    error: type[Exception],
+    words: str,
+    plain: RecurrentDepth,
+) -> None:
+    lens = readout_lens(plain, padded(), LOOPS)
+    with pytest.raises(
+        (error, TypeError) if words == "one row of|integers" else error, match=words
+    ):
+        ask(lens)
+
+
+def test_a_model_made_inside_inference_mode_has_no_gradients() -> None:
+    with torch.inference_mode():
+        model = toy()
+    with pytest.raises(ValueError, match=r"train_tuned_lens needs gradients, but this model was"):
+        train_tuned_lens(model, padded(), LOOPS, steps=2)
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf")])
+def test_a_learning_rate_is_finite(lr: float, plain: RecurrentDepth) -> None:
+    with pytest.raises(ValueError, match="lr positive"):
+        train_tuned_lens(plain, padded(), LOOPS, steps=2, lr=lr)
+
+
+def test_a_krylov_space_has_a_dimension(plain: RecurrentDepth) -> None:
+    with pytest.raises(ValueError, match="krylov must be at least 1, got 0"):
+        jacobian_spectrum(plain, padded(), 1, LOOPS, krylov=0)
+
+
+def test_a_tuned_lens_reads_in_pieces_of_any_size(plain: RecurrentDepth) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        TunedLens.identity(plain, 2).lens(plain, padded(), batch_size=-1)
