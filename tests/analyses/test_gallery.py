@@ -9,7 +9,7 @@ import pytest
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.pages import gallery
-from loopscope.analyses.pages.gallery import Pictured, Entry
+from loopscope.analyses.pages.gallery import Entry, Pictured
 from paths import DOCS
 from same_page import assert_same_page
 
