@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
@@ -126,7 +127,7 @@ def _command(figure: FigureFile) -> type:
     """The command of a figure: its config, and what to write."""
     config = figure.config()
     fields = [("config", Annotated[config, Flat]), ("output", Annotated[OutputConfig, Flat])]
-    return make_dataclass(figure.stem, fields, frozen=True, namespace={"__doc__": config.__doc__})
+    return make_dataclass(figure.stem, fields, frozen=True, namespace={"__doc__": figure.about()})
 
 
 def _listed(figure: FigureFile) -> type:
@@ -157,10 +158,24 @@ def main(args: Sequence[str] | None = None) -> None:
                 )
             )
     except (ValueError, OSError, KeyError, ImportError) as error:
-        print(
-            f"loopscope: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr
-        )
+        sentence = str(error.args[0] if isinstance(error, KeyError) else error)
+        print(f"loopscope: {_as_flags(sentence)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+_ARGUMENT = re.compile(
+    r"\b(n_heads|input_injection|readout|vocab|window|n_loops)=('[^']*'|\"[^\"]*\"|[^\s,;]*)"
+)
+
+
+def _as_flags(sentence: str) -> str:
+    """A sentence that names arguments of a call, in the spelling of the command line."""
+
+    def flag(found: re.Match[str]) -> str:
+        value = found[2].strip("'\"")
+        return f"--{found[1].replace('_', '-')} {value}".rstrip()
+
+    return _ARGUMENT.sub(flag, sentence)
 
 
 def _commands() -> dict[str, Callable[..., Any]]:
@@ -240,7 +255,7 @@ _RUNS: dict[type, Callable[[Any], None]] = {
 
 def _ready(files: Sequence[Path], overwrite: bool, threads: int) -> None:
     """Refuse, before anything is computed, what cannot be written; and set the threads."""
-    import_module("loopscope.analyses.common.records").refuse_existing(files, overwrite)
+    import_module("loopscope.analyses.common.records").refuse_unwritable(files, overwrite)
     import_module("torch").set_num_threads(threads)
 
 

@@ -42,7 +42,7 @@ class FigureFile:
             for node in ast.parse(source).body
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
         ]
-        return ast.get_docstring(configs[0]) or ""
+        return " ".join((ast.get_docstring(configs[0]) or "").split())
 
     def module(self) -> ModuleType:
         """The figure's code, imported."""

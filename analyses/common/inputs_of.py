@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig
-from loopscope.analyses.common.subject import Subject, open_subject
-from loopscope.checkpoints.load import load, read_card
+from loopscope.analyses.common.subject import Subject, load_model, open_subject
+from loopscope.checkpoints.load import read_card
 from loopscope.checkpoints.locate import locate, shipped_names
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_tokens
@@ -128,7 +128,7 @@ def token_id(model: LoopedModel, word: str) -> int:
 
 def _without_questions(config: InputsConfig) -> Subject:
     files = locate(config.checkpoint)
-    model = load(config.checkpoint, **config.told()).to(config.device)
+    model = load_model(config)
     name = (
         config.checkpoint if config.checkpoint in shipped_names() else Path(config.checkpoint).name
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,29 @@ def files_of(name: str, output: OutputConfig) -> list[Path]:
     ]
 
 
+def refuse_unwritable(files: Sequence[Path], overwrite: bool) -> None:
+    """Raise, before anything is computed, where a file cannot be written.
+
+    Raises:
+        FileExistsError: One of the files exists and `overwrite` is False, or is a folder.
+        OSError: A folder cannot be made or written into.
+    """
+    refuse_existing(files, overwrite)
+    for path in files:
+        if path.is_dir():
+            raise FileExistsError(f"{path} is a folder; pass --out with another name")
+    for folder in dict.fromkeys(path.parent for path in files):
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"nothing can be written into {folder} ({error.strerror} at {there}); pass another"
+                " --out"
+            ) from None
+
+
 def refuse_existing(files: Sequence[Path], overwrite: bool) -> None:
     """Raise where a file that is to be written is there already.
 
@@ -62,8 +87,8 @@ def refuse_existing(files: Sequence[Path], overwrite: bool) -> None:
 def write(
     name: str, record: Record, figure: go.Figure, output: OutputConfig, config: RunConfig
 ) -> list[Path]:
-    """Write a record, its figure and the settings that made it as the output config says, each file
-    whole or not at all.
+    """Write a record, its figure and the settings that made it as the output config says: all files
+    or none.
 
     Returns:
         The files written.
@@ -81,11 +106,17 @@ def write(
         ".settings.json": lambda: (json.dumps(settings(config), indent=1) + "\n").encode(),
         **{f".{kind}": partial(picture, figure, kind) for kind in _PICTURES},
     }
-    made = {path: contents[path.name.removeprefix(name)]() for path in files}
-    for path, content in made.items():
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
+    write_all({path: contents[path.name.removeprefix(name)]() for path in files})
     return files
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write some files, all of them or none: each stands whole beside its place before the first
+    one is put there.
+    """
+    with ExitStack() as drafts:
+        for path, content in contents.items():
+            drafts.enter_context(atomic_path(path)).write_bytes(content)
 
 
 def picture(figure: go.Figure, kind: str = "png", width: int = 1100) -> bytes:
@@ -106,8 +137,7 @@ def picture(figure: go.Figure, kind: str = "png", width: int = 1100) -> bytes:
 
 def write_text(path: Path, text: str) -> Path:
     """Write a text file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_all({path: text.encode()})
     return path
 
 

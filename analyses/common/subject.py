@@ -90,14 +90,35 @@ class Subject:
         return (distinct or group)[0]
 
 
+def load_model(config: SourceConfig) -> LoopedModel:
+    """Load the model that a config names onto its device.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    try:
+        torch.zeros(1, device=config.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"the device {config.device!r} cannot be used on this machine"
+            f" ({str(error).splitlines()[0].rstrip('.')}); pass --device cpu"
+        ) from None
+    return load(config.checkpoint, **config.told()).to(config.device)
+
+
 def open_subject(config: SourceConfig) -> Subject:
     """Load the checkpoint that a config names, with its questions.
 
     Raises:
-        ValueError: There are no questions, or the checkpoint does not say where answers are read.
+        ValueError: There are no questions, the checkpoint does not say where answers are read, or
+            this machine has no such device.
     """
+    if config.per_hop is not None and config.per_hop < 1:
+        raise ValueError(
+            f"at least one question of each hop count is needed, got --per-hop {config.per_hop}"
+        )
     files = locate(config.checkpoint)
-    model = load(config.checkpoint, **config.told()).to(config.device)
+    model = load_model(config)
     data = config.data or files.questions
     if data is None:
         raise ValueError(

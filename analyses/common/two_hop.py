@@ -46,6 +46,8 @@ def ask(subject: Subject, group: str, at_most: int | None = None) -> TwoHopQuest
             f"{subject.name} has no graph.json, without which the bridge entities of its questions"
             " are unknown"
         )
+    if at_most is not None and at_most < 1:
+        raise ValueError(f"at least one question of each group is needed, got {at_most}")
     found = tuple(question for question in subject.questions.get(2, []) if question.kind == group)[
         :at_most
     ]

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import flask
 from dash import Dash, Input, Output, Patch, State, ctx, html, no_update, set_props
-from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+from werkzeug.serving import BaseWSGIServer, make_server
 
 from loopscope.analyses.common.configs import ExploreConfig
 from loopscope.analyses.common.labels import spoken, tick
@@ -36,6 +35,7 @@ from loopscope.analyses.explorer.model import (
 )
 from loopscope.analyses.explorer.page import BUSY, page
 from loopscope.analyses.explorer.questions import Query, ask, ask_beside, contrast
+from loopscope.analyses.explorer.requests import LOOPBACK, QuietHandler, guard
 from loopscope.analyses.explorer.view import (
     Figure,
     attention_figure,
@@ -49,7 +49,6 @@ from loopscope.analyses.explorer.view import (
 )
 from loopscope.models.core.state import checked_loops
 
-LOOPBACK = "127.0.0.1"
 REACH = 3  # the slider goes to so many times the trained number of iterations
 _HERE = Path(__file__).parent
 _Result = TypeVar("_Result")
@@ -101,15 +100,8 @@ def make_explorer(config: ExploreConfig) -> BaseWSGIServer:
             app.server,
             threaded=True,
             fd=listening.fileno(),
-            request_handler=_Quiet,
+            request_handler=QuietHandler,
         )
-
-
-class _Quiet(WSGIRequestHandler):
-    """Logs errors and no requests."""
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +296,7 @@ def make_app(explorer: Explorer) -> Dash:
         title=f"loopscope: {explorer.subject.name}", index_string=_index(), on_error=_report,
     )  # fmt: skip
     app.layout = page(explorer.subject, explorer.trained, explorer.start, explorer.most)
-    app.server.before_request(_refuse_other_hosts)
+    guard(app.server)
     _wire(app, explorer)
     return app
 
@@ -319,15 +311,11 @@ def _index() -> str:
 
 
 def _report(error: Exception) -> None:
-    """An error that no check foresaw: the whole of it in the terminal, a sentence on the page."""
-    traceback.print_exception(error)
+    """An error that no check foresaw: one line in the terminal, a sentence on the page."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    line = " ".join(f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})".split())
+    print(f"could not be computed: {line}", file=sys.stderr, flush=True)
     set_props("problem", {"children": f"This could not be computed: {error}"})
-
-
-def _refuse_other_hosts() -> None:
-    """A page elsewhere whose name was pointed at this machine gets nothing."""
-    if flask.request.host.partition(":")[0] not in (LOOPBACK, "localhost"):
-        flask.abort(403, f"this page is only at {LOOPBACK}")
 
 
 def _wire(app: Dash, explorer: Explorer) -> None:

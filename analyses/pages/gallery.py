@@ -4,6 +4,7 @@ beside it.
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.figures import FIGURES
-from loopscope.analyses.common.records import Record, markdown_table, picture, write_text
+from loopscope.analyses.common.records import Record, markdown_table, picture, write_all
 from loopscope.checkpoints.load import save
-from loopscope.models.core.files import atomic_path
 from loopscope.models.core.registry import build
 from loopscope.models.families.ouro import OuroConfig
 
@@ -45,12 +45,12 @@ class Entry:
     @property
     def command(self) -> str:
         """The command line of the entry."""
-        flags = "".join(
-            f" --{key.replace('_', '-')} {value}"
-            for key, value in self.settings.items()
-            if not isinstance(value, Path)
-        )
-        return f"loopscope {self.name}{flags}"
+        words = ["loopscope", self.name]
+        for key, value in self.settings.items():
+            flag = () if key == "checkpoint" else (f"--{key.replace('_', '-')}",)
+            values = value if isinstance(value, tuple) else (value,)
+            words += [*flag, *map(str, values)]
+        return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def entries(toy: Path) -> list[Entry]:
     """
     gate = Entry(
         "exit-gate",
-        {"checkpoint": toy, "tokens": (5, 7, 11, 13, 2, 3)},
+        {"checkpoint": str(toy), "tokens": (5, 7, 11, 13, 2, 3)},
         "No trained model with an exit gate is shipped: this is a small random Ouro, so only the"
         " form of the figure means something.",
     )
@@ -100,11 +100,7 @@ def draw(progress: bool = True) -> list[Pictured]:
 def draw_one(entry: Entry) -> Pictured:
     """Run one command with its settings and draw its figure."""
     file = FIGURES[entry.name]
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in entry.settings.items()
-    }
-    record = file.module().run(file.config()(**settings))
+    record = file.module().run(file.config()(**entry.settings))
     return Pictured(entry, record, picture(file.module().figure(record)))
 
 
@@ -114,7 +110,7 @@ def page(drawn: list[Pictured], images: str) -> str:
 
 
 def _section(one: Pictured, images: str) -> str:
-    about = " ".join(FIGURES[one.entry.name].about().split())
+    about = FIGURES[one.entry.name].about()
     parts = [
         f"## {one.entry.name}",
         about,
@@ -134,7 +130,6 @@ def write(path: Path, draw_all: Callable[[], list[Pictured]] = draw) -> Path:
     """Draw everything, and write the page and its pictures into a folder of the page's name."""
     drawn = draw_all()
     folder = path.with_suffix("")
-    for one in drawn:
-        with atomic_path(folder / f"{one.entry.name}.png") as temporary:
-            temporary.write_bytes(one.image)
-    return write_text(path, page(drawn, folder.name))
+    pictures = {folder / f"{one.entry.name}.png": one.image for one in drawn}
+    write_all({**pictures, path: page(drawn, folder.name).encode()})
+    return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,9 +12,8 @@ import pytest
 
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.labels import AXIS, loop_and_layer, spoken, tick
-from loopscope.analyses.common.records import Record
+from small_figures import small_figure
 
-Small = Callable[[str], tuple[Record, go.Figure]]
 COORDINATES = ("loop", "layer", "position", "head", "input")
 LEAST = {"iterations": 1, "depth": 1, "hops": 1}
 LEAST_OF = {
@@ -28,8 +27,8 @@ LEAST_OF = {
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_frame_has_coordinates_from_0_and_amounts_from_1(name: str, small: Small) -> None:
-    frame = small(name)[0].frame()
+def test_a_frame_has_coordinates_from_0_and_amounts_from_1(name: str) -> None:
+    frame = small_figure(name)[0].frame()
     assert not {"iteration", "r", "block"} & set(frame.columns)
     for column in [each for each in COORDINATES if each in frame.columns]:
         if pd.api.types.is_numeric_dtype(frame[column]):
@@ -44,8 +43,8 @@ def test_a_frame_has_coordinates_from_0_and_amounts_from_1(name: str, small: Sma
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_table_names_no_single_iteration(name: str, small: Small) -> None:
-    table = small(name)[0].summary()
+def test_a_table_names_no_single_iteration(name: str) -> None:
+    table = small_figure(name)[0].summary()
     words = [
         *table.columns,
         *(word for word in table.to_numpy().flatten() if isinstance(word, str)),
@@ -64,10 +63,8 @@ def axes(figure: go.Figure) -> Iterator[tuple[str, list[object]]]:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_an_axis_of_loops_begins_with_0_and_one_of_iterations_with_1(
-    name: str, small: Small
-) -> None:
-    figure = small(name)[1]
+def test_an_axis_of_loops_begins_with_0_and_one_of_iterations_with_1(name: str) -> None:
+    figure = small_figure(name)[1]
     for title, values in axes(figure):
         assert not re.search(r"\biteration\b", title)
         if title == "loop" and values:
@@ -82,8 +79,8 @@ def test_an_axis_of_loops_begins_with_0_and_one_of_iterations_with_1(
 
 
 @pytest.mark.parametrize("name", ["lens", "patch", "shortcut", "ranks", "stages", "causal-graph"])
-def test_the_full_hook_name_is_in_the_hover_text(name: str, small: Small) -> None:
-    text = json.dumps(small(name)[1].to_plotly_json(), default=str)
+def test_the_full_hook_name_is_in_the_hover_text(name: str) -> None:
+    text = json.dumps(small_figure(name)[1].to_plotly_json(), default=str)
     assert "loops.0.blocks.1" in text
     assert "hook_resid_post" in text
 
@@ -107,13 +104,13 @@ def test_a_place_is_written_as_its_coordinate(
     assert (tick(place), spoken(place), loop_and_layer(place)) == (short, sentence, (loop, layer))
 
 
-def test_a_rank_of_0_is_the_top(small: Small) -> None:
-    lens = small("lens")[0].frame()
+def test_a_rank_of_0_is_the_top() -> None:
+    lens = small_figure("lens")[0].frame()
     (column,) = [each for each in lens.columns if each.startswith("rank of")][-1:]
     top = lens[lens["top"] == column.removeprefix("rank of ")]
     assert len(top) > 0
     assert set(top[column]) == {0}
-    ranks = small("ranks")[0].frame()
+    ranks = small_figure("ranks")[0].frame()
     sure = ranks[ranks["share_on_top"] == 1]
     assert len(sure) > 0
     assert set(sure["geometric_mean_rank"]) == {0}

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+import tyro
 from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
@@ -30,6 +32,8 @@ class ExitGateConfig(InputsConfig):
     Ouro, arXiv 2510.25741).
     """
 
+    checkpoint: Annotated[str, tyro.conf.Positional] = field()  # no shipped model has a gate
+    """A checkpoint file or folder of a family with an exit gate, such as Ouro."""
     n_loops: int | None = None
     """Iterations; by default what the checkpoint records."""
     thresholds: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

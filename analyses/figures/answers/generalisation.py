@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.common.by_hop import run_by_hop
 from loopscope.analyses.common.configs import ComparisonConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import FAINT, INK, model_label, run_colors, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import open_subject
@@ -212,19 +213,21 @@ def figure(record: Generalisation) -> go.Figure:
         symbols = [
             "triangle-up" if bound else "circle" for bound in record.at_least()[mine].tolist()
         ]
-        label = record.labels[mine[-1]]
+        model = record.labels[mine[-1]]
         plot.add_scatter(
             x=record.updates[mine].tolist(),
             y=record.ratio()[mine].tolist(),
             mode="lines+markers+text",
-            name=label,
+            name=model,
             showlegend=False,
             line={"color": color, "width": 2},
             marker={"size": 10, "symbol": symbols},
-            text=[*pairs[:-1], f"<b>{label}</b><br>{pairs[-1]}"],
+            text=[*pairs[:-1], f"<b>{model}</b><br>{pairs[-1]}"],
             textposition=["bottom right"] * (len(pairs) - 1) + ["top center"],
             textfont={"color": color, "size": 12},
-            customdata=[(record.checkpoints[i], pair) for i, pair in zip(mine, pairs, strict=True)],
+            customdata=[
+                (label(record.checkpoints[i]), pair) for i, pair in zip(mine, pairs, strict=True)
+            ],
             hovertemplate=(
                 "%{customdata[0]}<br>%{x:,} updates<br>trained to → answered: %{customdata[1]}"
                 " hops<extra></extra>"

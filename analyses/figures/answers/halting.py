@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
 from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import FAINT, INK, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
@@ -27,7 +28,7 @@ from loopscope.interp.exits.halting import HaltingRule, apply_rule
 class HaltingConfig(SourceConfig):
     """Iterations used and accuracy per hop count, for several halting rules (figures 9 and 10)."""
 
-    n_loops: int = 16
+    n_loops: int = 24
     """The cap: an example that never halts uses the last iteration."""
     kl: float = 0.01
     """Threshold of KL(p_t || p_t-1), in nats."""
@@ -134,7 +135,7 @@ def figure(record: HaltingCurves) -> go.Figure:
     )
     hops = list(record.hops)
     for i, (rule, color) in enumerate(zip(record.rules, _COLORS, strict=True)):
-        name = f"fixed, r = {record.cap}" if rule == "fixed" else rule
+        name = f"fixed, r = {record.cap}" if rule == "fixed" else label(rule)
         look = {
             "mode": "lines+markers",
             "name": name,

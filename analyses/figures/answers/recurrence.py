@@ -17,6 +17,7 @@ from torch import Tensor
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
 from loopscope.analyses.common.claims import EXTRAPOLATES
 from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import ACCURACY_SCALE, INK, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
@@ -123,7 +124,7 @@ def measure(
         halted=torch.stack(halted).cpu(),
         halted_loops=torch.stack(used).cpu(),
         rule=str(rule),
-        trained_hops=trained_hops or subject.trained_hops,
+        trained_hops=subject.trained_hops if trained_hops is None else trained_hops,
         trained_loops=subject.model.cfg.n_loops,
     )
 
@@ -151,7 +152,7 @@ def figure(record: RecurrenceGrid) -> go.Figure:
         text=[[f"{a:.2f}" for a in record.halted.tolist()]],
         texttemplate="%{text}",
         hovertemplate="%{x} hops, halting ("
-        + record.rule
+        + label(record.rule)
         + ")<br>accuracy %{z:.2f}<br>mean iterations %{customdata:.1f}<extra></extra>",
         showscale=False,
         row=1,

@@ -119,7 +119,7 @@ class LensHeatmap(Record):
 def run(config: LensConfig) -> LensHeatmap:
     """Read every position of one question after every block."""
     subject = open_subject(config)
-    text = config.text or subject.example().text
+    text = subject.example().text if config.text is None else config.text
     return measure(subject, text, config.n_loops, config.track)
 
 

@@ -107,14 +107,12 @@ class PatchingMap(Record):
 def run(config: PatchConfig) -> PatchingMap:
     """Patch every visit and position of one pair, or of all questions of one hop count."""
     subject = open_subject(config)
-    if config.corrupted and not config.clean:
+    if config.corrupted is not None and config.clean is None:
         raise ValueError("a corrupted question needs its clean one; pass --clean too")
-    clean = (
-        [config.clean]
-        if config.clean
-        else [question.text for question in subject.of_hops(config.hops)]
-    )
-    corrupted = [config.corrupted] if config.corrupted else None
+    clean = [config.clean]
+    if config.clean is None:
+        clean = [question.text for question in subject.of_hops(config.hops)]
+    corrupted = None if config.corrupted is None else [config.corrupted]
     return measure(subject, clean, corrupted, config.site, config.n_loops, config.direction)
 
 

@@ -278,7 +278,7 @@ def figure(record: Ranks) -> go.Figure:
             x=depths,
             y=(1 + record.mean[:, j]).tolist(),
             mode="lines+markers",
-            name=target,
+            name=label(target),
             showlegend=False,
             marker={"size": 5},
             line={

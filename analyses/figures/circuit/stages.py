@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import TwoHopConfig
+from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import (
     FAINT,
     GROUP_COLORS,
@@ -169,7 +170,7 @@ def figure(record: StageDepths) -> go.Figure:
     shades are loops.
     """
     names = [
-        f"{model_label((loops, loops), layers)}<br>stage {stage}"
+        f"{model_label((loops, loops), layers)}<br>stage {label(stage)}"
         for stage, (loops, layers) in zip(record.stages, record.shapes, strict=True)
     ]
     plot = make_subplots(

@@ -84,7 +84,7 @@ def test_the_frame_has_a_row_for_each_token_and_iteration(record: exit_gate.Exit
 
 def test_what_cannot_be_asked_is_refused() -> None:
     with pytest.raises(ValueError, match="RecurrentDepth has no exit gate to read"):
-        exit_gate.run(ExitGateConfig(per_hop=1))
+        exit_gate.run(ExitGateConfig(checkpoint="mini/multi_hop/r2", per_hop=1))
     with pytest.raises(ValueError, match=r"probabilities in 0\.\.1, got \(0\.5, 1\.5\)"):
         exit_gate.run(ExitGateConfig(checkpoint=OURO, tokens=(5,), thresholds=(0.5, 1.5)))
     with pytest.raises(ValueError, match="one or more probabilities"):

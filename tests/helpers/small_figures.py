@@ -1,13 +1,11 @@
-"""Every figure once, small: its record and its drawing, shared over the session."""
+"""Every figure once, small: its settings, its record and its drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import plotly.graph_objects as go
-import pytest
 
 from golden_cases import GOLDEN
 from loopscope.analyses.common.figures import FIGURES
@@ -32,22 +30,24 @@ SMALL: dict[str, dict[str, Any]] = {
     "steps": ROWS,
     "attention-settling": ROWS,
     "layers": ROWS,
-    "exit-gate": {"checkpoint": str(GOLDEN / "ouro"), "tokens": (5, 7, 11)},
+    "exit-gate": {
+        "checkpoint": str(GOLDEN / "ouro"),
+        "tokens": (5, 7, 11),
+        "readout": "last_real",
+    },
     "grokking": {},
     "hop-updates": {},
 }
 """For each figure the settings of a small run."""
 
 
+def small_config(name: str, **others: Any) -> Any:
+    """The settings of a figure's small run, some of them replaced."""
+    return FIGURES[name].config()(**SMALL[name] | others)
+
+
 @cache
-def _small(name: str) -> tuple[Record, go.Figure]:
-    config, module = FIGURES[name].config(), FIGURES[name].module()
-    settings = {"readout": "last_real"} if name == "exit-gate" else {}
-    record = module.run(config(**SMALL[name], **settings))
+def small_figure(name: str) -> tuple[Record, go.Figure]:
+    module = FIGURES[name].module()
+    record = module.run(small_config(name))
     return record, module.figure(record)
-
-
-@pytest.fixture(scope="session")
-def small() -> Callable[[str], tuple[Record, go.Figure]]:
-    """A figure's record and drawing by its name."""
-    return _small
