@@ -5,49 +5,28 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+import loopscope
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.checkpoints.tables import TABLES
-from loopscope.interp.attribution.direct_logit import direct_logit_attribution
-from loopscope.interp.attribution.gradients import gradients
-from loopscope.interp.attribution.patching import attribution_patch, edge_attribution
 from loopscope.interp.common.metrics import logit_diff
-from loopscope.interp.dynamics.jacobian import jacobian_spectrum
-from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
-from loopscope.interp.dynamics.states import dynamics
-from loopscope.interp.edit.ablation import Component, ablate
-from loopscope.interp.edit.steering import attenuate_input, steer, swap_input
-from loopscope.interp.exits.exit_gate import gate_logits, readout_at_threshold, readout_mixture
-from loopscope.interp.exits.exits import TopStable, exits
-from loopscope.interp.exits.halting import halting
-from loopscope.interp.generation import generate
-from loopscope.interp.lens.decoding import decodability
-from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.lens.tuned_lens import train_tuned_lens
-from loopscope.interp.patching.activation import activation_patch
-from loopscope.interp.patching.paths import Receiver, path_patch_sweep
-from loopscope.interp.patching.tracing import causal_tracing, denoising_map, noising_map
-from loopscope.interp.weights.circuits import (
-    composition_scores,
-    full_ov,
-    full_qk,
-    ov_circuit,
-    qk_circuit,
-)
+from loopscope.interp.edit.ablation import Component
+from loopscope.interp.exits.exits import TopStable
+from loopscope.interp.patching.paths import Receiver, Sender
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.registry import FAMILIES, build, config_from_dict
 from loopscope.models.core.tokens import Batch
-from loopscope.models.views import unrolled, untied
 
 FACTS = ("causal", "prefix_readout", "additive_residual", "batch_independent")
 _LOOPS = 3
@@ -132,6 +111,11 @@ class _Inputs:
         return min(visit.layer for visit in self.model.schedule(1) if visit.loop is not None)
 
     @property
+    def visit(self) -> str:
+        """The first visit of iteration 1."""
+        return next(visit.name for visit in self.model.schedule(_LOOPS) if visit.loop == 1)
+
+    @property
     def metric(self) -> Callable[[Tensor], Tensor]:
         return logit_diff(self.answers, self.answers.roll(1))
 
@@ -146,75 +130,48 @@ def _inputs(model: LoopedModel) -> _Inputs:
     return _Inputs(model, batch(0), batch(1), torch.tensor([3, 5, 7]))
 
 
-def _inside(make: Callable[[_Inputs], Any]) -> Callable[[_Inputs], None]:
-    """A method that is a context: entered around one run."""
+def _arguments(x: _Inputs) -> dict[str, Any]:
+    """A value for each argument that a method may have, by the name that all methods give it."""
+    model = x.model
+    return {
+        "model": model, "inputs": x.clean, "clean": x.clean, "corrupted": x.corrupted,
+        "other": x.corrupted, "positive": x.clean, "negative": x.corrupted, "n_loops": _LOOPS,
+        "metric": x.metric, "answers": x.answers, "targets": x.answers[:, None], "names": "**",
+        "positions": [2], "position": 2, "sites": _patched(model), "site": "attn_out",
+        "loop": 1, "visit": x.visit, "loops": [1], "layer": x.layer, "layers": [x.layer], "kind": "V",
+        "sender": Sender("attn", visit=x.visit), "receivers": Receiver("readout"),
+        "vectors": torch.ones(model.cfg.d_model).double(), "factor": 0.5, "steps": 2,
+        "what": Component("attn", loops=(1,)), "criterion": TopStable(hits=2),
+        "threshold": 0.5, "max_new_tokens": 2,
+    }  # fmt: skip
 
-    def run(x: _Inputs) -> None:
-        with make(x) as model:
-            model(x.clean.tokens, n_loops=_LOOPS)
 
-    return run
+def methods() -> dict[str, Callable[..., Any]]:
+    """The public calls that take a model first and ask it something."""
+    asking = {
+        name: getattr(loopscope, name)
+        for name, home in loopscope._HOME.items()
+        if home.startswith(("loopscope.interp.", "loopscope.models."))
+    }
+    return {
+        name: call
+        for name, call in asking.items()
+        if inspect.isfunction(call) and next(iter(inspect.signature(call).parameters)) == "model"
+    }
 
 
-def _jacobian(x: _Inputs) -> None:
-    jacobian_spectrum(x.model, x.clean, 1, _LOOPS)
-
-
-METHODS: dict[str, Callable[[_Inputs], Any]] = {
-    "logit_lens": lambda x: logit_lens(x.model, x.clean, _LOOPS),
-    "readout_lens": lambda x: readout_lens(x.model, x.clean, _LOOPS),
-    "train_tuned_lens": lambda x: train_tuned_lens(x.model, x.clean, _LOOPS, steps=2),
-    "decodability": lambda x: decodability(x.model, x.clean, x.answers[:, None], [2], _LOOPS),
-    "halting": lambda x: halting(x.model, x.clean, n_loops=_LOOPS),
-    "exits": lambda x: exits(x.model, x.clean, TopStable(hits=2), _LOOPS),
-    "gate_logits": lambda x: gate_logits(x.model, x.clean, _LOOPS),
-    "readout_at_threshold": lambda x: readout_at_threshold(x.model, x.clean, 0.5, _LOOPS),
-    "readout_mixture": lambda x: readout_mixture(x.model, x.clean, _LOOPS),
-    "activation_patch": lambda x: activation_patch(
-        x.model, x.clean, x.corrupted, x.metric, _LOOPS, sites=_patched(x.model)
-    ),
-    "causal_tracing": lambda x: causal_tracing(x.model, x.clean, x.corrupted, x.answers, 2, _LOOPS),
-    "denoising_map": lambda x: denoising_map(
-        x.model, x.clean, x.corrupted, x.answers, n_loops=_LOOPS
-    ),
-    "noising_map": lambda x: noising_map(x.model, x.clean, x.corrupted, x.answers, n_loops=_LOOPS),
-    "path_patch_sweep": lambda x: path_patch_sweep(
-        x.model, x.clean, x.corrupted, x.metric, Receiver("readout"), _LOOPS
-    ),
-    "attribution_patch": lambda x: attribution_patch(
-        x.model, x.clean, x.corrupted, x.metric, _LOOPS, sites=_patched(x.model)
-    ),
-    "edge_attribution": lambda x: edge_attribution(x.model, x.clean, x.corrupted, x.metric, _LOOPS),
-    "gradients": lambda x: gradients(x.model, x.clean, x.metric, "**", _LOOPS),
-    "direct_logit_attribution": lambda x: direct_logit_attribution(
-        x.model, x.clean, x.answers, n_loops=_LOOPS
-    ),
-    "qk_circuit": lambda x: qk_circuit(x.model, x.layer),
-    "ov_circuit": lambda x: ov_circuit(x.model, x.layer),
-    "full_qk": lambda x: full_qk(x.model, x.layer),
-    "full_ov": lambda x: full_ov(x.model, x.layer),
-    "composition_scores": lambda x: composition_scores(x.model, "V"),
-    "ablate": _inside(lambda x: ablate(x.model, Component("attn", loops=(1,)), n_loops=_LOOPS)),
-    "steer": _inside(
-        lambda x: steer(
-            x.model,
-            torch.ones(x.model.cfg.d_model).double(),
-            site="attn_out",
-            loops=[1],
-            layers=[x.layer],
-            n_loops=_LOOPS,
-        )
-    ),
-    "attenuate_input": _inside(lambda x: attenuate_input(x.model, 0.5, loops=[1], n_loops=_LOOPS)),
-    "swap_input": _inside(lambda x: swap_input(x.model, x.corrupted, loops=[1], n_loops=_LOOPS)),
-    "dynamics": lambda x: dynamics(x.model, x.clean, _LOOPS),
-    "layer_dynamics": lambda x: layer_dynamics(x.model, x.clean, _LOOPS),
-    "attention_dynamics": lambda x: attention_dynamics(x.model, x.clean, _LOOPS),
-    "jacobian_spectrum": _jacobian,
-    "generate": lambda x: generate(x.model, x.clean, 2, _LOOPS),
-    "untied": lambda x: untied(x.model, _LOOPS)(x.clean.tokens),
-    "unrolled": lambda x: unrolled(cast(Any, x.model), _LOOPS)(x.clean.tokens),
-}
+def ask(method: Callable[..., Any], x: _Inputs) -> Any:
+    """Call a method with the arguments that it has. A context is entered around one run, and a
+    copy of the model is run.
+    """
+    known, parameters = _arguments(x), inspect.signature(method).parameters
+    if "visit" in parameters:  # which names a place in place of loop and layer
+        known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
+    made = method(**{name: known[name] for name in parameters if name in known})
+    if isinstance(made, AbstractContextManager):
+        with made as model:
+            return model(x.clean.tokens, n_loops=_LOOPS)
+    return made(x.clean.tokens) if isinstance(made, nn.Module) else made
 
 
 def _patched(model: LoopedModel) -> list[str]:
@@ -268,11 +225,13 @@ def run() -> Support:
     reasons: dict[tuple[str, str], str] = {}
     for family in tqdm(sorted(FAMILIES), desc="families"):
         inputs = _inputs(tiny(family))
-        outcomes = {name: _outcome(partial(method, inputs)) for name, method in METHODS.items()}
+        outcomes = {
+            name: _outcome(partial(ask, method, inputs)) for name, method in methods().items()
+        }
         table[family] = ["no" if why else "yes" for why in outcomes.values()]
         reasons |= {(name, family): why for name, why in outcomes.items() if why}
-    methods = pd.DataFrame(table, index=list(METHODS)).rename_axis("method").reset_index()
-    return Support(facts(), methods, reasons)
+    rows = pd.DataFrame(table, index=list(methods())).rename_axis("method").reset_index()
+    return Support(facts(), rows, reasons)
 
 
 def _outcome(call: Callable[[], Any]) -> str:

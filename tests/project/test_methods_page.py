@@ -1,6 +1,4 @@
-"""The page of methods names every public method, its examples run, and they show what the text
-around them says.
-"""
+"""The page of methods is what its command writes; the examples run and show what their text says."""
 
 from __future__ import annotations
 
@@ -11,43 +9,31 @@ import pytest
 import torch
 
 import loopscope
+from loopscope.analyses.pages import methods
 from paths import DOCS
 
-PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")
-ROWS = [line for line in PAGE.splitlines() if line.startswith("| `")]
+EXAMPLES = (DOCS / "examples.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def shown() -> dict[str, Any]:
     """What the page's examples leave behind, run in order."""
     names: dict[str, Any] = {}
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)):
-        exec(compile(block, f"methods.md, block {number}", "exec"), names)
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", EXAMPLES, flags=re.S)):
+        exec(compile(block, f"examples.md, block {number}", "exec"), names)
     return names
 
 
-def test_every_public_method_has_a_row() -> None:
-    calls = {
-        name
-        for name, home in loopscope._HOME.items()
-        if home.startswith("interp.") and name[0].islower()
-    }
-    assert sorted(row.split("`")[1] for row in ROWS) == sorted(
-        calls - {"logit_diff", "logit_margin"}
-    )
+def test_the_page_is_what_the_command_writes() -> None:
+    assert (DOCS / "methods.md").read_text(encoding="utf-8") == methods.page()
 
 
-def test_every_public_record_and_rule_is_named() -> None:
-    named = set(re.findall(r"`(\w+)", "\n".join(ROWS)))
-    assert {
-        name
-        for name, home in loopscope._HOME.items()
-        if home.startswith("interp.") and name[0].isupper()
-    } <= named
-
-
-def test_rows_have_four_columns() -> None:
-    assert {len(re.findall(r"[^ |][^|]* \|", row)) for row in ROWS} == {4}
+def test_every_public_call_of_interp_has_a_row_that_says_what_it_does() -> None:
+    rows = [row for table in methods.run().values() for row in table.itertuples(index=False)]
+    calls = {name for name, home in loopscope._HOME.items() if ".interp." in home}
+    assert {row.call.strip("`") for row in rows} == calls
+    assert min(len(row[1]) for row in rows) > 9
+    assert all(row.returns for row in rows if row.call[1].islower())
 
 
 def test_a_clean_state_brings_the_answer_back_along_one_path(shown: dict[str, Any]) -> None:

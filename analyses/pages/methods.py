@@ -1,0 +1,67 @@
+"""The table of all methods: written from the list of public calls and their docstrings."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pandas as pd
+
+import loopscope
+from loopscope.analyses.common.records import markdown_table, write_text
+
+_HEAD = """# Methods
+
+Written by `loopscope methods` from the docstrings of the public calls, which say more. A method
+is a function of a model, imported from `loopscope`. Inputs are texts, a `Batch` from
+`model.encode`, or tokens with `readout=` (the column at which the answer is read). `n_loops` is
+the number of iterations; None means what the checkpoint records. Records have a `frame()`
+(pandas). A method that cannot serve a family raises a ValueError that says why: [what runs on
+which family](families.md). [Examples](examples.md) of the main ones run in the tests.
+
+Under `accelerate launch`, `activation_patch` shares its cells among the processes, and
+`logit_lens` and `readout_lens` (and what is built on them) their examples; each process returns
+the whole result, so all of them must make the same calls."""
+
+
+def run() -> dict[str, pd.DataFrame]:
+    """The public calls of each room of `loopscope.interp`, with what they do and return."""
+    rooms: dict[str, list[tuple[str, ...]]] = {}
+    for name, home in loopscope._HOME.items():
+        if home.startswith("loopscope.interp."):
+            rooms.setdefault(home.split(".")[2], []).append(_row(name))
+    columns = ["call", "what it does", "returns", "source"]
+    return {room: pd.DataFrame(rows, columns=columns) for room, rows in rooms.items()}
+
+
+def page() -> str:
+    """The page: one table for each room."""
+    parts = [_HEAD]
+    for room, rows in run().items():
+        about = (inspect.getdoc(import_module(f"loopscope.interp.{room}")) or "").partition("\n\n")[
+            0
+        ]
+        parts += [f"## {room}", " ".join(about.split()), markdown_table(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(path: Path) -> Path:
+    """Write the page."""
+    return write_text(path, page())
+
+
+def _row(name: str) -> tuple[str, str, str, str]:
+    call = getattr(loopscope, name)
+    text = inspect.getdoc(call) or ""
+    source = re.search(r"^Source:\s+(.*?)(?:\n\n|\Z)", text, flags=re.S | re.M)
+    returns = "" if inspect.isclass(call) else _returned(call)
+    cells = (f"`{name}`", text.partition("\n\n")[0], returns, source[1] if source else "")
+    return tuple(" ".join(cell.replace("|", "\\|").split()) for cell in cells)  # type: ignore[return-value]
+
+
+def _returned(call: object) -> str:
+    """The annotation of what a call returns; "a context" for a context manager."""
+    written = str(inspect.signature(call).return_annotation)  # type: ignore[arg-type]
+    return "a context" if written.startswith("Iterator") else f"`{written}`"
