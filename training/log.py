@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -31,10 +32,10 @@ class Log:
 
     def __init__(self, folder: Path, recipe: Recipe, update: int, wandb: bool) -> None:
         self.path = folder / "log.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         with atomic_path(self.path) as temporary:
             temporary.write_text(
-                "".join(line + "\n" for line in lines if json.loads(line)["update"] <= update)
+                "".join(line + "\n" for line in lines if _updates_of(line) <= update)
             )
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=update + 1 if update else None
@@ -45,7 +46,7 @@ class Log:
         """Append one entry: the progress, the accuracy of each test group, and other numbers."""
         line = {**asdict(progress), **values, "accuracy": accuracy}
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {
             **values,
             "stage": progress.stage,
@@ -62,6 +63,14 @@ class Log:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _updates_of(line: str) -> float:
+    """The updates that an entry tells of; infinitely many for a line that was cut short."""
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _start_wandb(folder: Path, recipe: Recipe) -> Any:

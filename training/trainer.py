@@ -6,6 +6,7 @@ import math
 import platform
 import shutil
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from loopscope.checkpoints.load import save
 from loopscope.checkpoints.release import save_release
 from loopscope.training.catalog import RECIPES
 from loopscope.training.examination import accuracies, accuracy_table
+from loopscope.training.folder import claim
 from loopscope.training.log import Log
 from loopscope.training.questions import questions_of
 from loopscope.training.recipes import Recipe, Stage
@@ -82,8 +84,8 @@ class Trainer:
             faster for wide models.
 
     Raises:
-        ValueError: The folder holds a run already and resume is False, the state is of another
-            recipe, or the batch cannot be shared equally.
+        ValueError: The folder holds a run already and resume is False, another process writes to
+            it, the state is damaged or of another recipe, or the batch cannot be shared equally.
     """
 
     def __init__(
@@ -109,6 +111,8 @@ class Trainer:
                 f"{folder} holds a run already; pass --resume to go on with it, or choose another"
                 " folder"
             )
+        if self.accelerator.is_main_process:
+            claim(folder, drafts_of(recipe))
         self.shares_gradients = not on_gpu and recipe.d_model >= _WIDE
         self.questions = questions_of(recipe)
         self.model = fresh_model(recipe).train().to(self.accelerator.device)
@@ -127,7 +131,14 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Train to the end of the last stage."""
+        """Train to the end of the last stage; the checkpoint of a finished run is made again where
+        it is absent.
+
+        Warns:
+            UserWarning: The checkpoint of an earlier finished stage is absent; its weights are
+                gone.
+        """
+        self._check_finished_stages()
         while self.progress.stage < len(self.recipe.stages):
             self._run_stage(self.recipe.stages[self.progress.stage])
             self.progress.stage += 1
@@ -135,6 +146,20 @@ class Trainer:
             self.save()
         if self.log is not None:
             self.log.close()
+
+    def _check_finished_stages(self) -> None:
+        finished = [stage.name for stage in self.recipe.stages[: self.progress.stage]]
+        absent = [name for name in finished if not (self.folder / name).exists()]
+        if not absent or not self.accelerator.is_main_process:
+            return
+        if absent[-1] == self.recipe.stages[-1].name:
+            self.export(absent.pop())
+        if absent:
+            warnings.warn(
+                f"{self.folder} lacks the checkpoint of the finished stage {absent[0]!r}, whose"
+                " weights are gone; train in another folder to have it again",
+                stacklevel=2,
+            )
 
     def _run_stage(self, stage: Stage) -> None:
         if stage.restart and self.progress.stage_update == 0:
@@ -252,6 +277,10 @@ class Trainer:
                 if companion.name != "config.json":
                     shutil.copy(companion, released)
 
+    def _stage(self) -> Stage:
+        """The stage that runs, or the last one of a finished run."""
+        return self.recipe.stages[min(self.progress.stage, len(self.recipe.stages) - 1)]
+
     def _trained_hops(self) -> int:
         return max(max(stage.hops) for stage in self.recipe.stages[: self.progress.stage + 1])
 
@@ -263,7 +292,7 @@ class Trainer:
             "input_injection": False,
             "n_loops": recipe.eval_loops,
             "recipe": asdict(recipe),
-            "stage": recipe.stages[self.progress.stage].name,
+            "stage": self._stage().name,
             "training_loops": str(recipe.loops),
             "trained_hops": self._trained_hops(),
             "updates": self.progress.update,
@@ -271,3 +300,10 @@ class Trainer:
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
             "accuracy": accuracy_table(self.model, self.questions, groups),
         }
+
+
+def drafts_of(recipe: Recipe) -> list[str]:
+    """The files and folders that a run of a recipe writes, as `claim` takes them."""
+    stages = [stage.name for stage in recipe.stages]
+    released = [f"released/{name}/checkpoint_epoch_*" for name in stages]
+    return ["state.pt", "log.jsonl", *stages, *released]

@@ -76,8 +76,14 @@ def corpus_in(folder: Path, recipe: LanguageRecipe) -> Corpus:
     """
     path, task = folder / "data.npz", json.dumps({**asdict(recipe.task), "context": recipe.context})
     if path.exists():
-        with np.load(path) as content:
-            found, corpus = str(content["task"]), Corpus(content["train"], content["held_out"])
+        try:
+            with np.load(path) as content:
+                found, corpus = str(content["task"]), Corpus(content["train"], content["held_out"])
+        except Exception as error:  # numpy raises many types on damaged files
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}); remove it, and the strings are made"
+                " again"
+            ) from None
         if found != task:
             raise ValueError(
                 f"{path} holds the strings of another task, {found}, and not of {task}; choose"

@@ -19,6 +19,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
 from loopscope.models.core.tokens import Readout
 from loopscope.tasks.smiles import SmilesVocabulary
+from loopscope.training.folder import claim
 from loopscope.training.language.data import PAD_ID, Batches, corpus_in
 from loopscope.training.language.recipes import LANGUAGE_RECIPES, LanguageRecipe, config_of
 from loopscope.training.language.scores import next_token_loss, sample_strings, score_passes, shares
@@ -55,6 +56,7 @@ class LanguageTrainer:
                 " folder"
             )
         self.corpus = corpus_in(folder, recipe)
+        claim(folder, ("state.pt", "log.jsonl", "data.npz", "final"))
         self.batches = Batches(self.corpus.train, recipe.batch_size, recipe.seed)
         self.model = fresh_language_model(recipe).train()
         self.optimizer = fresh_optimizer(recipe, self.model)
