@@ -1,7 +1,10 @@
-"""What two processes share: a sweep, a lens, a recurrence grid; each process runs it and says how much was its own."""
+"""Work that two processes share: a sweep, a lens, a recurrence grid; each process runs all of it and
+says how much it computed itself.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +27,13 @@ def everything() -> dict[str, dict[str, Any]]:
     """What this process finds, and how much of it the process computed itself."""
     return {
         name: method()
-        for name, method in {"sweep": sweep, "one cell": one_cell, "grid": grid, **LENS_OF}.items()
+        for name, method in {
+            "sweep": sweep,
+            "one cell": one_cell,
+            "grid": grid,
+            "own": own_questions,
+            **LENS_OF,
+        }.items()
     }
 
 
@@ -50,6 +59,19 @@ def _sweep(**places: Any) -> dict[str, Any]:
         "values": [found.values, found.clean, found.corrupted],
         "own": len(measured) - 2,
     }
+
+
+def own_questions() -> dict[str, Any]:
+    """Each process asks questions of its own, with a metric of its own."""
+    rank = int(os.environ.get("RANK", "0"))
+    return {"sweep": questions_of(rank, 0), "metric": questions_of(0, rank)}
+
+
+def questions_of(inputs: int, metric: int) -> list[Tensor]:
+    """A sweep and a lens of some inputs."""
+    clean, corrupted = padded(4 * inputs), padded(4 * inputs + 1)
+    found = activation_patch(toy(), clean, corrupted, projection(metric), SHORT, positions=[1, 3])
+    return [found.values, found.clean, logit_lens(toy(), clean, SHORT).heads_input]
 
 
 def grid() -> dict[str, Any]:

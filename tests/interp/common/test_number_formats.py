@@ -82,7 +82,7 @@ def edited(case: Case) -> pd.DataFrame:
         one = logits(case)
     with set_to(case.model, vector, visits=case.first, positions=[1], n_loops=LOOPS):
         two = logits(case)
-    assert one.dtype == two.dtype == case.model.W_U.dtype
+    assert one.dtype == two.dtype == logits(case).dtype
     return pd.DataFrame({"ablated": one.float().flatten(), "set": two.float().flatten()})
 
 
@@ -97,7 +97,7 @@ def swept(case: Case) -> pd.DataFrame:
     )
     low, high = sweep.bootstrap(resamples=20)
     assert (low <= high).all()
-    assert sweep.grid("mlp_out").values.isfinite().all() if sweep.cells else False
+    assert sweep.grid(sweep.cells[-1].site).values.isfinite().all()
     return sweep.frame().assign(share=sweep.normalized().numpy())
 
 
