@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.places import Picked, in_range, whole_numbers
+from loopscope.models.core.state import running_rows
 from loopscope.models.core.tokens import Batch
 
 Shown = Literal["real", "readout", "all"] | Sequence[int] | int
@@ -64,16 +65,29 @@ def checked_columns(positions: Picked | int) -> list[int] | None:
     return columns
 
 
-def at_columns_of(value: Tensor, new: Tensor, columns: list[int] | None) -> Tensor:
-    """The value with some of its columns, or all of them, taken from another tensor of its
+def at_columns_of(
+    value: Float[Tensor, "batch row ..."],
+    new: Float[Tensor, "batch row ..."],
+    columns: list[int] | None,
+) -> Float[Tensor, "batch row ..."]:
+    """The value with some columns of the text, or all of them, taken from another tensor of its
     shape.
+
+    A run may hold some rows of the text only, as a step of a generation does; a column that it does
+    not hold is left alone.
+
+    Raises:
+        ValueError: A run that starts at column 0 and ends before one of the columns.
     """
     if columns is None:
         return new
-    if max(columns) >= value.shape[1]:
-        raise ValueError(
-            f"positions must be in 0..{value.shape[1] - 1} in this run, got {max(columns)}"
-        )
-    changed = value.clone()
-    changed[:, columns] = new[:, columns]
-    return changed
+    running = running_rows()
+    if running is None:
+        here = whole = torch.arange(value.shape[1], device=value.device)[None]
+    else:
+        here, whole = running
+    last = int(whole.max())
+    if max(columns) > last and int(whole.min()) == 0:
+        raise ValueError(f"positions must be in 0..{last} in this run, got {max(columns)}")
+    written = torch.isin(here, torch.tensor(columns, device=here.device))
+    return torch.where(written.view(*written.shape, *[1] * (value.ndim - 2)), new, value)

@@ -35,6 +35,13 @@ def fingerprint(
     Raises:
         ValueError: An option or a hook holds an object that cannot be told from others.
     """
+    return described(facts_of(model, cells, batches, options))
+
+
+def facts_of(
+    model: LoopedModel, cells: Sequence[Cell], batches: Sequence[Batch], options: tuple[object, ...]
+) -> tuple[object, ...]:
+    """All that decides a result; the arguments are those of `fingerprint`."""
     inputs = [(batch.tokens, batch.mask, batch.readout, dict(batch.options)) for batch in batches]
     hooks = {
         name: [*point._forward_hooks.values(), *point._forward_pre_hooks.values()]
@@ -42,23 +49,28 @@ def fingerprint(
         if is_hooked(point)
     }
     weights = list(model.state_dict().values())
-    return described((repr(model.cfg), repr(tuple(cells)), options, inputs, hooks, weights))
+    return repr(model.cfg), repr(tuple(cells)), options, inputs, hooks, weights
 
 
-def described(value: object) -> str:
+def described(value: object, longest: int | None = None) -> str:
     """A hash of a value and of all that it holds; equal values have equal hashes, also in another
     process.
+
+    Args:
+        longest: A tensor with more entries counts with about so many of them, evenly spaced; None
+            takes in every entry.
 
     Raises:
         ValueError: It holds an object that cannot be told from others.
     """
-    return _Hashes().of(value).hex()
+    return _Hashes(longest).of(value).hex()
 
 
 class _Hashes:
     """The hashes of values of many kinds, each object's worked out once."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int | None) -> None:
+        self._longest = longest
         self._known: dict[int, tuple[object, bytes]] = {}
 
     def of(self, value: object) -> bytes:
@@ -77,9 +89,10 @@ class _Hashes:
         if isinstance(value, _PLAIN):
             yield repr(value).encode()
         elif isinstance(value, Tensor):
-            whole = value.detach().cpu().contiguous()
-            yield repr((whole.dtype, tuple(whole.shape))).encode()
-            yield whole.reshape(-1).view(torch.uint8).numpy().tobytes()
+            yield repr((value.dtype, tuple(value.shape))).encode()
+            step = max(1, value.numel() // self._longest) if self._longest else 1
+            entries = value.detach().reshape(-1)[::step].cpu().contiguous()
+            yield entries.view(torch.uint8).numpy().tobytes()
         elif isinstance(value, Mapping):
             yield from (self.of(pair) for pair in value.items())
         elif isinstance(value, Set):

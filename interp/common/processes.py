@@ -1,6 +1,7 @@
 """Sharing work among the processes of `accelerate launch`; with one process nothing is shared.
 
-Every process must make the same calls in the same order. Where an `Accelerator` exists, as in
+Every process must make the same calls in the same order. Calls with different inputs, models or
+options are not shared: each process then computes its own. Where an `Accelerator` exists, as in
 training, its owner may ask one process alone, so there nothing is shared and each process computes
 everything.
 """
@@ -9,15 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from loopscope.interp.common.fingerprint import described, facts_of
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.tokens import Batch
 
 _Item = TypeVar("_Item")
+_LONGEST = 1 << 16  # entries of one tensor that are compared between processes
 
 
 def n_ranks() -> int:
@@ -25,19 +29,47 @@ def n_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def share(items: list[_Item]) -> list[_Item]:
-    """This process's part: every n-th item. Where there are fewer items than processes, the first
-    one is given out again.
+@dataclass(frozen=True)
+class Team:
+    """The processes that share one computation.
+
+    Attributes:
+        rank: Which of them this process is, from 0.
+        size: How many they are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, items: list[_Item]) -> list[_Item]:
+        """This process's part: every n-th item. Where there are fewer items than processes, the
+        first one is given out again.
+        """
+        return items[self.rank :: self.size] or items[:1]
+
+    def gathered(self, found: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What all processes found, on the CPU where there are several."""
+        if self.size == 1:
+            return dict(found)
+        return dict(_gather([(index, value.cpu()) for index, value in found.items()]))
+
+
+def team(task: Callable[[], object]) -> Team:
+    """The processes that were launched together, if all of them have the same task; else this
+    process alone.
+
+    Args:
+        task: Gives all that the result depends on. It is compared by its hash; a task that holds
+            objects without a hash is shared with no one.
     """
     rank, ranks = _rank()
-    return items[rank::ranks] or items[:1]
-
-
-def gathered(found: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """What all processes found, on the CPU where there are several."""
-    if _rank()[1] == 1:
-        return dict(found)
-    return dict(_gather([(index, value.cpu()) for index, value in found.items()]))
+    if ranks == 1:
+        return Team()
+    try:
+        mine = described(task(), longest=_LONGEST)
+    except ValueError:
+        mine = f"no hash in process {rank}"
+    return Team(rank, ranks) if len(set(_gather([mine]))) == 1 else Team()
 
 
 def over_ranks(
@@ -47,16 +79,20 @@ def over_ranks(
     the whole.
 
     Where a row's result can depend on the others, because the family or a hook of the caller's may
-    look at the whole batch, each process computes everything.
+    look at the whole batch, each process computes everything; so it does where the processes have
+    different models, batches or options.
 
     Args:
         compute: From some examples to a result in which they (or an equal number of entries for
             each) lie along `dim`.
     """
-    rank, ranks = _rank()
-    if ranks == 1 or not model.batch_independent or model.any_hook():
+    if not model.batch_independent or model.any_hook():
         return compute(batch)
-    mine = batch[slice(len(batch) * rank // ranks, len(batch) * (rank + 1) // ranks)]
+    ours = team(lambda: (facts_of(model, (), [batch], ()), compute))
+    if ours.size == 1:
+        return compute(batch)
+    first, last = (len(batch) * rank // ours.size for rank in (ours.rank, ours.rank + 1))
+    mine = batch[slice(first, last)]
     parts: list[Tensor] = _gather([compute(mine).cpu()] if len(mine) else [])
     return torch.cat(parts, dim).to(batch.tokens.device)
 

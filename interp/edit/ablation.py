@@ -110,7 +110,8 @@ def ablate(
             context is entered, with the hooks that the model has then. For "mean_per_position" and
             "resample" its rows must be of one length, and the runs inside as wide.
         seed: Of the permutation.
-        positions: Columns to ablate, "all" for every one.
+        positions: Columns of the text to ablate, "all" for every one. They count from the
+            beginning of the text in every step of a generation too.
 
     Raises:
         ValueError: A component that this model does not have, a place out of range, a reference

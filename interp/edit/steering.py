@@ -70,7 +70,8 @@ def steer(
         visits: Visits by name or pattern, such as "loops.0.low.1.blocks.0" or "prelude.0"; for an
             iteration's own site the runs of stacks, such as "loops.0.low.1". Given together with
             loops or layers, it narrows them further.
-        positions: Columns that are written, "all" for every one.
+        positions: Columns of the text that are written, "all" for every one. They count from the
+            beginning of the text in every step of a generation too.
         scale: Multiplies the vectors.
         n_loops: Iterations of the runs inside; None means what the checkpoint records.
 

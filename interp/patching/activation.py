@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.interp.common.cells import Cell, Selection, Together, choose
-from loopscope.interp.common.fingerprint import fingerprint
+from loopscope.interp.common.fingerprint import described, facts_of
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
 from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
-from loopscope.interp.common.processes import gathered, share
+from loopscope.interp.common.processes import Team, team
 from loopscope.interp.patching.continued import continued_logits
 from loopscope.interp.patching.packed import packable, packed_logits
 from loopscope.interp.patching.sweep import Sweep, present
@@ -111,12 +111,9 @@ def activation_patch(
     )
     cells = choose(model, n_loops, base.tokens.shape[1], selection)
     metrics = _named(metric, also or {})
-    key = (
-        fingerprint(model, cells, (base, source), (n_loops, direction, metrics))
-        if save_to is not None
-        else ""
-    )
-    job = _Job(model, cells, base, n_loops, metrics, memory_gb)
+    facts = facts_of(model, cells, (base, source), (n_loops, direction, metrics))
+    key = "" if save_to is None else described(facts)
+    job = _Job(model, cells, base, n_loops, metrics, memory_gb, team(lambda: facts))
     values, unpatched = job.run(source, Unfinished(save_to, key, len(metrics), len(base)))
     shown = present(model, base, cells)
     low, high = unpatched if direction == "denoise" else reversed(unpatched)
@@ -147,6 +144,7 @@ class _Job:
     n_loops: int
     metrics: Mapping[str, Metric]
     memory_gb: float
+    team: Team
 
     def run(
         self, source: Batch, unfinished: Unfinished
@@ -154,7 +152,7 @@ class _Job:
         """The metrics of every cell, and those of the base and the source run; what was saved
         already is not computed again.
         """
-        missing = share([index for index in range(len(self.cells)) if index not in unfinished.done])
+        missing = self.team.share([i for i in range(len(self.cells)) if i not in unfinished.done])
         names = sorted({name for index in missing for name in self.cells[index].names})
         cache = self._activations(source, names) if names else {}
         state = self.model.advance(begin_batch(self.model, source, self.n_loops))
@@ -174,7 +172,7 @@ class _Job:
         ):
             found[index] = self._measure(row)
             unfinished.add(index, found[index])
-        everything = unfinished.done | gathered(found)
+        everything = unfinished.done | self.team.gathered(found)
         unfinished.forget()
         return (
             torch.stack(

@@ -27,6 +27,7 @@ from loopscope.models.core.state import (
     checked_loops,
     checked_mask,
     checked_tokens,
+    running,
 )
 from loopscope.models.core.texts import TextInputs
 
@@ -221,10 +222,11 @@ class LoopedModel(TextInputs):
         example = None if supplied is None else supplied[schedule[state.visit].name]
         rows = Rows.make(state, type(self).visible, example)
         resid, parts = state.resid, state.parts
-        for visit in schedule[state.visit : stop]:
-            resid, parts = self.run_visit(
-                visit, resid, parts, rows.at(visit.name, supplied, store), hooked
-            )
+        with running(state.positions if hooked else None):
+            for visit in schedule[state.visit : stop]:
+                resid, parts = self.run_visit(
+                    visit, resid, parts, rows.at(visit.name, supplied, store), hooked
+                )
         return replace(state, visit=stop, resid=resid, parts=parts)
 
     def run_visit(

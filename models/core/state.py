@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -106,6 +109,40 @@ class State:
     def to(self, device: torch.device | str) -> State:
         """The state on another device."""
         return self.map(lambda x: x.to(device))
+
+
+class RunningRows(NamedTuple):
+    """The rows that are being run, by their positions in the text.
+
+    Attributes:
+        here: Int[Tensor, "batch row"], of the rows that hook points see now.
+        whole: Int[Tensor, "batch row"], of all rows of a run that is made in several pieces.
+    """
+
+    here: Int[Tensor, "batch row"]
+    whole: Int[Tensor, "batch row"]
+
+
+_RUNNING: ContextVar[RunningRows | None] = ContextVar("the rows that are being run", default=None)
+
+
+@contextmanager
+def running(positions: Int[Tensor, "batch row"] | None) -> Iterator[None]:
+    """Inside the `with` block hooks can ask which rows they see; None is for runs without hooks."""
+    if positions is None:
+        yield
+        return
+    outside = _RUNNING.get()
+    token = _RUNNING.set(RunningRows(positions, positions if outside is None else outside.whole))
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def running_rows() -> RunningRows | None:
+    """The rows that the visits' hook points see now; None outside `LoopedModel.advance`."""
+    return _RUNNING.get()
 
 
 def cat_states(states: Sequence[State]) -> State:

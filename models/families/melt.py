@@ -19,7 +19,7 @@ from loopscope.models.blocks.melt_block import LatentAttention, LatentGate, Melt
 from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
 from loopscope.models.core.hooks import Taps
 from loopscope.models.core.registry import build, family
-from loopscope.models.core.state import Slot, State, Visit
+from loopscope.models.core.state import Slot, State, Visit, running
 from loopscope.models.families.ouro import Ouro, OuroConfig
 
 
@@ -241,11 +241,9 @@ def advance_in_chunks(
     for start in range(0, width, chunk or width):
         new: KeyValueStore = {}
         piece = state.rows(pos=slice(start, start + (chunk or width)))
-        ends.append(
-            model.advance(
-                piece, supplied=None if seen is None else model.everywhere(seen, n_loops), store=new
-            )
-        )
+        earlier = None if seen is None else model.everywhere(seen, n_loops)
+        with running(state.positions):
+            ends.append(model.advance(piece, supplied=earlier, store=new))
         made.append(model.last_rows(new, n_loops))
         seen = made[-1] if seen is None else _side_by_side([seen, made[-1]])
     if store is not None:

@@ -1,18 +1,20 @@
-"""A sweep, a lens and a recurrence grid that two processes share; each says how much it did."""
+"""Work that two processes share: a sweep, a lens, a recurrence grid; each process runs all of it and
+says how much it computed itself.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopscope.analyses.figures.answers import recurrence
-from loopscope.analyses.figures.answers.recurrence import RecurrenceConfig
+from loopscope.analyses.common.figure_configs import RecurrenceConfig
+from loopscope.analyses.figures.answers import recurrence_grid
 from loopscope.interp.edit.ablation import Component, ablate
-from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.lens.record import Lens
+from loopscope.interp.lens.lens import Lens, logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.models.core.base import LoopedModel
 from toy import BatchCentred, odd_one, padded, projection, toy
@@ -25,7 +27,13 @@ def everything() -> dict[str, dict[str, Any]]:
     """What this process finds, and how much of it the process computed itself."""
     return {
         name: method()
-        for name, method in {"sweep": sweep, "one cell": one_cell, "grid": grid, **LENS_OF}.items()
+        for name, method in {
+            "sweep": sweep,
+            "one cell": one_cell,
+            "grid": grid,
+            "own": own_questions,
+            **LENS_OF,
+        }.items()
     }
 
 
@@ -53,6 +61,19 @@ def _sweep(**places: Any) -> dict[str, Any]:
     }
 
 
+def own_questions() -> dict[str, Any]:
+    """Each process asks questions of its own, with a metric of its own."""
+    rank = int(os.environ.get("RANK", "0"))
+    return {"sweep": questions_of(rank, 0), "metric": questions_of(0, rank)}
+
+
+def questions_of(inputs: int, metric: int) -> list[Tensor]:
+    """A sweep and a lens of some inputs."""
+    clean, corrupted = padded(4 * inputs), padded(4 * inputs + 1)
+    found = activation_patch(toy(), clean, corrupted, projection(metric), SHORT, positions=[1, 3])
+    return [found.values, found.clean, logit_lens(toy(), clean, SHORT).heads_input]
+
+
 def grid() -> dict[str, Any]:
     """Five questions of each hop count, of which the two processes run two and three."""
     begin, rows = LoopedModel.begin, []
@@ -63,7 +84,9 @@ def grid() -> dict[str, Any]:
 
     LoopedModel.begin = counted
     try:
-        found = recurrence.run(RecurrenceConfig(checkpoint="ltg_trained", n_loops=6, per_hop=5))
+        found = recurrence_grid.run(
+            RecurrenceConfig(checkpoint="ltg_trained", n_loops=6, per_hop=5)
+        )
     finally:
         LoopedModel.begin = begin
     return {

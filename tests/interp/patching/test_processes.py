@@ -16,7 +16,7 @@ from torch import Tensor
 from loopscope.interp.common.processes import over_ranks
 from loopscope.models.core.tokens import Batch
 from paths import HELPERS
-from shared_work import LENS_OF, LENSES, SHORT, grid, one_cell, sweep
+from shared_work import LENS_OF, LENSES, SHORT, grid, one_cell, questions_of, sweep
 from tiny_run import free_port
 from toy import BATCH, LAYERS, assert_close, padded, toy
 
@@ -108,6 +108,15 @@ def test_the_examples_are_shared_where_rows_do_not_depend_on_each_other(
         "dependent": [[BATCH]] * 2,
         "resampled": [[BATCH, BATCH]] * 2,  # the reference, and then the run
     }
+
+
+@pytest.mark.slow
+def test_processes_with_different_inputs_or_metrics_share_nothing(
+    two: list[dict[str, dict[str, Any]]],
+) -> None:
+    for number, rank in enumerate(two):
+        assert_the_same(rank["own"]["sweep"], questions_of(number, 0))
+        assert_the_same(rank["own"]["metric"], questions_of(0, number))
 
 
 @pytest.mark.slow

@@ -1,0 +1,175 @@
+"""Every method in every family runs to its frame in every number format, with statistics in float32
+or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from family_toys import TOYS, padded
+from loopscope.interp.attribution.direct_logit import direct_logit_attribution
+from loopscope.interp.attribution.patching import attribution_patch, edge_attribution
+from loopscope.interp.common.metrics import logit_diff
+from loopscope.interp.edit.ablation import Component, ablate
+from loopscope.interp.edit.steering import set_to, steering_vector, swap_input
+from loopscope.interp.patching.activation import activation_patch
+from loopscope.interp.patching.paths import Receiver, Sender, path_patch, path_patch_sweep
+from loopscope.interp.patching.tracing import causal_tracing, denoising_map, noising_map
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.tokens import Batch
+
+LOOPS, ANSWERS = 2, [3, 5, 7]
+METRIC = logit_diff(ANSWERS, 2)
+FORMATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in one number format with two inputs."""
+
+    model: LoopedModel
+    clean: Batch
+    corrupted: Batch
+
+    @property
+    def first(self) -> str:
+        """The first visit of the last iteration."""
+        inside = [visit for visit in self.model.schedule(LOOPS) if visit.loop == LOOPS - 1]
+        return inside[0].name
+
+    def few(self) -> dict[str, object]:
+        """Where a sweep is made, so that it is short."""
+        return {"sites": ["resid_pre", "mlp_out"], "visits": self.first, "positions": [0, 2]}
+
+
+@cache
+def case(family: str, dtype: torch.dtype) -> Case:
+    toy = TOYS[family]
+    model = toy.make()
+    inputs = []
+    for seed in range(2):
+        batch = padded(toy, model, seed)
+        options = {
+            name: value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for name, value in batch.options.items()
+        }
+        inputs.append(replace(batch, options=options))
+    return Case(model.to(dtype), *inputs)
+
+
+def logits(case: Case) -> Tensor:
+    batch = case.clean
+    with torch.no_grad():
+        return case.model(batch.tokens, n_loops=LOOPS, mask=batch.mask, **batch.options)
+
+
+def edited(case: Case) -> pd.DataFrame:
+    """Logits with everything changed that the interventions can change."""
+    vector = steering_vector(
+        case.model, case.clean, case.corrupted, "resid_pre", n_loops=LOOPS, visit=case.first
+    )
+    mlp, batch = Component("mlp", visits=case.first), case.corrupted
+    with ablate(case.model, mlp, how="mean", reference=batch, n_loops=LOOPS):
+        one = logits(case)
+    with set_to(case.model, vector, visits=case.first, positions=[1], n_loops=LOOPS):
+        two = logits(case)
+    assert one.dtype == two.dtype == logits(case).dtype
+    return pd.DataFrame({"ablated": one.float().flatten(), "set": two.float().flatten()})
+
+
+def swapped(case: Case) -> pd.DataFrame:
+    with swap_input(case.model, case.corrupted, n_loops=LOOPS):
+        return pd.DataFrame({"value": logits(case).float().flatten()})
+
+
+def swept(case: Case) -> pd.DataFrame:
+    sweep = activation_patch(
+        case.model, case.clean, case.corrupted, METRIC, LOOPS, heads="all", **case.few()
+    )
+    low, high = sweep.bootstrap(resamples=20)
+    assert (low <= high).all()
+    assert sweep.grid(sweep.cells[-1].site).values.isfinite().all()
+    return sweep.frame().assign(share=sweep.normalized().numpy())
+
+
+METHODS: dict[str, Callable[[Case], pd.DataFrame]] = {
+    "activation_patch": swept,
+    "attribution_patch": lambda x: attribution_patch(
+        x.model, x.clean, x.corrupted, METRIC, LOOPS, steps=2, **x.few()
+    ).frame(),
+    "causal_tracing": lambda x: causal_tracing(
+        x.model, x.clean, x.corrupted, ANSWERS, 1, LOOPS
+    ).frame(),
+    "denoising_map": lambda x: denoising_map(
+        x.model, x.clean, x.corrupted, ANSWERS, [1], LOOPS
+    ).frame(),
+    "noising_map": lambda x: noising_map(
+        x.model, x.clean, x.corrupted, ANSWERS, [1], LOOPS
+    ).frame(),
+    "path_patch": lambda x: path_patch(
+        x.model,
+        x.clean,
+        x.corrupted,
+        METRIC,
+        Sender("mlp", visit=x.first),
+        Receiver("readout"),
+        LOOPS,
+    ).frame(),
+    "path_patch_sweep": lambda x: path_patch_sweep(
+        x.model,
+        x.clean,
+        x.corrupted,
+        METRIC,
+        Receiver("readout"),
+        LOOPS,
+        senders=[Sender("attn", visit=x.first), Sender("mlp", visit=x.first)],
+    ),
+    "edge_attribution": lambda x: edge_attribution(
+        x.model, x.clean, x.corrupted, METRIC, LOOPS
+    ).frame(),
+    "direct_logit_attribution": lambda x: direct_logit_attribution(
+        x.model, x.clean, ANSWERS, n_loops=LOOPS, heads=False
+    ).frame(),
+    "interventions": edited,
+    "swap_input": swapped,
+}
+# A method refuses a family for what the family is, in every format alike
+NOT_ADDITIVE = r"needs a residual stream that is the sum of its components' outputs"
+REFUSALS: dict[str, tuple[Callable[[LoopedModel], bool], str]] = {
+    "edge_attribution": (lambda model: not model.additive_residual, NOT_ADDITIVE),
+    "direct_logit_attribution": (lambda model: not model.additive_residual, NOT_ADDITIVE),
+    "swap_input": (
+        lambda model: not any("hook_input" in slot.opening for slot in model.plan(LOOPS)),
+        "nothing is injected into this model's iterations",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("family", TOYS)
+def test_every_method_runs_to_its_frame(family: str, dtype: torch.dtype) -> None:
+    given = case(family, dtype)
+    for name, method in METHODS.items():
+        refused, message = REFUSALS.get(name, (lambda model: False, ""))
+        if refused(given.model):
+            with pytest.raises(ValueError, match=message):
+                method(given)
+            continue
+        frame = method(given)
+        numbers = frame.select_dtypes("number")
+        assert len(frame), name
+        assert all(
+            kind in ("Int64", "int64", "float32", "float64") for kind in numbers.dtypes.map(str)
+        )
+        floats = frame.select_dtypes("float").drop(columns=["standard_error"], errors="ignore")
+        assert floats.notna().all(axis=None), (name, floats)
+    assert not given.model.any_hook()
