@@ -114,7 +114,10 @@ def outcome(method: str, model: LoopedModel, batch: Batch) -> Found | str:
         return str(refusal)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype",
+    ["bf16", "fp64", *(pytest.param(each, marks=pytest.mark.slow) for each in ("fp16", "fp32"))],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_reaches_its_frame(family: str, dtype: str) -> None:
     for method in METHODS:
