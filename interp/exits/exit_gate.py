@@ -88,7 +88,7 @@ def gate_logits(
             seen: list[Tensor] = seen,
             columns: Tensor = rows.readout,
         ) -> None:
-            seen.append(at_columns(logit, columns))
+            seen.append(widened(at_columns(logit, columns)))
 
         with model.hooks([(names, keep)], n_loops=n_loops):
             model.advance(begin_batch(model, rows, n_loops))
@@ -163,7 +163,9 @@ def readout_mixture(
     batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
     states, gates = _run(model, batch, n_loops)
     pdf = exit_distribution(gates).pdf
-    logits = sum(p[..., None] * model.readout(state) for p, state in zip(pdf, states, strict=True))
+    logits = sum(
+        p[..., None] * widened(model.readout(state)) for p, state in zip(pdf, states, strict=True)
+    )
     assert isinstance(logits, Tensor), "a run has at least one iteration"
     return GatedReadout(logits, torch.full(batch.tokens.shape, n_loops, device=model.device), pdf)
 

@@ -185,8 +185,8 @@ def _matrix(what: str, tokens: Targets) -> Int[Tensor, "row target"]:
     matrix = torch.as_tensor(tokens)
     if matrix.ndim != 2 or matrix.shape[1] < 1:
         raise ValueError(
-            f"{what} must hold at least one target token for each read or example, one row each,"
-            f" got the shape {list(matrix.shape)}"
+            f"{what} must hold at least one target token for each read or example, but have"
+            f" the shape {list(matrix.shape)}"
         )
     if matrix.is_floating_point() or matrix.dtype == torch.bool:
         raise TypeError(f"{what} must be integers, got {matrix.dtype}")

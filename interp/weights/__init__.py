@@ -1,4 +1,4 @@
 """Circuits in the weights: what heads read, compare and write.
 
-Start with `circuits.py`. Imports `attribution`, whose reading of the final norm it shares.
+Start with `circuits.py`; the parts of its circuits are in `heads.py`. Imports `common`.
 """

@@ -2,24 +2,35 @@
 
 Weights are shared over iterations, so a circuit has a layer and a head but no iteration. Vectors
 are rows, as in TransformerLens: a residual x is compared as x @ QK @ y^T and moved as x @ OV.
+
+Circuits are float32 or wider. The norms inside an attention, of its queries, of its keys and of its
+output before that is added to the stream, belong to the circuit, with their divisors at 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 from transformer_lens.utilities.matrix import composition_scores as scores_of_factors
 
-from loopscope.interp.common.frozen_norm import frozen_norm
+from loopscope.interp.common.precision import widened
+from loopscope.interp.weights.heads import (
+    embedded,
+    layers_of,
+    linear_part,
+    of_head,
+    ov_of,
+    qk_of,
+    stacked,
+    visit_of_layer,
+)
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.state import Visit
 
 Kind = Literal["Q", "K", "V"]
 
@@ -48,7 +59,7 @@ def qk_circuit(
     Source:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
-    return _head(_qk(_visit(model, layer), fold_ln), model, head)
+    return of_head(qk_of(visit_of_layer(model, layer), fold_ln), model, head)
 
 
 @torch.no_grad()
@@ -56,6 +67,9 @@ def ov_circuit(
     model: LoopedModel, layer: int, head: int | None = None, *, fold_ln: bool = True
 ) -> FactoredMatrix:
     """W_V W_O: the vector that a head writes (right) for a vector it reads (left), without biases.
+
+    A norm of the attention's output belongs to what is written. A norm of the stream after the
+    addition does not.
 
     Args:
         layer, head: As for `qk_circuit`.
@@ -65,7 +79,7 @@ def ov_circuit(
     Returns:
         [d_model d_model], or [head d_model d_model].
     """
-    return _head(_ov(_visit(model, layer), model, fold_ln), model, head)
+    return of_head(ov_of(visit_of_layer(model, layer), model, fold_ln), model, head)
 
 
 @torch.no_grad()
@@ -75,16 +89,19 @@ def full_qk(
     """W_E QK W_E^T: how much a query token attends to a key token, both as they were embedded.
 
     Attention reads embeddings in the first iteration only; later the stream holds what earlier
-    visits wrote.
+    visits wrote. A factor on the embeddings is included.
 
     Args:
         layer, head, fold_ln: As for `qk_circuit`.
 
+    Raises:
+        ValueError: As for `qk_circuit`, or the loop does not read token embeddings.
+
     Returns:
         [d_vocab d_vocab], or [head d_vocab d_vocab], in factors.
     """
-    circuit = qk_circuit(model, layer, head, fold_ln=fold_ln)
-    return FactoredMatrix(model.W_E @ circuit.A, circuit.B @ model.W_E.T)
+    W_E, circuit = embedded(model), qk_circuit(model, layer, head, fold_ln=fold_ln)
+    return FactoredMatrix(W_E @ circuit.A, circuit.B @ W_E.T)
 
 
 @torch.no_grad()
@@ -97,16 +114,17 @@ def full_ov(
         layer, head: As for `qk_circuit`.
         fold_ln: As for `ov_circuit`, and also read the result through the final norm at divisor 1.
 
+    Raises:
+        ValueError: As for `full_qk`.
+
     Returns:
         [d_vocab d_vocab], or [head d_vocab d_vocab], in factors.
     """
-    circuit = ov_circuit(model, layer, head, fold_ln=fold_ln)
-    unembed = (
-        _linear_part(model.normalize, model.final_scale_site, model.W_U) @ model.W_U
-        if fold_ln
-        else model.W_U
-    )
-    return FactoredMatrix(model.W_E @ circuit.A, circuit.B @ unembed)
+    W_E, circuit = embedded(model), ov_circuit(model, layer, head, fold_ln=fold_ln)
+    unembed = widened(model.W_U)
+    if fold_ln:
+        unembed = linear_part(model.normalize, model.final_scale_site, unembed.T) @ unembed
+    return FactoredMatrix(W_E @ circuit.A, circuit.B @ unembed)
 
 
 @dataclass(frozen=True)
@@ -177,101 +195,7 @@ def composition_scores(model: LoopedModel, kind: Kind, *, fold_ln: bool = True) 
     """
     if kind not in ("Q", "K", "V"):
         raise ValueError(f"kind must be 'Q', 'K' or 'V', got {kind!r}")
-    visits = [_visit(model, layer) for layer in _layers(model)]
-    written = _stacked([_ov(visit, model, fold_ln) for visit in visits])
-    read = written if kind == "V" else _stacked([_qk(visit, fold_ln) for visit in visits])
+    visits = [visit_of_layer(model, layer) for layer in layers_of(model)]
+    written = stacked([ov_of(visit, model, fold_ln) for visit in visits])
+    read = written if kind == "V" else stacked([qk_of(visit, fold_ln) for visit in visits])
     return Composition(kind, scores_of_factors(written, read.T if kind == "K" else read), fold_ln)
-
-
-def _visit(model: LoopedModel, layer: int) -> Visit:
-    """A visit to a block of the shared stack."""
-    if not model.heads_read_stream:
-        raise ValueError(
-            f"keys and values of this {type(model).__name__} are not made of the residual stream,"
-            " so weights alone are no circuit"
-        )
-    layers = _layers(model)
-    if layer not in layers:
-        raise ValueError(f"layer must be in {layers[0]}..{layers[-1]}, got {layer}")
-    found = [
-        visit for visit in model.schedule(1) if visit.loop is not None and visit.layer == layer
-    ]
-    if len({visit.block for visit in found}) != 1:
-        raise ValueError(
-            f"one block must be layer {layer} of an iteration, but this model has {len(found)}, so"
-            " a layer does not name one"
-        )
-    return found[0]
-
-
-def _layers(model: LoopedModel) -> list[int]:
-    """The layers that an iteration visits."""
-    if model.visit_blocks is not None:
-        raise ValueError(
-            "an untied copy has other weights at each visit; ask the model that it was made from"
-        )
-    return sorted({visit.layer for visit in model.schedule(1) if visit.loop is not None})
-
-
-def _head(circuit: FactoredMatrix, model: LoopedModel, head: int | None) -> FactoredMatrix:
-    if head is None:
-        return circuit
-    if not 0 <= head < model.cfg.n_heads:
-        raise ValueError(f"head must be in 0..{model.cfg.n_heads - 1}, got {head}")
-    return FactoredMatrix(circuit.A[head], circuit.B[head])
-
-
-def _stacked(circuits: list[FactoredMatrix]) -> FactoredMatrix:
-    return FactoredMatrix(
-        torch.stack([c.A for c in circuits]), torch.stack([c.B for c in circuits])
-    )
-
-
-def _qk(visit: Visit, fold_ln: bool) -> FactoredMatrix:
-    attn: Any = visit.block.attn
-    reads = _reads(visit, attn.W_Q, fold_ln)
-    keys = _for_each_head(attn.W_K, attn.W_Q.shape[0])
-    return FactoredMatrix(
-        reads @ attn.W_Q, rearrange(reads @ keys, "head d_model d_head -> head d_head d_model")
-    )
-
-
-def _ov(visit: Visit, model: LoopedModel, fold_ln: bool) -> FactoredMatrix:
-    attn: Any = visit.block.attn
-    values, written = _for_each_head(attn.W_V, attn.W_O.shape[0]), attn.W_O
-    if fold_ln and model.cfg.normalization_type == "LN":
-        written = written - written.mean(-1, keepdim=True)
-    return FactoredMatrix(_reads(visit, attn.W_V, fold_ln) @ values, written)
-
-
-def _for_each_head(
-    weight: Float[Tensor, "kv_head d_model d_head"], n_heads: int
-) -> Float[Tensor, "head d_model d_head"]:
-    """Keys' or values' weights for each query head; several share one where queries are grouped."""
-    return weight.repeat_interleave(n_heads // weight.shape[0], dim=0)
-
-
-def _reads(visit: Visit, like: Tensor, fold_ln: bool) -> Float[Tensor, "d_model d_model"]:
-    """The linear map from a residual stream to the input of attention's matrices."""
-    if not fold_ln:
-        return torch.eye(like.shape[-2], dtype=like.dtype, device=like.device)
-    before = visit.sites[: visit.sites.index("attn.hook_q")]
-    if "ln1.hook_normalized" not in before:
-        raise ValueError(
-            f"fold_ln needs a norm in front of the attention, but {visit.name} reads the stream"
-            " itself; pass fold_ln=False"
-        )
-    norm: Any = visit.block.ln1
-    if not getattr(norm, "fixed", True):
-        raise ValueError(
-            f"fold_ln needs a norm with weights of its own, but that of {visit.name} changes from"
-            " run to run; pass fold_ln=False"
-        )
-    return _linear_part(norm, "ln1.hook_scale", like)
-
-
-def _linear_part(norm: Any, site: str, like: Tensor) -> Float[Tensor, "d_model d_model"]:
-    """A norm at divisor 1 as a matrix, without its bias."""
-    basis = torch.eye(like.shape[-2], dtype=like.dtype, device=like.device)
-    linear, _ = frozen_norm(norm, site, basis[None], torch.ones_like(basis[None, :, :1]))
-    return linear[0]

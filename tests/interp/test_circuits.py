@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.utilities.matrix import composition_scores as scores_of_transformer_lens
 
+from family_toys import TOYS
 from loopscope.checkpoints.load import load
 from loopscope.interp.weights.circuits import (
     Composition,
@@ -23,6 +24,7 @@ from loopscope.interp.weights.circuits import (
     ov_circuit,
     qk_circuit,
 )
+from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
 from loopscope.models.core.state import Slot
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -327,3 +329,106 @@ def test_layers_that_name_several_blocks_are_refused() -> None:
         ValueError, match="one block must be layer 0 of an iteration, but this model has 2"
     ):
         ov_circuit(odd_one(TwoStacks), 0)
+
+
+# Families with norms inside the attention, and with other inputs than embeddings
+
+
+def inside_norms(model: LoopedModel, layer: int, head: int, fold_ln: bool) -> dict[str, Tensor]:
+    """Both circuits of a head of a family with RMS norms, multiplied out: what is normed with a
+    divisor of 1 is multiplied by the norm's weight.
+    """
+    block = next(v for v in model.schedule(1) if v.loop is not None and v.layer == layer).block
+    attn, group = block.attn, head * block.attn.W_K.shape[0] // block.attn.W_Q.shape[0]
+    q, k, v, o = attn.W_Q[head], attn.W_K[group], attn.W_V[group], attn.W_O[head]
+    if getattr(attn, "q_norm", None) is not None:
+        per_head = attn.q_norm.w.numel() == q.shape[1]
+        at = slice(None) if per_head else slice(head * q.shape[1], (head + 1) * q.shape[1])
+        of = slice(None) if per_head else slice(group * q.shape[1], (group + 1) * q.shape[1])
+        q, k = q * attn.q_norm.w[at], k * attn.k_norm.w[of]
+    if block.of_output:
+        o = o * block.ln1_post.w
+    reads = block.ln1.w.diag() if fold_ln else torch.eye(len(q), dtype=q.dtype)
+    return {"qk": reads @ q @ k.T @ reads.T, "ov": reads @ v @ o}
+
+
+SANDWICH = [
+    ("ouro", True),
+    ("ouro", False),
+    ("retrofit_olmo", False),
+    ("training_free_blend", True),
+]
+
+
+def with_uneven_norms(name: str) -> LoopedModel:
+    model = TOYS[name].make()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.ndim == 1):
+            parameter.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(("name", "fold_ln"), SANDWICH)
+def test_norms_inside_the_attention_belong_to_the_circuit(name: str, fold_ln: bool) -> None:
+    model = with_uneven_norms(name)
+    layer = next(v.layer for v in model.schedule(1) if v.loop is not None)
+    for head in range(model.cfg.n_heads):
+        expected = inside_norms(model, layer, head, fold_ln)
+        assert_close(qk_circuit(model, layer, head, fold_ln=fold_ln).AB, expected["qk"])
+        assert_close(ov_circuit(model, layer, head, fold_ln=fold_ln).AB, expected["ov"])
+
+
+@pytest.mark.parametrize("kind", ["Q", "K", "V"])
+def test_composition_reads_what_an_output_norm_writes(kind: str) -> None:
+    model = with_uneven_norms("ouro")
+    found = composition_scores(model, kind).values
+    layers, heads, _, _ = found.shape
+    circuits = {
+        place: inside_norms(model, *place, True)
+        for place in itertools.product(range(layers), range(heads))
+    }
+    for src, dst in itertools.product(circuits, circuits):
+        written, read = circuits[src]["ov"], circuits[dst]["ov" if kind == "V" else "qk"]
+        read = read.T if kind == "K" else read
+        expected = (written @ read).norm() / written.norm() / read.norm()
+        assert_close(found[src + dst], expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["huginn", "retrofit_llama", "retrofit_olmo", "parcae", "hyperloop"]
+)
+@pytest.mark.parametrize("circuit", [full_qk, full_ov])
+def test_a_core_that_reads_no_embeddings_has_no_circuit_between_tokens(
+    circuit: Circuit, name: str
+) -> None:
+    model = TOYS[name].make()
+    layer = next(v.layer for v in model.schedule(1) if v.loop is not None)
+    with pytest.raises(ValueError, match=r"reads a mix of states and inputs, not token embeddings"):
+        circuit(model, layer, fold_ln=False)
+
+
+def test_a_factor_on_the_embeddings_is_included(
+    plain: RecurrentDepth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = full_qk(plain, 0, 1).AB
+    monkeypatch.setattr(type(plain), "embedding_scale", 3.0, raising=False)
+    assert_close(full_qk(plain, 0, 1).AB, 9.0 * before)
+    assert_close(full_ov(plain, 0, 1).A, 3.0 * plain.W_E @ ov_circuit(plain, 0, 1).A)
+
+
+def test_a_gated_output_is_refused() -> None:
+    model = TOYS["spiral"].make()
+    with pytest.raises(ValueError, match="through a gate that changes from run to run"):
+        ov_circuit(model, 0, fold_ln=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_circuits_of_narrow_weights_are_computed_in_float32(dtype: torch.dtype) -> None:
+    model = with_uneven_norms("ouro").to(dtype)
+    for found, wide in (
+        (composition_scores(model, "K").values, composition_scores(model.float(), "K").values),
+        (full_ov(model.to(dtype), 0, 1).AB, full_ov(model.float(), 0, 1).AB),
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wide)

@@ -1,0 +1,148 @@
+"""Every method on every family in every dtype, to its frame: statistics are float32 or wider."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from family_toys import LOOPS, TOYS, padded
+from loopscope.interp.dynamics.jacobian import jacobian_spectrum
+from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
+from loopscope.interp.dynamics.states import dynamics, effective_rank
+from loopscope.interp.exits.exit_gate import exit_distribution, gate_logits, readout_mixture
+from loopscope.interp.exits.exits import AccelerationBelow, TopStable, exits
+from loopscope.interp.exits.halting import halting
+from loopscope.interp.generation import Sampling, generate
+from loopscope.interp.lens.decoding import decodability, rank_trajectory
+from loopscope.interp.lens.lens import logit_lens, readout_lens
+from loopscope.interp.lens.tuned_lens import train_tuned_lens
+from loopscope.interp.weights.circuits import composition_scores, full_ov, ov_circuit, qk_circuit
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.tokens import Batch
+
+ANSWERS = torch.tensor([5, 3, 2])
+FAMILIES = [
+    "albert",
+    "hrm_text",
+    "huginn",
+    "hyperloop",
+    "melt",
+    "nanbeige",
+    "nanbeige_mhc",
+    "ouro",
+    "parcae",
+    "retrofit_llama",
+    "retrofit_olmo",
+    "smollm",
+    "spiral",
+    "training_free",
+    "training_free_gpt2",
+]
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+Found = pd.DataFrame | Tensor
+METHODS: Mapping[str, Callable[[LoopedModel, Batch], Found]] = {
+    "logit_lens": lambda m, b: logit_lens(m, b, LOOPS).frame(ANSWERS),
+    "readout_lens": lambda m, b: readout_lens(m, b, LOOPS).frame(ANSWERS),
+    "rank_trajectory": lambda m, b: rank_trajectory(
+        readout_lens(m, b, LOOPS), ANSWERS[:, None]
+    ).frame(),
+    "decodability": lambda m, b: decodability(m, b, ANSWERS[:, None], [2], LOOPS).frame(),
+    "tuned_lens": lambda m, b: train_tuned_lens(m, b, LOOPS, steps=2, batch_size=2).frame(),
+    "tuned_lens.lens": lambda m, b: (
+        train_tuned_lens(m, b, LOOPS, steps=1, batch_size=2).lens(m, b).frame(ANSWERS)
+    ),
+    "halting": lambda m, b: halting(m, b, n_loops=LOOPS).frame(ANSWERS),
+    "exits": lambda m, b: exits(m, b, TopStable(hits=2), LOOPS).frame(ANSWERS),
+    "exits of states": lambda m, b: exits(m, b, AccelerationBelow(1.0), LOOPS).frame(ANSWERS),
+    "dynamics": lambda m, b: dynamics(m, b, LOOPS).frame(),
+    "dynamics.effective_rank": lambda m, b: dynamics(m, b, LOOPS).effective_rank(),
+    "dynamics.period": lambda m, b: dynamics(m, b, LOOPS).period(max_period=2),
+    "orbits": lambda m, b: dynamics(m, b, LOOPS).orbits().frame(),
+    "layer_dynamics": lambda m, b: layer_dynamics(m, b, LOOPS).frame(),
+    "layers.between": lambda m, b: layer_dynamics(m, b, LOOPS).between_layers(relative=True),
+    "attention_dynamics": lambda m, b: attention_dynamics(m, b, LOOPS).frame(),
+    "jacobian_spectrum": lambda m, b: jacobian_spectrum(m, b, 1, LOOPS, krylov=3).frame(),
+    "gate_logits": lambda m, b: gate_logits(m, b, LOOPS),
+    "readout_mixture": lambda m, b: readout_mixture(m, b, LOOPS).logits,
+    "qk_circuit": lambda m, b: qk_circuit(m, layer_of(m)).AB,
+    "ov_circuit": lambda m, b: ov_circuit(m, layer_of(m)).AB,
+    "full_ov": lambda m, b: full_ov(m, layer_of(m)).AB,
+    "composition_scores": lambda m, b: composition_scores(m, "K").frame(),
+    "generate": lambda m, b: generate(m, b, 2, LOOPS).new,
+    "sampling": lambda m, b: generate(m, b, 1, LOOPS, sampling=Sampling(0.7, 5, 0.9)).new,
+}
+WIDE = (torch.float32, torch.float64, torch.int64)
+
+
+def layer_of(model: LoopedModel) -> int:
+    """A layer that every iteration visits."""
+    return next(visit.layer for visit in model.schedule(1) if visit.loop is not None)
+
+
+@functools.cache
+def subject(family: str, dtype: torch.dtype) -> tuple[LoopedModel, Batch]:
+    toy = TOYS[family]
+    model = toy.make()
+    batch = padded(toy, model)
+    options = {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in batch.options.items()
+    }
+    return model.to(dtype), Batch(batch.tokens, batch.mask, batch.readout, options)
+
+
+@functools.cache
+def in_float64(family: str, method: str) -> Found | str:
+    """A method's result in float64, or the sentence with which it refuses the family."""
+    return outcome(method, *subject(family, torch.float64))
+
+
+def outcome(method: str, model: LoopedModel, batch: Batch) -> Found | str:
+    try:
+        return METHODS[method](model, batch)
+    except ValueError as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["bf16", "fp64", *(pytest.param(each, marks=pytest.mark.slow) for each in ("fp16", "fp32"))],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_reaches_its_frame(family: str, dtype: str) -> None:
+    for method in METHODS:
+        expected, found = (
+            in_float64(family, method),
+            outcome(method, *subject(family, DTYPES[dtype])),
+        )
+        if isinstance(expected, str):
+            assert found == expected
+            continue
+        assert not isinstance(found, str), (method, found)
+        assert found.shape == expected.shape, method
+        if isinstance(found, Tensor):
+            assert found.dtype in WIDE, method
+            continue
+        assert isinstance(expected, pd.DataFrame)
+        assert found.isna().equals(expected.isna()), method
+        assert found.dtypes.astype(str).isin(["float16", "bfloat16"]).sum() == 0, method
+
+
+def test_a_gate_and_a_rank_are_computed_in_float32() -> None:
+    logits = torch.linspace(-3.0, 3.0, 7)[:, None]
+    narrow = exit_distribution(logits.bfloat16())
+    assert narrow.pdf.dtype == narrow.cdf.dtype == torch.float32
+    assert narrow.pdf.sum(0).item() == pytest.approx(1.0, abs=1e-6)
+    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert effective_rank(rows) == effective_rank(rows.float())
+    assert effective_rank(rows.half()) != effective_rank(rows.double()[:6])
