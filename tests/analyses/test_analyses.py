@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loopscope.analyses.common.configs import OutputConfig, SourceConfig
-from loopscope.analyses.common.records import Record, write
+from loopscope.analyses.common.records import Record, write, write_all
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.answers import halting, overthinking, recurrence
 from loopscope.analyses.figures.answers.halting import HaltingConfig
@@ -179,3 +179,26 @@ def test_nothing_is_written_when_writing_fails(
     with pytest.raises(OSError, match="disk full"):
         write("name", record, lens.figure(record), OutputConfig(out=tmp_path), config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_midway_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = Path.write_bytes, [0]
+
+    def fills_up(path: Path, content: bytes) -> int:
+        count[0] += 1
+        if count[0] == 3:
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fills_up)
+    contents = {tmp_path / name: name.encode() for name in ("a.csv", "a.json", "a.html", "a.txt")}
+    (tmp_path / "a.csv").write_text("mine")
+    with pytest.raises(OSError, match="No space left"):
+        write_all(contents)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.csv": "mine"}
+    write_all(contents)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        path.name: path.name for path in contents
+    }
