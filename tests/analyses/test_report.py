@@ -37,7 +37,7 @@ OF_ONE = (
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = ReportConfig(per_hop=10, compare=("mini/multi_hop/r4",))
+    config = ReportConfig(per_hop=4, n_loops=10, compare=("mini/multi_hop/r4",))
     return report.write_report(config, tmp_path_factory.mktemp("page") / "report.html")
 
 
