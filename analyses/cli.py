@@ -213,6 +213,7 @@ def _list(command: List) -> None:
 
 
 def _data(command: Data) -> None:
+    _ready([command.config.out / "vocab.json"], overwrite=True, threads=1)
     for line in import_module("loopscope.analyses.data").make(command.config):
         print(line)
 

@@ -38,6 +38,11 @@ class Opened:
         """Every question run once, for all figures that are about answers."""
         return run_by_hop(self.subject, self.config.n_loops)
 
+    @property
+    def n_loops(self) -> int:
+        """The iterations that the checkpoint records, else those of the report."""
+        return self.subject.model.cfg.n_loops or self.config.n_loops
+
     def compared(self, kind: type[_Comparison]) -> _Comparison:
         """The settings of a comparison: the report's own, for its checkpoint and the others."""
         checkpoints = (self.config.checkpoint, *self.config.compare)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -12,9 +13,10 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from loopscope.analyses.common.by_hop import HopRun, run_by_hop
 from loopscope.analyses.common.configs import OutputConfig, SourceConfig
-from loopscope.analyses.common.records import Record, write
-from loopscope.analyses.common.subject import open_subject
+from loopscope.analyses.common.records import Record, write, write_all
+from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.figures.answers import halting, overthinking, recurrence
 from loopscope.analyses.figures.answers.halting import HaltingConfig
 from loopscope.analyses.figures.answers.overthinking import OverthinkingConfig
@@ -23,6 +25,7 @@ from loopscope.analyses.figures.circuit import lens, patch
 from loopscope.analyses.figures.circuit.lens import LensConfig
 from loopscope.analyses.figures.circuit.patch import PatchConfig
 from loopscope.interp.common.metrics import margin
+from loopscope.interp.exits.halting import HaltingRule
 from loopscope.tasks.questions import by_hops, read_questions
 from paths import SHIPPED
 
@@ -36,14 +39,21 @@ RUNS: list[tuple[ModuleType, SourceConfig]] = [
 ]
 
 
+@cache
+def full_runs() -> tuple[Subject, dict[int, HopRun]]:
+    subject = open_subject(SourceConfig(checkpoint="ltg_trained"))
+    return subject, run_by_hop(subject, 24)
+
+
 @pytest.fixture(scope="module")
 def full_margins() -> overthinking.Overthinking:
-    return overthinking.run(OverthinkingConfig(checkpoint="ltg_trained"))
+    return overthinking.measure(*full_runs())
 
 
 @pytest.fixture(scope="module")
 def full_grid() -> recurrence.RecurrenceGrid:
-    return recurrence.run(RecurrenceConfig(checkpoint="ltg_trained"))
+    subject, runs = full_runs()
+    return recurrence.measure(subject, runs, HaltingRule(0.01, 3.0))
 
 
 @pytest.mark.parametrize(("analysis", "config"), RUNS, ids=lambda x: getattr(x, "__name__", ""))
@@ -179,3 +189,26 @@ def test_nothing_is_written_when_writing_fails(
     with pytest.raises(OSError, match="disk full"):
         write("name", record, lens.figure(record), OutputConfig(out=tmp_path), config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_midway_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = Path.write_bytes, [0]
+
+    def fills_up(path: Path, content: bytes) -> int:
+        count[0] += 1
+        if count[0] == 3:
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fills_up)
+    contents = {tmp_path / name: name.encode() for name in ("a.csv", "a.json", "a.html", "a.txt")}
+    (tmp_path / "a.csv").write_text("mine")
+    with pytest.raises(OSError, match="No space left"):
+        write_all(contents)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.csv": "mine"}
+    write_all(contents)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        path.name: path.name for path in contents
+    }

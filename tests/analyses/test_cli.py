@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tyro
 
+from loopscope.analyses import cli
 from loopscope.analyses.cli import main
+from loopscope.analyses.common.figures import FIGURES
+from loopscope.analyses.common.records import refuse_unwritable
+from loopscope.analyses.figures.circuit import lens
+from loopscope.analyses.pages import families
+from loopscope.analyses.report import page as report
+from loopscope.analyses.report.page import TABS
 from loopscope.checkpoints.load import load
 from loopscope.training.catalog import RECIPES
+from paths import ROOT, SHIPPED
 from tiny_run import TINY
 
 COMMANDS = ("overthinking", "recurrence", "halting", "lens", "patch")
@@ -180,6 +191,15 @@ def test_data_writes_a_folder_and_says_what(
     [
         (["report", "no/such/thing"], "neither a shipped checkpoint"),
         (["overthinking", "--n-loops", "0", "--per-hop", "1"], "n_loops must be at least 1, got 0"),
+        (["overthinking", "--per-hop", "0"], "one question of each hop count is needed, got --per"),
+        (["stages", "--per-group", "0"], "at least one question of each group is needed, got 0"),
+        (["lens", "--text", ""], "a text must hold at least one token"),
+        (["patch", "--clean", ""], "a text must hold at least one token"),
+        (["patch", "--corrupted", ""], "a corrupted question needs its clean one; pass --clean"),
+        (["steps", "--text", ""], "a text must hold at least one token"),
+        (["lens", "--device", "cuda"], "the device 'cuda' cannot be used on this machine"),
+        (["report", "--device", "nowhere"], "the device 'nowhere' cannot be used on this machine"),
+        (["steps", "--device", "meta"], "the device 'meta' cannot be used on this machine"),
         (["lens", "--text", "<e_99>"], "'<e_99>' is not one of the 57 tokens"),
         (["patch", "--site", "residual"], "this model has no site 'residual'"),
         (["report", "--readout", "middle"], "readout must be 'last_real'"),
@@ -224,3 +244,76 @@ def test_train_runs_a_recipe_resumes_it_and_refuses_what_it_does_not_know(
     assert (
         "there is no recipe 'huge'; the recipes are mini/multi_hop/r_dyn" in capsys.readouterr().err
     )
+
+
+def test_an_argument_that_a_lone_file_needs_is_named_as_a_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = next((SHIPPED / "ltg_trained").glob("*.pt"))
+    (tmp_path / weights.name).symlink_to(weights)
+    with pytest.raises(SystemExit):
+        main(["lens", str(tmp_path / weights.name), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert "--n-heads" in error
+    assert not re.search(r"\b(n_heads|input_injection|readout|vocab)=", error)
+
+
+def test_arguments_of_a_call_are_spelled_as_flags() -> None:
+    sentence = "x does not say y; pass n_heads=, input_injection=True and readout='first_pad'"
+    assert cli._as_flags(sentence) == (
+        "x does not say y; pass --n-heads, --input-injection True and --readout first_pad"
+    )
+
+
+@pytest.mark.parametrize("command", ["lens", "report", "families", "data"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for module in (lens, report, families):
+        monkeypatch.setattr(module, "run", lambda *_: pytest.fail("it ran"))
+    arguments = {"data": ["multi-hop", "--n-entities", "11"]}.get(command, [])
+    with pytest.raises(SystemExit):
+        main([command, *arguments, "--out", str(tmp_path / "file" / "below")])
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(**_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(OSError, match=r"nothing can be written into .*out \(Read-only file system"):
+        refuse_unwritable([tmp_path / "out" / "x.csv"], overwrite=False)
+    (tmp_path / "x.csv").mkdir()
+    with pytest.raises(FileExistsError, match=r"x\.csv is a folder; pass --out"):
+        refuse_unwritable([tmp_path / "x.csv"], overwrite=True)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_one_file_with_its_config_its_run_and_its_drawing(name: str) -> None:
+    file = FIGURES[name]
+    module, config = file.module(), file.config()
+    assert Path(module.__file__ or "").name == f"{file.stem}.py"
+    assert file.about() == " ".join((config.__doc__ or "").split())
+    assert callable(module.run)
+    assert callable(module.figure)
+    parsed = tyro.cli(cli._command(file), args=["x"] if name == "exit-gate" else [])
+    assert isinstance(parsed.config, config)
+
+
+def test_every_file_in_a_room_is_a_figure_and_no_list_names_them() -> None:
+    files = {path.stem.replace("_", "-") for path in ROOT.glob("analyses/figures/*/*.py")}
+    assert set(FIGURES) == files - {"--init--"}
+    assert set().union(*map(set, TABS.values())) <= set(FIGURES)
+
+
+def test_the_gate_needs_a_checkpoint_that_has_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["exit-gate", "--per-hop", "1"])
+    assert stop.value.code == 2
+    assert "A checkpoint file or folder of a family with an exit gate" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["exit-gate", "ltg_trained", "--per-hop", "1"])
+    assert "has no exit gate to read" in capsys.readouterr().err

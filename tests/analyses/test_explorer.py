@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import urllib.error
@@ -540,6 +541,54 @@ def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
     assert 'src="http' not in text
     assert 'href="http' not in text
     assert "--accent: #0b4f8a" in text, "the report's colours are the page's"
+
+
+POST = "POST /_dash-update-component HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+JSON = "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_text", "code"),
+    [
+        (POST + JSON.format(3) + "{{{", 400),
+        (POST + JSON.format(2) + "{}", 400),
+        (POST + JSON.format(2) + "[]", 400),
+        (POST + JSON.format(14) + '{"output": 73}', 400),
+        (POST + JSON.format(99_999_999) + "x", 413),
+        (POST + "Content-Length: 2\r\n\r\n{}", 415),
+        (POST + "Content-Length: many\r\n\r\n{}", 415),
+        ("GET /_dash-component-suites/../x HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
+    ],
+)
+def test_a_bad_request_is_refused_with_one_line(
+    request_text: str, code: int, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = int(address.rpartition(":")[2].strip("/"))
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(request_text.encode())
+        answer = client.recv(100).decode()
+    assert f" {code} " in answer.splitlines()[0]
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("refused ")
+    assert f": {code}, " in lines[0]
+    assert len(lines[0]) < 320
+    assert urllib.request.urlopen(address).status == 200
+
+
+def test_an_error_inside_a_callback_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(explorer, "set_props", lambda key, props: said.append(props["children"]))
+    try:
+        ask(around(toy()), 5, 1)  # type: ignore[arg-type]
+    except Exception as error:
+        explorer._report(error)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(r"could not be computed: \w+: .* \(.*\.py:\d+\)$", line)
+    assert said[0].startswith("This could not be computed: ")
 
 
 def test_a_request_by_another_name_is_refused(address: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+import tyro
 
+from loopscope.analyses import cli
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.pages import gallery
@@ -71,3 +75,13 @@ def test_nothing_is_written_when_a_figure_fails(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kaleido"):
         gallery.write(tmp_path / "all.md", fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_of_the_page_is_parsed_by_a_shell(tmp_path: Path) -> None:
+    for entry in gallery.entries(tmp_path / "a toy (it's small)"):
+        program, name, *arguments = shlex.split(entry.command)
+        assert (program, name) == ("loopscope", entry.name)
+        parsed = tyro.cli(cli._command(FIGURES[name]), args=arguments)
+        assert parsed.config == FIGURES[name].config()(**entry.settings)
+        done = subprocess.run(["bash", "-n", "-c", entry.command], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from browser import Page, visit
 from loopscope.analyses.common.configs import ReportConfig
+from loopscope.analyses.common.figures import FIGURES
+from loopscope.analyses.common.sections import Opened
+from loopscope.analyses.figures.answers.halting_compare import HaltingCompareConfig
+from loopscope.analyses.figures.answers.margins import MarginsConfig
+from loopscope.analyses.figures.answers.recurrence_grids import RecurrenceGridsConfig
 from loopscope.analyses.report import page as report
+from paths import SHIPPED
 
 TABS = {
     "Answers": ("overthinking", "recurrence", "halting", "flips"),
@@ -17,7 +25,7 @@ TABS = {
     "Dynamics": ("orbits", "steps", "attention-settling"),
     "Comparison": ("recurrence-grids", "margins", "halting-compare"),
 }
-FIGURES = tuple(key for keys in TABS.values() for key in keys)
+DRAWN = tuple(key for keys in TABS.values() for key in keys)
 OF_ONE = (
     "overthinking",
     "recurrence",
@@ -29,7 +37,7 @@ OF_ONE = (
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = ReportConfig(per_hop=10, compare=("mini/multi_hop/r4",))
+    config = ReportConfig(per_hop=4, n_loops=10, compare=("mini/multi_hop/r4",))
     return report.write_report(config, tmp_path_factory.mktemp("page") / "report.html")
 
 
@@ -53,7 +61,7 @@ def page(page_file: Path) -> Page:
         "d.querySelectorAll('path.js-line, .heatmaplayer image, .heatmap-label').length)"
     )
     return visit(
-        page_file, [drawn, shown, overflow, rows, marks], ready=f"{drawn} >= {3 * len(FIGURES)}"
+        page_file, [drawn, shown, overflow, rows, marks], ready=f"{drawn} >= {3 * len(DRAWN)}"
     )
 
 
@@ -69,9 +77,7 @@ def test_every_figure_is_drawn_inside_the_window(page: Page) -> None:
         for figure, width, height in boxes
     )
     assert overflow <= 0
-    assert all(
-        count > (5 if key in OF_ONE else 2) for key, count in zip(FIGURES, marks, strict=True)
-    )
+    assert all(count > (5 if key in OF_ONE else 2) for key, count in zip(DRAWN, marks, strict=True))
 
 
 @pytest.mark.browser
@@ -83,8 +89,7 @@ def test_the_page_logs_no_error_and_asks_the_network_for_nothing(page: Page) -> 
 @pytest.mark.browser
 def test_every_section_has_its_table(page: Page) -> None:
     assert all(
-        rows > (4 if key in OF_ONE else 2)
-        for key, rows in zip(FIGURES, page.values[3], strict=True)
+        rows > (4 if key in OF_ONE else 2) for key, rows in zip(DRAWN, page.values[3], strict=True)
     )
 
 
@@ -108,3 +113,61 @@ def test_a_failing_run_leaves_no_page(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 to 16 hops, got hops=99"):
         report.write_report(ReportConfig(per_hop=1, n_loops=2, hops=99), tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_that_cannot_be_drawn_says_why_in_its_place(tmp_path: Path) -> None:
+    source, release = SHIPPED / "ltg_trained", tmp_path / "release"
+    release.mkdir()
+    for path in (*source.glob("*.pt"), source / "vocab.json", source / "test.json"):
+        (release / path.name).symlink_to(path)
+    config = ReportConfig(
+        checkpoint=str(release),
+        n_heads=3,
+        input_injection=False,
+        readout="last_real",
+        per_hop=2,
+        n_loops=3,
+    )
+    subject, made = report.run(config)
+    why = {each.name: each.why for inside in made.values() for each in inside if each.why}
+    assert why.keys() == {"patch"}
+    assert "no other head entity with a known, different answer was found" in why["patch"]
+    text = report.page(subject, made, 1.0)
+    place = text.partition('<section id="patch">')[2].partition("</section>")[0]
+    assert html.escape(why["patch"]) in place
+    assert "What one activation carries" in place
+
+
+def test_a_report_without_any_figure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, opened: Opened) -> report.Drawn:
+        return report.Drawn(name, FIGURES[name].module().SECTION, None, None, "it is odd")
+
+    monkeypatch.setattr(report, "_drawn", refuse)
+    with pytest.raises(ValueError, match="no figure of the report can be drawn: it is odd"):
+        report.run(ReportConfig(per_hop=1))
+
+
+def test_the_comparison_keeps_every_setting_of_the_report(tmp_path: Path) -> None:
+    config = ReportConfig(
+        checkpoint="a",
+        compare=("b",),
+        window=(1, 2),
+        vocab=tmp_path / "v",
+        data=tmp_path / "d",
+        threads=3,
+        n_heads=5,
+        input_injection=True,
+        readout="column:3",
+        per_hop=7,
+        device="cpu",
+        n_loops=9,
+    )
+    for kind in (RecurrenceGridsConfig, MarginsConfig, HaltingCompareConfig):
+        found = Opened(config, None).compared(kind)  # type: ignore[arg-type]
+        assert found.checkpoints == ("a", "b")
+        shared = {each.name for each in fields(kind)} & {each.name for each in fields(config)}
+        assert {"window", "vocab", "data", "threads", "n_heads", "device", "n_loops"} <= shared
+        for name in shared:
+            assert getattr(found, name) == getattr(config, name)
+        for source in found.sources():
+            assert (source.window, source.data, source.threads) == ((1, 2), tmp_path / "d", 3)

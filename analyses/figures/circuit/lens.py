@@ -266,6 +266,8 @@ SECTION = Section(
         " intermediate entity appears at its own relation, one iteration after the one before it."
         " The right panel follows the rank of each entity at its own relation."
     ),
-    measure=lambda opened: measure(opened.subject, opened.subject.example(opened.config.hops).text),
+    measure=lambda opened: measure(
+        opened.subject, opened.subject.example(opened.config.hops).text, opened.n_loops
+    ),
     found=_found,
 )

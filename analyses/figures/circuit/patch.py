@@ -246,7 +246,9 @@ SECTION = Section(
         " known."
     ),
     measure=lambda opened: measure(
-        opened.subject, [each.text for each in opened.subject.of_hops(opened.config.hops)]
+        opened.subject,
+        [each.text for each in opened.subject.of_hops(opened.config.hops)],
+        n_loops=opened.n_loops,
     ),
     found=_found,
 )

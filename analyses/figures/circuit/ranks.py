@@ -427,6 +427,8 @@ SECTION = Section(
         " top token. Curves that arrive one after another show a step by step computation; a"
         " control token that nobody asks for should stay where it is."
     ),
-    measure=lambda opened: measure(opened.asked, opened.asked.group(opened.config.hops)),
+    measure=lambda opened: measure(
+        opened.asked, opened.asked.group(opened.config.hops), opened.n_loops
+    ),
     found=_found,
 )

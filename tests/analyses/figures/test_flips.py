@@ -10,11 +10,13 @@ from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.answers import flips, recurrence_grids
 from loopscope.analyses.figures.answers.flips import KINDS, Flips, FlipsConfig
 from loopscope.analyses.figures.answers.recurrence_grids import RecurrenceGridsConfig
+from shipped_runs import shipped_panels, shipped_runs
 
 
 @pytest.fixture(scope="module")
 def shipped() -> Flips:
-    return flips.run(FlipsConfig(n_loops=12, per_hop=20))
+    found = [flips.measure(runs, subject.model.cfg.n_loops) for _, subject, runs in shipped_runs()]
+    return Flips(shipped_panels(), tuple(found))
 
 
 def test_the_shares_are_those_of_counting_question_by_question(shipped: Flips) -> None:

@@ -8,12 +8,15 @@ import torch
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.answers import halting_compare
+from loopscope.analyses.figures.answers.halting import measure
 from loopscope.analyses.figures.answers.halting_compare import HaltingCompare, HaltingCompareConfig
+from shipped_runs import shipped_panels, shipped_runs
 
 
 @pytest.fixture(scope="module")
 def shipped() -> HaltingCompare:
-    return halting_compare.run(HaltingCompareConfig(n_loops=12, per_hop=15))
+    curves = [measure(runs, 0.01, 3.0) for _, _, runs in shipped_runs()]
+    return HaltingCompare(shipped_panels(), tuple(curves))
 
 
 def test_every_number_is_that_of_stopping_question_by_question() -> None:

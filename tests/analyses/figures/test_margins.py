@@ -12,11 +12,14 @@ from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.answers import margins
 from loopscope.analyses.figures.answers.margins import Margins, MarginsConfig, placed
+from loopscope.analyses.figures.answers.overthinking import measure
+from shipped_runs import shipped_panels, shipped_runs
 
 
 @pytest.fixture(scope="module")
 def shipped() -> Margins:
-    return margins.run(MarginsConfig(n_loops=12, per_hop=20))
+    found = [measure(subject, runs) for _, subject, runs in shipped_runs()]
+    return Margins(shipped_panels(), tuple(found))
 
 
 def test_a_margin_is_that_of_a_separate_call(shipped: Margins) -> None:
