@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from loopscope.analyses.common.figure_configs import RecurrenceConfig
 from torch import Tensor
 
-from loopscope.analyses.common.figure_configs import RecurrenceConfig
 from loopscope.analyses.figures.answers import recurrence_grid
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.lens.lens import Lens, logit_lens, readout_lens
