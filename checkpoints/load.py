@@ -67,7 +67,8 @@ def load(
     given = Given(ReleaseFacts(n_heads, input_injection, n_loops), options, readout, vocab)
     recorded = _recorded_readout(card, files)
     model, default = _format_of(located).open(located, given)
-    model.read_at = Readout.parse(readout or default) if readout or default else None
+    where = readout or default
+    model.read_at = Readout.parse(where) if where else None
     if recorded is not None and not readout:
         model.read_at = recorded
     model.vocab = _find_vocabulary(files, Path(vocab) if vocab else None, model.cfg)

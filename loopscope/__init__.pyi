@@ -187,3 +187,6 @@ from .training.trainer import train as train
 
 __version__: str
 __all__: list[str]
+
+# the module of each call above
+_HOME: dict[str, str]

@@ -138,11 +138,11 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "other": x.corrupted, "positive": x.clean, "negative": x.corrupted, "n_loops": _LOOPS,
         "metric": x.metric, "answers": x.answers, "targets": x.answers[:, None], "names": "**",
         "positions": [2], "position": 2, "sites": _patched(model), "site": "attn_out",
-        "loop": 1, "visit": x.visit, "loops": [1], "layer": x.layer, "layers": [x.layer], "kind": "V",
+        "loop": 1, "visit": x.visit, "loops": [1], "layer": x.layer, "layers": [x.layer],
         "sender": Sender("attn", visit=x.visit), "receivers": Receiver("readout"),
         "vectors": torch.ones(model.cfg.d_model).double(), "factor": 0.5, "steps": 2,
         "what": Component("attn", loops=(1,)), "criterion": TopStable(hits=2),
-        "threshold": 0.5, "max_new_tokens": 2,
+        "threshold": 0.5, "max_new_tokens": 2, "kind": "V",
     }  # fmt: skip
 
 

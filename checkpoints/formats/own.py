@@ -35,7 +35,7 @@ def _open(located: Located, given: Given) -> tuple[LoopedModel, str | None]:
 
 def _family(located: Located) -> str:
     name = (located.config or {})["family"]
-    if not isinstance(name, str | None):
+    if not isinstance(name, str):
         path = located.files.weights.with_name("config.json")
         raise CheckpointError(f"{path}: family must be a name, got {shown(name)}")
     return name

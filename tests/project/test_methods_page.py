@@ -1,4 +1,4 @@
-"""The page of methods is what its command writes; the examples run and show what their text says."""
+"""The page of methods is what its command writes; the examples show what their text says."""
 
 from __future__ import annotations
 
