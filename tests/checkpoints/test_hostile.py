@@ -128,7 +128,7 @@ def test_a_number_that_is_none_is_refused_by_its_field(
 @pytest.mark.parametrize("raw", ["[]", "{}", "3", "true"])
 def test_a_family_that_is_no_name_is_refused(own: Path, tmp_path: Path, raw: str) -> None:
     with_raw(own / "config.json", "family", raw)
-    check_refused(own, r"config\.json: family must be a name, got", within=tmp_path)
+    check_refused(own, r"config\.json: the family must be one of \[.*\], got", within=tmp_path)
 
 
 @pytest.mark.parametrize("raw", ["[]", "{}", "[[1]]"])
@@ -187,7 +187,7 @@ def test_a_shard_that_is_not_beside_its_index_is_refused(
             lambda t: t[:1].clone().expand(15),
             "must have a stored number for each of its 15 elements",
         ),
-        (lambda t: t.to(torch.float8_e4m3fn), "(must hold numbers of 16, 32 or 64 bits, got|mixes the number formats) .*float8"),
+        (lambda t: t.to(torch.float8_e4m3fn), "mixes the number formats .*float8"),
         (lambda t: t.double(), "mixes the number formats"),
         (lambda t: t * 1e30, r"holds 15 value\(s\) beyond 1e\+15, .* damaged"),
     ],

@@ -51,20 +51,52 @@ def wrong_answer(content: list[dict[str, str]]) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("file", "edit", "sentence"),
     [
-        ("train.json", wrong_answer, r"the data answer '<e_\d+>(<r_\d>){5}' with <e_[01]>, but the graph with <e_\d+>"),
-        ("train.json", lambda c: [answered(c[0], "<r_1>")], r"at least one of 3 relations, .* got '<e_\d+><r_\d>' with '<r_1>'"),
-        ("test.json", lambda c: [c[0] | {"input_text": "<e_11><r_0><r_0>"}], "got '<e_11><r_0><r_0>' with"),
+        (
+            "train.json",
+            wrong_answer,
+            r"the data answer '<e_\d+>(<r_\d>){5}' with <e_[01]>, but the graph with <e_\d+>",
+        ),
+        (
+            "train.json",
+            lambda c: [answered(c[0], "<r_1>")],
+            r"at least one of 3 relations, .* got '<e_\d+><r_\d>' with '<r_1>'",
+        ),
+        (
+            "test.json",
+            lambda c: [c[0] | {"input_text": "<e_11><r_0><r_0>"}],
+            "got '<e_11><r_0><r_0>' with",
+        ),
         ("test.json", lambda c: [c[0] | {"input_text": "<e_1>"}], "got '<e_1>' with"),
-        ("test.json", lambda c: [c[0] | {"input_text": "<e_1><sep><r_0><r_0>"}], "got '<e_1><sep><r_0><r_0>' with"),
-        ("test.json", lambda c: [c[0] | {"input_text": "<e_1> <r_0><r_0>"}], "got '<e_1> <r_0><r_0>' with"),
-        ("test.json", lambda c: [c[0] | {"input_text": "<r_1><r_0><e_0>"}], "got '<r_1><r_0><e_0>' with"),
+        (
+            "test.json",
+            lambda c: [c[0] | {"input_text": "<e_1><sep><r_0><r_0>"}],
+            "got '<e_1><sep><r_0><r_0>' with",
+        ),
+        (
+            "test.json",
+            lambda c: [c[0] | {"input_text": "<e_1> <r_0><r_0>"}],
+            "got '<e_1> <r_0><r_0>' with",
+        ),
+        (
+            "test.json",
+            lambda c: [c[0] | {"input_text": "<r_1><r_0><e_0>"}],
+            "got '<r_1><r_0><e_0>' with",
+        ),
         ("test.json", lambda c: 7, r"test\.json must be a JSON list of items"),
-        ("vocab.json", lambda c: c[1:], r"vocab\.json must be a JSON list of entities from <e_0>, relations .*, but its words are others"),
+        (
+            "vocab.json",
+            lambda c: c[1:],
+            r"vocab\.json must be a JSON list of entities from <e_0>, .*, but its words are others",
+        ),
         ("vocab.json", lambda c: {}, "but its words are others"),
         ("vocab.json", lambda c: [*c, "<pad>"], "but its words are others"),
-        ("vocab.json", lambda c: vocabulary(13, 3), r"has 13 entities and 3 relations, but graph\.json 11 and 3"),
+        (
+            "vocab.json",
+            lambda c: vocabulary(13, 3),
+            r"has 13 entities and 3 relations, but graph\.json 11 and 3",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_contradict_each_other_are_refused(
     file: str, edit: Callable[[Any], Any], sentence: str, made: Path
 ) -> None:
@@ -109,15 +141,36 @@ def of_kind(content: list[dict[str, str]], kind: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("file", "edit", "sentence"),
     [
-        ("test.json", lambda c: [c[0] | {"type": "2hop_test"}], "must be id_atomic, ood_atomic, .*, got '2hop_test'"),
-        ("test.json", lambda c: [c[0] | {"type": "train_inferred"}], r"train_inferred facts have 2 hops, but .* has '<e_\d+><r_\d+>'"),
-        ("train.json", lambda c: [*c, {"input_text": "<e_1><r_1><r_1><r_1>", "target_text": "<e_1></a>"}], "has some of 3"),
-        ("test.json", lambda c: of_kind(c, "ood_atomic") + [item | {"type": "test_inferred_iid"} for item in of_kind(c, "train_inferred")],
-         "no training fact of 2 hops may be in test_inferred_iid, but 669 of those"),
-        ("test.json", lambda c: [item | {"type": "ood_atomic"} for item in of_kind(c, "id_atomic")],
-         "no training fact of 2 hops may use an OOD atom, but 669 of those"),
+        (
+            "test.json",
+            lambda c: [c[0] | {"type": "2hop_test"}],
+            "must be id_atomic, ood_atomic, .*, got '2hop_test'",
+        ),
+        (
+            "test.json",
+            lambda c: [c[0] | {"type": "train_inferred"}],
+            r"train_inferred facts have 2 hops, but .* has '<e_\d+><r_\d+>'",
+        ),
+        (
+            "train.json",
+            lambda c: [*c, {"input_text": "<e_1><r_1><r_1><r_1>", "target_text": "<e_1></a>"}],
+            "has some of 3",
+        ),
+        (
+            "test.json",
+            lambda c: (
+                of_kind(c, "ood_atomic")
+                + [item | {"type": "test_inferred_iid"} for item in of_kind(c, "train_inferred")]
+            ),
+            "no training fact of 2 hops may be in test_inferred_iid, but 669 of those",
+        ),
+        (
+            "test.json",
+            lambda c: [item | {"type": "ood_atomic"} for item in of_kind(c, "id_atomic")],
+            "no training fact of 2 hops may use an OOD atom, but 669 of those",
+        ),
     ],
-)  # fmt: skip
+)
 def test_two_hop_files_that_contradict_each_other_are_refused(
     file: str, edit: Callable[[Any], Any], sentence: str, made_two_hop: Path
 ) -> None:
