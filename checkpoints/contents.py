@@ -16,7 +16,7 @@ from torch import Tensor
 from loopscope.checkpoints.errors import CheckpointError
 
 Kind = Literal["layers", "width", "iterations", "positions"]
-_MOST_ITERATIONS, _MOST_POSITIONS = 10_000, 2**31 - 1
+_MOST_ITERATIONS, _MOST_POSITIONS = 1024, 2**31 - 1
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,8 @@ def load(
     given = Given(ReleaseFacts(n_heads, input_injection, n_loops), options, readout, vocab)
     recorded = _recorded_readout(card, files)
     model, default = _format_of(located).open(located, given)
-    where = readout or default
-    model.read_at = Readout.parse(where) if where else None
-    if recorded is not None and not readout:
-        model.read_at = recorded
+    where = readout or (default if recorded is None else None)
+    model.read_at = Readout.parse(where) if where else recorded
     model.vocab = _find_vocabulary(files, Path(vocab) if vocab else None, model.cfg)
     return model
 
@@ -97,11 +95,7 @@ def save(
         ValueError: The card or the graph holds a number that is not finite.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(
-            f"{folder} exists and is not empty; saving never overwrites, so choose another folder"
-            " or remove it"
-        )
+    _refuse_used(folder)
     plain = unwrapped(model)
     tensors = plain_weights(
         {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()},
@@ -109,22 +103,29 @@ def save(
     )
     build_from(plain.cfg, tensors, None, folder)
     readout = {"readout": str(plain.read_at)} if plain.read_at else {}
-    files: dict[str, Any] = {
-        "config.json": plain.cfg.to_dict(),
-        "card.json": {**(card or {}), **readout},
-        "graph.json": graph,
-        "test.json": [question.to_item() for question in questions] or None,
-    }
+    files: dict[str, Any] = {"config.json": plain.cfg.to_dict()}
+    files["card.json"] = {**(card or {}), **readout}
+    if graph is not None:
+        files["graph.json"] = graph
+    if questions:
+        files["test.json"] = [question.to_item() for question in questions]
+    if plain.vocab and not isinstance(plain.vocab, HubTokenizer):
+        files["vocab.json"] = list(plain.vocab.words)
     with new_folder(folder) as draft:
         save_file(tensors, draft / _WEIGHTS)
         usual_mode(draft / _WEIGHTS)
         if isinstance(plain.vocab, HubTokenizer):
             plain.vocab.save(draft)
-        elif plain.vocab:
-            files["vocab.json"] = list(plain.vocab.words)
         for name, content in files.items():
-            if content is not None:
-                write_json(draft / name, content)
+            write_json(draft / name, content)
+
+
+def _refuse_used(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder} exists and is not empty; saving never overwrites, so choose another folder"
+            " or remove it"
+        )
 
 
 def unwrapped(model: nn.Module) -> LoopedModel:

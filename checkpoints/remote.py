@@ -75,8 +75,7 @@ def find_release(name: str) -> RemoteRelease:
     Raises:
         ValueError: None of these; the message gives the nearest known names.
     """
-    known = remote_releases()
-    for release in known:
+    for release in remote_releases():
         if not release.on_drive and name.casefold() in (
             release.name.casefold(),
             release.at.casefold(),
@@ -87,19 +86,21 @@ def find_release(name: str) -> RemoteRelease:
     _refuse_shipped(name)
     if _REPOSITORY.fullmatch(name) and not name.startswith(("multi_hop/", "systematicity/")):
         return RemoteRelease(name, "unknown", name)
+    raise ValueError(
+        f"{name!r} is no known release (nearest: {', '.join(_nearest(name)) or 'none'}); name one"
+        " that loopscope.available() lists, or any Hugging Face repository as 'owner/name'"
+    )
+
+
+def _nearest(name: str) -> list[str]:
+    """At most three known names that are spelled like a name or a repository id."""
     by_spelling = {
         spelling.casefold(): release.name
-        for release in known
+        for release in remote_releases()
         for spelling in (release.at, release.name)
     }
-    nearest = dict.fromkeys(
-        by_spelling[match]
-        for match in difflib.get_close_matches(name.casefold(), by_spelling, n=4, cutoff=0.4)
-    )
-    raise ValueError(
-        f"{name!r} is no known release (nearest: {', '.join(list(nearest)[:3]) or 'none'}); name"
-        " one that loopscope.available() lists, or any Hugging Face repository as 'owner/name'"
-    )
+    matches = difflib.get_close_matches(name.casefold(), by_spelling, n=4, cutoff=0.4)
+    return list(dict.fromkeys(by_spelling[match] for match in matches))[:3]
 
 
 def _refuse_shipped(name: str) -> None:

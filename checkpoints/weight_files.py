@@ -93,8 +93,7 @@ def _shard_names(index: Path) -> dict[str, str]:
 def _shard(index: Path, name: str) -> Path:
     """The file of a shard, which must lie beside the index."""
     shard = index.parent / name
-    beside = "\0" not in name and shard.name == name
-    if not beside:
+    if "\0" in name or shard.name != name or name == "..":
         raise CheckpointError(f"{index} names the shard {name!r}, which is not beside it")
     if not shard.is_file():
         raise CheckpointError(

@@ -57,8 +57,8 @@ def _odd_place(content: Any) -> str:
         place, value = left.pop()
         if isinstance(value, float) and not math.isfinite(value):
             return place
-        pairs = value.items() if isinstance(value, dict) else ()
-        items = enumerate(value) if isinstance(value, list) else pairs
+        inside = dict(enumerate(value)) if isinstance(value, list) else value
+        items = inside.items() if isinstance(inside, dict) else ()
         start = "" if place == "the number" else f"{place}."
         left += reversed([(f"{start}{key}", inner) for key, inner in items])
     return "a number under a key that occurs twice"

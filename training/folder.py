@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from loopscope.training.recipes import Recipe
+
 _LOCK = "run.lock"
 _HELD: dict[Path, IO[str]] = {}  # kept open, so that the system frees a lock when its process ends
 
@@ -33,6 +35,19 @@ def claim(folder: Path, names: Iterable[str]) -> None:
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
+def refuse_unless_resumed(state: Path, resume: bool) -> None:
+    """Refuse to begin a run where a saved state lies.
+
+    Raises:
+        ValueError: The state is there, and the run does not go on from it.
+    """
+    if state.exists() and not resume:
+        raise ValueError(
+            f"{state.parent} holds a run already; pass --resume to go on with it, or choose another"
+            " folder"
+        )
+
+
 def _locked(place: Path) -> IO[str]:
     file = (place / _LOCK).open("a+")
     with suppress(ImportError):  # a system without such locks takes none
@@ -52,3 +67,10 @@ def _locked(place: Path) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def drafts_of(recipe: Recipe) -> list[str]:
+    """The files and folders that a run of a recipe writes, as `claim` takes them."""
+    stages = [stage.name for stage in recipe.stages]
+    released = [f"released/{name}/checkpoint_epoch_*" for name in stages]
+    return ["state.pt", "log.jsonl", *stages, *released]

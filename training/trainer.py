@@ -23,7 +23,7 @@ from loopscope.checkpoints.load import save
 from loopscope.checkpoints.release import save_release
 from loopscope.training.catalog import RECIPES
 from loopscope.training.examination import accuracies, accuracy_table
-from loopscope.training.folder import claim
+from loopscope.training.folder import claim, drafts_of, refuse_unless_resumed
 from loopscope.training.log import Log
 from loopscope.training.questions import questions_of
 from loopscope.training.recipes import Recipe, Stage
@@ -106,11 +106,7 @@ class Trainer:
                 f" {recipe.batch_size} questions equally"
             )
         state = folder / "state.pt"
-        if state.exists() and not resume:
-            raise ValueError(
-                f"{folder} holds a run already; pass --resume to go on with it, or choose another"
-                " folder"
-            )
+        refuse_unless_resumed(state, resume)
         if self.accelerator.is_main_process:
             claim(folder, drafts_of(recipe))
         self.shares_gradients = not on_gpu and recipe.d_model >= _WIDE
@@ -300,10 +296,3 @@ class Trainer:
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
             "accuracy": accuracy_table(self.model, self.questions, groups),
         }
-
-
-def drafts_of(recipe: Recipe) -> list[str]:
-    """The files and folders that a run of a recipe writes, as `claim` takes them."""
-    stages = [stage.name for stage in recipe.stages]
-    released = [f"released/{name}/checkpoint_epoch_*" for name in stages]
-    return ["state.pt", "log.jsonl", *stages, *released]

@@ -8,7 +8,7 @@ from loopscope.checkpoints.fill import build_from
 from loopscope.checkpoints.formats.base import Format, Given, Located, with_loops
 from loopscope.checkpoints.weight_files import read_tensors
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.registry import config_from_dict
+from loopscope.models.core.registry import FAMILIES, config_from_dict
 
 
 def _is_own(located: Located) -> bool:
@@ -37,7 +37,9 @@ def _family(located: Located) -> str:
     name = (located.config or {})["family"]
     if not isinstance(name, str):
         path = located.files.weights.with_name("config.json")
-        raise CheckpointError(f"{path}: family must be a name, got {shown(name)}")
+        raise CheckpointError(
+            f"{path}: the family must be one of {sorted(FAMILIES)}, got {shown(name)}"
+        )
     return name
 
 

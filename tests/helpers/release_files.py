@@ -104,7 +104,7 @@ def write_release(
     tensors = release_tensors() if tensors is None else tensors
     about = {
         "epoch": 41,
-        "optimizer_state_dict": adam_state(tensors),
+        "optimizer_state_dict": {} if "optimizer_state_dict" in content else adam_state(tensors),
         "scheduler_state_dict": {"last_epoch": 7},
         "loss": 0.25,
     }

@@ -19,7 +19,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
 from loopscope.models.core.tokens import Readout
 from loopscope.tasks.smiles import SmilesVocabulary
-from loopscope.training.folder import claim
+from loopscope.training.folder import claim, refuse_unless_resumed
 from loopscope.training.language.data import PAD_ID, Batches, corpus_in
 from loopscope.training.language.recipes import LANGUAGE_RECIPES, LanguageRecipe, config_of
 from loopscope.training.language.scores import next_token_loss, sample_strings, score_passes, shares
@@ -50,11 +50,7 @@ class LanguageTrainer:
     ) -> None:
         self.recipe, self.folder = recipe, folder
         state = folder / "state.pt"
-        if state.exists() and not resume:
-            raise ValueError(
-                f"{folder} holds a run already; pass --resume to go on with it, or choose another"
-                " folder"
-            )
+        refuse_unless_resumed(state, resume)
         self.corpus = corpus_in(folder, recipe)
         claim(folder, ("state.pt", "log.jsonl", "data.npz", "final"))
         self.batches = Batches(self.corpus.train, recipe.batch_size, recipe.seed)
