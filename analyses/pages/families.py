@@ -20,14 +20,16 @@ from tqdm.auto import tqdm
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.checkpoints.tables import TABLES
 from loopscope.interp.attribution.direct_logit import direct_logit_attribution
+from loopscope.interp.attribution.edges import edge_attribution
 from loopscope.interp.attribution.gradients import gradients
-from loopscope.interp.attribution.patching import attribution_patch, edge_attribution
+from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.edit.ablation import Component, ablate
-from loopscope.interp.edit.steering import attenuate_input, steer, swap_input
+from loopscope.interp.edit.injection import attenuate_input, swap_input
+from loopscope.interp.edit.steering import steer
 from loopscope.interp.exits.exit_gate import gate_logits, readout_at_threshold, readout_mixture
 from loopscope.interp.exits.exits import TopStable, exits
 from loopscope.interp.exits.halting import halting
@@ -36,7 +38,8 @@ from loopscope.interp.lens.decoding import decodability
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.lens.tuned_lens import train_tuned_lens
 from loopscope.interp.patching.activation import activation_patch
-from loopscope.interp.patching.paths import Receiver, path_patch_sweep
+from loopscope.interp.patching.path_ends import Receiver
+from loopscope.interp.patching.paths import path_patch_sweep
 from loopscope.interp.patching.tracing import causal_tracing, denoising_map, noising_map
 from loopscope.interp.weights.circuits import (
     composition_scores,
