@@ -14,12 +14,10 @@ from .checkpoints.load import (
 )
 from .checkpoints.release import save_release as save_release
 from .interp.attribution.direct_logit import direct_logit_attribution as direct_logit_attribution
+from .interp.attribution.edges import edge_attribution as edge_attribution
 from .interp.attribution.gradients import gradients as gradients
 from .interp.attribution.patching import (
     attribution_patch as attribution_patch,
-)
-from .interp.attribution.patching import (
-    edge_attribution as edge_attribution,
 )
 from .interp.common.cells import Cell as Cell
 from .interp.common.finite import first_nonfinite as first_nonfinite
@@ -48,8 +46,11 @@ from .interp.edit.ablation import (
 from .interp.edit.ablation import (
     ablate as ablate,
 )
-from .interp.edit.steering import (
+from .interp.edit.injection import (
     attenuate_input as attenuate_input,
+)
+from .interp.edit.injection import (
+    swap_input as swap_input,
 )
 from .interp.edit.steering import (
     set_to as set_to,
@@ -59,9 +60,6 @@ from .interp.edit.steering import (
 )
 from .interp.edit.steering import (
     steering_vector as steering_vector,
-)
-from .interp.edit.steering import (
-    swap_input as swap_input,
 )
 from .interp.exits.exit_gate import (
     exit_distribution as exit_distribution,
@@ -133,10 +131,10 @@ from .interp.lens.tuned_lens import (
     train_tuned_lens as train_tuned_lens,
 )
 from .interp.patching.activation import activation_patch as activation_patch
-from .interp.patching.paths import (
+from .interp.patching.path_ends import (
     Receiver as Receiver,
 )
-from .interp.patching.paths import (
+from .interp.patching.path_ends import (
     Sender as Sender,
 )
 from .interp.patching.paths import (

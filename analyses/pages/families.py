@@ -22,7 +22,7 @@ from loopscope.checkpoints.tables import TABLES
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.edit.ablation import Component
 from loopscope.interp.exits.exits import TopStable
-from loopscope.interp.patching.paths import Receiver, Sender
+from loopscope.interp.patching.path_ends import Receiver, Sender
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.registry import FAMILIES, build, config_from_dict

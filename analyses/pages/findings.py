@@ -20,7 +20,8 @@ from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_margin
-from loopscope.interp.edit.ablation import Component, How, ablate
+from loopscope.interp.edit.ablation import Component, ablate
+from loopscope.interp.edit.substitutes import How
 from loopscope.interp.lens.decoding import decodability
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.patching.activation import activation_patch

@@ -112,12 +112,13 @@ def direct_logit_attribution(
     """
     require_additive(model, "direct_logit_attribution")
     batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
-    sides = {"answers": answers} | ({} if against is None else {"against": against})
-    d_vocab, device, size = model.cfg.d_vocab, batch.tokens.device, checked_batch_size(batch_size)
-    tokens = torch.stack(
-        [one_per_row(what, side, len(batch), d_vocab, device) for what, side in sides.items()],
-        dim=1,
-    )
+    rows, size = len(batch), checked_batch_size(batch_size)
+    sides = [
+        one_per_row("answers", side, rows, model.cfg.d_vocab, batch.tokens.device)
+        for side in (answers, against)
+        if side is not None
+    ]
+    tokens = torch.stack(sides, dim=1)
     W_U, b_U = widened(model.W_U), widened(model.b_U)
     signs = torch.tensor([1.0, -1.0], dtype=W_U.dtype, device=model.device)[: tokens.shape[1]]
     pieces = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.interp.common.collecting import keeping
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.metrics import measure
 from loopscope.interp.common.modes import differentiated
@@ -14,6 +17,7 @@ from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.hooks import NamesFilter
 from loopscope.models.core.state import State, checked_loops
+from loopscope.models.core.tokens import Batch
 
 
 @differentiated
@@ -69,3 +73,28 @@ def logits_read(
     """
     read = at_columns(model.read_state(state), columns)
     return model.unembed(read[:, None])[:, 0]
+
+
+@torch.no_grad()
+def activations_with_metric(
+    model: LoopedModel, batch: Batch, metric: Metric, names: Sequence[str], n_loops: int
+) -> tuple[dict[str, Tensor], Float[Tensor, " batch"]]:
+    """Activations of a run, and its metric."""
+    with keeping(model, names, n_loops) as seen:
+        state = model.advance(begin_batch(model, batch, n_loops))
+        return seen, measure(metric, logits_read(model, state, batch.readout))
+
+
+def gradients_with_metric(
+    model: LoopedModel, batch: Batch, metric: Metric, names: Sequence[str], n_loops: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Float[Tensor, " batch"]]:
+    """Activations of a run, the metric's gradients, and the metric."""
+    measured: list[Tensor] = []
+
+    def remembered(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+        value = measure(metric, logits)
+        measured.append(value.detach())
+        return value
+
+    values, grads = gradients(model, batch, remembered, list(names), n_loops)
+    return dict(values), dict(grads), measured[0]

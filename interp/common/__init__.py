@@ -1,5 +1,6 @@
-"""What all methods share: their inputs, the places in a run that they name, metrics, processes.
+"""What all methods share: inputs, places in a run, columns, collected activations, metrics, modes,
+processes.
 
-Start with `inputs.py` (a batch, texts, or tokens with a readout column) and `cells.py` (the places
-that a sweep patches). Imports no other room.
+Start with `inputs.py` (a batch, texts, or tokens with a readout column) and `places.py` (where in a
+run). Imports no other room.
 """

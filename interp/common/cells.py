@@ -1,4 +1,4 @@
-"""Which patches a sweep makes: its cells, chosen by site, iteration, layer, position and head."""
+"""The patches that a sweep makes: its cells, chosen by site, iteration, layer, position and head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the methods accept as inputs: a batch, texts, or tokens with a readout column."""
+"""Inputs of the methods: a batch, texts, or tokens with a readout column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Interventions as context managers: ablate a component, steer or replace activations.
+"""Interventions as context managers: ablate a component, steer or replace activations, change what
+is injected.
 
-Start with `ablation.py`. Imports `common`.
+Start with `ablation.py`, whose values come from `substitutes.py`. Imports `common`.
 """

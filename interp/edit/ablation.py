@@ -6,20 +6,18 @@ Axes: batch pos d_model head d_head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import at_columns_of, checked_columns
-from loopscope.interp.common.inputs import Inputs, in_chunks, reference_batch
+from loopscope.interp.common.inputs import Inputs
 from loopscope.interp.common.places import (
     Picked,
     Place,
@@ -29,16 +27,12 @@ from loopscope.interp.common.places import (
     in_range,
     places_of,
 )
-from loopscope.interp.common.precision import widened
+from loopscope.interp.edit.substitutes import How, substitute_of, zeros
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit, checked_loops
-from loopscope.models.core.tokens import Batch
 
 Kind = Literal["head", "attn", "mlp", "visit", "iteration"]
-How = Literal["zero", "mean", "mean_per_position", "resample"]
 _SITES = {"head": "attn.hook_z", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
-_CHUNK = 512  # reference rows run at a time
-Substitute = Callable[[Tensor, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,9 +62,9 @@ class Component:
             raise ValueError(
                 f"kind must be 'head', 'attn', 'mlp', 'visit' or 'iteration', got {self.kind!r}"
             )
-        if self.heads != "all" and self.kind != "head":
+        if not _is_all(self.heads) and self.kind != "head":
             raise ValueError(f"heads= goes with kind 'head' only, got kind {self.kind!r}")
-        if self.layers != "all" and self.kind == "iteration":
+        if not _is_all(self.layers) and self.kind == "iteration":
             raise ValueError(
                 "an iteration is skipped with all its layers; kind 'visit' takes layers="
             )
@@ -78,7 +72,19 @@ class Component:
     @property
     def where(self) -> Where:
         """The visits that the component is ablated at."""
-        return Where(self.loops, self.layers, self.visits)
+        named = self.visits is not None  # then a visit outside the loop may be meant
+        free = named or self.kind == "iteration"  # whose states have no layer
+        loops: Picked | int | None = self.loops
+        layers: Picked | int | None = self.layers
+        if named and _is_all(self.loops):
+            loops = None
+        if free and _is_all(self.layers):
+            layers = None
+        return Where(loops, layers, self.visits)
+
+
+def _is_all(picked: Picked | int) -> bool:
+    return isinstance(picked, str) and picked == "all"
 
 
 @contextmanager
@@ -123,9 +129,9 @@ def ablate(
     _check(components, how, reference)
     written, skipped = _written(model, components, n_loops), _skipped(model, components, n_loops)
     substitute = (
-        _zeros
+        zeros
         if reference is None
-        else _substitute(model, how, reference, sorted(written), n_loops, seed)
+        else substitute_of(model, how, reference, sorted(written), n_loops, seed)
     )
     with ExitStack() as stack:
         entering = {
@@ -151,9 +157,6 @@ def ablate(
             model.hooks([(names.__contains__, act)], n_loops=n_loops)
         )  # a predicate, so that another n_loops is refused
         yield model
-
-
-# Which points
 
 
 def _check(components: Sequence[Component], how: How, reference: Inputs | None) -> None:
@@ -234,24 +237,30 @@ def _required(visit: Visit, site: str, kind: str) -> str:
 def _ends(model: LoopedModel, component: Component, n_loops: int) -> dict[str, str]:
     """Each part of the state where a chosen iteration is left, and where it is entered."""
     states = [place for place in places_of(model, n_loops) if "hook_state_" in place.site]
-    inside = [place for place in states if place.loop is not None]
     runs: dict[str, list[Place]] = {}
-    for place in Where(component.loops, None, component.visits).among(inside, n_loops):
+    for place in component.where.among(states, n_loops):
         runs.setdefault(place.visit, []).append(place)
     if not runs:
         raise ValueError(f"{component} means no iteration of a call with n_loops={n_loops}")
     ends: dict[str, str] = {}
     for places in runs.values():
-        entered = [place.name for place in places if place.site.startswith("hook_state_in")]
-        left = [place.name for place in places if place.site.startswith("hook_state_out")]
-        own = {name.replace("hook_state_in", "hook_state_out"): name for name in entered}
-        if set(own) != set(left):
-            raise ValueError(
-                f"iteration {places[0].loop} cannot be skipped: the state that enters it is at"
-                f" {entered} and the state that leaves it at {left}, and each part needs both"
-            )
-        ends |= own
+        ends |= _ends_of_run(places)
     return ends
+
+
+def _ends_of_run(places: list[Place]) -> dict[str, str]:
+    names = [place.name for place in places]
+    entered = {
+        name.replace("_state_in", "_state_out"): name for name in names if "hook_state_in" in name
+    }
+    left = [name for name in names if "hook_state_out" in name]
+    if set(entered) != set(left):
+        raise ValueError(
+            f"iteration {places[0].loop} cannot be skipped: the state that enters it is at"
+            f" {list(entered.values())} and the state that leaves it at {left}, and each part needs"
+            " both"
+        )
+    return entered
 
 
 class _Entering(AbstractContextManager["_Entering"]):
@@ -293,83 +302,3 @@ class _Entering(AbstractContextManager["_Entering"]):
                 " was continued inside it; continue from a visit before it, or after it"
             )
         return value
-
-
-# What is written
-
-
-def _zeros(value: Tensor, name: str) -> Tensor:
-    return torch.zeros_like(value)
-
-
-def _substitute(
-    model: LoopedModel, how: How, reference: Inputs, names: list[str], n_loops: int, seed: int
-) -> Substitute:
-    batch = reference_batch(model, reference)
-    lengths = batch.mask.sum(1)
-    if how != "mean" and bool((lengths != lengths[0]).any()):
-        raise ValueError(
-            f"how={how!r} needs reference rows of one length, got lengths from {int(lengths.min())}"
-            f" to {int(lengths.max())}"
-        )
-    if how == "resample":
-        return _resampled(
-            _reference_values(model, batch, names, n_loops),
-            other_rows(len(batch), seed).to(model.device),
-        )
-    if how == "mean":
-        return _means(model, batch, names, n_loops)
-    values = {
-        name: widened(value).mean(0, keepdim=True).to(value.dtype)
-        for name, value in _reference_values(model, batch, names, n_loops).items()
-    }
-    return _resampled(values, torch.zeros(1, dtype=torch.int64, device=model.device))
-
-
-def _pieces(model: LoopedModel, batch: Batch) -> Iterator[Batch]:
-    return in_chunks(batch, _CHUNK if model.batch_independent else len(batch), "reference")
-
-
-def _reference_values(
-    model: LoopedModel, batch: Batch, names: list[str], n_loops: int
-) -> dict[str, Tensor]:
-    pieces = [recorded(model, part, names, n_loops) for part in _pieces(model, batch)]
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in names}
-
-
-def _resampled(values: dict[str, Tensor], rows: Int[Tensor, " row"]) -> Substitute:
-    def take(value: Tensor, name: str) -> Tensor:
-        source = values[name]
-        if source.shape[1:] != value.shape[1:]:
-            raise ValueError(
-                f"the reference is {source.shape[1]} columns wide, so the runs inside must be too,"
-                f" got {value.shape[1]}"
-            )
-        return source[rows[torch.arange(value.shape[0], device=rows.device) % len(rows)]]
-
-    return take
-
-
-def other_rows(count: int, seed: int) -> Int[Tensor, " row"]:
-    """A random permutation that leaves no row in place: each row's successor on a random circle.
-
-    Raises:
-        ValueError: Fewer than two rows.
-    """
-    if count < 2:
-        raise ValueError(f"a reference to resample from needs at least two rows, got {count}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return torch.empty_like(order).scatter(0, order, order.roll(-1))
-
-
-def _means(model: LoopedModel, batch: Batch, names: list[str], n_loops: int) -> Substitute:
-    totals: dict[str, Tensor] = {}
-    count = 0
-    for part in _pieces(model, batch):
-        kept = part.mask.bool()
-        kept[torch.arange(len(part), device=kept.device), part.readout] = True
-        count += int(kept.sum())
-        for name, value in recorded(model, part, names, n_loops).items():
-            totals[name] = totals.get(name, 0.0) + widened(value[kept]).sum(0)
-    means = {name: total / count for name, total in totals.items()}
-    return lambda value, name: means[name].to(value.dtype).expand_as(value)

@@ -1,5 +1,4 @@
-"""Steering: add a vector to activations at chosen iterations, replace them, or change what an
-iteration is injected.
+"""Steering: add a vector to activations at chosen iterations, or put it in their place.
 
 Axes: batch pos d_model head d_head.
 """
@@ -21,7 +20,6 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     in_chunks,
-    reference_batch,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import (
@@ -30,7 +28,6 @@ from loopscope.interp.common.places import (
     VisitNames,
     Where,
     at_site,
-    in_range,
     places_of,
 )
 from loopscope.interp.common.precision import widened
@@ -164,73 +161,6 @@ def steering_vector(
 
 
 @contextmanager
-def attenuate_input(
-    model: LoopedModel,
-    factor: float | int,
-    loops: Picked | int = "all",
-    n_loops: int | None = None,
-    *,
-    visits: VisitNames | None = None,
-) -> Iterator[LoopedModel]:
-    """Inside the `with` block the input that some iterations are injected is multiplied by a
-    factor.
-
-    Args:
-        factor: 1 changes nothing, 0 injects zeros.
-        loops: Iterations at which something is injected, "all" for every such one. Where an
-            iteration is injected several times, as in nested cycles, every injection is meant.
-        visits: Runs of stacks by name or pattern, such as "loops.0.low.1"; narrows `loops`.
-        n_loops: Iterations of the runs inside; None means what the checkpoint records.
-
-    Raises:
-        ValueError: A model, or an iteration, without injection; from the runs inside: another
-            n_loops.
-    """
-    names = _injections(model, loops, visits, checked_loops(n_loops, model.cfg.n_loops))
-    with model.hooks(
-        [(set(names).__contains__, lambda value, hook: factor * value)], n_loops=n_loops
-    ):
-        yield model
-
-
-@contextmanager
-def swap_input(
-    model: LoopedModel,
-    other: Inputs,
-    loops: Picked | int = "all",
-    n_loops: int | None = None,
-    *,
-    visits: VisitNames | None = None,
-) -> Iterator[LoopedModel]:
-    """Inside the `with` block another input is injected at some iterations; the state computed so
-    far stays.
-
-    Args:
-        other: A batch, texts or tokens of the shape of the runs inside; it is run once, when the
-            context is entered.
-        loops, n_loops, visits: As for `attenuate_input`.
-
-    Raises:
-        ValueError: As for `attenuate_input`, and a run inside of another shape.
-    """
-    n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    names = _injections(model, loops, visits, n_loops)
-    injected = recorded(model, reference_batch(model, other), names, n_loops)
-
-    def swap(value: Tensor, hook: HookPoint) -> Tensor:
-        new = injected[str(hook.name)]
-        if new.shape != value.shape:
-            raise ValueError(
-                f"the other input must have the shape of the run, {list(value.shape[:2])} (batch,"
-                f" pos), got {list(new.shape[:2])}"
-            )
-        return new
-
-    with model.hooks([(injected.__contains__, swap)], n_loops=n_loops):
-        yield model
-
-
-@contextmanager
 def _writing(
     model: LoopedModel,
     new: Callable[[Tensor, str], Tensor],
@@ -307,23 +237,3 @@ def _mean_at_readout(
         for part in parts
     )
     return torch.as_tensor(total) / len(batch)
-
-
-def _injections(
-    model: LoopedModel, loops: Picked | int, visits: VisitNames | None, n_loops: int
-) -> list[str]:
-    """The points of what is injected at some iterations, in the order of the schedule."""
-    places = [place for place in places_of(model, n_loops) if place.site == "hook_input"]
-    injected = sorted({place.loop for place in places if place.loop is not None})
-    if not injected:
-        raise ValueError(
-            "nothing is injected into this model's iterations in such a call: it has no hook_input"
-        )
-    wanted = injected if isinstance(loops, str) else in_range("loops", loops, n_loops)
-    missing = [loop for loop in wanted if loop not in injected]
-    if missing or not wanted:
-        where = f"at iteration {missing[0]}" if missing else "at loops=[]"
-        raise ValueError(
-            f"nothing is injected {where}; this model injects at the iterations {injected}"
-        )
-    return [place.name for place in Where(wanted, None, visits).among(places, n_loops)]

@@ -1,6 +1,6 @@
 """What becomes of the answer when activations of one run are put into another.
 
-Start with `activation.py`, whose cells either engine runs: `packed.py` many side by side,
-`continued.py` one whole run after the other. `paths.py` patches single paths, `tracing.py` is
-causal tracing, `sweep.py` the record. Imports `common`.
+Start with `activation.py`, whose cells either engine runs: `packed.py` many side by side (on
+`lanes.py`), `continued.py` one whole run after the other. `paths.py` patches single paths between
+`path_ends.py`, `tracing.py` is causal tracing, `sweep.py` the record. Imports `common`.
 """

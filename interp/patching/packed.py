@@ -1,6 +1,6 @@
 """Many patched runs side by side, each only from where its patch begins.
 
-A *lane* is one patched copy of one example. It joins the pass over the schedule at the visit of its
+A lane (see `lanes.py`) joins the pass over the schedule at the visit of its
 first patch, with the rows from its first patched column to its readout; earlier rows and visits are
 those of the base run. The live rows of all lanes lie flat, so that projections and MLPs see no
 padding; attention reads the base run's earlier keys and values.
@@ -9,7 +9,7 @@ padding; attention reads the base run's earlier keys and values.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,94 +20,13 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.cells import HEAD_AXIS, Cell
 from loopscope.interp.common.inputs import begin_batch
-from loopscope.models.core.attention import KeyValueStore, Rows
+from loopscope.interp.patching.lanes import BEFORE, BaseRun, Lanes, lanes_of
+from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.hooks import live
 from loopscope.models.core.packed_rows import PackedRows, RowPlaces
-from loopscope.models.core.state import State
 from loopscope.models.core.tokens import Batch
-
-_BEFORE = -1
-
-
-@dataclass(frozen=True)
-class Lanes:
-    """Lanes in the order in which they join, and their rows.
-
-    Attributes:
-        cell, example: Int[Tensor, " lane"], which patch of which example.
-        start, stop: Int[Tensor, " lane"], its first column and its readout.
-        visit: Int[Tensor, " lane"], where it joins: -1 before the first visit, the schedule's
-            length after the last.
-    """
-
-    cell: Int[Tensor, " lane"]
-    example: Int[Tensor, " lane"]
-    start: Int[Tensor, " lane"]
-    stop: Int[Tensor, " lane"]
-    visit: Int[Tensor, " lane"]
-
-    def __len__(self) -> int:
-        return len(self.cell)
-
-    def __getitem__(self, lanes: slice | Tensor) -> Lanes:
-        return Lanes(
-            *(x[lanes] for x in (self.cell, self.example, self.start, self.stop, self.visit))
-        )
-
-    @property
-    def lengths(self) -> Int[Tensor, " lane"]:
-        """Rows of each lane."""
-        return self.stop - self.start + 1
-
-    @property
-    def offsets(self) -> Int[Tensor, " lane"]:
-        """The first row of each lane among all rows."""
-        return self.lengths.cumsum(0) - self.lengths
-
-    def chunks(self, max_rows: int) -> Iterator[Lanes]:
-        """Pieces of at most `max_rows` rows, but at least one lane."""
-        ends = self.lengths.cumsum(0)
-        first = 0
-        while first < len(self):
-            done = int(ends[first - 1]) if first else 0
-            last = max(first + 1, int(torch.searchsorted(ends, done + max_rows, right=True)))
-            yield self[slice(first, last)]
-            first = last
-
-
-@dataclass(frozen=True)
-class BaseRun:
-    """The run that patches change, kept for every lane to start from.
-
-    Attributes:
-        model: The model.
-        batch: The inputs.
-        states: The state before each visit at which a lane can join.
-        end: The state after the last visit.
-        store: Keys and values of every visit.
-        logits: Float[Tensor, "batch d_vocab"] at the readout.
-    """
-
-    model: LoopedModel
-    batch: Batch
-    states: Mapping[int, State]
-    end: State
-    store: KeyValueStore
-    logits: Float[Tensor, "batch d_vocab"]
-
-    @classmethod
-    def of(cls, model: LoopedModel, batch: Batch, n_loops: int, joins: set[int]) -> BaseRun:
-        """Run once and keep the states at `joins`."""
-        state = begin_batch(model, batch, n_loops)
-        states: dict[int, State] = {0: state}
-        store: KeyValueStore = {}
-        for index in sorted(joins - {_BEFORE}):
-            state = model.advance(state, index, store=store)
-            states[index] = state
-        end = model.advance(state, store=store)
-        return cls(model, batch, states, end, store, model.readout(end, batch.readout))
 
 
 def packable(model: LoopedModel, batch: Batch) -> bool:
@@ -120,29 +39,6 @@ def packable(model: LoopedModel, batch: Batch) -> bool:
     if model.any_hook() or not (model.causal and model.batch_independent and model.rowwise):
         return False
     return begin_batch(model, batch[:1], 1).tags is None
-
-
-def lanes_of(model: LoopedModel, batch: Batch, cells: Sequence[Cell], n_loops: int) -> Lanes:
-    """The lanes of all cells that can reach an example's answer, in the order in which they
-    join.
-    """
-    joins = _joins(model, n_loops)
-    last = len(model.schedule(n_loops))
-    visit = torch.tensor([joins[cell.name] for cell in cells], dtype=torch.int64)[:, None]
-    first = torch.tensor([min(cell.columns) for cell in cells], dtype=torch.int64)[:, None]
-    stop = batch.readout.cpu()[None, :].expand(len(cells), -1)
-    read = torch.tensor(
-        [[column in cell.columns for column in batch.readout.tolist()] for cell in cells],
-        dtype=torch.bool,
-    )
-    reached = torch.where(visit == last, read.view(stop.shape), first <= stop)
-    start = torch.where(visit == last, stop, first.expand_as(stop))
-    cell, example = torch.meshgrid(
-        torch.arange(len(cells)), torch.arange(len(batch)), indexing="ij"
-    )
-    kept = [x.expand_as(stop)[reached] for x in (cell, example, start, stop, visit)]
-    order = kept[-1].argsort(stable=True)
-    return Lanes(*(x[order].to(batch.tokens.device) for x in kept))
 
 
 def packed_logits(
@@ -189,15 +85,15 @@ def run_lanes(
         return _pass(base, lanes)
 
 
-def _joins(model: LoopedModel, n_loops: int) -> dict[str, int]:
-    """The visit at which a patch of each hook point joins."""
-    schedule = model.schedule(n_loops)
-    before, after = model.edge_sites()
-    found = dict.fromkeys(before, _BEFORE) | dict.fromkeys(after, len(schedule))
-    return found | {name: visit.index for visit in schedule for name in visit.hook_names()}
-
-
 def _pass(base: BaseRun, lanes: Lanes) -> Tensor:
+    """Logits of all lanes from one pass over the schedule, with the patches attached as hooks.
+
+    The rows of all lanes lie one after another, in the order in which the lanes join; `rows` of
+    them have joined so far. At each visit the rows of the lanes that join there are taken from the
+    base run's state before it and put behind the others; then the visit runs on all of them at
+    once. Attention sees the rows of a lane's own, and for the columns before them the base run's
+    keys and values.
+    """
     model, schedule = base.model, base.model.schedule(base.end.n_loops)
     allowed = Rows.make(base.end, type(model).visible).allowed
     width = base.batch.tokens.shape[1]
@@ -210,7 +106,7 @@ def _pass(base: BaseRun, lanes: Lanes) -> Tensor:
     places = [x[row_example, row_column][None] for x in (base.end.positions, base.end.mask)]
     tags = None if base.end.tags is None else base.end.tags[row_example, row_column][None]
     counts = _counts(lanes, len(schedule))
-    joined, rows = counts[_BEFORE]
+    joined, rows = counts[BEFORE]
     running = _embedded(base, row_example[:rows], row_column[:rows]) if rows else None
     resid, parts = running or (base.end.resid[:1, :0], {})
     for visit in schedule[max(0, int(lanes.visit[0])) :]:
@@ -245,11 +141,11 @@ def _counts(lanes: Lanes, n_visits: int) -> dict[int, tuple[int, int]]:
     """Lanes and rows that have joined when each visit is run."""
     ends = torch.cat([lanes.lengths.new_zeros(1), lanes.lengths.cumsum(0)])
     joined = torch.searchsorted(
-        lanes.visit.contiguous(), torch.arange(_BEFORE, n_visits, device=ends.device), right=True
+        lanes.visit.contiguous(), torch.arange(BEFORE, n_visits, device=ends.device), right=True
     )
     return dict(
         zip(
-            range(_BEFORE, n_visits),
+            range(BEFORE, n_visits),
             zip(joined.tolist(), ends[joined].tolist(), strict=True),
             strict=True,
         )

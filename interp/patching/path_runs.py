@@ -23,30 +23,12 @@ from loopscope.interp.common.collecting import keeping, recorded
 from loopscope.interp.common.inputs import Metric, begin_batch, runs_side_by_side
 from loopscope.interp.common.metrics import measure
 from loopscope.interp.common.places import in_range
+from loopscope.interp.patching.path_ends import PathEnd
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import NamesFilter
 from loopscope.models.core.intervene import Hook
-from loopscope.models.core.state import State, Visit
+from loopscope.models.core.state import State
 from loopscope.models.core.tokens import Batch
-
-
-@dataclass(frozen=True)
-class PathEnd:
-    """One end of a path in the run.
-
-    Attributes:
-        name: The hook point.
-        added: The hook point at which the component's output is in the residual stream; for a head
-            the output of its attention.
-        visit: The visit of both.
-        head, position: The head and the column that are sent or received; None for all.
-    """
-
-    name: str
-    added: str
-    visit: Visit
-    head: int | None
-    position: int | None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ The three runs of Wang et al. 2022 (arXiv 2211.00593), section 3.1 and appendix 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
@@ -20,100 +20,24 @@ from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
-from loopscope.interp.common.places import Where, chosen_visits, in_range, one_visit
-from loopscope.interp.patching.path_runs import PathEnd, PathRuns
+from loopscope.interp.common.places import Where, chosen_visits
+from loopscope.interp.patching.path_ends import (
+    RECEIVED,
+    SENT,
+    PathEnd,
+    Receiver,
+    Sender,
+    end_of_path,
+)
+from loopscope.interp.patching.path_runs import PathRuns
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
 Freeze = Literal["attention+mlp", "attention"]
-_SENT = {"head": "attn.hook_z", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
-_ADDED = {"head": _SENT["attn"]}  # a head is in the residual stream once its attention's output is
-_RECEIVED = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "mlp": "hook_mlp_out"}
 _FROZEN: dict[str, tuple[str, ...]] = {
     "attention+mlp": ("hook_attn_out", "hook_mlp_out"),
     "attention": ("hook_attn_out",),
 }
-
-
-@dataclass(frozen=True)
-class Sender:
-    """Whose output is taken from the source run.
-
-    Attributes:
-        kind: "head" (at attn.hook_z), "attn" or "mlp" (what it adds to the residual stream).
-        loop, layer: The coordinates of its visit, from 0.
-        head: The head, for kind "head" only.
-        position: The column that is sent; None for all.
-        visit: The visit by its name ("loops.0.low.1.blocks.0", "prelude.0"), in place of loop and
-            layer; it must be given where several visits share both.
-    """
-
-    kind: Literal["head", "attn", "mlp"]
-    loop: int | None = None
-    layer: int | None = None
-    head: int | None = None
-    position: int | None = None
-    visit: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in _SENT:
-            raise ValueError(f"a sender's kind must be 'head', 'attn' or 'mlp', got {self.kind!r}")
-        _require_visit("a sender", self)
-        if (self.head is None) != (self.kind != "head"):
-            raise ValueError(f"head= must be given for kind 'head' and only then, got {self}")
-
-    def __str__(self) -> str:
-        return _words(self)
-
-
-@dataclass(frozen=True)
-class Receiver:
-    """Whose input the path ends in.
-
-    Attributes:
-        kind: "q", "k" or "v" of attention, "mlp" (an MLP's input), or "readout" (the final logits;
-            it stands alone).
-        loop, layer: The coordinates of its visit, from 0; None for the readout.
-        head: The head (for k and v the key-value head); None for all, and where there are none.
-        position: The column that receives; None for all.
-        visit: The visit by its name, in place of loop and layer; it must be given where several
-            visits share both.
-    """
-
-    kind: Literal["q", "k", "v", "mlp", "readout"]
-    loop: int | None = None
-    layer: int | None = None
-    head: int | None = None
-    position: int | None = None
-    visit: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in (*_RECEIVED, "readout"):
-            raise ValueError(
-                f"a receiver's kind must be 'q', 'k', 'v', 'mlp' or 'readout', got {self.kind!r}"
-            )
-        if self.kind != "readout":
-            _require_visit("a receiver", self)
-        elif any(getattr(self, field.name) is not None for field in fields(self)[1:]):
-            raise ValueError(f"the readout has no loop, layer, head or position, got {self}")
-        if self.kind == "mlp" and self.head is not None:
-            raise ValueError(f"an MLP has no heads, got {self}")
-
-    def __str__(self) -> str:
-        return _words(self)
-
-
-def _require_visit(what: str, end: Sender | Receiver) -> None:
-    """Raise unless the end of a path has a visit: by its coordinates or by its name."""
-    given = [end.loop is not None, end.layer is not None, end.visit is not None]
-    if given not in ([True, True, False], [False, False, True]):
-        raise ValueError(f"{what} needs loop= and layer=, or visit= alone, got {end}")
-
-
-def _words(end: Sender | Receiver) -> str:
-    axes = ("visit", "loop", "layer", "head", "position")
-    numbers = [f"{axis} {getattr(end, axis)}" for axis in axes if getattr(end, axis) is not None]
-    return " ".join([end.kind, *numbers])
 
 
 @dataclass(frozen=True)
@@ -308,7 +232,7 @@ class _Paths:
             )
         width = base.tokens.shape[1]
         found = tuple(
-            _end(model, n_loops, width, receiver, _RECEIVED)
+            end_of_path(model, n_loops, width, receiver, RECEIVED)
             for receiver in ends
             if receiver.kind != "readout"
         )
@@ -361,23 +285,7 @@ class _Paths:
     def sent(self, sender: Sender) -> PathEnd:
         """A sender in the run."""
         width = self.runs.base.tokens.shape[1]
-        return _end(self.runs.model, self.runs.n_loops, width, sender, _SENT)
+        return end_of_path(self.runs.model, self.runs.n_loops, width, sender, SENT)
 
     def _earlier(self, sender: PathEnd, receiver: PathEnd) -> bool:
         return self.runs.order[sender.name] < self.runs.order[receiver.name]
-
-
-def _end(
-    model: LoopedModel, n_loops: int, width: int, end: Sender | Receiver, sites: Mapping[str, str]
-) -> PathEnd:
-    """One end of the path in the run."""
-    visit = one_visit(model, n_loops, Where(end.loop, end.layer, end.visit))
-    site = sites[end.kind]
-    if site not in visit.points:
-        raise ValueError(f"{visit.name} has no {site}, which {end} needs")
-    if end.position is not None:
-        in_range("positions", [end.position], width)
-    if end.head is not None and end.kind in ("head", "q"):
-        in_range("heads", [end.head], model.cfg.n_heads)
-    name, added = (f"{visit.name}.{point}" for point in (site, _ADDED.get(end.kind, site)))
-    return PathEnd(name, added, visit, end.head, end.position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 import pandas as pd
@@ -17,6 +18,7 @@ from loopscope.interp.common.precision import widened
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.tokens import Batch
 
+_AXES = attrgetter("loop", "layer", "position", "head")
 _TOGETHER = 1024  # cells whose resamples are held at a time
 
 
@@ -167,20 +169,13 @@ class Sweep:
                 f"this sweep has the sites {', '.join(sites)}; name one of them, got {site!r}"
             )
         values = self.normalized() if normalized else self.mean()
-        chosen = [
-            (cell, value)
-            for cell, value in zip(self.cells, values, strict=True)
-            if site in (None, cell.site)
-        ]
-        axes = [
-            _sorted({getattr(cell, axis) for cell, _ in chosen})
-            for axis in ("loop", "layer", "position", "head")
-        ]
+        chosen = [i for i, cell in enumerate(self.cells) if site in (None, cell.site)]
+        places = [_AXES(self.cells[i]) for i in chosen]
+        axes = [_sorted(set(axis)) for axis in zip(*places, strict=True)]
         table = values.new_full(tuple(map(len, axes)), torch.nan)
-        for cell, value in chosen:
-            place = (cell.loop, cell.layer, cell.position, cell.head)
-            table[tuple(axis.index(at) for axis, at in zip(axes, place, strict=True))] = value
-        return Grid(table, axes[0], axes[1], axes[2], axes[3])
+        for i, place in zip(chosen, places, strict=True):
+            table[tuple(map(tuple.index, axes, place))] = values[i]
+        return Grid(table, *axes)
 
     def _present(self) -> Bool[Tensor, "cell batch"]:
         if self.present is None:

@@ -1,5 +1,5 @@
-"""Work that two processes share: a sweep, a lens, a recurrence grid; each process runs all of it and
-says how much it computed itself.
+"""Work that two processes share: a sweep, a lens, a recurrence grid; each process runs all of it
+and says how much it computed itself.
 """
 
 from __future__ import annotations

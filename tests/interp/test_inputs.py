@@ -192,3 +192,48 @@ def test_masks_of_any_type(dtype: torch.dtype, plain: RecurrentDepth) -> None:
 
 def test_mask_of_ones_is_no_mask(model: RecurrentDepth) -> None:
     assert torch.equal(model(random_tokens(), mask=torch.ones(BATCH, POS)), model(random_tokens()))
+
+
+# Inputs of methods
+
+
+def test_tokens_and_columns_may_be_lists(plain: RecurrentDepth) -> None:
+    tokens = random_tokens()
+    expected = as_batch(plain, tokens, torch.tensor([1, 6, 4]))
+    for inputs, readout in (
+        (tokens.tolist(), [1, 6, 4]),
+        (tokens, [-6, 6, -3]),
+        (tokens.int(), torch.tensor([1, -1, 4], dtype=torch.int32)),
+    ):
+        found = as_batch(plain, inputs, readout)
+        assert torch.equal(found.tokens.long(), expected.tokens)
+        assert torch.equal(found.readout, expected.readout)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "readout", "error", "message"),
+    [
+        ([[1, 2], [3]], 0, TypeError, "inputs must be a Batch, texts, or unpadded tokens"),
+        ([[1, 2], [3, 4]], [0, 1, 1], ValueError, r"there are 2 rows, got the shape \[3\]"),
+        ([[1, 2], [3, 4]], 0.5, TypeError, r"the readout column must be an integer, got 0\.5"),
+        ([[1, 2], [3, 4]], [0, 2], ValueError, "within the 2 positions of the input"),
+        (["<a>", 3], 0, TypeError, "inputs must be a Batch, texts, or unpadded tokens"),
+        ([[1.5, 2.0]], 0, TypeError, "tokens must be an integer tensor"),
+    ],
+)
+def test_inputs_that_cannot_be_meant_are_refused(
+    inputs: object,
+    readout: object,
+    error: type[Exception],
+    message: str,
+    plain: RecurrentDepth,
+) -> None:
+    with pytest.raises(error, match=message):
+        as_batch(plain, inputs, readout)
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5])
+def test_a_batch_size_is_at_least_one(size: object, plain: RecurrentDepth) -> None:
+    error = TypeError if isinstance(size, float) else ValueError
+    with pytest.raises(error, match="batch_size must be"):
+        readout_lens(plain, full(), batch_size=size)

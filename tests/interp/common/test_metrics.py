@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopscope.interp.attribution.edges import edge_attribution
 from loopscope.interp.attribution.gradients import gradients
-from loopscope.interp.attribution.patching import attribution_patch, edge_attribution
+from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_diff, logit_margin, measure
 from loopscope.interp.patching.activation import activation_patch
-from loopscope.interp.patching.paths import Receiver, Sender, path_patch, path_patch_sweep
+from loopscope.interp.patching.path_ends import Receiver, Sender
+from loopscope.interp.patching.paths import path_patch, path_patch_sweep
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import D_VOCAB, padded, projection
 

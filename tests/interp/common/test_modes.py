@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from loopscope.interp.attribution.direct_logit import direct_logit_attribution
+from loopscope.interp.attribution.edges import edge_attribution
 from loopscope.interp.attribution.gradients import gradients
-from loopscope.interp.attribution.patching import attribution_patch, edge_attribution
+from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.modes import evaluating
 from loopscope.interp.edit.ablation import Component, ablate
-from loopscope.interp.edit.steering import steering_vector, swap_input
+from loopscope.interp.edit.injection import swap_input
+from loopscope.interp.edit.steering import steering_vector
 from loopscope.interp.patching.activation import activation_patch
-from loopscope.interp.patching.paths import Receiver, Sender, path_patch, path_patch_sweep
+from loopscope.interp.patching.path_ends import Receiver, Sender
+from loopscope.interp.patching.paths import path_patch, path_patch_sweep
 from loopscope.interp.patching.tracing import causal_tracing, denoising_map, noising_map
 from loopscope.models.core.base import LoopedModel
 from toy import padded, projection, toy

@@ -15,17 +15,20 @@ from torch import Tensor
 
 from family_toys import TOYS, padded
 from loopscope.interp.attribution.direct_logit import direct_logit_attribution
-from loopscope.interp.attribution.patching import attribution_patch, edge_attribution
+from loopscope.interp.attribution.edges import edge_attribution
+from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.edit.ablation import Component, ablate
-from loopscope.interp.edit.steering import set_to, steering_vector, swap_input
+from loopscope.interp.edit.injection import swap_input
+from loopscope.interp.edit.steering import set_to, steering_vector
 from loopscope.interp.patching.activation import activation_patch
-from loopscope.interp.patching.paths import Receiver, Sender, path_patch, path_patch_sweep
+from loopscope.interp.patching.path_ends import Receiver, Sender
+from loopscope.interp.patching.paths import path_patch, path_patch_sweep
 from loopscope.interp.patching.tracing import causal_tracing, denoising_map, noising_map
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.tokens import Batch
 
-LOOPS, ANSWERS = 2, [3, 5, 7]
+LOOPS, ANSWERS = 1, [3, 5, 7]
 METRIC = logit_diff(ANSWERS, 2)
 FORMATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -92,9 +95,7 @@ def swapped(case: Case) -> pd.DataFrame:
 
 
 def swept(case: Case) -> pd.DataFrame:
-    sweep = activation_patch(
-        case.model, case.clean, case.corrupted, METRIC, LOOPS, heads="all", **case.few()
-    )
+    sweep = activation_patch(case.model, case.clean, case.corrupted, METRIC, LOOPS, **case.few())
     low, high = sweep.bootstrap(resamples=20)
     assert (low <= high).all()
     assert sweep.grid(sweep.cells[-1].site).values.isfinite().all()

@@ -24,15 +24,11 @@ from loopscope.interp.common.places import (
     places_of,
 )
 from loopscope.interp.edit.ablation import Component, ablate
-from loopscope.interp.edit.steering import (
-    attenuate_input,
-    set_to,
-    steer,
-    steering_vector,
-    swap_input,
-)
+from loopscope.interp.edit.injection import attenuate_input, swap_input
+from loopscope.interp.edit.steering import set_to, steer, steering_vector
 from loopscope.interp.patching.activation import activation_patch
-from loopscope.interp.patching.paths import Receiver, Sender, path_patch, path_patch_sweep
+from loopscope.interp.patching.path_ends import Receiver, Sender
+from loopscope.interp.patching.paths import path_patch, path_patch_sweep
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
 from loopscope.models.core.tokens import Batch

@@ -15,7 +15,8 @@ from torch import Tensor
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.locate import SHIPPED
 from loopscope.interp.common.metrics import margin
-from loopscope.interp.edit.ablation import Component, ablate, other_rows
+from loopscope.interp.edit.ablation import Component, ablate
+from loopscope.interp.edit.substitutes import other_rows
 from loopscope.interp.exits.halting import halting
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
@@ -398,7 +399,7 @@ def test_a_reference_in_pieces_gives_the_same(
         ("resample", full(3)),
     ):
         whole = ablated(plain, [ATTN, MLP], padded(), how=how, reference=reference)["logits"]
-        monkeypatch.setattr("loopscope.interp.edit.ablation._CHUNK", 2)
+        monkeypatch.setattr("loopscope.interp.edit.substitutes._CHUNK", 2)
         assert_close(
             ablated(plain, [ATTN, MLP], padded(), how=how, reference=reference)["logits"], whole
         )
@@ -408,7 +409,7 @@ def test_a_reference_in_pieces_gives_the_same(
 def test_a_reference_is_run_whole_where_rows_depend_on_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("loopscope.interp.edit.ablation._CHUNK", 1)
+    monkeypatch.setattr("loopscope.interp.edit.substitutes._CHUNK", 1)
     model = odd_one(BatchCentred)
     found = ablated(model, MLP, padded(), how="mean", reference=full(3))[MLP_OUT]
     assert_close(found, site_values(model, full(3), MLP_OUT).mean((0, 1)).expand_as(found))

@@ -10,12 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loopscope.interp.attribution.patching import (
-    EdgeAttribution,
-    End,
-    attribution_patch,
-    edge_attribution,
-)
+from loopscope.interp.attribution.edges import EdgeAttribution, End, edge_attribution
+from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.models.core.hooks import Taps
 from loopscope.models.families.recurrent_depth import RecurrentDepth

@@ -14,13 +14,8 @@ from torch import Tensor
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.locate import SHIPPED
 from loopscope.interp.common.metrics import logit_margin
-from loopscope.interp.patching.paths import (
-    PathPatch,
-    Receiver,
-    Sender,
-    path_patch,
-    path_patch_sweep,
-)
+from loopscope.interp.patching.path_ends import Receiver, Sender
+from loopscope.interp.patching.paths import PathPatch, path_patch, path_patch_sweep
 from loopscope.models.core.hooks import NO_TAPS, Taps
 from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth

@@ -23,7 +23,8 @@ from loopscope.interp.common.inputs import Metric
 from loopscope.interp.common.metrics import logit_diff, logit_margin
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.packed import packable
-from loopscope.interp.patching.paths import Receiver, path_patch_sweep
+from loopscope.interp.patching.path_ends import Receiver
+from loopscope.interp.patching.paths import path_patch_sweep
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.interp.patching.unfinished import Unfinished
 from loopscope.models.core.base import LoopedModel

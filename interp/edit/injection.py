@@ -1,0 +1,104 @@
+"""Interventions on the input that iterations are injected: weaken it, or inject that of another
+question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.collecting import recorded
+from loopscope.interp.common.inputs import Inputs, reference_batch
+from loopscope.interp.common.places import Picked, VisitNames, Where, in_range, places_of
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+
+
+@contextmanager
+def attenuate_input(
+    model: LoopedModel,
+    factor: float | int,
+    loops: Picked | int = "all",
+    n_loops: int | None = None,
+    *,
+    visits: VisitNames | None = None,
+) -> Iterator[LoopedModel]:
+    """Inside the `with` block the input that some iterations are injected is multiplied by a
+    factor.
+
+    Args:
+        factor: 1 changes nothing, 0 injects zeros.
+        loops: Iterations at which something is injected, "all" for every such one. Where an
+            iteration is injected several times, as in nested cycles, every injection is meant.
+        visits: Runs of stacks by name or pattern, such as "loops.0.low.1"; narrows `loops`.
+        n_loops: Iterations of the runs inside; None means what the checkpoint records.
+
+    Raises:
+        ValueError: A model, or an iteration, without injection; from the runs inside: another
+            n_loops.
+    """
+    names = _injections(model, loops, visits, checked_loops(n_loops, model.cfg.n_loops))
+    with model.hooks(
+        [(set(names).__contains__, lambda value, hook: factor * value)], n_loops=n_loops
+    ):
+        yield model
+
+
+@contextmanager
+def swap_input(
+    model: LoopedModel,
+    other: Inputs,
+    loops: Picked | int = "all",
+    n_loops: int | None = None,
+    *,
+    visits: VisitNames | None = None,
+) -> Iterator[LoopedModel]:
+    """Inside the `with` block another input is injected at some iterations; the state computed so
+    far stays.
+
+    Args:
+        other: A batch, texts or tokens of the shape of the runs inside; it is run once, when the
+            context is entered.
+        loops, n_loops, visits: As for `attenuate_input`.
+
+    Raises:
+        ValueError: As for `attenuate_input`, and a run inside of another shape.
+    """
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    names = _injections(model, loops, visits, n_loops)
+    injected = recorded(model, reference_batch(model, other), names, n_loops)
+
+    def swap(value: Tensor, hook: HookPoint) -> Tensor:
+        new = injected[str(hook.name)]
+        if new.shape != value.shape:
+            raise ValueError(
+                f"the other input must have the shape of the run, {list(value.shape[:2])} (batch,"
+                f" pos), got {list(new.shape[:2])}"
+            )
+        return new
+
+    with model.hooks([(injected.__contains__, swap)], n_loops=n_loops):
+        yield model
+
+
+def _injections(
+    model: LoopedModel, loops: Picked | int, visits: VisitNames | None, n_loops: int
+) -> list[str]:
+    """The points of what is injected at some iterations, in the order of the schedule."""
+    places = [place for place in places_of(model, n_loops) if place.site == "hook_input"]
+    injected = sorted({place.loop for place in places if place.loop is not None})
+    if not injected:
+        raise ValueError(
+            "nothing is injected into this model's iterations in such a call: it has no hook_input"
+        )
+    wanted = injected if isinstance(loops, str) else in_range("loops", loops, n_loops)
+    if not wanted or not set(wanted) <= set(injected):
+        missing = min(set(wanted) - set(injected), default=None)
+        where = "at loops=[]" if missing is None else f"at iteration {missing}"
+        raise ValueError(
+            f"nothing is injected {where}; this model injects at the iterations {injected}"
+        )
+    return [place.name for place in Where(wanted, None, visits).among(places, n_loops)]
