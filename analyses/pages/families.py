@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -330,6 +330,19 @@ def page(support: Support) -> str:
     everywhere = [name for name, row in rows.iterrows() if (row == "yes").all()]
     some = rows.drop(index=everywhere).T.rename_axis("family").reset_index()
     some.columns = [name if name == "family" else f"`{name}`" for name in some.columns]
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for (method, family), why in support.reasons.items():
+        sentence = why.replace(f"{method} needs", "it needs").replace(
+            FAMILIES[family][1].__name__, "model"
+        )
+        grouped.setdefault((sentence, family), []).append(method)
+    shared: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (why, family), methods in grouped.items():
+        shared.setdefault((why, tuple(methods)), []).append(family)
+    reasons = [
+        f"* {', '.join(f'`{name}`' for name in methods)} on {', '.join(families)}: {why}"
+        for (why, methods), families in shared.items()
+    ]
     return _PAGE.format(
         families="\n".join(
             f"* **{name}**: {_about(FAMILIES[name][1])}{_own_points(name)}"
@@ -337,33 +350,18 @@ def page(support: Support) -> str:
         ),
         facts=markdown_table(support.facts),
         options="\n".join(
-            sorted({_options(each.family, each.options) for each in TABLES if each.options})
+            sorted(
+                {
+                    f"* {t.family}: " + "; ".join(f"`{k}`: {v}" for k, v in t.options.items())
+                    for t in TABLES
+                    if t.options
+                }
+            )
         ),
         everywhere=_named(everywhere),
         methods=markdown_table(some),
-        reasons="\n".join(_reasons(support)),
+        reasons="\n".join(reasons),
     )
-
-
-def _options(family: str, options: Mapping[str, str]) -> str:
-    """The arguments of `load` for the releases of a family."""
-    return f"* {family}: " + "; ".join(f"`{name}`: {what}" for name, what in options.items())
-
-
-def _reasons(support: Support) -> list[str]:
-    """Every refusal once, with the methods and the families that give it."""
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for (method, family), why in support.reasons.items():
-        sentence = why.replace(f"{method} needs", "it needs")
-        sentence = sentence.replace(FAMILIES[family][1].__name__, "model")
-        grouped.setdefault((sentence, family), []).append(method)
-    shared: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (why, family), methods in grouped.items():
-        shared.setdefault((why, tuple(methods)), []).append(family)
-    return [
-        f"* {_named(methods)} on {', '.join(families)}: {why}"
-        for (why, methods), families in shared.items()
-    ]
 
 
 def _named(methods: Iterable[Any]) -> str:
