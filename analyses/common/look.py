@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -48,6 +49,16 @@ def styled(figure: go.Figure, height: int) -> go.Figure:
     figure.update_xaxes(gridcolor=GRID, linecolor=FAINT, tickcolor=FAINT)
     figure.update_yaxes(gridcolor=GRID, linecolor=FAINT, tickcolor=FAINT)
     return figure
+
+
+def note(plot: go.Figure, text: str, size: int = 11, **place: Any) -> None:
+    """Write a line of text into a figure, without an arrow.
+
+    Args:
+        size: Of the letters, unless `place` has a font.
+        place: Where and how, in the words of plotly's annotations.
+    """
+    plot.add_annotation(**{"text": text, "showarrow": False, "font": {"size": size}} | place)
 
 
 def hop_colors(hops: Sequence[int], trained: int | None) -> dict[int, str]:

@@ -166,17 +166,15 @@ FIGURE_CONFIG = {
 
 
 def _plain(value: Any) -> Any:
-    """JSON for a record: tensors as lists, what is not a number as null."""
+    """JSON for a record: tensors as lists, and None for numbers that are not finite."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+        return _plain({each.name: getattr(value, each.name) for each in dataclasses.fields(value)})
     if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool) or value is None else str(value)
+        return list(map(_plain, value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)

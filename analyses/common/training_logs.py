@@ -112,11 +112,7 @@ def read_log(path: Path) -> TrainingLog:
     recipe = _recipe_of(path)
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        groups = {group: None for line in lines for group in line["accuracy"]}
-        accuracy = {
-            group: _tensor([line["accuracy"].get(group, math.nan) for line in lines])
-            for group in groups
-        }
+        accuracy = _accuracies(lines)
         columns = {key: [line[key] for line in lines] for key in ("stage", "update", "seconds")}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -129,16 +125,27 @@ def read_log(path: Path) -> TrainingLog:
         loops=(recipe["loops"]["low"], recipe["loops"]["high"]),
         n_layers=recipe["n_layers"],
         stages=tuple(stage["name"] for stage in recipe["stages"]),
-        gates={
-            stage["gate_on"]: stage["gate"]
-            for stage in recipe["stages"]
-            if stage["gate_on"] is not None
-        },
+        gates=_gates(recipe),
         stage=torch.tensor(columns["stage"]),
         updates=torch.tensor(columns["update"]),
         minutes=_tensor(columns["seconds"]) / 60,
         accuracy=accuracy,
     )
+
+
+def _accuracies(lines: Sequence[dict[str, Any]]) -> dict[str, Float[Tensor, " evaluation"]]:
+    """The accuracy of each group of questions; NaN before the group was first asked."""
+    groups = dict.fromkeys(group for line in lines for group in line["accuracy"])
+    return {
+        group: _tensor([line["accuracy"].get(group, math.nan) for line in lines])
+        for group in groups
+    }
+
+
+def _gates(recipe: dict[str, Any]) -> dict[str, float]:
+    """The accuracy that ends a stage, by the group of questions that is asked for it."""
+    gated = [stage for stage in recipe["stages"] if stage["gate_on"] is not None]
+    return {stage["gate_on"]: stage["gate"] for stage in gated}
 
 
 def _tensor(values: Sequence[float]) -> Float[Tensor, " evaluation"]:

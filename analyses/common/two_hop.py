@@ -48,15 +48,16 @@ def ask(subject: Subject, group: str, at_most: int | None = None) -> TwoHopQuest
         )
     if at_most is not None and at_most < 1:
         raise ValueError(f"at least one question of each group is needed, got {at_most}")
-    found = tuple(question for question in subject.questions.get(2, []) if question.kind == group)[
-        :at_most
-    ]
+    asked = [question for question in subject.questions.get(2, []) if question.kind == group]
+    found = tuple(asked[:at_most])
     if not found:
         raise ValueError(
             f"the data of {subject.name} have no two-hop questions of the group {group!r}"
         )
-    paths = [subject.graph.walk(question.text)[1:] for question in found]
-    targets = [[subject.model.to_single_token(entity) for entity in path] for path in paths]
+    targets = [
+        list(map(subject.model.to_single_token, subject.graph.walk(question.text)[1:]))
+        for question in found
+    ]
     batch = subject.model.encode([question.text for question in found])
     return TwoHopQuestions(found, batch, torch.tensor(targets, device=subject.model.device))
 

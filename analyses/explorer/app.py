@@ -36,16 +36,14 @@ from loopscope.analyses.explorer.model import (
 from loopscope.analyses.explorer.page import BUSY, page
 from loopscope.analyses.explorer.questions import Query, ask, ask_beside, contrast
 from loopscope.analyses.explorer.requests import LOOPBACK, QuietHandler, guard
+from loopscope.analyses.explorer.sentences import map_caption, said, verdict
 from loopscope.analyses.explorer.view import (
     Figure,
     attention_figure,
     cell_mark,
     lens_figure,
-    map_caption,
     margin_figure,
     patch_figure,
-    said,
-    verdict,
 )
 from loopscope.models.core.state import checked_loops
 
@@ -318,113 +316,63 @@ def _report(error: Exception) -> None:
     set_props("problem", {"children": f"This could not be computed: {error}"})
 
 
+@dataclass(frozen=True)
+class Wire:
+    """One callback of the page; its ends are written "control.property".
+
+    Attributes:
+        method: The explorer's method, or `choose`.
+        outputs: Where the results go; with a "!" where another wire writes there too.
+        inputs: Whose change calls the method; their values are its arguments.
+        states: Further arguments.
+        busy: The key of what the status line says meanwhile; empty for nothing.
+        at_once: Whether the method is called when the page opens.
+    """
+
+    method: str
+    outputs: str
+    inputs: str
+    states: str = ""
+    busy: str = ""
+    at_once: bool = True
+
+
+WIRES = (
+    Wire("suggest", "a.value b.value", "next-a.n_clicks hops.value next-b.n_clicks", "a.value",
+         at_once=False),
+    Wire("check", "asked.data pair.data a-wrong.children b-wrong.children problem.children",
+         "a.value b.value", "asked.data"),
+    Wire("limit", "loop.max loop.value", "loops.value", "loop.value"),
+    Wire("show_lens", "lens.figure lens-took.children", "asked.data loops.value rows.value",
+         busy="lens"),
+    Wire("show_margin", "margin.figure verdict.children margin-took.children",
+         "asked.data loops.drag_value", busy="margin"),
+    Wire("show_attention", "attention.figure loop.disabled head.disabled attention-took.children",
+         "asked.data loops.value view.value loop.value layer.value head.value", busy="attention"),
+    Wire("show_map", "map.figure shown.data map-caption.children block.options position.options"
+         " block.value position.value map-took.children", "pair.data loops.value extent.value",
+         "block.value position.value", busy="map"),
+    Wire("choose", "block.value! position.value! map.clickData", "map.clickData", "shown.data",
+         at_once=False),
+    Wire("show_cell", "said.children map.figure! cell-took.children",
+         "block.value position.value shown.data", busy="cell", at_once=False),
+)  # fmt: skip
+
+
 def _wire(app: Dash, explorer: Explorer) -> None:
     """Tie the explorer's methods to the controls."""
+    for wire in WIRES:
+        method = choose if wire.method == "choose" else getattr(explorer, wire.method)
+        said = f"computing {BUSY.get(wire.busy)} …"
+        running = [(Output(f"{wire.busy}-busy", "children"), said, "")] if wire.busy else None
+        ends = [
+            *(_output(end) for end in wire.outputs.split()),
+            *(Input(*end.split(".")) for end in wire.inputs.split()),
+            *(State(*end.split(".")) for end in wire.states.split()),
+        ]
+        app.callback(*ends, running=running, prevent_initial_call=not wire.at_once)(method)
 
-    def tie(method: Callable[..., Any], *ends: Any, busy: str = "", **options: Any) -> None:
-        running = (
-            [(Output(f"{busy}-busy", "children"), f"computing {BUSY[busy]} …", "")]
-            if busy
-            else None
-        )
-        app.callback(*ends, running=running, **options)(method)
 
-    n_loops, asked, pair = Input("loops", "value"), Input("asked", "data"), Input("pair", "data")
-    block, position = ("block", "value"), ("position", "value")
-    tie(
-        explorer.suggest,
-        Output("a", "value"),
-        Output("b", "value"),
-        Input("next-a", "n_clicks"),
-        Input("hops", "value"),
-        Input("next-b", "n_clicks"),
-        State("a", "value"),
-        prevent_initial_call=True,
-    )
-    tie(
-        explorer.check,
-        Output("asked", "data"),
-        Output("pair", "data"),
-        Output("a-wrong", "children"),
-        Output("b-wrong", "children"),
-        Output("problem", "children"),
-        Input("a", "value"),
-        Input("b", "value"),
-        State("asked", "data"),
-    )
-    tie(
-        explorer.limit,
-        Output("loop", "max"),
-        Output("loop", "value"),
-        n_loops,
-        State("loop", "value"),
-    )
-    tie(
-        explorer.show_lens,
-        Output("lens", "figure"),
-        Output("lens-took", "children"),
-        asked,
-        n_loops,
-        Input("rows", "value"),
-        busy="lens",
-    )
-    tie(
-        explorer.show_margin,
-        Output("margin", "figure"),
-        Output("verdict", "children"),
-        Output("margin-took", "children"),
-        asked,
-        Input("loops", "drag_value"),
-        busy="margin",
-    )
-    tie(
-        explorer.show_attention,
-        Output("attention", "figure"),
-        Output("loop", "disabled"),
-        Output("head", "disabled"),
-        Output("attention-took", "children"),
-        asked,
-        n_loops,
-        Input("view", "value"),
-        Input("loop", "value"),
-        Input("layer", "value"),
-        Input("head", "value"),
-        busy="attention",
-    )
-    tie(
-        explorer.show_map,
-        Output("map", "figure"),
-        Output("shown", "data"),
-        Output("map-caption", "children"),
-        Output("block", "options"),
-        Output("position", "options"),
-        Output(*block),
-        Output(*position),
-        Output("map-took", "children"),
-        pair,
-        n_loops,
-        Input("extent", "value"),
-        State(*block),
-        State(*position),
-        busy="map",
-    )
-    tie(
-        choose,
-        Output(*block, allow_duplicate=True),
-        Output(*position, allow_duplicate=True),
-        Output("map", "clickData"),
-        Input("map", "clickData"),
-        State("shown", "data"),
-        prevent_initial_call=True,
-    )
-    tie(
-        explorer.show_cell,
-        Output("said", "children"),
-        Output("map", "figure", allow_duplicate=True),
-        Output("cell-took", "children"),
-        Input(*block),
-        Input(*position),
-        Input("shown", "data"),
-        busy="cell",
-        prevent_initial_call=True,
-    )
+def _output(end: str) -> Output:
+    control, name = end.removesuffix("!").split(".")
+    return Output(control, name, allow_duplicate=end.endswith("!"))

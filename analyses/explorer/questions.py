@@ -125,19 +125,16 @@ def _length(text: str) -> int:
 
 
 def hint(subject: Subject) -> str:
-    """Which tokens questions are made of."""
-    used = {
-        token
-        for group in subject.questions.values()
-        for question in group
-        for token in subject.model.to_str_tokens(question.text)
-    }
-    vocab = subject.model.vocab
-    words = [word for word in (vocab.words if vocab else ()) if word in used]
-    kinds = dict.fromkeys(word.rstrip("0123456789>") for word in words)
-    families = [[word for word in words if word.rstrip("0123456789>") == kind] for kind in kinds]
+    """The tokens that questions are made of, as ranges of each kind."""
+    to_words, vocab = subject.model.to_str_tokens, subject.model.vocab
+    texts = [question.text for group in subject.questions.values() for question in group]
+    used = set().union(*map(to_words, texts))
+    kinds: dict[str, list[str]] = {}
+    for word in vocab.words if vocab else ():
+        if word in used:
+            kinds.setdefault(word.rstrip("0123456789>"), []).append(word)
     return ", ".join(
-        f"{family[0]} to {family[-1]}" if len(family) > 1 else family[0] for family in families
+        f"{words[0]} to {words[-1]}" if len(words) > 1 else words[0] for words in kinds.values()
     )
 
 

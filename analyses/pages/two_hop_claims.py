@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -84,27 +86,30 @@ def three_stages() -> Claim:
     )
 
 
+def _known_at(log: list[dict[str, Any]], least: float) -> float:
+    """The update at which OOD facts are first known to this accuracy; infinite where they never
+    are.
+    """
+    return next(
+        (line["update"] for line in log if line["accuracy"]["test_inferred_ood"] >= least), math.inf
+    )
+
+
+def _when(update: float) -> str:
+    return "never" if math.isinf(update) else f"after {update:,} updates"
+
+
 def more_iterations() -> Claim:
     """OOD accuracy by the number of iterations of the same two layers, from the logs."""
     logs = {r: read_log(f"mini/systematicity/r{r}_l2") for r in ITERATIONS}
     last = {r: log[-1]["accuracy"]["test_inferred_ood"] for r, log in logs.items()}
-    half = {
-        r: next(
-            (line["update"] for line in log if line["accuracy"]["test_inferred_ood"] >= 0.5), None
-        )
-        for r, log in logs.items()
-    }
-    reached = {
-        r: "never" if update is None else f"after {update:,} updates" for r, update in half.items()
-    }
+    half = {r: _known_at(log, 0.5) for r, log in logs.items()}
     parts = [
-        f"R={r}: {last[r]:.2f} after {logs[r][-1]['update']:,} updates, 0.5 {reached[r]}"
+        f"R={r}: {last[r]:.2f} after {logs[r][-1]['update']:,} updates, 0.5 {_when(half[r])}"
         for r in ITERATIONS
     ]
     needed = last[1] <= 0.1 and max(last.values()) >= 0.3
-    more = min(last[r] for r in ITERATIONS if r > 1) >= 0.3 and (half[4] or float("inf")) < (
-        half[2] or float("inf")
-    )
+    more = min(last[r] for r in ITERATIONS[1:]) >= 0.3 and half[4] < half[2]
     rule = (
         "R=1 at most 0.1, every R above 1 at least 0.3, and R=4 at 0.5 after fewer updates than R=2"
         " (partly: R=1 at most 0.1, another 0.3)"

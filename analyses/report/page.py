@@ -71,18 +71,14 @@ def run(config: ReportConfig) -> tuple[Subject, Tabs]:
     opened = Opened(config, open_subject(config))
     checked_loops(config.n_loops, None)
     opened.subject.of_hops(config.hops)  # a setting of the report's own is refused before any work
-    tabs = {tab: names for tab, names in TABS.items() if tab != COMPARISON or config.compare}
-    made: Tabs = {}
-    with tqdm(total=sum(map(len, tabs.values())), desc="report") as bar:
-        for tab, names in tabs.items():
-            made[tab] = []
-            for name in names:
-                made[tab].append(_drawn(name, opened))
-                bar.update()
-    every = [each for inside in made.values() for each in inside]
-    if all(each.figure is None for each in every):
-        raise ValueError(f"no figure of the report can be drawn: {every[0].why}")
-    return opened.subject, made
+    tabs = dict(TABS)
+    if not config.compare:
+        del tabs[COMPARISON]
+    names = [name for inside in tabs.values() for name in inside]
+    drawn = {name: _drawn(name, opened) for name in tqdm(names, desc="report")}
+    if all(each.figure is None for each in drawn.values()):
+        raise ValueError(f"no figure of the report can be drawn: {drawn[names[0]].why}")
+    return opened.subject, {tab: [drawn[name] for name in tabs[tab]] for tab in tabs}
 
 
 def _drawn(name: str, opened: Opened) -> Drawn:

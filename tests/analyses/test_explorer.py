@@ -40,14 +40,13 @@ from loopscope.analyses.explorer.questions import (
     contrast,
     hint,
 )
+from loopscope.analyses.explorer.sentences import map_caption, verdict
 from loopscope.analyses.explorer.view import (
     attention_figure,
     cell_mark,
     lens_figure,
-    map_caption,
     margin_figure,
     patch_figure,
-    verdict,
 )
 from loopscope.interp.common.metrics import margin
 from loopscope.models.core.base import LoopedModel

@@ -95,7 +95,7 @@ def test_the_numbers_of_halting() -> None:
     stops = halting.run(HaltingConfig())
     (both, alone), (many, few) = (
         stops.accuracy.mean(1)[:2].tolist(),
-        stops.loops_used.mean(1)[:2].tolist(),
+        stops.iterations.mean(1)[:2].tolist(),
     )
     assert (
         f"KL and entropy: accuracy {both:.2f} in {many:.1f} iterations; KL alone: {alone:.2f} in"

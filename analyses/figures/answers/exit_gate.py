@@ -155,10 +155,7 @@ def figure(record: ExitGate) -> go.Figure:
     """
     every = _lines(record)
     lines = every[:_LINES]
-    titles = [
-        *_TITLES[:3],
-        _TITLES[3] + (f", the first {_LINES} of {len(every)} lines" if len(every) > _LINES else ""),
-    ]
+    cut = f", the first {_LINES} of {len(every)} lines" if len(every) > _LINES else ""
     share = 16 * len(lines) + 60
     plot = make_subplots(
         rows=2,
@@ -167,16 +164,28 @@ def figure(record: ExitGate) -> go.Figure:
         row_heights=[260, share],
         horizontal_spacing=0.1,
         vertical_spacing=110 / (370 + share),
-        subplot_titles=titles,
+        subplot_titles=[*_TITLES[:3], _TITLES[3] + cut],
     )
     _distribution(plot, record)
-    curves = (record.used.double().mean(1), record.agrees.double().mean(1))
-    for col, (values, color, unit) in enumerate(
-        zip(curves, CATEGORIES[:2], ("mean iterations", "share of tokens"), strict=True), start=2
+    _over_thresholds(plot, record)
+    plot.update_yaxes(showgrid=True, row=1)
+    plot.update_annotations(font_size=13)
+    _token_map(plot, record, lines)
+    place = {"orientation": "h", "x": 0, "y": 1 + 34 / (220 + share), "yanchor": "bottom"}
+    plot.update_layout(legend=place)
+    return styled(plot, 370 + share).update_layout(margin_t=90)
+
+
+def _over_thresholds(plot: go.Figure, record: ExitGate) -> None:
+    """Iterations used, and the share of tokens whose top token is already that of the end."""
+    n_loops = len(record.pdf)
+    for col, values, color, unit, highest in (
+        (2, record.used, CATEGORIES[0], "mean iterations", n_loops),
+        (3, record.agrees, CATEGORIES[1], "share of tokens", 1),
     ):
         plot.add_scatter(
             x=list(record.thresholds),
-            y=values.tolist(),
+            y=values.double().mean(1).tolist(),
             mode="lines+markers",
             line={"color": color, "width": 2},
             showlegend=False,
@@ -184,18 +193,10 @@ def figure(record: ExitGate) -> go.Figure:
             row=1,
             col=col,
         )
-        plot.update_yaxes(title=unit, title_standoff=6, row=1, col=col)
+        top = [0, 1.04 * highest]
+        plot.update_yaxes(title=unit, title_standoff=6, range=top, row=1, col=col)
     plot.update_xaxes(title="threshold", dtick=0.25, tick0=0, row=1)
-    plot.update_xaxes(title="iterations", dtick=max(1, len(record.pdf) // 8), tick0=1, row=1, col=1)
-    plot.update_yaxes(range=[0, len(record.pdf) * 1.04], row=1, col=2)
-    plot.update_yaxes(range=[0, 1.04], row=1, col=3)
-    plot.update_yaxes(showgrid=True, row=1)
-    plot.update_annotations(font_size=13)
-    _token_map(plot, record, lines)
-    plot.update_layout(
-        legend={"orientation": "h", "x": 0, "y": 1 + 34 / (220 + share), "yanchor": "bottom"}
-    )
-    return styled(plot, 370 + share).update_layout(margin_t=90)
+    plot.update_xaxes(title="iterations", dtick=max(1, n_loops // 8), tick0=1, row=1, col=1)
 
 
 def _distribution(plot: go.Figure, record: ExitGate) -> None:
@@ -240,11 +241,12 @@ def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, in
     for i, start, spot in lines:
         shown = record.tokens[i][start : start + width]
         gaps = width - len(shown)
+        places = [f"input {i}, position {start + j}" for j in range(len(shown))]
         z.append([*expected[spot : spot + len(shown)], *[math.nan] * gaps])
         text.append([*map(label, shown), *[""] * gaps])
-        hover.append(
-            [*(f"input {i}, position {start + j}" for j in range(len(shown))), *[""] * gaps]
-        )
+        hover.append([*places, *[""] * gaps])
+    bar = {"thickness": 10, "outlinewidth": 0, "len": 0.4, "y": 0, "yanchor": "bottom"}
+    at = {"row": 2, "col": 1}
     plot.add_heatmap(
         z=z,
         text=text,
@@ -257,22 +259,12 @@ def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, in
         zmin=1,
         zmax=len(record.pdf),
         colorscale=ACCURACY_SCALE,
-        colorbar={
-            "thickness": 10,
-            "outlinewidth": 0,
-            "len": 0.4,
-            "y": 0,
-            "yanchor": "bottom",
-            "title": {"text": "exit"},
-        },
-        hovertemplate=(
-            "%{text}, %{customdata}<br>expected exit after %{z:.2f} iterations<extra></extra>"
-        ),
-        row=2,
-        col=1,
+        colorbar={**bar, "title": {"text": "exit"}},
+        hovertemplate="%{text}, %{customdata}<br>expected exit after %{z:.2f} iterations"
+        "<extra></extra>",
+        **at,
     )
     names = [f"input {i}" if start == 0 else "" for i, start, _ in lines]
-    plot.update_yaxes(
-        autorange="reversed", tickvals=list(range(len(lines))), ticktext=names, row=2, col=1
-    )
-    plot.update_xaxes(visible=False, row=2, col=1)
+    rows = list(range(len(lines)))
+    plot.update_yaxes(autorange="reversed", tickvals=rows, ticktext=names, **at)
+    plot.update_xaxes(visible=False, **at)

@@ -4,6 +4,7 @@ over learned (figure 19).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from loopscope.analyses.common.by_hop import run_by_hop
 from loopscope.analyses.common.configs import ComparisonConfig
 from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import FAINT, INK, model_label, run_colors, styled
+from loopscope.analyses.common.look import FAINT, INK, model_label, note, run_colors, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import open_subject
 from loopscope.checkpoints.load import read_card
@@ -143,34 +144,40 @@ def run(config: GeneralisationConfig) -> Generalisation:
         raise ValueError(
             f"the threshold is an accuracy above 0 and at most 1, got {config.threshold}"
         )
-    known = {
-        name: _facts(name)
-        for name in config.checkpoints
-        or [name for name in shipped_names() if name.startswith(_KIND)]
-    }
-    names = tuple(sorted(known, key=lambda name: known[name]))
+    facts = _sorted_facts(config)
+    names, known = tuple(facts), list(facts.values())
     best = [_best(config, name) for name in tqdm(names, desc="checkpoints", leave=False)]
     hops = tuple(sorted({hop for found in best for hop in found}))
     return Generalisation(
         checkpoints=names,
-        runs=tuple(known[name].run for name in names),
-        labels=tuple(model_label(known[name].loops, known[name].layers) for name in names),
-        updates=torch.tensor([known[name].updates for name in names]),
-        learned=torch.tensor([known[name].learned for name in names]),
-        answered=torch.tensor(
-            [
-                max((hop for hop, share in found.items() if share >= config.threshold), default=0)
-                for found in best
-            ]
-        ),
+        runs=tuple(each.run for each in known),
+        labels=tuple(model_label(each.loops, each.layers) for each in known),
+        updates=torch.tensor([each.updates for each in known]),
+        learned=torch.tensor([each.learned for each in known]),
+        answered=torch.tensor([_deepest(found, config.threshold) for found in best]),
         asked=torch.tensor([max(found) for found in best]),
         hops=hops,
-        best=torch.tensor(
-            [[found.get(hop, float("nan")) for hop in hops] for found in best], dtype=torch.float64
-        ),
+        best=torch.tensor([_row(found, hops) for found in best], dtype=torch.float64),
         threshold=config.threshold,
         n_loops=config.n_loops,
     )
+
+
+def _sorted_facts(config: GeneralisationConfig) -> dict[str, _Facts]:
+    """The facts of every checkpoint, by run and then by updates."""
+    shipped = [name for name in shipped_names() if name.startswith(_KIND)]
+    facts = {name: _facts(name) for name in config.checkpoints or shipped}
+    return dict(sorted(facts.items(), key=lambda item: item[1]))
+
+
+def _deepest(best: Mapping[int, float], threshold: float) -> int:
+    """The deepest hop count with at least this accuracy; 0 where none has it."""
+    return max((hop for hop, share in best.items() if share >= threshold), default=0)
+
+
+def _row(best: Mapping[int, float], hops: Sequence[int]) -> list[float]:
+    """The accuracy of each hop count; NaN where it was not asked."""
+    return [best.get(hop, float("nan")) for hop in hops]
 
 
 def _facts(name: str) -> _Facts:
@@ -208,59 +215,42 @@ def figure(record: Generalisation) -> go.Figure:
     plot = go.Figure()
     runs = list(dict.fromkeys(record.runs))
     for run_name, color in zip(runs, run_colors([i + 2 for i in range(len(runs))]), strict=True):
-        mine = [i for i, name in enumerate(record.runs) if name == run_name]
-        pairs = [record.pair(i) for i in mine]
-        symbols = [
-            "triangle-up" if bound else "circle" for bound in record.at_least()[mine].tolist()
-        ]
-        model = record.labels[mine[-1]]
-        plot.add_scatter(
-            x=record.updates[mine].tolist(),
-            y=record.ratio()[mine].tolist(),
-            mode="lines+markers+text",
-            name=model,
-            showlegend=False,
-            line={"color": color, "width": 2},
-            marker={"size": 10, "symbol": symbols},
-            text=[*pairs[:-1], f"<b>{model}</b><br>{pairs[-1]}"],
-            textposition=["bottom right"] * (len(pairs) - 1) + ["top center"],
-            textfont={"color": color, "size": 12},
-            customdata=[
-                (label(record.checkpoints[i]), pair) for i, pair in zip(mine, pairs, strict=True)
-            ],
-            hovertemplate=(
-                "%{customdata[0]}<br>%{x:,} updates<br>trained to → answered: %{customdata[1]}"
-                " hops<extra></extra>"
-            ),
-        )
+        plot.add_trace(_curve(record, run_name, color))
     plot.add_hline(y=1, line={"color": FAINT, "width": 1, "dash": "dot"})
-    top = 1.15 * max(1.0, float(record.ratio().max()))
+    lowest, highest = float(record.ratio().min()), float(record.ratio().max())
     plot.update_xaxes(title="updates of training", range=[0, 1.12 * int(record.updates.max())])
     plot.update_yaxes(
         title="deepest hop answered / deepest learned",
-        range=[min(0.85, 0.9 * float(record.ratio().min())), top],
+        range=[min(0.85, 0.9 * lowest), 1.15 * max(1.0, highest)],
         showgrid=True,
     )
-    plot.add_annotation(
-        x=1,
-        xref="paper",
-        y=1,
-        text="no generalisation beyond the hops learned",
-        showarrow=False,
-        yshift=-9,
-        xanchor="right",
-        font={"size": 11, "color": FAINT},
-    )
-    plot.add_annotation(
-        x=0,
-        xref="paper",
-        y=1,
-        yref="paper",
-        showarrow=False,
-        xanchor="left",
-        xshift=8,
-        align="left",
-        font={"size": 12, "color": INK},
-        text="6 → 9: trained on up to 6 hops,<br>answers up to 9",
-    )
+    none = {"x": 1, "xref": "paper", "y": 1, "yshift": -9, "xanchor": "right"}
+    font = {"size": 11, "color": FAINT}
+    note(plot, "no generalisation beyond the hops learned", font=font, **none)
+    corner = {"x": 0, "xref": "paper", "y": 1, "yref": "paper", "xanchor": "left", "xshift": 8}
+    example = "6 → 9: trained on up to 6 hops,<br>answers up to 9"
+    note(plot, example, font={"size": 12, "color": INK}, align="left", **corner)
     return styled(plot, 460).update_layout(margin_t=30)
+
+
+def _curve(record: Generalisation, run_name: str, color: str) -> go.Scatter:
+    """The checkpoints of one run."""
+    mine = [i for i, name in enumerate(record.runs) if name == run_name]
+    pairs, model = [record.pair(i) for i in mine], record.labels[mine[-1]]
+    bounds = record.at_least()[mine].tolist()
+    names = [label(record.checkpoints[i]) for i in mine]
+    return go.Scatter(
+        x=record.updates[mine].tolist(),
+        y=record.ratio()[mine].tolist(),
+        mode="lines+markers+text",
+        name=model,
+        showlegend=False,
+        line={"color": color, "width": 2},
+        marker={"size": 10, "symbol": ["triangle-up" if b else "circle" for b in bounds]},
+        text=[*pairs[:-1], f"<b>{model}</b><br>{pairs[-1]}"],
+        textposition=["bottom right"] * (len(pairs) - 1) + ["top center"],
+        textfont={"color": color, "size": 12},
+        customdata=list(zip(names, pairs, strict=True)),
+        hovertemplate="%{customdata[0]}<br>%{x:,} updates<br>trained to → answered:"
+        " %{customdata[1]} hops<extra></extra>",
+    )

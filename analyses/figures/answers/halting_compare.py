@@ -161,38 +161,26 @@ def _draw(plot: go.Figure, panel: Panel, curve: HaltingCurves, col: int) -> None
             "col": col,
         }
         plot.add_scatter(
-            y=curve.iterations[k].tolist(),
-            row=1,
-            showlegend=col == 1,
-            customdata=curve.halted[k].tolist(),
-            **look,
-            hovertemplate=(
-                f"{name}<br>%{{x}} hops<br>%{{y:.1f}} iterations<br>stopped by the rule"
-                " %{customdata:.2f}<extra></extra>"
-            ),
-        )
+            y=curve.iterations[k].tolist(), row=1, showlegend=col == 1,
+            customdata=curve.halted[k].tolist(), **look,
+            hovertemplate=f"{name}<br>%{{x}} hops<br>%{{y:.1f}} iterations<br>stopped by the rule"
+            " %{customdata:.2f}<extra></extra>",
+        )  # fmt: skip
         plot.add_scatter(
             y=curve.accuracy[k].tolist(), row=2, showlegend=False, **look,
             hovertemplate=f"{name}<br>%{{x}} hops<br>accuracy %{{y:.2f}}<extra></extra>",
         )  # fmt: skip
     plot.add_scatter(
-        x=hops,
-        y=curve.best.tolist(),
-        mode="lines",
-        name="best fixed r",
-        line={"color": INK, "dash": "dot", "width": 1.5},
-        showlegend=col == 1,
-        row=2,
-        col=col,
+        x=hops, y=curve.best.tolist(), mode="lines", name="best fixed r", showlegend=col == 1,
+        line={"color": INK, "dash": "dot", "width": 1.5}, row=2, col=col,
         hovertemplate="best r<br>%{x} hops<br>accuracy %{y:.2f}<extra></extra>",
-    )
+    )  # fmt: skip
     plot.update_xaxes(range=[hops[0] - 0.5, hops[-1] + 0.5], col=col)
     if panel.trained_hops is not None and panel.trained_hops < hops[-1]:
         for row in (1, 2):
             plot.add_vrect(
-                x0=panel.trained_hops + 0.5, x1=hops[-1] + 0.5,
-                fillcolor=_BEYOND, opacity=1, line_width=0, layer="below",
-                row=row, col=col,
+                x0=panel.trained_hops + 0.5, x1=hops[-1] + 0.5, fillcolor=_BEYOND, opacity=1,
+                line_width=0, layer="below", row=row, col=col,
             )  # fmt: skip
 
 

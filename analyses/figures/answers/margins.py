@@ -129,37 +129,22 @@ def _draw(
     labels: list[_Mark] = []
     last = each.margin.shape[1]
     for i, hop in enumerate(each.hops):
-        hit, share = float(each.t_star[i]), float(each.hit_share[i])
+        hit, share, color = float(each.t_star[i]), float(each.hit_share[i]), colors[hop]
         plot.add_scatter(
             x=list(range(1, last + 1)), y=each.margin[i].tolist(), mode="lines", name=hop_name(hop),
-            line={"color": colors[hop], "width": 2},
+            line={"color": color, "width": 2},
             hovertemplate=f"{hop_name(hop)}<br>%{{x}} iterations<br>mean margin %{{y:.2f}}<br>"
             f"ever right {share:.2f}, t* {hit:.1f}<extra></extra>",
             row=row, col=col,
         )  # fmt: skip
         if share >= 0.5:
-            line = {"color": colors[hop], "width": 1, "dash": "dash"}
-            lines.append(
-                {
-                    "x0": hit,
-                    "x1": hit,
-                    "y0": 0,
-                    "y1": 1,
-                    "xref": x,
-                    "yref": f"{y} domain",
-                    "line": line,
-                    "opacity": 0.6,
-                }
-            )
-        look = {
-            "showarrow": False,
-            "xanchor": "left",
-            "xshift": 2,
-            "font": {"size": 10.5, "color": colors[hop]},
-        }
-        labels.append(
-            {"x": last + 0.3, "y": ends[i], "xref": x, "yref": y, "text": str(hop), **look}
-        )
+            line = {"color": color, "width": 1, "dash": "dash"}
+            ends_of_line = {"x0": hit, "x1": hit, "y0": 0, "y1": 1, "xref": x}
+            lines.append({**ends_of_line, "yref": f"{y} domain", "line": line, "opacity": 0.6})
+        font = {"size": 10.5, "color": color}
+        place = {"x": last + 0.3, "y": ends[i], "xref": x, "yref": y, "xshift": 2}
+        text = {"text": str(hop), "showarrow": False, "xanchor": "left", "font": font}
+        labels.append({**place, **text})
     return lines, labels
 
 

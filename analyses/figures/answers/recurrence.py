@@ -18,7 +18,7 @@ from loopscope.analyses.common.by_hop import HopRun, run_by_hop
 from loopscope.analyses.common.claims import EXTRAPOLATES
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import ACCURACY_SCALE, INK, styled
+from loopscope.analyses.common.look import ACCURACY_SCALE, INK, note, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject, open_subject
@@ -134,79 +134,51 @@ def figure(record: RecurrenceGrid) -> go.Figure:
     covered.
     """
     n_loops = record.accuracy.shape[1]
-    share = 1 / (n_loops + 2)
+    share = 1.4 / (n_loops + 2)
     plot = make_subplots(
-        rows=2,
-        cols=1,
-        shared_xaxes=True,
-        row_heights=[share * 1.4, 1 - share * 1.4],
-        vertical_spacing=0.025,
+        rows=2, cols=1, shared_xaxes=True, row_heights=[share, 1 - share], vertical_spacing=0.025
     )
     scale = {"colorscale": ACCURACY_SCALE, "zmin": 0, "zmax": 1, "xgap": 2, "ygap": 2}
-    hops = list(record.hops)
+    look = {"x": list(record.hops), "texttemplate": "%{text}", "col": 1, **scale}
     plot.add_heatmap(
-        x=hops,
         y=["r*"],
         z=[record.halted.tolist()],
         customdata=[record.halted_loops.tolist()],
         text=[[f"{a:.2f}" for a in record.halted.tolist()]],
-        texttemplate="%{text}",
-        hovertemplate="%{x} hops, halting ("
-        + label(record.rule)
-        + ")<br>accuracy %{z:.2f}<br>mean iterations %{customdata:.1f}<extra></extra>",
+        hovertemplate=f"%{{x}} hops, halting ({label(record.rule)})<br>accuracy %{{z:.2f}}<br>"
+        "mean iterations %{customdata:.1f}<extra></extra>",
         showscale=False,
         row=1,
-        col=1,
-        **scale,
+        **look,
     )
     plot.add_heatmap(
-        x=hops,
         y=list(range(1, n_loops + 1)),
         z=record.accuracy.T.tolist(),
         text=[[f"{a:.2f}".removeprefix("0") for a in row] for row in record.accuracy.T.tolist()],
-        texttemplate="%{text}",
         textfont={"size": 10},
         hovertemplate="%{x} hops, r = %{y}<br>accuracy %{z:.2f}<extra></extra>",
         colorbar={"title": "accuracy", "thickness": 12, "outlinewidth": 0},
-        row=2, col=1, **scale,
-    )  # fmt: skip
-    if record.trained_hops is not None:
-        plot.add_vline(
-            x=record.trained_hops + 0.5, line={"color": INK, "width": 1.5, "dash": "dot"}
-        )
-        plot.add_annotation(
-            x=record.trained_hops + 0.5,
-            y=1.0,
-            yref="paper",
-            yshift=14,
-            showarrow=False,
-            xanchor="right",
-            xshift=-4,
-            text="in training",
-            font={"size": 11},
-        )
-        plot.add_annotation(
-            x=record.trained_hops + 0.5,
-            y=1.0,
-            yref="paper",
-            yshift=14,
-            showarrow=False,
-            xanchor="left",
-            xshift=4,
-            text="beyond",
-            font={"size": 11},
-        )
-    if record.trained_loops is not None and record.trained_loops < n_loops:
-        plot.add_hline(
-            y=record.trained_loops + 0.5,
-            line={"color": INK, "width": 1, "dash": "dot"},
-            row=2,
-            col=1,
-        )
+        row=2,
+        **look,
+    )
+    _mark_training(plot, record)
     plot.update_xaxes(title="hops", dtick=1, row=2, col=1)
     plot.update_xaxes(visible=False, row=1, col=1)
     plot.update_yaxes(title="iterations r", dtick=2, tick0=2, row=2, col=1)
     return styled(plot, 560)
+
+
+def _mark_training(plot: go.Figure, record: RecurrenceGrid) -> None:
+    """Lines right of the deepest hop count, and above the iterations, of training."""
+    if record.trained_hops is not None:
+        at = record.trained_hops + 0.5
+        plot.add_vline(x=at, line={"color": INK, "width": 1.5, "dash": "dot"})
+        place = {"x": at, "y": 1.0, "yref": "paper", "yshift": 14}
+        note(plot, "in training", xanchor="right", xshift=-4, **place)
+        note(plot, "beyond", xanchor="left", xshift=4, **place)
+    if record.trained_loops is not None and record.trained_loops < record.accuracy.shape[1]:
+        line = {"color": INK, "width": 1, "dash": "dot"}
+        plot.add_hline(y=record.trained_loops + 0.5, line=line, row=2, col=1)
 
 
 def _found(record: RecurrenceGrid) -> str:

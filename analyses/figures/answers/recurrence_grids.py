@@ -150,13 +150,7 @@ def figure(record: RecurrenceGrids) -> go.Figure:
     widths = [
         max(len(grid.hops) for grid in record.grids[column::columns]) for column in range(columns)
     ]
-    titles = [
-        panel.title(
-            f"<span style='color:{MARK}'>learned to {learned(grid)}</span>,<br>reaches"
-            f" {reached(grid)} hops"
-        )
-        for panel, grid in zip(record.panels, record.grids, strict=True)
-    ]
+    titles = list(map(_title, record.panels, record.grids))
     plot = make_subplots(
         rows=rows,
         cols=columns,
@@ -186,6 +180,11 @@ def figure(record: RecurrenceGrids) -> go.Figure:
     small_titles(plot, len(titles))
     headline(plot, _READING, 64)
     return plot
+
+
+def _title(panel: Panel, grid: RecurrenceGrid) -> str:
+    learning = f"<span style='color:{MARK}'>learned to {learned(grid)}</span>"
+    return panel.title(f"{learning},<br>reaches {reached(grid)} hops")
 
 
 def _draw(plot: go.Figure, grid: RecurrenceGrid, name: str, row: int, col: int) -> None:

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -25,6 +26,7 @@ from loopscope.analyses.common.look import (
     GROUP_NAMES,
     INK,
     model_label,
+    note,
     styled,
 )
 from loopscope.analyses.common.records import Record
@@ -123,42 +125,20 @@ class CausalGraph(Record):
         """checkpoint, group, hook (the state), loop, layer, depth (blocks run), position, decoded
         (its entity), answered, margin.
         """
-        rows = []
-        for panel in self.panels:
-            for depth, position in _nodes(panel):
-                name = _hook(panel, depth)
-                read = _decoded(panel, depth, position)
-                effects = (
-                    float(panel.answered[depth, position]),
-                    float(panel.margin[depth, position]),
-                )
-                rows.append(
-                    (
-                        panel.checkpoint,
-                        panel.group,
-                        name,
-                        *loop_and_layer(name),
-                        depth,
-                        COLUMNS[position],
-                        read,
-                        *effects,
-                    )
-                )
-        frame = pd.DataFrame(
-            rows,
-            columns=[
-                "checkpoint",
-                "group",
-                "hook",
-                "loop",
-                "layer",
-                "depth",
-                "position",
-                "decoded",
-                "answered",
-                "margin",
-            ],
-        )
+        columns = [
+            "checkpoint",
+            "group",
+            "hook",
+            "loop",
+            "layer",
+            "depth",
+            "position",
+            "decoded",
+            "answered",
+            "margin",
+        ]
+        rows = [_row(panel, *node) for panel in self.panels for node in _nodes(panel)]
+        frame = pd.DataFrame(rows, columns=columns)
         return frame.astype({"loop": "Int64", "layer": "Int64"})
 
     def summary(self) -> pd.DataFrame:
@@ -251,6 +231,14 @@ def _nodes(panel: TwoHopPanel) -> Iterator[tuple[int, int]]:
     )
 
 
+def _row(panel: TwoHopPanel, depth: int, position: int) -> tuple[object, ...]:
+    """The row of a state in the frame."""
+    hook = _hook(panel, depth)
+    effects = (float(panel.answered[depth, position]), float(panel.margin[depth, position]))
+    place = (panel.checkpoint, panel.group, hook, *loop_and_layer(hook), depth, COLUMNS[position])
+    return (*place, _decoded(panel, depth, position), *effects)
+
+
 def _hook(panel: TwoHopPanel, depth: int) -> str:
     """The hook point of the state that so many blocks have made."""
     if depth == 0:
@@ -340,41 +328,34 @@ def _add_states(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None
     nodes = list(_nodes(panel))
     read = [_decoded(panel, *node) for node in nodes]
     restored = [float(panel.answered[node]) for node in nodes]
-    hover = [_hover(panel, *node) for node in nodes]
     for graph, values, scale in ((col, read, ACCURACY_SCALE), (col + 1, restored, _RESTORED_SCALE)):
-        known = [value == value for value in values]
-        shades = sample_colorscale(
-            scale, [value if there else 0.0 for value, there in zip(values, known, strict=True)]
-        )
+        shades = sample_colorscale(scale, [0.0 if math.isnan(value) else value for value in values])
         plot.add_scatter(
             x=[position for _, position in nodes],
             y=[depth for depth, _ in nodes],
             mode="markers+text",
             cliponaxis=False,
-            marker={
-                "size": [23 if there else 9 for there in known],
-                "line": {"color": FAINT, "width": 1},
-                "opacity": 1,
-                "color": [
-                    shade if there else "white" for shade, there in zip(shades, known, strict=True)
-                ],
-            },
-            text=[
-                f"{value:.2f}".removeprefix("0") if there else ""
-                for value, there in zip(values, known, strict=True)
-            ],
-            textfont={
-                "size": 9,
-                "color": [
-                    "white" if there and value > 0.75 else INK
-                    for value, there in zip(values, known, strict=True)
-                ],
-            },
-            customdata=hover,
+            **_circles(values, shades),
+            customdata=[_hover(panel, *node) for node in nodes],
             hovertemplate="%{customdata}<extra></extra>",
             row=row,
             col=graph,
         )
+
+
+def _circles(values: list[float], shades: list[str]) -> dict[str, Any]:
+    """Markers and texts of nodes; a NaN is a small white circle without a number."""
+    known = [not math.isnan(value) for value in values]
+    both = list(zip(values, known, strict=True))
+    colors = [shade if there else "white" for shade, there in zip(shades, known, strict=True)]
+    sizes = [23 if there else 9 for there in known]
+    line = {"color": FAINT, "width": 1}
+    inks = ["white" if value > 0.75 else INK for value in values]  # NaN is not larger
+    return {
+        "marker": {"size": sizes, "line": line, "opacity": 1, "color": colors},
+        "text": [f"{value:.2f}".removeprefix("0") if there else "" for value, there in both],
+        "textfont": {"size": 9, "color": inks},
+    }
 
 
 def _hover(panel: TwoHopPanel, depth: int, position: int) -> str:
@@ -392,54 +373,24 @@ def _hover(panel: TwoHopPanel, depth: int, position: int) -> str:
 def _frame(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
     """Shades for every second loop, axes, and titles."""
     loops, layers = panel.shape
+    top = loops * layers + 0.6
+    labels = [tick(_hook(panel, depth)) for depth in range(loops * layers + 1)]
     for graph, title in ((col, "decodable"), (col + 1, "answered once restored")):
+        at = {"row": row, "col": graph}
         for loop in range(1, loops, 2):
             plot.add_hrect(
-                y0=loop * layers + 0.5,
-                y1=(loop + 1) * layers + 0.5,
-                fillcolor=FAINT,
-                opacity=0.18,
-                line_width=0,
-                layer="below",
-                row=row,
-                col=graph,
-            )
-        plot.add_annotation(
-            x=1,
-            y=loops * layers + 0.6,
-            yanchor="bottom",
-            text=title,
-            showarrow=False,
-            font={"size": 12},
-            row=row,
-            col=graph,
-        )
+                y0=loop * layers + 0.5, y1=(loop + 1) * layers + 0.5, fillcolor=FAINT,
+                opacity=0.18, line_width=0, layer="below", **at,
+            )  # fmt: skip
+        note(plot, title, 12, x=1, y=top, yanchor="bottom", **at)
+        plot.update_xaxes(tickvals=[0, 1, 2], ticktext=list(COLUMNS), range=[-0.5, 2.5], **at)
+        plot.update_yaxes(
+            tickvals=list(range(len(labels))), ticktext=labels, range=[-0.6, len(labels) - 0.4],
+            showticklabels=graph == col, **at,
+        )  # fmt: skip
     model = (
         f"<b>{model_label((loops, loops), layers)}</b> answers {panel.clean_answered:.2f} of"
         f" {panel.questions}"
     )
-    plot.add_annotation(
-        x=-0.5,
-        xanchor="left",
-        y=loops * layers + 0.6,
-        yanchor="bottom",
-        yshift=20,
-        text=model,
-        showarrow=False,
-        font={"size": 13},
-        row=row,
-        col=col,
-    )
-    labels = [tick(_hook(panel, depth)) for depth in range(loops * layers + 1)]
-    for graph in (col, col + 1):
-        plot.update_xaxes(
-            tickvals=[0, 1, 2], ticktext=list(COLUMNS), range=[-0.5, 2.5], row=row, col=graph
-        )
-        plot.update_yaxes(
-            tickvals=list(range(len(labels))),
-            ticktext=labels,
-            range=[-0.6, len(labels) - 0.4],
-            showticklabels=graph == col,
-            row=row,
-            col=graph,
-        )
+    place = {"x": -0.5, "xanchor": "left", "y": top, "yanchor": "bottom", "yshift": 20}
+    note(plot, model, 13, **place, row=row, col=col)

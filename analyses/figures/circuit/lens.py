@@ -184,9 +184,8 @@ def figure(record: LensHeatmap) -> go.Figure:
         subplot_titles=("top token after each block", "rank of each entity at its place"),
     )  # fmt: skip
     steps = list(map(tick, record.visits))
-    columns = [label(f"{i} {token}") for i, token in enumerate(record.tokens)]
     plot.add_heatmap(
-        x=columns,
+        x=[label(f"{i} {token}") for i, token in enumerate(record.tokens)],
         y=steps,
         z=record.prob.tolist(),
         zmin=0,
@@ -203,33 +202,34 @@ def figure(record: LensHeatmap) -> go.Figure:
         row=1,
         col=1,
     )
-    colors = sample_colorscale(
-        "Viridis",
-        [0.05 + 0.85 * k / max(1, len(record.tracked) - 1) for k in range(len(record.tracked))],
-    )
-    for k, (token, color) in enumerate(zip(record.tracked, colors, strict=True)):
-        is_answer, place = token == record.answer, record.tracked_at[k]
-        name = f"{token} at {place} {record.tokens[place]}" + " (answer)" * is_answer
-        plot.add_scatter(
-            x=record.rank[k, :, place].tolist(),
-            y=steps,
-            mode="lines+markers",
-            marker={"size": 5},
-            name=label(name),
-            customdata=list(record.visits),
-            line={"color": INK if is_answer else color, "width": 3 if is_answer else 1.6},
-            hovertemplate=(
-                f"{label(token)}<br>%{{customdata}}.hook_resid_post<br>rank %{{x}}<extra></extra>"
-            ),
-            row=1,
-            col=2,
-        )
+    places = [k / max(1, len(record.tracked) - 1) for k in range(len(record.tracked))]
+    for k, place in enumerate(places):
+        color = sample_colorscale("Viridis", [0.05 + 0.85 * place])[0]
+        plot.add_trace(_curve(record, k, color), row=1, col=2)
     plot.update_yaxes(title=AXIS, type="category", row=1, col=1)
     plot.update_yaxes(type="category", matches="y", row=1, col=2)
     plot.update_xaxes(type="category", tickangle=-30, row=1, col=1)
     plot.update_xaxes(title="rank (0 = top)", rangemode="tozero", showgrid=True, row=1, col=2)
     plot.update_layout(legend={"orientation": "h", "y": -0.2, "x": 1, "xanchor": "right"})
     return styled(plot, 200 + 24 * max(10, len(steps))).update_layout(margin_b=110)
+
+
+def _curve(record: LensHeatmap, tracked: int, color: str) -> go.Scatter:
+    """The ranks of one tracked token at its place; the answer in black."""
+    token, place = record.tracked[tracked], record.tracked_at[tracked]
+    is_answer = token == record.answer
+    name = f"{token} at {place} {record.tokens[place]}" + " (answer)" * is_answer
+    return go.Scatter(
+        x=record.rank[tracked, :, place].tolist(),
+        y=list(map(tick, record.visits)),
+        mode="lines+markers",
+        marker={"size": 5},
+        name=label(name),
+        customdata=list(record.visits),
+        line={"color": INK if is_answer else color, "width": 3 if is_answer else 1.6},
+        hovertemplate=f"{label(token)}<br>%{{customdata}}.hook_resid_post<br>rank %{{x}}"
+        "<extra></extra>",
+    )
 
 
 def _hover(record: LensHeatmap) -> list[list[str]]:

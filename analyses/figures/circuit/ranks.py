@@ -19,7 +19,7 @@ from torch import Tensor
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, token_id
 from loopscope.analyses.common.labels import label, loop_and_layer
-from loopscope.analyses.common.look import FAINT, INK, hop_name, spread, styled
+from loopscope.analyses.common.look import FAINT, INK, hop_name, note, spread, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.interp.lens.decoding import rank_trajectory
@@ -210,30 +210,35 @@ def _targets(
     """The targets in each input: the same tokens in all, or the entities on the way, the answer
     and a control.
     """
-    model, graph = asked.subject.model, asked.subject.graph
+    model = asked.subject.model
     if track:
         return tuple(track), torch.tensor(
             [[token_id(model, word) for word in track]] * len(group.batch)
         )
-    if graph is not None:
-        paths = [graph.walk(text)[1:] for text in group.texts]
-    elif group.answers:
-        paths = [[answer] for answer in group.answers]
-    else:
-        raise ValueError(
-            "there is no graph and no answer to take the tokens from; pass --track with the tokens"
-            " to follow"
-        )
-    if len({len(path) for path in paths}) > 1:
-        raise ValueError(
-            f"the questions must have one hop count, got {sorted({len(path) for path in paths})}"
-        )
+    paths = _paths(asked, group)
     rows = [
         [*path, _control(asked, text, path, i)]
         for i, (text, path) in enumerate(zip(group.texts, paths, strict=True))
     ]
     names = (*(f"hop {i + 1}" for i in range(len(paths[0]) - 1)), ANSWER, CONTROL)
     return names, torch.tensor([[model.to_single_token(word) for word in row] for row in rows])
+
+
+def _paths(asked: Asked, group: Group) -> list[list[str]]:
+    """The entities that each question passes after its head; the answers alone without a graph."""
+    graph = asked.subject.graph
+    if graph is None and not group.answers:
+        raise ValueError(
+            "there is no graph and no answer to take the tokens from; pass --track with the tokens"
+            " to follow"
+        )
+    if graph is None:
+        return [[answer] for answer in group.answers]
+    paths = [graph.walk(text)[1:] for text in group.texts]
+    lengths = sorted(set(map(len, paths)))
+    if len(lengths) > 1:
+        raise ValueError(f"the questions must have one hop count, got {lengths}")
+    return paths
 
 
 def _control(asked: Asked, text: str, path: Sequence[str], seed: int) -> str:
@@ -257,79 +262,25 @@ def figure(record: Ranks) -> go.Figure:
     """Effective depth along, rank upwards (the top token on top), one curve per target with the
     quartiles as a band.
     """
-    plot, depths = go.Figure(), list(range(1, len(record.names) + 1))
-    colors, one = _colors(record), len(record.texts) == 1
-    for j, target in enumerate(record.targets):
+    plot, one, depths = go.Figure(), len(record.texts) == 1, len(record.names)
+    colors = _colors(record)
+    for j, color in enumerate(colors):
         if not one:
-            plot.add_scatter(
-                x=depths + depths[::-1],
-                y=[
-                    1 + rank
-                    for rank in (*record.low[:, j].tolist(), *record.high[:, j].tolist()[::-1])
-                ],
-                fill="toself",
-                mode="none",
-                fillcolor=colors[j],
-                opacity=0.16,
-                hoverinfo="skip",
-                showlegend=False,
-            )
-        plot.add_scatter(
-            x=depths,
-            y=(1 + record.mean[:, j]).tolist(),
-            mode="lines+markers",
-            name=label(target),
-            showlegend=False,
-            marker={"size": 5},
-            line={
-                "color": colors[j],
-                "width": 3 if target == ANSWER else 2,
-                "dash": "dot" if target == CONTROL else "solid",
-            },
-            customdata=[
-                [name, float(top), float(mean)]
-                for name, top, mean in zip(
-                    record.names, record.top[:, j], record.mean[:, j], strict=True
-                )
-            ],
-            hovertemplate=(
-                f"{label(target)}, read at the {record.at[j]}<br>depth %{{x}}:"
-                " %{customdata[0]}.hook_resid_post<br>"
-            )
-            + (
-                "rank %{customdata[2]:.0f}"
-                if one
-                else "geometric mean rank %{customdata[2]:.2f}<br>on top in %{customdata[1]:.0%}"
-            )
-            + "<extra></extra>",
-        )
+            plot.add_trace(_band(record, j, color))
+        plot.add_trace(_curve(record, j, color))
     _mark_loops(plot, record)
     _label(plot, record, colors)
-    what = (
-        record.texts[0]
-        if one
-        else (
-            f"{len(record.texts)} inputs"
-            if record.hops is None
-            else f"{len(record.texts)} questions"
-        )
-    )
-    of_hops = "" if one or record.hops is None else f" of {hop_name(record.hops)}"
-    plot.update_layout(
-        title={"text": label(f"{what}{of_hops}"), "font": {"size": 14}, "x": 0.02, "y": 0.96}
-    )
+    title = {"text": label(_title(record)), "font": {"size": 14}, "x": 0.02, "y": 0.96}
+    plot.update_layout(title=title)
     plot.update_xaxes(
         title="effective depth (blocks run)",
-        range=[0.5, len(depths) + 0.5],
+        range=[0.5, depths + 0.5],
         tick0=0,
-        dtick=max(1, len(depths) // 16),
+        dtick=max(1, depths // 16),
     )
+    rank = "rank of the token (0 = top)"
     plot.update_yaxes(
-        title=(
-            "rank of the token (0 = top)"
-            if one
-            else "rank of the token (0 = top),<br>geometric mean and quartiles"
-        ),
+        title=rank if one else f"{rank},<br>geometric mean and quartiles",
         type="log",
         range=[_log10(_lowest(record)), -0.16],
         tickvals=[1 + rank for rank in _RANKS],
@@ -337,6 +288,54 @@ def figure(record: Ranks) -> go.Figure:
         showgrid=True,
     )
     return styled(plot, 480).update_layout(margin_r=80, margin_t=72)
+
+
+def _band(record: Ranks, target: int, color: str) -> go.Scatter:
+    """The quartiles of one target; on the log axis a rank stands at rank + 1."""
+    depths = list(range(1, len(record.names) + 1))
+    low, high = (1 + record.low[:, target]).tolist(), (1 + record.high[:, target]).tolist()
+    return go.Scatter(
+        x=depths + depths[::-1],
+        y=low + high[::-1],
+        fill="toself",
+        mode="none",
+        fillcolor=color,
+        opacity=0.16,
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _curve(record: Ranks, target: int, color: str) -> go.Scatter:
+    """The ranks of one target; on the log axis a rank stands at rank + 1."""
+    name, mean = record.targets[target], record.mean[:, target]
+    shown = "geometric mean rank %{customdata[2]:.2f}<br>on top in %{customdata[1]:.0%}"
+    if len(record.texts) == 1:
+        shown = "rank %{customdata[2]:.0f}"
+    width, dash = {ANSWER: (3, "solid"), CONTROL: (2, "dot")}.get(name, (2, "solid"))
+    return go.Scatter(
+        x=list(range(1, len(record.names) + 1)),
+        y=(1 + mean).tolist(),
+        mode="lines+markers",
+        name=label(name),
+        showlegend=False,
+        marker={"size": 5},
+        line={"color": color, "width": width, "dash": dash},
+        customdata=list(
+            zip(record.names, record.top[:, target].tolist(), mean.tolist(), strict=True)
+        ),
+        hovertemplate=f"{label(name)}, read at the {record.at[target]}<br>"
+        f"%{{customdata[0]}}.hook_resid_post, depth %{{x}}<br>{shown}<extra></extra>",
+    )
+
+
+def _title(record: Ranks) -> str:
+    """The one input, or how many there are and of how many hops."""
+    if len(record.texts) == 1:
+        return record.texts[0]
+    if record.hops is None:
+        return f"{len(record.texts)} inputs"
+    return f"{len(record.texts)} questions of {hop_name(record.hops)}"
 
 
 def _lowest(record: Ranks) -> float:
@@ -363,23 +362,16 @@ def _colors(record: Ranks) -> list[str]:
 def _mark_loops(plot: go.Figure, record: Ranks) -> None:
     """A line where a loop begins, with its number on top."""
     loops = [loop_and_layer(name)[0] for name in record.names]
-    starts = [i for i, loop in enumerate(loops) if i == 0 or loop != loops[i - 1]]
+    starts = [0, *(i for i in range(1, len(loops)) if loops[i] != loops[i - 1])]
+    ends = [*starts[1:], len(loops)]
     step = max(1, len(starts) // 16)
-    for count, i in enumerate(starts):
-        plot.add_vline(x=i + 0.5, line={"color": FAINT, "width": 1, "dash": "dot"}, layer="below")
-        if loops[i] is None or count % step:
-            continue
-        end = next((k for k in starts if k > i), len(record.names))
-        first = "loop " if count == 0 else ""
-        plot.add_annotation(
-            x=(i + end + 1) / 2,
-            y=1,
-            yref="paper",
-            yshift=10,
-            text=f"{first}{loops[i]}",
-            showarrow=False,
-            font={"size": 11, "color": INK},
-        )
+    for count, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        line = {"color": FAINT, "width": 1, "dash": "dot"}
+        plot.add_vline(x=start + 0.5, line=line, layer="below")
+        if loops[start] is not None and count % step == 0:
+            text = f"{loops[start]}" if count else f"loop {loops[start]}"
+            place = {"x": (start + end + 1) / 2, "y": 1, "yref": "paper", "yshift": 10}
+            note(plot, text, font={"size": 11, "color": INK}, **place)
 
 
 def _label(plot: go.Figure, record: Ranks, colors: list[str]) -> None:
@@ -392,24 +384,16 @@ def _label(plot: go.Figure, record: Ranks, colors: list[str]) -> None:
         arrived.setdefault(depth, []).append(j) if depth is not None else late.append(j)
     for depth, group in arrived.items():
         names = [record.targets[j].removeprefix("hop ") if j else record.targets[j] for j in group]
-        plot.add_annotation(
-            x=depth, y=0, yshift=13, text=label(", ".join(names)), showarrow=False,
-            font={"size": 12, "color": colors[group[-1]]},
-        )  # fmt: skip
+        font = {"size": 12, "color": colors[group[-1]]}
+        note(plot, label(", ".join(names)), font=font, x=depth, y=0, yshift=13)
     heights = spread(
         [_log10(1 + float(record.mean[-1, j])) for j in late],
         0.05 * (_log10(_lowest(record)) + 0.16),
     )
     for j, height in zip(late, heights, strict=True):
-        plot.add_annotation(
-            x=len(record.names),
-            xshift=8,
-            y=height,
-            xanchor="left",
-            text=label(record.targets[j]),
-            showarrow=False,
-            font={"size": 12, "color": colors[j]},
-        )
+        font = {"size": 12, "color": colors[j]}
+        place = {"x": len(record.names), "xshift": 8, "y": height, "xanchor": "left"}
+        note(plot, label(record.targets[j]), font=font, **place)
 
 
 def _found(record: Ranks) -> str:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -231,17 +231,10 @@ def _random_question(subject: Subject, text: str, generator: torch.Generator) ->
 
 
 def figure(record: Shortcut) -> go.Figure:
-    """Below: rows are visits, columns positions, colour the change of the margin;
-    above: each position's share of it.
+    """Below: rows are visits, columns positions, colour the change of the margin; above: each
+    position's share of it.
     """
     count = len(record.maps)
-    titles = [
-        panel.title(
-            f"<span style='color:{MARK}'>{each.last_half():.0%} on the last {len(each.tokens) // 2}"
-            f" of {len(each.tokens)} positions</span>"
-        )
-        for panel, each in zip(record.panels, record.maps, strict=True)
-    ]
     alike = len({each.names for each in record.maps}) == 1
     plot = make_subplots(
         rows=2,
@@ -252,44 +245,43 @@ def figure(record: Shortcut) -> go.Figure:
         shared_yaxes="rows" if alike else False,
         horizontal_spacing=(0.08 if alike else 0.22) / (count + 1),
         vertical_spacing=0.035,
-        column_titles=titles,
+        column_titles=list(map(_title, record.panels, record.maps)),
     )
-    most = max(float(each.effect.abs().max()) for each in record.maps) or 1.0
-    highest = max(float(each.share().max()) for each in record.maps)
     for col, (panel, each) in enumerate(zip(record.panels, record.maps, strict=True), start=1):
         _draw(plot, panel, each, col)
+        rows = [-0.5, len(each.names) - 0.5]
+        plot.update_yaxes(type="category", range=rows, tickfont_size=11, row=2, col=col)
+    highest = max(float(each.share().max()) for each in record.maps)
     plot.update_yaxes(range=[0, 1.1 * highest], tickformat=".0%", nticks=4, row=1)
     plot.update_yaxes(title="share of the<br>total effect", row=1, col=1)
-    for col, each in enumerate(record.maps, start=1):
-        plot.update_yaxes(
-            type="category", range=[-0.5, len(each.names) - 0.5], tickfont_size=11, row=2, col=col
-        )
     plot.update_yaxes(title=AXIS, row=2, col=1)
     plot.update_xaxes(type="category", tickfont_size=11)
     plot.update_xaxes(title="position", row=2)
-    bar = {
-        "title": {
-            "text": "change of the answer's margin (logits)",
-            "side": "right",
-            "font": {"size": 12},
-        },
-        "thickness": 10,
-    }
-    plot.update_layout(
-        coloraxis={
-            "colorscale": "RdBu_r",
-            "cmin": -most,
-            "cmax": most,
-            "colorbar": {**bar, "outlinewidth": 0, "len": 0.78, "y": 0.37},
-        },
-        bargap=0.15,
-    )
-    styled(plot, 230 + 30 * max(len(each.names) for each in record.maps)).update_layout(
-        margin={"t": 84, "b": 80, "r": 20}
-    )
+    plot.update_layout(coloraxis=_color_axis(record), bargap=0.15)
+    height = 230 + 30 * max(len(each.names) for each in record.maps)
+    styled(plot, height).update_layout(margin={"t": 84, "b": 80, "r": 20})
     small_titles(plot, count)
     headline(plot, "one state of a random run put into the clean run, cell by cell", 46)
     return plot
+
+
+def _title(panel: Panel, each: ShortcutMap) -> str:
+    positions = len(each.tokens)
+    found = f"{each.last_half():.0%} on the last {positions // 2} of {positions} positions"
+    return panel.title(f"<span style='color:{MARK}'>{found}</span>")
+
+
+def _color_axis(record: Shortcut) -> dict[str, Any]:
+    """One scale of the change of the margin for all maps."""
+    most = max(float(each.effect.abs().max()) for each in record.maps) or 1.0
+    text = "change of the answer's margin (logits)"
+    bar = {"title": {"text": text, "side": "right", "font": {"size": 12}}, "thickness": 10}
+    return {
+        "colorscale": "RdBu_r",
+        "cmin": -most,
+        "cmax": most,
+        "colorbar": {**bar, "outlinewidth": 0, "len": 0.78, "y": 0.37},
+    }
 
 
 def _draw(plot: go.Figure, panel: Panel, each: ShortcutMap, col: int) -> None:

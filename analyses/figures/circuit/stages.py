@@ -24,6 +24,7 @@ from loopscope.analyses.common.look import (
     GROUP_NAMES,
     INK,
     model_label,
+    note,
     styled,
 )
 from loopscope.analyses.common.records import Record
@@ -191,17 +192,8 @@ def figure(record: StageDepths) -> go.Figure:
     plot.update_yaxes(range=[-0.04, 1.12], tickvals=[0, 0.5, 1], showgrid=True)
     for row, title in ((1, "bridge read at r1"), (2, "target read at r2")):
         plot.update_yaxes(title=f"{title}<br>(share of questions)", row=row, col=1)
-    plot.add_annotation(
-        x=0.5,
-        xref="paper",
-        y=0,
-        yref="paper",
-        yshift=-28,
-        yanchor="top",
-        showarrow=False,
-        text="effective depth (layers applied)",
-        font={"size": 16},
-    )
+    below = {"y": 0, "yref": "paper", "yshift": -28, "yanchor": "top"}
+    note(plot, "effective depth (layers applied)", 16, x=0.5, xref="paper", **below)
     plot.update_layout(
         legend={"orientation": "h", "y": -0.17, "x": 0.5, "xanchor": "center", "yanchor": "top"}
     )

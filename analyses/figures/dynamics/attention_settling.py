@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.labels import loop_and_layer
-from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, styled
+from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, note, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.interp.common.columns import Shown, shown_spots
@@ -150,46 +150,16 @@ def _curves(record: AttentionSettling) -> go.Figure:
         rows=2, cols=len(names), shared_xaxes="all", shared_yaxes="rows",
         subplot_titles=names, horizontal_spacing=0.04, vertical_spacing=0.08,
     )  # fmt: skip
-    for row, values in enumerate((record.dynamics.change, record.dynamics.entropy), start=1):
-        for i, name in enumerate(names):
-            for head in range(values.shape[2]):
-                plot.add_scatter(
-                    x=list(range(n_loops)),
-                    y=values[:, i, head].tolist(),
-                    mode="lines+markers",
-                    name=f"head {head}",
-                    legendgroup=f"head {head}",
-                    showlegend=row == 1 and i == 0,
-                    marker={"size": 5},
-                    line={"color": CATEGORIES[head % len(CATEGORIES)], "width": 2},
-                    hovertemplate=(
-                        f"loops.%{{x}}.{name}.attn.hook_pattern<br>head"
-                        f" {head}<br>{(_CHANGE, _ENTROPY)[row - 1]}: %{{y:.3g}}<extra></extra>"
-                    ),
-                    row=row,
-                    col=i + 1,
-                )
-        plot.update_yaxes(
-            range=[
-                0,
-                1.08
-                * max(float(values.nan_to_num(0.0).max()), (record.uniform or 0.0) * (row == 2)),
-            ],
-            row=row,
-        )
+    tops = (0.0, record.uniform or 0.0)
+    for row, values in enumerate((record.dynamics.change, record.dynamics.entropy)):
+        for i, head in product(range(len(names)), range(values.shape[2])):
+            plot.add_trace(_curve(record, row, i, head), row=row + 1, col=i + 1)
+        highest = max(float(values.nan_to_num(0.0).max()), tops[row])
+        plot.update_yaxes(range=[0, 1.08 * highest], row=row + 1)
     if record.uniform is not None:
         plot.add_hline(y=record.uniform, line={"color": INK, "width": 1, "dash": "dot"}, row=2)
-        plot.add_annotation(
-            x=n_loops - 1,
-            y=record.uniform,
-            text="all keys alike",
-            showarrow=False,
-            yshift=8,
-            xanchor="right",
-            font={"size": 11},
-            row=2,
-            col=1,
-        )
+        place = {"x": n_loops - 1, "y": record.uniform, "yshift": 8, "xanchor": "right"}
+        note(plot, "all keys alike", **place, row=2, col=1)
     plot.update_yaxes(showgrid=True)
     plot.update_yaxes(title=_CHANGE.replace(" the", "<br>the"), row=1, col=1)
     plot.update_yaxes(title=_ENTROPY, row=2, col=1)
@@ -197,6 +167,24 @@ def _curves(record: AttentionSettling) -> go.Figure:
     plot.update_xaxes(range=[-0.5, n_loops - 0.5], tick0=0, dtick=2 if n_loops <= 24 else None)
     plot.update_layout(legend={"orientation": "h", "y": -0.16, "x": 0.5, "xanchor": "center"})
     return styled(plot, 540).update_layout(margin_b=90)
+
+
+def _curve(record: AttentionSettling, row: int, block: int, head: int) -> go.Scatter:
+    """The change (row 0) or the entropy (row 1) of one head over loops."""
+    values = (record.dynamics.change, record.dynamics.entropy)[row][:, block, head]
+    name = f"head {head}"
+    return go.Scatter(
+        x=list(range(len(values))),
+        y=values.tolist(),
+        mode="lines+markers",
+        name=name,
+        legendgroup=name,
+        showlegend=row == 0 and block == 0,
+        marker={"size": 5},
+        line={"color": CATEGORIES[head % len(CATEGORIES)], "width": 2},
+        hovertemplate=f"loops.%{{x}}.{record.dynamics.names[block]}.attn.hook_pattern<br>{name}<br>"
+        f"{(_CHANGE, _ENTROPY)[row]}: %{{y:.3g}}<extra></extra>",
+    )
 
 
 def _maps(record: AttentionSettling) -> go.Figure:

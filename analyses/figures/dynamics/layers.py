@@ -166,51 +166,52 @@ def figure(record: Layers) -> go.Figure:
     )
     n_loops, n_layers = record.values.shape[1:]
     shades = sample_colorscale("Viridis", [0.92 * t / max(1, n_loops - 1) for t in range(n_loops)])
-    for t in range(n_loops):
+    for t, shade in enumerate(shades):
         plot.add_scatter(
             x=list(record.names),
             y=record.values[0, t].tolist(),
             mode="lines+markers",
-            line={"color": shades[t], "width": 1.8},
+            line={"color": shade, "width": 1.8},
             marker={"size": 6},
             showlegend=False,
             row=1,
             col=1,
-            hovertemplate=(
-                f"loops.{t}.%{{x}}.hook_resid_post<br>angle %{{y:.3f}} of a half"
-                " turn<extra></extra>"
-            ),
+            hovertemplate=f"loops.{t}.%{{x}}.hook_resid_post<br>angle %{{y:.3f}} of a half turn"
+            "<extra></extra>",
         )
     _scale(plot, n_loops)
-    for s, statistic in enumerate(record.statistics[1:], start=1):
+    for s in range(1, len(record.statistics)):
         place = {"row": s // 2 + 1, "col": s % 2 + 1}
-        for i, name in enumerate(record.names):
-            plot.add_scatter(
-                x=list(range(n_loops)),
-                y=record.values[s, :, i].tolist(),
-                mode="lines+markers",
-                name=name,
-                legendgroup=name,
-                showlegend=s == 1 and (n_layers <= _NAMED or i in (0, n_layers - 1)),
-                marker={"size": 5},
-                line={"color": _color(i, n_layers), "width": 2},
-                hovertemplate=(
-                    f"loops.%{{x}}.{name}.hook_resid_post<br>{statistic.replace('_', ' ')}"
-                    " %{y:.3g}<extra></extra>"
-                ),
-                **place,
-            )
+        for i in range(n_layers):
+            plot.add_trace(_over_loops(record, s, i), **place)
         plot.update_xaxes(title="loop", range=[-0.5, n_loops - 0.5], **place)
-    small = {"size": 10 if n_layers > 4 else 13}
-    plot.update_xaxes(
-        type="category", showticklabels=n_layers <= _NAMED, tickfont=small, row=1, col=1
-    )
+    named = {"showticklabels": n_layers <= _NAMED, "tickfont": {"size": 10 if n_layers > 4 else 13}}
+    plot.update_xaxes(type="category", **named, row=1, col=1)
     plot.update_yaxes(rangemode="tozero", showgrid=True)
     plot.update_yaxes(range=[-1.05, 1.05], row=2, col=2)
     plot.add_hline(y=0, line={"color": FAINT, "width": 1}, row=2, col=2)
     plot.update_annotations(font_size=13)
     plot.update_layout(legend={"orientation": "h", "y": -0.14, "x": 0.5, "xanchor": "center"})
     return styled(plot, 640).update_layout(margin_b=90)
+
+
+def _over_loops(record: Layers, statistic: int, layer: int) -> go.Scatter:
+    """One statistic of one block; with many blocks only the first and the last are in the
+    legend.
+    """
+    name, n_layers = record.names[layer], len(record.names)
+    what = record.statistics[statistic].replace("_", " ")
+    return go.Scatter(
+        x=list(range(record.values.shape[1])),
+        y=record.values[statistic, :, layer].tolist(),
+        mode="lines+markers",
+        name=name,
+        legendgroup=name,
+        showlegend=statistic == 1 and (n_layers <= _NAMED or layer in (0, n_layers - 1)),
+        marker={"size": 5},
+        line={"color": _color(layer, n_layers), "width": 2},
+        hovertemplate=f"loops.%{{x}}.{name}.hook_resid_post<br>{what} %{{y:.3g}}<extra></extra>",
+    )
 
 
 def _color(layer: int, n_layers: int) -> str:

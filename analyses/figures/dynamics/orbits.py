@@ -5,6 +5,7 @@ sliders (after arXiv 2502.05171).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -163,16 +164,12 @@ def measure(asked: Asked, config: OrbitsConfig) -> OrbitPaths:
     """The record of an open checkpoint."""
     model = asked.subject.model
     chosen = _tokens(asked, config) if config.positions == "tokens" else _inputs(asked, config)
-    runs = [
-        dynamics(model, batch, config.n_loops, positions=positions)
-        for batch, positions, _, _ in chosen
-    ]
-    paths = torch.cat([run.states[1:].flatten(1, 2) for run in runs], dim=1)[:, :, None]
-    spots = (
-        torch.zeros(paths.shape[1], 1, dtype=torch.int64),
-        torch.ones(paths.shape[1], 1, dtype=torch.bool),
+    state = _together(
+        [
+            dynamics(model, batch, config.n_loops, positions=positions)
+            for batch, positions, _, _ in chosen
+        ]
     )
-    state = Dynamics.of(paths.cpu(), range(1, config.n_loops + 1), spots, "resid")
     spaces = (state, state.directions())
     planes = [space.orbits(config.components) for space in spaces]
     steps = state.step_norm()[:, :, 0]
@@ -185,6 +182,15 @@ def measure(asked: Asked, config: OrbitsConfig) -> OrbitPaths:
         period=torch.stack([space.period(_PERIODS, config.tol, _WINDOW)[:, 0] for space in spaces]),
         straightness=state.update_cosine()[-(_WINDOW - 2) :, :, 0].amin(0),
         step_ratio=steps[-1] / steps[1 - _WINDOW],
+    )
+
+
+def _together(runs: Sequence[Dynamics]) -> Dynamics:
+    """The paths of several runs after 1, 2, ... iterations, as those of one run."""
+    paths = torch.cat([run.states[1:].flatten(1, 2) for run in runs], dim=1)[:, :, None].cpu()
+    columns = torch.zeros(paths.shape[1], 1, dtype=torch.int64)
+    return Dynamics.of(
+        paths, range(1, len(paths) + 1), (columns, torch.ones_like(columns).bool()), "resid"
     )
 
 
@@ -217,8 +223,8 @@ def _tokens(asked: Asked, config: OrbitsConfig) -> list[Chosen]:
 
 
 def figure(record: OrbitPaths) -> go.Figure:
-    """Left the state, right its direction; one path per input, from the ring (one iteration
-    run) along the arrows to the square (the last).
+    """Left the state, right its direction; one path per input, from the ring (one iteration run)
+    along the arrows to the square (the last).
     """
     last = record.coordinates.shape[-1]
     plot = make_subplots(
@@ -229,47 +235,37 @@ def figure(record: OrbitPaths) -> go.Figure:
         shared_xaxes="columns",
         subplot_titles=_titles(record),
     )
-    colors, kinds = _colors(record), record.kinds()
     for s, k in product(range(len(SPACES)), range(1, last)):
-        paths, place = record.coordinates[s][..., [0, k]], {"row": k, "col": s + 1}
-        near = 0.025 * float((paths.flatten(0, 1).amax(0) - paths.flatten(0, 1).amin(0)).norm())
-        for i, path in enumerate(paths):
-            name, hover = _text(record, i, kinds[i][s])
-            plot.add_trace(
-                _path(path, near, colors[i], name, hover).update(showlegend=(s, k) == (0, 1)),
-                **place,
-            )
-        for at, symbol, size in ((0, "circle-open", 9), (-1, "square", 8)):
-            ends = {
-                "symbol": symbol,
-                "size": size,
-                "color": colors,
-                "line": {"width": 2 if at == 0 else 0},
-            }
-            plot.add_scatter(
-                x=paths[:, at, 0].tolist(),
-                y=paths[:, at, 1].tolist(),
-                mode="markers",
-                marker=ends,
-                hoverinfo="skip",
-                showlegend=False,
-                **place,
-            )
+        _draw(plot, record, s, k)
         plot.update_yaxes(title=_axis(record, s, k), row=k, col=s + 1)
     for s in range(len(SPACES)):
         plot.update_xaxes(title=_axis(record, s, 0), row=last - 1, col=s + 1)
-    plot.update_layout(
-        legend={
-            "orientation": "h",
-            "y": -0.22 / (last - 1),
-            "x": 0.5,
-            "xanchor": "center",
-            "font": {"size": 12},
-        }
-    )
+    place = {"orientation": "h", "y": -0.22 / (last - 1), "x": 0.5, "xanchor": "center"}
+    plot.update_layout(legend={**place, "font": {"size": 12}})
     plot.update_xaxes(zeroline=False, showgrid=True)
     plot.update_yaxes(zeroline=False, showgrid=True)
     return styled(plot, 180 + 330 * (last - 1)).update_layout(margin_b=120)
+
+
+def _draw(plot: go.Figure, record: OrbitPaths, space: int, component: int) -> None:
+    """All paths of one space on its first component and another one."""
+    colors, place = _colors(record), {"row": component, "col": space + 1}
+    paths = record.coordinates[space][..., [0, component]]
+    near = 0.025 * float((paths.flatten(0, 1).amax(0) - paths.flatten(0, 1).amin(0)).norm())
+    for i, (path, kinds) in enumerate(zip(paths, record.kinds(), strict=True)):
+        name, hover = _text(record, i, kinds[space])
+        trace = _path(path, near, colors[i], name, hover)
+        plot.add_trace(trace.update(showlegend=(space, component) == (0, 1)), **place)
+    for at, symbol, size, width in ((0, "circle-open", 9, 2), (-1, "square", 8, 0)):
+        plot.add_scatter(
+            x=paths[:, at, 0].tolist(),
+            y=paths[:, at, 1].tolist(),
+            mode="markers",
+            marker={"symbol": symbol, "size": size, "color": colors, "line": {"width": width}},
+            hoverinfo="skip",
+            showlegend=False,
+            **place,
+        )
 
 
 def _path(

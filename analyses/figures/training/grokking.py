@@ -16,7 +16,15 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.configs import LogsConfig
-from loopscope.analyses.common.look import FAINT, GROUP_COLORS, GROUP_NAMES, run_colors, styled
+from loopscope.analyses.common.labels import label
+from loopscope.analyses.common.look import (
+    FAINT,
+    GROUP_COLORS,
+    GROUP_NAMES,
+    note,
+    run_colors,
+    styled,
+)
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
 
@@ -210,52 +218,28 @@ def _line(log: TrainingLog, accuracy: Tensor, col: int, color: str) -> dict[str,
 def _add_stages(plot: go.Figure, record: Grokking) -> None:
     """The last panel; on its log axis annotations are placed by logarithms and shapes by values."""
     log = record.runs[record.stages_of]
+    here = {"row": 3, "col": 1}
     for group in GROUPS:
-        curve = record.curve(record.stages_of, group)
-        plot.add_scatter(**_line(log, curve, 1, GROUP_COLORS[group]), row=3, col=1)
+        curve, color = record.curve(record.stages_of, group), GROUP_COLORS[group]
+        plot.add_scatter(**_line(log, curve, 1, color), **here)
         half = next((i for i, share in enumerate(curve.tolist()) if share >= 0.5), len(curve) - 1)
-        plot.add_annotation(
-            x=math.log10(int(log.updates[half])),
-            y=max(0.12, float(curve.nan_to_num()[half])),
-            text=GROUP_NAMES[group],
-            showarrow=False,
-            xanchor="right",
-            xshift=-8,
-            yshift=8,
-            font={"size": 12, "color": GROUP_COLORS[group]},
-            row=3,
-            col=1,
-        )
+        place = {"x": math.log10(int(log.updates[half])), "xanchor": "right", "xshift": -8}
+        height = max(0.12, float(curve.nan_to_num()[half]))
+        font = {"size": 12, "color": color}
+        note(plot, GROUP_NAMES[group], font=font, y=height, yshift=8, **place, **here)
     edges = [int(log.updates[0]), *(end for _, end in record.ends(record.stages_of))]
     for i, (name, _) in enumerate(record.ends(record.stages_of)):
         begin, end = edges[i], edges[i + 1]
         plot.add_vrect(
-            x0=begin,
-            x1=end,
-            fillcolor=FAINT,
-            opacity=0.16 * (i % 2),
-            line_width=0,
-            layer="below",
-            row=3,
-            col=1,
-        )
-        plot.add_annotation(
-            x=math.log10(begin * end) / 2,
-            y=1.0,
-            yref="y5 domain",
-            text=f"stage {name}",
-            showarrow=False,
-            yanchor="bottom",
-            font={"size": 12},
-            row=3,
-            col=1,
-        )
-    ticks = [n * 10**k for k in range(2, 8) for n in (1, 2, 5)]
+            x0=begin, x1=end, fillcolor=FAINT, opacity=0.16 * (i % 2), line_width=0,
+            layer="below", **here,
+        )  # fmt: skip
+        place = {"x": math.log10(begin * end) / 2, "y": 1.0, "yref": "y5 domain"}
+        note(plot, f"stage {label(name)}", 12, yanchor="bottom", **place, **here)
     plot.update_xaxes(
         type="log",
         title=f"updates of {log.label} (log scale)",
-        tickvals=ticks,
+        tickvals=[n * 10**k for k in range(2, 8) for n in (1, 2, 5)],
         range=[math.log10(edges[0]), math.log10(edges[-1] * 1.02)],
-        row=3,
-        col=1,
+        **here,
     )

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopscope.analyses.common.configs import LogsConfig
-from loopscope.analyses.common.look import INK, hop_name, run_colors, styled
+from loopscope.analyses.common.look import INK, hop_name, note, run_colors, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
 
@@ -110,22 +110,20 @@ def run(config: HopUpdatesConfig) -> HopUpdates:
         read_logs(config.runs, "mini/multi_hop", ["1", "2"]),
         key=lambda log: (log.loops[0] < log.loops[1], log.loops),
     )
-    gates = [config.gate if config.gate is not None else _gate(log) for log in logs]
-    hops = tuple(range(1, max(int(group) for log in logs for group in log.accuracy) + 1))
-    found = [
-        [_first(log, hop, gate) for hop in hops] for log, gate in zip(logs, gates, strict=True)
-    ]
-    times = torch.tensor(
-        [[(updates, minutes) for updates, minutes, _ in row] for row in found], dtype=torch.float64
+    gates = [_gate(log) if config.gate is None else config.gate for log in logs]
+    hops = tuple(range(1, max(max(map(int, log.accuracy)) for log in logs) + 1))
+    found = torch.tensor(
+        [[_first(log, hop, gate) for hop in hops] for log, gate in zip(logs, gates, strict=True)],
+        dtype=torch.float64,
     )
     return HopUpdates(
         runs=tuple(log.name for log in logs),
         labels=tuple(log.label for log in logs),
         gates=tuple(gates),
         hops=hops,
-        updates=times[..., 0],
-        minutes=times[..., 1],
-        gated=torch.tensor([[gated for _, _, gated in row] for row in found]),
+        updates=found[..., 0],
+        minutes=found[..., 1],
+        gated=found[..., 2].bool(),
     )
 
 
@@ -157,49 +155,13 @@ def _first(log: TrainingLog, hop: int, gate: float) -> tuple[float, float, bool]
 def figure(record: HopUpdates) -> go.Figure:
     """One curve per run; filled marks ended a stage of their own, hollow ones did not."""
     plot = go.Figure()
-    colors = run_colors([i + 2 for i in range(len(record.runs))])
-    for i, (label, color) in enumerate(zip(record.labels, colors, strict=True)):
-        learned = record.updates[i].isfinite()
-        hops = [hop for hop, there in zip(record.hops, learned.tolist(), strict=True) if there]
-        filled = [color if gated else "white" for gated in record.gated[i][learned].tolist()]
-        plot.add_scatter(
-            x=hops,
-            y=record.updates[i][learned].tolist(),
-            mode="lines+markers+text",
-            name=label,
-            showlegend=False,
-            line={"color": color, "width": 2},
-            marker={"size": 9, "color": filled, "line": {"color": color, "width": 2}},
-            text=[""] * (len(hops) - 1) + [f" {label} "] * bool(hops),
-            textfont={"color": color, "size": 12},
-            textposition=(
-                "middle right" if not hops or _is_free(record, i, hops[-1]) else "top left"
-            ),
-            cliponaxis=False,
-            customdata=[
-                (hop_name(hop), minutes)
-                for hop, minutes in zip(hops, record.minutes[i][learned].tolist(), strict=True)
-            ],
-            hovertemplate=(
-                f"{label}<br>%{{customdata[0]}} learned after %{{y:,}}"
-                " updates<br>%{customdata[1]:.1f} minutes<extra></extra>"
-            ),
-        )
-    plot.add_annotation(
-        x=0,
-        xref="paper",
-        y=1,
-        yref="paper",
-        showarrow=False,
-        xanchor="left",
-        xshift=8,
-        align="left",
-        font={"size": 12, "color": INK},
-        text=(
-            "filled: passed the gate of its own stage<br>hollow: passed it in a stage without that"
-            " gate"
-        ),
+    for i, color in enumerate(run_colors([i + 2 for i in range(len(record.runs))])):
+        plot.add_trace(_curve(record, i, color))
+    reading = (
+        "filled: passed the gate of its own stage<br>hollow: passed it in a stage without that gate"
     )
+    corner = {"x": 0, "xref": "paper", "y": 1, "yref": "paper", "xanchor": "left", "xshift": 8}
+    note(plot, reading, font={"size": 12, "color": INK}, align="left", **corner)
     plot.update_xaxes(
         title="hops",
         tickvals=list(record.hops),
@@ -207,6 +169,31 @@ def figure(record: HopUpdates) -> go.Figure:
     )
     plot.update_yaxes(title="updates until first learned", rangemode="tozero", showgrid=True)
     return styled(plot, 460).update_layout(margin_t=30)
+
+
+def _curve(record: HopUpdates, run: int, color: str) -> go.Scatter:
+    """The hop counts that one run learned."""
+    learned, name = record.updates[run].isfinite(), record.labels[run]
+    hops = [hop for hop, there in zip(record.hops, learned.tolist(), strict=True) if there]
+    filled = [color if gated else "white" for gated in record.gated[run][learned].tolist()]
+    minutes = record.minutes[run][learned].tolist()
+    right = not hops or _is_free(record, run, hops[-1])
+    return go.Scatter(
+        x=hops,
+        y=record.updates[run][learned].tolist(),
+        mode="lines+markers+text",
+        name=name,
+        showlegend=False,
+        line={"color": color, "width": 2},
+        marker={"size": 9, "color": filled, "line": {"color": color, "width": 2}},
+        text=[""] * (len(hops) - 1) + [f" {name} "] * bool(hops),
+        textfont={"color": color, "size": 12},
+        textposition="middle right" if right else "top left",
+        cliponaxis=False,
+        customdata=list(zip(map(hop_name, hops), minutes, strict=True)),
+        hovertemplate=f"{name}<br>%{{customdata[0]}} learned after %{{y:,}} updates<br>"
+        "%{customdata[1]:.1f} minutes<extra></extra>",
+    )
 
 
 def _is_free(record: HopUpdates, run: int, hop: int) -> bool:

@@ -1,0 +1,89 @@
+"""The sentences and the table of answers on the explorer's page."""
+
+from __future__ import annotations
+
+from dash import html
+from dash.development.base_component import Component
+
+from loopscope.analyses.explorer.model import Answers, MarginCurve, PatchGrid
+from loopscope.analyses.explorer.questions import Query
+
+OVERTHINKING = 0.5  # logits below the best margin
+
+
+def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str:
+    """The margins in sentences."""
+    source = "the true answer, which the checkpoint's graph or questions tell"
+    if not query.known:
+        source = (
+            f"the model's own top token after {_iterations(trained)}, because the true answer of"
+            " this question is not known"
+        )
+    here, best, says = (
+        float(record.margin[chosen - 1]),
+        float(record.margin[record.best - 1]),
+        record.top[chosen - 1],
+    )
+    sentence = (
+        f"The answer is taken to be {query.answer}: {source}. After {_iterations(chosen)} the model"
+        " says "
+    )
+    sentence += (
+        f"{'this' if says == query.answer else says} (p = {float(record.prob[chosen - 1]):.3f});"
+        f" the margin is {here:.2f} logits. "
+    )
+    if record.best == chosen:
+        return sentence + "No other number of iterations on this page gives a larger one."
+    sentence += f"It is largest after {_iterations(record.best)}, at {best:.2f}."
+    worse = chosen > record.best and best - here > OVERTHINKING
+    return (
+        sentence
+        + f" The iterations since then took {best - here:.2f} logits away: overthinking." * worse
+    )
+
+
+def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
+    """The caption of a patching map."""
+    sentence = (
+        f"A {a.text} has the margin {grid.margin_a:.2f} after {_iterations(n_loops)}; in B {b.text}"
+        " the same answer "
+    )
+    sentence += f"{a.answer} has {grid.margin_b:.2f}. Each cell puts one residual of B into A."
+    if grid.stride > 1:
+        sentence += (
+            f" To be quick, it shows only loop 0 and every {grid.stride} loops from it;"
+            " any cell can be chosen."
+        )
+    return sentence
+
+
+def _iterations(count: int) -> str:
+    return f"{count} iteration" + "s" * (count != 1)
+
+
+def said(before: Answers, after: Answers, query: Query, place: str) -> Component:
+    """The answers of A before and after one patch, side by side."""
+    head = html.Tr([html.Th(text) for text in ("rank", "before", "p", "after", "p")])
+    rows = []
+    for i, (old, new) in enumerate(zip(before.top, after.top, strict=True)):
+        cells = [html.Td(f"{i}")]
+        for token, prob in (old, new):
+            cells += [
+                html.Td(token, className="asked" if token == query.answer else ""),
+                html.Td(f"{prob:.3f}"),
+            ]
+        rows.append(html.Tr(cells))
+    sizes = [
+        html.Td("margin"),
+        *(html.Td(f"{run.margin:.2f} logits", colSpan=2) for run in (before, after)),
+    ]
+    sentence = (
+        f"B's residual after {place} put into A: the margin of {query.answer} goes from"
+        f" {before.margin:.2f} to {after.margin:.2f} logits."
+    )
+    return html.Div(
+        [
+            html.P(sentence, className="found"),
+            html.Table([html.Thead(head), html.Tbody([*rows, html.Tr(sizes)])]),
+        ]
+    )
