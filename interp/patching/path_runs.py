@@ -25,7 +25,7 @@ from loopscope.interp.common.metrics import measure
 from loopscope.interp.common.places import in_range
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import NamesFilter
-from loopscope.models.core.intervene import Hook
+from loopscope.models.core.points import Hook
 from loopscope.models.core.state import State, Visit
 from loopscope.models.core.tokens import Batch
 
