@@ -26,7 +26,7 @@ from loopscope.interp.common.places import in_range
 from loopscope.interp.patching.path_ends import PathEnd
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import NamesFilter
-from loopscope.models.core.intervene import Hook
+from loopscope.models.core.points import Hook
 from loopscope.models.core.state import State
 from loopscope.models.core.tokens import Batch
 

@@ -9,17 +9,25 @@ batch pos d_model head d_head d_mlp d_vocab loop layer.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
 
+from loopscope.models.core import texts as texts_of
 from loopscope.models.core.attention import KeyValueStore, Rows, Visible, causal_keys
+from loopscope.models.core.cache import LoopCache
+from loopscope.models.core.caching import RESIDUAL_STREAM, PosSlice, keeping
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.hooks import NO_TAPS, Taps, live
+from loopscope.models.core.hooks import NO_TAPS, NamesFilter, SitePoints, Taps, is_pattern, live
+from loopscope.models.core.points import Attached, Direction, Hook, HookPoints
+from loopscope.models.core.schedule import BlockWatch, index_of
 from loopscope.models.core.state import (
     Slot,
     State,
@@ -29,10 +37,12 @@ from loopscope.models.core.state import (
     checked_tokens,
     running,
 )
-from loopscope.models.core.texts import TextInputs
+from loopscope.models.core.tokens import Batch, Readout, Words
+
+HookPairs = Sequence[tuple[NamesFilter, Hook]]
 
 
-class LoopedModel(TextInputs):
+class LoopedModel(HookedRootModule):
     """A looped transformer whose weights live once and whose hook points live once per iteration.
 
     A family gives: `plan` (its schedule), `embed`, `enter` and `leave` (what happens where an
@@ -66,8 +76,17 @@ class LoopedModel(TextInputs):
     def __init__(self, cfg: LoopedConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.vocab: Words | None = None
+        self.read_at: Readout | None = None
         self.visit_blocks: nn.ModuleList | None = None
+        self.points = HookPoints(self, self._names_of_call, self.spare_names, cfg.n_loops)
         self._schedules: dict[int, list[Visit]] = {}
+        self._blocks_seen = BlockWatch(self)
+
+    def setup(self) -> None:
+        """Name the modules; a family calls it when its weights are made."""
+        super().setup()
+        self.hook_dict = self.points  # type: ignore[assignment]  # a dictionary that grows
 
     # What a family declares
 
@@ -151,6 +170,19 @@ class LoopedModel(TextInputs):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """The head, which reads a normalised residual stream."""
 
+    @property
+    def positional(self) -> bool:
+        """Whether a token's position changes what the model computes for it."""
+        return True
+
+    @abstractmethod
+    def edge_sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Hook names before the first visit, and after the last."""
+
+    def spare_names(self) -> list[str]:
+        """Hook names that no plain call has."""
+        return []
+
     # Running
 
     def begin(
@@ -213,7 +245,7 @@ class LoopedModel(TextInputs):
             store: A dictionary that is given each visit's keys and values.
         """
         schedule = self.schedule(state.n_loops)
-        stop = self._index_of(until, state)
+        stop = index_of(until, schedule, state)
         if stop == state.visit:
             return state
         hooked = self.any_hook()
@@ -293,6 +325,9 @@ class LoopedModel(TextInputs):
     def schedule(self, n_loops: int | None = None) -> list[Visit]:
         """The visits of a call with `n_loops` iterations, in order."""
         n_loops = checked_loops(n_loops, self.cfg.n_loops)
+        if self._blocks_seen.changed():
+            self._schedules.clear()
+            self.points.forget_names()
         if n_loops not in self._schedules:
             self.grow(n_loops)
             visits = [self._visit(i, slot) for i, slot in enumerate(self.plan(n_loops))]
@@ -307,6 +342,7 @@ class LoopedModel(TextInputs):
                     for visit, block in zip(visits, self.visit_blocks, strict=True)
                 ]
             self._schedules[n_loops] = visits
+            self._blocks_seen.watch([visit.block for visit in visits])
         return self._schedules[n_loops]
 
     def iteration_ends(self, n_loops: int) -> list[int]:
@@ -323,33 +359,263 @@ class LoopedModel(TextInputs):
         ]
 
     def _visit(self, index: int, slot: Slot) -> Visit:
-        points = {site: self.hook_dict[f"{slot.name}.{site}"] for site in slot.sites}
-        boundary = {
-            site: self.hook_dict[f"{slot.scope}.{site}"] for site in slot.opening + slot.closing
-        }
         own = {f.name: getattr(slot, f.name) for f in fields(Slot)}
+        points = self.points.at(slot.name, slot.sites)
+        boundary = self.points.at(slot.scope, slot.opening + slot.closing)
         return Visit(**own, index=index, points=points, boundary=boundary)
 
-    def _index_of(self, until: int | str | None, state: State) -> int:
-        schedule = self.schedule(state.n_loops)
-        if until is None:
-            return len(schedule)
-        if isinstance(until, str):
-            found = [v.index for v in schedule if v.name == until or v.name.startswith(until + ".")]
-            if not found:
-                raise KeyError(
-                    f"{until!r} is no visit of a schedule with n_loops={state.n_loops}; it starts"
-                    f" with {schedule[0].name!r}"
-                )
-            until = found[0]
-        if isinstance(until, bool):
-            raise TypeError("until must be a visit's index, its name, or None, got a bool")
-        if not state.visit <= until <= len(schedule):
+    # Hooks, by `HookPoints`
+
+    def hook_names(self, n_loops: int | None = None) -> list[str]:
+        """Every hook name of a call with `n_loops` iterations, in order of execution."""
+        return list(self.points.names(checked_loops(n_loops, self.cfg.n_loops)))
+
+    def resolve_names(self, names: NamesFilter, n_loops: int | None = None) -> list[str]:
+        """The hook names that a filter means in a call; see `models.core.points`."""
+        return self.points.resolve(names, n_loops)
+
+    def grow(self, n_loops: int) -> None:
+        """Let the points of calls of up to `n_loops` iterations exist; they never go away."""
+        self.points.grow(n_loops)
+
+    def edge_points(self) -> SitePoints:
+        """The points outside the schedule's visits, by name."""
+        before, after = self.edge_sites()
+        return self.points.at("", before + after)
+
+    def any_hook(self) -> bool:
+        """Whether any point holds a hook."""
+        return bool(self.points.watch)
+
+    def refuse_late_hooks(self, n_loops: int) -> None:
+        """Raise ValueError if a hook would silently never fire in a call of `n_loops`."""
+        self.points.refuse_late(n_loops)
+
+    def hook_points(self) -> list[HookPoint]:
+        """The points that something has asked for; no other can hold a hook."""
+        return list(self.points.made.values())
+
+    def add_hook(
+        self,
+        name: NamesFilter,
+        hook: Hook,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+        n_loops: int | None = None,
+    ) -> None:
+        """Attach a hook `fn(value, hook)` to every point that the filter means in a call of
+        `n_loops` iterations.
+        """
+        options = {"is_permanent": is_permanent, "level": level, "prepend": prepend}
+        self._attach([(name, hook, dir)], n_loops, **options)
+
+    def add_perma_hook(
+        self, name: NamesFilter, hook: Hook, dir: Direction = "fwd", n_loops: int | None = None
+    ) -> None:
+        """Attach a hook that `reset_hooks` leaves in place."""
+        self.add_hook(name, hook, dir=dir, is_permanent=True, n_loops=n_loops)
+
+    def _attach(
+        self,
+        wanted: Sequence[tuple[NamesFilter, Hook, Direction]],
+        n_loops: int | None,
+        **options: Any,
+    ) -> list[Attached]:
+        """Attach several hooks, all of them or none."""
+        resolved = [self.resolve_names(names, n_loops) for names, _, _ in wanted]
+        attached: list[Attached] = []
+        try:
+            for (names, hook, dir), found in zip(wanted, resolved, strict=True):
+                only = checked_loops(n_loops, self.cfg.n_loops) if is_pattern(names) else None
+                attached += self.points.attach(found, hook, dir, only, **options)
+        except BaseException:
+            for one in attached:
+                one.remove()
+            raise
+        return attached
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: HookPairs = (),
+        bwd_hooks: HookPairs = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        n_loops: int | None = None,
+    ) -> Iterator[LoopedModel]:
+        """Hooks for the length of a `with` block; also after an error, exactly these are removed
+        and no others.
+
+        Args:
+            fwd_hooks, bwd_hooks: Pairs of a filter and a hook `fn(value, hook)`.
+            reset_hooks_end: Remove them at the end.
+            clear_contexts: Also clear the points' contexts at the end.
+            n_loops: Iterations of the calls inside; patterns are resolved for it, and a call of
+                another length raises.
+        """
+        wanted: list[tuple[NamesFilter, Hook, Direction]] = []
+        wanted += [(name, fn, "fwd") for name, fn in fwd_hooks]
+        wanted += [(name, fn, "bwd") for name, fn in bwd_hooks]
+        attached = self._attach(wanted, n_loops, level=self.context_level + 1)
+        self.context_level += 1
+        try:
+            yield self
+        finally:
+            self.context_level -= 1
+            for one in attached if reset_hooks_end else ():
+                one.remove()
+            if clear_contexts:
+                self.clear_contexts()
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: HookPairs = (),
+        bwd_hooks: HookPairs = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Run the model with temporary hooks. Hooks are resolved for the call's own `n_loops`.
+
+        Raises:
+            KeyError: A name that this call does not have; nothing is attached then.
+            ValueError: Backward hooks that would be removed before any backward pass.
+        """
+        if bwd_hooks and reset_hooks_end:
             raise ValueError(
-                f"the state stands before visit {state.visit} of {len(schedule)}, so it cannot be"
-                f" run to visit {until}"
+                "backward hooks would be removed before a backward pass; pass"
+                " reset_hooks_end=False, use `with model.hooks(bwd_hooks=...)`, or"
+                " loopscope.gradients"
             )
-        return until
+        n_loops = self._loops_of_call(model_args, model_kwargs)
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts, n_loops):
+            output: Tensor = self(*model_args, **model_kwargs)
+        return output
+
+    def _loops_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        given = kwargs.get("n_loops", args[1] if len(args) > 1 else None)
+        return checked_loops(given, self.cfg.n_loops)
+
+    # Caching
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: PosSlice = None,
+        n_loops: int | None = None,
+    ) -> tuple[dict[str, Tensor], list[tuple[NamesFilter, Hook]], list[tuple[NamesFilter, Hook]]]:
+        """Hooks that fill a dictionary; they are not attached yet. See `run_with_cache` for the
+        arguments.
+        """
+        if incl_bwd:
+            raise ValueError(
+                "incl_bwd is not supported: a looped model's gradients belong to one iteration"
+                " each; use loopscope.gradients"
+            )
+        store: dict[str, Tensor] = {} if cache is None else cache
+        keep = keeping(store, device, pos_slice, remove_batch_dim)
+        wanted = RESIDUAL_STREAM if names_filter is None else names_filter
+        return store, [(name, keep) for name in self.resolve_names(wanted, n_loops)], []
+
+    def add_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        n_loops: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Attach hooks that fill a dictionary until `reset_hooks`. See `run_with_cache` for the
+        arguments.
+        """
+        store, fwd, _ = self.get_caching_hooks(
+            names_filter, incl_bwd, device, remove_batch_dim, cache, n_loops=n_loops
+        )
+        wanted = RESIDUAL_STREAM if names_filter is None else names_filter
+        if fwd:
+            self.add_hook(wanted, fwd[0][1], n_loops=n_loops)
+        return store
+
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: PosSlice = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, LoopCache]:
+        """Run the model and keep activations, each under the name of its own iteration.
+
+        Args:
+            names_filter: What to keep: a name, a pattern, a list or a predicate. None keeps the
+                residual stream (embedding, resid_pre, resid_mid, resid_post); `"**"` keeps
+                everything.
+            device: Where to keep it, e.g. "cpu".
+            remove_batch_dim: Drop the batch axis of a batch of one.
+            reset_hooks_end, clear_contexts: As in `hooks`.
+            pos_slice: Positions to keep (for scores and patterns: query positions), in any form of
+                TransformerLens's Slice; an int keeps an axis of one.
+
+        Returns:
+            The logits and a `LoopCache`.
+
+        Raises:
+            KeyError: The filter matches nothing in this call.
+            ValueError: `remove_batch_dim` with a batch of more than one, or `incl_bwd`.
+        """
+        n_loops = self._loops_of_call(model_args, model_kwargs)
+        tokens = model_kwargs.get("tokens", model_args[0] if model_args else None)
+        if remove_batch_dim and isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) > 1:
+            raise ValueError(f"remove_batch_dim needs a batch of one, got {len(tokens)}")
+        store, fwd, _ = self.get_caching_hooks(
+            names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, n_loops=n_loops
+        )
+        with self.hooks(fwd, [], reset_hooks_end, clear_contexts, n_loops):
+            logits: Tensor = self(*model_args, **model_kwargs)
+        return logits, LoopCache(store, n_loops, has_batch_dim=not remove_batch_dim)
+
+    # Texts, by `models.core.texts`
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def encode(self, texts: str | Sequence[str]) -> Batch:
+        """Right-padded tokens, mask and readout column of some texts, with the padding that the
+        readout needs.
+
+        Raises:
+            ValueError: The checkpoint has no vocabulary, or does not say where answers are read.
+        """
+        n_ctx = self.cfg.n_ctx
+        batch = texts_of.encoded(texts, self.vocab, self.read_at, n_ctx, self.positional)
+        return batch.to(self.device)
+
+    def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
+        """Token ids of some texts, padded on the right with id 0."""
+        rows = texts_of.ids_of(texts, self.vocab)
+        return texts_of.pad_right(rows, max(map(len, rows)))[0].to(self.device)
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token."""
+        return texts_of.single_id(text, self.vocab)
+
+    def to_str_tokens(self, tokens: str | Int[Tensor, " pos"]) -> list[str]:
+        """The tokens of one text, or of one row of ids, as strings."""
+        return texts_of.words_of(tokens, self.vocab)
 
     # Weight views that every family has
 

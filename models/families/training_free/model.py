@@ -15,7 +15,7 @@ from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, HeadNormedAttention
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.hooks import NamesFilter, Taps, add_point, is_hooked, resolve, tap
+from loopscope.models.core.hooks import NamesFilter, Taps, is_hooked, resolve, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit
 from loopscope.models.families.training_free.rules import (
@@ -187,13 +187,8 @@ class WindowLoops(LoopedModel):
             for name in self._slot(STASH, layer).hook_names()
         )
 
-    def grow(self, n_loops: int) -> None:
-        first_time = self._grown == 0
-        super().grow(n_loops)
-        for name in self._stash_names() if first_time else ():
-            point = add_point(self, name, self.training)
-            self.hook_dict[name] = self.mod_dict[name] = point
-            self._watch.add(point)
+    def spare_names(self) -> list[str]:
+        return list(self._stash_names())
 
     def resolve_names(self, names: NamesFilter, n_loops: int | None = None) -> list[str]:
         if callable(names) or names is None:
