@@ -14,18 +14,14 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 
 from loopscope.models.blocks.components import LayerNorm
-from loopscope.models.blocks.decoder_block import Block as OutputFirstBlock
-from loopscope.models.blocks.decoder_block import GatedMLP
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.families.recurrent_depth import Block as InputFirstBlock
-from loopscope.models.families.recurrent_depth import RecurrentDepth
-from loopscope.models.families.smollm import SMolLM
 
-Flat = RecurrentDepth | SMolLM
-FlatBlock = InputFirstBlock | OutputFirstBlock
+READERS = (("ln1", "attn", ("Q", "K", "V")), ("ln2", "mlp", ("gate", "in")))
+"""Which views of a block's weights read which of its norms; a block without a view has no such
+projection."""
 
 
 def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
@@ -50,7 +46,7 @@ def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
     return twin
 
 
-def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) -> Unrolled:
+def unrolled(model: LoopedModel, n_loops: int | None = None, *, fold_ln: bool = False) -> Unrolled:
     """The same computation under TransformerLens names: visit i of the schedule is `blocks.{i}`.
 
     Args:
@@ -61,7 +57,7 @@ def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) 
     Raises:
         TypeError: A family that is not a flat stack of blocks over shared weights.
     """
-    if not isinstance(model, Flat):
+    if not model.cfg.flat:
         raise TypeError(
             f"unrolled serves flat causal families, got {type(model).__name__}; check it against"
             " untied(model, n_loops)"
@@ -139,7 +135,7 @@ class _UnrolledBlock(nn.Module):
     attn: _Part
     mlp: _Part
 
-    def __init__(self, block: FlatBlock) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.attn = _Part(block.attn, ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"))
         self.mlp = _Part(block.mlp, ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out"))
@@ -179,17 +175,15 @@ class Unrolled(HookedRootModule):
     and runs its steps.
     """
 
-    _source: Flat
+    _source: LoopedModel
 
-    def __init__(self, model: Flat, n_loops: int, fold_ln: bool) -> None:
+    def __init__(self, model: LoopedModel, n_loops: int, fold_ln: bool) -> None:
         super().__init__()
         source = _folded(model) if fold_ln else model
         self.__dict__["_source"] = source
         self._visits = source.schedule(n_loops)
         self.additive_residual = model.additive_residual
-        self.blocks = nn.ModuleList(
-            _UnrolledBlock(cast(FlatBlock, visit.block)) for visit in self._visits
-        )
+        self.blocks = nn.ModuleList(_UnrolledBlock(visit.block) for visit in self._visits)
         self.ln_final = _FinalNorm(source.final_norm)
         weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
         bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
@@ -310,7 +304,7 @@ class Unrolled(HookedRootModule):
         return total + parts[layer].attn.b_O if mlp_input else total
 
 
-def _kind_of_positions(model: Flat) -> str:
+def _kind_of_positions(model: LoopedModel) -> str:
     """TransformerLens's name for how a model knows positions."""
     if "hook_pos_embed" in model.edge_sites()[0]:
         return "standard"
@@ -318,41 +312,29 @@ def _kind_of_positions(model: Flat) -> str:
 
 
 @torch.no_grad()
-def _folded(model: Flat) -> Flat:
+def _folded(model: LoopedModel) -> LoopedModel:
     """A copy whose norms have weight one and bias zero, with theirs folded into the projections
     that read them.
     """
     twin = copy.deepcopy(model)
     twin.reset_hooks(including_permanent=True)
-    for block in twin.blocks:
-        if isinstance(block, InputFirstBlock):
-            _fold_input_first(block)
-        else:
-            _fold_output_first(cast(OutputFirstBlock, block))
+    blocks = twin.blocks if twin.visit_blocks is None else twin.visit_blocks
+    for linear in (m for m in blocks.modules() if isinstance(m, nn.Linear)):
+        if linear.bias is None:
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+    for block in blocks:
+        for norm, part, readers in READERS:
+            _fold(getattr(block, norm), getattr(block, part), readers)
     for norm in (m for m in twin.modules() if isinstance(m, LayerNorm)):
         norm.w.fill_(1.0)
         norm.b.zero_()
     return twin
 
 
-def _fold_input_first(block: InputFirstBlock) -> None:
-    for norm, owner, weight, bias in (
-        (block.ln1, block.attn, "W_QKV", "b_QKV"),
-        (block.ln2, block.mlp, "W_in", "b_in"),
-    ):
-        W, b = getattr(owner, weight), getattr(owner, bias)
-        b += norm.b @ W
-        W *= norm.w[:, None]
-
-
-def _fold_output_first(block: OutputFirstBlock) -> None:
-    assert isinstance(block.mlp, GatedMLP), "the flat families of these blocks have a gated MLP"
-    for norm, readers in (
-        (block.ln1, (block.attn.qkv,)),
-        (block.ln2, (block.mlp.gate, block.mlp.up)),
-    ):
-        assert isinstance(norm, LayerNorm), "the flat families of these blocks are pre-LayerNorm"
-        for linear in readers:
-            moved = linear.weight @ norm.b
-            linear.bias = nn.Parameter(moved if linear.bias is None else linear.bias + moved)
-            linear.weight *= norm.w
+def _fold(norm: LayerNorm, part: nn.Module, readers: tuple[str, ...]) -> None:
+    """Move a norm's weight and bias into the projections of a sub-layer, through its views."""
+    for reader in readers:
+        weight: Tensor | None = getattr(part, f"W_{reader}", None)
+        if weight is not None:
+            getattr(part, f"b_{reader}").add_(norm.b @ weight)
+            weight.mul_(norm.w[:, None])

@@ -25,35 +25,11 @@ from loopscope.interp.exits.exits import TopStable
 from loopscope.interp.patching.path_ends import Receiver, Sender
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
-from loopscope.models.core.registry import FAMILIES, build, config_from_dict
+from loopscope.models.core.registry import FAMILIES, build
 from loopscope.models.core.tokens import Batch
 
 FACTS = ("causal", "prefix_readout", "additive_residual", "batch_independent")
 _LOOPS = 3
-_SIZES: dict[str, Any] = {
-    "n_layers": 2,
-    "n_loops": _LOOPS,
-    "d_model": 32,
-    "n_heads": 4,
-    "d_mlp": 24,
-    "d_vocab": 19,
-    "n_ctx": 16,
-}
-_AROUND = {"n_prelude_layers": 1, "n_coda_layers": 1}
-_EXTRA: dict[str, dict[str, Any]] = {
-    "albert": {"d_factor": 8},
-    "hrm_text": {"n_low_loops": 2},
-    "hyperloop": _AROUND,
-    "huginn": _AROUND,
-    "parcae": _AROUND,
-    "retrofit_llama": _AROUND,
-    "retrofit_olmo": _AROUND,
-    "smollm": {"n_layers": 1},
-    "spiral": {"d_factor": 8, "d_timestep": 6},
-    "training_free": {"n_layers": 4, "window": (1, 2)},
-    "training_free_gpt2": {"n_layers": 4, "window": (1, 2)},
-}
-_WITHOUT: dict[str, tuple[str, ...]] = {"recurrent_depth": ("n_ctx",)}
 
 _NORMS = ("ln1", "ln2", "ln1_post", "ln2_post", "ln_final", "ln_boundary")
 _LISTED = {
@@ -82,14 +58,9 @@ _LISTED = {
 
 
 def tiny(family: str) -> LoopedModel:
-    """A random model of a family, of two or so layers of width 32, in float64."""
-    values = {"family": family, **_SIZES, **_EXTRA.get(family, {})}
+    """A random model of a family, of the sizes that its config calls tiny, in float64."""
     torch.manual_seed(0)
-    model = build(
-        config_from_dict(
-            {name: value for name, value in values.items() if name not in _WITHOUT.get(family, ())}
-        )
-    )
+    model = build(FAMILIES[family][0].tiny(n_loops=_LOOPS))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -123,7 +94,7 @@ class _Inputs:
 def _inputs(model: LoopedModel) -> _Inputs:
     def batch(seed: int) -> Batch:
         tokens = torch.randint(
-            1, _SIZES["d_vocab"], (3, 5), generator=torch.Generator().manual_seed(seed)
+            1, model.cfg.d_vocab, (3, 5), generator=torch.Generator().manual_seed(seed)
         )
         return Batch(tokens, torch.ones_like(tokens), torch.full((3,), 4))
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
+
+_TINY: Mapping[str, Any] = {
+    "n_layers": 2,
+    "n_loops": 3,
+    "d_model": 32,
+    "n_heads": 4,
+    "d_mlp": 24,
+    "d_vocab": 19,
+    "n_ctx": 16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +29,16 @@ class LoopedConfig:
         n_ctx: The longest input in tokens; None where positions set no limit.
         eps: Added to the variance inside each norm.
         act_fn, normalization_type: Fixed for a family: the MLP's activation, and "LN" or "RMS".
+        flat: Whether a call visits pre-LayerNorm blocks and does nothing else, except that it may
+            add its input again, so that `unrolled` serves the family.
+        TINY: Where the family's `tiny` differs from the common sizes.
     """
 
     family: ClassVar[str] = ""
     act_fn: ClassVar[str]
     normalization_type: ClassVar[str]
+    flat: ClassVar[bool] = False
+    TINY: ClassVar[Mapping[str, Any]] = {}
     n_layers: int
     n_loops: int | None = None
     d_model: int
@@ -58,6 +73,15 @@ class LoopedConfig:
                 f" d_model={self.d_model}; pass one of {_divisors(self.d_model)}"
             )
         return self.d_model // self.n_heads
+
+    @classmethod
+    def tiny(cls, **options: Any) -> Self:
+        """A config of small sizes, for pages and tests of every family.
+
+        Args:
+            options: Fields that are to have another value.
+        """
+        return cls(**{**_TINY, **cls.TINY, **options})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that `from_dict` takes, with the family's name."""

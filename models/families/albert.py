@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ class AlbertConfig(LoopedConfig):
     """
 
     family: ClassVar[str] = "albert"
+    TINY: ClassVar[Mapping[str, Any]] = {"d_factor": 8}
     normalization_type: ClassVar[str] = "LN"
     tied: ClassVar[bool] = True
     act_fn: str = "gelu_new"  # type: ignore[misc]  # releases of this one family differ in it

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ class HrmTextConfig(DecoderConfig):
     """
 
     family: ClassVar[str] = "hrm_text"
+    TINY: ClassVar[Mapping[str, Any]] = {"n_low_loops": 2}
     n_low_loops: int
     embedding_scale: float = 50.0
     prefix_lm: bool = True

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +33,7 @@ class PreludeCoreCodaConfig(DecoderConfig):
         adapter_bias: Whether the adapter, which mixes the input into the state, has a bias.
     """
 
+    TINY: ClassVar[Mapping[str, Any]] = {"n_prelude_layers": 1, "n_coda_layers": 1}
     n_prelude_layers: int
     n_coda_layers: int
     state_std: float | int | None = None

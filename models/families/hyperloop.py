@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ class HyperloopConfig(DecoderConfig):
     """
 
     family: ClassVar[str] = "hyperloop"
+    TINY: ClassVar[Mapping[str, Any]] = {"n_prelude_layers": 1, "n_coda_layers": 1}
     n_prelude_layers: int
     n_coda_layers: int
     n_streams: int = 4

@@ -64,6 +64,7 @@ class ParcaeConfig(DecoderConfig):
     """
 
     family: ClassVar[str] = "parcae"
+    TINY: ClassVar[Mapping[str, Any]] = {"n_prelude_layers": 1, "n_coda_layers": 1}
     act_fn: ClassVar[str] = "relu2"
     n_prelude_layers: int
     n_coda_layers: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class RecurrentDepthConfig(LoopedConfig):
     """
 
     family: ClassVar[str] = "recurrent_depth"
+    TINY: ClassVar[Mapping[str, Any]] = {"n_ctx": None}
+    flat: ClassVar[bool] = True
     act_fn: ClassVar[str] = "gelu_new"
     normalization_type: ClassVar[str] = "LN"
     positions: Positions = "none"

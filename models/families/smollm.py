@@ -31,6 +31,8 @@ class SMolLMConfig(DecoderConfig):
     """
 
     family: ClassVar[str] = "smollm"
+    TINY: ClassVar[Mapping[str, Any]] = {"n_layers": 1}
+    flat: ClassVar[bool] = True
     normalization_type: ClassVar[str] = "LN"
     n_layers: int = 1
     tied: bool = True

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ class SpiralConfig(LoopedConfig):
     """
 
     family: ClassVar[str] = "spiral"
+    TINY: ClassVar[Mapping[str, Any]] = {"d_factor": 8, "d_timestep": 6}
     act_fn: ClassVar[str] = "gelu"
     normalization_type: ClassVar[str] = "LN"
     d_factor: int

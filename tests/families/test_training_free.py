@@ -20,12 +20,9 @@ from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import build
 from loopscope.models.families.training_free.cache import decode_bypass, prefill
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
-from loopscope.models.families.training_free.model import (
-    TrainingFree,
-    TrainingFreeConfig,
-    WindowLoops,
-)
+from loopscope.models.families.training_free.model import TrainingFree, TrainingFreeConfig
 from loopscope.models.families.training_free.rules import checked_window
+from loopscope.models.families.training_free.window import WindowLoops
 from toy import assert_close, is_close, randomize_
 
 CASES = ("training_free_llama", "training_free_qwen3")

@@ -15,11 +15,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
+from loopscope.models.core.attention import KeyValues, KeyValueStore
 from loopscope.models.core.hooks import NO_TAPS, live
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.families.training_free.model import WindowLoops
-from loopscope.models.families.training_free.rules import check_source
+from loopscope.models.families.training_free.window import WindowLoops
 
 
 def prefill(
@@ -42,7 +41,7 @@ def prefill(
     """
     cache: KeyValueStore = {}
     return (
-        advance_stashing(model, model.begin(tokens, mask, n_loops=n_loops), cache, source=source),
+        model.advance_stashing(model.begin(tokens, mask, n_loops=n_loops), cache, source=source),
         cache,
     )
 
@@ -79,92 +78,12 @@ def decode_looped(
     """
     new: KeyValueStore = {}
     state = _begin_after(model, tokens, cache, checked_loops(n_loops, model.cfg.n_loops))
-    return advance_stashing(model, state, new, source=source, supplied=cache), joined(cache, new)
-
-
-def advance_stashing(
-    model: WindowLoops,
-    state: State,
-    store: KeyValueStore,
-    *,
-    source: str = "last",
-    supplied: KeyValueStore | None = None,
-) -> State:
-    """Run a state to the end as `model.advance` does, and keep one entry per layer.
-
-    Args:
-        state: From `begin`, before the window.
-        store: Is given the keys and values of these rows by the visits of a call with n_loops = 1.
-        source: As in `prefill`.
-        supplied: Entries of earlier rows, in the same form.
-
-    Raises:
-        ValueError: Another source, or a state that stands inside or behind the window.
-    """
-    check_source(source)
-    starts = [
-        visit.index for visit in model.schedule(state.n_loops) if visit.opening and visit.loop == 0
-    ]
-    if state.visit > starts[0]:
-        raise ValueError(
-            f"the state must stand at or before the window (visit {starts[0]}), got one before"
-            f" visit {state.visit}"
-        )
-    passes = None if supplied is None else for_passes(model, supplied, state.n_loops)
-    state = model.advance(state, starts[0], supplied=passes, store=store)
-    for unit, start in zip(model.units, starts, strict=True):
-        before, state = (
-            state,
-            model.advance(state, start + len(unit) * state.n_loops, supplied=passes),
-        )
-        store.update(stash(model, before if source == "first" else state, unit, supplied))
-    return model.advance(state, supplied=passes, store=store)
-
-
-def stash(
-    model: WindowLoops, state: State, layers: range, supplied: KeyValueStore | None = None
-) -> dict[str, KeyValues]:
-    """Run some layers of the window once over a state, for their keys and values alone; the hook
-    points are `stash.blocks.{l}.…`.
-
-    Args:
-        layers: Which layers, of those that follow one another in the window.
-        supplied: Entries of earlier rows.
-
-    Returns:
-        Keys and values of the state's rows by visit, "loops.0.blocks.{l}".
-    """
-    store: dict[str, KeyValues] = {}
-    hooked, resid = model.any_hook(), state.resid
-    rows = Rows.make(
-        state, type(model).visible, None if supplied is None else supplied[_entry(layers[0])]
-    )
-    for visit in model.stash_visits(layers):
-        here = rows.at(_entry(visit.layer), supplied, store)
-        resid, _ = model.visit_block(
-            visit, resid, state.parts, here, live(visit.points) if hooked else NO_TAPS
-        )
-    return store
-
-
-def for_passes(model: WindowLoops, cache: KeyValueStore, n_loops: int) -> KeyValueStore:
-    """The cache as `advance(supplied=...)` takes it for a call of `n_loops` passes: every pass of a
-    layer reads the layer's one entry.
-    """
-    visits = model.schedule(n_loops)
-    return {
-        visit.name: cache[visit.name if visit.loop is None else _entry(visit.layer)]
-        for visit in visits
-    }
+    return model.advance_stashing(state, new, source=source, supplied=cache), joined(cache, new)
 
 
 def joined(cache: Mapping[str, KeyValues], new: Mapping[str, KeyValues]) -> dict[str, KeyValues]:
     """The entries of earlier and later rows, one after the other."""
     return {visit: cache[visit].followed_by(new[visit]) for visit in cache}
-
-
-def _entry(layer: int) -> str:
-    return f"loops.0.blocks.{layer}"
 
 
 def _begin_after(model: WindowLoops, tokens: Tensor, cache: KeyValueStore, n_loops: int) -> State:

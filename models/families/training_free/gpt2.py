@@ -15,8 +15,8 @@ from loopscope.models.blocks.components import LayerNorm
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.families.recurrent_depth import Block, RecurrentDepthConfig
-from loopscope.models.families.training_free.model import WindowLoops
 from loopscope.models.families.training_free.rules import WindowConfig
+from loopscope.models.families.training_free.window import WindowLoops
 
 
 @dataclass(frozen=True, kw_only=True)

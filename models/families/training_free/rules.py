@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ class WindowConfig(LoopedConfig):
             model ("bypass").
     """
 
+    TINY: ClassVar[Mapping[str, Any]] = {"n_layers": 4, "window": (1, 2)}
     window: tuple[int, int]
     rule: Rule = "blend"
     beta: float | int | None = BETA
