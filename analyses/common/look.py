@@ -51,14 +51,13 @@ def styled(figure: go.Figure, height: int) -> go.Figure:
     return figure
 
 
-def note(plot: go.Figure, text: str, size: int = 11, **place: Any) -> None:
+def note(plot: go.Figure, text: str, **place: Any) -> None:
     """Write a line of text into a figure, without an arrow.
 
     Args:
-        size: Of the letters, unless `place` has a font.
         place: Where and how, in the words of plotly's annotations.
     """
-    plot.add_annotation(**{"text": text, "showarrow": False, "font": {"size": size}} | place)
+    plot.add_annotation(**{"text": text, "showarrow": False, "font": {"size": 11}} | place)
 
 
 def hop_colors(hops: Sequence[int], trained: int | None) -> dict[int, str]:
