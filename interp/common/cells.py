@@ -1,4 +1,4 @@
-"""The patches that a sweep makes: its cells, chosen by site, iteration, layer, position and head."""
+"""The patches of a sweep: its cells, chosen by site, iteration, layer, position and head."""
 
 from __future__ import annotations
 

@@ -382,7 +382,7 @@ def _frame(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
                 y0=loop * layers + 0.5, y1=(loop + 1) * layers + 0.5, fillcolor=FAINT,
                 opacity=0.18, line_width=0, layer="below", **at,
             )  # fmt: skip
-        note(plot, title, 12, x=1, y=top, yanchor="bottom", **at)
+        note(plot, title, font={"size": 12}, x=1, y=top, yanchor="bottom", **at)
         plot.update_xaxes(tickvals=[0, 1, 2], ticktext=list(COLUMNS), range=[-0.5, 2.5], **at)
         plot.update_yaxes(
             tickvals=list(range(len(labels))), ticktext=labels, range=[-0.6, len(labels) - 0.4],
@@ -393,4 +393,4 @@ def _frame(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
         f" {panel.questions}"
     )
     place = {"x": -0.5, "xanchor": "left", "y": top, "yanchor": "bottom", "yshift": 20}
-    note(plot, model, 13, **place, row=row, col=col)
+    note(plot, model, font={"size": 13}, **place, row=row, col=col)

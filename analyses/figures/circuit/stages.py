@@ -193,7 +193,7 @@ def figure(record: StageDepths) -> go.Figure:
     for row, title in ((1, "bridge read at r1"), (2, "target read at r2")):
         plot.update_yaxes(title=f"{title}<br>(share of questions)", row=row, col=1)
     below = {"y": 0, "yref": "paper", "yshift": -28, "yanchor": "top"}
-    note(plot, "effective depth (layers applied)", 16, x=0.5, xref="paper", **below)
+    note(plot, "effective depth (layers applied)", font={"size": 16}, x=0.5, xref="paper", **below)
     plot.update_layout(
         legend={"orientation": "h", "y": -0.17, "x": 0.5, "xanchor": "center", "yanchor": "top"}
     )

@@ -235,7 +235,7 @@ def _add_stages(plot: go.Figure, record: Grokking) -> None:
             layer="below", **here,
         )  # fmt: skip
         place = {"x": math.log10(begin * end) / 2, "y": 1.0, "yref": "y5 domain"}
-        note(plot, f"stage {label(name)}", 12, yanchor="bottom", **place, **here)
+        note(plot, f"stage {label(name)}", font={"size": 12}, yanchor="bottom", **place, **here)
     plot.update_xaxes(
         type="log",
         title=f"updates of {log.label} (log scale)",
