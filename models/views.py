@@ -184,9 +184,10 @@ class Unrolled(HookedRootModule):
         self._visits = source.schedule(n_loops)
         self.additive_residual = model.additive_residual
         self.blocks = nn.ModuleList(_UnrolledBlock(visit.block) for visit in self._visits)
-        self.ln_final = _FinalNorm(source.final_norm)
-        weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
-        bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
+        norm = cast(LayerNorm, model.final_norm)
+        self.ln_final = _FinalNorm(cast(LayerNorm, source.final_norm))
+        weight = (norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
+        bias = norm.b @ model.W_U if fold_ln else model.b_U
         self.unembed = _Unembed(weight, bias.detach())
         self._edge = {name: add_point(self, name, False) for name in source.edge_sites()[0]}
         self._points = [
@@ -318,13 +319,13 @@ def _folded(model: LoopedModel) -> LoopedModel:
     """
     twin = copy.deepcopy(model)
     twin.reset_hooks(including_permanent=True)
-    blocks = twin.blocks if twin.visit_blocks is None else twin.visit_blocks
+    blocks = cast(nn.ModuleList, twin.blocks if twin.visit_blocks is None else twin.visit_blocks)
     for linear in (m for m in blocks.modules() if isinstance(m, nn.Linear)):
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
     for block in blocks:
-        for norm, part, readers in READERS:
-            _fold(getattr(block, norm), getattr(block, part), readers)
+        for site, part, readers in READERS:
+            _fold(getattr(block, site), getattr(block, part), readers)
     for norm in (m for m in twin.modules() if isinstance(m, LayerNorm)):
         norm.w.fill_(1.0)
         norm.b.zero_()
