@@ -51,7 +51,7 @@ def styled(figure: go.Figure, height: int) -> go.Figure:
     return figure
 
 
-def note(plot: go.Figure, text: str, size: int = 11, **place: Any) -> None:
+def note(plot: go.Figure, text: str, size: int = 11, /, **place: Any) -> None:
     """Write a line of text into a figure, without an arrow.
 
     Args:

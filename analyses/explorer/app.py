@@ -367,12 +367,17 @@ def _wire(app: Dash, explorer: Explorer) -> None:
         running = [(Output(f"{wire.busy}-busy", "children"), said, "")] if wire.busy else None
         ends = [
             *(_output(end) for end in wire.outputs.split()),
-            *(Input(*end.split(".")) for end in wire.inputs.split()),
-            *(State(*end.split(".")) for end in wire.states.split()),
+            *(Input(*_named(end)) for end in wire.inputs.split()),
+            *(State(*_named(end)) for end in wire.states.split()),
         ]
         app.callback(*ends, running=running, prevent_initial_call=not wire.at_once)(method)
 
 
 def _output(end: str) -> Output:
-    control, name = end.removesuffix("!").split(".")
-    return Output(control, name, allow_duplicate=end.endswith("!"))
+    return Output(*_named(end.removesuffix("!")), allow_duplicate=end.endswith("!"))
+
+
+def _named(end: str) -> tuple[str, str]:
+    """A control and its property."""
+    control, _, name = end.partition(".")
+    return control, name

@@ -109,9 +109,10 @@ def run(config: PatchConfig) -> PatchingMap:
     subject = open_subject(config)
     if config.corrupted is not None and config.clean is None:
         raise ValueError("a corrupted question needs its clean one; pass --clean too")
-    clean = [config.clean]
     if config.clean is None:
         clean = [question.text for question in subject.of_hops(config.hops)]
+    else:
+        clean = [config.clean]
     corrupted = None if config.corrupted is None else [config.corrupted]
     return measure(subject, clean, corrupted, config.site, config.n_loops, config.direction)
 
