@@ -1,4 +1,4 @@
-"""What a looped model is: a program over shared blocks whose hook points exist once per iteration.
+"""Looped models: each is a program over shared blocks whose hook points exist once per iteration.
 
 `core` is what every model does (start with `core/base.py`: begin, advance, readout), `blocks` the
 parts that families are built of, `families` one file per family, and `views.py` the same

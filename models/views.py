@@ -171,8 +171,8 @@ class _Unembed(nn.Module):
 
 
 class Unrolled(HookedRootModule):
-    """What `unrolled` returns. It shares the looped model's weights (folded copies with fold_ln)
-    and runs its steps.
+    """The model that `unrolled` returns. It shares the looped model's weights (folded copies with
+    fold_ln) and runs its steps.
     """
 
     _source: LoopedModel

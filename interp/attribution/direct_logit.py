@@ -90,8 +90,8 @@ def direct_logit_attribution(
     heads: bool = True,
     batch_size: int = 512,
 ) -> DirectLogits:
-    """What every component adds to the logit at the readout, through the final norm frozen at its
-    actual scale.
+    """Compute the share of every component in the logit at the readout, through the final norm
+    frozen at its actual scale.
 
     Args:
         inputs: A batch, texts, or tokens with `readout`.
@@ -178,7 +178,7 @@ def check_sum(
 
 
 def component_kind(slot: Slot, what: str) -> str:
-    """What a component of a block is called: "mlp" in the loop, "prelude.mlp" in another stage."""
+    """The name of a component of a block: "mlp" in the loop, "prelude.mlp" in another stage."""
     return what if slot.loop is not None else f"{slot.stage}.{what}"
 
 
@@ -187,7 +187,7 @@ def _through_final_norm(
     stack: Float[Tensor, "component batch d_model"],
     resid: Float[Tensor, "batch 1 d_model"],
 ) -> tuple[Float[Tensor, "component batch d_model"], Float[Tensor, " d_model"]]:
-    """What the frozen final norm makes of each term, and its bias."""
+    """Each term behind the frozen final norm, and the norm's bias."""
     seen: list[Tensor] = []
     model.normalize(resid, watching(model.final_scale_site, lambda value, hook: seen.append(value)))
     scale = (
@@ -235,7 +235,7 @@ def _term(visit: Visit, site: str, what: str, head: int | None = None) -> LogitC
 
 
 def _heads(visit: Visit, z: Float[Tensor, "batch head d_head"]) -> dict[LogitComponent, Tensor]:
-    """What each head of a visit adds to the residual stream, and the output bias where there is
+    """The output of each head of a visit in the residual stream, and the output bias where there is
     one.
     """
     attn = cast(Any, visit.block).attn

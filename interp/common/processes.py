@@ -48,7 +48,7 @@ class Team:
         return items[self.rank :: self.size] or items[:1]
 
     def gathered(self, found: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """What all processes found, on the CPU where there are several."""
+        """The findings of all processes, on the CPU where there are several."""
         if self.size == 1:
             return dict(found)
         return dict(_gather([(index, value.cpu()) for index, value in found.items()]))

@@ -37,7 +37,7 @@ _SITES = {"head": "attn.hook_z", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
 
 @dataclass(frozen=True)
 class Component:
-    """What to ablate, and where.
+    """A component to ablate, and its places.
 
     Attributes:
         kind: "head" (its weighted sum of values, attn.hook_z), "attn" or "mlp" (what it adds to the
@@ -264,7 +264,7 @@ def _ends_of_run(places: list[Place]) -> dict[str, str]:
 
 
 class _Entering(AbstractContextManager["_Entering"]):
-    """What passes a hook point, after all hooks there, whenever they were attached.
+    """The value that passes a hook point, after all hooks there, whenever they were attached.
 
     Before each call of the point a hook is registered that is thereby the last one, and that goes
     again once it has run.
@@ -294,7 +294,7 @@ class _Entering(AbstractContextManager["_Entering"]):
         self._once = None
 
     def take(self, leaving: Tensor) -> Tensor:
-        """What entered, once; a second reading would belong to another run."""
+        """Return the value that entered, once; a second reading would belong to another run."""
         value, self._value = self._value, None
         if value is None or value.shape != leaving.shape:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What becomes of the answer when activations of one run are put into another.
+"""Activations of one run put into another, and the effect on the answer.
 
 Start with `activation.py`, whose cells either engine runs: `packed.py` many side by side (on
 `lanes.py`), `continued.py` one whole run after the other. `paths.py` patches single paths between

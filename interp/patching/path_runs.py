@@ -158,7 +158,7 @@ class PathRuns:
         return self.model.advance(state, visit)
 
     def _frozen(self, after: int) -> dict[str, Tensor]:
-        """What the base run adds to the residual stream after a place and up to the last
+        """The sum that the base run adds to the residual stream after a place and up to the last
         receiver.
         """
         names = []

@@ -1,4 +1,4 @@
-"""What a patching sweep found, with its statistics."""
+"""The results of a patching sweep, with its statistics."""
 
 from __future__ import annotations
 

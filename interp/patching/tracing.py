@@ -28,7 +28,7 @@ _SITES = ("embed", "resid_post")
 
 @dataclass(frozen=True)
 class Trace:
-    """What patching single states does, by depth and position.
+    """The effect of patching single states, by depth and position.
 
     Attributes:
         effect: Float[Tensor, "depth position"], mean over the examples that have the position, in

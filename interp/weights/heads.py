@@ -124,7 +124,9 @@ def _queries_and_keys(
 def _through_output_norm(
     visit: Visit, written: Float[Tensor, "head d_head d_model"]
 ) -> Float[Tensor, "head d_head d_model"]:
-    """What heads write, behind the norm of the attention's output where there is one."""
+    """The vectors that heads write, behind the norm of the attention's output where there is
+    one.
+    """
     if "attn.hook_out" not in visit.sites:
         return written
     first, last = (visit.sites.index(site) for site in ("attn.hook_out", "hook_attn_out"))

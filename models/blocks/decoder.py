@@ -1,5 +1,5 @@
-"""What most released looped language models share: token embedding, stacks of decoder blocks,
-RMSNorm, a head that may be tied.
+"""The frame that most released looped language models share: token embedding, stacks of decoder
+blocks, RMSNorm, a head that may be tied.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class LoopedDecoder(LoopedModel):
 
     @property
     def embedding_scale(self) -> float:
-        """What token embeddings are multiplied by."""
+        """The factor of the token embeddings."""
         return 1.0
 
     def edge_sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

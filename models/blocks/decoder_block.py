@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def attended(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Stream, rows: Rows, taps: Taps
     ) -> Stream:
-        """What attention makes of projected queries, keys and values; x is what the queries are
+        """Attend with projected queries, keys and values; x is the stream of which the queries are
         made of.
         """
         q, k, v = (
@@ -123,7 +123,7 @@ class Attention(nn.Module):
     def gated(
         self, z: Float[Tensor, "batch pos width"], x: Stream, taps: Taps
     ) -> Float[Tensor, "batch pos width"]:
-        """What the output projection reads, given all heads' results and the block's normed
+        """The input of the output projection, given all heads' results and the block's normed
         input.
         """
         return z

@@ -49,7 +49,7 @@ class LatentAttention(Attention):
     """
 
     def read(self, x: Stream, latent: Stream, rows: Rows, taps: Taps) -> Stream:
-        """What the rows of x read of the latents."""
+        """The latents as the rows of x read them."""
         flat = (self.q(x), self.k(latent), self.v(latent))
         q, k, v = (part.unflatten(-1, (-1, self.d_head)).contiguous() for part in flat)
         return self.attended(q, k, v, x, rows, taps)

@@ -50,7 +50,7 @@ class DiagonalInjection(nn.Module):
         return torch.exp(-F.softplus(self.step_bias) * self.log_rate.exp())
 
     def drive(self, e: Stream) -> Stream:
-        """What an injection adds; the same at every iteration."""
+        """The vector that an injection adds; the same at every iteration."""
         return F.softplus(self.step_bias) * (e @ self.B.T)
 
     def forward(self, state: Stream, e: Stream) -> Stream:

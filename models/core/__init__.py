@@ -1,4 +1,4 @@
-"""What every looped model does, whatever its family.
+"""The behaviour of every looped model, whatever its family.
 
 Start with `base.py`: `LoopedModel` runs a schedule of visits with `begin`, `advance` and `readout`.
 `state.py` holds the records of a run, `schedule.py` the order of visits, `hooks.py` and `points.py`

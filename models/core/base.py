@@ -123,13 +123,13 @@ class LoopedModel(HookedRootModule):
     def enter(
         self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """What happens before a visit that opens an iteration."""
+        """Act before a visit that opens an iteration."""
         return resid, parts
 
     def leave(
         self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """What happens after a visit that closes an iteration."""
+        """Act after a visit that closes an iteration."""
         return resid, parts
 
     def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
@@ -287,15 +287,15 @@ class LoopedModel(HookedRootModule):
         return self.advance(replace(state, n_loops=loop + 1))
 
     def state_parts(self, state: State) -> Mapping[str, Tensor]:
-        """What an analysis may read of a state, by name: the residual stream, and the family's
-        other parts.
+        """The parts of a state that an analysis may read, by name: the residual stream, and the
+        family's other parts.
         """
         return {"resid": state.resid, **state.parts}
 
     def read_state(
         self, state: State, positions: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """What the head reads of a state that has finished an iteration; the arguments are those of
+        """The stream that the head reads of a state after an iteration; the arguments are those of
         `readout`.
         """
         taps = live(self.edge_points()) if self.any_hook() else NO_TAPS

@@ -1,4 +1,4 @@
-"""What every looped model's configuration says, in TransformerLens's field names."""
+"""The fields of every looped model's configuration, in TransformerLens's field names."""
 
 from __future__ import annotations
 

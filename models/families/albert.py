@@ -220,7 +220,7 @@ class Albert(LoopedModel):
         return tap(taps, "hook_state_out", resid), parts
 
     def normalize(self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS) -> Factors:
-        """What the head's last matrix reads of a residual stream."""
+        """The input of the head's last matrix, made of a residual stream."""
         pre = tap(taps, "head.hook_pre", self.head_in(resid))
         normalized: Tensor = self.head_norm(tap(taps, "head.hook_post", self.act(pre)), taps)
         return normalized

@@ -143,7 +143,7 @@ class PreludeCoreCoda(CodaDecoder):
 
 
 def latent_states(model: PreludeCoreCoda, state: State) -> Float[Tensor, "batch pos d_model"]:
-    """What the release calls `latent_states`: a latent as the coda reads it, so in Huginn behind
+    """The `latent_states` of the release: a latent as the coda reads it, so in Huginn behind
     the final norm already.
 
     Args:

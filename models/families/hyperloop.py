@@ -81,7 +81,7 @@ class HyperloopConfig(DecoderConfig):
 
 
 class LoopMixing(nn.Module):
-    """What belongs to one iteration: the weights that read, write and keep the streams, and a
+    """The parameters of one iteration: the weights that read, write and keep the streams, and a
     vector that is added to the loop's output.
 
     zeta = RMSNorm(flattened streams); read = sigmoid(a_0 W_0 zeta + b_0), write = 2 sigmoid(a_1 W_1

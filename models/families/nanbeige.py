@@ -190,7 +190,7 @@ class HyperConnection(nn.Module):
         self.sites = tuple(f"{site}.hook_{what}" for what in ("read", "write", "keep", "collapsed"))
 
     def forward(self, streams: Streams, taps: Taps) -> tuple[Stream, Mixing]:
-        """What the sub-layer is given, and the weights for its output."""
+        """The input of the sub-layer, and the weights for its output."""
         alphas = torch.cat([self.alpha_pre, self.alpha_post, self.alpha_res])
         weights = nanbeige_mixing(streams, self.projection, alphas, self.bias, self.iterations)
         mixing = Mixing(

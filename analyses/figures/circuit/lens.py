@@ -1,5 +1,5 @@
-"""What would the model answer, at every token and after every block? Logit lens of one question
-(figure 4 for one example).
+"""The answer that the model would give, at every token and after every block: logit lens of one
+question (figure 4 for one example).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What does each block do over iterations? How far it turns the stream, and the size and steps of
+"""The work of each block over iterations: how far it turns the stream, and the size and steps of
 its output (after arXiv 2604.11791).
 """
 
