@@ -60,7 +60,7 @@ class RecurrentDepthConfig(LoopedConfig):
             raise ValueError(f"dropout is a share, at least 0 and below 1, got {self.dropout!r}")
 
 
-class Attention(nn.Module):
+class FusedAttention(nn.Module):
     """GPT-2 attention with one fused projection for queries, keys and values."""
 
     sites: ClassVar = (
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         )
 
 
-class MLP(nn.Module):
+class FusedMLP(nn.Module):
     """GPT-2 MLP with gelu_new."""
 
     sites: ClassVar = ("mlp.hook_pre", "mlp.hook_post")
@@ -162,19 +162,19 @@ class MLP(nn.Module):
         return linear(post, self.W_out, self.b_out)
 
 
-class Block(nn.Module):
+class FusedBlock(nn.Module):
     """A pre-LayerNorm block: x + attn(ln1(x)), then x + mlp(ln2(x))."""
 
     sites: ClassVar = (
         "hook_resid_pre",
         "ln1.hook_scale",
         "ln1.hook_normalized",
-        *Attention.sites,
+        *FusedAttention.sites,
         "hook_attn_out",
         "hook_resid_mid",
         "ln2.hook_scale",
         "ln2.hook_normalized",
-        *MLP.sites,
+        *FusedMLP.sites,
         "hook_mlp_out",
         "hook_resid_post",
     )
@@ -182,9 +182,9 @@ class Block(nn.Module):
     def __init__(self, cfg: RecurrentDepthConfig) -> None:
         super().__init__()
         self.ln1 = LayerNorm(cfg.d_model, cfg.eps, "ln1")
-        self.attn = Attention(cfg)
+        self.attn = FusedAttention(cfg)
         self.ln2 = LayerNorm(cfg.d_model, cfg.eps, "ln2")
-        self.mlp = MLP(cfg)
+        self.mlp = FusedMLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(
@@ -217,7 +217,7 @@ class RecurrentDepth(LoopedModel):
             self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx or 0, cfg.d_model))
         elif cfg.positions == "sinusoidal":
             self.register_buffer("W_pos", sinusoids(cfg.n_ctx or 0, cfg.d_model))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(FusedBlock(cfg) for _ in range(cfg.n_layers))
         self.final_norm = LayerNorm(cfg.d_model, cfg.eps, "ln_final")
         for parameter in self.parameters():
             if parameter.ndim == 2 and not parameter.is_meta:
@@ -250,7 +250,7 @@ class RecurrentDepth(LoopedModel):
                         loop=t,
                         layer=layer,
                         block=block,
-                        sites=Block.sites,
+                        sites=FusedBlock.sites,
                         scope=f"loops.{t}",
                         opening=("hook_state_in", *injected) if layer == 0 else (),
                         closing=("hook_state_out",) if layer == last else (),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loopscope.models.blocks.components import LayerNorm
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
-from loopscope.models.families.recurrent_depth import Block, RecurrentDepthConfig
+from loopscope.models.families.recurrent_depth import FusedBlock, RecurrentDepthConfig
 from loopscope.models.families.training_free.rules import WindowConfig
 from loopscope.models.families.training_free.window import WindowLoops
 
@@ -60,7 +60,7 @@ class TrainingFreeGPT2(WindowLoops):
         )
         self.embedding = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
         self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx or 0, cfg.d_model))
-        self.blocks = nn.ModuleList(Block(sizes) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(FusedBlock(sizes) for _ in range(cfg.n_layers))
         self.final_norm = LayerNorm(cfg.d_model, cfg.eps, "ln_final")
         for parameter in self.parameters():
             if parameter.ndim == 2 and not parameter.is_meta:
