@@ -37,9 +37,7 @@ from .interp.dynamics.layers import (
 from .interp.dynamics.states import (
     dynamics as dynamics,
 )
-from .interp.dynamics.states import (
-    effective_rank as effective_rank,
-)
+from .interp.dynamics.statistics import effective_rank as effective_rank
 from .interp.edit.ablation import (
     Component as Component,
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from einops import einsum
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
@@ -27,6 +29,10 @@ from loopscope.interp.dynamics.states import iteration_start
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 
+_GROWTH = 32  # dimensions by which a Krylov space grows
+_MOST = 256  # dimensions at which it stops
+_ENOUGH = 1e-5  # residual of the leading eigenvalue at which it has settled
+
 
 @dataclass(frozen=True)
 class JacobianSpectrum:
@@ -34,7 +40,8 @@ class JacobianSpectrum:
 
     Attributes:
         loop: The iteration, from 0.
-        eigenvalues: Complex[Tensor, "batch krylov"], Ritz values by falling magnitude.
+        eigenvalues: Complex[Tensor, "batch krylov"], Ritz values by falling magnitude; NaN where
+            an example's Krylov space is smaller than that of others.
         residual: Float[Tensor, " batch"], how far the first is from being an eigenvalue: ||J^T v -
             lambda v|| / |lambda| at its Ritz vector v of length 1, up to rounding.
         change: Float[Tensor, " batch"], relative change of the radius with the last dimension of
@@ -74,7 +81,7 @@ def jacobian_spectrum(
     readout: ReadoutColumn = None,
     positions: Shown = "real",
     parts: str | Sequence[str] | None = None,
-    krylov: int = 32,
+    krylov: int | None = None,
     batch_size: int = 32,
 ) -> JacobianSpectrum:
     """Leading eigenvalues of the Jacobian of one iteration, at the state of the run there.
@@ -91,7 +98,9 @@ def jacobian_spectrum(
             held fixed.
         parts: The parts of the state that vary, jointly; the others are held fixed. None means
             those that this family's iterations hand on (`LoopedModel.loop_parts`).
-        krylov: Dimension of the Krylov space.
+        krylov: Dimension of the Krylov space. None lets it grow, 32 dimensions at a time, until
+            `residual` is at most 1e-5 for all rows that run together, or 256 dimensions are
+            reached.
 
     Raises:
         ValueError: An iteration that the call does not have, a part that cannot vary, a part that
@@ -130,8 +139,10 @@ def jacobian_spectrum(
         )
         kind = torch.float64 if state.resid.dtype == torch.float64 else torch.float32
         start = (start.to(state.resid.device, kind) * free[..., None]).flatten(1)
-        found.append(_ritz(_arnoldi(times, start, min(krylov, start.shape[1]))))
-    return JacobianSpectrum(loop, *(torch.cat(values) for values in zip(*found, strict=True)))
+        most = min(_MOST if krylov is None else krylov, start.shape[1])
+        found.append(_ritz(_arnoldi(times, start, most, grows=krylov is None)))
+    eigenvalues, residuals, changes = zip(*found, strict=True)
+    return JacobianSpectrum(loop, _joined(eigenvalues), torch.cat(residuals), torch.cat(changes))
 
 
 def _transposed_jacobian(
@@ -205,10 +216,18 @@ def _check_map(
         )
 
 
+def _joined(eigenvalues: Sequence[Tensor]) -> Complex[Tensor, "batch krylov"]:
+    """Eigenvalues of several chunks of examples, filled with NaN to the largest Krylov space."""
+    most = max(values.shape[1] for values in eigenvalues)
+    return torch.cat([F.pad(x, (0, most - x.shape[1]), value=math.nan) for x in eigenvalues])
+
+
 def _arnoldi(
-    times: Callable[[Tensor], Tensor], start: Float[Tensor, "batch n"], steps: int
+    times: Callable[[Tensor], Tensor], start: Float[Tensor, "batch n"], steps: int, grows: bool
 ) -> Float[Tensor, "batch next step"]:
-    """The Hessenberg matrix of each example; zeros from where its Krylov space stops growing."""
+    """The Hessenberg matrix of each example; zeros from where its Krylov space stops growing. With
+    `grows` it may have fewer than that many steps, where the leading eigenvalues have settled.
+    """
     matrix = start.new_zeros(len(start), steps + 1, steps)
     basis = torch.nn.functional.normalize(start, dim=1)[:, None]
     for step in range(steps):
@@ -219,11 +238,16 @@ def _arnoldi(
             vector = vector - einsum(basis, along, "batch k n, batch k -> batch n")
             matrix[:, : step + 1, step] += along
         left = vector.norm(dim=1)
-        grows = left > 100 * torch.finfo(left.dtype).eps * scale
-        matrix[:, step + 1, step] = left * grows
+        new = left > 100 * torch.finfo(left.dtype).eps * scale
+        matrix[:, step + 1, step] = left * new
         basis = torch.cat(
-            [basis, torch.where(grows[:, None], vector / left[:, None], 0.0)[:, None]], dim=1
+            [basis, torch.where(new[:, None], vector / left[:, None], 0.0)[:, None]], dim=1
         )
+        size = step + 1
+        if grows and size % _GROWTH == 0 and size < steps:
+            _, residual, _ = _ritz(matrix[:, : size + 1, :size])
+            if not bool((residual > _ENOUGH).any()):
+                return matrix[:, : size + 1, :size]
     return matrix
 
 

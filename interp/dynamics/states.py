@@ -32,6 +32,7 @@ from loopscope.interp.common.inputs import (
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
+from loopscope.interp.dynamics.statistics import cosine_of, effective_rank, norm_of
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 
@@ -106,36 +107,36 @@ class Dynamics:
 
     def directions(self) -> Dynamics:
         """The trajectories of h_t / ||h_t||, on the unit sphere."""
-        return replace(self, states=self.states / _norm(self.states)[..., None])
+        return replace(self, states=self.states / norm_of(self.states)[..., None])
 
     def state_norm(self) -> Float[Tensor, "point batch pos"]:
         """||h_t||."""
-        return _norm(self.states)
+        return norm_of(self.states)
 
     def step_norm(self, relative: bool = False) -> Float[Tensor, "point batch pos"]:
         """||h_t - h_{t-1}||, over ||h_{t-1}|| when relative."""
-        norm = _norm(self.states.diff(dim=0))
+        norm = norm_of(self.states.diff(dim=0))
         return self._from_later(norm / self.state_norm()[:-1] if relative else norm)
 
     def update_cosine(self) -> Float[Tensor, "point batch pos"]:
         """Cosine between h_t - h_{t-1} and h_{t-1} - h_{t-2} (arXiv 2509.23314)."""
         updates = self.states.diff(dim=0)
-        return self._from_later(_cosine(updates[1:], updates[:-1]))
+        return self._from_later(cosine_of(updates[1:], updates[:-1]))
 
     def second_difference(self) -> Float[Tensor, "point batch pos"]:
         """||h_t - 2 h_{t-1} + h_{t-2}||, at the point t at which it can first be known (the
         acceleration of arXiv 2509.23314).
         """
-        return self._from_later(_norm(self.states.diff(dim=0).diff(dim=0)))
+        return self._from_later(norm_of(self.states.diff(dim=0).diff(dim=0)))
 
     def distance_to_last(self, relative: bool = False) -> Float[Tensor, "point batch pos"]:
         """||h_t - h_T||, over ||h_T|| when relative."""
-        distance = _norm(self.states - self.states[-1])
+        distance = norm_of(self.states - self.states[-1])
         return distance / self.state_norm()[-1] if relative else distance
 
     def state_cosine(self) -> Float[Tensor, "point batch pos"]:
         """Cosine between h_t and h_{t-1}."""
-        return self._from_later(_cosine(self.states[1:], self.states[:-1]))
+        return self._from_later(cosine_of(self.states[1:], self.states[:-1]))
 
     def effective_rank(self) -> Float[Tensor, " point"]:
         """Effective rank of each point's states, a row being one position of one example; see
@@ -191,7 +192,7 @@ class Dynamics:
         late = self.states[-window:]
         found = torch.full_like(late[0, ..., 0], torch.nan)
         for p in range(max_period, 0, -1):
-            moved = _norm(late[p:] - late[:-p]) / _norm(late[:-p])
+            moved = norm_of(late[p:] - late[:-p]) / norm_of(late[:-p])
             found = found.masked_fill((moved < tol).all(0), p)
         return found
 
@@ -277,32 +278,6 @@ def dynamics(
     return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), spots, part)
 
 
-def effective_rank(rows: Float[Tensor, "row d"] | Sequence[Sequence[float]]) -> Float[Tensor, ""]:
-    """Exponential of the entropy of the singular values' shares, of the rows minus their mean.
-
-    Args:
-        rows: Float[Tensor, "row d"], or lists of numbers.
-
-    Returns:
-        The effective rank, in float32 or wider; NaN where all rows are the same.
-
-    Raises:
-        ValueError: Fewer than two rows, or rows that are not finite.
-
-    Source:
-        Roy & Vetterli, "The effective rank", EUSIPCO 2007.
-    """
-    rows = widened(torch.as_tensor(rows))
-    if len(rows) < 2:
-        raise ValueError(f"an effective rank needs at least two rows, got {len(rows)}")
-    refuse_nonfinite("the rows", rows)
-    sizes = torch.linalg.svdvals(rows - rows.mean(0))
-    rounding = max(rows.shape) * torch.finfo(rows.dtype).eps * rows.norm()
-    sizes = sizes.masked_fill(sizes <= rounding, 0.0)
-    rank: Tensor = torch.special.entr(sizes / sizes.sum()).sum().exp()
-    return rank
-
-
 def iteration_start(model: LoopedModel, loop: int, n_loops: int) -> int:
     """The index in the schedule of the first visit of an iteration."""
     return min(visit.index for visit in model.schedule(n_loops) if visit.loop == loop)
@@ -317,12 +292,3 @@ def _part(model: LoopedModel, state: State, part: str) -> Float[Tensor, "batch p
             f" {known}"
         )
     return parts[part]
-
-
-def _norm(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return norm
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a / _norm(a)[..., None] * (b / _norm(b)[..., None])).sum(-1).clamp(-1.0, 1.0)

@@ -13,7 +13,8 @@ from torch import Tensor
 from loopscope.interp.common.finite import first_nonfinite
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
-from loopscope.interp.dynamics.states import dynamics, effective_rank
+from loopscope.interp.dynamics.states import dynamics
+from loopscope.interp.dynamics.statistics import effective_rank
 from loopscope.interp.exits.exits import TopStable, exits
 from loopscope.interp.exits.halting import HaltingRule, halting
 from loopscope.interp.generation import generate

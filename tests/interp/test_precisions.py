@@ -13,7 +13,8 @@ from torch import Tensor
 from family_toys import LOOPS, TOYS, padded
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
-from loopscope.interp.dynamics.states import dynamics, effective_rank
+from loopscope.interp.dynamics.states import dynamics
+from loopscope.interp.dynamics.statistics import effective_rank
 from loopscope.interp.exits.exit_gate import exit_distribution, gate_logits, readout_mixture
 from loopscope.interp.exits.exits import AccelerationBelow, TopStable, exits
 from loopscope.interp.exits.halting import halting

@@ -13,7 +13,8 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.finite import NonFinite, first_nonfinite
 from loopscope.interp.common.ranking import has_no_order, rank_of, top_token, top_tokens
-from loopscope.interp.dynamics.states import dynamics, effective_rank
+from loopscope.interp.dynamics.states import dynamics
+from loopscope.interp.dynamics.statistics import effective_rank
 from loopscope.interp.exits.exit_gate import exit_distribution
 from loopscope.interp.exits.exits import TopStable, apply_criterion
 from loopscope.interp.exits.halting import HaltingRule, apply_rule, halting

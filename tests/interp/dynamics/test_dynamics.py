@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from loopscope.checkpoints.load import load
-from loopscope.interp.dynamics.states import Dynamics, dynamics, effective_rank
+from loopscope.interp.dynamics.states import Dynamics, dynamics
+from loopscope.interp.dynamics.statistics import effective_rank
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps
 from loopscope.models.families.recurrent_depth import RecurrentDepth

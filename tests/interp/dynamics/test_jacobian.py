@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopscope.interp.dynamics import jacobian as jacobian_module
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps
@@ -85,6 +86,26 @@ def test_krylov_space_much_smaller_than_the_state_settles(plain: RecurrentDepth)
     assert found.change.max() < 1e-3
     hasty = jacobian_spectrum(plain, batch, 1, LOOPS, krylov=3)
     assert (hasty.residual > found.residual).all()
+
+
+def test_the_default_space_grows_until_the_leading_eigenvalue_has_settled(
+    plain: RecurrentDepth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jacobian_module, "_GROWTH", 4)
+    lengths = (3, 4, 2)
+    batch = padded(lengths=lengths, width=5)
+    found = jacobian_spectrum(plain, batch, 1, LOOPS)
+    small = jacobian_spectrum(plain, batch, 1, LOOPS, krylov=4)
+    assert 4 < found.eigenvalues.shape[1] < 5 * D_MODEL
+    assert found.residual.max() <= 1e-5 < small.residual.max()
+    expected = [
+        exact(plain, batch, row, 1, list(range(length)))[0].abs().item()
+        for row, length in enumerate(lengths)
+    ]
+    assert found.radius.tolist() == pytest.approx(expected, rel=1e-4)
+    pieces = jacobian_spectrum(plain, batch, 1, LOOPS, batch_size=1)
+    assert pieces.radius.tolist() == pytest.approx(expected, rel=1e-4)
+    assert pieces.frame()["radius"].notna().all()
 
 
 def test_jacobian_of_some_columns_holds_the_others_fixed(plain: RecurrentDepth) -> None:

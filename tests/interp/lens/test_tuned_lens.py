@@ -245,6 +245,21 @@ def test_frame_holds_the_losses(plain: RecurrentDepth) -> None:
     assert TunedLens.identity(plain).frame().empty
 
 
+def test_a_lens_of_hooked_runs_is_for_the_model_without_the_hook(plain: RecurrentDepth) -> None:
+    places = (slice(None), slice(0, 2))  # held by a hook, as any object may be
+
+    def halve(value: torch.Tensor, hook: object) -> torch.Tensor:
+        changed = value.clone()
+        changed[places] = 0.5 * changed[places]
+        return changed
+
+    with plain.hooks([("loops.1.blocks.0.hook_mlp_out", halve)], n_loops=LOOPS):
+        hooked = train_tuned_lens(plain, padded(), LOOPS, **QUICK)
+    free = train_tuned_lens(plain, padded(), LOOPS, **QUICK)
+    assert not torch.equal(hooked.losses, free.losses)
+    hooked.check(plain)
+
+
 # Files
 
 

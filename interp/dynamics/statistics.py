@@ -1,0 +1,49 @@
+"""Statistics of vectors: lengths, angles, and the effective rank of several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.interp.common.finite import refuse_nonfinite
+from loopscope.interp.common.precision import widened
+
+
+def effective_rank(rows: Float[Tensor, "row d"] | Sequence[Sequence[float]]) -> Float[Tensor, ""]:
+    """Exponential of the entropy of the singular values' shares, of the rows minus their mean.
+
+    Args:
+        rows: Float[Tensor, "row d"], or lists of numbers.
+
+    Returns:
+        The effective rank, in float32 or wider; NaN where all rows are the same.
+
+    Raises:
+        ValueError: Fewer than two rows, or rows that are not finite.
+
+    Source:
+        Roy & Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    rows = widened(torch.as_tensor(rows))
+    if len(rows) < 2:
+        raise ValueError(f"an effective rank needs at least two rows, got {len(rows)}")
+    refuse_nonfinite("the rows", rows)
+    sizes = torch.linalg.svdvals(rows - rows.mean(0))
+    rounding = max(rows.shape) * torch.finfo(rows.dtype).eps * rows.norm()
+    sizes = sizes.masked_fill(sizes <= rounding, 0.0)
+    rank: Tensor = torch.special.entr(sizes / sizes.sum()).sum().exp()
+    return rank
+
+
+def norm_of(x: Tensor) -> Tensor:
+    """The length of each vector along the last axis."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm
+
+
+def cosine_of(a: Tensor, b: Tensor) -> Tensor:
+    """The cosine between the vectors along the last axis."""
+    return (a / norm_of(a)[..., None] * (b / norm_of(b)[..., None])).sum(-1).clamp(-1.0, 1.0)
