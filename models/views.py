@@ -13,15 +13,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 
-from loopscope.models.blocks.components import LayerNorm
+from loopscope.models.blocks.components import LayerNorm, Reader
+from loopscope.models.blocks.decoder_block import Block as OutputFirstBlock
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.compiled import EagerWhileHooked
 from loopscope.models.core.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
 from loopscope.models.core.state import State, checked_loops
+from loopscope.models.families.recurrent_depth import Block as InputFirstBlock
+from loopscope.models.families.recurrent_depth import RecurrentDepth
+from loopscope.models.families.smollm import SMolLM
 
-READERS = (("ln1", "attn", ("Q", "K", "V")), ("ln2", "mlp", ("gate", "in")))
-"""Which views of a block's weights read which of its norms; a block without a view has no such
-projection."""
+Flat = RecurrentDepth | SMolLM
+FlatBlock = InputFirstBlock | OutputFirstBlock
 
 
 def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
@@ -42,11 +46,10 @@ def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
     twin.visit_blocks = nn.ModuleList(
         copy.deepcopy(visit.block) for visit in twin.schedule(n_loops)
     )
-    twin._schedules = {}
     return twin
 
 
-def unrolled(model: LoopedModel, n_loops: int | None = None, *, fold_ln: bool = False) -> Unrolled:
+def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) -> Unrolled:
     """The same computation under TransformerLens names: visit i of the schedule is `blocks.{i}`.
 
     Args:
@@ -57,7 +60,7 @@ def unrolled(model: LoopedModel, n_loops: int | None = None, *, fold_ln: bool = 
     Raises:
         TypeError: A family that is not a flat stack of blocks over shared weights.
     """
-    if not model.cfg.flat:
+    if not isinstance(model, Flat):
         raise TypeError(
             f"unrolled serves flat causal families, got {type(model).__name__}; check it against"
             " untied(model, n_loops)"
@@ -135,27 +138,30 @@ class _UnrolledBlock(nn.Module):
     attn: _Part
     mlp: _Part
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: FlatBlock) -> None:
         super().__init__()
         self.attn = _Part(block.attn, ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"))
         self.mlp = _Part(block.mlp, ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out"))
 
 
 class _FinalNorm(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
+    """The source's final norm, with hook points of this view."""
+
+    def __init__(self, norm: LayerNorm) -> None:
         super().__init__()
         self.__dict__["_norm"] = norm  # the source's own, not a part of this module
-        self.hook_scale = LoopHookPoint()
-        self.hook_normalized = LoopHookPoint()
+        for site in norm.sites:
+            point = LoopHookPoint()
+            point.name = site
+            self.add_module(site.rpartition(".")[2], point)
+
+    @property
+    def points(self) -> dict[str, LoopHookPoint]:
+        """The hook points by name."""
+        return {str(point.name): point for point in self.children()}  # type: ignore[misc]  # all are points
 
     def forward(self, x: Tensor) -> Tensor:
-        taps = live(
-            {
-                "ln_final.hook_scale": self.hook_scale,
-                "ln_final.hook_normalized": self.hook_normalized,
-            }
-        )
-        normalized: Tensor = self.__dict__["_norm"](x, taps)
+        normalized: Tensor = self.__dict__["_norm"](x, live(self.points))
         return normalized
 
 
@@ -170,24 +176,25 @@ class _Unembed(nn.Module):
         return x @ self.W_U + self.b_U
 
 
-class Unrolled(HookedRootModule):
+class Unrolled(EagerWhileHooked, HookedRootModule):
     """The model that `unrolled` returns. It shares the looped model's weights (folded copies with
     fold_ln) and runs its steps.
     """
 
-    _source: LoopedModel
+    _source: Flat
 
-    def __init__(self, model: LoopedModel, n_loops: int, fold_ln: bool) -> None:
+    def __init__(self, model: Flat, n_loops: int, fold_ln: bool) -> None:
         super().__init__()
         source = _folded(model) if fold_ln else model
         self.__dict__["_source"] = source
-        self._visits = source.schedule(n_loops)
+        self._n_loops, self._visits = n_loops, source.schedule(n_loops)
         self.additive_residual = model.additive_residual
-        self.blocks = nn.ModuleList(_UnrolledBlock(visit.block) for visit in self._visits)
-        norm = cast(LayerNorm, model.final_norm)
-        self.ln_final = _FinalNorm(cast(LayerNorm, source.final_norm))
-        weight = (norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
-        bias = norm.b @ model.W_U if fold_ln else model.b_U
+        self.blocks = nn.ModuleList(
+            _UnrolledBlock(cast(FlatBlock, visit.block)) for visit in self._visits
+        )
+        self.ln_final = _FinalNorm(source.final_norm)
+        weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
+        bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
         self.unembed = _Unembed(weight, bias.detach())
         self._edge = {name: add_point(self, name, False) for name in source.edge_sites()[0]}
         self._points = [
@@ -205,34 +212,32 @@ class Unrolled(HookedRootModule):
             device=model.device,
             dtype=model.W_E.dtype,
         )
-        inner = {
-            f"ln_final.{site}": getattr(self.ln_final, site)
-            for site in ("hook_scale", "hook_normalized")
-        }
-        for name, point in inner.items():
-            point.name = name
         found = [
             *self._edge.values(),
             *(point for points in self._points for point in points.values()),
-            *inner.values(),
+            *self.ln_final.points.values(),
         ]
         self.hook_dict = {
             str(point.name): point for point in found
         }  # not setup(), which would rename the shared modules
         self.mod_dict = dict(self.hook_dict)
         self.train(model.training)
-        self._watch = HookWatch()
+        self.watch = HookWatch()
         for point in found:
-            self._watch.add(point)
+            self.watch.add(point)
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits at all positions."""
         source = self._source
+        if source.schedule(self._n_loops) is not self._visits:
+            raise ValueError(
+                "blocks of the looped model were replaced after unrolled(); unroll the model again"
+            )
         tokens, real, _ = source.checked_inputs(tokens, mask, 1)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        hooked = bool(self._watch)
+        hooked = self.any_hook()
         resid, parts = source.embed(tokens, positions, live(self._edge))
         rows = Rows.make(State(0, 1, resid, positions, real, parts), type(source).visible)
         for visit, points in zip(self._visits, self._points, strict=True):
@@ -252,7 +257,7 @@ class Unrolled(HookedRootModule):
             " unroll it again"
         )
 
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Tensor, UnrolledCache]:
         """As TransformerLens's, with an `ActivationCache` that refuses decompositions which would
         be wrong.
         """
@@ -305,7 +310,7 @@ class Unrolled(HookedRootModule):
         return total + parts[layer].attn.b_O if mlp_input else total
 
 
-def _kind_of_positions(model: LoopedModel) -> str:
+def _kind_of_positions(model: Flat) -> str:
     """TransformerLens's name for how a model knows positions."""
     if "hook_pos_embed" in model.edge_sites()[0]:
         return "standard"
@@ -313,29 +318,27 @@ def _kind_of_positions(model: LoopedModel) -> str:
 
 
 @torch.no_grad()
-def _folded(model: LoopedModel) -> LoopedModel:
+def _folded(model: Flat) -> Flat:
     """A copy whose norms have weight one and bias zero, with theirs folded into the projections
     that read them.
     """
     twin = copy.deepcopy(model)
     twin.reset_hooks(including_permanent=True)
-    blocks = cast(nn.ModuleList, twin.blocks if twin.visit_blocks is None else twin.visit_blocks)
-    for linear in (m for m in blocks.modules() if isinstance(m, nn.Linear)):
-        if linear.bias is None:
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-    for block in blocks:
-        for site, part, readers in READERS:
-            _fold(getattr(block, site), getattr(block, part), readers)
+    for block in twin.blocks:
+        for norm, readers in cast(FlatBlock, block).norm_readers:
+            assert isinstance(norm, LayerNorm), "the flat families are pre-LayerNorm"
+            for reader in readers:
+                _fold(norm, reader)
     for norm in (m for m in twin.modules() if isinstance(m, LayerNorm)):
         norm.w.fill_(1.0)
         norm.b.zero_()
     return twin
 
 
-def _fold(norm: LayerNorm, part: nn.Module, readers: tuple[str, ...]) -> None:
-    """Move a norm's weight and bias into the projections of a sub-layer, through its views."""
-    for reader in readers:
-        weight: Tensor | None = getattr(part, f"W_{reader}", None)
-        if weight is not None:
-            getattr(part, f"b_{reader}").add_(norm.b @ weight)
-            weight.mul_(norm.w[:, None])
+def _fold(norm: LayerNorm, reader: Reader) -> None:
+    """Move a norm's weight and bias into a map that reads its output."""
+    stored, bias = getattr(reader.owner, reader.weight), getattr(reader.owner, reader.bias)
+    matrix = stored if reader.input_first else stored.T
+    moved = norm.b @ matrix
+    matrix *= norm.w[:, None]
+    setattr(reader.owner, reader.bias, nn.Parameter(moved if bias is None else bias + moved))

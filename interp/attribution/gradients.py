@@ -15,7 +15,7 @@ from loopscope.interp.common.metrics import measure
 from loopscope.interp.common.modes import differentiated
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import LoopCache
-from loopscope.models.core.hooks import NamesFilter
+from loopscope.models.core.names import NamesFilter
 from loopscope.models.core.state import State, checked_loops
 from loopscope.models.core.tokens import Batch
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import is_site
-from loopscope.models.core.hooks import resolve
+from loopscope.models.core.names import resolve
 from loopscope.models.core.state import Visit
 
 Picked = Literal["all"] | Sequence[int]

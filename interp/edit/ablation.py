@@ -226,10 +226,10 @@ def _visits(model: LoopedModel, component: Component, n_loops: int) -> list[Visi
 
 
 def _required(visit: Visit, site: str, kind: str) -> str:
-    if site not in visit.points:
+    if site not in visit.sites:
         raise ValueError(
             f"{visit.name} has no {site}, so no {kind} can be ablated there; it has"
-            f" {', '.join(visit.points)}"
+            f" {', '.join(visit.sites)}"
         )
     return site
 

@@ -25,8 +25,8 @@ from loopscope.interp.common.metrics import measure
 from loopscope.interp.common.places import in_range
 from loopscope.interp.patching.path_ends import PathEnd
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.hooks import NamesFilter
-from loopscope.models.core.points import Hook
+from loopscope.models.core.hooks import Hook
+from loopscope.models.core.names import NamesFilter
 from loopscope.models.core.state import State
 from loopscope.models.core.tokens import Batch
 
@@ -163,7 +163,7 @@ class PathRuns:
         """
         names = []
         for visit in self.model.schedule(self.n_loops)[: self.stop]:
-            missing = [site for site in self.frozen_sites if site not in visit.points]
+            missing = [site for site in self.frozen_sites if site not in visit.sites]
             if missing:
                 raise ValueError(
                     f"{visit.name} has no {missing[0]}, so what it adds to the residual stream"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,31 +14,29 @@ from loopscope.models.core.hooks import Taps, tap
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with weight and bias. Asked for its scale, it computes in TransformerLens's steps
-    instead of the fused kernel.
+    """LayerNorm with weight and bias. Where a hook asks for its scale or its numbers before weight
+    and bias, it computes in TransformerLens's steps instead of the fused kernel.
 
     Args:
-        site: Where its points are: `{site}.hook_scale` and `{site}.hook_normalized` (after weight
-            and bias).
+        site: Where its points are; see `norm_sites`.
     """
 
-    def __init__(self, d_model: int, eps: float, site: str) -> None:
+    def __init__(self, d_model: int, eps: float | int, site: str) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.ones(d_model))
         self.b = nn.Parameter(torch.zeros(d_model))
         self.eps = eps
-        self.scale_site, self.normalized_site = self.sites = norm_sites(site)
+        self.scale_site, self.normalized_site, self.out_site = self.sites = norm_sites(site)
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], taps: Taps
     ) -> Float[Tensor, "batch pos d_model"]:
-        if self.scale_site in taps:
-            x = x - x.mean(-1, keepdim=True)
-            scale = tap(taps, self.scale_site, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-            out = x / scale * self.w + self.b
+        if self.scale_site in taps or self.normalized_site in taps:
+            normalized = normalized_in_steps(x, self.eps, self.sites, taps)
+            out = normalized * self.w + self.b
         else:
             out = F.layer_norm(x, self.w.shape, self.w, self.b, self.eps)
-        return tap(taps, self.normalized_site, out)
+        return tap(taps, self.out_site, out)
 
 
 class RMSNorm(nn.Module):
@@ -47,16 +45,15 @@ class RMSNorm(nn.Module):
 
     Args:
         width: Of the last axis.
-        site: Where its points are: `{site}.hook_scale` and `{site}.hook_normalized` (after the
-            weight).
+        site: Where its points are; see `norm_sites`.
         weighted: Whether it has a weight.
     """
 
-    def __init__(self, width: int, eps: float, site: str, weighted: bool = True) -> None:
+    def __init__(self, width: int, eps: float | int, site: str, weighted: bool = True) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.ones(width)) if weighted else None
         self.eps = eps
-        self.scale_site, self.normalized_site = self.sites = norm_sites(site)
+        self.scale_site, self.normalized_site, self.out_site = self.sites = norm_sites(site)
 
     def forward(self, x: Float[Tensor, "*rows width"], taps: Taps) -> Float[Tensor, "*rows width"]:
         wide = x if x.dtype == torch.float64 else x.float()
@@ -66,16 +63,42 @@ class RMSNorm(nn.Module):
             )
         else:
             wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
-        out = wide.to(x.dtype)
-        return tap(taps, self.normalized_site, out if self.w is None else self.w * out)
+        normalized = tap(taps, self.normalized_site, wide.to(x.dtype))
+        return tap(taps, self.out_site, normalized if self.w is None else self.w * normalized)
 
 
 Norm = LayerNorm | RMSNorm
 
 
-def norm_sites(site: str) -> tuple[str, str]:
-    """The hook points of a norm."""
-    return f"{site}.hook_scale", f"{site}.hook_normalized"
+class Reader(NamedTuple):
+    """A linear map that reads a norm's output.
+
+    Attributes:
+        owner: The module that holds the map.
+        weight, bias: The names of its parameters; the bias may be None.
+        input_first: Whether the weight is stored "d_in d_out" instead of "d_out d_in".
+    """
+
+    owner: nn.Module
+    weight: str
+    bias: str
+    input_first: bool
+
+
+def norm_sites(site: str) -> tuple[str, str, str]:
+    """The hook points of a norm: its divisor and its numbers before weight and bias, as in
+    TransformerLens, and then its output.
+    """
+    return f"{site}.hook_scale", f"{site}.hook_normalized", f"{site}.hook_out"
+
+
+def normalized_in_steps(
+    x: Float[Tensor, "batch pos d_model"], eps: float | int, sites: tuple[str, str, str], taps: Taps
+) -> Float[Tensor, "batch pos d_model"]:
+    """A LayerNorm's numbers before weight and bias, with its divisor at a hook point."""
+    x = x - x.mean(-1, keepdim=True)
+    scale = tap(taps, sites[0], (x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
+    return tap(taps, sites[1], x / scale)
 
 
 class MLP(nn.Module):

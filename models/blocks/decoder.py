@@ -5,7 +5,7 @@ blocks, RMSNorm, a head that may be tied.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import Norm, RMSNorm
+from loopscope.models.blocks.components import Norm, RMSNorm, norm_sites
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Placement
 from loopscope.models.blocks.rotary import Rotary, checked_scaling
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
+from loopscope.models.core.fields import limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.state import Slot, State
 
@@ -29,7 +30,7 @@ class DecoderConfig(LoopedConfig):
     Attributes:
         n_key_value_heads: Heads of keys and values; None means n_heads.
         head_dim: Width of a head where it is not d_model / n_heads.
-        rope_theta, rope_scaling: Of the rotary positions; see `models.rotary.Rotary`.
+        rope_theta, rope_scaling: Of the rotary positions; see `Rotary`.
         tied: Whether the head is the token embedding.
     """
 
@@ -37,7 +38,7 @@ class DecoderConfig(LoopedConfig):
     normalization_type: ClassVar[str] = "RMS"
     n_key_value_heads: int | None = None
     head_dim: int | None = None
-    rope_theta: float = 10000.0
+    rope_theta: float | int = field(default=10000.0, metadata=limits(above=0))
     rope_scaling: Mapping[str, Any] | None = None
     tied: bool = False
 
@@ -99,7 +100,7 @@ class LoopedDecoder(LoopedModel):
         return 1.0
 
     def edge_sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return ("hook_embed",), ("ln_final.hook_scale", "ln_final.hook_normalized")
+        return ("hook_embed",), norm_sites("ln_final")
 
     def embed(
         self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps

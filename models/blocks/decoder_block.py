@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import MLP, Norm, RMSNorm, norm_sites
+from loopscope.models.blocks.components import MLP, Norm, Reader, RMSNorm, norm_sites
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.hooks import Taps, tap
@@ -325,6 +325,17 @@ class Block(nn.Module):
             tail = (f"{name}.hook_out", *after, *added) if self.of_output else (*added, *after)
             sites += [*(() if ln is None else ln.sites), *part.sites, *tail, end]
         return tuple(sites)
+
+    @property
+    def norm_readers(self) -> list[tuple[Norm | None, list[Reader]]]:
+        """The norms of the stream, each with the maps that read its output."""
+        attn, mlp = self.attn, self.mlp
+        into = [attn.qkv] if attn.fused else [attn.q, attn.k, attn.v]
+        up = [mlp.gate, mlp.up] if isinstance(mlp, GatedMLP) and not mlp.fused else [mlp.up]
+        return [
+            (norm, [Reader(linear, "weight", "bias", input_first=False) for linear in maps])
+            for norm, maps in ((self.ln1, into), (self.ln2, up))
+        ]
 
     def forward(self, x: Stream, rows: Rows, taps: Taps) -> Stream:
         x = tap(taps, "hook_resid_pre", x)

@@ -139,7 +139,7 @@ def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | No
             "original_max_position_embeddings",
         ),
     }
-    if kind not in needs:
+    if not isinstance(kind, str) or kind not in needs:
         raise ValueError(
             f"rope_scaling must be of the type 'default', 'linear' or 'llama3', got {kind!r}"
         )
@@ -147,6 +147,17 @@ def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | No
     if missing:
         raise ValueError(
             f"rope_scaling of the type {kind!r} needs {missing[0]!r}, got {dict(scaling)}"
+        )
+    for name in needs[kind]:
+        number = scaling[name]
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"rope_scaling's {name} must be a number, got {number!r}")
+        if not 0 < number < math.inf:
+            raise ValueError(f"rope_scaling's {name} must be finite and above 0, got {number!r}")
+    if kind == "llama3" and scaling["high_freq_factor"] == scaling["low_freq_factor"]:
+        raise ValueError(
+            "rope_scaling's high_freq_factor and low_freq_factor must differ, got"
+            f" {scaling['low_freq_factor']!r} for both"
         )
     return None if kind == "default" else scaling
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import norm_sites
+from loopscope.models.blocks.components import norm_sites, normalized_in_steps
 from loopscope.models.blocks.decoder_block import Attention, Heads, Stream
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Rows
@@ -57,26 +57,21 @@ class SpectralLinear(nn.Module):
 
 
 class ModulatedNorm(nn.Module):
-    """LayerNorm whose weight and bias are an iteration's (1 + scale) and shift; `hook_normalized`
-    is after them.
-    """
+    """LayerNorm whose weight and bias are an iteration's (1 + scale) and shift."""
 
     fixed: ClassVar[bool] = False
 
     def __init__(self, eps: float, site: str) -> None:
         super().__init__()
         self.eps = eps
-        self.scale_site, self.normalized_site = self.sites = norm_sites(site)
+        self.scale_site, self.normalized_site, self.out_site = self.sites = norm_sites(site)
 
     def forward(self, x: Stream, shift: Stream, scale: Stream, taps: Taps) -> Stream:
-        if self.scale_site in taps:
-            x = x - x.mean(-1, keepdim=True)
-            normed = x / tap(
-                taps, self.scale_site, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-            )
+        if self.scale_site in taps or self.normalized_site in taps:
+            normed = normalized_in_steps(x, self.eps, self.sites, taps)
         else:
             normed = F.layer_norm(x, x.shape[-1:], None, None, self.eps)
-        return tap(taps, self.normalized_site, (1 + scale) * normed + shift)
+        return tap(taps, self.out_site, (1 + scale) * normed + shift)
 
 
 class SpiralAttention(Attention):

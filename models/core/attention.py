@@ -7,6 +7,7 @@ a generation cache).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -146,8 +147,10 @@ class Rows:
         taps: Taps,
         dropout: float = 0.0,
     ) -> Float[Tensor, "batch row head d_head"]:
-        """Scaled dot-product attention of the rows over what they see; scores and pattern only when
-        hooked.
+        """Scaled dot-product attention of the rows over the keys that they see.
+
+        Scores and pattern are computed only when hooked, or when a number is not finite: the fused
+        kernels hide some of those, and a hook that changes nothing must change nothing.
         """
         if self.store is not None:
             self.store[self.visit] = KeyValues(
@@ -158,7 +161,8 @@ class Rows:
             v = torch.cat([self.supplied.v, v], dim=1)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         grouped = k.shape[1] != q.shape[1]
-        if "attn.hook_attn_scores" in taps or "attn.hook_pattern" in taps:
+        hooked = "attn.hook_attn_scores" in taps or "attn.hook_pattern" in taps
+        if hooked or not (torch.compiler.is_compiling() or _are_finite(q, k, v)):
             if grouped:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             z = self._explicit(q, k, v, taps, dropout)
@@ -184,6 +188,12 @@ class Rows:
             )
             @ v
         )
+
+
+def _are_finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are finite."""
+    sums = [x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+    return math.isfinite(sum(sums))
 
 
 def _is_whole(places: Places) -> bool:

@@ -8,11 +8,10 @@ batch pos d_model head d_head d_mlp d_vocab loop layer.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -20,58 +19,54 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.models.core import texts as texts_of
-from loopscope.models.core.attention import KeyValueStore, Rows, Visible, causal_keys
+from loopscope.models.core.attention import KeyValueStore, Rows
 from loopscope.models.core.cache import LoopCache
-from loopscope.models.core.caching import RESIDUAL_STREAM, PosSlice, keeping
+from loopscope.models.core.compiled import EagerWhileHooked
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.hooks import NO_TAPS, NamesFilter, SitePoints, Taps, is_pattern, live
-from loopscope.models.core.points import Attached, Direction, Hook, HookPoints
-from loopscope.models.core.schedule import BlockWatch, index_of
+from loopscope.models.core.family import Family
+from loopscope.models.core.hooks import NO_TAPS, Hook, live
+from loopscope.models.core.intervene import (
+    RESIDUAL_STREAM,
+    Direction,
+    Interventions,
+    Keep,
+    PosSlice,
+    check_one_row,
+    in_directions,
+    loops_of_call,
+)
+from loopscope.models.core.names import NamesFilter, is_pattern
+from loopscope.models.core.points import HookPoints
+from loopscope.models.core.schedule import Schedules
 from loopscope.models.core.state import (
-    Slot,
     State,
     Visit,
     checked_loops,
     checked_mask,
     checked_tokens,
+    refuse_unmasked_padding,
     running,
 )
+from loopscope.models.core.texts import TextInputs
 from loopscope.models.core.tokens import Batch, Readout, Words
 
-HookPairs = Sequence[tuple[NamesFilter, Hook]]
+Pairs = Sequence[tuple[NamesFilter, Hook]]
 
 
-class LoopedModel(HookedRootModule):
+class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
     """A looped transformer whose weights live once and whose hook points live once per iteration.
 
-    A family gives: `plan` (its schedule), `embed`, `enter` and `leave` (what happens where an
-    iteration opens and closes), `normalize` and `unembed` (final norm, head), the names of its
-    sites, and four facts.
+    A model runs in three steps, `begin`, `advance` and `readout`. What runs is declared by the
+    family; see `Family`. The schedules, the hook points and the hooks are looked after by a
+    collaborator each.
 
     Attributes:
         cfg: The frozen configuration.
         vocab: Set where the checkpoint has one; `encode` and `to_tokens` need it.
         read_at: Where answers are read; None where the checkpoint does not say.
-        causal: A later token never changes an earlier result.
-        prefix_readout: Stopping after t iterations and reading out equals a call with n_loops=t.
-        additive_residual: The residual stream is a plain sum of component outputs.
-        batch_independent: A row's result does not depend on the other rows.
-        rowwise: Outside attention each (batch, position) is computed on its own, and every part of
-            the state is "batch pos ...", so that any rows can be run side by side.
-        heads_read_stream: A head's queries, keys and values are made of the residual stream at
-            their own visit.
-        visible: Which keys a row may see.
         visit_blocks: One block per visit in a copy made by `untied`; None where the weights are
             shared.
     """
-
-    causal: ClassVar[bool] = True
-    prefix_readout: ClassVar[bool] = True
-    batch_independent: ClassVar[bool] = True
-    rowwise: ClassVar[bool] = True
-    heads_read_stream: ClassVar[bool] = True
-    visible: ClassVar[Visible] = staticmethod(causal_keys)
 
     def __init__(self, cfg: LoopedConfig) -> None:
         super().__init__()
@@ -79,109 +74,10 @@ class LoopedModel(HookedRootModule):
         self.vocab: Words | None = None
         self.read_at: Readout | None = None
         self.visit_blocks: nn.ModuleList | None = None
-        self.points = HookPoints(self, self._names_of_call, self.spare_names, cfg.n_loops)
-        self._schedules: dict[int, list[Visit]] = {}
-        self._blocks_seen = BlockWatch(self)
-
-    def setup(self) -> None:
-        """Name the modules; a family calls it when its weights are made."""
-        super().setup()
-        self.hook_dict = self.points  # type: ignore[assignment]  # a dictionary that grows
-
-    # What a family declares
-
-    @property
-    def additive_residual(self) -> bool:
-        """Whether the residual stream is a plain sum of component outputs."""
-        return True
-
-    @property
-    def loop_parts(self) -> tuple[str, ...]:
-        """The parts of the state that one iteration hands to the next."""
-        return ("resid",)
-
-    @abstractmethod
-    def plan(self, n_loops: int) -> list[Slot]:
-        """The schedule of a call, in order."""
-
-    @abstractmethod
-    def embed(
-        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The residual stream before the first visit, and the family's other parts of the state;
-        may take options of its own.
-        """
-
-    def visit_block(
-        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], rows: Rows, taps: Taps
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Run one block. A family whose blocks read or write other parts of the state does so
-        here.
-        """
-        return visit.block(resid, rows, taps), parts
-
-    def enter(
-        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Act before a visit that opens an iteration."""
-        return resid, parts
-
-    def leave(
-        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Act after a visit that closes an iteration."""
-        return resid, parts
-
-    def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
-        """Run the next tokens of sequences that are being generated, by the family's rule for what
-        they see of earlier ones.
-
-        Args:
-            state: Of the new tokens, before the first visit.
-            before: What earlier tokens left; empty for the first ones.
-
-        Returns:
-            The state at the end, and what these tokens leave for later ones; both in the form that
-            `advance` supplies and stores.
-        """
-        new: KeyValueStore = {}
-        return self.advance(state, supplied=before or None, store=new), new
-
-    def loops_after_prompt(self, n_loops: int) -> int:
-        """Iterations for the tokens that are generated, in a call whose prompt is given
-        `n_loops`.
-        """
-        return n_loops
-
-    @abstractmethod
-    def normalize(
-        self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The final norm of any residual stream."""
-
-    @property
-    def final_scale_site(self) -> str:
-        """Where the final norm shows its divisor."""
-        return str(getattr(getattr(self, "final_norm", None), "scale_site", "ln_final.hook_scale"))
-
-    @abstractmethod
-    def unembed(
-        self, normalized: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """The head, which reads a normalised residual stream."""
-
-    @property
-    def positional(self) -> bool:
-        """Whether a token's position changes what the model computes for it."""
-        return True
-
-    @abstractmethod
-    def edge_sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Hook names before the first visit, and after the last."""
-
-    def spare_names(self) -> list[str]:
-        """Hook names that no plain call has."""
-        return []
+        self._points = HookPoints(self, self.plan, self.edge_sites, self.aside)
+        self.watch = self._points.watch
+        self._schedules = Schedules(self, self.plan, self._points)
+        self._hooking = Interventions(self, self._points)
 
     # Running
 
@@ -223,6 +119,8 @@ class LoopedModel(HookedRootModule):
                 f"inputs may have at most n_ctx={self.cfg.n_ctx} positions in this model, got"
                 f" {tokens.shape[1]}"
             )
+        if mask is None and not self.causal:
+            refuse_unmasked_padding(tokens)
         return tokens, checked_mask(mask, tokens), checked_loops(n_loops, self.cfg.n_loops)
 
     def advance(
@@ -245,7 +143,7 @@ class LoopedModel(HookedRootModule):
             store: A dictionary that is given each visit's keys and values.
         """
         schedule = self.schedule(state.n_loops)
-        stop = index_of(until, schedule, state)
+        stop = self._schedules.index_of(until, state)
         if stop == state.visit:
             return state
         hooked = self.any_hook()
@@ -320,80 +218,63 @@ class LoopedModel(HookedRootModule):
         """Logits at all positions; the arguments are those of `begin`."""
         return self.readout(self.advance(self.begin(tokens, mask, n_loops=n_loops, **options)))
 
-    # The schedule
+    def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
+        """Run the next tokens of sequences that are being generated, by the family's rule for what
+        they see of earlier ones.
+
+        Args:
+            state: Of the new tokens, before the first visit.
+            before: What earlier tokens left; empty for the first ones.
+
+        Returns:
+            The state at the end, and what these tokens leave for later ones; both in the form that
+            `advance` supplies and stores.
+        """
+        new: KeyValueStore = {}
+        return self.advance(state, supplied=before or None, store=new), new
+
+    # The schedule and the hook points
+
+    def setup(self) -> None:
+        """Name the modules; a family calls it when its weights are made."""
+        super().setup()  # type: ignore[no-untyped-call]  # TransformerLens leaves it unannotated
 
     def schedule(self, n_loops: int | None = None) -> list[Visit]:
         """The visits of a call with `n_loops` iterations, in order."""
-        n_loops = checked_loops(n_loops, self.cfg.n_loops)
-        if self._blocks_seen.changed():
-            self._schedules.clear()
-            self.points.forget_names()
-        if n_loops not in self._schedules:
-            self.grow(n_loops)
-            visits = [self._visit(i, slot) for i, slot in enumerate(self.plan(n_loops))]
-            if self.visit_blocks is not None:
-                if len(visits) != len(self.visit_blocks):
-                    raise ValueError(
-                        f"an untied copy runs only the n_loops={self.cfg.n_loops} that it was made"
-                        f" for, got {n_loops}"
-                    )
-                visits = [
-                    replace(visit, block=block)
-                    for visit, block in zip(visits, self.visit_blocks, strict=True)
-                ]
-            self._schedules[n_loops] = visits
-            self._blocks_seen.watch([visit.block for visit in visits])
-        return self._schedules[n_loops]
+        return self._schedules.of(checked_loops(n_loops, self.cfg.n_loops))
 
     def iteration_ends(self, n_loops: int) -> list[int]:
         """For each iteration, the index in the schedule of the visit after its last one."""
-        schedule = self.schedule(n_loops)
-        return [max(v.index for v in schedule if v.loop == t) + 1 for t in range(n_loops)]
+        ends = {v.loop: v.index + 1 for v in self.schedule(n_loops)}
+        return [ends[loop] for loop in range(n_loops)]
 
-    def _names_of_call(self, n_loops: int) -> list[str]:
-        before, after = self.edge_sites()
-        return [
-            *before,
-            *(name for slot in self.plan(n_loops) for name in slot.hook_names()),
-            *after,
-        ]
-
-    def _visit(self, index: int, slot: Slot) -> Visit:
-        own = {f.name: getattr(slot, f.name) for f in fields(Slot)}
-        points = self.points.at(slot.name, slot.sites)
-        boundary = self.points.at(slot.scope, slot.opening + slot.closing)
-        return Visit(**own, index=index, points=points, boundary=boundary)
-
-    # Hooks, by `HookPoints`
+    def grow(self, n_loops: int) -> None:
+        """Make the hook points of calls of up to `n_loops` iterations; they never go away."""
+        self._schedules.refresh()
+        self._points.grow(n_loops)
 
     def hook_names(self, n_loops: int | None = None) -> list[str]:
         """Every hook name of a call with `n_loops` iterations, in order of execution."""
-        return list(self.points.names(checked_loops(n_loops, self.cfg.n_loops)))
+        self._schedules.refresh()
+        return list(self._points.names(checked_loops(n_loops, self.cfg.n_loops)))
 
     def resolve_names(self, names: NamesFilter, n_loops: int | None = None) -> list[str]:
-        """The hook names that a filter means in a call; see `models.core.points`."""
-        return self.points.resolve(names, n_loops)
+        """The hook names that a filter means in a call; see `HookPoints.resolve`."""
+        self._schedules.refresh()
+        return self._points.resolve(names, n_loops, self.cfg.n_loops)
 
-    def grow(self, n_loops: int) -> None:
-        """Let the points of calls of up to `n_loops` iterations exist; they never go away."""
-        self.points.grow(n_loops)
-
-    def edge_points(self) -> SitePoints:
+    def edge_points(self) -> dict[str, HookPoint]:
         """The points outside the schedule's visits, by name."""
-        before, after = self.edge_sites()
-        return self.points.at("", before + after)
-
-    def any_hook(self) -> bool:
-        """Whether any point holds a hook."""
-        return bool(self.points.watch)
+        return self._points.place("")
 
     def refuse_late_hooks(self, n_loops: int) -> None:
-        """Raise ValueError if a hook would silently never fire in a call of `n_loops`."""
-        self.points.refuse_late(n_loops)
+        """Raise if a hook would silently never fire in a call; see `HookPoints.refuse_late`."""
+        self._schedules.refresh()
+        self._points.grow(n_loops)
+        if self.any_hook():
+            self._points.refuse_late(n_loops)
 
-    def hook_points(self) -> list[HookPoint]:
-        """The points that something has asked for; no other can hold a hook."""
-        return list(self.points.made.values())
+    # Hooks and caches
 
     def add_hook(
         self,
@@ -408,8 +289,9 @@ class LoopedModel(HookedRootModule):
         """Attach a hook `fn(value, hook)` to every point that the filter means in a call of
         `n_loops` iterations.
         """
-        options = {"is_permanent": is_permanent, "level": level, "prepend": prepend}
-        self._attach([(name, hook, dir)], n_loops, **options)
+        self._schedules.refresh()
+        how: dict[str, Any] = {"is_permanent": is_permanent, "prepend": prepend}
+        self._hooking.attach([(name, hook, dir)], n_loops, self.cfg.n_loops, level, **how)
 
     def add_perma_hook(
         self, name: NamesFilter, hook: Hook, dir: Direction = "fwd", n_loops: int | None = None
@@ -417,34 +299,15 @@ class LoopedModel(HookedRootModule):
         """Attach a hook that `reset_hooks` leaves in place."""
         self.add_hook(name, hook, dir=dir, is_permanent=True, n_loops=n_loops)
 
-    def _attach(
-        self,
-        wanted: Sequence[tuple[NamesFilter, Hook, Direction]],
-        n_loops: int | None,
-        **options: Any,
-    ) -> list[Attached]:
-        """Attach several hooks, all of them or none."""
-        resolved = [self.resolve_names(names, n_loops) for names, _, _ in wanted]
-        attached: list[Attached] = []
-        try:
-            for (names, hook, dir), found in zip(wanted, resolved, strict=True):
-                only = checked_loops(n_loops, self.cfg.n_loops) if is_pattern(names) else None
-                attached += self.points.attach(found, hook, dir, only, **options)
-        except BaseException:
-            for one in attached:
-                one.remove()
-            raise
-        return attached
-
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: HookPairs = (),
-        bwd_hooks: HookPairs = (),
+        fwd_hooks: Pairs = (),
+        bwd_hooks: Pairs = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         n_loops: int | None = None,
-    ) -> Iterator[LoopedModel]:
+    ) -> Iterator[Self]:
         """Hooks for the length of a `with` block; also after an error, exactly these are removed
         and no others.
 
@@ -452,32 +315,28 @@ class LoopedModel(HookedRootModule):
             fwd_hooks, bwd_hooks: Pairs of a filter and a hook `fn(value, hook)`.
             reset_hooks_end: Remove them at the end.
             clear_contexts: Also clear the points' contexts at the end.
-            n_loops: Iterations of the calls inside; patterns are resolved for it, and a call of
+            n_loops: Iterations of the calls inside. Patterns are resolved for it, and a call of
                 another length raises.
         """
-        wanted: list[tuple[NamesFilter, Hook, Direction]] = []
-        wanted += [(name, fn, "fwd") for name, fn in fwd_hooks]
-        wanted += [(name, fn, "bwd") for name, fn in bwd_hooks]
-        attached = self._attach(wanted, n_loops, level=self.context_level + 1)
-        self.context_level += 1
-        try:
+        self._schedules.refresh()
+        with self._hooking.during(
+            in_directions(fwd_hooks, bwd_hooks),
+            n_loops,
+            self.cfg.n_loops,
+            remove=reset_hooks_end,
+            clear_contexts=clear_contexts,
+        ):
             yield self
-        finally:
-            self.context_level -= 1
-            for one in attached if reset_hooks_end else ():
-                one.remove()
-            if clear_contexts:
-                self.clear_contexts()
 
     def run_with_hooks(
         self,
         *model_args: Any,
-        fwd_hooks: HookPairs = (),
-        bwd_hooks: HookPairs = (),
+        fwd_hooks: Pairs = (),
+        bwd_hooks: Pairs = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **model_kwargs: Any,
-    ) -> Tensor:
+    ) -> Float[Tensor, "batch pos d_vocab"]:
         """Run the model with temporary hooks. Hooks are resolved for the call's own `n_loops`.
 
         Raises:
@@ -490,16 +349,9 @@ class LoopedModel(HookedRootModule):
                 " reset_hooks_end=False, use `with model.hooks(bwd_hooks=...)`, or"
                 " loopscope.gradients"
             )
-        n_loops = self._loops_of_call(model_args, model_kwargs)
+        n_loops = loops_of_call(model_args, model_kwargs, self.cfg.n_loops)
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts, n_loops):
-            output: Tensor = self(*model_args, **model_kwargs)
-        return output
-
-    def _loops_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        given = kwargs.get("n_loops", args[1] if len(args) > 1 else None)
-        return checked_loops(given, self.cfg.n_loops)
-
-    # Caching
+            return self(*model_args, **model_kwargs)
 
     def get_caching_hooks(
         self,
@@ -520,9 +372,9 @@ class LoopedModel(HookedRootModule):
                 " each; use loopscope.gradients"
             )
         store: dict[str, Tensor] = {} if cache is None else cache
-        keep = keeping(store, device, pos_slice, remove_batch_dim)
+        save = Keep(device, remove_batch_dim, pos_slice).into(store)
         wanted = RESIDUAL_STREAM if names_filter is None else names_filter
-        return store, [(name, keep) for name in self.resolve_names(wanted, n_loops)], []
+        return store, [(name, save) for name in self.resolve_names(wanted, n_loops)], []
 
     def add_caching_hooks(
         self,
@@ -539,9 +391,10 @@ class LoopedModel(HookedRootModule):
         store, fwd, _ = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, cache, n_loops=n_loops
         )
-        wanted = RESIDUAL_STREAM if names_filter is None else names_filter
-        if fwd:
-            self.add_hook(wanted, fwd[0][1], n_loops=n_loops)
+        attached = self._hooking.attach(in_directions(fwd, ()), n_loops, self.cfg.n_loops)
+        if names_filter is None or is_pattern(names_filter):
+            length = checked_loops(n_loops, self.cfg.n_loops)
+            self._points.belongs_to(length, [handle for _, handle in attached])
         return store
 
     def run_with_cache(
@@ -555,14 +408,14 @@ class LoopedModel(HookedRootModule):
         clear_contexts: bool = False,
         pos_slice: PosSlice = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor, LoopCache]:
+    ) -> tuple[Float[Tensor, "batch pos d_vocab"], LoopCache]:
         """Run the model and keep activations, each under the name of its own iteration.
 
         Args:
-            names_filter: What to keep: a name, a pattern, a list or a predicate. None keeps the
-                residual stream (embedding, resid_pre, resid_mid, resid_post); `"**"` keeps
-                everything.
-            device: Where to keep it, e.g. "cpu".
+            names_filter: The activations to keep: a name, a pattern, a list or a predicate. None
+                keeps the residual stream (embedding, resid_pre, resid_mid, resid_post); `"**"`
+                keeps everything.
+            device: Where to keep them, e.g. "cpu".
             remove_batch_dim: Drop the batch axis of a batch of one.
             reset_hooks_end, clear_contexts: As in `hooks`.
             pos_slice: Positions to keep (for scores and patterns: query positions), in any form of
@@ -575,23 +428,27 @@ class LoopedModel(HookedRootModule):
             KeyError: The filter matches nothing in this call.
             ValueError: `remove_batch_dim` with a batch of more than one, or `incl_bwd`.
         """
-        n_loops = self._loops_of_call(model_args, model_kwargs)
-        tokens = model_kwargs.get("tokens", model_args[0] if model_args else None)
-        if remove_batch_dim and isinstance(tokens, Tensor) and tokens.ndim == 2 and len(tokens) > 1:
-            raise ValueError(f"remove_batch_dim needs a batch of one, got {len(tokens)}")
+        n_loops = loops_of_call(model_args, model_kwargs, self.cfg.n_loops)
+        if remove_batch_dim:
+            check_one_row(model_args, model_kwargs)
         store, fwd, _ = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, n_loops=n_loops
         )
         with self.hooks(fwd, [], reset_hooks_end, clear_contexts, n_loops):
-            logits: Tensor = self(*model_args, **model_kwargs)
+            logits = self(*model_args, **model_kwargs)
         return logits, LoopCache(store, n_loops, has_batch_dim=not remove_batch_dim)
 
-    # Texts, by `models.core.texts`
+    # Texts
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def texts(self) -> TextInputs:
+        """How texts become inputs, by the model's vocabulary and readout."""
+        return TextInputs(self.vocab, self.read_at, self.cfg.n_ctx, self.positional, self.device)
 
     def encode(self, texts: str | Sequence[str]) -> Batch:
         """Right-padded tokens, mask and readout column of some texts, with the padding that the
@@ -600,39 +457,23 @@ class LoopedModel(HookedRootModule):
         Raises:
             ValueError: The checkpoint has no vocabulary, or does not say where answers are read.
         """
-        n_ctx = self.cfg.n_ctx
-        batch = texts_of.encoded(texts, self.vocab, self.read_at, n_ctx, self.positional)
-        return batch.to(self.device)
+        return self.texts.encode(texts)
 
     def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
         """Token ids of some texts, padded on the right with id 0."""
-        rows = texts_of.ids_of(texts, self.vocab)
-        return texts_of.pad_right(rows, max(map(len, rows)))[0].to(self.device)
+        return self.texts.to_tokens(texts)
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is one token."""
-        return texts_of.single_id(text, self.vocab)
+        """The id of a text that is one token; ValueError for any other text."""
+        return self.texts.to_single_token(text)
 
-    def to_str_tokens(self, tokens: str | Int[Tensor, " pos"]) -> list[str]:
-        """The tokens of one text, or of one row of ids, as strings."""
-        return texts_of.words_of(tokens, self.vocab)
+    def to_str_tokens(self, tokens: str | Sequence[int] | Tensor) -> list[str]:
+        """The tokens of one text, or of one row of ids, as strings.
 
-    # Weight views that every family has
-
-    @property
-    @abstractmethod
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The token embedding."""
-
-    @property
-    @abstractmethod
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding."""
-
-    @property
-    @abstractmethod
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The unembedding's bias; zeros where the head has none."""
+        Raises:
+            ValueError: No text and no row of integers, or ids that the vocabulary does not have.
+        """
+        return self.texts.to_str_tokens(tokens)
 
 
 def at_columns(x: Shaped[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
+
+from loopscope.models.core.fields import MOST_BLOCKS, check_fields, limits
+from loopscope.models.core.state import MOST_LOOPS
 
 _TINY: Mapping[str, Any] = {
     "n_layers": 2,
@@ -29,35 +33,25 @@ class LoopedConfig:
         n_ctx: The longest input in tokens; None where positions set no limit.
         eps: Added to the variance inside each norm.
         act_fn, normalization_type: Fixed for a family: the MLP's activation, and "LN" or "RMS".
-        flat: Whether a call visits pre-LayerNorm blocks and does nothing else, except that it may
-            add its input again, so that `unrolled` serves the family.
         TINY: Where the family's `tiny` differs from the common sizes.
     """
 
     family: ClassVar[str] = ""
     act_fn: ClassVar[str]
     normalization_type: ClassVar[str]
-    flat: ClassVar[bool] = False
     TINY: ClassVar[Mapping[str, Any]] = {}
-    n_layers: int
-    n_loops: int | None = None
+    n_layers: int = field(metadata=limits(most=MOST_BLOCKS))
+    n_loops: int | None = field(default=None, metadata=limits(most=MOST_LOOPS))
     d_model: int
     n_heads: int
     d_head: int = field(init=False)
     d_mlp: int
     d_vocab: int
     n_ctx: int | None = None
-    eps: float = 1e-5
+    eps: float | int = field(default=1e-5, metadata=limits(least=0))
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "n_loops", "d_model", "n_heads", "d_mlp", "d_vocab", "n_ctx"):
-            value = getattr(self, name)
-            if value is None and name in ("n_loops", "n_ctx"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_fields(type(self), vars(self))
         object.__setattr__(self, "d_head", self.width_of_head())
 
     @property
@@ -102,12 +96,7 @@ class LoopedConfig:
             raise ValueError(
                 f"{cls.__name__} has no field {unknown[0]!r}; its fields are {sorted(known)}"
             )
-        for (
-            name,
-            value,
-        ) in given.items():  # before the constructor, whose own types are checked while testing
-            if name.startswith(("n_", "d_")) and not isinstance(value, int | None):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
+        check_fields(cls, given)  # before the constructor, whose types are checked while testing
         required = [k for k, f in known.items() if f.default is dataclasses.MISSING]
         missing = [k for k in required if k not in given]
         if missing:
@@ -116,4 +105,5 @@ class LoopedConfig:
 
 
 def _divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]
+    small = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return sorted({*small, *(n // k for k in small)})

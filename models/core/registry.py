@@ -27,7 +27,7 @@ def family(config: type[LoopedConfig]) -> Callable[[Model], Model]:
 def config_from_dict(values: Mapping[str, Any]) -> LoopedConfig:
     """The config of the family that `values["family"]` names; ValueError for an unknown family."""
     name = values.get("family")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"the family must be one of {sorted(FAMILIES)}, got {name!r}")
     return FAMILIES[name][0].from_dict(values)
 

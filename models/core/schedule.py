@@ -1,75 +1,121 @@
-"""The schedules of a model: which visits a call makes, for as long as the blocks stay the same."""
+"""The visits of a call: made once per number of iterations, and again when the model is changed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 
 from torch import nn
+from transformer_lens.hook_points import HookPoint
 
-from loopscope.models.core.state import State, Visit
+from loopscope.models.core.hooks import PointTree
+from loopscope.models.core.points import HookPoints
+from loopscope.models.core.state import Slot, State, Visit
 
-
-class BlockWatch:
-    """Notices that a block was replaced, added or taken away.
-
-    Looks at the lists that hold the blocks, so that a look costs a few comparisons.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        self._root = root
-        self._lists: dict[str, list[nn.Module | None]] = {}
-
-    def watch(self, blocks: Sequence[nn.Module]) -> None:
-        """Watch the places in the model where some blocks stand."""
-        wanted = {id(block) for block in blocks}
-        for path, module in self._root.named_modules(remove_duplicate=False):
-            if id(module) in wanted:
-                place = path.rpartition(".")[0] or path
-                self._lists[place] = self._standing(place)
-
-    def changed(self) -> bool:
-        """Whether the blocks differ from those at the last look; the watch then begins anew."""
-        if all(self._standing(path) == then for path, then in self._lists.items()):
-            return False
-        self._lists.clear()
-        return True
-
-    def _standing(self, path: str) -> list[nn.Module | None]:
-        """The module at a path and its children."""
-        module: nn.Module | None = self._root
-        for step in path.split("."):
-            module = None if module is None else module._modules.get(step)
-        return [] if module is None else [module, *module._modules.values()]
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def index_of(until: int | str | None, schedule: Sequence[Visit], state: State) -> int:
-    """The index of the visit that a run stops before.
+class Schedules:
+    """The schedules of a model by number of iterations.
+
+    A schedule holds modules and is made by a config. So the model's lists of modules and its config
+    are compared with those of last time before each use.
 
     Args:
-        until: As `LoopedModel.advance` takes it.
-        schedule: Of the state's call.
-        state: Where the run stands.
-
-    Raises:
-        KeyError: A name that is no visit of the schedule.
-        TypeError: No index, no name and not None.
-        ValueError: A visit that lies before the state, or after the end.
+        root: The model.
+        plan: The slots of a call by its number of iterations.
+        points: Where the visits find their hook points.
     """
-    if until is None:
-        return len(schedule)
-    if isinstance(until, str):
-        found = [v.index for v in schedule if v.name == until or v.name.startswith(until + ".")]
-        if not found:
-            raise KeyError(
-                f"{until!r} is no visit of a schedule with n_loops={state.n_loops}; it starts"
-                f" with {schedule[0].name!r}"
-            )
-        until = found[0]
-    if isinstance(until, bool):
-        raise TypeError("until must be a visit's index, its name, or None, got a bool")
-    if not state.visit <= until <= len(schedule):
-        raise ValueError(
-            f"the state stands before visit {state.visit} of {len(schedule)}, so it cannot be"
-            f" run to visit {until}"
+
+    def __init__(
+        self, root: nn.Module, plan: Callable[[int], Sequence[Slot]], points: HookPoints
+    ) -> None:
+        self._root, self._plan, self._points = root, plan, points
+        self.made: dict[int, list[Visit]] = {}
+        self._lists: list[tuple[nn.Module, list[nn.Module]]] = []
+        self._cfg: object = None
+
+    def refresh(self) -> None:
+        """Forget all schedules and names of hooks if the model's blocks or its config were
+        replaced.
+        """
+        cfg = getattr(self._root, "cfg", None)
+        if cfg is self._cfg and all(_parts(owner) == parts for owner, parts in self._lists):
+            return
+        self._cfg = cfg
+        self._lists = [(owner, _parts(owner)) for owner in _owners(self._root)]
+        self.made.clear()
+        self._points.replan()
+
+    def of(self, n_loops: int) -> list[Visit]:
+        """The visits of a call in order."""
+        self.refresh()
+        if n_loops not in self.made:
+            self._points.grow(n_loops)
+            visits = [self.visit(i, slot, n_loops) for i, slot in enumerate(self._plan(n_loops))]
+            self.made[n_loops] = self._with_own_blocks(visits, n_loops)
+        return self.made[n_loops]
+
+    def visit(self, index: int, slot: Slot, n_loops: int = 1) -> Visit:
+        """A slot at its place in a schedule, with its hook points."""
+        own = {f.name: getattr(slot, f.name) for f in fields(Slot)}
+        return Visit(
+            **own,
+            index=index,
+            n_loops=n_loops,
+            points=self._points.place(slot.name),
+            boundary=self._points.place(slot.scope) if slot.scope else {},
         )
-    return until
+
+    def index_of(self, until: int | str | None, state: State) -> int:
+        """The index of the visit that a state is to be run to; `until` is as in `advance`."""
+        schedule = self.of(state.n_loops)
+        if until is None:
+            return len(schedule)
+        if isinstance(until, str):
+            found = [v.index for v in schedule if v.name == until or v.name.startswith(until + ".")]
+            if not found:
+                raise KeyError(
+                    f"{until!r} is no visit of a schedule with n_loops={state.n_loops}; it starts"
+                    f" with {schedule[0].name!r}"
+                )
+            until = found[0]
+        if isinstance(until, bool):
+            raise TypeError("until must be a visit's index, its name, or None, got a bool")
+        if not state.visit <= until <= len(schedule):
+            raise ValueError(
+                f"the state stands before visit {state.visit} of {len(schedule)}, so it cannot be"
+                f" run to visit {until}"
+            )
+        return until
+
+    def _with_own_blocks(self, visits: list[Visit], n_loops: int) -> list[Visit]:
+        """The visits with the blocks of an untied copy, where the model is one."""
+        copies = getattr(self._root, "visit_blocks", None)
+        if copies is None:
+            return visits
+        if len(visits) != len(copies):
+            made_for = getattr(self._cfg, "n_loops", None)
+            raise ValueError(
+                f"an untied copy runs only the n_loops={made_for} that it was made for, got"
+                f" {n_loops}"
+            )
+        return [replace(v, block=block) for v, block in zip(visits, copies, strict=True)]
+
+
+def _parts(owner: nn.Module) -> list[nn.Module]:
+    """The modules that one holds directly, without hook points."""
+    return [
+        part
+        for part in owner._modules.values()
+        if part is not None and not isinstance(part, PointTree | HookPoint)
+    ]
+
+
+def _owners(module: nn.Module, outermost: bool = True) -> Iterator[nn.Module]:
+    """The modules below one in which blocks may stand: lists, what holds lists, and the first."""
+    parts = _parts(module)
+    if outermost or any(isinstance(owner, LISTS) for owner in (module, *parts)):
+        yield module
+    for part in parts:
+        yield from _owners(part, outermost=False)

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+
+MOST_LOOPS = 2**14  # iterations of a call: each has visits and hook names of its own
+PAD_ID = 0
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,18 @@ class Slot:
 
     def hook_names(self) -> list[str]:
         """Full names of the slot's points in order of execution."""
-        before = [f"{self.scope}.{site}" for site in self.opening]
-        inside = [f"{self.name}.{site}" for site in self.sites]
-        return before + inside + [f"{self.scope}.{site}" for site in self.closing]
+        return [name for name, _ in self.places_of_names()]
+
+    def places_of_names(self) -> Iterator[tuple[str, str]]:
+        """Full names of the slot's points in order of execution, each with the prefix of its
+        place.
+        """
+        for prefix, sites in (
+            (self.scope, self.opening),
+            (self.name, self.sites),
+            (self.scope, self.closing),
+        ):
+            yield from ((f"{prefix}.{site}", prefix) for site in sites)
 
 
 @dataclass(frozen=True)
@@ -52,11 +64,13 @@ class Visit(Slot):
 
     Attributes:
         index: Place in the schedule, from 0.
-        points: The block's hook points by site.
-        boundary: The hook points of the iteration that it opens or closes, by site.
+        n_loops: Iterations of the schedule.
+        points: The block's hook points by site, as far as they were made.
+        boundary: The hook points of the iteration that the block opens or closes, likewise.
     """
 
     index: int = 0
+    n_loops: int = 1
     points: Mapping[str, HookPoint] = field(default_factory=dict)
     boundary: Mapping[str, HookPoint] = field(default_factory=dict)
 
@@ -172,33 +186,60 @@ def cat_states(states: Sequence[State]) -> State:
 
 
 def checked_tokens(tokens: object, d_vocab: int) -> Int[Tensor, "batch pos"]:
-    """Token ids as a matrix, or a sentence about what is wrong with them."""
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+    """Token ids as a matrix; lists and arrays of integers are taken too.
+
+    Raises:
+        TypeError: Not integers, or rows of unequal length.
+        ValueError: Another shape than [batch, pos], or ids outside the vocabulary.
+    """
+    ids = integers(tokens)
+    if ids is None:
         got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(
             f"tokens must be an integer tensor [batch, pos], got {got}; model.encode(texts)"
             " makes one"
         )
-    if tokens.ndim == 1:
-        tokens = tokens[None]
-    if tokens.ndim != 2 or tokens.numel() == 0:
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2 or ids.numel() == 0:
         raise ValueError(
             "tokens must have the shape [batch, pos] with at least one of each, got"
-            f" {list(tokens.shape)}"
+            f" {list(ids.shape)}"
         )
-    low, high = int(tokens.min()), int(tokens.max())
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= d_vocab:
         wrong = low if low < 0 else high
         raise ValueError(f"tokens must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got {wrong}")
-    return tokens
+    return ids
 
 
-def checked_mask(mask: Tensor | None, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
-    """The mask as booleans; ones then zeros along pos, or a sentence that names what it is
-    instead.
+def integers(values: object) -> Tensor | None:
+    """A tensor, a list or an array of whole numbers as a tensor; None where it is none."""
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    if values.dtype in (torch.int64, torch.int32):
+        return values
+    whole = values.dtype in (torch.int16, torch.int8, torch.uint8)
+    return values.long() if whole else None
+
+
+def checked_mask(mask: object, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
+    """The mask as booleans: ones then zeros along pos; lists and arrays are taken too.
+
+    Raises:
+        ValueError: Another shape than the tokens', other numbers, or padding before real tokens.
     """
     if mask is None:
         return torch.ones_like(tokens, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        try:
+            mask = torch.as_tensor(mask, device=tokens.device)
+        except (TypeError, ValueError, RuntimeError):
+            got = type(mask).__name__
+            raise ValueError(f"the mask must be a tensor like the tokens, got {got}") from None
     if mask.ndim == 1:
         mask = mask[None]
     if mask.shape != tokens.shape:
@@ -223,14 +264,34 @@ def checked_mask(mask: Tensor | None, tokens: Tensor) -> Bool[Tensor, "batch pos
     return real
 
 
-def checked_loops(n_loops: int | None, recorded: int | None) -> int:
-    """The number of iterations of a call: the argument, or what the checkpoint records."""
+def refuse_unmasked_padding(tokens: Int[Tensor, "batch pos"]) -> None:
+    """Raise where a row ends with padding (id 0) in a model whose real tokens would see it."""
+    ends = (tokens[:, -1] == PAD_ID).nonzero()
+    if len(ends):
+        raise ValueError(
+            f"row {int(ends[0])} ends with padding (id {PAD_ID}), which the real tokens of this"
+            " model would see, because it is not causal; pass mask= (model.encode makes one)"
+        )
+
+
+def checked_loops(n_loops: object, recorded: int | None) -> int:
+    """The number of iterations of a call: the argument, or what the checkpoint records.
+
+    Raises:
+        TypeError: Not a whole number.
+        ValueError: Fewer than 1 or more than `MOST_LOOPS`, or no number at all.
+    """
     if n_loops is None:
         n_loops = recorded
     if n_loops is None:
         raise ValueError("this checkpoint records no number of iterations; pass n_loops=")
-    if isinstance(n_loops, bool) or not isinstance(n_loops, int):
+    if isinstance(n_loops, bool) or not isinstance(n_loops, SupportsIndex):
         raise TypeError(f"n_loops must be an integer, got {type(n_loops).__name__}")
-    if n_loops < 1:
-        raise ValueError(f"n_loops must be at least 1, got {n_loops}")
-    return n_loops
+    try:
+        count = n_loops.__index__()
+    except TypeError:
+        raise TypeError(f"n_loops must be an integer, got {n_loops!r}") from None
+    if not 1 <= count <= MOST_LOOPS:
+        limit = "at least 1" if count < 1 else f"at most {MOST_LOOPS}"
+        raise ValueError(f"n_loops must be {limit}, got {count}")
+    return count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from loopscope.models.blocks.decoder_block import Attention, Block
 from loopscope.models.core.attention import Places, Visible
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
+from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
@@ -48,10 +49,10 @@ class AlbertConfig(LoopedConfig):
     normalization_type: ClassVar[str] = "LN"
     tied: ClassVar[bool] = True
     act_fn: str = "gelu_new"  # type: ignore[misc]  # releases of this one family differ in it
-    eps: float = 1e-12
+    eps: float | int = field(default=1e-12, metadata=limits(least=0))
     d_factor: int
     n_token_types: int = 2
-    n_groups: int = 1
+    n_groups: int = field(default=1, metadata=limits(most=MOST_BLOCKS))
     n_grouped_loops: int | None = None
 
     def __post_init__(self) -> None:
@@ -60,9 +61,6 @@ class AlbertConfig(LoopedConfig):
             raise ValueError("n_ctx must be given: this family has learned positions")
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(f"act_fn must be 'gelu_new' or 'gelu', got {self.act_fn!r}")
-        for name in ("d_factor", "n_token_types", "n_groups"):
-            if isinstance(getattr(self, name), bool) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if (self.n_grouped_loops is None) != (self.n_groups == 1):
             raise ValueError(
                 "n_grouped_loops must be given where there are several groups and only there, "
@@ -108,7 +106,7 @@ class Albert(LoopedModel):
     the checkpoint records.
 
     `normalize` is the head up to its own LayerNorm, a map to d_factor with an activation in it:
-    `head.hook_pre`, `head.hook_post`, `head.ln.hook_scale`, `head.ln.hook_normalized`. So no logit
+    `head.hook_pre`, `head.hook_post`, and the norm's points at `head.ln`. So no logit
     is a linear function of the stream, and methods that need one refuse. There is no dropout, also
     not in train mode.
 

@@ -5,7 +5,7 @@ high one (arXiv 2605.20613).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,19 +14,20 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import RMSNorm
+from loopscope.models.blocks.components import RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Projection, Stream
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Visible, prefix_keys
 from loopscope.models.core.base import stream_at
+from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit
 
 BOUNDARY = "ln_boundary"
 OPENING = ("hook_state_in", "hook_input", "hook_injected")
-CLOSING = (f"{BOUNDARY}.hook_scale", f"{BOUNDARY}.hook_normalized", "hook_state_out")
+CLOSING = (*norm_sites(BOUNDARY), "hook_state_out")
 OTHER_LEVEL = {"low": "high", "high": "low"}
 
 
@@ -47,8 +48,8 @@ class HrmTextConfig(DecoderConfig):
 
     family: ClassVar[str] = "hrm_text"
     TINY: ClassVar[Mapping[str, Any]] = {"n_low_loops": 2}
-    n_low_loops: int
-    embedding_scale: float = 50.0
+    n_low_loops: int = field(metadata=limits(most=MOST_BLOCKS))
+    embedding_scale: float | int = 50.0
     prefix_lm: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -56,10 +57,6 @@ class HrmTextConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.n_low_loops, bool) or self.n_low_loops < 1:
-            raise ValueError(
-                f"n_low_loops must be a number of runs, at least 1, got {self.n_low_loops!r}"
-            )
         if self.fused and (self.attention_bias or self.mlp_bias):
             raise ValueError(
                 "attention_bias and mlp_bias must be off where the projections are fused"

@@ -5,7 +5,7 @@ them, Huginn (arXiv 2502.05171).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Pr
 from loopscope.models.blocks.random_state import initial_state
 from loopscope.models.blocks.rotary import Rotary, RotationTable, StoredRotary
 from loopscope.models.core.attention import Rows
+from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit
@@ -34,19 +35,10 @@ class PreludeCoreCodaConfig(DecoderConfig):
     """
 
     TINY: ClassVar[Mapping[str, Any]] = {"n_prelude_layers": 1, "n_coda_layers": 1}
-    n_prelude_layers: int
-    n_coda_layers: int
-    state_std: float | int | None = None
+    n_prelude_layers: int = field(metadata=limits(least=0, most=MOST_BLOCKS))
+    n_coda_layers: int = field(metadata=limits(most=MOST_BLOCKS))
+    state_std: float | int | None = field(default=None, metadata=limits(least=0))
     adapter_bias: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("n_prelude_layers", 0), ("n_coda_layers", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if self.state_std is not None and not self.state_std >= 0:
-            raise ValueError(f"state_std must be at least 0, got {self.state_std}")
 
     @property
     def initial_std(self) -> float:
@@ -222,7 +214,7 @@ class Huginn(PreludeCoreCoda):
     """
 
     cfg: HuginnConfig
-    core_norm_sites = ("hook_scale", "hook_normalized")
+    core_norm_sites = ("hook_scale", "hook_normalized", "hook_out")
 
     def make_rotary(self) -> None:
         cfg = self.cfg

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import LayerNorm, Norm, RMSNorm
+from loopscope.models.blocks.components import LayerNorm, Norm, RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import CodaDecoder, DecoderConfig, stack
 from loopscope.models.blocks.hyper_connections import Streams, collapsed, copies
 from loopscope.models.core.attention import Rows
+from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
 
 STREAM_NORM = "ln_stream"
 _OPENING = (
-    "hook_state_in.streams", f"{STREAM_NORM}.hook_scale", f"{STREAM_NORM}.hook_normalized",
+    "hook_state_in.streams", *norm_sites(STREAM_NORM),
     "hook_stream_read", "hook_stream_write", "hook_stream_keep",
 )  # fmt: skip
 _CLOSING = ("hook_loop_out", "hook_state_out.streams")
@@ -52,9 +53,9 @@ class HyperloopConfig(DecoderConfig):
 
     family: ClassVar[str] = "hyperloop"
     TINY: ClassVar[Mapping[str, Any]] = {"n_prelude_layers": 1, "n_coda_layers": 1}
-    n_prelude_layers: int
-    n_coda_layers: int
-    n_streams: int = 4
+    n_prelude_layers: int = field(metadata=limits(least=0, most=MOST_BLOCKS))
+    n_coda_layers: int = field(metadata=limits(least=0, most=MOST_BLOCKS))
+    n_streams: int = field(default=4, metadata=limits(least=2, most=MOST_BLOCKS))
     normalization_type: Literal["LN", "RMS"] = "LN"  # type: ignore[misc]  # fixed for other families
     stream_norm_gain: bool = False
     final_norm: bool = True
@@ -68,16 +69,6 @@ class HyperloopConfig(DecoderConfig):
                 "n_loops must be given: each iteration of a Hyperloop model has mixing weights of"
                 " its own"
             )
-        for name, least in (("n_prelude_layers", 0), ("n_coda_layers", 0), ("n_streams", 2)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name, choices in (
-            ("normalization_type", ("LN", "RMS")),
-            ("gate_bias", ("zero", "plain")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
 
 
 class LoopMixing(nn.Module):

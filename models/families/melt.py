@@ -4,9 +4,8 @@ iterations (arXiv 2605.07721).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from typing import Any, ClassVar, Literal, cast
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from loopscope.models.blocks.decoder_block import GatedMLP, Placement
 from loopscope.models.blocks.melt_block import LatentAttention, LatentGate, MeltBlock
 from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
+from loopscope.models.core.fields import limits
 from loopscope.models.core.hooks import Taps
 from loopscope.models.core.registry import build, family
 from loopscope.models.core.state import Slot, State, Visit, running
@@ -45,30 +45,13 @@ class MeltConfig(OuroConfig):
     family: ClassVar[str] = "melt"
     h_0: Literal["first_input", "zero"] = "first_input"
     gate_input: Literal["normed", "raw"] = "normed"
-    gate_std: float | int = 0.02
+    gate_std: float | int = field(default=0.02, metadata=limits(least=0))
     gate_bias: float | int = 0.0
     prefill_chunk: int | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (("h_0", ("first_input", "zero")), ("gate_input", ("normed", "raw"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, least in (("gate_std", 0.0), ("gate_bias", -math.inf)):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, float | int)
-                or not math.isfinite(value)
-                or value < least
-            ):
-                raise ValueError(
-                    f"{name} must be a number{' of at least 0' if least == 0 else ''}, got"
-                    f" {value!r}"
-                )
-        if self.prefill_chunk is not None:
-            checked_chunk(self.prefill_chunk, "prefill_chunk")
         if self.window is not None:
             raise ValueError(
                 "window must be None: rows per iteration for the latest tokens are not computed,"
@@ -279,7 +262,7 @@ def melt_from_ouro(model: Ouro, **options: Any) -> Melt:
         )
         raise TypeError(f"a MELT is made from an Ouro with shared weights, got {what}")
     facts = {
-        field.name: getattr(model.cfg, field.name) for field in fields(OuroConfig) if field.init
+        known.name: getattr(model.cfg, known.name) for known in fields(OuroConfig) if known.init
     }
     with torch.device("meta"):  # what would be drawn for the rest is not needed
         melt = build(MeltConfig(**{**facts, **options}))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.blocks.components import norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, HeadNormedAttention
 from loopscope.models.blocks.hyper_connections import (
@@ -22,6 +23,7 @@ from loopscope.models.blocks.hyper_connections import (
 )
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import stream_at
+from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit
@@ -51,19 +53,8 @@ class NanbeigeConfig(DecoderConfig):
     qk_norm: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    n_streams: int | None = None
-    sinkhorn_iterations: int = 20
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_streams is not None and (isinstance(self.n_streams, bool) or self.n_streams < 2):
-            raise ValueError(
-                f"n_streams must be at least 2, or None for one plain stream, got {self.n_streams}"
-            )
-        if self.sinkhorn_iterations < 1:
-            raise ValueError(
-                f"sinkhorn_iterations must be at least 1, got {self.sinkhorn_iterations}"
-            )
+    n_streams: int | None = field(default=None, metadata=limits(least=2, most=MOST_BLOCKS))
+    sinkhorn_iterations: int = field(default=20, metadata=limits(most=MOST_BLOCKS))
 
 
 @family(NanbeigeConfig)
@@ -111,11 +102,7 @@ class Nanbeige(LoopedDecoder):
         return before, () if self.cfg.boundary_norm else after
 
     def plan(self, n_loops: int) -> list[Slot]:
-        norm = (
-            (f"{BOUNDARY}.hook_scale", f"{BOUNDARY}.hook_normalized")
-            if self.cfg.boundary_norm
-            else ()
-        )
+        norm = norm_sites(BOUNDARY) if self.cfg.boundary_norm else ()
         slots = []
         for t in range(n_loops):
             slots += stack(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import RMSNorm
+from loopscope.models.blocks.components import RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
 from loopscope.models.core.base import stream_at
+from loopscope.models.core.fields import limits
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit
@@ -29,8 +30,8 @@ class OuroConfig(DecoderConfig):
     """
 
     family: ClassVar[str] = "ouro"
-    exit_threshold: float = 1.0
-    exit_step: int | None = None
+    exit_threshold: float | int = 1.0
+    exit_step: int | None = field(default=None, metadata=limits(least=0))
 
 
 @family(OuroConfig)
@@ -64,8 +65,7 @@ class Ouro(LoopedDecoder):
 
     def plan(self, n_loops: int) -> list[Slot]:
         closing = (
-            f"{BOUNDARY}.hook_scale",
-            f"{BOUNDARY}.hook_normalized",
+            *norm_sites(BOUNDARY),
             "hook_exit_logit",
             "hook_state_out",
         )

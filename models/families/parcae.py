@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from loopscope.models.blocks.parcae_block import (
 from loopscope.models.blocks.random_state import initial_state
 from loopscope.models.blocks.rotary import Rotary, RotationTable, StoredRotary
 from loopscope.models.core.attention import Rows
+from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit
@@ -66,22 +67,19 @@ class ParcaeConfig(DecoderConfig):
     family: ClassVar[str] = "parcae"
     TINY: ClassVar[Mapping[str, Any]] = {"n_prelude_layers": 1, "n_coda_layers": 1}
     act_fn: ClassVar[str] = "relu2"
-    n_prelude_layers: int
-    n_coda_layers: int
+    n_prelude_layers: int = field(metadata=limits(most=MOST_BLOCKS))
+    n_coda_layers: int = field(metadata=limits(most=MOST_BLOCKS))
     d_mlp_outside: int | None = None
     injection: str = "diagonal"
     prelude_norm: bool = True
     qk_norm: bool = True
     value_tables: Sequence[int] | None = None
     value_gates: Sequence[int] | None = None
-    logit_softcap: float | int | None = None
-    state_std: float | int | None = None
+    logit_softcap: float | int | None = field(default=None, metadata=limits(above=0))
+    state_std: float | int | None = field(default=None, metadata=limits(least=0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_prelude_layers", "n_coda_layers"):
-            if isinstance(getattr(self, name), bool) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if self.injection not in INJECTIONS:
             raise ValueError(
                 f"injection must be one of {', '.join(map(repr, INJECTIONS))}, got"
@@ -218,7 +216,7 @@ class Parcae(CodaDecoder):
 
     def plan(self, n_loops: int) -> list[Slot]:
         opening, closing = ("hook_state_in", "hook_input", "hook_injected"), ("hook_state_out",)
-        norm = ("hook_scale", "hook_normalized") if self.cfg.prelude_norm else ()
+        norm = ("hook_scale", "hook_normalized", "hook_out") if self.cfg.prelude_norm else ()
         slots = stack(self.prelude_blocks, "prelude", scope="prelude_norm", closing=norm)
         for t in range(n_loops):
             slots += stack(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,10 +18,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import LayerNorm, linear
+from loopscope.models.blocks.components import LayerNorm, Reader, linear, norm_sites
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
+from loopscope.models.core.fields import limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
@@ -38,25 +39,20 @@ class RecurrentDepthConfig(LoopedConfig):
 
     family: ClassVar[str] = "recurrent_depth"
     TINY: ClassVar[Mapping[str, Any]] = {"n_ctx": None}
-    flat: ClassVar[bool] = True
     act_fn: ClassVar[str] = "gelu_new"
     normalization_type: ClassVar[str] = "LN"
     positions: Positions = "none"
     input_injection: bool = False
-    dropout: float = 0.0
+    dropout: float | int = field(default=0.0, metadata=limits(least=0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.positions not in ("learned", "sinusoidal", "none"):
-            raise ValueError(
-                f"positions must be 'learned', 'sinusoidal' or 'none', got {self.positions!r}"
-            )
         if (self.n_ctx is None) != (self.positions == "none"):
             raise ValueError(
                 f"n_ctx must be given with positions and only then, got n_ctx={self.n_ctx},"
                 f" positions={self.positions!r}"
             )
-        if not isinstance(self.dropout, float | int) or not 0.0 <= self.dropout < 1.0:
+        if self.dropout >= 1:
             raise ValueError(f"dropout is a share, at least 0 and below 1, got {self.dropout!r}")
 
 
@@ -167,13 +163,11 @@ class FusedBlock(nn.Module):
 
     sites: ClassVar = (
         "hook_resid_pre",
-        "ln1.hook_scale",
-        "ln1.hook_normalized",
+        *norm_sites("ln1"),
         *FusedAttention.sites,
         "hook_attn_out",
         "hook_resid_mid",
-        "ln2.hook_scale",
-        "ln2.hook_normalized",
+        *norm_sites("ln2"),
         *FusedMLP.sites,
         "hook_mlp_out",
         "hook_resid_post",
@@ -186,6 +180,14 @@ class FusedBlock(nn.Module):
         self.ln2 = LayerNorm(cfg.d_model, cfg.eps, "ln2")
         self.mlp = FusedMLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
+
+    @property
+    def norm_readers(self) -> list[tuple[LayerNorm, list[Reader]]]:
+        """The norms of the stream, each with the maps that read its output."""
+        return [
+            (self.ln1, [Reader(self.attn, "W_QKV", "b_QKV", input_first=True)]),
+            (self.ln2, [Reader(self.mlp, "W_in", "b_in", input_first=True)]),
+        ]
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], rows: Rows, taps: Taps
@@ -235,7 +237,7 @@ class RecurrentDepth(LoopedModel):
 
     def edge_sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         before = ("hook_embed", "hook_pos_embed") if self.positional else ("hook_embed",)
-        return before, ("ln_final.hook_scale", "ln_final.hook_normalized")
+        return before, norm_sites("ln_final")
 
     def plan(self, n_loops: int) -> list[Slot]:
         last = self.cfg.n_layers - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Stream
 from loopscope.models.blocks.rotary import Angles, Rotary
 from loopscope.models.core.attention import Rows
+from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
@@ -32,17 +33,16 @@ class SMolLMConfig(DecoderConfig):
 
     family: ClassVar[str] = "smollm"
     TINY: ClassVar[Mapping[str, Any]] = {"n_layers": 1}
-    flat: ClassVar[bool] = True
     normalization_type: ClassVar[str] = "LN"
-    n_layers: int = 1
+    n_layers: int = field(default=1, metadata=limits(most=MOST_BLOCKS))
     tied: bool = True
-    dropout: float | int = 0.0
+    dropout: float | int = field(default=0.0, metadata=limits(least=0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_ctx is None:
             raise ValueError("n_ctx must be given, because the rotary tables are stored up to it")
-        if isinstance(self.dropout, bool) or not 0.0 <= self.dropout < 1.0:
+        if self.dropout >= 1:
             raise ValueError(f"dropout must be a share from 0 to below 1, got {self.dropout!r}")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from loopscope.models.blocks.spiral_block import SpectralLinear, SpiralBlock
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
+from loopscope.models.core.fields import limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
@@ -51,30 +52,21 @@ class SpiralConfig(LoopedConfig):
     normalization_type: ClassVar[str] = "LN"
     d_factor: int
     d_timestep: int
-    rope_theta: float | int = 10000.0
-    turn_theta: float | int = 10000.0
-    momentum: float | int = 0.9
+    rope_theta: float | int = field(default=10000.0, metadata=limits(above=0))
+    turn_theta: float | int = field(default=10000.0, metadata=limits(above=0))
+    momentum: float | int = field(default=0.9, metadata=limits(least=0, most=1))
     qk_norm: bool = True
-    gate_cap: float | int = 0.0
+    gate_cap: float | int = field(default=0.0, metadata=limits(least=0))
     gate_leak: float | int = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("d_factor", "d_timestep"):
-            if isinstance(getattr(self, name), bool) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         for name in ("d_model", "d_head", "d_timestep"):
             if getattr(self, name) % 2:
                 raise ValueError(
                     f"{name} must be even, because its channels are turned or made in pairs, got"
                     f" {getattr(self, name)}"
                 )
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum must be a share in 0..1, got {self.momentum}")
-        if not self.gate_cap >= 0:
-            raise ValueError(
-                f"gate_cap must be at least 0, where 0 means no cap, got {self.gate_cap}"
-            )
 
 
 class Modulation(nn.Module):

@@ -51,7 +51,7 @@ BLOCK = r"iter\.(\d+)\.block\.(\d+)\."
 TABLE: dict[str, Compute] = {
     r"(input_ids|token_type_ids|variant\.masked\.attention_mask)": GoldenCase.stored,
     r"position_ids": lambda case: torch.arange(case.tokens.shape[1]),
-    r"embed": lambda case: case.activation("ln_embed.hook_normalized"),
+    r"embed": lambda case: case.activation("ln_embed.hook_out"),
     r"init_state": lambda case: case.activation("hook_embed"),
     r"iter\.(\d+)\.group": group,
     r"iter\.(\d+)\.state_(in|out)": lambda case, t, where: case.activation(
@@ -288,13 +288,13 @@ def test_token_types_are_zeros_unless_they_are_given() -> None:
 
 
 def test_the_lenses_read_through_the_whole_head() -> None:
-    model, batch = toy(), inputs()
-    lens = logit_lens(model, batch["tokens"], readout=2, keep_logits=True)
-    again = readout_lens(model, batch["tokens"], readout=2, keep_logits=True)
+    model, tokens = toy(), inputs()["tokens"].clamp(min=1)
+    lens = logit_lens(model, tokens, readout=2, keep_logits=True)
+    again = readout_lens(model, tokens, readout=2, keep_logits=True)
     assert lens.logits is not None
     assert again.logits is not None
     for t in range(5):
-        expected = model(batch["tokens"], n_loops=t + 1)[:, 2]
+        expected = model(tokens, n_loops=t + 1)[:, 2]
         assert_close(lens.logits[2 * t + 1], expected)
         assert_close(again.logits[t], expected)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -61,30 +60,12 @@ def cached(model: LoopedModel, batch: Batch, n_loops: int = LOOPS) -> dict[str, 
     )
 
 
-def one_place(name: str, position: int = POSITION) -> tuple[slice | int, ...]:
+def one_place(name: str) -> tuple[slice | int, ...]:
     """One position that is not the last, and one head where the site has heads."""
     head_axis = HEAD_AXIS.get(site_of(name))
     if head_axis is None:
-        return slice(None), position
-    return (slice(None), position, HEAD) if head_axis == 2 else (slice(None), HEAD, position)
-
-
-def grouped(names: list[str]) -> list[list[tuple[str, int]]]:
-    """Names that are patched in one run, each at a position of its own that is not the last, so
-    that no patch undoes another's mistake.
-    """
-    size = POS - 1
-    return [
-        [(name, position) for position, name in enumerate(names[first : first + size])]
-        for first in range(0, len(names), size)
-    ]
-
-
-def patches(
-    group: list[tuple[str, int]], values: Mapping[str, Tensor]
-) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks that put a value of each name at its position."""
-    return [(name, put(values[name], one_place(name, position))) for name, position in group]
+        return slice(None), POSITION
+    return (slice(None), POSITION, HEAD) if head_axis == 2 else (slice(None), HEAD, POSITION)
 
 
 def every_site(model: LoopedModel) -> list[str]:
@@ -125,18 +106,15 @@ def test_every_point_is_called_once_in_the_order_of_the_names(toy: Toy, model: L
 @Families
 def test_self_patch_at_one_position_and_head_changes_nothing(toy: Toy, model: LoopedModel) -> None:
     batch = padded(toy, model)
-    for group in grouped(every_site(model)):
-        seen: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: Any, seen: dict[str, Tensor] = seen) -> None:
-            assert hook.name not in seen
-            seen[hook.name] = value.clone()
-
-        with model.hooks([(name, keep) for name, _ in group], n_loops=2):
-            logits = run(model, batch, 2)
-        assert len(seen) == len(group)
-        with model.hooks(patches(group, seen), n_loops=2):
-            assert torch.equal(run(model, batch, 2), logits), group
+    for name in every_site(model):
+        seen: list[Tensor] = []
+        logits = run_hooked(
+            model, batch, name, lambda value, hook, seen=seen: seen.append(value.clone()), 2
+        )
+        assert len(seen) == 1, name
+        assert torch.equal(
+            run_hooked(model, batch, name, put(seen[0], one_place(name)), 2), logits
+        ), name
 
 
 @Families
@@ -160,7 +138,7 @@ def test_hooks_that_return_none_change_nothing_and_errors_leave_no_hook(
     def explode(value: Tensor, hook: object) -> None:
         raise RuntimeError("a hook failed")
 
-    for name in every_site(model)[::7]:
+    for name in model.hook_names(2)[::5]:
         with pytest.raises(RuntimeError, match="a hook failed"):
             run_hooked(model, batch, name, explode, 2)
         assert hook_count(model) == before
@@ -178,12 +156,11 @@ def test_untied_copy_has_the_same_activations_patched_logits_and_gradients(
         assert_close(twin_values[name], values[name])
         assert_close(twin_grads[name], grads[name])
     source = cached(model, padded(toy, model, seed=1), 2)
-    for group in grouped(model.hook_names(2)[::3]):
-        patched = []
-        for one in (twin, model):
-            with one.hooks(patches(group, source), n_loops=2):
-                patched.append(run(one, batch, 2))
-        assert_close(*patched)
+    for name in model.hook_names(2)[::3]:
+        patch = put(source[name], one_place(name))
+        assert_close(
+            run_hooked(twin, batch, name, patch, 2), run_hooked(model, batch, name, patch, 2)
+        )
 
 
 @Families

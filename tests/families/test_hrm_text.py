@@ -218,7 +218,7 @@ def test_fields_that_a_config_may_leave_out(
                 " its own"
             ),
         ),
-        ("L_cycles", 0, "n_low_loops must be a number of runs, at least 1, got 0"),
+        ("L_cycles", 0, "n_low_loops must be at least 1, got 0"),
         ("L_cycles", "3", "L_cycles must be a whole number, got '3'"),
         ("H_cycles", None, "lacks the field 'H_cycles'"),
         ("num_layers_per_stack", 3, r"lacks 16 key\(s\) .* first 'model.L_module.layers.2"),

@@ -127,7 +127,7 @@ def test_weight_views_rebuild_queries_and_keys() -> None:
     _, cache = model.run_with_cache(
         torch.randint(23, (3, 7)), n_loops=1, names_filter="prelude.1.**"
     )
-    attn, x = model.prelude_blocks[1].attn, cache["prelude.1.ln1.hook_normalized"]
+    attn, x = model.prelude_blocks[1].attn, cache["prelude.1.ln1.hook_out"]
     for which, weight, bias in (
         ("q", attn.W_Q, attn.b_Q),
         ("k", attn.W_K, attn.b_K),
@@ -168,7 +168,7 @@ def test_latents_are_normed_once() -> None:
 
 def assert_is_core_norm(case: GoldenCase) -> None:
     norm, last = (
-        case.cache["core_norm.hook_normalized"],
+        case.cache["core_norm.hook_out"],
         case.cache[f"loops.{case.n_loops - 1}.hook_state_out"],
     )
     torch.testing.assert_close(norm, case.model.normalize(last))
@@ -320,7 +320,7 @@ def test_init_values_may_be_absent(folder_with: Callable[..., Path]) -> None:
         ("num_key_value_heads", 1, "num_key_value_heads must be 3, got 1; this family's attention"),
         ("head_dim", 6, "head_dim must be 8, got 6"),
         ("mean_recurrence", "4", "mean_recurrence must be a whole number, got '4'"),
-        ("n_layers_in_coda", 0, "n_coda_layers must be an integer of at least 1, got 0"),
+        ("n_layers_in_coda", 0, "n_coda_layers must be at least 1, got 0"),
         ("init_values", {"embed_scale": 1.0}, "init_values must hold the number 'std', got None"),
         ("tie_word_embeddings", False, "tie_word_embeddings must be True, got False"),
         ("block_size", None, "lacks the field 'block_size'"),
@@ -340,7 +340,7 @@ def test_fields_that_are_not_computed_are_refused(
         ({"n_ctx": None}, "n_ctx must be given, because this family's rotary table"),
         ({"n_key_value_heads": 1}, "n_key_value_heads must be None in this family .* got 1"),
         ({"head_dim": 4}, "head_dim must be None in this family .* got 4"),
-        ({"n_prelude_layers": -1}, "n_prelude_layers must be an integer of at least 0, got -1"),
+        ({"n_prelude_layers": -1}, "n_prelude_layers must be at least 0, got -1"),
         ({"state_std": -0.5}, r"state_std must be at least 0, got -0\.5"),
     ],
 )

@@ -294,9 +294,9 @@ def test_streams_are_the_state_between_iterations(n_prelude_layers: int) -> None
     ("changes", "message"),
     [
         ({"n_loops": None}, "n_loops must be given: each iteration"),
-        ({"n_streams": 1}, "n_streams must be an integer of at least 2, got 1"),
-        ({"n_coda_layers": -1}, "n_coda_layers must be an integer of at least 0, got -1"),
-        ({"n_prelude_layers": True}, "n_prelude_layers must be an integer of at least 0, got True"),
+        ({"n_streams": 1}, "n_streams must be at least 2, got 1"),
+        ({"n_coda_layers": -1}, "n_coda_layers must be at least 0, got -1"),
+        ({"n_prelude_layers": True}, "n_prelude_layers must be an integer, got True"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -310,5 +310,5 @@ def test_choices_that_do_not_exist_are_refused(field: str) -> None:
     object.__setattr__(
         cfg, field, "other"
     )  # past the type checks of the test run, which users do not have
-    with pytest.raises(ValueError, match=f"{field} must be one of .* got 'other'"):
+    with pytest.raises(ValueError, match=f"{field} must be .* or .*, got 'other'"):
         cfg.__post_init__()

@@ -473,6 +473,7 @@ def test_the_first_iteration_has_a_gate_only_where_it_starts_from_zero() -> None
         "hook_latent_out",
         "ln_latent.hook_scale",
         "ln_latent.hook_normalized",
+        "ln_latent.hook_out",
     ]
 
     def sites(model: Melt, t: int) -> list[str]:
@@ -496,11 +497,12 @@ def test_sites_show_the_blend_and_the_latent_goes_on() -> None:
         )
         assert_close(before, cache[f"loops.{t - 1}.blocks.1.attn.hook_latent_out"])
         assert_close(after, z * before + (1 - z) * cache[f"{at}hook_resid_pre"])
-        scale, normalized = (
-            cache[f"{at}attn.ln_latent.hook_{site}"] for site in ("scale", "normalized")
+        scale, normalized, out = (
+            cache[f"{at}attn.ln_latent.hook_{site}"] for site in ("scale", "normalized", "out")
         )
         assert_close(scale, (after.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt())
-        assert_close(normalized, model.blocks[1].ln1.w * after / scale)
+        assert_close(normalized, after / scale)
+        assert_close(out, model.blocks[1].ln1.w * after / scale)
 
 
 def test_latents_are_parts_of_the_state_for_the_methods() -> None:
@@ -531,10 +533,10 @@ def test_the_exit_gate_is_ouros() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate_std": -0.1}, "gate_std must be a number of at least 0, got -0.1"),
-        ({"gate_bias": math.inf}, "gate_bias must be a number, got inf"),
+        ({"gate_std": -0.1}, "gate_std must be at least 0, got -0.1"),
+        ({"gate_bias": math.inf}, "gate_bias must be finite, got inf"),
         ({"gate_bias": True}, "gate_bias must be a number, got True"),
-        ({"prefill_chunk": 0}, "prefill_chunk must be a number of positions, at least 1, got 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
         ({"window": 50}, "window must be None: .* got 50"),
         ({"n_key_value_heads": 4}, "n_key_value_heads must divide n_heads=6, got 4"),
     ],
@@ -550,7 +552,7 @@ def test_options_that_do_not_exist_are_refused(field: str) -> None:
     object.__setattr__(
         cfg, field, "both"
     )  # past the type checks of the test run, which users do not have
-    with pytest.raises(ValueError, match=f"{field} must be one of .* got 'both'"):
+    with pytest.raises(ValueError, match=f"{field} must be .* or .*, got 'both'"):
         cfg.__post_init__()
 
 

@@ -192,9 +192,7 @@ def test_head_norms_and_biases_follow_the_formula(tmp_path: Path) -> None:
         return x @ theirs[f"{name}_proj.weight"].T + theirs[f"{name}_proj.bias"]
 
     for part in ("q", "k"):
-        heads = projected(cache[at + "ln1.hook_normalized"], f"self_attn.{part}").unflatten(
-            -1, (-1, 8)
-        )
+        heads = projected(cache[at + "ln1.hook_out"], f"self_attn.{part}").unflatten(-1, (-1, 8))
         assert_close(cache[f"{at}attn.hook_{part}"], heads)
         normed = (
             theirs[f"self_attn.{part}_layernorm.weight"]
@@ -207,14 +205,12 @@ def test_head_norms_and_biases_follow_the_formula(tmp_path: Path) -> None:
         )
     assert_close(
         cache[at + "attn.hook_v"].flatten(2),
-        projected(cache[at + "ln1.hook_normalized"], "self_attn.v"),
+        projected(cache[at + "ln1.hook_out"], "self_attn.v"),
     )
     assert_close(
         cache[at + "hook_attn_out"], projected(cache[at + "attn.hook_z"].flatten(2), "self_attn.o")
     )
-    gate, up = (
-        projected(cache[at + "ln2.hook_normalized"], f"mlp.{part}") for part in ("gate", "up")
-    )
+    gate, up = (projected(cache[at + "ln2.hook_out"], f"mlp.{part}") for part in ("gate", "up"))
     assert_close(cache[at + "hook_mlp_out"], projected(gate * gate.sigmoid() * up, "mlp.down"))
 
 
@@ -346,9 +342,7 @@ def test_switches_that_are_not_computed_are_refused(
 
 
 def test_one_stream_or_no_sinkhorn_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match="n_streams must be at least 2, or None for one plain stream, got 1"
-    ):
+    with pytest.raises(CheckpointError, match="n_streams must be at least 2, got 1"):
         load(folder_of("nanbeige_mhc", tmp_path, {"num_residual_streams": 1}))
     with pytest.raises(ValueError, match="sinkhorn_iterations must be at least 1, got 0"):
         NanbeigeConfig(**SIZES, n_streams=2, sinkhorn_iterations=0)

@@ -52,7 +52,7 @@ def golden_model(case: GoldenCase) -> Parcae:
 
 @torch.no_grad()
 def drive(case: GoldenCase) -> Tensor:
-    return golden_model(case).injection.drive(case.activation("prelude_norm.hook_normalized"))
+    return golden_model(case).injection.drive(case.activation("prelude_norm.hook_out"))
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ TABLE: dict[str, Compute] = {
     ITER + r"readout_logits": lambda case, t: case.logits(int(t) + 1),
     ITER + r"direct_lens_logits": direct_lens,
     r"after_C": lambda case: case.activation("core_map.hook_out"),
-    r"final_norm_out": lambda case: case.activation("ln_final.hook_normalized"),
+    r"final_norm_out": lambda case: case.activation("ln_final.hook_out"),
     r"logits": lambda case: case.logits(),
     r"variant\.init_zero\.logits": lambda case: case.logits(
         state=torch.zeros_like(case.golden["init_state"])

@@ -194,9 +194,7 @@ def test_query_and_key_norms_have_points_and_leave_values_alone() -> None:
     attn, at = model.blocks[0].attn, "loops.0.blocks.0.attn."
     for which, norm in (("q", attn.q_norm), ("k", attn.k_norm)):
         flat = cache[f"{at}hook_{which}"].flatten(2)
-        assert_close(
-            cache[f"{at}{which}_norm.hook_normalized"], slow_norm(flat, norm.w, model.cfg.eps)
-        )
+        assert_close(cache[f"{at}{which}_norm.hook_out"], slow_norm(flat, norm.w, model.cfg.eps))
         assert cache[f"{at}{which}_norm.hook_scale"].shape == (3, 7, 1)
     assert not [name for name in cache if "v_norm" in name]
 

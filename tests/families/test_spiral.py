@@ -182,10 +182,10 @@ def test_order_of_the_parallel_blocks_does_not_matter(odd: Spiral) -> None:
     with torch.no_grad():
         logits = odd(batch.tokens)
         odd.blocks = torch.nn.ModuleList([odd.blocks[2], odd.blocks[0], odd.blocks[1]])
-        odd._schedules.clear()
+        odd._schedules.made.clear()
         assert_close(odd(batch.tokens), logits)
         odd.blocks = odd.blocks[:2]
-        odd._schedules.clear()
+        odd._schedules.made.clear()
         assert not is_close(odd(batch.tokens), logits)
 
 
@@ -312,7 +312,7 @@ def test_several_blocks_and_a_gate_cap_are_read(folder_with: Callable[..., Path]
         ("rope_scaling", 2.0, r"rope_scaling must be 1\.0, got 2\.0"),
         ("noise_init_std", 0.1, r"noise_init_std must be 0\.0, got 0\.1"),
         ("implementation_version", 3, "implementation_version must be 2, got 3"),
-        ("momentum_zeta", 1.5, r"momentum must be a share in 0\.\.1, got 1\.5"),
+        ("momentum_zeta", 1.5, r"momentum must be at most 1, got 1\.5"),
         ("d_model", 21, "d_model must be even"),
         ("mean_iters", "4", "mean_iters must be a whole number, got '4'"),
         ("swirl", 2.0, "has the field 'swirl' .* which this family's loader does not know"),
@@ -332,7 +332,7 @@ def test_fields_that_are_not_computed_are_refused(
         ({"d_timestep": 5}, "d_timestep must be even"),
         ({"d_factor": 0}, "d_factor must be at least 1, got 0"),
         ({"n_heads": 2}, "d_head must be even, .* got 15"),
-        ({"gate_cap": -1.0}, r"gate_cap must be at least 0, .* got -1\.0"),
+        ({"gate_cap": -1.0}, r"gate_cap must be at least 0, got -1\.0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, float], message: str) -> None:

@@ -20,9 +20,12 @@ from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import build
 from loopscope.models.families.training_free.cache import decode_bypass, prefill
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
-from loopscope.models.families.training_free.model import TrainingFree, TrainingFreeConfig
+from loopscope.models.families.training_free.model import (
+    TrainingFree,
+    TrainingFreeConfig,
+    WindowLoops,
+)
 from loopscope.models.families.training_free.rules import checked_window
-from loopscope.models.families.training_free.window import WindowLoops
 from toy import assert_close, is_close, randomize_
 
 CASES = ("training_free_llama", "training_free_qwen3")
@@ -129,7 +132,7 @@ TABLE: dict[str, Compute] = {
         case.site(j, f"attn.hook_rot_{which}")
     ),
     r"block\.(\d+)\.attn\.v": lambda case, j: case.heads_first(case.site(j, "attn.hook_v")),
-    r"final_norm_out": lambda case: case.activation("ln_final.hook_normalized"),
+    r"final_norm_out": lambda case: case.activation("ln_final.hook_out"),
     r"logits": lambda case: case.logits(),
     r"window_in": lambda case: case.activation("loops.0.hook_state_in"),
     r"loop\.(euler|naive)_k(\d+)\.window_out": window_out,

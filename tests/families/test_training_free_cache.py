@@ -12,14 +12,15 @@ from torch import Tensor
 
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.registry import build
-from loopscope.models.families.training_free.cache import (
-    decode_bypass,
-    decode_looped,
-    prefill,
-)
+from loopscope.models.families.training_free.cache import decode_bypass, decode_looped, prefill
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
-from loopscope.models.families.training_free.model import TrainingFreeConfig
-from loopscope.models.families.training_free.window import WindowLoops
+from loopscope.models.families.training_free.model import (
+    TrainingFreeConfig,
+    WindowLoops,
+    advance_stashing,
+    for_passes,
+    stash,
+)
 from toy import assert_close, hook_count, is_close, randomize_
 
 FIRST, LAST, LAYERS, LOOPS = 1, 3, 5, 3
@@ -272,7 +273,7 @@ def test_hooks_that_would_never_fire_are_refused() -> None:
 def test_a_stash_pass_alone_reads_the_state_it_is_given() -> None:
     model, tokens = windowed(), random_tokens(6)
     state = model.advance(model.begin(tokens, n_loops=LOOPS), "loops.0.blocks.1")
-    entries, store = model.stashed(state, range(1, 4)), {}
+    entries, store = stash(model, state, range(1, 4)), {}
     model.advance(state, "loops.1.blocks.1", store=store)
     assert list(entries) == list(store)
     for visit, entry in entries.items():
@@ -283,7 +284,7 @@ def test_a_stash_pass_alone_reads_the_state_it_is_given() -> None:
 def test_every_pass_is_given_the_one_entry_of_its_layer() -> None:
     model = windowed()
     _, cache = prefill(model, random_tokens(4), n_loops=2)
-    spread = model.for_passes(cache, 3)
+    spread = for_passes(model, cache, 3)
     assert list(spread) == [visit.name for visit in model.schedule(3)]
     assert spread["loops.2.blocks.1"] is spread["loops.0.blocks.1"] is cache["loops.0.blocks.1"]
     assert spread["coda.4"] is cache["coda.4"]
@@ -308,7 +309,7 @@ def test_a_state_inside_the_window_is_refused() -> None:
         ValueError,
         match=r"the state must stand at or before the window \(visit 1\), got one before visit 4",
     ):
-        model.advance_stashing(state, {})
+        advance_stashing(model, state, {})
 
 
 def test_tokens_beyond_the_longest_input_are_refused() -> None:

@@ -95,7 +95,7 @@ TABLE: dict[str, Compute] = {
     r"iter\.(\d+)\.readout_logits": read_there,
     r"iter\.(\d+)\.direct_lens_logits": without_coda,
     r"latent_states": released_latents,
-    r"final_norm_out": lambda case: case.activation("ln_final.hook_normalized"),
+    r"final_norm_out": lambda case: case.activation("ln_final.hook_out"),
     r"logits": GoldenCase.logits,
     r"variant\.init_zero\.logits": from_zeros,
     r"variant\.init_zero_steps1\.logits": lambda case: from_zeros(case, 1),

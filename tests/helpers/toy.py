@@ -53,7 +53,7 @@ HEAD_SITES = (
     "attn.hook_attn_scores",
     "attn.hook_pattern",
 )
-SWITCHING_SITES = ("hook_scale", "hook_attn_scores", "hook_pattern")
+SWITCHING_SITES = ("hook_scale", "hook_normalized", "hook_attn_scores", "hook_pattern")
 SHAPES = {
     "attn.hook_q": ("pos", HEADS, D_HEAD),
     "attn.hook_k": ("pos", HEADS, D_HEAD),
@@ -71,6 +71,7 @@ BLOCK_SITES = (
     "hook_resid_pre",
     "ln1.hook_scale",
     "ln1.hook_normalized",
+    "ln1.hook_out",
     "attn.hook_q",
     "attn.hook_k",
     "attn.hook_v",
@@ -81,6 +82,7 @@ BLOCK_SITES = (
     "hook_resid_mid",
     "ln2.hook_scale",
     "ln2.hook_normalized",
+    "ln2.hook_out",
     "mlp.hook_pre",
     "mlp.hook_post",
     "hook_mlp_out",

@@ -174,22 +174,19 @@ def test_activations_fit_together(model: RecurrentDepth) -> None:
         ),
         "q": (
             cache["q", 1, 1],
-            torch.einsum("bpm,hmd->bphd", cache["ln1.normalized", 1, 1], block.attn.W_Q)
-            + block.attn.b_Q,
+            torch.einsum("bpm,hmd->bphd", cache["ln1.out", 1, 1], block.attn.W_Q) + block.attn.b_Q,
         ),
         "k": (
             cache["k", 1, 1],
-            torch.einsum("bpm,hmd->bphd", cache["ln1.normalized", 1, 1], block.attn.W_K)
-            + block.attn.b_K,
+            torch.einsum("bpm,hmd->bphd", cache["ln1.out", 1, 1], block.attn.W_K) + block.attn.b_K,
         ),
         "v": (
             at["v"],
-            torch.einsum("bpm,hmd->bphd", cache["ln1.normalized", 1, 1], block.attn.W_V)
-            + block.attn.b_V,
+            torch.einsum("bpm,hmd->bphd", cache["ln1.out", 1, 1], block.attn.W_V) + block.attn.b_V,
         ),
         "pre": (
             cache["pre", 1, 1],
-            cache["ln2.normalized", 1, 1] @ block.mlp.W_in + block.mlp.b_in,
+            cache["ln2.out", 1, 1] @ block.mlp.W_in + block.mlp.b_in,
         ),
         "mlp_out": (at["mlp_out"], at["post"] @ block.mlp.W_out + block.mlp.b_out),
         "scale": (

@@ -25,7 +25,7 @@ def block(loop: int, layer: int) -> list[str]:
 def test_names_of_a_call_without_positions_and_injection() -> None:
     first = ["loops.0.hook_state_in", *block(0, 0), *block(0, 1), "loops.0.hook_state_out"]
     second = ["loops.1.hook_state_in", *block(1, 0), *block(1, 1), "loops.1.hook_state_out"]
-    edges = ["ln_final.hook_scale", "ln_final.hook_normalized"]
+    edges = ["ln_final.hook_scale", "ln_final.hook_normalized", "ln_final.hook_out"]
     assert toy().hook_names(2) == ["hook_embed", *first, *second, *edges]
     assert toy().hook_names(1) == ["hook_embed", *first, *edges]
 
@@ -34,7 +34,7 @@ def test_names_of_a_call_with_positions_and_injection() -> None:
     first = ["loops.0.hook_state_in", *block(0, 0), *block(0, 1), "loops.0.hook_state_out"]
     opening = ["loops.1.hook_state_in", "loops.1.hook_input", "loops.1.hook_injected"]
     second = [*opening, *block(1, 0), *block(1, 1), "loops.1.hook_state_out"]
-    edges = ["ln_final.hook_scale", "ln_final.hook_normalized"]
+    edges = ["ln_final.hook_scale", "ln_final.hook_normalized", "ln_final.hook_out"]
     assert toy("learned", True).hook_names(2) == [
         "hook_embed",
         "hook_pos_embed",

@@ -138,7 +138,7 @@ BIAS_READ_BY = {
     "hook_attn_out": "attn.b_O",
     "hook_mlp_out": "mlp.b_out",
     "mlp.hook_pre": "mlp.b_in",
-    "ln1.hook_normalized": "ln1.b",
+    "ln1.hook_out": "ln1.b",
 }
 
 

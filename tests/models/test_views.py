@@ -70,9 +70,12 @@ def test_names_are_transformer_lens_names(model: RecurrentDepth) -> None:
         if name.startswith("loops.0.blocks.0.")
     ]
     expected = {f"blocks.{i}.{site}" for i in range(VISITS) for site in sites}
-    edges = {"hook_embed", "ln_final.hook_scale", "ln_final.hook_normalized"} | (
-        {"hook_pos_embed"} if model.positional else set()
-    )
+    edges = {
+        "hook_embed",
+        "ln_final.hook_scale",
+        "ln_final.hook_normalized",
+        "ln_final.hook_out",
+    } | ({"hook_pos_embed"} if model.positional else set())
     assert set(plain.hook_dict) == expected | edges
     assert all(point.name == name for name, point in plain.hook_dict.items())
     assert plain.cfg.n_layers == VISITS

@@ -1,5 +1,5 @@
 """Ordinary models whose middle layers are looped without training (arXiv 2605.23872).
 
-Start with `window.py`, the schedule; `rules.py` says how a pass moves the state, `cache.py` which
-keys and values later tokens see. The bases are Llama and Qwen3 (`model.py`) and GPT-2 (`gpt2.py`).
+Start with `model.py`; `rules.py` says how a pass moves the state, `cache.py` which keys and values
+later tokens see, `gpt2.py` the one base that is no Llama.
 """

@@ -18,7 +18,7 @@ from torch import Tensor
 from loopscope.models.core.attention import KeyValues, KeyValueStore
 from loopscope.models.core.hooks import NO_TAPS, live
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.families.training_free.window import WindowLoops
+from loopscope.models.families.training_free.model import WindowLoops, advance_stashing
 
 
 def prefill(
@@ -41,7 +41,7 @@ def prefill(
     """
     cache: KeyValueStore = {}
     return (
-        model.advance_stashing(model.begin(tokens, mask, n_loops=n_loops), cache, source=source),
+        advance_stashing(model, model.begin(tokens, mask, n_loops=n_loops), cache, source=source),
         cache,
     )
 
@@ -78,7 +78,7 @@ def decode_looped(
     """
     new: KeyValueStore = {}
     state = _begin_after(model, tokens, cache, checked_loops(n_loops, model.cfg.n_loops))
-    return model.advance_stashing(state, new, source=source, supplied=cache), joined(cache, new)
+    return advance_stashing(model, state, new, source=source, supplied=cache), joined(cache, new)
 
 
 def joined(cache: Mapping[str, KeyValues], new: Mapping[str, KeyValues]) -> dict[str, KeyValues]:

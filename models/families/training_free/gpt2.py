@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import LayerNorm
+from loopscope.models.blocks.components import LayerNorm, norm_sites
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.families.recurrent_depth import FusedBlock, RecurrentDepthConfig
+from loopscope.models.families.training_free.model import WindowLoops
 from loopscope.models.families.training_free.rules import WindowConfig
-from loopscope.models.families.training_free.window import WindowLoops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class TrainingFreeGPT2(WindowLoops):
         self.grow(cfg.n_loops or 1)
 
     def edge_sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return ("hook_embed", "hook_pos_embed"), ("ln_final.hook_scale", "ln_final.hook_normalized")
+        return ("hook_embed", "hook_pos_embed"), norm_sites("ln_final")
 
     def embed(
         self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], taps: Taps

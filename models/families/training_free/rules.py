@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.state import Slot, Visit
+from loopscope.models.core.state import Visit
 
 Rule = Literal["blend", "euler", "naive"]
 Mode = Literal["block", "layer"]
@@ -97,31 +96,6 @@ def check_rule(rule: object, beta: object, mode: object) -> None:
         raise ValueError(f"beta must be a share from 0 to 1, got {beta!r}")
 
 
-@dataclass(frozen=True)
-class PassSlot(Slot):
-    """A slot inside the window.
-
-    Attributes:
-        of: How many passes its call makes.
-    """
-
-    of: int = 1
-
-
-@dataclass(frozen=True)
-class PassVisit(Visit):
-    """A visit inside the window; `of` is as in `PassSlot`."""
-
-    of: int = 1
-
-    @classmethod
-    def at(cls, visit: Visit, of: int) -> PassVisit:
-        """The visit, which knows how many passes its call makes."""
-        return cls(
-            **{field.name: getattr(visit, field.name) for field in dataclasses.fields(Visit)}, of=of
-        )
-
-
 def entered(
     cfg: WindowConfig, x: Float[Tensor, "batch pos d_model"], parts: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -131,7 +105,7 @@ def entered(
 
 def moved(
     cfg: WindowConfig,
-    visit: PassVisit,
+    visit: Visit,
     g: Float[Tensor, "batch pos d_model"],
     parts: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,11 +126,11 @@ def moved(
     if cfg.rule == "naive":
         return g, {**parts}
     kept = {name: part for name, part in parts.items() if name != "x_k"}
-    x = torch.lerp(parts["x_k"], g, 1.0 / visit.of)
+    x = torch.lerp(parts["x_k"], g, 1.0 / visit.n_loops)
     if cfg.rule == "blend":
         assert cfg.beta is not None, "the config has checked it"
         first = g if visit.loop == 0 else kept.pop("g_0")
-        if visit.loop == visit.of - 1:
+        if visit.loop == visit.n_loops - 1:
             return torch.lerp(x, first, cfg.beta), kept
         kept["g_0"] = first
     return x, kept

@@ -353,7 +353,7 @@ def test_a_hook_on_a_component_is_part_of_the_run(plain: RecurrentDepth) -> None
 
 
 def test_heads_behind_an_output_norm_are_refused(plain: RecurrentDepth) -> None:
-    plain._schedules[2] = [
+    plain._schedules.made[2] = [
         replace(visit, sites=(*visit.sites, "attn.hook_out")) for visit in plain.schedule(2)
     ]
     with pytest.raises(

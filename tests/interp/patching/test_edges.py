@@ -253,7 +253,7 @@ def test_edges_are_refused_where_the_stream_is_no_sum() -> None:
 
 
 def test_edges_need_the_stream_between_attention_and_mlp(plain: RecurrentDepth) -> None:
-    plain._schedules[SHORT] = [
+    plain._schedules.made[SHORT] = [
         replace(v, sites=tuple(s for s in v.sites if s != "hook_resid_mid"))
         for v in plain.schedule(SHORT)
     ]
