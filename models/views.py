@@ -20,7 +20,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.compiled import EagerWhileHooked
 from loopscope.models.core.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.families.recurrent_depth import Block as InputFirstBlock
+from loopscope.models.families.recurrent_depth import FusedBlock as InputFirstBlock
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.models.families.smollm import SMolLM
 

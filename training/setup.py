@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from loopscope.models.core.packed_rows import advance_unpadded
 from loopscope.models.core.registry import build
 from loopscope.models.core.tokens import Batch, Readout, Vocabulary
-from loopscope.models.families.recurrent_depth import Block, RecurrentDepth, RecurrentDepthConfig
+from loopscope.models.families.recurrent_depth import (
+    FusedBlock,
+    RecurrentDepth,
+    RecurrentDepthConfig,
+)
 from loopscope.tasks.facts import FactBatch, vocabulary
 from loopscope.training.recipes import Recipe
 
@@ -114,7 +118,7 @@ def fresh_model(recipe: Recipe) -> RecurrentDepth:
     assert isinstance(model, RecurrentDepth), "the config's family is recurrent-depth"
     nn.init.normal_(model.embedding, std=recipe.d_model**-0.5)
     for block in model.blocks if recipe.zero_init else ():
-        assert isinstance(block, Block), "a recurrent-depth model is made of these blocks"
+        assert isinstance(block, FusedBlock), "a recurrent-depth model is made of these blocks"
         nn.init.zeros_(block.attn.W_O_flat)
         nn.init.zeros_(block.mlp.W_out)
     model.vocab, model.read_at = words, readout_of(recipe)

@@ -64,14 +64,14 @@ def reader_input(model: RecurrentDepth, end: tuple) -> tuple[str, nn.Module, str
         return (
             f"loops.{SHORT - 1}.blocks.{LAYERS - 1}.hook_resid_post",
             model.final_norm,
-            "ln_final.hook_normalized",
+            "ln_final.hook_out",
         )
     site, norm = {"attn": ("resid_pre", "ln1"), "mlp": ("resid_mid", "ln2")}[kind]
     block = f"loops.{loop}.blocks.{layer}"
     return (
         f"{block}.hook_{site}",
         getattr(model.blocks[layer], norm),
-        f"{block}.{norm}.hook_normalized",
+        f"{block}.{norm}.hook_out",
     )
 
 
@@ -125,14 +125,16 @@ def test_edges_of_one_position_sum_to_its_attribution(plain: RecurrentDepth) -> 
 
 
 class NoNorm(nn.Module):
-    """Passes the stream on, through the hook point of a norm."""
+    """Passes the stream on, through the hook points of a norm that are not its divisor."""
 
     def __init__(self, site: str) -> None:
         super().__init__()
-        self.site = f"{site}.hook_normalized"
+        self.sites = f"{site}.hook_normalized", f"{site}.hook_out"
 
     def forward(self, x: Tensor, taps: Taps) -> Tensor:
-        return taps[self.site](x) if self.site in taps else x
+        for site in self.sites:
+            x = taps[site](x) if site in taps else x
+        return x
 
 
 class LinearMLP(nn.Module):
