@@ -91,6 +91,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(NO_BROWSER)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the test of what all others have called be the last one."""
+    items.sort(key=lambda item: item.name == "test_every_function_that_states_a_shape_was_called")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Where several processes share the tests, gather the worst errors of all of them."""
     if config.pluginmanager.hasplugin("dsession"):

@@ -18,7 +18,7 @@ from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Pl
 from loopscope.models.blocks.rotary import Rotary, checked_scaling
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.fields import limits
+from loopscope.models.core.fields import BASE_OF_ANGLES
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.state import Slot, State
 
@@ -38,7 +38,7 @@ class DecoderConfig(LoopedConfig):
     normalization_type: ClassVar[str] = "RMS"
     n_key_value_heads: int | None = None
     head_dim: int | None = None
-    rope_theta: float | int = field(default=10000.0, metadata=limits(above=0))
+    rope_theta: float | int = field(default=10000.0, metadata=BASE_OF_ANGLES)
     rope_scaling: Mapping[str, Any] | None = None
     tied: bool = False
 

@@ -37,6 +37,9 @@ def limits(
     return {"limits": Limits(least, most, above)}
 
 
+BASE_OF_ANGLES = limits(least=2.0**-126)  # the inverse of a smaller one is infinite in float32
+
+
 def check_fields(config: type, values: Mapping[str, Any]) -> None:
     """Raise ValueError, with the field's name, for a value that its field does not take.
 

@@ -22,7 +22,7 @@ from loopscope.models.blocks.spiral_block import SpectralLinear, SpiralBlock
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.fields import limits
+from loopscope.models.core.fields import BASE_OF_ANGLES, limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
@@ -52,8 +52,8 @@ class SpiralConfig(LoopedConfig):
     normalization_type: ClassVar[str] = "LN"
     d_factor: int
     d_timestep: int
-    rope_theta: float | int = field(default=10000.0, metadata=limits(above=0))
-    turn_theta: float | int = field(default=10000.0, metadata=limits(above=0))
+    rope_theta: float | int = field(default=10000.0, metadata=BASE_OF_ANGLES)
+    turn_theta: float | int = field(default=10000.0, metadata=BASE_OF_ANGLES)
     momentum: float | int = field(default=0.9, metadata=limits(least=0, most=1))
     qk_norm: bool = True
     gate_cap: float | int = field(default=0.0, metadata=limits(least=0))

@@ -322,6 +322,7 @@ def test_a_cell_that_does_not_exist_leaves_no_hook(
     assert not subject.model.any_hook()
 
 
+@pytest.mark.shapes
 def test_no_hook_stays_after_anything(subject: Subject, pair: tuple[Query, Query]) -> None:
     lens_table(subject.model, pair[0], LOOPS)
     heads_of(subject.model, pair[0], LOOPS, 0, 0)
@@ -417,6 +418,7 @@ def test_the_patching_figure_and_its_frame(subject: Subject, pair: tuple[Query, 
     assert "would take long" in valid(patch_figure(empty, *pair)).layout.annotations[0].text
 
 
+@pytest.mark.shapes
 def test_a_click_names_the_block_and_position_of_its_cell(
     subject: Subject, pair: tuple[Query, Query]
 ) -> None:

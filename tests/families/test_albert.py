@@ -218,6 +218,7 @@ def test_more_iterations_than_several_groups_were_shared_out_among_are_refused(
     assert one(**inputs(), n_loops=9).isfinite().all()
 
 
+@pytest.mark.shapes
 def test_a_fresh_model_is_the_obvious_computation() -> None:
     model, batch = toy(), inputs()
     types, real = batch["token_types"], batch["mask"].bool()
@@ -315,6 +316,7 @@ def test_what_needs_a_logit_that_is_linear_in_the_stream_refuses() -> None:
         generate(model, batch["tokens"], 2)
 
 
+@pytest.mark.shapes
 def test_weight_views_are_the_matrices_on_the_way_in_and_out() -> None:
     model = toy()
     assert_close(model.W_E, model.embed_in(model.embedding) - model.embed_in.bias)

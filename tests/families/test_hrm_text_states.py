@@ -118,6 +118,7 @@ def turn(x: Tensor, theta: float) -> Tensor:
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("types", [None, TYPES])
 def test_forward_is_the_one_written_out_by_hand(
     odd: HrmText, tokens: Tensor, mask: Tensor, types: Tensor | None

@@ -122,6 +122,7 @@ def test_every_option_equals_the_slow_computation(changes: dict[str, object]) ->
     assert_close(model(tokens, n_loops=2)[1], slow_logits(model, tokens[1], drawn, 2))
 
 
+@pytest.mark.shapes
 def test_weight_views_rebuild_queries_and_keys() -> None:
     model = randomize_(fresh()).double()
     _, cache = model.run_with_cache(
@@ -153,6 +154,7 @@ def test_lens_through_the_coda_is_the_shorter_run_and_without_it_is_not() -> Non
         assert (without_coda(case, str(t)) - read_there(case, str(t))).abs().max() > 0.1
 
 
+@pytest.mark.shapes
 def test_latents_are_normed_once() -> None:
     case = GoldenCase("huginn", begin=STATE)
     assert isinstance(case.model, Huginn)

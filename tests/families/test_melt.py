@@ -309,6 +309,7 @@ def test_cached_generation_is_the_equations_token_by_token(options: dict[str, An
         assert torch.equal(found.new[row], logits[length - 1 :].argmax(-1))
 
 
+@pytest.mark.shapes
 def test_generation_from_one_token_is_the_exact_form() -> None:
     model = toy()
     found = generate(model, random_tokens(model, pos=1), 5)
@@ -505,6 +506,7 @@ def test_sites_show_the_blend_and_the_latent_goes_on() -> None:
         assert_close(out, model.blocks[1].ln1.w * after / scale)
 
 
+@pytest.mark.shapes
 def test_latents_are_parts_of_the_state_for_the_methods() -> None:
     model = toy()
     tokens = random_tokens(model)

@@ -203,6 +203,7 @@ def slow_block(block: ParcaeBlock, x: Tensor, cfg: ParcaeConfig, embedded: Tenso
     return x + 0.5 * hidden**2 @ block.mlp.W_out
 
 
+@pytest.mark.shapes
 @torch.no_grad()
 def test_equals_a_slow_computation_with_grouped_heads_and_gates_that_miss_their_tables() -> None:
     model, cfg = made(MISMATCHED), MISMATCHED

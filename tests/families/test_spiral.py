@@ -156,6 +156,7 @@ def slow_force(
     return force + vectors["gate2"] * (hidden @ block.mlp.W_out + block.mlp.b_out)
 
 
+@pytest.mark.shapes
 def test_equals_a_slow_computation_of_parallel_blocks_with_capped_gates(odd: Spiral) -> None:
     batch, cfg = batch_of(odd), odd.cfg
     e = odd.inject(F.embedding(batch.tokens, odd.embedding) @ odd.embed_in.weight.T)
@@ -264,6 +265,7 @@ def test_stored_vectors_are_used_as_they_are_and_kept() -> None:
         assert not torch.allclose(model(tokens), logits)
 
 
+@pytest.mark.shapes
 def test_weight_views_are_the_matrices_that_are_applied(odd: Spiral) -> None:
     attn, x = odd.blocks[1].attn, torch.randn(2, 3, 30, dtype=torch.float64)
     q, _, v = attn.projected(x)

@@ -198,6 +198,7 @@ def test_first_and_last_differ_only_inside_the_window_and_only_for_later_tokens(
         assert is_close(entry.k, caches["last"][visit].k) != visit.startswith("loops"), visit
 
 
+@pytest.mark.shapes
 def test_a_step_leaves_the_callers_cache_as_it_was() -> None:
     model, tokens = windowed(), random_tokens(6)
     _, cache = prefill(model, tokens, n_loops=2)

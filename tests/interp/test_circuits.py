@@ -228,6 +228,7 @@ def test_possible_pairs() -> None:
         found.possible(-1)
 
 
+@pytest.mark.shapes
 def test_frame_of_compositions() -> None:
     values = torch.arange(2.0 * 3 * 2 * 3).view(2, 3, 2, 3)
     frame = Composition("K", values, True).frame()

@@ -106,6 +106,7 @@ DEEPSEEK: dict[str, Compute] = {
 }
 
 
+@pytest.mark.shapes
 def test_golden_outputs_of_deepseek(record_error: Callable[[str, str, float], None]) -> None:
     check_case(DeepSeekCase("deepseek_v4_mhc"), DEEPSEEK, record_error)
 
@@ -166,6 +167,7 @@ def place(streams: Tensor, where: tuple[int, int]) -> tuple[Tensor, float]:
     return one, (one**2).mean().item()
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("where", [(0, 0), (1, 2)])
 def test_nanbeige_mixing_is_the_sum_over_single_numbers(
     where: tuple[int, int], weights: tuple[Tensor, ...]

@@ -91,6 +91,7 @@ def test_iterations_default_to_what_is_recorded(plain: RecurrentDepth) -> None:
         untied(plain, 0)
 
 
+@pytest.mark.shapes
 def test_surface_that_transformer_lens_tools_read(plain: RecurrentDepth) -> None:
     model = with_words(plain)
     view = unrolled(model, LOOPS)
@@ -111,6 +112,7 @@ def test_surface_that_transformer_lens_tools_read(plain: RecurrentDepth) -> None
     )
 
 
+@pytest.mark.shapes
 def test_accumulated_bias_is_the_sum_of_output_biases(plain: RecurrentDepth) -> None:
     view = unrolled(plain, LOOPS)
     attn, mlp = (

@@ -24,6 +24,7 @@ def columns(part: int, head: int) -> slice:
     return slice(start, start + D_HEAD)
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize(("part", "name"), [(0, "Q"), (1, "K"), (2, "V")])
 def test_query_key_and_value_weights_are_columns_of_the_fused_projection(
     tmp_path: Path, part: int, name: str

@@ -6,6 +6,9 @@ The last test fails when a function whose signature states a shape was never cal
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -28,6 +31,19 @@ def test_every_method_on_every_family() -> None:
     found = families.run()
     assert set(found.methods.columns[1:]) == set(FAMILIES)
     assert {row["method"] for _, row in found.methods.iterrows()} == set(families.methods())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_view_of_the_weights(family: str) -> None:
+    model = families.tiny(family)
+    views = {
+        (type(module), name): getattr(module, name)
+        for module in (model, *model.modules())
+        for name, kind in inspect.getmembers(type(module))
+        if isinstance(kind, property) and re.fullmatch("[Wb]_[A-Za-z]+", name)
+    }
+    assert {"W_E", "W_U", "b_U", "W_O", "W_in"} <= {name for _, name in views}
+    assert all(isinstance(view, torch.Tensor) for view in views.values())
 
 
 def test_every_function_that_states_a_shape_was_called() -> None:

@@ -116,6 +116,7 @@ def test_a_wrong_vocabulary_is_refused(words: list[str], sentence: str) -> None:
 # What is open
 
 
+@pytest.mark.shapes
 def test_labels_of_an_example() -> None:
     vocabulary = SmilesVocabulary()
     ids = np.array(vocabulary.ids("<bos>C1C(C(c2cc1)F)2<eos>"))

@@ -430,6 +430,7 @@ def test_a_failure_while_the_data_are_made_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.shapes
 def test_a_loss_that_is_no_number_stops_the_run(run_folder: Path) -> None:
     trainer = LanguageTrainer(TINY, run_folder)
     trainer.save()

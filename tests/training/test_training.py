@@ -95,6 +95,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
         Trainer(replace(TINY, batch_size=13), tmp_path, resume=True)
 
 
+@pytest.mark.shapes
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     trainer = Trainer(TINY, tmp_path)
     trainer.save()
@@ -182,6 +183,7 @@ def test_only_matrices_decay_when_asked() -> None:
     assert len(every["params"]) == len(list(model.parameters()))
 
 
+@pytest.mark.shapes
 @pytest.mark.usefixtures("without_export")
 def test_a_restart_forgets_the_moments(tmp_path: Path) -> None:
     recipe = replace(

@@ -129,6 +129,7 @@ def test_an_epoch_shows_every_training_fact_once_and_no_test_fact(recipe: Recipe
     assert first.tolist() != second.tolist()
 
 
+@pytest.mark.shapes
 def test_test_groups_are_not_trained_on() -> None:
     fixed, two_hop = questions_of(FIXED), questions_of(TWO_HOP)
     assert isinstance(fixed, FixedFacts)
@@ -207,6 +208,7 @@ def test_only_real_tokens_and_readouts_are_computed(recipe: Recipe) -> None:
     }
 
 
+@pytest.mark.shapes
 def test_learned_positions_keep_the_padded_width_of_the_last_column() -> None:
     recipe = replace(TWO_HOP, readout="last_column", padded_to=5, positions="learned")
     batch = pack(recipe, facts(questions_of(recipe), 0), 3)

@@ -95,6 +95,7 @@ def test_what_cannot_be_placed_in_training_is_refused(tmp_path: Path) -> None:
         run(GeneralisationConfig(checkpoints=(str(folder),)))
 
 
+@pytest.mark.shapes
 def test_the_figure_has_a_curve_per_run_and_marks_lower_bounds() -> None:
     record = Generalisation(
         checkpoints=("a/1", "a/2", "b"),

@@ -154,6 +154,7 @@ def test_runs_that_are_not_there_unknown_or_of_another_task_are_refused(tmp_path
 # The record and the figure
 
 
+@pytest.mark.shapes
 def test_the_shipped_runs_show_that_only_the_looped_one_generalises() -> None:
     record = run(GrokkingConfig(runs=("mini/systematicity/r4_l2", "mini/systematicity/r1_l8")))
     assert [log.label for log in record.runs] == ["R = 1, L = 8", "R = 4, L = 2"]

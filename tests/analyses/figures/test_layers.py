@@ -29,6 +29,7 @@ def angle(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.acos(float(a @ b) / float(a.norm() * b.norm())) / math.pi
 
 
+@pytest.mark.shapes
 def test_angles_and_steps_are_those_of_plain_loops() -> None:
     model = toy()
     record = layers.measure(Asked(Subject("toy", model, {}, None, {}), GROUP), GROUP, LOOPS)

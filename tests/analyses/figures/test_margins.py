@@ -44,6 +44,7 @@ def test_a_margin_is_that_of_a_separate_call(shipped: Margins) -> None:
     assert row["margin"].item() == float(shipped.margins[0].margin[2, 4])
 
 
+@pytest.mark.shapes
 def test_the_model_of_two_iterations_overthinks_and_the_dynamic_one_does_not(
     shipped: Margins,
 ) -> None:

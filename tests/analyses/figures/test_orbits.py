@@ -131,6 +131,7 @@ def test_too_few_iterations_or_paths_are_refused() -> None:
         orbits.run(OrbitsConfig(paths=0))
 
 
+@pytest.mark.shapes
 def test_each_path_is_drawn_in_each_panel_from_a_ring_to_a_square(
     shipped: orbits.OrbitPaths,
 ) -> None:

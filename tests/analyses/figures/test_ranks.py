@@ -95,6 +95,7 @@ def test_the_control_is_no_entity_of_the_question() -> None:
     assert torch.equal(ranks._targets(asked, group, ())[1], tokens)
 
 
+@pytest.mark.shapes
 def test_tokens_that_are_tracked_are_read_at_the_readout_of_each_input() -> None:
     texts = ("<e_3><r_1>", "<e_4><r_2><r_3><r_1>")
     record = ranks.run(RanksConfig(text=texts, track=("<e_5>", "<r_2>"), n_loops=LOOPS))
@@ -110,6 +111,7 @@ def test_tokens_that_are_tracked_are_read_at_the_readout_of_each_input() -> None
     )
 
 
+@pytest.mark.shapes
 def test_what_cannot_be_followed_is_refused() -> None:
     with pytest.raises(ValueError, match="pass --track with the tokens to follow"):
         ranks.run(RanksConfig(checkpoint=str(GOLDEN / "ouro"), tokens=(5, 7)))

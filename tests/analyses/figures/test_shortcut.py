@@ -83,6 +83,7 @@ def test_random_runs_have_another_token_of_the_same_kind_everywhere(subject: Sub
     assert shortcut.measure(subject, 3, replace(AVERAGE, seed=6)).random != found.random
 
 
+@pytest.mark.shapes
 def test_the_one_question_is_one_that_is_answered(subject: Subject) -> None:
     found = shortcut.measure(subject, 6, ShortcutConfig(n_loops=4))
     assert len(found.texts) == 1
@@ -92,6 +93,7 @@ def test_the_one_question_is_one_that_is_answered(subject: Subject) -> None:
     assert found.steps()[:3] == ["embed", "0.0", "0.1"]
 
 
+@pytest.mark.shapes
 def test_shares_of_a_map_worked_out_by_hand() -> None:
     effect = torch.tensor([[-1.0, 2.0, 0.0, -3.0, 2.0], [0.0, -2.0, 0.0, -5.0, 5.0]])
     tokens = ("<e_1>", "<r_2>", "<r_2>", "<r_0>", "<r_7>")

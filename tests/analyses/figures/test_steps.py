@@ -41,6 +41,7 @@ def slow(path: list[torch.Tensor], t: int) -> list[float]:
     ]
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("positions", ["readout", "real"])
 def test_the_means_are_those_of_plain_loops(positions: Shown) -> None:
     record = steps.measure(ASKED, ASKED.groups(), LOOPS, positions)

@@ -321,6 +321,7 @@ def test_rows_that_depend_on_each_other_are_not_put_side_by_side() -> None:
     )
 
 
+@pytest.mark.shapes
 def test_integrated_gradients_of_a_whole_stream_sum_to_the_whole_change(
     plain: RecurrentDepth,
 ) -> None:
@@ -403,6 +404,7 @@ def test_estimates_rank_the_cells_of_a_trained_model(hops: int, steps: int, leas
 # Arguments and refusals
 
 
+@pytest.mark.shapes
 def test_inputs_may_be_texts_or_tokens_with_a_column(plain: RecurrentDepth) -> None:
     model = with_words(plain)
     clean, corrupted = ["<t_3><t_9><t_4>", "<t_8><t_1>"], ["<t_3><t_2><t_4>", "<t_5><t_1>"]

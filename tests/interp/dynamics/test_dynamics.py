@@ -243,6 +243,7 @@ def test_frame_holds_every_statistic_by_its_definition(plain: RecurrentDepth) ->
             assert row[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-9, nan_ok=True), name
 
 
+@pytest.mark.shapes
 def test_statistics_of_trajectories_too_short_for_them() -> None:
     lone = random_trajectory(points=1)
     for values in (
@@ -301,6 +302,7 @@ def test_effective_rank_needs_rows_that_differ() -> None:
         effective_rank(torch.ones(1, 3))
 
 
+@pytest.mark.shapes
 def test_effective_rank_of_each_point_leaves_padding_out(plain: RecurrentDepth) -> None:
     record = dynamics(plain, padded(), 2)
     found = record.effective_rank()

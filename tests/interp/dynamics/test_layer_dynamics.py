@@ -66,6 +66,7 @@ def cyclic() -> RecurrentDepth:
     return model
 
 
+@pytest.mark.shapes
 def test_layers_may_settle_at_different_fixed_points() -> None:
     found = layer_dynamics(cyclic(), padded(), 6)
     between = found.between_layers()

@@ -586,6 +586,7 @@ def test_wrong_components_are_refused(kind: str, options: dict, message: str) ->
         Component(kind, **options)
 
 
+@pytest.mark.shapes
 def test_places_outside_the_run_are_refused_when_it_runs(plain: RecurrentDepth) -> None:
     with (
         ablate(plain, ATTN, n_loops=LOOPS, positions=[8]),

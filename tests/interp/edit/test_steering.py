@@ -133,6 +133,7 @@ def test_sites_and_one_vector_per_row(
     assert torch.equal(found[:, [1, 2, 4, 5, 6]], before[:, [1, 2, 4, 5, 6]])
 
 
+@pytest.mark.shapes
 def test_replacing_a_state_forgets_what_came_before(plain: RecurrentDepth) -> None:
     with set_to(plain, vector(D_MODEL), site="state_in", loops=[2], layers=None, n_loops=LOOPS):
         assert_close(run(plain, full(1)), run(plain, full(2)))
@@ -455,6 +456,7 @@ def test_vectors_of_another_shape_are_refused(
         run(plain, padded())
 
 
+@pytest.mark.shapes
 def test_a_steering_vector_needs_one_place(plain: RecurrentDepth) -> None:
     with pytest.raises(ValueError, match="'resid_pre' needs layers="):
         steering_vector(plain, full(), full(), "resid_pre", 0, None)

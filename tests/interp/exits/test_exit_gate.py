@@ -35,6 +35,7 @@ def record() -> exit_gate.ExitGate:
     return exit_gate.measure(asked(), asked().group(), THRESHOLDS)
 
 
+@pytest.mark.shapes
 def test_the_distribution_is_that_of_its_definition(record: exit_gate.ExitGate) -> None:
     batch, model = asked().group().batch, asked().subject.model
     cache = model.run_with_cache(

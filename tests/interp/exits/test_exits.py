@@ -185,6 +185,7 @@ def test_one_run_serves_any_number_of_criteria(
         assert torch.equal(alone.halted, shared.halted)
 
 
+@pytest.mark.shapes
 def test_kl_from_the_second_iteration_is_the_halting_rule_with_kl_only(
     quiet: RecurrentDepth, batch: Batch
 ) -> None:
@@ -225,6 +226,7 @@ def test_never_exiting_uses_the_last_iteration(quiet: RecurrentDepth, batch: Bat
         assert not found.halted.any()
 
 
+@pytest.mark.shapes
 def test_answers_at_the_exit(quiet: RecurrentDepth, batch: Batch) -> None:
     found = exits(quiet, batch, EntropyBelow(0.0), CAP)
     assert isinstance(found, Exits)
@@ -252,6 +254,7 @@ def test_families_that_need_the_whole_run_exit_with_its_readout() -> None:
     assert_close(found.logits, model.readout(state, inputs.readout))
 
 
+@pytest.mark.shapes
 def test_criteria_of_states_need_the_states_of_the_same_reads(
     quiet: RecurrentDepth, batch: Batch, lens: Lens
 ) -> None:

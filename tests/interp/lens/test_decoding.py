@@ -54,6 +54,7 @@ def slow_ranks(model: RecurrentDepth, batch: Batch, targets: Tensor, columns: Te
 # Ranks of several tokens
 
 
+@pytest.mark.shapes
 def test_ranks_and_probabilities_of_several_tokens(model: RecurrentDepth) -> None:
     lens = logit_lens(model, padded(), LOOPS, keep_logits=True)
     found = rank_trajectory(lens, TARGETS)

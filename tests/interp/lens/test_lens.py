@@ -110,6 +110,7 @@ def test_kl_of_a_distribution_from_itself_is_zero() -> None:
     )
 
 
+@pytest.mark.shapes
 def test_first_hit_counts_from_one_and_is_nan_for_never() -> None:
     model = toy()
     lens = readout_lens(model, padded(), 6)
@@ -307,6 +308,7 @@ def test_frame_has_one_row_per_visit_and_read(method: str, plain: RecurrentDepth
     assert frame["kl"].isna().sum() == len(lens.names) // LOOPS * BATCH
 
 
+@pytest.mark.shapes
 def test_frame_with_answers_has_their_statistics(plain: RecurrentDepth) -> None:
     lens = readout_lens(plain, padded(), LOOPS)
     frame = lens.frame(ANSWERS)

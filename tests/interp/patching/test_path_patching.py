@@ -358,6 +358,7 @@ def test_the_record(plain: RecurrentDepth) -> None:
         assert_close(values, METRIC(run(plain, batch)[torch.arange(BATCH), batch.readout]))
 
 
+@pytest.mark.shapes
 def test_the_effect_is_counted_from_the_run_that_is_patched() -> None:
     values, clean, corrupted = torch.tensor([2.0]), torch.tensor([7.0]), torch.tensor([1.0])
     found = PathPatch(

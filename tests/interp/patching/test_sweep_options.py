@@ -71,6 +71,7 @@ def naive(model: LoopedModel, cell: Cell, n_loops: int) -> Tensor:
 # Several places at once
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("injection", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -172,6 +173,7 @@ def by_hand() -> Sweep:
     return Sweep(cells, values, clean, corrupted, "margin", "denoise")
 
 
+@pytest.mark.shapes
 def test_standard_error_by_hand() -> None:
     sweep = by_hand()
     assert sweep.standard_error().tolist() == pytest.approx([(7 / 3) ** 0.5, 0.0])
@@ -199,6 +201,7 @@ def test_bootstrap_intervals_hold_the_mean_and_are_those_of_the_seed() -> None:
         sweep.bootstrap(level=1.0)
 
 
+@pytest.mark.shapes
 def test_resamples_are_means_over_drawn_examples() -> None:
     count, generator = 2000, torch.Generator().manual_seed(4)
     values, clean, corrupted = torch.randn(
