@@ -1,4 +1,4 @@
-"""The patches that a sweep makes: its cells, chosen by site, iteration, layer, position and head."""
+"""Cells of a sweep: one patch each, chosen by site, visit, layer, position and head."""
 
 from __future__ import annotations
 
