@@ -1,4 +1,4 @@
-"""Cells of a sweep: one patch each, chosen by site, visit, layer, position and head."""
+"""The patches of a sweep: its cells, chosen by site, iteration, layer, position and head."""
 
 from __future__ import annotations
 
