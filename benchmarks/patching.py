@@ -24,8 +24,8 @@ from loopscope.checkpoints.load import load
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.models.views import unrolled
 
 MINI, LOOPS, MINI_HOPS, PAPER_HOPS = "mini/multi_hop/r_dyn", 8, 10, 12

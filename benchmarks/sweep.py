@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.timing import paper_size
 from loopscope.interp.lens.lens import readout_lens
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 
 LOOPS, HOPS, PADDED, QUESTIONS = 40, 12, 50, 2
 

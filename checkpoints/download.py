@@ -207,7 +207,7 @@ def _from_drive(name: str, home: Path) -> Path:
     """The folder of one run. A hidden draft beside the folder takes its place when whole; a killed
     process leaves the draft.
     """
-    from loopscope.models.core.files import usual_mode  # late, because it brings torch
+    from loopscope.models.basis.files import usual_mode  # late, because it brings torch
 
     target = home / name
     if _holds_weights(target):

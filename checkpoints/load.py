@@ -21,10 +21,10 @@ from loopscope.checkpoints.locate import CheckpointFiles, locate
 from loopscope.checkpoints.release import ReleaseFacts
 from loopscope.checkpoints.tokenizer import HubTokenizer, find_tokenizer
 from loopscope.checkpoints.weight_files import plain_weights
+from loopscope.models.basis.files import usual_mode
+from loopscope.models.basis.tokens import Readout, Vocabulary, Words
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.files import usual_mode
-from loopscope.models.core.tokens import Readout, Vocabulary, Words
 from loopscope.tasks.files import new_folder
 from loopscope.tasks.questions import Question
 from loopscope.tasks.smiles import BOS, SmilesVocabulary

@@ -20,7 +20,7 @@ from loopscope.checkpoints.errors import CheckpointError, MissingFacts, config_e
 from loopscope.checkpoints.fill import drop_tied_head
 from loopscope.checkpoints.pickles import WHAT_IT_IS
 from loopscope.checkpoints.weight_files import plain_weights
-from loopscope.models.core.files import atomic_path
+from loopscope.models.basis.files import atomic_path
 from loopscope.models.families.recurrent_depth import (
     Positions,
     RecurrentDepth,

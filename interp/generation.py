@@ -19,10 +19,10 @@ from loopscope.interp.common.inputs import Inputs, as_batch, begin_batch
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import check_order, has_no_order, in_order, top_token
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 
 StopAt = int | str | Sequence[int | str] | Int[Tensor, " token"]
 

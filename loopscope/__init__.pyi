@@ -166,13 +166,13 @@ from .interp.weights.circuits import (
 from .interp.weights.circuits import (
     qk_circuit as qk_circuit,
 )
-from .models.core.cache import LoopCache as LoopCache
-from .models.core.tokens import (
+from .models.basis.tokens import (
     Batch as Batch,
 )
-from .models.core.tokens import (
+from .models.basis.tokens import (
     Readout as Readout,
 )
+from .models.core.cache import LoopCache as LoopCache
 from .models.views import (
     unrolled as unrolled,
 )

@@ -1,8 +1,8 @@
 """Looped models: each is a program over shared blocks whose hook points exist once per iteration.
 
-`core` is what every model does (start with `core/base.py`: begin, advance, readout), `blocks` the
-parts that families are built of, `families` one file per family, and `views.py` the same
-computation without sharing. A file in `families` that carries the decorator `family` is found by
+`basis` is the ground below, `core` what every model does (start with `core/base.py`: begin,
+advance, readout), `blocks` the parts that families are built of, `families` one file per family,
+and `views.py` the same computation without sharing. A file in `families` that carries the decorator `family` is found by
 itself. Imports nothing else of this project.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from loopscope.models.core.files import atomic_path
+from loopscope.models.basis.files import atomic_path
 from loopscope.training.recipes import Recipe
 from loopscope.training.state import Progress
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.tokens import Batch, Readout, Vocabulary
 from loopscope.models.core.packed_rows import advance_unpadded
 from loopscope.models.core.registry import build
-from loopscope.models.core.tokens import Batch, Readout, Vocabulary
 from loopscope.models.families.recurrent_depth import (
     FusedBlock,
     RecurrentDepth,

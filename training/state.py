@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loopscope.models.core.files import atomic_path
+from loopscope.models.basis.files import atomic_path
 from loopscope.training.recipes import Recipe
 
 

@@ -14,9 +14,9 @@ from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.subject import Subject, load_model, open_subject
 from loopscope.checkpoints.load import read_card
 from loopscope.checkpoints.locate import locate, shipped_names
+from loopscope.models.basis.tokens import Batch, pad_right
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_tokens
-from loopscope.models.core.tokens import Batch, pad_right
 from loopscope.tasks.graphs import read_graph
 
 

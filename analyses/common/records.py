@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.config_files import settings
 from loopscope.analyses.common.configs import OutputConfig, RunConfig
-from loopscope.models.core.files import atomic_path
+from loopscope.models.basis.files import atomic_path
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.checkpoints.load import load, read_card
 from loopscope.checkpoints.locate import locate, shipped_names
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.tasks.graphs import PermutationGraph, TableGraph, read_graph
 from loopscope.tasks.questions import Question, by_hops, read_questions
 

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from loopscope.analyses.common.subject import Subject
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 from loopscope.tasks.questions import Question
 
 GROUPS = ("train_inferred", "test_inferred_iid", "test_inferred_ood")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.circuit.patch import other_head
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 
 MAX_TOKENS = 40  # what a figure of the page can show
 

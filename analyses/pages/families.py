@@ -23,10 +23,10 @@ from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.edit.ablation import Component
 from loopscope.interp.exits.exits import TopStable
 from loopscope.interp.patching.path_ends import Receiver, Sender
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.registry import FAMILIES, build
-from loopscope.models.core.tokens import Batch
 
 FACTS = ("causal", "prefix_readout", "additive_residual", "batch_independent")
 _LOOPS = 3

@@ -26,8 +26,8 @@ from loopscope.interp.lens.decoding import decodability
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 
 HOPS, CLEAR = 5, 0.9
 

@@ -25,9 +25,9 @@ from loopscope.interp.common.inputs import (
 from loopscope.interp.common.metrics import Answers, one_per_row
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import Slot, Visit, checked_loops
-from loopscope.models.core.tokens import Batch
 
 
 @dataclass(frozen=True)

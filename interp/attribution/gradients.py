@@ -13,11 +13,11 @@ from loopscope.interp.common.collecting import keeping
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.metrics import measure
 from loopscope.interp.common.modes import differentiated
+from loopscope.models.basis.names import NamesFilter
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import LoopCache
-from loopscope.models.core.names import NamesFilter
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.core.tokens import Batch
 
 
 @differentiated

@@ -29,10 +29,10 @@ from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.common.precision import widened
 from loopscope.interp.patching.sweep import Sweep, present
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 
 Values = dict[str, Tensor]
 

@@ -12,9 +12,9 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.common.modes import evaluated
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State
-from loopscope.models.core.tokens import Batch
 
 Reduce = Callable[[Tensor, str], Tensor]
 

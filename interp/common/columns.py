@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.places import Picked, in_range, whole_numbers
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.state import running_rows
-from loopscope.models.core.tokens import Batch
 
 Shown = Literal["real", "readout", "all"] | Sequence[int] | int
 Spots = tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]

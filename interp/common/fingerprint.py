@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from loopscope.interp.common.cells import Cell
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import is_hooked
-from loopscope.models.core.tokens import Batch
 
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device)
 _PLAIN += (type(None), types.EllipsisType)

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_tokens
-from loopscope.models.core.tokens import Batch
 
 Inputs = Batch | str | Sequence[str] | Sequence[Sequence[int]] | Tensor
 Metric = Callable[[Float[Tensor, "batch d_vocab"]], Float[Tensor, " batch"]]

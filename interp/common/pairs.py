@@ -8,8 +8,8 @@ from typing import Literal, TypeVar
 import torch
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 
 Direction = Literal["denoise", "noise"]
 _Run = TypeVar("_Run")

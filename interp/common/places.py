@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from loopscope.models.basis.names import resolve
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import is_site
-from loopscope.models.core.names import resolve
 from loopscope.models.core.state import Visit
 
 Picked = Literal["all"] | Sequence[int]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.fingerprint import described, facts_of
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 
 _Item = TypeVar("_Item")
 _LONGEST = 1 << 16  # entries of one tensor that are compared between processes

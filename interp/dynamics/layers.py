@@ -25,10 +25,10 @@ from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import Dynamics
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 
 
 @dataclass(frozen=True)

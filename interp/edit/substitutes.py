@@ -15,8 +15,8 @@ from torch import Tensor
 from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.inputs import Inputs, in_chunks, reference_batch
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 
 How = Literal["zero", "mean", "mean_per_position", "resample"]
 Substitute = Callable[[Tensor, str], Tensor]

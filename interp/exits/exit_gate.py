@@ -15,9 +15,9 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.core.tokens import Batch
 
 GATE = "hook_exit_logit"
 

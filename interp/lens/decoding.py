@@ -18,9 +18,9 @@ from loopscope.interp.common.inputs import Inputs, as_batch, checked_batch_size,
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.lens.lens import logit_lens
 from loopscope.interp.lens.record import Lens, visit_table
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 
 Targets = Int[Tensor, "row target"] | Sequence[Sequence[int]]
 Columns = Int[Tensor, "batch target"] | Sequence[int] | Sequence[Sequence[int]]

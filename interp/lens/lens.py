@@ -15,9 +15,9 @@ from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begi
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.processes import over_ranks
 from loopscope.interp.lens.record import Lens, Place, places_of
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 
 
 @torch.no_grad()

@@ -32,10 +32,10 @@ from loopscope.interp.common.modes import differentiated, evaluating
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.lens.lens import residuals
 from loopscope.interp.lens.record import Lens, places_of, visit_table
+from loopscope.models.basis.files import atomic_path
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.files import atomic_path
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 
 _CHUNK = 1 << 22  # logits held at a time while training
 _ROWS = 512  # inputs run at a time before training

@@ -28,9 +28,9 @@ from loopscope.interp.patching.continued import continued_logits
 from loopscope.interp.patching.packed import packable, packed_logits
 from loopscope.interp.patching.sweep import Sweep, present
 from loopscope.interp.patching.unfinished import Unfinished
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
-from loopscope.models.core.tokens import Batch
 
 _BAR_FROM = 4000  # cells times examples below which no progress is shown
 

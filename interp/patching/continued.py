@@ -15,10 +15,10 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.cells import HEAD_AXIS, Cell
 from loopscope.interp.common.inputs import begin_batch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.state import State
-from loopscope.models.core.tokens import Batch
 
 
 def continued_logits(

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.inputs import begin_batch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State
-from loopscope.models.core.tokens import Batch
 
 BEFORE = -1  # joins before the first visit
 

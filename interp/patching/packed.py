@@ -21,12 +21,12 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.common.cells import HEAD_AXIS, Cell
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.patching.lanes import BEFORE, BaseRun, Lanes, lanes_of
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.hooks import live
 from loopscope.models.core.packed_rows import PackedRows, RowPlaces
-from loopscope.models.core.tokens import Batch
 
 
 def packable(model: LoopedModel, batch: Batch) -> bool:

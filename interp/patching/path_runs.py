@@ -24,11 +24,11 @@ from loopscope.interp.common.inputs import Metric, begin_batch, runs_side_by_sid
 from loopscope.interp.common.metrics import measure
 from loopscope.interp.common.places import in_range
 from loopscope.interp.patching.path_ends import PathEnd
+from loopscope.models.basis.names import NamesFilter
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Hook
-from loopscope.models.core.names import NamesFilter
 from loopscope.models.core.state import State
-from loopscope.models.core.tokens import Batch
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.pairs import Direction
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 
 _AXES = attrgetter("loop", "layer", "position", "head")
 _TOGETHER = 1024  # cells whose resamples are held at a time

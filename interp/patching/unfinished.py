@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loopscope.interp.common.processes import n_ranks
-from loopscope.models.core.files import atomic_path
+from loopscope.models.basis.files import atomic_path
 
 _EVERY = 5.0  # seconds between writes
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import BASE_OF_ANGLES
 from loopscope.models.blocks.components import Norm, RMSNorm, norm_sites
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Placement
 from loopscope.models.blocks.rotary import Rotary, checked_scaling
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.fields import BASE_OF_ANGLES
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.state import Slot, State
 

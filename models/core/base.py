@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.models.basis.names import NamesFilter, is_pattern
+from loopscope.models.basis.tokens import Batch, Readout, Words
 from loopscope.models.core.attention import KeyValueStore, Rows
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.compiled import EagerWhileHooked
@@ -35,7 +37,6 @@ from loopscope.models.core.intervene import (
     in_directions,
     loops_of_call,
 )
-from loopscope.models.core.names import NamesFilter, is_pattern
 from loopscope.models.core.points import HookPoints
 from loopscope.models.core.schedule import Schedules
 from loopscope.models.core.state import (
@@ -48,7 +49,6 @@ from loopscope.models.core.state import (
     running,
 )
 from loopscope.models.core.texts import TextInputs
-from loopscope.models.core.tokens import Batch, Readout, Words
 
 Pairs = Sequence[tuple[NamesFilter, Hook]]
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loopscope.models.core.files import atomic_path
+from loopscope.models.basis.files import atomic_path
 
 Key = str | tuple[str | int, ...]
 _PLACE_WORDS = ("loops", "blocks")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from loopscope.models.core.fields import MOST_BLOCKS, check_fields, limits
+from loopscope.models.basis.fields import MOST_BLOCKS, check_fields, limits
 from loopscope.models.core.state import MOST_LOOPS
 
 _TINY: Mapping[str, Any] = {

@@ -1,4 +1,4 @@
-"""What a family of looped models declares: its schedule, its weights' use, its facts."""
+"""The declarations of a family of looped models: its schedule, its weights' use, its facts."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ class Family(nn.Module):
     def enter(
         self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """What happens before a visit that opens an iteration."""
+        """Act before a visit that opens an iteration."""
         return resid, parts
 
     def leave(
         self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """What happens after a visit that closes an iteration."""
+        """Act after a visit that closes an iteration."""
         return resid, parts
 
     def loops_after_prompt(self, n_loops: int) -> int:

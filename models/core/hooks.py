@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.models.core.names import number_after
+from loopscope.models.basis.names import number_after
 
 Hook = Callable[..., Any]
 AnyHook = TypeVar("AnyHook", bound=Hook)

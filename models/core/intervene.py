@@ -18,9 +18,9 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformer_lens.utilities.slice import Slice, SliceInput
 
+from loopscope.models.basis.names import NamesFilter, is_pattern
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.hooks import Hook, LoopHookPoint, reads_only
-from loopscope.models.core.names import NamesFilter, is_pattern
 from loopscope.models.core.points import HookPoints
 from loopscope.models.core.state import checked_loops
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
+from loopscope.models.basis.names import NamesFilter, is_pattern, loop_of, resolve
 from loopscope.models.core.hooks import HookWatch, add_point, is_hooked
-from loopscope.models.core.names import NamesFilter, is_pattern, loop_of, resolve
 from loopscope.models.core.state import Slot, checked_loops
 
 MADE_AT_ONCE = 64  # iterations; hook points of later ones are made where a hook is attached
@@ -57,7 +57,7 @@ class HookPoints:
         return _names_of(self._aside())
 
     def resolve(self, names: NamesFilter, n_loops: int | None, recorded: int | None) -> list[str]:
-        """The hook names that a filter means in a call; see `models.core.names.resolve`.
+        """The hook names that a filter means in a call; see `models.basis.names.resolve`.
 
         Names of passes that no plain call makes must be written out from their first segment.
 

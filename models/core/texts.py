@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loopscope.models.basis.tokens import Batch, Readout, Words, pad_right
 from loopscope.models.core.state import integers
-from loopscope.models.core.tokens import Batch, Readout, Words, pad_right
 
 
 @dataclass(frozen=True)

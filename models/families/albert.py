@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import MOST_BLOCKS, limits
 from loopscope.models.blocks.components import MLP, LayerNorm
 from loopscope.models.blocks.decoder import stack
 from loopscope.models.blocks.decoder_block import Attention, Block
 from loopscope.models.core.attention import Places, Visible
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit

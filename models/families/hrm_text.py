@@ -14,13 +14,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import MOST_BLOCKS, limits
 from loopscope.models.blocks.components import RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Projection, Stream
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Visible, prefix_keys
 from loopscope.models.core.base import stream_at
-from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import MOST_BLOCKS, limits
 from loopscope.models.blocks.decoder import CodaDecoder, DecoderConfig, stack
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Projection, Stream
 from loopscope.models.blocks.random_state import initial_state
 from loopscope.models.blocks.rotary import Rotary, RotationTable, StoredRotary
 from loopscope.models.core.attention import Rows
-from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit

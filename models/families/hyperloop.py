@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import MOST_BLOCKS, limits
 from loopscope.models.blocks.components import LayerNorm, Norm, RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import CodaDecoder, DecoderConfig, stack
 from loopscope.models.blocks.hyper_connections import Streams, collapsed, copies
 from loopscope.models.core.attention import Rows
-from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit

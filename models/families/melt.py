@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loopscope.models.basis.fields import limits
 from loopscope.models.blocks.decoder_block import GatedMLP, Placement
 from loopscope.models.blocks.melt_block import LatentAttention, LatentGate, MeltBlock
 from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
-from loopscope.models.core.fields import limits
 from loopscope.models.core.hooks import Taps
 from loopscope.models.core.registry import build, family
 from loopscope.models.core.state import Slot, State, Visit, running

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import MOST_BLOCKS, limits
 from loopscope.models.blocks.components import norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, HeadNormedAttention
@@ -23,7 +24,6 @@ from loopscope.models.blocks.hyper_connections import (
 )
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import stream_at
-from loopscope.models.core.fields import MOST_BLOCKS, limits
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit

@@ -9,10 +9,10 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import limits
 from loopscope.models.blocks.components import RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
 from loopscope.models.core.base import stream_at
-from loopscope.models.core.fields import limits
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit

@@ -18,11 +18,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import limits
 from loopscope.models.blocks.components import LayerNorm, Reader, linear, norm_sites
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.fields import limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from loopscope.models.basis.fields import BASE_OF_ANGLES, limits
 from loopscope.models.blocks.components import LayerNorm
 from loopscope.models.blocks.decoder import stack
 from loopscope.models.blocks.decoder_block import Stream
@@ -22,7 +23,6 @@ from loopscope.models.blocks.spiral_block import SpectralLinear, SpiralBlock
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.fields import BASE_OF_ANGLES, limits
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit

@@ -49,8 +49,8 @@ from loopscope.analyses.explorer.view import (
     patch_figure,
 )
 from loopscope.interp.common.metrics import margin
+from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Readout, Vocabulary
 from loopscope.tasks.questions import Question
 from toy import D_VOCAB, HEADS, LOOPS, ShortEnding, odd_one, toy
 
@@ -584,7 +584,7 @@ def test_an_error_inside_a_callback_is_one_line(
     said: list[str] = []
     monkeypatch.setattr(explorer, "set_props", lambda key, props: said.append(props["children"]))
     try:
-        ask(around(toy()), 5, 1)  # type: ignore[arg-type]
+        ask(None, "<e_1>", 1)  # type: ignore[arg-type]
     except Exception as error:
         explorer._report(error)
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -20,7 +20,7 @@ from loopscope.analyses.figures.dynamics import steps
 from loopscope.analyses.figures.dynamics.steps import StepsConfig
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
-from loopscope.models.core.tokens import Readout
+from loopscope.models.basis.tokens import Readout
 from paths import SHIPPED
 
 CHECKPOINT = "mini/multi_hop/r_dyn"

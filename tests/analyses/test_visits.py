@@ -13,7 +13,7 @@ from loopscope.analyses.common.labels import tick
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.circuit import lens, patch, shortcut
 from loopscope.checkpoints.load import load
-from loopscope.models.core.tokens import Readout, Vocabulary
+from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.tasks.questions import Question
 
 FAMILIES = ("huginn", "parcae", "retrofit_llama", "hrm_text", "ouro", "albert")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loopscope.checkpoints.load import load
-from loopscope.models.core.tokens import Readout
+from loopscope.models.basis.tokens import Readout
 from release_files import D_VOCAB, FACTS, WORDS, loaded, write_release
 
 # The card

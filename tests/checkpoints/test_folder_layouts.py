@@ -8,7 +8,7 @@ import pytest
 
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
-from loopscope.models.core.tokens import Readout
+from loopscope.models.basis.tokens import Readout
 from release_files import FACTS, release_tensors, write_release
 
 

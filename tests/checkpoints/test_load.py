@@ -14,7 +14,7 @@ from torch import Tensor
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.locate import SHIPPED
-from loopscope.models.core.tokens import Readout
+from loopscope.models.basis.tokens import Readout
 from loopscope.tasks.questions import by_hops, read_questions
 from paths import GOLDEN
 from release_files import (

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from family_toys import TOYS
-from loopscope.models.core.fields import MOST, MOST_BLOCKS, check_fields
+from loopscope.models.basis.fields import MOST, MOST_BLOCKS, check_fields
 from loopscope.models.core.registry import config_from_dict
 from toy import toy_config
 

@@ -16,11 +16,11 @@ from loopscope.interp.common.cells import HEAD_AXIS
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.patching.activation import activation_patch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import position_axis, site_of
 from loopscope.models.core.registry import config_from_dict
 from loopscope.models.core.state import cat_states
-from loopscope.models.core.tokens import Batch
 from loopscope.models.views import untied
 from toy import assert_close, hook_count, is_close, put
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.lens.lens import logit_lens
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.registry import build
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.hrm_text import HrmText, HrmTextConfig
 from toy import assert_close, is_close, put, randomize_
 

@@ -21,10 +21,10 @@ from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.exits.exit_gate import readout_at_threshold
 from loopscope.interp.generation import generate
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.blocks.melt_block import MeltBlock
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.registry import build, config_from_dict
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.melt import (
     Melt,
     MeltConfig,

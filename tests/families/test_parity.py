@@ -17,8 +17,8 @@ from loopscope.checkpoints.locate import SHIPPED
 from loopscope.interp.exits.halting import Halting, HaltingRule, halting
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.cache import LoopCache
-from loopscope.models.core.tokens import Batch
 from loopscope.tasks.questions import by_hops, read_questions
 from paths import GOLDEN
 

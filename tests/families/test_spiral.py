@@ -19,9 +19,9 @@ from loopscope.checkpoints.load import load
 from loopscope.checkpoints.tables.spiral import TABLE as RELEASE
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.lens.lens import readout_lens
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.blocks.spiral_block import SpectralLinear
 from loopscope.models.core.registry import build
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.spiral import MODULATION, Modulation, Spiral, SpiralConfig
 from toy import assert_close, is_close
 

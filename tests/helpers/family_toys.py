@@ -13,9 +13,9 @@ from torch import Tensor
 
 from golden_cases import GOLDEN
 from loopscope.checkpoints.load import load
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.albert import AlbertConfig
 from loopscope.models.families.hyperloop import HyperloopConfig
 from loopscope.models.families.melt import MeltConfig

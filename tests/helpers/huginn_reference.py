@@ -10,8 +10,8 @@ from torch import Tensor
 
 from golden_cases import Compute, GoldenCase
 from loopscope.interp.lens.lens import logit_lens
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.state import State
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.huginn import PreludeCoreCoda, latent_states
 
 STATE = {"state": "init_state"}

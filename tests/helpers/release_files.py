@@ -16,8 +16,8 @@ from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
+from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.core.registry import build
-from loopscope.models.core.tokens import Readout, Vocabulary
 from loopscope.models.families.recurrent_depth import RecurrentDepth, RecurrentDepthConfig
 
 FACTS: dict[str, Any] = {"n_heads": 5, "input_injection": False}  # what a toy file does not say

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.models.basis.tokens import Batch, Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps
 from loopscope.models.core.registry import build
 from loopscope.models.core.state import Slot, Visit
-from loopscope.models.core.tokens import Batch, Readout, Vocabulary
 from loopscope.models.families.recurrent_depth import RecurrentDepth, RecurrentDepthConfig
 
 BATCH, POS, HEADS, D_HEAD, D_MODEL, D_MLP, D_VOCAB, LAYERS, LOOPS, N_CTX = (

@@ -20,9 +20,9 @@ from loopscope.interp.exits.halting import halting
 from loopscope.interp.lens.decoding import decodability, rank_trajectory
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.lens.tuned_lens import train_tuned_lens
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import coordinate
-from loopscope.models.core.tokens import Batch
 
 LOOPS = 3
 ANSWERS = torch.tensor([5, 3, 2])

@@ -14,9 +14,9 @@ from transformer_lens.hook_points import HookPoint
 from family_toys import TOYS, Toy, padded, random_tokens
 from loopscope.checkpoints.load import load
 from loopscope.interp.generation import Sampling, generate
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.training_free.cache import decode_bypass, decode_looped, prefill
 from toy import assert_close, hook_count, settling
 from toy import padded as padded_toy

@@ -114,7 +114,7 @@ def test_wrong_tokens_are_refused(
 
 
 @pytest.mark.parametrize(
-    "tokens", [torch.zeros(3, 7), torch.zeros(3, 7, dtype=torch.bool), [[1, 2]], "<t_1>"]
+    "tokens", [torch.zeros(3, 7), torch.zeros(3, 7, dtype=torch.bool), [[1.0, 2]], "<t_1>"]
 )
 def test_tokens_of_a_wrong_type_are_refused(tokens: object) -> None:
     with pytest.raises(TypeError, match=r"tokens must be an integer tensor \[batch, pos\], got"):

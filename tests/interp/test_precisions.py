@@ -23,8 +23,8 @@ from loopscope.interp.lens.decoding import decodability, rank_trajectory
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.lens.tuned_lens import train_tuned_lens
 from loopscope.interp.weights.circuits import composition_scores, full_ov, ov_circuit, qk_circuit
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 
 ANSWERS = torch.tensor([5, 3, 2])
 FAMILIES = [

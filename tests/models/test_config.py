@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from loopscope.models.basis.tokens import Batch, Readout, Vocabulary, pad_right
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.registry import FAMILIES, build, config_from_dict, family
-from loopscope.models.core.tokens import Batch, Readout, Vocabulary, pad_right
 from loopscope.models.families.recurrent_depth import RecurrentDepth, RecurrentDepthConfig
 
 SIZES: dict[str, Any] = {"n_layers": 3, "d_model": 35, "n_heads": 5, "d_mlp": 44, "d_vocab": 29}

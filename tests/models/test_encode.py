@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.inputs import as_batch
-from loopscope.models.core.tokens import Batch, Readout, Vocabulary, pad_right
+from loopscope.models.basis.tokens import Batch, Readout, Vocabulary, pad_right
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import BATCH, N_CTX, POS, assert_close, is_close, padded, random_tokens, toy, with_words
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.attribution.gradients import gradients
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.models.views import Unrolled, unrolled, untied
 from toy import (

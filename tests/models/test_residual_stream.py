@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.lens.lens import logit_lens, readout_lens
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import LAYERS, LOOPS, assert_close, cached, full, is_close, padded, run
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, cat_states
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     LAYERS,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     HEAD,

@@ -70,7 +70,7 @@ def test_config_is_frozen_and_goes_through_a_dictionary() -> None:
             ),
         ),
         ({"dropout": 1.0}, "dropout is a share, at least 0 and below 1, got 1.0"),
-        ({"dropout": -0.1}, "dropout is a share, at least 0 and below 1, got -0.1"),
+        ({"dropout": -0.1}, "dropout must be at least 0, got -0.1"),
         ({"n_ctx": 5}, "n_ctx must be given with positions and only then"),
         ({"positions": "learned"}, "n_ctx must be given with positions and only then"),
         ({"d_modle": 3}, "has no field 'd_modle'"),

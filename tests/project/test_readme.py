@@ -27,7 +27,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(EXAMPLES[0], "README.md", "exec"), {})
-    assert "logit_margin" in capsys.readouterr().out
+    assert "loops.7.blocks.1" in capsys.readouterr().out
 
 
 def test_the_example_of_other_families_runs_on_small_stand_ins(

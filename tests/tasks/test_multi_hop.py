@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from loopscope.checkpoints.locate import SHIPPED
-from loopscope.models.core.tokens import Vocabulary
+from loopscope.models.basis.tokens import Vocabulary
 from loopscope.tasks.datasets import write_multi_hop
 from loopscope.tasks.facts import (
     FactBatch,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from loopscope.models.core.files import atomic_path
+from loopscope.models.basis.files import atomic_path
 from loopscope.tasks.smiles import BOS, EOS, SmilesVocabulary, make_molecules, random_writings
 from loopscope.training.language.recipes import LanguageRecipe
 

@@ -15,9 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from loopscope.checkpoints.load import save
+from loopscope.models.basis.tokens import Readout
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
-from loopscope.models.core.tokens import Readout
 from loopscope.tasks.smiles import SmilesVocabulary
 from loopscope.training.folder import claim, refuse_unless_resumed
 from loopscope.training.language.data import PAD_ID, Batches, corpus_in

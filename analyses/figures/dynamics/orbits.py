@@ -26,7 +26,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.dynamics.states import Dynamics, dynamics
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_diff, logit_margin
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.tasks.questions import read_questions
 from toy import (
@@ -45,7 +45,14 @@ from toy import (
 
 SHORT = 2
 PLACES = [2, 3, 4]
-OWN_SITES = ("state_in", "state_out", "embed", "ln_final.scale", "ln_final.normalized")
+OWN_SITES = (
+    "state_in",
+    "state_out",
+    "embed",
+    "ln_final.scale",
+    "ln_final.normalized",
+    "ln_final.out",
+)
 
 
 def all_sites(model: RecurrentDepth) -> list[str]:

@@ -25,8 +25,8 @@ from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.path_ends import Receiver, Sender
 from loopscope.interp.patching.paths import path_patch, path_patch_sweep
 from loopscope.interp.patching.tracing import causal_tracing, denoising_map, noising_map
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 
 LOOPS, ANSWERS = 1, [3, 5, 7]
 METRIC = logit_diff(ANSWERS, 2)

@@ -29,9 +29,9 @@ from loopscope.interp.edit.steering import set_to, steer, steering_vector
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.path_ends import Receiver, Sender
 from loopscope.interp.patching.paths import path_patch, path_patch_sweep
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.hrm_text import HrmTextConfig
 from toy import LENGTHS, POS, randomize_
 

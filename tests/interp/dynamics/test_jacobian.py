@@ -12,9 +12,9 @@ from torch import Tensor
 
 from loopscope.interp.dynamics import jacobian as jacobian_module
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     BATCH,

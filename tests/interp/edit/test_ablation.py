@@ -20,10 +20,10 @@ from loopscope.interp.edit.substitutes import other_rows
 from loopscope.interp.exits.halting import halting
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.state import Slot, Visit
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.tasks.questions import read_questions
 from toy import (

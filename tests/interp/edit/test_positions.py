@@ -14,8 +14,8 @@ from family_toys import LENGTHS, TOYS, padded, random_tokens
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.edit.steering import set_to, steer
 from loopscope.interp.generation import generate
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.melt import advance_in_chunks
 from toy import assert_close
 

@@ -16,7 +16,7 @@ from loopscope.checkpoints.load import load
 from loopscope.interp.edit.injection import attenuate_input, swap_input
 from loopscope.interp.edit.steering import set_to, steer, steering_vector
 from loopscope.interp.lens.lens import readout_lens
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     BATCH,

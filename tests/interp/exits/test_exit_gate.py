@@ -13,7 +13,7 @@ from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.answers import exit_gate
 from loopscope.analyses.figures.answers.exit_gate import ExitGateConfig
 from loopscope.checkpoints.load import load
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 
 OURO, LOOPS, LENGTHS = str(GOLDEN / "ouro"), 4, (7, 4, 5)
 SPOTS = [(i, p) for i, n in enumerate(LENGTHS) for p in range(n)]
@@ -71,8 +71,8 @@ def test_each_threshold_reads_the_first_iteration_that_reaches_it(
     table = record.summary()
     assert table["mean iterations"].tolist()[0] == 1.0
     assert table["mean iterations"].tolist()[-1] == LOOPS
-    assert table["same top token as the last iteration"].tolist()[-1] == 1.0
-    assert table["same top token as the last iteration"].tolist()[0] < 1.0
+    assert table["same top token as after all"].tolist()[-1] == 1.0
+    assert table["same top token as after all"].tolist()[0] < 1.0
     assert table["mean iterations"].is_monotonic_increasing
 
 
@@ -111,7 +111,7 @@ def test_the_figure_shows_the_gate_the_sweep_and_every_token(record: exit_gate.E
     assert list(cells.text[1]) == [*record.tokens[1], "", "", ""]
     assert cells.z[1][3] == pytest.approx(float(record.expected()[10]))
     assert math.isnan(cells.z[1][4])
-    assert figure.layout.annotations[3].text == "expected exit of each token (iteration)"
+    assert figure.layout.annotations[3].text == "expected exit of each token (iterations)"
 
 
 def test_long_inputs_are_wrapped_and_the_map_says_what_it_leaves_out() -> None:
@@ -128,5 +128,5 @@ def test_long_inputs_are_wrapped_and_the_map_says_what_it_leaves_out() -> None:
     )
     figure = exit_gate.figure(record)
     assert len(figure.data[5].z) == 24
-    assert figure.data[5].text[1][0] == "&lt;t_16>"
+    assert figure.data[5].text[1][0] == "&lt;t_16&gt;"
     assert figure.layout.annotations[3].text.endswith("the first 24 of 26 lines")

@@ -29,9 +29,9 @@ from loopscope.interp.exits.exits import (
 from loopscope.interp.exits.halting import HaltingRule, halting
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.state import Slot, Visit
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     BATCH,

@@ -14,8 +14,8 @@ from loopscope.interp.exits.exits import EntropyBelow, apply_criterion
 from loopscope.interp.exits.halting import Halting, HaltingRule, apply_rule, halting
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.lens.record import Lens
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.registry import build
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     BATCH,

@@ -10,7 +10,7 @@ from torch import Tensor
 from loopscope.checkpoints.load import load
 from loopscope.interp.lens.decoding import decodability, rank_trajectory
 from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.tasks.graphs import PermutationGraph
 from loopscope.tasks.multi_hop import sample_facts

@@ -17,8 +17,8 @@ from loopscope.interp.lens import tuned_lens
 from loopscope.interp.lens.lens import logit_lens
 from loopscope.interp.lens.record import Lens
 from loopscope.interp.lens.tuned_lens import TunedLens, train_tuned_lens
+from loopscope.models.basis.tokens import Batch, pad_right
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch, pad_right
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.tasks.graphs import PermutationGraph
 from loopscope.tasks.multi_hop import sample_facts

@@ -10,7 +10,7 @@ from loopscope.checkpoints.load import load
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.patching.activation import activation_patch
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import D_MLP, D_MODEL, LAYERS, random_tokens
 

@@ -12,7 +12,7 @@ from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.metrics import logit_diff, logit_margin
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     BATCH,

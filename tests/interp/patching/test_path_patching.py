@@ -16,8 +16,8 @@ from loopscope.checkpoints.locate import SHIPPED
 from loopscope.interp.common.metrics import logit_margin
 from loopscope.interp.patching.path_ends import Receiver, Sender
 from loopscope.interp.patching.paths import PathPatch, path_patch, path_patch_sweep
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.hooks import NO_TAPS, Taps
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.tasks.questions import read_questions
 from toy import (

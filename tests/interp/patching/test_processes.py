@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.processes import over_ranks
-from loopscope.models.core.tokens import Batch
+from loopscope.models.basis.tokens import Batch
 from paths import HELPERS
 from shared_work import LENS_OF, LENSES, SHORT, grid, one_cell, questions_of, sweep
 from tiny_run import free_port

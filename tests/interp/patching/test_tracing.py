@@ -12,8 +12,8 @@ from torch import Tensor
 from loopscope.checkpoints.load import load
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.patching.tracing import Trace, causal_tracing, denoising_map, noising_map
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.tasks.facts import first_relation, look_up
 from loopscope.tasks.graphs import PermutationGraph

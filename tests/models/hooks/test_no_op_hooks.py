@@ -16,8 +16,8 @@ from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.exits.halting import HaltingRule, halting
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     LOOPS,
