@@ -2,8 +2,8 @@
 
 `basis` is the ground below, `core` what every model does (start with `core/base.py`: begin,
 advance, readout), `blocks` the parts that families are built of, `families` one file per family,
-and `views.py` the same computation without sharing. A file in `families` that carries the decorator `family` is found by
-itself. Imports nothing else of this project.
+and `views.py` the same computation without sharing. A file in `families` that carries the
+decorator `family` is found by itself. Imports nothing else of this project.
 """
 
 from loopscope._one_name import refuse_second_name

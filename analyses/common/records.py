@@ -167,7 +167,9 @@ FIGURE_CONFIG = {
 
 def _plain(value: Any) -> Any:
     """JSON for a record: tensors as lists, and None for numbers that are not finite."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, type):
+        return str(value)
+    if dataclasses.is_dataclass(value):
         return _plain({each.name: getattr(value, each.name) for each in dataclasses.fields(value)})
     if isinstance(value, Tensor):
         return _plain(value.tolist())
@@ -175,6 +177,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return list(map(_plain, value))
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | None) else str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 import loopscope
 from loopscope.analyses.common.records import markdown_table, write_text
+from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables import TABLES
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.edit.ablation import Component
@@ -270,7 +272,7 @@ def page(support: Support) -> str:
     for (why, family), methods in grouped.items():
         shared.setdefault((why, tuple(methods)), []).append(family)
     reasons = [
-        f"* {', '.join(f'`{name}`' for name in methods)} on {', '.join(families)}: {why}"
+        f"* {_named(methods)} on {', '.join(families)}: {why}"
         for (why, methods), families in shared.items()
     ]
     return _PAGE.format(
@@ -279,19 +281,16 @@ def page(support: Support) -> str:
             for name in sorted(FAMILIES)
         ),
         facts=markdown_table(support.facts),
-        options="\n".join(
-            sorted(
-                {
-                    f"* {t.family}: " + "; ".join(f"`{k}`: {v}" for k, v in t.options.items())
-                    for t in TABLES
-                    if t.options
-                }
-            )
-        ),
+        options="\n".join(sorted(set(map(_options, filter(attrgetter("options"), TABLES))))),
         everywhere=_named(everywhere),
         methods=markdown_table(some),
         reasons="\n".join(reasons),
     )
+
+
+def _options(table: Table) -> str:
+    """The options that `load` takes for a family's releases, as an item of a list."""
+    return f"* {table.family}: " + "; ".join(f"`{k}`: {v}" for k, v in table.options.items())
 
 
 def _named(methods: Iterable[Any]) -> str:

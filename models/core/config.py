@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from loopscope.models.basis.fields import MOST_BLOCKS, check_fields, limits
 from loopscope.models.core.state import MOST_LOOPS
@@ -69,7 +69,7 @@ class LoopedConfig:
         return self.d_model // self.n_heads
 
     @classmethod
-    def tiny(cls, **options: Any) -> Self:
+    def tiny(cls, **options: Any) -> LoopedConfig:
         """A config of small sizes, for pages and tests of every family.
 
         Args:

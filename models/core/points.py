@@ -76,12 +76,18 @@ class HookPoints:
         others = [entry for entry in entries if entry not in beside]
         found = resolve(beside, aside, n_loops or 1) if beside else []
         if others or not beside:
-            if n_loops is None and not is_pattern(others):
-                furthest = max((loop_of(entry + ".") or 0 for entry in others), default=0) + 1
-                n_loops = max(furthest, recorded or 1, self.longest)
-            n_loops = checked_loops(n_loops, recorded)
+            n_loops = self._loops_for(others, n_loops, recorded)
             found = resolve(others, self.names(n_loops), n_loops) + found
         return found
+
+    def _loops_for(self, entries: list[str], n_loops: int | None, recorded: int | None) -> int:
+        """The length of the call that entries belong to; exact names may lie beyond what the
+        checkpoint records.
+        """
+        if n_loops is None and not is_pattern(entries):
+            furthest = max((loop_of(entry + ".") or 0 for entry in entries), default=0) + 1
+            n_loops = max(furthest, recorded or 1, self.longest)
+        return checked_loops(n_loops, recorded)
 
     # Points
 

@@ -147,7 +147,7 @@ def run(config: GeneralisationConfig) -> Generalisation:
     facts = _sorted_facts(config)
     names, known = tuple(facts), list(facts.values())
     best = [_best(config, name) for name in tqdm(names, desc="checkpoints", leave=False)]
-    hops = tuple(sorted({hop for found in best for hop in found}))
+    hops = tuple(sorted(set().union(*best)))
     return Generalisation(
         checkpoints=names,
         runs=tuple(each.run for each in known),
@@ -155,7 +155,7 @@ def run(config: GeneralisationConfig) -> Generalisation:
         updates=torch.tensor([each.updates for each in known]),
         learned=torch.tensor([each.learned for each in known]),
         answered=torch.tensor([_deepest(found, config.threshold) for found in best]),
-        asked=torch.tensor([max(found) for found in best]),
+        asked=torch.tensor(list(map(max, best))),
         hops=hops,
         best=torch.tensor([_row(found, hops) for found in best], dtype=torch.float64),
         threshold=config.threshold,
