@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from loopscope.analyses.common.figure_configs import RecurrenceConfig
 from torch import Tensor
 
-from loopscope.analyses.figures.answers import recurrence_grid
+from loopscope.analyses.figures.answers import recurrence
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.lens.lens import Lens, logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
@@ -84,8 +83,8 @@ def grid() -> dict[str, Any]:
 
     LoopedModel.begin = counted
     try:
-        found = recurrence_grid.run(
-            RecurrenceConfig(checkpoint="ltg_trained", n_loops=6, per_hop=5)
+        found = recurrence.run(
+            recurrence.RecurrenceConfig(checkpoint="ltg_trained", n_loops=6, per_hop=5)
         )
     finally:
         LoopedModel.begin = begin

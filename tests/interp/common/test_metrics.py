@@ -44,7 +44,7 @@ WRONG: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
         r"the batch has 3 rows, got the shape \[1\] for answers; an int means the same token",
     ),
     "fewer pairs": (
-        logit_diff(torch.tensor([3, 4, 5]), torch.tensor([1, 2])),
+        lambda logits: logit_diff([3, 4, 5], [1, 2])(logits),
         ValueError,
         r"the batch has 3 rows, got the shape \[2\] for wrong",
     ),
