@@ -6,7 +6,9 @@ and `views.py` the same computation without sharing. A file in `families` that c
 decorator `family` is found by itself. Imports nothing else of this project.
 """
 
+from importlib import import_module
+
 from loopscope._one_name import refuse_second_name
-from loopscope.models import families as families
 
 refuse_second_name(__name__)
+import_module("loopscope.models.families")  # after the check, so that no second copy begins to load

@@ -95,9 +95,9 @@ def _injections(
             "nothing is injected into this model's iterations in such a call: it has no hook_input"
         )
     wanted = injected if isinstance(loops, str) else in_range("loops", loops, n_loops)
-    if not wanted or not set(wanted) <= set(injected):
-        missing = min(set(wanted) - set(injected), default=None)
-        where = "at loops=[]" if missing is None else f"at iteration {missing}"
+    missing = [f"at iteration {loop}" for loop in sorted(set(wanted) - set(injected))]
+    if missing or not wanted:
+        where = missing[0] if missing else "at loops=[]"
         raise ValueError(
             f"nothing is injected {where}; this model injects at the iterations {injected}"
         )

@@ -163,19 +163,24 @@ class Sweep:
         Raises:
             ValueError: The sweep has no such site, or several and none is named.
         """
-        sites = list(dict.fromkeys(cell.site for cell in self.cells))
-        if site not in sites and (site is not None or len(sites) > 1):
-            raise ValueError(
-                f"this sweep has the sites {', '.join(sites)}; name one of them, got {site!r}"
-            )
+        site = self._one_site(site)
         values = self.normalized() if normalized else self.mean()
-        chosen = [i for i, cell in enumerate(self.cells) if site in (None, cell.site)]
+        chosen = [i for i, cell in enumerate(self.cells) if cell.site == site]
         places = [_AXES(self.cells[i]) for i in chosen]
         axes = [_sorted(set(axis)) for axis in zip(*places, strict=True)]
         table = values.new_full(tuple(map(len, axes)), torch.nan)
         for i, place in zip(chosen, places, strict=True):
             table[tuple(map(tuple.index, axes, place))] = values[i]
         return Grid(table, *axes)
+
+    def _one_site(self, site: str | None) -> str:
+        sites = list(dict.fromkeys(cell.site for cell in self.cells))
+        found = sites[0] if site is None and len(sites) == 1 else site
+        if found not in sites:
+            raise ValueError(
+                f"this sweep has the sites {', '.join(sites)}; name one of them, got {site!r}"
+            )
+        return found
 
     def _present(self) -> Bool[Tensor, "cell batch"]:
         if self.present is None:

@@ -14,10 +14,14 @@ import torch
 from jaxtyping import TypeCheckError
 
 from annotated import CALLED, annotated
+from loopscope import generate
+from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.pages import families
+from loopscope.analyses.pages.findings import Pairs
 from loopscope.models.core.registry import FAMILIES
 from paths import ROOT
-from toy import toy
+from toy import full, toy
 
 pytestmark = pytest.mark.shapes
 
@@ -42,8 +46,26 @@ def test_every_view_of_the_weights(family: str) -> None:
         for name, kind in inspect.getmembers(type(module))
         if isinstance(kind, property) and re.fullmatch("[Wb]_[A-Za-z]+", name)
     }
-    assert {"W_E", "W_U", "b_U", "W_O", "W_in"} <= {name for _, name in views}
+    assert {"W_E", "W_U", "b_U", "W_O"} <= {name for _, name in views}
     assert all(isinstance(view, torch.Tensor) for view in views.values())
+
+
+def test_a_generation_without_order_is_refused() -> None:
+    model = toy()
+    with torch.no_grad():
+        model.final_norm.w.fill_(torch.nan)
+    with pytest.raises(ValueError, match="ln_final"):
+        generate(model, full(), 2)
+
+
+def test_the_answers_that_the_findings_count() -> None:
+    subject = open_subject(SourceConfig(checkpoint="ltg_trained", per_hop=3))
+    pairs = Pairs.of(subject, 2)
+    logits = subject.model.readout(
+        subject.model.advance(subject.model.begin(pairs.clean.tokens, pairs.clean.mask, n_loops=8)),
+        pairs.clean.readout,
+    )
+    assert pairs.right(logits).tolist() == (logits.argmax(-1) == pairs.answers).tolist()
 
 
 def test_every_function_that_states_a_shape_was_called() -> None:

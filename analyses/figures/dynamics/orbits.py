@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Literal
 
 import pandas as pd
@@ -174,7 +174,7 @@ def measure(asked: Asked, config: OrbitsConfig) -> OrbitPaths:
     planes = [space.orbits(config.components) for space in spaces]
     steps = state.step_norm()[:, :, 0]
     return OrbitPaths(
-        labels=tuple(each for _, _, labels, _ in chosen for each in labels),
+        labels=tuple(chain.from_iterable(labels for _, _, labels, _ in chosen)),
         hops=tuple(hop for _, _, labels, hop in chosen for _ in labels),
         trained_hops=asked.subject.trained_hops,
         coordinates=torch.stack([plane.coordinates[:, :, 0].movedim(0, 1) for plane in planes]),
