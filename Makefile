@@ -25,7 +25,7 @@ shapes: dev
 
 # what takes long: fresh installs, several processes, files of a gigabyte, notebooks, damaged files
 slow: dev browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
 # a browser for the pages that the tests open: one that is there, else Debian's where that may be installed
 browser:

@@ -90,7 +90,7 @@ def test_an_installed_loopscope_works_outside_the_checkout(installed: Path, tmp_
     run(installed / "loopscope", "report", "ltg_trained", "--per-hop", "5", cwd=tmp_path)
     assert (tmp_path / "out" / "report.html").stat().st_size > 1_000_000
     example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[0]
-    assert "metric" in run(installed / "python", "-c", example, cwd=tmp_path)
+    assert "loops.7.blocks.1" in run(installed / "python", "-c", example, cwd=tmp_path)
 
 
 def test_the_first_cells_of_the_notebooks_run_there(installed: Path, tmp_path: Path) -> None:
