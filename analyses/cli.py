@@ -105,6 +105,16 @@ class Families:
 
 
 @dataclass(frozen=True)
+class Methods:
+    """List every public method, from the docstrings, as a page of Markdown."""
+
+    out: Path = Path("out/methods.md")
+    """The page to write."""
+    overwrite: bool = False
+    """Replace a page that is there."""
+
+
+@dataclass(frozen=True)
 class Gallery:
     """Draw every figure from the shipped checkpoints, and write a page of Markdown with the
     pictures beside it.
@@ -139,6 +149,7 @@ _PAGES = {
     Replication: "replication",
     Findings: "findings",
     Families: "families",
+    Methods: "methods",
     Gallery: "gallery",
 }
 _DESCRIPTION = f"""Mechanistic interpretability of looped transformers. A figure takes its settings
@@ -187,6 +198,7 @@ def _commands() -> dict[str, Callable[..., Any]]:
         "replication": Replication,
         "findings": Findings,
         "families": Families,
+        "methods": Methods,
         "gallery": Gallery,
         "data": Data,
         "train": Train,
