@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -92,7 +93,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the test of what all others have called be the last one."""
+    """Let the test of what all others have called be the last one; the garbage collector need not
+    look at what was imported so far again and again.
+    """
+    gc.freeze()
     items.sort(key=lambda item: item.name == "test_every_function_that_states_a_shape_was_called")
 
 

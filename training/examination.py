@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from loopscope.interp.common.ranking import top_token
 from loopscope.interp.exits.halting import HaltingRule, halting
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -34,7 +35,7 @@ def _right(
     if recipe.halting_gate:
         rule = HaltingRule.while_training(recipe.padded_to or _RULE_COLUMNS)
         return halting(model, batch.inputs, rule, recipe.eval_loops).correct(batch.answers)
-    right: Bool[Tensor, " question"] = Answering(model)(batch).argmax(-1) == batch.answers
+    right: Bool[Tensor, " question"] = top_token(Answering(model)(batch)) == batch.answers
     return right
 
 

@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.analyses.explorer.questions import Query, answer_logits
 from loopscope.interp.common.metrics import logit_margin, margin
 from loopscope.interp.common.places import in_range
+from loopscope.interp.common.ranking import top_tokens
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.models.core.base import LoopedModel
@@ -111,10 +112,10 @@ class PatchGrid:
 
 def answers(model: LoopedModel, logits: Float[Tensor, "one d_vocab"], answer_id: int) -> Answers:
     """The top tokens of one row of logits, and the margin of an answer."""
-    top = logits[0].softmax(-1).topk(min(TOP, logits.shape[-1]))
-    words = model.to_str_tokens(top.indices)
+    top = top_tokens(logits[0], min(TOP, logits.shape[-1]))
+    words = model.to_str_tokens(top)
     size = float(margin(logits, torch.tensor([answer_id], device=logits.device))[0])
-    return Answers(tuple(zip(words, top.values.tolist(), strict=True)), size)
+    return Answers(tuple(zip(words, logits[0].softmax(-1)[top].tolist(), strict=True)), size)
 
 
 def lens_table(model: LoopedModel, query: Query, n_loops: int) -> LensTable:

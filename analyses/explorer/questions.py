@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.circuit.patch import other_head
+from loopscope.interp.common.ranking import top_token
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -76,7 +77,7 @@ def ask(subject: Subject, text: str, n_loops: int) -> Query:
     answer_id = (
         model.to_single_token(true)
         if true
-        else int(answer_logits(model, batch, n_loops)[0].argmax())
+        else int(top_token(answer_logits(model, batch, n_loops))[0])
     )
     answer = model.to_str_tokens(torch.tensor([answer_id]))[0]
     return Query(text, batch, tokens, answer, answer_id, true is not None)

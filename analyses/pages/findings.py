@@ -20,6 +20,7 @@ from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_margin
+from loopscope.interp.common.ranking import top_token
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.edit.substitutes import How
 from loopscope.interp.lens.decoding import decodability
@@ -96,7 +97,7 @@ class Pairs:
 
     def right(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
         """1 where the clean answer is on top."""
-        return (logits.argmax(-1) == self.answers).to(logits)
+        return (top_token(logits) == self.answers).to(logits)
 
     def accuracy(self) -> float:
         """The share of right answers."""

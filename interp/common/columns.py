@@ -17,7 +17,7 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.state import running_rows
 
 Shown = Literal["real", "readout", "all"] | Sequence[int] | int
-Spots = tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]
+ShownColumns = tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]
 
 
 def read_columns(batch: Batch, positions: Picked | int | None) -> Int[Tensor, "batch k"]:
@@ -35,7 +35,7 @@ def at_positions(
     return resid.gather(1, columns[..., None].expand(-1, -1, resid.shape[-1]))
 
 
-def shown_spots(batch: Batch, positions: Shown) -> Spots:
+def shown_columns(batch: Batch, positions: Shown) -> ShownColumns:
     """The columns to show, and which of them are no padding or were asked for all the same."""
     if positions == "real":
         longest = int(batch.mask.sum(1).max())

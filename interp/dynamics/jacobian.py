@@ -13,7 +13,7 @@ from einops import einsum
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from loopscope.interp.common.columns import Shown, shown_spots
+from loopscope.interp.common.columns import Shown, shown_columns
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import (
     Inputs,
@@ -120,7 +120,7 @@ def jacobian_spectrum(
     batch_size = checked_batch_size(batch_size)
     names = [parts] if isinstance(parts, str) else list(parts or model.loop_parts)
     found = []
-    columns, shown = shown_spots(batch, positions)
+    columns, shown = shown_columns(batch, positions)
     varying = torch.zeros_like(batch.mask, dtype=torch.bool).scatter(1, columns, shown)
     for rows, free in zip(
         in_chunks(batch, batch_size, "jacobian"),

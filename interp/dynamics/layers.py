@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.common.columns import Shown, Spots, at_positions, shown_spots
+from loopscope.interp.common.columns import Shown, ShownColumns, at_positions, shown_columns
 from loopscope.interp.common.inputs import (
     Inputs,
     ReadoutColumn,
@@ -87,7 +87,7 @@ def layer_dynamics(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    spots = shown_spots(batch, positions)
+    chosen = shown_columns(batch, positions)
     layers = _loop_points(model, n_loops, "hook_resid_post")
     seen: dict[str, list[Tensor]] = {
         name: [] for points in layers.values() for name in points.values()
@@ -96,12 +96,12 @@ def layer_dynamics(
     def keep(resid: Tensor, name: str, shown: Tensor) -> None:
         seen[name].append(resid)
 
-    _watch(model, batch, n_loops, spots, list(seen), keep, batch_size)
+    _watch(model, batch, n_loops, chosen, list(seen), keep, batch_size)
     records = [
         Dynamics.of(
             torch.stack([torch.cat(seen[name]) for name in points.values()]),
             [loop + 1 for loop in points],
-            spots,
+            chosen,
             "resid_post",
         )
         for points in layers.values()
@@ -164,7 +164,7 @@ def attention_dynamics(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    spots = shown_spots(batch, positions)
+    chosen = shown_columns(batch, positions)
     layers = _loop_points(model, n_loops, "attn.hook_pattern")
     places = {
         name: (loop, i) for i, points in enumerate(layers.values()) for loop, name in points.items()
@@ -186,8 +186,8 @@ def attention_dynamics(
         entropy[loop, i] += torch.special.entr(now).sum((0, 2))
         earlier[loop, i] = now
 
-    _watch(model, batch, n_loops, spots, list(places), add, batch_size)
-    return AttentionDynamics(tuple(layers), change / spots[1].sum(), entropy / spots[1].sum())
+    _watch(model, batch, n_loops, chosen, list(places), add, batch_size)
+    return AttentionDynamics(tuple(layers), change / chosen[1].sum(), entropy / chosen[1].sum())
 
 
 def _layer_of(block: str) -> int | None:
@@ -215,7 +215,7 @@ def _watch(
     model: LoopedModel,
     batch: Batch,
     n_loops: int,
-    spots: Spots,
+    chosen: ShownColumns,
     names: list[str],
     see: Callable[[Tensor, str, Tensor], None],
     batch_size: int,
@@ -224,7 +224,7 @@ def _watch(
     batch_size = checked_batch_size(batch_size)
     chunks = zip(
         in_chunks(batch, batch_size, "iterations"),
-        *(x.split(batch_size) for x in spots),
+        *(x.split(batch_size) for x in chosen),
         strict=True,
     )
     for rows, columns, shown in chunks:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from loopscope.interp.common.columns import (
     Shown,
-    Spots,
+    ShownColumns,
     at_positions,
-    shown_spots,
+    shown_columns,
 )
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import (
@@ -92,11 +92,11 @@ class Dynamics:
         cls,
         states: Float[Tensor, "point batch pos d_model"],
         iterations: Sequence[int],
-        spots: Spots,
+        chosen: ShownColumns,
         part: str,
     ) -> Dynamics:
         """The record of a trajectory at some columns, without the values at padding."""
-        position, shown = spots
+        position, shown = chosen
         return cls(
             states.masked_fill(~shown[..., None], torch.nan),
             tuple(iterations),
@@ -261,12 +261,12 @@ def dynamics(
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     batch_size = checked_batch_size(batch_size)
-    spots = shown_spots(batch, positions)
+    chosen = shown_columns(batch, positions)
     stops = [iteration_start(model, 0, n_loops), *model.iteration_ends(n_loops)]
     collected = []
     for rows, columns in zip(
         in_chunks(batch, batch_size, "dynamics"),
-        spots[0].split(batch_size),
+        chosen[0].split(batch_size),
         strict=True,
     ):
         state = begin_batch(model, rows, n_loops)
@@ -275,7 +275,7 @@ def dynamics(
             state = model.advance(state, stop)
             points.append(at_positions(widened(_part(model, state, part).flatten(2)), columns))
         collected.append(torch.stack(points))
-    return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), spots, part)
+    return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), chosen, part)
 
 
 def iteration_start(model: LoopedModel, loop: int, n_loops: int) -> int:

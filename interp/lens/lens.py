@@ -14,7 +14,7 @@ from loopscope.interp.common.columns import at_positions, read_columns
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.processes import over_ranks
-from loopscope.interp.lens.record import Lens, Place, places_of
+from loopscope.interp.lens.record import Lens, ReadVisit, visits_of
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -64,7 +64,7 @@ def logit_lens(
     return Lens.of(
         model,
         over_ranks(model, batch, heads_input, dim=1),
-        places_of(model, n_loops),
+        visits_of(model, n_loops),
         columns,
         keep_logits,
     )
@@ -121,7 +121,7 @@ def readout_lens(
             collected.append(torch.stack(seen))
         return torch.cat(collected, dim=1)
 
-    places: list[Place] = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
+    places: list[ReadVisit] = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
     return Lens.of(
         model,
         over_ranks(model, batch, heads_input, dim=1),

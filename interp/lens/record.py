@@ -17,7 +17,7 @@ from loopscope.interp.common.ranking import rank_of, top_tokens
 from loopscope.models.core.base import LoopedModel
 
 _CHUNK = 1 << 22  # logits held at a time
-Place = tuple[int | None, int | None, str]
+ReadVisit = tuple[int | None, int | None, str]
 Targets = Int[Tensor, " read"] | Sequence[int]
 
 
@@ -86,7 +86,7 @@ class Lens:
         cls,
         model: LoopedModel,
         heads_input: Float[Tensor, "visit read d_model"],
-        places: Sequence[Place],
+        places: Sequence[ReadVisit],
         columns: Int[Tensor, "batch k"],
         keep_logits: bool = False,
     ) -> Lens:
@@ -257,6 +257,6 @@ def visit_table(
     return frame.loc[frame.index.repeat(times)].reset_index(drop=True)
 
 
-def places_of(model: LoopedModel, n_loops: int) -> list[Place]:
+def visits_of(model: LoopedModel, n_loops: int) -> list[ReadVisit]:
     """The loop, the layer and the name of each visit of a call."""
     return [(visit.loop, visit.layer, visit.name) for visit in model.schedule(n_loops)]

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_spots
+from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_columns
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import (
     Inputs,
@@ -31,7 +31,7 @@ from loopscope.interp.common.inputs import (
 from loopscope.interp.common.modes import differentiated, evaluating
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.lens.lens import residuals
-from loopscope.interp.lens.record import Lens, places_of, visit_table
+from loopscope.interp.lens.record import Lens, visit_table, visits_of
 from loopscope.models.basis.files import atomic_path
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -138,7 +138,7 @@ class TunedLens:
                 resids = torch.stack(list(run.values.values()))
                 collected.append(model.normalize(_translated(resids, weights, biases)))
         heads_input = torch.cat(collected, dim=1)
-        return Lens.of(model, heads_input, places_of(model, self.n_loops), columns)
+        return Lens.of(model, heads_input, visits_of(model, self.n_loops), columns)
 
     def frame(self) -> pd.DataFrame:
         """One row per training step and visit: step, visit, loop, layer, loss; step, loop and layer
@@ -272,7 +272,7 @@ def _material(
     model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
 ) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_model"]]:
     """The residual after every visit and the head's input at the end, without padding."""
-    columns, shown = shown_spots(batch, positions)
+    columns, shown = shown_columns(batch, positions)
     resids, finals = [], []
     for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
         run = residuals(model, part, read, n_loops)

@@ -19,6 +19,7 @@ from torch import Tensor
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.metrics import logit_margin
 from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.ranking import top_token
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.models.core.base import LoopedModel
@@ -114,7 +115,7 @@ def causal_tracing(
         model,
         base,
         source,
-        _top_changed(logits.argmax(-1)),
+        _top_changed(top_token(logits)),
         n_loops,
         sites=_SITES,
         positions=[position],
@@ -216,6 +217,6 @@ def _top_changed(tokens: Int[Tensor, " batch"]) -> Metric:
     """The metric that is 1 where the top token is not the given one, and else 0."""
 
     def top_changed(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-        return (logits.argmax(-1) != tokens).to(logits.dtype)
+        return (top_token(logits) != tokens).to(logits.dtype)
 
     return top_changed

@@ -177,12 +177,13 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return self.leave(visit, resid, parts, boundary) if visit.closing else (resid, parts)
 
     def finish(self, state: State, loop: int) -> State:
-        """The state after iteration `loop` (from 0), run through what follows the loop; this is
-        what a readout there reads.
+        """The state after iteration `loop` (from 0), run through the visits that follow the last
+        iteration of its call; a readout there reads the result.
         """
-        if self.iteration_ends(state.n_loops)[-1] == len(self.schedule(state.n_loops)):
+        end = self.iteration_ends(state.n_loops)[-1]
+        if end == len(self.schedule(state.n_loops)):
             return state
-        return self.advance(replace(state, n_loops=loop + 1))
+        return self.advance(replace(state, visit=end))
 
     def state_parts(self, state: State) -> Mapping[str, Tensor]:
         """The parts of a state that an analysis may read, by name: the residual stream, and the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ from loopscope.models.core.cache import position_axis, site_of
 from loopscope.models.core.registry import config_from_dict
 from loopscope.models.core.state import cat_states
 from loopscope.models.views import untied
-from toy import assert_close, hook_count, is_close, put
+from toy import assert_close, hook_count, is_close, noise, put, row_each
 
 Families = pytest.mark.parametrize("name", TOYS)
+ROWS = 12
 
 
 @pytest.fixture
@@ -76,17 +78,6 @@ def every_site(model: LoopedModel) -> list[str]:
     return [name for name in names if name in {*first.values(), *last.values()}]
 
 
-def noise_at(index: tuple[slice | int, ...]) -> Callable[..., Tensor]:
-    def disturb(value: Tensor, hook: object) -> Tensor:
-        changed = value.clone()
-        changed[index] += torch.randn(
-            value[index].shape, generator=torch.Generator().manual_seed(3), dtype=value.dtype
-        )
-        return changed
-
-    return disturb
-
-
 def projection(logits: Tensor) -> Tensor:
     return logits @ torch.randn(
         logits.shape[-1], generator=torch.Generator().manual_seed(5), dtype=logits.dtype
@@ -103,27 +94,40 @@ def test_every_point_is_called_once_in_the_order_of_the_names(toy: Toy, model: L
         assert value.shape[position_axis(name)] == POS, name
 
 
-@Families
-def test_self_patch_at_one_position_and_head_changes_nothing(toy: Toy, model: LoopedModel) -> None:
-    batch = padded(toy, model)
-    for name in every_site(model):
-        seen: list[Tensor] = []
-        logits = run_hooked(
-            model, batch, name, lambda value, hook, seen=seen: seen.append(value.clone()), 2
-        )
-        assert len(seen) == 1, name
-        assert torch.equal(
-            run_hooked(model, batch, name, put(seen[0], one_place(name)), 2), logits
-        ), name
+def own_row(name: str, row: int) -> tuple[slice | int, ...]:
+    return row, *one_place(name)[1:]
 
 
 @Families
-def test_the_same_place_with_another_value_changes_the_logits(toy: Toy, model: LoopedModel) -> None:
-    batch = full(toy, model)
-    logits = run(model, batch, 2)
-    for name in every_site(model):
-        changed = not is_close(run_hooked(model, batch, name, noise_at(one_place(name)), 2), logits)
-        assert changed != (site_of(name) in toy.unread), name
+def test_a_patch_of_one_place_changes_nothing_by_its_own_value_and_something_by_another(
+    toy: Toy, model: LoopedModel
+) -> None:
+    """One run changes one row at each of many sites."""
+    assert model.batch_independent
+    batch, seen = padded(toy, model, rows=ROWS), dict[str, Tensor]()
+
+    def patched(change: Callable[..., Tensor | None]) -> Tensor:
+        hooks = [(name, partial(change, name=name, row=row)) for name, row in rows.items()]
+        with model.hooks(hooks, n_loops=2):
+            return run(model, batch, 2)
+
+    def keep(value: Tensor, hook: object, name: str, row: int) -> None:
+        assert name not in seen
+        seen[name] = value.clone()
+
+    def own(value: Tensor, hook: object, name: str, row: int) -> Tensor:
+        return put(seen[name], own_row(name, row))(value, hook)
+
+    def other(value: Tensor, hook: object, name: str, row: int) -> Tensor:
+        return noise(value, own_row(name, row))
+
+    for rows in row_each(every_site(model), ROWS):
+        logits = patched(keep)
+        assert torch.equal(patched(own), logits), list(rows)
+        disturbed = patched(other)
+        for name, row in rows.items():
+            changed = not torch.equal(disturbed[row], logits[row])
+            assert changed != (site_of(name) in toy.unread), name
 
 
 @Families
@@ -155,12 +159,12 @@ def test_untied_copy_has_the_same_activations_patched_logits_and_gradients(
     for name in grads:
         assert_close(twin_values[name], values[name])
         assert_close(twin_grads[name], grads[name])
-    source = cached(model, padded(toy, model, seed=1), 2)
-    for name in model.hook_names(2)[::3]:
-        patch = put(source[name], one_place(name))
-        assert_close(
-            run_hooked(twin, batch, name, patch, 2), run_hooked(model, batch, name, patch, 2)
-        )
+    batch = padded(toy, model, rows=ROWS)
+    source = cached(model, padded(toy, model, seed=1, rows=ROWS), 2)
+    for rows in row_each(model.hook_names(2), ROWS):
+        hooks = [(name, put(source[name], own_row(name, row))) for name, row in rows.items()]
+        with model.hooks(hooks, n_loops=2), twin.hooks(hooks, n_loops=2):
+            assert_close(run(twin, batch, 2), run(model, batch, 2))
 
 
 @Families
@@ -244,6 +248,9 @@ def test_stopping_earlier_is_a_shorter_call_where_declared(toy: Toy, model: Loop
     ]
     assert same[-1]
     assert all(same) == model.prefix_readout
+    idle = [n for n in model.hook_names(LOOPS) if n.startswith(f"loops.{LOOPS - 1}.")][-1]
+    with model.hooks([(idle, lambda value, hook: None)], n_loops=LOOPS):
+        assert_close(readout_lens(model, batch, LOOPS, keep_logits=True).logits, lens.logits)
 
 
 @Families

@@ -147,9 +147,9 @@ TOYS: dict[str, Toy] = {
 }
 
 
-def random_tokens(model: LoopedModel, seed: int = 0, pos: int = POS) -> Tensor:
+def random_tokens(model: LoopedModel, seed: int = 0, pos: int = POS, rows: int = BATCH) -> Tensor:
     return torch.randint(
-        1, model.cfg.d_vocab, (BATCH, pos), generator=torch.Generator().manual_seed(seed)
+        1, model.cfg.d_vocab, (rows, pos), generator=torch.Generator().manual_seed(seed)
     )
 
 
@@ -159,8 +159,9 @@ def full(toy: Toy, model: LoopedModel, seed: int = 0) -> Batch:
     return Batch(tokens, torch.ones_like(tokens), torch.full((BATCH,), POS - 1), toy.begin(tokens))
 
 
-def padded(toy: Toy, model: LoopedModel, seed: int = 0) -> Batch:
-    """A right-padded batch, read at the last real token of each row."""
-    mask = (torch.arange(POS) < torch.tensor(LENGTHS)[:, None]).long()
-    tokens = random_tokens(model, seed) * mask
-    return Batch(tokens, mask, torch.tensor(LENGTHS) - 1, toy.begin(tokens))
+def padded(toy: Toy, model: LoopedModel, seed: int = 0, rows: int = BATCH) -> Batch:
+    """A right-padded batch of a multiple of three rows, read at the last real token of each."""
+    lengths = torch.tensor(LENGTHS * (rows // len(LENGTHS)))
+    mask = (torch.arange(POS) < lengths[:, None]).long()
+    tokens = random_tokens(model, seed, rows=rows) * mask
+    return Batch(tokens, mask, lengths - 1, toy.begin(tokens))

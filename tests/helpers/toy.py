@@ -5,7 +5,7 @@ Axes: batch 3, pos 7, head 5, d_head 7, d_model 35, d_mlp 44, d_vocab 29, loop 4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +90,7 @@ BLOCK_SITES = (
 )
 
 Model = TypeVar("Model", bound=LoopedModel)
+Place = TypeVar("Place", bound=Hashable)
 
 
 def toy_config(
@@ -296,6 +297,23 @@ def put(source: Tensor, index: tuple[slice | int, ...]) -> Callable[..., Tensor]
         return changed
 
     return replace_there
+
+
+def noise(value: Tensor, index: tuple[slice | int, ...]) -> Tensor:
+    """A copy of a value with noise at one place."""
+    changed = value.clone()
+    changed[index] += torch.randn(
+        value[index].shape, generator=torch.Generator().manual_seed(3), dtype=value.dtype
+    )
+    return changed
+
+
+def row_each(places: Sequence[Place], rows: int) -> Iterator[dict[Place, int]]:
+    """Places in groups, each with a row of its own, so that one run can be changed in another row
+    at each of them.
+    """
+    for start in range(0, len(places), rows):
+        yield {place: row for row, place in enumerate(places[start : start + rows])}
 
 
 def nothing(value: Tensor, hook: object) -> None:

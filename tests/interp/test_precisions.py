@@ -50,6 +50,7 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+IN_SHORT = {(family, "bf16") for family in ("huginn", "hrm_text", "melt", "training_free")}
 Found = pd.DataFrame | Tensor
 METHODS: Mapping[str, Callable[[LoopedModel, Batch], Found]] = {
     "logit_lens": lambda m, b: logit_lens(m, b, LOOPS).frame(ANSWERS),
@@ -116,10 +117,13 @@ def outcome(method: str, model: LoopedModel, batch: Batch) -> Found | str:
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    ["bf16", "fp64", *(pytest.param(each, marks=pytest.mark.slow) for each in ("fp16", "fp32"))],
+    ("family", "dtype"),
+    [
+        pytest.param(family, dtype, marks=() if (family, dtype) in IN_SHORT else pytest.mark.slow)
+        for family in FAMILIES
+        for dtype in DTYPES
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_reaches_its_frame(family: str, dtype: str) -> None:
     for method in METHODS:
         expected, found = (

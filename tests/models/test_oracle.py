@@ -18,6 +18,7 @@ from loopscope.models.views import Unrolled, unrolled, untied
 from toy import (
     HEAD,
     LAYERS,
+    LENGTHS,
     LOOPS,
     POSITION,
     SHORTEST,
@@ -27,8 +28,8 @@ from toy import (
     padded,
     projection,
     put,
+    row_each,
     run,
-    run_hooked,
 )
 
 
@@ -64,18 +65,22 @@ def test_unrolled_model_has_the_same_activations_and_logits(model: RecurrentDept
 
 
 def test_untied_and_unrolled_have_the_same_patched_logits(model: RecurrentDepth) -> None:
-    batch, twin, plain = padded(), untied(model, SHORTEST), unrolled(model, SHORTEST)
-    source = cached(model, padded(seed=1), n_loops=SHORTEST)
-    for name in block_names(model, SHORTEST):
-        patch = put(source[name], index_at(name, POSITION, HEAD))
-        logits = run_hooked(model, batch, name, patch, SHORTEST)
-        assert_close(run_hooked(twin, batch, name, patch, SHORTEST), logits)
-        assert_close(
-            plain.run_with_hooks(
-                batch.tokens, mask=batch.mask, fwd_hooks=[(visit_name(name), patch)]
-            ),
-            logits,
-        )
+    twin, plain = untied(model, SHORTEST), unrolled(model, SHORTEST)
+    batch = padded(lengths=LENGTHS * 4)
+    source = cached(model, padded(seed=1, lengths=LENGTHS * 4), n_loops=SHORTEST)
+    for rows in row_each(block_names(model, SHORTEST), len(batch)):
+        patches = {
+            name: put(source[name], (row, *index_at(name, POSITION, HEAD)[1:]))
+            for name, row in rows.items()
+        }
+        with (
+            model.hooks(list(patches.items()), n_loops=SHORTEST),
+            twin.hooks(list(patches.items()), n_loops=SHORTEST),
+            plain.hooks([(visit_name(name), patch) for name, patch in patches.items()]),
+        ):
+            logits = run(model, batch, SHORTEST)
+            assert_close(run(twin, batch, SHORTEST), logits)
+            assert_close(plain(batch.tokens, mask=batch.mask), logits)
 
 
 def test_untied_copy_has_the_same_gradients(model: RecurrentDepth) -> None:

@@ -5,61 +5,53 @@ same place does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from loopscope.models.basis.tokens import Batch
-from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
     HEAD,
+    LENGTHS,
     POSITION,
     SHORT,
     expected_shape,
-    full,
     index_at,
-    is_close,
+    noise,
     padded,
     put,
+    row_each,
     run,
-    run_hooked,
 )
 
 
-def noise_at(index: tuple[slice | int, ...]) -> Callable[..., Tensor]:
-    """A hook that adds noise at one place."""
+def test_a_patch_of_one_place_changes_nothing_by_its_own_value_and_something_by_another(
+    model: RecurrentDepth,
+) -> None:
+    """One run changes one row at each of many sites."""
+    batch, seen = padded(lengths=LENGTHS * 4), dict[str, Tensor]()
+    places = {name: index_at(name, POSITION, HEAD)[1:] for name in model.hook_names(SHORT)}
 
-    def disturb(value: Tensor, hook: object) -> Tensor:
-        changed = value.clone()
-        changed[index] += torch.randn(
-            value[index].shape, generator=torch.Generator().manual_seed(3), dtype=value.dtype
-        )
-        return changed
+    def patched(change: Callable[..., Tensor | None]) -> Tensor:
+        hooks = [(name, partial(change, name=name, row=row)) for name, row in rows.items()]
+        with model.hooks(hooks, n_loops=SHORT):
+            return run(model, batch, SHORT)
 
-    return disturb
+    def keep(value: Tensor, hook: object, name: str, row: int) -> None:
+        assert name not in seen
+        assert value.shape == expected_shape(name, len(batch)), name
+        seen[name] = value.clone()
 
+    def own(value: Tensor, hook: object, name: str, row: int) -> Tensor:
+        return put(seen[name], (row, *places[name]))(value, hook)
 
-def seen_at(model: LoopedModel, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
-    """What a hook that returns None sees at one point, and the logits of that run."""
-    seen: list[Tensor] = []
-    logits = run_hooked(model, batch, name, lambda value, hook: seen.append(value.clone()), SHORT)
-    assert len(seen) == 1, name
-    return seen[0], logits
+    def other(value: Tensor, hook: object, name: str, row: int) -> Tensor:
+        return noise(value, (row, *places[name]))
 
-
-def test_self_patch_at_one_position_and_head_changes_nothing(model: RecurrentDepth) -> None:
-    batch = padded()
-    for name in model.hook_names(SHORT):
-        own, logits = seen_at(model, batch, name)
-        assert own.shape == expected_shape(name), name
-        patched = run_hooked(model, batch, name, put(own, index_at(name, POSITION, HEAD)), SHORT)
-        assert torch.equal(patched, logits), name
-
-
-def test_the_same_place_with_another_value_changes_the_logits(model: RecurrentDepth) -> None:
-    batch = full()
-    logits = run(model, batch, SHORT)
-    for name in model.hook_names(SHORT):
-        disturbed = run_hooked(model, batch, name, noise_at(index_at(name, POSITION, HEAD)), SHORT)
-        assert not is_close(disturbed, logits), name
+    for rows in row_each(list(places), len(batch)):
+        logits = patched(keep)
+        assert torch.equal(patched(own), logits), list(rows)
+        disturbed = patched(other)
+        for name, row in rows.items():
+            assert not torch.equal(disturbed[row], logits[row]), name

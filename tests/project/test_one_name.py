@@ -94,9 +94,19 @@ SHOW = "print(models.mine, tasks.mine, training.mine, interp.mine, analyses.mine
 
 
 @pytest.mark.parametrize(
-    "lines", [(USE_OWN, USE_OURS), (USE_OURS, USE_OWN)], ids=["theirs first", "ours first"]
+    ("lines", "form"),
+    [
+        pytest.param((USE_OWN, USE_OURS), "models.py", id="theirs first, a file"),
+        pytest.param((USE_OURS, USE_OWN), "models/__init__.py", id="ours first, a folder"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ((USE_OURS, USE_OWN), "models.py"),
+                ((USE_OWN, USE_OURS), "models/__init__.py"),
+            ]
+        ),
+    ],
 )
-@pytest.mark.parametrize("form", ["models.py", "models/__init__.py"])
 def test_the_users_own_packages_of_these_names_stay_the_users(
     tmp_path: Path, lines: tuple[str, str], form: str
 ) -> None:

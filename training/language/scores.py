@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from loopscope.interp.common.ranking import top_token
 from loopscope.interp.generation import Sampling, generate
 from loopscope.models.core.base import LoopedModel
 from loopscope.tasks.smiles import BOS, EOS, SmilesVocabulary, valid, well_formed
@@ -54,7 +55,7 @@ def score_passes(
             state = model.advance(state, end)
             logits = model.readout(model.finish(state, loop))[real]
             nats[loop] += float(F.cross_entropy(logits, targets, reduction="sum"))
-            right[loop] += int((logits.argmax(-1) == targets).sum())
+            right[loop] += int((top_token(logits) == targets).sum())
     return PassScores(tuple((nats / count).tolist()), tuple((right / count).tolist()))
 
 

@@ -22,6 +22,7 @@ from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, words
 from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, styled
 from loopscope.analyses.common.records import Record
+from loopscope.interp.common.ranking import top_token
 from loopscope.interp.exits.exit_gate import exit_distribution, gate_names, readout_at_threshold
 from loopscope.models.core.state import checked_loops
 
@@ -130,11 +131,11 @@ def measure(
         batch.tokens, n_loops=n_loops, mask=batch.mask, names_filter=names, **batch.options
     )
     gates = torch.stack([cache[name] for name in names])[:, real]
-    last, used, agrees = logits.argmax(-1)[real], [], []
+    last, used, agrees = top_token(logits[real]), [], []
     for threshold in tqdm(thresholds, desc="thresholds", leave=False):
         read = readout_at_threshold(model, batch, threshold, n_loops)
         used.append(read.iterations[real])
-        agrees.append(read.logits.argmax(-1)[real] == last)
+        agrees.append(top_token(read.logits[real]) == last)
     pdf, cdf = exit_distribution(gates)
     return ExitGate(
         tokens=tuple(

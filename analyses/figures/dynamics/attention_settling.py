@@ -18,7 +18,7 @@ from loopscope.analyses.common.labels import loop_and_layer
 from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, note, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
-from loopscope.interp.common.columns import Shown, shown_spots
+from loopscope.interp.common.columns import Shown, shown_columns
 from loopscope.interp.dynamics.layers import AttentionDynamics, attention_dynamics
 
 
@@ -130,7 +130,7 @@ def measure(asked: Asked, group: Group, n_loops: int, queries: Shown = "real") -
     """The record for one group of inputs of an open checkpoint."""
     found = attention_dynamics(asked.subject.model, group.batch, n_loops, positions=queries)
     moved = AttentionDynamics(found.names, found.change.cpu(), found.entropy.cpu())
-    columns, shown = shown_spots(group.batch, queries)
+    columns, shown = shown_columns(group.batch, queries)
     keys = group.batch.mask.cumsum(1).gather(1, columns)[shown]
     uniform = float(keys.double().log().mean()) if asked.subject.model.causal else None
     return AttentionSettling(len(group.batch), group.hops, str(queries), uniform, moved)

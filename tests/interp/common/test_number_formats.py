@@ -31,6 +31,8 @@ from loopscope.models.core.base import LoopedModel
 LOOPS, ANSWERS = 1, [3, 5, 7]
 METRIC = logit_diff(ANSWERS, 2)
 FORMATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+# the whole table is for the slow tests; each block and each kind of schedule stands in this part
+IN_SHORT = {(family, torch.bfloat16) for family in ("ouro", "hrm_text", "hyperloop", "smollm")}
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,14 @@ REFUSALS: dict[str, tuple[Callable[[LoopedModel], bool], str]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
-@pytest.mark.parametrize("family", TOYS)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        pytest.param(family, dtype, marks=() if (family, dtype) in IN_SHORT else pytest.mark.slow)
+        for family in TOYS
+        for dtype in FORMATS
+    ],
+)
 def test_every_method_runs_to_its_frame(family: str, dtype: torch.dtype) -> None:
     given = case(family, dtype)
     for name, method in METHODS.items():

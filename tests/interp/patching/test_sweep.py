@@ -5,12 +5,15 @@ twice.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.patching.activation import activation_patch
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
@@ -24,15 +27,25 @@ from toy import (
     index_at,
     padded,
     projection,
-    put,
     random_tokens,
+    row_each,
     run,
-    run_hooked,
     site_of,
     toy,
 )
 
 # Patches: each cell is one run
+
+
+def rows_put(source: Tensor, index: tuple[slice | int, ...], start: int) -> Callable[..., Tensor]:
+    """A hook that takes one place of some rows of its value from `source`."""
+
+    def replace_there(value: Tensor, hook: object) -> Tensor:
+        changed = value.clone()
+        changed[start : start + len(source)][index] = source[index]
+        return changed
+
+    return replace_there
 
 
 def site_names(model: LoopedModel) -> list[str]:
@@ -77,10 +90,17 @@ def test_each_cell_of_a_sweep_is_one_run_with_that_patch(
         for name in {cell.name for cell in sweep.cells}
     }
     read = torch.arange(BATCH), base.readout
+    many = Batch(base.tokens.repeat(8, 1), base.mask.repeat(8, 1), base.readout.repeat(8))
     naive = []
-    for name, position, head in expected_cells:
-        patch = put(values[name], index_at(name, position, head))
-        naive.append(projection()(run_hooked(model, base, name, patch, SHORTEST)[read]))
+    for cells in row_each(expected_cells, 8):  # three rows of a run for each cell
+        hooks = [
+            (name, rows_put(values[name], index_at(name, position, head), row * BATCH))
+            for (name, position, head), row in cells.items()
+        ]
+        with model.hooks(hooks, n_loops=SHORTEST):
+            logits = run(model, many, SHORTEST)
+        scores = projection()(logits[torch.arange(8 * BATCH), many.readout]).split(BATCH)
+        naive += scores[: len(cells)]
     assert_close(sweep.values, torch.stack(naive))
     assert_close(sweep.clean, projection()(run(model, clean, SHORTEST)[read]))
     assert_close(sweep.corrupted, projection()(run(model, corrupted, SHORTEST)[read]))

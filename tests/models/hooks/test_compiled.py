@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -84,3 +85,18 @@ def test_hooks_of_a_compiled_view_fire(backend: Any, plain: RecurrentDepth) -> N
     with view.hooks([("blocks.1.hook_mlp_out", calls)]):
         compiled(random_tokens())
     assert calls.names == ["blocks.1.hook_mlp_out"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs g++")
+def test_hooks_fire_beside_code_that_was_compiled_for_the_machine(plain: RecurrentDepth) -> None:
+    tokens, calls = random_tokens(), Calls()
+    expected, kept = plain.run_with_cache(tokens, n_loops=2, names_filter=SITE)
+    model = torch.compile(plain)
+    torch.testing.assert_close(model(tokens, n_loops=2), expected)
+    with plain.hooks([(SITE, calls), (SITE, lambda value, hook: value * 0)]):
+        assert not torch.allclose(model(tokens, n_loops=2), expected)
+    assert calls.names == [SITE]
+    _, cache = plain.run_with_cache(tokens, n_loops=2, names_filter=SITE)
+    assert torch.equal(cache[SITE], kept[SITE])
+    torch.testing.assert_close(model(tokens, n_loops=2), expected)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.models.core.hooks import LoopHookPoint
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import LOOPS, nothing, random_tokens
 
@@ -148,3 +149,14 @@ def test_pytorchs_own_hook_on_a_point_fires(model: RecurrentDepth) -> None:
         ),
     )
     assert torch.equal(model(tokens, n_loops=LOOPS), logits)
+
+
+def test_a_point_is_as_its_constructors_make_it(plain: RecurrentDepth) -> None:
+    made, other = plain.hook_embed, plain.loops[1].blocks[0].hook_resid_pre
+    fresh = vars(LoopHookPoint())
+    assert vars(made).keys() == vars(other).keys() == fresh.keys()
+    for attribute, value in fresh.items():
+        assert type(getattr(made, attribute)) is type(value) or attribute in ("name", "watch")
+        if isinstance(value, dict | list | set):
+            assert getattr(made, attribute) == value
+            assert getattr(made, attribute) is not getattr(other, attribute)

@@ -4,6 +4,8 @@ of another kind is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -105,13 +107,25 @@ def test_a_hook_that_returns_another_kind_of_value_is_refused(
 def test_every_site_of_every_family_refuses_one_row_for_all(name: str) -> None:
     model: LoopedModel = TOYS[name].make()
     tokens = tokens_for(model)
-    options = TOYS[name].begin(tokens)
-    for site in model.hook_names(2):
+    options, outside = TOYS[name].begin(tokens), set(model.hook_names(2))
+
+    def refuses(site: str, run: Callable[[], object]) -> None:
         with (
             model.hooks([(site, OTHERS["a row"])], n_loops=2),
             pytest.raises(ValueError, match=rf"a hook at '{site}' must return"),
         ):
-            model(tokens, n_loops=2, **options)
+            run()
+
+    state = model.begin(tokens, n_loops=2, **options)
+    for visit in model.schedule(2):
+        edges = (visit.boundary[site] for site in (*visit.opening, *visit.closing))
+        here = {str(point.name) for point in (*edges, *visit.points.values())}
+        for site in here & outside:
+            refuses(site, partial(model.advance, state, visit.index + 1))
+        outside -= here
+        state = model.advance(state, visit.index + 1)
+    for site in outside:
+        refuses(site, partial(model, tokens, n_loops=2, **options))
 
 
 def test_a_nan_query_comes_out_the_same_with_an_idle_hook_on_the_pattern() -> None:
