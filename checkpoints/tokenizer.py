@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,7 @@ _COMPANIONS = (
 
 
 class HubTokenizer:
-    """A released tokenizer with the calls of a `Vocabulary`. A text's ids hold special tokens only
-    where the text writes them.
+    """A released tokenizer with the calls of a `Vocabulary`.
 
     Args:
         tokenizer: The tokenizer that transformers loads.
@@ -50,12 +50,31 @@ class HubTokenizer:
     def __len__(self) -> int:
         return self._d_vocab
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens of its own; ValueError for an empty one."""
+    def ids(self, text: str, prepend_bos: bool | None = None) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            prepend_bos: None adds the special tokens that `tokenizer(text)` of transformers adds;
+                True puts the token that begins a text in front and adds no other; False adds none.
+
+        Raises:
+            ValueError: An empty text, or a tokenizer without a token that begins a text.
+        """
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not found:
             raise ValueError("a text must hold at least one token, got an empty one")
-        return found
+        if prepend_bos is None:
+            return list(self.tokenizer(text)["input_ids"])
+        if not prepend_bos:
+            return found
+        first = self.tokenizer.bos_token_id
+        if first is None:
+            raise ValueError("no token of this tokenizer begins a text; leave prepend_bos out")
+        return [first, *found]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""

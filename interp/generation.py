@@ -19,6 +19,7 @@ from loopscope.interp.common.inputs import Inputs, as_batch, begin_batch
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import check_order, has_no_order, in_order, top_token
+from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel, at_columns
@@ -74,7 +75,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generated(OneScreen):
     """Prompts with what was generated after them.
 
     Attributes:
@@ -82,12 +83,14 @@ class Generated:
         mask: Int[Tensor, "batch pos"], ones for the prompt and what was generated.
         new: Int[Tensor, "batch new"], the new tokens alone; 0 after a row has stopped.
         logits: Float[Tensor, "batch new d_vocab"], from which each new token was chosen.
+        text: Each prompt with what was generated after it; empty without a vocabulary.
     """
 
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     new: Int[Tensor, "batch new"]
     logits: Float[Tensor, "batch new d_vocab"]
+    text: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -154,12 +157,14 @@ def generate(
         going = going & ~torch.isin(chosen, stops)
         if not bool(going.any()):
             break
-    width = int(run.batch.mask.sum(1).max())
+    lengths = run.batch.mask.sum(1).tolist()
+    rows = [row[:length] for row, length in zip(run.batch.tokens, lengths, strict=True)]
     return Generated(
-        run.batch.tokens[:, :width],
-        run.batch.mask[:, :width],
+        run.batch.tokens[:, : max(lengths)],
+        run.batch.mask[:, : max(lengths)],
         torch.stack(new, 1),
         torch.stack(logits, 1),
+        () if model.vocab is None else tuple(map(model.texts.to_text, rows)),
     )
 
 

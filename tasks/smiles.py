@@ -244,8 +244,10 @@ class SmilesVocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text; ValueError names the first piece that is not in the vocabulary."""
+    def ids(self, text: str, prepend_bos: bool | None = None) -> list[int]:
+        """Token ids of a text, with <bos> in front where `prepend_bos` asks for it; ValueError
+        names the first piece that is not in the vocabulary.
+        """
         found = pieces(text)
         if not found:
             raise ValueError("a text must hold at least one token, got an empty one")
@@ -255,7 +257,7 @@ class SmilesVocabulary:
                     f"{piece!r} is not one of the {len(self)} tokens of this vocabulary:"
                     f" {' '.join(self.words)}"
                 )
-        return [self._ids[piece] for piece in found]
+        return [self._ids[piece] for piece in ([BOS, *found] if prepend_bos else found)]
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of some ids; the inverse of `ids`."""

@@ -25,6 +25,7 @@ from loopscope.interp.common.inputs import (
 from loopscope.interp.common.metrics import Answers, one_per_row
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import Slot, Visit, checked_loops
@@ -49,7 +50,7 @@ class LogitComponent:
 
 
 @dataclass(frozen=True)
-class DirectLogits:
+class DirectLogits(OneScreen):
     """A logit, or a difference of two, as a sum over components.
 
     Attributes:

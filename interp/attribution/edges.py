@@ -22,6 +22,7 @@ from loopscope.interp.common.metrics import metric_name
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.pairs import Pair
 from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit, checked_loops
 
@@ -52,7 +53,7 @@ class Edge(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EdgeAttribution:
+class EdgeAttribution(OneScreen):
     """The first-order effect of every edge between two visits, or within one.
 
     Attributes:

@@ -25,6 +25,7 @@ from loopscope.interp.common.inputs import (
 )
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
@@ -35,7 +36,7 @@ _ENOUGH = 1e-5  # residual of the leading eigenvalue at which it has settled
 
 
 @dataclass(frozen=True)
-class JacobianSpectrum:
+class JacobianSpectrum(OneScreen):
     """The leading eigenvalues of one iteration's map from state to state, estimated.
 
     Attributes:

@@ -24,6 +24,7 @@ from loopscope.interp.common.inputs import (
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.states import Dynamics
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -32,7 +33,7 @@ from loopscope.models.core.state import checked_loops
 
 
 @dataclass(frozen=True)
-class LayerDynamics:
+class LayerDynamics(OneScreen):
     """The trajectory of every block's output over iterations.
 
     Blocks may settle at different fixed points, which the state then visits in a cycle.
@@ -110,7 +111,7 @@ def layer_dynamics(
 
 
 @dataclass(frozen=True)
-class AttentionDynamics:
+class AttentionDynamics(OneScreen):
     """The change of each head's attention from one iteration to the next.
 
     Means over examples and query positions.

@@ -32,13 +32,14 @@ from loopscope.interp.common.inputs import (
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.statistics import cosine_of, effective_rank, norm_of
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 
 
 @dataclass(frozen=True)
-class Orbits:
+class Orbits(OneScreen):
     """Trajectories in the space of the first principal components of all their points.
 
     Attributes:
@@ -66,7 +67,7 @@ class Orbits:
 
 
 @dataclass(frozen=True)
-class Dynamics:
+class Dynamics(OneScreen):
     """A part of the state along iterations.
 
     A statistic is NaN where it is not defined, and where a column is padding.

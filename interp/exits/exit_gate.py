@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import State, checked_loops
@@ -97,7 +98,7 @@ def gate_logits(
 
 
 @dataclass(frozen=True)
-class GatedReadout:
+class GatedReadout(OneScreen):
     """Logits at every position, read by the rule of an exit gate.
 
     Attributes:

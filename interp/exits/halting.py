@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.ranking import rank_of
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.core.base import LoopedModel
@@ -57,7 +58,7 @@ class HaltingRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stops:
+class Stops(OneScreen):
     """Where each example of a run stops.
 
     Attributes:

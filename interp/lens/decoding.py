@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, as_batch, checked_batch_size, in_chunks
 from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.lens.lens import logit_lens
 from loopscope.interp.lens.record import Lens, visit_table
 from loopscope.models.basis.tokens import Batch
@@ -27,7 +28,7 @@ Columns = Int[Tensor, "batch target"] | Sequence[int] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class RankTrajectory:
+class RankTrajectory(OneScreen):
     """Ranks and probabilities of several tokens at every read and visit of a lens.
 
     Attributes:
@@ -88,7 +89,7 @@ def rank_trajectory(lens: Lens, tokens: Targets) -> RankTrajectory:
 
 
 @dataclass(frozen=True)
-class Decodability:
+class Decodability(OneScreen):
     """How often each target is the top token of the logit lens at its own position.
 
     Attributes:

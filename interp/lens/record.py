@@ -14,6 +14,7 @@ from torch import Tensor
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import rank_of, top_tokens
+from loopscope.interp.common.shown import OneScreen
 from loopscope.models.core.base import LoopedModel
 
 _CHUNK = 1 << 22  # logits held at a time
@@ -57,7 +58,7 @@ class TopTokens(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lens:
+class Lens(OneScreen):
     """Distributions over the vocabulary at successive visits of a run.
 
     A read is one position of one example; by default each example has one read, at its readout.
@@ -190,6 +191,30 @@ class Lens:
         if self.model.vocab is not None:
             frame["top"] = [self.model.vocab.words[token] for token in frame["top"]]
         return frame
+
+    def _table(self) -> pd.DataFrame:
+        """The heat map of the first example in numbers: the top token and its probability, at most
+        24 visits by 8 reads.
+        """
+        visits = torch.linspace(0, len(self.names) - 1, min(24, len(self.names))).round().long()
+        reads = (self.example == self.example[0]).nonzero()[:8, 0]
+        chosen = visits.tolist()
+        part = replace(
+            self,
+            heads_input=self.heads_input[visits][:, reads],
+            loops=tuple(self.loops[i] for i in chosen),
+            layers=tuple(self.layers[i] for i in chosen),
+            names=tuple(self.names[i] for i in chosen),
+            example=self.example[reads],
+            position=self.position[reads],
+            logits=None,
+        ).frame()
+        part["shown"] = [
+            f"{top} {prob:.2f}" for top, prob in zip(part["top"], part["top_prob"], strict=True)
+        ]
+        return part.pivot(index="visit", columns="position", values="shown").loc[
+            list(dict.fromkeys(part["visit"]))
+        ]
 
     def targets(self, given: Targets) -> Int[Tensor, " read"]:
         """One token per read as a tensor; ValueError or TypeError for anything else."""

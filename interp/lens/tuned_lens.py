@@ -30,6 +30,7 @@ from loopscope.interp.common.inputs import (
 )
 from loopscope.interp.common.modes import differentiated, evaluating
 from loopscope.interp.common.places import loop_and_layer
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.lens.lens import residuals
 from loopscope.interp.lens.record import Lens, visit_table, visits_of
 from loopscope.models.basis.files import atomic_path
@@ -46,7 +47,7 @@ _KIND = "tuned lens"
 
 
 @dataclass(frozen=True)
-class TunedLens:
+class TunedLens(OneScreen):
     """Affine translators h -> h + A h + b, one per visit, in front of the final norm and the head.
 
     Attributes:

@@ -21,6 +21,7 @@ from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Where, chosen_visits
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.patching.path_ends import (
     RECEIVED,
     SENT,
@@ -41,7 +42,7 @@ _FROZEN: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class PathPatch:
+class PathPatch(OneScreen):
     """The metric with one path patched.
 
     Attributes:

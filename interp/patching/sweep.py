@@ -15,6 +15,7 @@ from torch import Tensor
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.pairs import Direction
 from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -34,7 +35,7 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(OneScreen):
     """The cells of one site on named axes.
 
     Attributes:
@@ -51,7 +52,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(OneScreen):
     """The metric for every patch.
 
     Attributes:

@@ -20,6 +20,7 @@ from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_bat
 from loopscope.interp.common.metrics import logit_margin
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.ranking import top_token
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.models.core.base import LoopedModel
@@ -28,7 +29,7 @@ _SITES = ("embed", "resid_post")
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(OneScreen):
     """The effect of patching single states, by depth and position.
 
     Attributes:

@@ -20,6 +20,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.utilities.matrix import composition_scores as scores_of_factors
 
 from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.weights.heads import (
     embedded,
     layers_of,
@@ -128,7 +129,7 @@ def full_ov(
 
 
 @dataclass(frozen=True)
-class Composition:
+class Composition(OneScreen):
     """How strongly heads read what heads wrote before.
 
     Weights are shared, so a score holds for every two visits at which it is possible: from an

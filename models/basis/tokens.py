@@ -29,8 +29,17 @@ class Words(Protocol):
 
     def __len__(self) -> int: ...
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text."""
+    def ids(self, text: str, prepend_bos: bool | None = None) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            prepend_bos: True puts the token that begins a text in front, False puts no special
+                token anywhere, None does what the tokenizer does by default.
+        """
+        ...
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
         ...
 
 
@@ -56,8 +65,12 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text; ValueError names the first piece that is not in the vocabulary."""
+    def ids(self, text: str, prepend_bos: bool | None = None) -> list[int]:
+        """Token ids of a text; ValueError names the first piece that is not in the vocabulary, or
+        says that no token of the vocabulary begins a text.
+        """
+        if prepend_bos:
+            raise ValueError("no token of this vocabulary begins a text; leave prepend_bos out")
         pieces = re.findall(r"<[^<>]*>|[^<\s]+|<", text)
         for piece in pieces:
             if piece not in self._ids:
@@ -69,6 +82,10 @@ class Vocabulary:
         if not pieces:
             raise ValueError("a text must hold at least one token, got an empty one")
         return [self._ids[piece] for piece in pieces]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The tokens one after another."""
+        return "".join(self.words[i] for i in ids)
 
 
 @dataclass(frozen=True)

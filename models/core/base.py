@@ -21,6 +21,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.models.basis.names import NamesFilter, is_pattern
 from loopscope.models.basis.tokens import Batch, Readout, Words
+from loopscope.models.core import describe
 from loopscope.models.core.attention import KeyValueStore, Rows
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.compiled import EagerWhileHooked
@@ -48,7 +49,7 @@ from loopscope.models.core.state import (
     refuse_unmasked_padding,
     running,
 )
-from loopscope.models.core.texts import TextInputs
+from loopscope.models.core.texts import ReturnType, TextInputs, Texts
 
 Pairs = Sequence[tuple[NamesFilter, Hook]]
 
@@ -79,11 +80,18 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         self._schedules = Schedules(self, self.plan, self._points)
         self._hooking = Interventions(self, self._points)
 
+    def __repr__(self) -> str:
+        return describe.as_text(self)
+
+    def _repr_html_(self) -> str:
+        """The model on one screen of a notebook."""
+        return describe.as_html(self)
+
     # Running
 
     def begin(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Batch,
         mask: Tensor | None = None,
         *,
         n_loops: int | None = None,
@@ -92,7 +100,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         """The state before the first visit.
 
         Args:
-            tokens: Int[Tensor, "batch pos"].
+            tokens: Int[Tensor, "batch pos"], or a `Batch`, which has a mask and options of its own.
             mask: "batch pos", ones for real tokens and then zeros; None means no padding.
             n_loops: Iterations; None means the number that the checkpoint records.
             options: What a family's `embed` takes besides (an initial state, a seed, token types).
@@ -102,6 +110,9 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
                 longer than learned positions allow, fewer than one iteration, or a hook at an
                 iteration that this call does not have.
         """
+        if isinstance(tokens, Batch):
+            given = self.texts.given(tokens, mask, options, None)
+            return self.begin(given.tokens, given.mask, n_loops=n_loops, **given.options)
         tokens, real, n_loops = self.checked_inputs(tokens, mask, n_loops)
         self.refuse_late_hooks(n_loops)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -214,10 +225,38 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return logits if positions is None else logits[:, 0]
 
     def forward(
-        self, tokens: Tensor, n_loops: int | None = None, mask: Tensor | None = None, **options: Any
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits at all positions; the arguments are those of `begin`."""
-        return self.readout(self.advance(self.begin(tokens, mask, n_loops=n_loops, **options)))
+        self,
+        tokens: Tensor | Batch | Texts,
+        n_loops: int | None = None,
+        mask: Tensor | None = None,
+        *,
+        return_type: ReturnType = "logits",
+        prepend_bos: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Logits at all positions.
+
+        Args:
+            tokens: Tokens, a `Batch`, a text or texts.
+            n_loops, mask, options: As in `begin`.
+            return_type: "logits"; "loss", the mean cross-entropy of each real token after the
+                first one in nats; "both", as a pair; None runs for the hooks alone.
+            prepend_bos: Of texts, as in `encode`.
+
+        Returns:
+            Float[Tensor, "batch pos d_vocab"], or what `return_type` says.
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(
+                f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}"
+            )
+        given = self.texts.given(tokens, mask, options, prepend_bos)
+        state = self.begin(given.tokens, given.mask, n_loops=n_loops, **given.options)
+        logits = self.readout(self.advance(state))
+        if return_type in ("logits", None):
+            return logits if return_type else None
+        loss = given.loss(logits, self.causal)
+        return loss if return_type == "loss" else (logits, loss)
 
     def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
         """Run the next tokens of sequences that are being generated, by the family's rule for what
@@ -451,30 +490,49 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         """How texts become inputs, by the model's vocabulary and readout."""
         return TextInputs(self.vocab, self.read_at, self.cfg.n_ctx, self.positional, self.device)
 
-    def encode(self, texts: str | Sequence[str]) -> Batch:
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers that the checkpoint came with; None where it has none."""
+        return getattr(self.vocab, "tokenizer", None)
+
+    def encode(self, texts: Texts, prepend_bos: bool | None = None) -> Batch:
         """Right-padded tokens, mask and readout column of some texts, with the padding that the
         readout needs.
+
+        Args:
+            prepend_bos: True puts the token that begins a text in front, False puts no special
+                token anywhere, None does what the checkpoint's tokenizer does by default.
 
         Raises:
             ValueError: The checkpoint has no vocabulary, or does not say where answers are read.
         """
-        return self.texts.encode(texts)
+        return self.texts.encode(texts, prepend_bos)
 
-    def to_tokens(self, texts: str | Sequence[str]) -> Int[Tensor, "batch pos"]:
-        """Token ids of some texts, padded on the right with id 0."""
-        return self.texts.to_tokens(texts)
+    def to_tokens(self, texts: Texts, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """Token ids of some texts, padded on the right with id 0; `prepend_bos` as in `encode`."""
+        return self.texts.to_tokens(texts, prepend_bos)
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is one token; ValueError for any other text."""
         return self.texts.to_single_token(text)
 
-    def to_str_tokens(self, tokens: str | Sequence[int] | Tensor) -> list[str]:
-        """The tokens of one text, or of one row of ids, as strings.
+    def to_string(self, tokens: Sequence[Any] | Tensor) -> str | list[str]:
+        """The text of one row of ids, or the texts of several rows, special tokens included.
+
+        Raises:
+            ValueError: No integers, or ids that the vocabulary does not have.
+        """
+        return self.texts.to_string(tokens)
+
+    def to_str_tokens(
+        self, tokens: str | Sequence[int] | Tensor, prepend_bos: bool | None = None
+    ) -> list[str]:
+        """The tokens of one text (`prepend_bos` as in `encode`), or of one row of ids, as strings.
 
         Raises:
             ValueError: No text and no row of integers, or ids that the vocabulary does not have.
         """
-        return self.texts.to_str_tokens(tokens)
+        return self.texts.to_str_tokens(tokens, prepend_bos)
 
 
 def at_columns(x: Shaped[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder
@@ -156,17 +155,15 @@ class WindowLoops(LoopedModel):
     def loops_after_prompt(self, n_loops: int) -> int:
         return 1 if self.cfg.decode == "bypass" else n_loops
 
-    def forward(
-        self, tokens: Tensor, n_loops: int | None = None, mask: Tensor | None = None, **options: Any
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits at all positions; the arguments are those of `begin`."""
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Logits at all positions; the arguments are those of `LoopedModel.forward`."""
         hooked = self._points.hooked_aside() if self.any_hook() else []
         if hooked:
             raise ValueError(
                 f"a hook is attached at {hooked[0]!r}, but a plain call makes no stash pass;"
                 " prefill and decode_looped of loopscope.models.families.training_free.cache do"
             )
-        return super().forward(tokens, n_loops, mask, **options)
+        return super().forward(*inputs, **options)
 
 
 def advance_stashing(
