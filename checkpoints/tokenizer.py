@@ -74,7 +74,7 @@ class HubTokenizer:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""

@@ -158,13 +158,13 @@ def generate(
         if not bool(going.any()):
             break
     lengths = run.batch.mask.sum(1).tolist()
-    rows = [row[:length] for row, length in zip(run.batch.tokens, lengths, strict=True)]
+    found = [row[:length] for row, length in zip(run.batch.tokens, lengths, strict=True)]
     return Generated(
         run.batch.tokens[:, : max(lengths)],
         run.batch.mask[:, : max(lengths)],
         torch.stack(new, 1),
         torch.stack(logits, 1),
-        () if model.vocab is None else tuple(map(model.texts.to_text, rows)),
+        () if model.vocab is None else tuple(map(model.texts.to_text, found)),
     )
 
 

@@ -290,7 +290,10 @@ def checked_loops(n_loops: object, recorded: int | None) -> int:
     try:
         count = n_loops.__index__()
     except TypeError:
-        raise TypeError(f"n_loops must be an integer, got {n_loops!r}") from None
+        raise TypeError(
+            "n_loops must be an integer, since every row of a call runs the same number of"
+            f" iterations, got {n_loops!r}; call once for each depth"
+        ) from None
     if not 1 <= count <= MOST_LOOPS:
         limit = "at least 1" if count < 1 else f"at most {MOST_LOOPS}"
         raise ValueError(f"n_loops must be {limit}, got {count}")

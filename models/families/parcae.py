@@ -31,7 +31,7 @@ from loopscope.models.blocks.rotary import Rotary, RotationTable, StoredRotary
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
-from loopscope.models.core.state import Slot, State, Visit
+from loopscope.models.core.state import Slot, Visit
 
 INJECTIONS: dict[str, Callable[[int], nn.Module]] = {
     "diagonal": DiagonalInjection,
@@ -223,22 +223,6 @@ class Parcae(CodaDecoder):
                 self.blocks, f"loops.{t}.blocks", loop=t, opening=opening, closing=closing
             )
         return slots + stack(self.coda_blocks, "coda", scope="core_map", opening=("hook_out",))
-
-    def begin(
-        self, tokens: Tensor, mask: Tensor | None = None, *, n_loops: Any = None, **options: Any
-    ) -> State:
-        """As every family's.
-
-        Raises:
-            TypeError: A depth for each row, or none that is a whole number.
-        """
-        if n_loops is not None and not isinstance(n_loops, int):
-            raise TypeError(
-                "every row of a call runs the same number of iterations, so n_loops must be an"
-                f" integer, got {type(n_loops).__name__}; depths drawn for each sequence are not"
-                " run here, call once for each depth"
-            )
-        return super().begin(tokens, mask, n_loops=n_loops, **options)
 
     def embed(
         self,

@@ -343,8 +343,8 @@ def test_one_call_has_one_depth() -> None:
     with pytest.raises(
         TypeError,
         match=(
-            r"every row of a call runs the same number of iterations, .* got Tensor; .* call once"
-            r" for each depth"
+            r"every row of a call runs the same number of iterations, got tensor\(\[1, 4, 2\]\);"
+            r" call once for each depth"
         ),
     ):
         model.begin(tokens, n_loops=torch.tensor([1, 4, 2]))
