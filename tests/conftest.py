@@ -18,23 +18,24 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from paths import GOLDEN
 from release_files import toy_model
-from toy import VARIANTS, BatchCentred, Bidirectional, ShortEnding, odd_one, toy
+from toy import (
+    SOME_VARIANTS,
+    BatchCentred,
+    Bidirectional,
+    ShortEnding,
+    odd_one,
+    toy,
+    variant_name,
+)
 
 torch.set_num_threads(1)
 WORST_ERRORS = pytest.StashKey[dict[tuple[str, str], float]]()
 
 
-def variant_name(variant: tuple[str, bool, torch.dtype]) -> str:
-    positions, injection, dtype = variant
-    return (
-        f"{positions}{'-injected' if injection else ''}-{'64' if dtype == torch.float64 else '32'}"
-    )
-
-
-@pytest.fixture(params=VARIANTS, ids=variant_name)
+@pytest.fixture(params=SOME_VARIANTS, ids=variant_name)
 def model(request: pytest.FixtureRequest) -> RecurrentDepth:
-    """A toy model for each kind of positions with and without input injection, in float64 and for
-    two of them in float32.
+    """A toy model for each kind of positions, with and without input injection, in float64 and in
+    float32. Identities ask for every combination with `every_variant`.
     """
     return toy(*request.param)
 

@@ -31,7 +31,7 @@ from loopscope.models.core.cache import site_of
 from loopscope.models.core.registry import FAMILIES, build
 
 FACTS = ("causal", "prefix_readout", "additive_residual", "batch_independent")
-_LOOPS = 3
+_LOOPS = 2
 
 _NORMS = ("ln1", "ln2", "ln1_post", "ln2_post", "ln_final", "ln_boundary")
 _LISTED = {

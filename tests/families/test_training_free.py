@@ -265,7 +265,7 @@ def ordinary(model: WindowLoops, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("gpt2", [False, True])
-@pytest.mark.parametrize("window", [(2, 4), (0, 2), (3, 6), (5, 5), (0, 6)])
+@pytest.mark.parametrize("window", [(2, 4), (0, 2), (0, 6)])
 @pytest.mark.parametrize("mode", ["block", "layer"])
 def test_one_pass_and_a_whole_share_are_the_ordinary_model(
     mode: str, window: tuple[int, int], gpt2: bool

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -44,6 +45,18 @@ VARIANTS = [
     for injection in (False, True)
 ]
 VARIANTS += [("none", False, torch.float32), ("learned", True, torch.float32)]
+# each kind of positions, with and without injection, and both precisions, each at least once
+SOME_VARIANTS = [VARIANTS[0], VARIANTS[5], VARIANTS[7]]
+
+
+def variant_name(variant: tuple[str, bool, torch.dtype]) -> str:
+    positions, injection, dtype = variant
+    return (
+        f"{positions}{'-injected' if injection else ''}-{'64' if dtype == torch.float64 else '32'}"
+    )
+
+
+every_variant = pytest.mark.parametrize("model", VARIANTS, ids=variant_name, indirect=True)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 HEAD_SITES = (
     "attn.hook_q",
@@ -187,6 +200,8 @@ def with_words(model: LoopedModel, read_at: str | None = "last_real") -> LoopedM
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     """Equal to 1e-9 (float32: 1e-4) of the largest finite magnitude."""
+    if actual.dtype == expected.dtype and torch.equal(actual, expected):
+        return  # a comparison of many tensors mostly ends here
     scale = expected.abs()[expected.isfinite()].max().item()
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=TOLERANCE[expected.dtype] * scale)
 

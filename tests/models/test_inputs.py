@@ -23,7 +23,7 @@ def test_ids_of_any_integer_kind_are_tokens(tokens: object) -> None:
     assert model.run_with_cache(tokens)[1]["hook_embed"].shape == (*TOKENS.shape, 35)
 
 
-@pytest.mark.parametrize("tokens", [[[1, 2], [3]], "text", [[1.5, 2]], TOKENS.float(), None])
+@pytest.mark.parametrize("tokens", [[[1, 2], [3]], [[1.5, 2]], TOKENS.float(), None])
 def test_what_holds_no_ids_is_refused(tokens: object) -> None:
     with pytest.raises(TypeError, match=r"tokens must be an integer tensor \[batch, pos\], got"):
         toy()(tokens)

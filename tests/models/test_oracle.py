@@ -24,6 +24,7 @@ from toy import (
     SHORTEST,
     assert_close,
     cached,
+    every_variant,
     index_at,
     padded,
     projection,
@@ -43,6 +44,7 @@ def block_names(model: LoopedModel, n_loops: int = LOOPS) -> list[str]:
     return [name for name in model.hook_names(n_loops) if ".blocks." in name]
 
 
+@every_variant
 def test_untied_copy_has_the_same_activations_and_logits(model: RecurrentDepth) -> None:
     batch, twin = padded(), untied(model, LOOPS)
     assert_close(run(twin, batch), run(model, batch))
@@ -53,6 +55,7 @@ def test_untied_copy_has_the_same_activations_and_logits(model: RecurrentDepth) 
         assert_close(theirs[name], value)
 
 
+@every_variant
 def test_unrolled_model_has_the_same_activations_and_logits(model: RecurrentDepth) -> None:
     batch, plain = padded(), unrolled(model, LOOPS)
     logits, cache = plain.run_with_cache(batch.tokens, mask=batch.mask)
@@ -64,6 +67,7 @@ def test_unrolled_model_has_the_same_activations_and_logits(model: RecurrentDept
         assert_close(cache[name], ours[name])
 
 
+@every_variant
 def test_untied_and_unrolled_have_the_same_patched_logits(model: RecurrentDepth) -> None:
     twin, plain = untied(model, SHORTEST), unrolled(model, SHORTEST)
     batch = padded(lengths=LENGTHS * 4)
@@ -83,6 +87,7 @@ def test_untied_and_unrolled_have_the_same_patched_logits(model: RecurrentDepth)
             assert_close(plain(batch.tokens, mask=batch.mask), logits)
 
 
+@every_variant
 def test_untied_copy_has_the_same_gradients(model: RecurrentDepth) -> None:
     batch = padded()
     values, grads = gradients(model, batch, projection(), "**", LOOPS)
@@ -111,6 +116,7 @@ def unrolled_gradients(model: Unrolled, batch: Batch, names: list[str]) -> dict[
     )
 
 
+@every_variant
 def test_unrolled_model_has_the_same_gradients(model: RecurrentDepth) -> None:
     batch = padded()
     names = block_names(model)

@@ -16,6 +16,7 @@ from toy import (
     LENGTHS,
     POSITION,
     SHORT,
+    every_variant,
     expected_shape,
     index_at,
     noise,
@@ -26,6 +27,7 @@ from toy import (
 )
 
 
+@every_variant
 def test_a_patch_of_one_place_changes_nothing_by_its_own_value_and_something_by_another(
     model: RecurrentDepth,
 ) -> None:

@@ -94,6 +94,7 @@ def test_the_family_is_built_saved_loaded_and_patched(
     assert_close(sweep.values[0], metric(logits[:, -1]))
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_command(tmp_path: Path) -> None:
     for folder in ("loopscope", "analyses"):  # the links of the first lead to what follows
         shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,11 @@ DOCUMENTED = ast.FunctionDef | ast.ClassDef | ast.Module
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.IfExp)
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
-    for name, path in modules(ROOT).items():
-        yield name, ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def trees() -> list[tuple[str, ast.Module]]:
+    return [
+        (name, ast.parse(path.read_text(encoding="utf-8"))) for name, path in modules(ROOT).items()
+    ]
 
 
 def complexity(function: ast.AST) -> int:

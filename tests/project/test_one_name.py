@@ -97,10 +97,10 @@ SHOW = "print(models.mine, tasks.mine, training.mine, interp.mine, analyses.mine
     ("lines", "form"),
     [
         pytest.param((USE_OWN, USE_OURS), "models.py", id="theirs first, a file"),
-        pytest.param((USE_OURS, USE_OWN), "models/__init__.py", id="ours first, a folder"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ((USE_OURS, USE_OWN), "models/__init__.py"),
                 ((USE_OURS, USE_OWN), "models.py"),
                 ((USE_OWN, USE_OURS), "models/__init__.py"),
             ]
@@ -115,6 +115,7 @@ def test_the_users_own_packages_of_these_names_stay_the_users(
     assert (done.returncode, done.stdout) == (0, "1 1 1 1 1 1\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_without_links_the_folders_are_found_beside_the_package(tmp_path: Path) -> None:
     for folder in FOLDERS:
         (tmp_path / folder).symlink_to(ROOT / folder)

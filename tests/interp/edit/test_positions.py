@@ -41,7 +41,10 @@ EDITS: dict[str, Edit] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["ouro", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])],
+)
 def test_positions_count_in_the_text_when_tokens_are_generated(family: str, edit: str) -> None:
     toy = TOYS[family]
     model = toy.make()

@@ -53,7 +53,7 @@ def backend(graphs: list[int]) -> Callable[..., Any]:
     return compiler
 
 
-@pytest.mark.parametrize("compile_", [in_place, wrapped])
+@pytest.mark.parametrize("compile_", [in_place, pytest.param(wrapped, marks=pytest.mark.slow)])
 def test_hooks_of_a_compiled_model_fire(
     compile_: Any, backend: Any, graphs: list[int], plain: RecurrentDepth
 ) -> None:
@@ -78,6 +78,7 @@ def test_hooks_of_a_compiled_model_fire(
     assert graphs, "without hooks the compiled code runs again"
 
 
+@pytest.mark.slow
 def test_hooks_of_a_compiled_view_fire(backend: Any, plain: RecurrentDepth) -> None:
     view = unrolled(plain, 2)
     calls, compiled = Calls(), torch.compile(view, backend=backend)
