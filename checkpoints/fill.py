@@ -70,7 +70,14 @@ def _keys_by_name(
             f"{path} has {len(unexpected)} unexpected key(s), first {shown(unexpected[0])}; a"
             f" {cfg.family} model has none of that name"
         )
-    found = {ours[key]: key for key in keys}
+    found: dict[str, str] = {}
+    for key in keys:
+        other = found.setdefault(ours[key], key)
+        if other != key:
+            raise CheckpointError(
+                f"{path} has both {shown(other)} and {shown(key)}, which are one weight of a"
+                f" {cfg.family} model; leave one of them out"
+            )
     theirs = {name: key for key, name in reversed(list(ours.items()))}
     missing = [theirs[name] for name in expected if name not in found]
     if missing:
