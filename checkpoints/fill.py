@@ -33,6 +33,7 @@ def build_from(
             point, or a value that is not finite; the first is named by the file's own key.
     """
     model = _empty(cfg, path)
+    _check_second_copies(cfg, tensors, names or {}, path)
     expected = model.state_dict()
     found = _keys_by_name(cfg, list(expected), list(tensors), names, path)
     weights = [name for name in expected if _ANGLES not in name]
@@ -70,14 +71,7 @@ def _keys_by_name(
             f"{path} has {len(unexpected)} unexpected key(s), first {shown(unexpected[0])}; a"
             f" {cfg.family} model has none of that name"
         )
-    found: dict[str, str] = {}
-    for key in keys:
-        other = found.setdefault(ours[key], key)
-        if other != key:
-            raise CheckpointError(
-                f"{path} has both {shown(other)} and {shown(key)}, which are one weight of a"
-                f" {cfg.family} model; leave one of them out"
-            )
+    found = {ours[key]: key for key in keys}
     theirs = {name: key for key, name in reversed(list(ours.items()))}
     missing = [theirs[name] for name in expected if name not in found]
     if missing:
@@ -86,6 +80,20 @@ def _keys_by_name(
             f" layers, first {missing[0]!r}"
         )
     return found
+
+
+def _check_second_copies(
+    cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str], path: Path
+) -> None:
+    """Refuse two keys that are one weight of the model, but hold different numbers."""
+    first: dict[str, str] = {}
+    for key in tensors:
+        other = first.setdefault(names.get(key, key), key)
+        if other != key and not same_values(tensors[other], tensors[key]):
+            raise CheckpointError(
+                f"{path}: {shown(other)} and {shown(key)} are one weight of a {cfg.family} model,"
+                " but differ"
+            )
 
 
 def _check_one_format(weights: Sequence[Tensor], path: Path) -> None:
