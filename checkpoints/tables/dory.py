@@ -27,6 +27,7 @@ def _config(
 ) -> DoryConfig:
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
+    fields.only("recurrent_kv_cache_mode", "per_loop", "last_loop")
     own = _older(fields) if any(name in fields for name in _OLDER) else _current(fields)
     return DoryConfig(
         d_model=fields.width("hidden_size", 2560),

@@ -117,7 +117,8 @@ class DoryAttention(Attention):
         return unit
 
     def _squared(self, learned: Tensor, factor: float) -> Float[Tensor, "head d_head"]:
-        return (wide(learned) * (factor / self.start)).square().unflatten(0, (-1, self.d_head))
+        scale = (wide(learned) * (factor / self.start)).square()
+        return rearrange(scale, "(head d_head) -> head d_head", d_head=self.d_head)
 
     @property
     def W_gate(self) -> Float[Tensor, "head d_model d_head"]:
@@ -139,7 +140,7 @@ class DoryMLP(GatedMLP):
         super().__init__(d_model, d_mlp)
         self.suv_gate, self.suv_up = (nn.Parameter(torch.ones(d_mlp)) for _ in range(2))
         self.post_norm = UnitNorm(eps, "mlp.post_norm")
-        self.factor = d_model**0.5
+        self.factor = float(d_model**0.5)
 
     def forward(self, x: Stream, taps: Taps) -> Stream:
         gate = tap(taps, "mlp.hook_pre", self._scaled(self.gate(x), self.suv_gate))

@@ -16,11 +16,12 @@ from torch import Tensor
 from golden_cases import Compute, GoldenCase, check_case
 from loopscope.interp.generation import Generated, generate
 from loopscope.interp.lens.lens import logit_lens, readout_lens
+from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.weights.circuits import composition_scores, ov_circuit, qk_circuit
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.registry import build
 from loopscope.models.families.dory import Dory, DoryConfig
-from toy import assert_close, is_close
+from toy import assert_close, is_close, put
 
 FIRST_CHUNK = 3  # of the golden runs that go on one position at a time
 
@@ -384,6 +385,23 @@ def test_a_window_as_wide_as_the_input_is_full_attention_bit_for_bit() -> None:
     ids, same = torch.randint(29, (3, 7)), {"window_rope_theta": 70.0, "rope_theta": 70.0}
     wide, full = fresh(full_layers=(), window=7, **same), fresh(full_layers=(0, 1, 2, 3), **same)
     assert torch.equal(wide(ids), full(ids))
+
+
+def test_a_sweep_over_windows_without_padding_is_one_run_for_each_cell() -> None:
+    model = fresh()
+    clean, corrupted = torch.randint(29, (2, 3, 7))
+
+    def first_channel(logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    sweep = activation_patch(
+        model, clean, corrupted, first_channel, n_loops=2, sites=["resid_pre"], readout=-1
+    )
+    _, source = model.run_with_cache(clean, n_loops=2)
+    for cell, value in zip(sweep.cells, sweep.values, strict=True):
+        patch = put(source[cell.name], (slice(None), cell.position))
+        logits = model.run_with_hooks(corrupted, n_loops=2, fwd_hooks=[(cell.name, patch)])
+        assert_close(value, first_channel(logits[:, -1]))
 
 
 # What does not fit, and what no model has

@@ -161,7 +161,7 @@ def test_a_model_of_transformers_computes_the_same(tied: bool, tmp_path: Path) -
         ("layer_types", ["mlp", "full_attention"] * 6, "must name attention and mlp in turn"),
         ("layer_types", ["chunked_attention", "mlp"] * 6, "must name sliding_attention or full"),
         ("rope_parameters", {"full_attention": {"rope_theta": 5.0}}, "lacks .*'sliding_attention'"),
-        ("recurrent_kv_cache_mode", "first_loop", "kv_cache must be 'per_loop' or 'last_loop'"),
+        ("recurrent_kv_cache_mode", "first_loop", "mode must be 'per_loop' or 'last_loop'"),
         ("initializer_range", 0, "start must be greater than 0"),
         ("swa_window_size", 4, "has the field 'swa_window_size' .* which this family's loader"),
     ],
