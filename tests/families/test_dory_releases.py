@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dory_reference import fresh
 from golden_cases import FLOAT32, GOLDEN
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
+from loopscope.interp.weights.circuits import composition_scores, ov_circuit, qk_circuit
+from loopscope.models.families.dory import Dory, DoryConfig
 
 HALVES = {"attn_alpha": "lambda_1", "mlp_alpha": "lambda_2"}
 OLDER: dict[str, Any] = {
@@ -213,3 +216,37 @@ def test_one_weight_under_two_keys_must_be_one(tmp_path: Path) -> None:
     both["backbone.layers.0.lambda_1"] = both["backbone.layers.0.lambda_1"] + 1
     with pytest.raises(CheckpointError, match="are one weight of a dory model, but differ"):
         load(folder(tmp_path, released_config(), both))
+
+
+# What does not fit, and what no model has
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (lambda model: qk_circuit(model, 0), "multiplies each channel of its rotated queries"),
+        (lambda model: ov_circuit(model, 0), "multiplies what its heads found by a gate"),
+        (lambda model: composition_scores(model, "V"), "multiplies what its heads found by a gate"),
+    ],
+)
+def test_circuits_that_weights_alone_do_not_say_are_refused(
+    method: Callable[[Dory], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        method(fresh())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"full_layers": (2, 1)}, r"full_layers must be layers in 0\.\.3 in increasing order"),
+        ({"full_layers": (4,)}, r"full_layers must be layers in 0\.\.3"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"start": 0.0}, r"start must be greater than 0, got 0\.0"),
+        ({"kv_cache": "first_loop"}, "kv_cache must be 'per_loop' or 'last_loop'"),
+        ({"rope_scaling": {"rope_type": "default"}}, "rope_scaling must be None in this family"),
+    ],
+)
+def test_configs_that_no_model_has_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DoryConfig.from_dict({**fresh().cfg.to_dict(), **changes})
