@@ -39,7 +39,7 @@ class DoryConfig(DecoderConfig):
             others.
         eps: Added to the sum of squares inside each norm.
         start: The number at which the learned scales and rates start, and by which each is divided
-            in every run.
+            in every run. Its square divides numbers of float32, so it has bounds.
         rate_start: The rate of a step where its learned number is `start`.
         kv_cache: What a generation cache keeps of a recurrent block: keys and values of each
             iteration ("per_loop"), or of the last iteration only, which every iteration of later
@@ -60,8 +60,8 @@ class DoryConfig(DecoderConfig):
     rope_theta: float | int = field(default=1e7, metadata=BASE_OF_ANGLES)
     window_rope_theta: float | int = field(default=1e4, metadata=BASE_OF_ANGLES)
     eps: float | int = field(default=1e-6, metadata=limits(least=0))
-    start: float | int = field(default=0.0177, metadata=limits(above=0))
-    rate_start: float | int = field(default=0.05, metadata=limits(least=0))
+    start: float | int = field(default=0.0177, metadata=limits(least=1e-6, most=1e6))
+    rate_start: float | int = field(default=0.05, metadata=limits(least=0, most=1e6))
     kv_cache: Literal["per_loop", "last_loop"] = "per_loop"
 
     def __post_init__(self) -> None:

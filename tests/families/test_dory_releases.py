@@ -165,7 +165,7 @@ def test_a_model_of_transformers_computes_the_same(tied: bool, tmp_path: Path) -
         ("layer_types", ["chunked_attention", "mlp"] * 6, "must name sliding_attention or full"),
         ("rope_parameters", {"full_attention": {"rope_theta": 5.0}}, "lacks .*'sliding_attention'"),
         ("recurrent_kv_cache_mode", "first_loop", "mode must be 'per_loop' or 'last_loop'"),
-        ("initializer_range", 0, "start must be greater than 0"),
+        ("initializer_range", 0, "start must be at least 1e-06, got 0"),
         ("swa_window_size", 4, "has the field 'swa_window_size' .* which this family's loader"),
     ],
 )
@@ -242,7 +242,8 @@ def test_circuits_that_weights_alone_do_not_say_are_refused(
         ({"full_layers": (2, 1)}, r"full_layers must be layers in 0\.\.3 in increasing order"),
         ({"full_layers": (4,)}, r"full_layers must be layers in 0\.\.3"),
         ({"window": 0}, "window must be at least 1, got 0"),
-        ({"start": 0.0}, r"start must be greater than 0, got 0\.0"),
+        ({"start": 1e-320}, "start must be at least 1e-06, got 1e-320"),
+        ({"rate_start": 1e308}, r"rate_start must be at most 1000000\.0, got 1e\+308"),
         ({"kv_cache": "first_loop"}, "kv_cache must be 'per_loop' or 'last_loop'"),
         ({"rope_scaling": {"rope_type": "default"}}, "rope_scaling must be None in this family"),
     ],
