@@ -33,6 +33,7 @@ def build_from(
             point, or a value that is not finite; the first is named by the file's own key.
     """
     model = _empty(cfg, path)
+    _check_second_copies(cfg, tensors, names or {}, path)
     expected = model.state_dict()
     found = _keys_by_name(cfg, list(expected), list(tensors), names, path)
     weights = [name for name in expected if _ANGLES not in name]
@@ -79,6 +80,20 @@ def _keys_by_name(
             f" layers, first {missing[0]!r}"
         )
     return found
+
+
+def _check_second_copies(
+    cfg: LoopedConfig, tensors: Mapping[str, Tensor], names: Mapping[str, str], path: Path
+) -> None:
+    """Refuse two keys that are one weight of the model, but hold different numbers."""
+    first: dict[str, str] = {}
+    for key in tensors:
+        other = first.setdefault(names.get(key, key), key)
+        if other != key and not same_values(tensors[other], tensors[key]):
+            raise CheckpointError(
+                f"{path}: {shown(other)} and {shown(key)} are one weight of a {cfg.family} model,"
+                " but differ"
+            )
 
 
 def _check_one_format(weights: Sequence[Tensor], path: Path) -> None:

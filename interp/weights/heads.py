@@ -78,6 +78,11 @@ def embedded(model: LoopedModel) -> Float[Tensor, "d_vocab d_model"]:
 
 def qk_of(visit: Visit, fold_ln: bool) -> FactoredMatrix:
     """The QK circuits of all heads of a visit; see `qk_circuit`."""
+    if "attn.hook_q_scale" in visit.sites:
+        raise ValueError(
+            f"{visit.name} multiplies each channel of its rotated queries by a factor, so how two"
+            " streams compare depends on their positions, and weights alone are no QK circuit"
+        )
     queries, keys = _queries_and_keys(visit)
     reads, keys = _reads(visit, queries, fold_ln), _for_each_head(keys, len(queries))
     return FactoredMatrix(
@@ -87,6 +92,11 @@ def qk_of(visit: Visit, fold_ln: bool) -> FactoredMatrix:
 
 def ov_of(visit: Visit, model: LoopedModel, fold_ln: bool) -> FactoredMatrix:
     """The OV circuits of all heads of a visit; see `ov_circuit`."""
+    if "attn.hook_gated" in visit.sites:
+        raise ValueError(
+            f"{visit.name} multiplies what its heads found by a gate that changes from run to run,"
+            " so weights alone do not say what the heads write"
+        )
     attn: Any = visit.block.attn
     written = _through_output_norm(visit, widened(attn.W_O))
     values = _for_each_head(widened(attn.W_V), len(written))

@@ -88,7 +88,7 @@ class Attention(nn.Module):
             tap(taps, "attn.hook_v", v),
         )
         q, k = self.normed(q, k, taps)
-        q, k = self.positioned(q, k, rows.places.positions)
+        q, k = self.positioned(q, k, rows.places.positions, taps)
         q, k = tap(taps, "attn.hook_rot_q", q), tap(taps, "attn.hook_rot_k", k)
         z = tap(
             taps, "attn.hook_z", rows.attend(q, k, v, taps, self.dropout if self.training else 0.0)
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         return q, k
 
     def positioned(
-        self, q: Heads, k: KeyHeads, positions: Int[Tensor, "batch pos"]
+        self, q: Heads, k: KeyHeads, positions: Int[Tensor, "batch pos"], taps: Taps
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys as they enter the kernel."""
         return (

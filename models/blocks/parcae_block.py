@@ -112,7 +112,7 @@ class ValueAttention(Attention):
         q, k, v = self.projected(x)
         q, k = tap(taps, "attn.hook_q", q), tap(taps, "attn.hook_k", k)
         v = tap(taps, "attn.hook_v", self.mixed(x, v, embedded, taps))
-        q, k = self.positioned(q, k, rows.places.positions)
+        q, k = self.positioned(q, k, rows.places.positions, taps)
         if self.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         q, k = tap(taps, "attn.hook_rot_q", q), tap(taps, "attn.hook_rot_k", k)

@@ -189,6 +189,22 @@ class Rows:
             @ v
         )
 
+    def within(self, window: int) -> Rows:
+        """The same rows where each sees the last `window` positions only, its own included."""
+        distance = self._distances()
+        if self.allowed is None:
+            if distance.shape[-1] <= window:
+                return self  # the plain kernel serves rows that see all keys before them
+            return replace(self, allowed=((distance >= 0) & (distance < window))[:, None])
+        return replace(self, allowed=self.allowed & (distance < window)[:, None])
+
+    def _distances(self) -> Int[Tensor, "batch query key"]:
+        """How many positions before each row each key stands."""
+        here = keys = self.places.positions
+        if self.supplied is not None:
+            keys = torch.cat([self.supplied.positions, keys], dim=1)
+        return here[:, :, None] - keys[:, None, :]
+
 
 def _are_finite(*tensors: Tensor) -> bool:
     """Whether all numbers are finite."""

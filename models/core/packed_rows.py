@@ -31,7 +31,7 @@ class PackedRows(Rows):
     """Rows of several lanes, "one row ..."; a lane is a whole sequence of which some columns are
     run.
 
-    `allowed` is that of the sequences, "example 1 query key".
+    `allowed` is that of the sequences, "example 1 query key", or one for all of them.
 
     Attributes:
         example: Int[Tensor, " lane"], the sequence of each lane.
@@ -74,9 +74,16 @@ class PackedRows(Rows):
             .index_put((self.slots,), q[0])
             .view(*grid, *q.shape[2:])
         )
-        whole = Rows(self.places, None if self.allowed is None else self.allowed[self.example])
+        allowed = self.allowed
+        if allowed is not None and len(allowed) > 1:
+            allowed = allowed[self.example]
+        whole = Rows(self.places, allowed)
         z = whole.attend(queries, keys, values, taps, dropout)
         return z.reshape(-1, *q.shape[2:])[self.slots][None]
+
+    def _distances(self) -> Int[Tensor, "batch query key"]:
+        columns = torch.arange(self.width, device=self.places.positions.device)
+        return (columns[:, None] - columns)[None]
 
 
 def advance_unpadded(model: LoopedModel, state: State, readout: Int[Tensor, " batch"]) -> State:

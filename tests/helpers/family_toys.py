@@ -120,6 +120,7 @@ TOYS: dict[str, Toy] = {
     "hyperloop": Toy(hyperloop),
     "melt": Toy(melt(n_key_value_heads=2), unread=("hook_exit_logit",)),
     "melt_raw": Toy(melt(h_0="zero", gate_input="raw", tied=True), unread=("hook_exit_logit",)),
+    "dory": Toy(golden("dory")),
     "nanbeige": Toy(golden("nanbeige")),
     "nanbeige_mhc": Toy(golden("nanbeige_mhc")),
     "hrm_text": Toy(golden("hrm_text")),

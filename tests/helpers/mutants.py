@@ -160,6 +160,21 @@ def wrong_sizes(files: Files, rng: random.Random) -> Mutant | None:
     return Mutant(f"sizes {chosen}", {**files, "config.json": text.encode()})
 
 
+def another_number(files: Files, rng: random.Random) -> Mutant | None:
+    """One number of the config replaced by one that a model could have too."""
+    if "config.json" not in files:
+        return None
+    content = json.loads(files["config.json"])
+    numbers = [key for key, value in content.items() if type(value) in (int, float)]
+    if not numbers:
+        return None
+    key = rng.choice(numbers)
+    number = content[key]
+    other = number + rng.choice([-1, 1]) if type(number) is int else number * rng.choice([0.5, 3])
+    text = json.dumps({**content, key: other})
+    return Mutant(f"{key} = {other}", {**files, "config.json": text.encode()})
+
+
 # Weights
 
 
@@ -411,8 +426,9 @@ def repacked(files: Files, rng: random.Random) -> Mutant | None:
 
 
 MUTATIONS: tuple[tuple[float, Mutation], ...] = (
-    (2, flipped), (1, cut), (4, nasty_json), (2, wrong_sizes), (3, changed_tensor),
-    (1.5, changed_keys), (1.5, changed_header), (1, sharded), (0.7, moved), (1.5, repacked),
+    (2, flipped), (1, cut), (4, nasty_json), (2, wrong_sizes), (2, another_number),
+    (3, changed_tensor), (1.5, changed_keys), (1.5, changed_header), (1, sharded), (0.7, moved),
+    (1.5, repacked),
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from loopscope.models.core.base import LoopedModel
 ANSWERS = torch.tensor([5, 3, 2])
 FAMILIES = [
     "albert",
+    "dory",
     "hrm_text",
     "huginn",
     "hyperloop",
