@@ -105,6 +105,21 @@ class ConfigFields:
                 )
         return found
 
+    def texts(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A list of strings."""
+        found = self._read(name, (list,), "a list of strings", default)
+        if not all(isinstance(value, str) for value in found or ()):
+            raise CheckpointError(
+                f"{self.path}: {name} must be a list of strings, got {shown(found)}"
+            )
+        return found
+
+    def section(self, name: str) -> ConfigFields:
+        """The fields of an object inside the config; the table ends them with `done` too."""
+        inner = ConfigFields(self._read(name, (dict,), "an object", _REQUIRED), self.path)
+        inner._contents = self._contents
+        return inner
+
     def only(self, name: str, *allowed: Any, why: str = "") -> None:
         """Refuse a field with any other value; an absent field counts as the first value."""
         value = self._values.get(name, allowed[0])
