@@ -86,8 +86,8 @@ def _text_config(fields: ConfigFields) -> InklingConfig:
     start, end, passes, rank = _loop(fields)
     if not 0 < start < end <= total:
         raise CheckpointError(
-            f"{fields.path}: the loop must start after layer 0 and end by num_hidden_layers={total},"
-            f" got {start} to {end}"
+            f"{fields.path}: the loop must start after layer 0 and end by"
+            f" num_hidden_layers={total}, got {start} to {end}"
         )
     kinds = fields.texts("layer_types", None) or [
         "hybrid" if (i + 1) % _EVERY == 0 else "hybrid_sliding" for i in range(total)
@@ -200,7 +200,9 @@ def _names(cfg: InklingConfig) -> dict[str, str]:
         ours = f"{stage}.{layer - first}"
         parts = {**_LAYER, **(_FULL if layer in cfg.full_layers else _SLIDING)}
         parts |= _GATES if start <= layer < end else {}
-        names |= {f"model.llm.layers.{layer}.{key}": f"{ours}.{part}" for key, part in parts.items()}
+        names |= {
+            f"model.llm.layers.{layer}.{key}": f"{ours}.{part}" for key, part in parts.items()
+        }
         names[f"model.llm.attn_res.mlp_queries.{layer}"] = f"{ours}.mlp_query"
         if layer:
             names[f"model.llm.attn_res.attn_queries.{layer - 1}"] = f"{ours}.attn_query"

@@ -134,12 +134,12 @@ class MLP(nn.Module):
         return self.down.bias
 
 
-def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def wide(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """The same numbers at least in float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def softcapped(x: Float[Tensor, "..."], cap: float | int) -> Float[Tensor, "..."]:
+def softcapped(x: Float[Tensor, "*axes"], cap: float | int) -> Float[Tensor, "*axes"]:
     """cap * tanh(x / cap)."""
     return cap * torch.tanh(x / cap)
 

@@ -77,9 +77,7 @@ class KeyValues:
 
 
 KeyValueStore = MutableMapping[str, KeyValues]
-BiasAt = Callable[
-    [Int[Tensor, "batch query key"]], Float[Tensor, "batch head query key"]
-]
+BiasAt = Callable[[Int[Tensor, "batch query key"]], Float[Tensor, "batch head query key"]]
 Visible = Callable[[Places, Places], Bool[Tensor, "batch query key"]]
 
 

@@ -100,7 +100,9 @@ def mixed_input(case: GoldenCase, t: str, j: str, which: str) -> Tensor:
 def normed_input(case: GoldenCase, t: str, j: str, which: str) -> Tensor:
     name = f"loops.{t}.blocks.{j}.ln1"
     return case.activation(
-        f"{name}_{which}.hook_out" if f"{name}_{which}.hook_out" in case.cache else f"{name}.hook_out"
+        f"{name}_{which}.hook_out"
+        if f"{name}_{which}.hook_out" in case.cache
+        else f"{name}.hook_out"
     )
 
 

@@ -65,9 +65,7 @@ class InklingBlock(nn.Module):
         self.attn_conv = ShortConvolution(d_model, cfg.kernel, "attn")
         self.ln2 = RMSNorm(d_model, cfg.eps, "ln2")
         caps = (cfg.gate_cap, cfg.up_cap)
-        self.mlp = Experts(
-            (d_model, cfg.d_mlp), cfg.n_experts, cfg.n_chosen, caps, cfg.route_scale
-        )
+        self.mlp = Experts((d_model, cfg.d_mlp), cfg.n_experts, cfg.n_chosen, caps, cfg.route_scale)
         self.mlp_conv = ShortConvolution(d_model, cfg.kernel, "mlp")
         self.sites = self.sites_of(messages=False)
 
@@ -122,11 +120,9 @@ class InklingBlock(nn.Module):
         """The normed inputs of queries, keys and values."""
         inputs = [resid]
         if self.attn_query is not None:
-            sources, queries = normed(joined(blocks, resid)), self.attn_query.view(-1, resid.shape[-1])
-            inputs = [
-                read(sources, query, mix, resid.dtype, taps)
-                for query, mix in zip(queries, self.mixes, strict=True)
-            ]
+            sources = normed(joined(blocks, resid))
+            queries = zip(self.attn_query.view(-1, sources.shape[-1]), self.mixes, strict=True)
+            inputs = [read(sources, query, mix, resid.dtype, taps) for query, mix in queries]
         if len(inputs) == 1 and (messages is not None or len(self.ln1) == 3):
             inputs = inputs * 3
         if messages is not None:
@@ -142,9 +138,7 @@ class InklingBlock(nn.Module):
         ]
         return found * (3 // len(found))
 
-    def _with_message(
-        self, name: str, x: Stream, messages: Messages | None, taps: Taps
-    ) -> Stream:
+    def _with_message(self, name: str, x: Stream, messages: Messages | None, taps: Taps) -> Stream:
         """An input behind its message gate, in a visit with messages."""
         if messages is None:
             return x

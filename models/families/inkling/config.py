@@ -140,7 +140,6 @@ class InklingConfig(LoopedConfig):
         shared = (self.n_heads, self.kv_heads, self.d_head)
         own = (None, None, None) if full else sliding
         n_heads, kv_heads, d_head = (
-            common if given is None else given
-            for given, common in zip(own, shared, strict=True)
+            common if given is None else given for given, common in zip(own, shared, strict=True)
         )
         return n_heads, kv_heads, d_head
