@@ -1,4 +1,4 @@
-"""Inkling-2-Mini: its golden outputs, its passes, its cache, and what is refused."""
+"""Inkling-2-Mini: its golden outputs, the reference class at another size, and its files."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ learned bias by distance, a sink and an output gate.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -17,6 +19,24 @@ from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.families.inkling.config import InklingConfig
 
 
+def _sites(*, full: bool) -> tuple[str, ...]:
+    """The hook points of one kind of layer, in order of execution."""
+    keys, values = (
+        (
+            f"attn.hook_{name}_proj",
+            *((f"attn.hook_{name}_taps",) if full else ()),
+            f"attn.hook_{name}",
+        )
+        for name in ("k", "v")
+    )
+    return (
+        "attn.hook_q", *keys, *values,
+        "attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_rel", "attn.hook_sink",
+        "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z",
+        "attn.hook_gate", "attn.hook_gated",
+    )  # fmt: skip
+
+
 class InklingAttention(Attention):
     """Grouped-query attention of three inputs, one each for queries, keys and values.
 
@@ -25,8 +45,7 @@ class InklingAttention(Attention):
         q = clip(scale * (x_q W_q), c);  k = clip(conv(x_k W_k), c);  v = rms(conv(x_v W_v))
 
     The bias at distance D is clip(rel_scale * (x_q W_r), c_r) . proj[:, D], the output
-    (z * sigmoid(x_q W_gate)) W_o. Full layers have dynamic convolutions, and scale q and the
-    relative states by the logarithm of the position; sliding layers have static convolutions and
+    (z * sigmoid(x_q W_gate)) W_o. Sliding layers, which are these, have static convolutions and
     see `window` positions.
 
     `hook_k_proj` and `hook_v_proj` are before the convolutions, `hook_q` and `hook_k` before clip
@@ -35,11 +54,14 @@ class InklingAttention(Attention):
     the sigmoid, `hook_gated` the product.
     """
 
-    def __init__(self, cfg: InklingConfig, *, full: bool) -> None:
-        n_heads, kv_heads, d_head = cfg.heads(full=full)
+    full: ClassVar[bool] = False
+    sites: ClassVar[tuple[str, ...]] = _sites(full=False)
+
+    def __init__(self, cfg: InklingConfig) -> None:
+        n_heads, kv_heads, d_head = cfg.heads(full=self.full)
         super().__init__(cfg.d_model, n_heads, kv_heads, d_head, None)
-        self.cfg, self.full = cfg, full
-        self.extent = cfg.rel_extent if full else cfg.window
+        self.cfg = cfg
+        self.extent = cfg.rel_extent if self.full else cfg.window
         self.rel = nn.Linear(cfg.d_model, n_heads * cfg.d_rel, bias=False)
         self.gate = nn.Linear(cfg.d_model, n_heads * d_head, bias=False)
         self.sink = nn.Linear(cfg.d_model, n_heads, bias=False)
@@ -47,13 +69,6 @@ class InklingAttention(Attention):
         self.rel_scale = nn.Parameter(torch.ones(n_heads, cfg.d_rel))
         self.rel_proj = nn.Parameter(torch.empty(cfg.d_rel, self.extent))
         self.k_conv, self.v_conv = (self._convolution(name) for name in ("k", "v"))
-        self.sites = (
-            "attn.hook_q",
-            *self._kv_sites("k"), *self._kv_sites("v"),
-            "attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_rel", "attn.hook_sink",
-            "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z",
-            "attn.hook_gate", "attn.hook_gated",
-        )  # type: ignore[misc]  # by the kind of layer  # fmt: skip
 
     def _convolution(self, name: str) -> ShortConvolution | DynamicConvolution:
         width, kernel = self.n_kv_heads * self.d_head, self.cfg.kernel
@@ -61,10 +76,6 @@ class InklingAttention(Attention):
             return ShortConvolution(width, kernel, name)
         site = f"attn.hook_{name}_taps"
         return DynamicConvolution(self.cfg.d_model, self.n_kv_heads, width, kernel, name, site)
-
-    def _kv_sites(self, name: str) -> tuple[str, ...]:
-        made = (f"attn.hook_{name}_taps",) if self.full else ()
-        return f"attn.hook_{name}_proj", *made, f"attn.hook_{name}"
 
     def forward(  # type: ignore[override]  # queries, keys and values have inputs of their own
         self, x_q: Stream, x_k: Stream, x_v: Stream, rows: Rows, taps: Taps
@@ -90,7 +101,7 @@ class InklingAttention(Attention):
 
     def _convolved(self, name: str, x: Stream, rows: Rows, taps: Taps) -> Heads:
         """Keys or values of each head behind their convolution."""
-        flat = (self.k if name == "k" else self.v)(x)
+        flat: Tensor = (self.k if name == "k" else self.v)(x)
         convolution = self.k_conv if name == "k" else self.v_conv
         heads = (-1, self.d_head)
         flat = tap(taps, f"attn.hook_{name}_proj", flat.unflatten(-1, heads)).flatten(-2)
@@ -105,7 +116,8 @@ class InklingAttention(Attention):
         p = positions.to(torch.promote_types(self.q_scale.dtype, torch.float32))
         if not self.full:
             return torch.ones_like(p)
-        return 1 + self.cfg.log_alpha * ((p + 1) / self.cfg.log_floor).clamp(min=1.0).log()
+        grown: Tensor = 1 + self.cfg.log_alpha * ((p + 1) / self.cfg.log_floor).clamp(min=1.0).log()
+        return grown
 
     def bias(self, rel: Float[Tensor, "batch pos head d_rel"]) -> BiasAt:
         """The bias of each score by distance, made of relative states."""
@@ -120,9 +132,20 @@ class InklingAttention(Attention):
         return at
 
 
+class FullAttention(InklingAttention):
+    """The attention of full layers: dynamic convolutions, whose taps for the layer's keys and
+    values are `hook_k_taps` and `hook_v_taps`, and q and the relative states scaled by the
+    logarithm of the position.
+    """
+
+    full: ClassVar[bool] = True
+    sites: ClassVar[tuple[str, ...]] = _sites(full=True)
+
+
 def clipped(
     x: Float[Tensor, "batch pos head width"], longest: float | int
 ) -> Float[Tensor, "batch pos head width"]:
     """Vectors scaled down to a length where they are longer; 1e-6 is added to their lengths."""
     length = wide(x).norm(dim=-1, keepdim=True)
-    return (wide(x) * (longest / (length + 1e-6)).clamp(max=1.0)).to(x.dtype)
+    short: Tensor = wide(x) * (longest / (length + 1e-6)).clamp(max=1.0)
+    return short.to(x.dtype)

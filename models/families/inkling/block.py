@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from loopscope.models.blocks.experts import Experts
 from loopscope.models.blocks.short_convolution import ShortConvolution
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.hooks import Taps, tap
-from loopscope.models.families.inkling.attention import InklingAttention
+from loopscope.models.families.inkling.attention import FullAttention, InklingAttention
 from loopscope.models.families.inkling.config import InklingConfig
 from loopscope.models.families.inkling.mixing import (
     MessageGate,
@@ -61,7 +62,7 @@ class InklingBlock(nn.Module):
         )
         norms = _QKV if full else ("shared",)
         self.ln1 = nn.ModuleDict({name: RMSNorm(d_model, cfg.eps, "ln1") for name in norms})
-        self.attn = InklingAttention(cfg, full=full)
+        self.attn = FullAttention(cfg) if full else InklingAttention(cfg)
         self.attn_conv = ShortConvolution(d_model, cfg.kernel, "attn")
         self.ln2 = RMSNorm(d_model, cfg.eps, "ln2")
         caps = (cfg.gate_cap, cfg.up_cap)
@@ -86,7 +87,7 @@ class InklingBlock(nn.Module):
         )  # fmt: skip
 
     def _message_sites(self, names: Sequence[str]) -> list[str]:
-        gates = ((name, self.gates[name]) for name in names)
+        gates = ((name, cast(MessageGate, self.gates[name])) for name in names)
         return [
             site for name, gate in gates for site in (*read_sites(f"{name}_message"), *gate.sites)
         ]
@@ -130,7 +131,7 @@ class InklingBlock(nn.Module):
                 self._with_message(name, x, messages, taps)
                 for name, x in zip(_QKV, inputs, strict=True)
             ]
-        norms = [*self.ln1.values()] * (len(inputs) // len(self.ln1))
+        norms = [cast(RMSNorm, norm) for norm in self.ln1.values()] * (len(inputs) // len(self.ln1))
         sites = self._norm_sites(len(inputs))
         found = [
             norm(x, _taps_under(site, norm, taps))
@@ -148,7 +149,7 @@ class InklingBlock(nn.Module):
         return gated
 
 
-def _taps_under(site: str, norm: nn.Module, taps: Taps) -> Taps:
+def _taps_under(site: str, norm: RMSNorm, taps: Taps) -> Taps:
     """The hook points at a site under the names by which a norm knows them."""
     return {
         inner: taps[outer]
