@@ -5,15 +5,14 @@ passed over; quantised experts become plain numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.tables.quantised import decoded
 from loopscope.models.families.inkling.config import InklingConfig
 
 _WHOLE, _TEXT = "inkling2_loop", "inkling2_loop_text"
@@ -209,90 +208,13 @@ def _names(cfg: InklingConfig) -> dict[str, str]:
     return names
 
 
-# Quantised experts
-
-_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-_FP4_GROUP, _FP8_GROUP = 16, 32
-
-
-def decoded(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Tensors with plain numbers in the place of NVFP4 or MXFP8 codes, in the number format of the
-    embedding.
-
-    Args:
-        tensors: By key; codes have their scales beside them, under the same key with `_scale`.
-        path: The file, for messages.
-
-    Raises:
-        CheckpointError: Codes and scales that do not fit each other.
-    """
-    found = dict(tensors)
-    embedding = tensors.get("model.llm.embed.weight")
-    dtype = torch.float32 if embedding is None else embedding.dtype
-    for key in [name for name in tensors if f"{name}_scale" in tensors]:
-        extra = {
-            part: found.pop(f"{key}_{part}")
-            for part in ("scale", "amax", "outer_scale_denominator")
-            if f"{key}_{part}" in tensors
-        }
-        decode = _nvfp4 if "amax" in extra else _mxfp8
-        try:
-            found[key] = decode(tensors[key], dtype=dtype, **extra)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise CheckpointError(
-                f"{path}: the codes under {key!r} and their scales do not fit: {error}"
-            ) from None
-    return found
-
-
-def _nvfp4(
-    codes: Tensor,
-    scale: Tensor,
-    amax: Tensor,
-    outer_scale_denominator: Tensor,
-    *,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Two codes of four bits a byte, the low one first, times a scale for 16 values and one for
-    each expert.
-    """
-    _require(codes, torch.uint8)
-    outer = (amax.float() / outer_scale_denominator.float()).reshape(-1).expand(len(codes))
-    out = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=dtype)
-    for expert, mine in enumerate(codes):  # one at a time, as floats take eight times the memory
-        values = _FP4[torch.stack([mine & 15, mine >> 4], dim=-1).flatten(-2).long()]
-        scales = scale[expert].float() * outer[expert]
-        out[expert] = (values.unflatten(-1, (-1, _FP4_GROUP)) * scales[..., None]).flatten(-2)
-    return out
-
-
-def _mxfp8(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Values of eight bits, times 2^(scale - 127) for 32 values."""
-    _require(codes, torch.float8_e4m3fn)
-    _require(scale, torch.uint8, torch.float8_e8m0fnu)
-    powers = torch.ldexp(torch.ones(()), scale.view(torch.uint8).int() - 127)
-    out = torch.empty(codes.shape, dtype=dtype)
-    for expert, mine in enumerate(codes):
-        values = mine.float().unflatten(-1, (-1, _FP8_GROUP))
-        out[expert] = (values * powers[expert][..., None]).flatten(-2)
-    return out
-
-
-def _require(codes: Tensor, *kinds: torch.dtype) -> None:
-    if codes.dtype not in kinds or codes.ndim != 3:
-        raise ValueError(
-            f"three axes of {' or '.join(map(str, kinds))} are needed, got {list(codes.shape)} of"
-            f" {codes.dtype}"
-        )
-
-
 TABLE = Table(
     family="inkling2_loop",
     recognizes=lambda values, keys: values.get("model_type") in (_WHOLE, _TEXT),
     config=_config,
     names=_names,
     skipped=r"model\.visual\..*",
-    decode=decoded,
+    decode=lambda tensors, path: decoded(tensors, "model.llm.embed.weight", path),
     releases=(
         ("thinkingmachines/Inkling-2-Mini", "12 of 24 layers run 3 times; mixture of experts"),
     ),

@@ -1,34 +1,19 @@
-"""Inkling-2-Mini: its golden outputs, the reference class at another size, and its files."""
+"""Inkling-2-Mini: its golden outputs."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from family_toys import TOYS, full, padded
-from golden_cases import GOLDEN, Compute, GoldenCase, check_case
-from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.load import load, save
-from loopscope.checkpoints.tables.inkling import decoded
-from loopscope.interp.dynamics.jacobian import jacobian_spectrum
+from golden_cases import Compute, GoldenCase, check_case
 from loopscope.interp.generation import generate
-from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.weights.circuits import qk_circuit
-from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.state import State
 from loopscope.models.families.inkling.block import InklingBlock
-from loopscope.models.families.inkling.config import InklingConfig
-from loopscope.models.families.inkling.model import Inkling
-from toy import assert_close, is_close
 
 NAME = "inkling2_loop"
 PRELUDE, LAYERS, CODA = 2, 4, 3
