@@ -80,7 +80,8 @@ def _scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:
     needed = [values.shape[0], values.shape[1] // group]
     if list(scales.shape) != needed:
         raise ValueError(f"an expert's scales must be {needed}, got {list(scales.shape)}")
-    return (values.unflatten(-1, (-1, group)) * scales[..., None]).flatten(-2)
+    grouped: Tensor = values.unflatten(-1, (-1, group))
+    return (grouped * scales[..., None]).flatten(-2)
 
 
 def _require(codes: Tensor, *kinds: torch.dtype) -> None:

@@ -109,15 +109,18 @@ class InklingAttention(Attention):
             flat = convolution(flat, x, rows, taps)
         else:
             flat = convolution(flat, rows)
-        return flat.unflatten(-1, heads)
+        convolved: Tensor = flat.unflatten(-1, heads)
+        return convolved
 
     def _tau(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
         """The factor of queries and relative states at each position."""
         p = positions.to(torch.promote_types(self.q_scale.dtype, torch.float32))
         if not self.full:
             return torch.ones_like(p)
-        grown: Tensor = 1 + self.cfg.log_alpha * ((p + 1) / self.cfg.log_floor).clamp(min=1.0).log()
-        return grown
+        factor: Tensor = (
+            1 + self.cfg.log_alpha * ((p + 1) / self.cfg.log_floor).clamp(min=1.0).log()
+        )
+        return factor
 
     def bias(self, rel: Float[Tensor, "batch pos head d_rel"]) -> BiasAt:
         """The bias of each score by distance, made of relative states."""

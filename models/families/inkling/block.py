@@ -18,6 +18,7 @@ from loopscope.models.families.inkling.config import InklingConfig
 from loopscope.models.families.inkling.mixing import (
     MessageGate,
     Messages,
+    MoreSources,
     Sources,
     Stream,
     joined,
@@ -98,7 +99,7 @@ class InklingBlock(nn.Module):
 
     def forward(
         self, resid: Stream, blocks: Sources, messages: Messages | None, rows: Rows, taps: Taps
-    ) -> tuple[Stream, Sources]:
+    ) -> tuple[Stream, MoreSources]:
         """The open sum and the block sums behind the layer."""
         resid = tap(taps, "hook_resid_pre", resid)
         inputs = self._attention_inputs(resid, blocks, messages, taps)

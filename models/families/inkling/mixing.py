@@ -16,6 +16,7 @@ from loopscope.models.core.hooks import Taps, tap
 
 Stream = Float[Tensor, "batch pos d_model"]
 Sources = Float[Tensor, "batch pos source d_model"]
+MoreSources = Float[Tensor, "batch pos more d_model"]
 _EPS = 1e-6  # whatever the config's eps is
 
 
@@ -36,7 +37,7 @@ def normed(sources: Sources) -> Sources:
     return F.rms_norm(wide(sources), sources.shape[-1:], None, _EPS)
 
 
-def joined(blocks: Sources, resid: Stream) -> Sources:
+def joined(blocks: Sources, resid: Stream) -> MoreSources:
     """Block sums followed by the open sum."""
     return torch.cat([blocks, resid[:, :, None]], dim=2)
 
