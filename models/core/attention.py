@@ -108,6 +108,7 @@ class Rows:
             position that the rows themselves cover is not used.
         store, visit: Where to keep this visit's keys and values, when asked.
         inputs: What the visit's convolutions have read so far, when it is kept.
+        lagged: Where the places before each row are, by their number; the same at every visit.
     """
 
     places: Places
@@ -116,6 +117,7 @@ class Rows:
     store: KeyValueStore | None = None
     visit: str = ""
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    lagged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def make(cls, places: Places, visible: Visible, others: KeyValues | None = None) -> Rows:
@@ -227,18 +229,28 @@ class Rows:
         if self.allowed is None:  # all places from the first one on
             padded = F.pad(x, (0, 0, size - 1, 0))
             return padded.unfold(1, size, 1).flip(-1).transpose(-1, -2)
+        if self.supplied is not None:
+            x = torch.cat([self.supplied.inputs[name], x], dim=1)
+        if size not in self.lagged:
+            self.lagged[size] = self._places_before(size)
+        index, absent = self.lagged[size]
+        batch = torch.arange(len(x), device=x.device)[:, None, None]
+        return x[batch, index].masked_fill(absent[..., None], 0)
+
+    def _places_before(
+        self, size: int
+    ) -> tuple[Int[Tensor, "batch row lag"], Bool[Tensor, "batch row lag"]]:
+        """The column among supplied and own rows of the places at and before each row, and whether
+        there is none.
+        """
         positions, real = self.places.positions, self.places.mask
+        wanted = positions[:, :, None] - torch.arange(size, device=positions.device)
         if self.supplied is not None:
             covered = (self.supplied.positions[:, :, None] == positions[:, None, :]).any(-1)
             real = torch.cat([self.supplied.mask & ~covered, real], dim=1)
             positions = torch.cat([self.supplied.positions, positions], dim=1)
-            x = torch.cat([self.supplied.inputs[name], x], dim=1)
-        lags = torch.arange(size, device=x.device)
-        wanted = self.places.positions[:, :, None] - lags
         found = (wanted[..., None] == positions[:, None, None, :]) & real[:, None, None, :]
-        batch = torch.arange(len(x), device=x.device)[:, None, None]
-        values = x[batch, found.int().argmax(-1)]
-        return values.masked_fill(~found.any(-1)[..., None], 0)
+        return found.int().argmax(-1), ~found.any(-1)
 
     def _with_supplied(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The rows' keys and values behind the supplied ones; those of the rows are kept, when

@@ -75,7 +75,7 @@ def inkling() -> LoopedModel:
         n_prelude_layers=1, n_layers=2, n_coda_layers=1, n_loops=LOOPS, layers_per_block=1,
         full_layers=(2,), d_model=15, n_heads=6, n_key_value_heads=3, head_dim=4, d_mlp=7,
         n_sliding_heads=6, n_sliding_key_value_heads=2, window=4, rel_extent=5, d_rel=3,
-        log_floor=3, qk_clip=0.9, rel_clip=0.8, kernel=3, n_experts=5, n_chosen=2, gate_rank=4,
+        log_floor=3, qk_clip=0.9, rel_clip=0.8, kernel=3, n_experts=3, n_chosen=2, gate_rank=4,
         route_scale=1.7, gate_cap=1.5, up_cap=2.0, logit_cap=6.0, d_vocab=29, d_vocab_padded=31,
     )  # fmt: skip
     return randomize_(build(cfg)).double()
