@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def build_from(
     _check_second_copies(cfg, tensors, names or {}, path)
     expected = model.state_dict()
     found = _keys_by_name(cfg, list(expected), list(tensors), names, path)
-    weights = [name for name in expected if _ANGLES not in name]
+    weights = [
+        name
+        for name in expected
+        if _ANGLES not in name and not _stays_wide(model, name, tensors[found[name]])
+    ]
     _check_one_format([tensors[found[name]] for name in weights], path)
     for name, want in expected.items():
         _check_tensor(found[name], tensors[found[name]], want.shape, path)
@@ -53,6 +58,11 @@ def _empty(cfg: LoopedConfig, path: Path) -> LoopedModel:
         raise CheckpointError(
             f"{path}: a {cfg.family} model of these sizes cannot be made: {error}"
         ) from None
+
+
+def _stays_wide(model: LoopedModel, name: str, tensor: Tensor) -> bool:
+    """Whether a weight is one that the family computes in float32 and that is stored so."""
+    return tensor.dtype == torch.float32 and re.fullmatch(model.wide_weights, name) is not None
 
 
 def _keys_by_name(

@@ -40,6 +40,7 @@ class Table:
             read as inert records.
         unpack: The config and the tensors in the content of the release's pickle; None for the
             content of another family's pickle.
+        decode: Plain tensors in the place of codes, from the tensors by key and their file.
         releases: The public releases that are known: a Hugging Face repository id, and a note that
             helps to choose.
     """
@@ -54,6 +55,9 @@ class Table:
     readout: str | None = "last_real"
     records: tuple[str, ...] = ()
     unpack: Callable[[Mapping[str, Any]], Release | None] = field(default=lambda content: None)
+    decode: Callable[[Mapping[str, Tensor], Path], Mapping[str, Tensor]] = field(
+        default=lambda tensors, path: tensors
+    )
     releases: tuple[tuple[str, str], ...] = ()
 
 
@@ -110,6 +114,7 @@ def load_by(
             f" {next(iter(left.values()))!r}"
         )
     kept = {key: tensor for key, tensor in tensors.items() if not re.fullmatch(table.skipped, key)}
+    kept = dict(table.decode(kept, weights))
     if getattr(cfg, "tied", False):
         drop_tied_head(kept, *table.tied, weights, "the config ties the head to the embedding")
     return build_from(cfg, kept, table.names(cfg), weights)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
-from loopscope.interp.common.places import Picked, Place, Where, at_site, in_range, places_of
+from loopscope.interp.common.places import (
+    Picked,
+    Place,
+    Where,
+    at_site,
+    heads_at,
+    in_range,
+    places_of,
+)
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import Visit
 
 HEAD_AXIS = {
     "attn.hook_q": 2,
@@ -19,7 +28,6 @@ HEAD_AXIS = {
     "attn.hook_rot_k": 2,
 }
 HEAD_AXIS |= {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
-_KEYS_AND_VALUES = ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
 Together = Literal["loops", "positions"]
 
 
@@ -126,11 +134,12 @@ def choose(model: LoopedModel, n_loops: int, width: int, selection: Selection) -
             f"no cell is left: the sites {list(selection.called)} do not occur at {selection.where}"
         )
     columns = in_range("positions", selection.positions, width)
+    visits = {visit.name: visit for visit in model.schedule(n_loops)}
     cells = [
         cell
         for series in _series(chosen, labels)
         for group in _groups(series, selection)
-        for cell in _cells(series, group, columns, _heads(model, series.site, selection), selection)
+        for cell in _cells(series, group, columns, _heads(visits, series, selection), selection)
     ]
     if not cells:
         raise ValueError(f"no cell is left: no position is chosen, got {selection.positions}")
@@ -148,11 +157,13 @@ def _series(chosen: Sequence[Place], labels: dict[str, str]) -> list[_Series]:
     ]
 
 
-def _heads(model: LoopedModel, site: str, selection: Selection) -> Sequence[int | None]:
+def _heads(
+    visits: Mapping[str, Visit], series: _Series, selection: Selection
+) -> Sequence[int | None]:
     """The heads that are patched one by one; a single None where all are patched at once."""
-    if selection.heads is None or site not in HEAD_AXIS:
+    if selection.heads is None or series.site not in HEAD_AXIS:
         return [None]
-    count = model.cfg.kv_heads if site in _KEYS_AND_VALUES else model.cfg.n_heads
+    count = heads_at(visits[series.places[0].visit], series.site)
     return in_range("heads", selection.heads, count)
 
 

@@ -15,13 +15,14 @@ import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from loopscope.models.basis.names import resolve
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import is_site
 from loopscope.models.core.state import Visit
 
+_KEYS_AND_VALUES = ("attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
 Picked = Literal["all"] | Sequence[int]
 VisitNames = str | Sequence[str]
 
@@ -177,6 +178,12 @@ def at_site(places: Sequence[Place], site: str) -> list[Place]:
         known = ", ".join(sorted({place.site for place in places}))
         raise KeyError(f"this model has no site {site!r}; its sites are {known}")
     return found
+
+
+def heads_at(visit: Visit, site: str = "attn.hook_z") -> int:
+    """The heads of a visit's attention at one of its sites; layers of one model may differ."""
+    attn: Any = visit.block.attn
+    return len(attn.W_K if site in _KEYS_AND_VALUES else attn.W_Q)
 
 
 def chosen_visits(model: LoopedModel, n_loops: int, where: Where) -> list[Visit]:

@@ -22,7 +22,7 @@ from loopscope.interp.common.inputs import (
     in_chunks,
 )
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.common.places import loop_and_layer
+from loopscope.interp.common.places import heads_at, loop_and_layer
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.states import Dynamics
@@ -119,8 +119,9 @@ class AttentionDynamics(OneScreen):
     Attributes:
         names: The name of each block within an iteration, e.g. "blocks.0".
         change: Float[Tensor, "loop layer head"], total variation (half the L1 distance, 0 to 1)
-            from the pattern one iteration earlier; NaN in the first iteration.
-        entropy: Float[Tensor, "loop layer head"], of the pattern, in nats.
+            from the pattern one iteration earlier; NaN in the first iteration, and for heads that
+            a layer with fewer of them does not have.
+        entropy: Float[Tensor, "loop layer head"], of the pattern, in nats; NaN for such heads.
     """
 
     names: tuple[str, ...]
@@ -170,21 +171,23 @@ def attention_dynamics(
     places = {
         name: (loop, i) for i, points in enumerate(layers.values()) for loop, name in points.items()
     }
-    shape = (n_loops, len(layers), model.cfg.n_heads)
+    visits = {f"{v.name}.attn.hook_pattern": v for v in model.schedule(n_loops)}
+    heads = {name: heads_at(visits[name]) for name in places}
+    shape = (n_loops, len(layers), max(heads.values()))
     change, entropy = torch.full((2, *shape), torch.nan, dtype=torch.float64, device=model.device)
-    for loop, i in places.values():
-        entropy[loop, i] = 0.0
+    for name, (loop, i) in places.items():
+        entropy[loop, i, : heads[name]] = 0.0
         if (loop - 1, i) in places.values():
-            change[loop, i] = 0.0
+            change[loop, i, : heads[name]] = 0.0
     earlier: dict[tuple[int, int], Tensor] = {}
 
     def add(pattern: Tensor, name: str, shown: Tensor) -> None:
         loop, i = places[name]
-        now = pattern[shown].unflatten(1, (model.cfg.n_heads, -1))
+        now = pattern[shown].unflatten(1, (heads[name], -1))
         before = earlier.pop((loop - 1, i), None)
         if before is not None:
-            change[loop, i] += (now - before).abs().sum((0, 2)) / 2
-        entropy[loop, i] += torch.special.entr(now).sum((0, 2))
+            change[loop, i, : heads[name]] += (now - before).abs().sum((0, 2)) / 2
+        entropy[loop, i, : heads[name]] += torch.special.entr(now).sum((0, 2))
         earlier[loop, i] = now
 
     _watch(model, batch, n_loops, chosen, list(places), add, batch_size)

@@ -24,6 +24,7 @@ from loopscope.interp.common.places import (
     VisitNames,
     Where,
     chosen_visits,
+    heads_at,
     in_range,
     places_of,
 )
@@ -189,14 +190,13 @@ def _written(
         site = _SITES.get(component.kind)
         if site is None:
             continue
-        heads = (
-            set(in_range("heads", component.heads, model.cfg.n_heads))
-            if component.kind == "head"
-            else None
-        )
         for visit in _visits(model, component, n_loops):
             name = f"{visit.name}.{_required(visit, site, component.kind)}"
-            written[name] = None if heads is None else heads | (written.get(name) or set())
+            if component.kind != "head":
+                written[name] = None
+                continue
+            heads = set(in_range("heads", component.heads, heads_at(visit)))
+            written[name] = heads | (written.get(name) or set())
     return written
 
 

@@ -73,10 +73,10 @@ def logit_lens(
 def residuals(
     model: LoopedModel, batch: Batch, columns: Int[Tensor, "batch k"], n_loops: int
 ) -> Collected:
-    """The residual after every visit, "read d_model" at some columns, by hook name; and the state
-    at the end.
+    """The residual after every visit (at the family's `lens_site`), "read d_model" at some columns,
+    by hook name; and the state at the end.
     """
-    names = [f"{visit.name}.hook_resid_post" for visit in model.schedule(n_loops)]
+    names = [f"{visit.name}.{model.lens_site}" for visit in model.schedule(n_loops)]
     return collect(
         model, batch, names, n_loops, reduce=lambda x, name: at_positions(x, columns).flatten(0, 1)
     )

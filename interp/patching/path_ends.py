@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from loopscope.interp.common.places import Where, in_range, one_visit
+from loopscope.interp.common.places import Where, heads_at, in_range, one_visit
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit
 
@@ -107,7 +107,7 @@ def end_of_path(
     if end.position is not None:
         in_range("positions", [end.position], width)
     if end.head is not None and end.kind in ("head", "q"):
-        in_range("heads", [end.head], model.cfg.n_heads)
+        in_range("heads", [end.head], heads_at(visit))
     name, added = (f"{visit.name}.{point}" for point in (site, _ADDED.get(end.kind, site)))
     return PathEnd(name, added, visit, end.head, end.position)
 

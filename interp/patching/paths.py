@@ -20,7 +20,7 @@ from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
-from loopscope.interp.common.places import Where, chosen_visits
+from loopscope.interp.common.places import Where, chosen_visits, heads_at
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.patching.path_ends import (
     RECEIVED,
@@ -274,7 +274,7 @@ class _Paths:
         everything: list[Sender] = []
         model = self.runs.model
         for visit in chosen_visits(model, self.runs.n_loops, Where(loops="all")):
-            heads = range(model.cfg.n_heads)
+            heads = range(heads_at(visit))
             everything += [Sender("head", head=head, visit=visit.name) for head in heads]
             everything.append(Sender("mlp", visit=visit.name))
         return [

@@ -134,6 +134,16 @@ class MLP(nn.Module):
         return self.down.bias
 
 
+def wide(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """The same numbers at least in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def softcapped(x: Float[Tensor, "*axes"], cap: float | int) -> Float[Tensor, "*axes"]:
+    """cap * tanh(x / cap)."""
+    return cap * torch.tanh(x / cap)
+
+
 def linear(
     x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_in d_out"], bias: Tensor
 ) -> Float[Tensor, "... d_out"]:

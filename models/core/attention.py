@@ -8,8 +8,8 @@ a generation cache).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -47,6 +47,8 @@ class KeyValues:
         k: Float[Tensor, "batch key head d_head"], after rotation where the family rotates.
         v: Float[Tensor, "batch key head d_head"].
         positions, mask, tags: As in `Places`.
+        inputs: What the visit's convolutions read at these places, "batch key width" by the
+            convolution's name; empty for most families.
     """
 
     k: Float[Tensor, "batch key head d_head"]
@@ -54,6 +56,7 @@ class KeyValues:
     positions: Int[Tensor, "batch key"]
     mask: Bool[Tensor, "batch key"]
     tags: Int[Tensor, "batch key"] | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def followed_by(self, later: KeyValues) -> KeyValues:
         """These keys and values and later ones of the same sequences, one after the other."""
@@ -66,10 +69,15 @@ class KeyValues:
             if self.tags is None or later.tags is None
             else torch.cat([self.tags, later.tags], dim=1)
         )
-        return KeyValues(k, v, positions, mask, tags)
+        inputs = {
+            name: torch.cat([earlier, later.inputs[name]], dim=1)
+            for name, earlier in self.inputs.items()
+        }
+        return KeyValues(k, v, positions, mask, tags, inputs)
 
 
 KeyValueStore = MutableMapping[str, KeyValues]
+BiasAt = Callable[[Int[Tensor, "batch query key"]], Float[Tensor, "batch head query key"]]
 Visible = Callable[[Places, Places], Bool[Tensor, "batch query key"]]
 
 
@@ -99,6 +107,8 @@ class Rows:
         supplied: Keys and values of other rows, put before the rows' own. A supplied key at a
             position that the rows themselves cover is not used.
         store, visit: Where to keep this visit's keys and values, when asked.
+        inputs: What the visit's convolutions have read so far, when it is kept.
+        lagged: Where the places before each row are, by their number; the same at every visit.
     """
 
     places: Places
@@ -106,6 +116,8 @@ class Rows:
     supplied: KeyValues | None = None
     store: KeyValueStore | None = None
     visit: str = ""
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    lagged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def make(cls, places: Places, visible: Visible, others: KeyValues | None = None) -> Rows:
@@ -135,9 +147,8 @@ class Rows:
         """These rows at one visit of the schedule."""
         if supplied is None and store is None:
             return self
-        return replace(
-            self, supplied=None if supplied is None else supplied[visit], store=store, visit=visit
-        )
+        given = None if supplied is None else supplied[visit]
+        return replace(self, supplied=given, store=store, visit=visit, inputs={})
 
     def attend(
         self,
@@ -152,13 +163,7 @@ class Rows:
         Scores and pattern are computed only when hooked, or when a number is not finite: the fused
         kernels hide some of those, and a hook that changes nothing must change nothing.
         """
-        if self.store is not None:
-            self.store[self.visit] = KeyValues(
-                k, v, self.places.positions, self.places.mask, self.places.tags
-            )
-        if self.supplied is not None:
-            k = torch.cat([self.supplied.k, k], dim=1)
-            v = torch.cat([self.supplied.v, v], dim=1)
+        k, v = self._with_supplied(k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         grouped = k.shape[1] != q.shape[1]
         hooked = "attn.hook_attn_scores" in taps or "attn.hook_pattern" in taps
@@ -175,6 +180,90 @@ class Rows:
                 q, k, v, attn_mask=self.allowed, dropout_p=dropout, enable_gqa=grouped
             )
         return z.transpose(1, 2)
+
+    def attend_biased(
+        self,
+        q: Float[Tensor, "batch row head d_head"],
+        k: Float[Tensor, "batch row kv_head d_head"],
+        v: Float[Tensor, "batch row kv_head d_head"],
+        bias: BiasAt,
+        sink: Float[Tensor, "batch row head"],
+        taps: Taps,
+    ) -> Float[Tensor, "batch row head d_head"]:
+        """Attention with a bias of the scores that depends on distance, and with a sink.
+
+        Args:
+            bias: The bias of each score from the distance of its query and key in positions; -inf
+                where the key is out of reach.
+            sink: The logit of a place without a value, which takes its share of each row's
+                attention. Rows of the pattern sum to 1 minus that share.
+        """
+        k, v = self._with_supplied(k, v)
+        group = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
+        here, keys = self.places.positions, self.places.positions
+        if self.supplied is not None:
+            keys = torch.cat([self.supplied.positions, keys], dim=1)
+        distance = here[:, :, None] - keys[:, None, :]
+        allowed = (distance >= 0)[:, None] if self.allowed is None else self.allowed
+        scores = q.transpose(1, 2) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias(distance)
+        scores = tap(taps, "attn.hook_attn_scores", scores.masked_fill(~allowed, -torch.inf))
+        logits = torch.cat([scores, sink.transpose(1, 2)[..., None].to(scores.dtype)], dim=-1)
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        pattern = logits.softmax(-1, dtype=kind)[..., :-1].to(v.dtype)
+        return (tap(taps, "attn.hook_pattern", pattern) @ v).transpose(1, 2)
+
+    def recent(
+        self, name: str, x: Float[Tensor, "batch row width"], size: int
+    ) -> Float[Tensor, "batch row lag width"]:
+        """The values at each row's place and at the places right before it; zeros at padding and
+        before the first place.
+
+        Args:
+            name: The convolution that reads them, within the visit.
+            size: Places; lag 0 is the row's own.
+        """
+        x = x.masked_fill(~self.places.mask[..., None], 0)
+        if self.store is not None:
+            self.inputs[name] = x
+        if self.allowed is None:  # all places from the first one on
+            padded = F.pad(x, (0, 0, size - 1, 0))
+            return padded.unfold(1, size, 1).flip(-1).transpose(-1, -2)
+        if self.supplied is not None:
+            x = torch.cat([self.supplied.inputs[name], x], dim=1)
+        if size not in self.lagged:
+            self.lagged[size] = self._places_before(size)
+        index, absent = self.lagged[size]
+        batch = torch.arange(len(x), device=x.device)[:, None, None]
+        return x[batch, index].masked_fill(absent[..., None], 0)
+
+    def _places_before(
+        self, size: int
+    ) -> tuple[Int[Tensor, "batch row lag"], Bool[Tensor, "batch row lag"]]:
+        """The column among supplied and own rows of the places at and before each row, and whether
+        there is none.
+        """
+        positions, real = self.places.positions, self.places.mask
+        wanted = positions[:, :, None] - torch.arange(size, device=positions.device)
+        if self.supplied is not None:
+            covered = (self.supplied.positions[:, :, None] == positions[:, None, :]).any(-1)
+            real = torch.cat([self.supplied.mask & ~covered, real], dim=1)
+            positions = torch.cat([self.supplied.positions, positions], dim=1)
+        found = (wanted[..., None] == positions[:, None, None, :]) & real[:, None, None, :]
+        return found.int().argmax(-1), ~found.any(-1)
+
+    def _with_supplied(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' keys and values behind the supplied ones; those of the rows are kept, when
+        asked.
+        """
+        if self.store is not None:
+            places = self.places
+            self.store[self.visit] = KeyValues(
+                k, v, places.positions, places.mask, places.tags, self.inputs
+            )
+        if self.supplied is None:
+            return k, v
+        return torch.cat([self.supplied.k, k], dim=1), torch.cat([self.supplied.v, v], dim=1)
 
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, taps: Taps, dropout: float) -> Tensor:
         allowed = self.allowed

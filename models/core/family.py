@@ -31,6 +31,10 @@ class Family(nn.Module):
         heads_read_stream: A head's queries, keys and values are made of the residual stream at
             their own visit.
         visible: Which keys a row may see.
+        lens_site: The site of a block whose value the final norm could read: what a logit lens
+            shows.
+        wide_weights: The parameters, as a regular expression on their names, that may be float32
+            beside others of 16 bits.
     """
 
     causal: ClassVar[bool] = True
@@ -39,6 +43,8 @@ class Family(nn.Module):
     rowwise: ClassVar[bool] = True
     heads_read_stream: ClassVar[bool] = True
     visible: ClassVar[Visible] = staticmethod(causal_keys)
+    lens_site: ClassVar[str] = "hook_resid_post"
+    wide_weights: ClassVar[str] = ""
 
     @property
     def additive_residual(self) -> bool:

@@ -18,6 +18,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
 from loopscope.models.families.albert import AlbertConfig
 from loopscope.models.families.hyperloop import HyperloopConfig
+from loopscope.models.families.inkling.config import InklingConfig
 from loopscope.models.families.melt import MeltConfig
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
 from loopscope.models.families.training_free.model import TrainingFreeConfig
@@ -66,6 +67,17 @@ def hyperloop() -> LoopedModel:
         d_mlp=22,
         d_vocab=29,
     )
+    return randomize_(build(cfg)).double()
+
+
+def inkling() -> LoopedModel:
+    cfg = InklingConfig(
+        n_prelude_layers=1, n_layers=2, n_coda_layers=1, n_loops=LOOPS, layers_per_block=1,
+        full_layers=(2,), d_model=15, n_heads=6, n_key_value_heads=3, head_dim=4, d_mlp=7,
+        n_sliding_heads=6, n_sliding_key_value_heads=2, window=4, rel_extent=5, d_rel=3,
+        log_floor=3, qk_clip=0.9, rel_clip=0.8, kernel=3, n_experts=3, n_chosen=2, gate_rank=4,
+        route_scale=1.7, gate_cap=1.5, up_cap=2.0, logit_cap=6.0, d_vocab=29, d_vocab_padded=31,
+    )  # fmt: skip
     return randomize_(build(cfg)).double()
 
 
@@ -121,6 +133,7 @@ TOYS: dict[str, Toy] = {
     "melt": Toy(melt(n_key_value_heads=2), unread=("hook_exit_logit",)),
     "melt_raw": Toy(melt(h_0="zero", gate_input="raw", tied=True), unread=("hook_exit_logit",)),
     "dory": Toy(golden("dory")),
+    "inkling2_loop": Toy(inkling, unread=("hook_mixed_post",)),
     "nanbeige": Toy(golden("nanbeige")),
     "nanbeige_mhc": Toy(golden("nanbeige_mhc")),
     "hrm_text": Toy(golden("hrm_text")),

@@ -58,5 +58,5 @@ def test_whole_numbers_of_other_libraries_count_iterations(
 
 @pytest.mark.parametrize("n_loops", [True, 3.0, "3", np.float64(3), torch.tensor([3, 4]), [3]])
 def test_what_is_no_whole_number_is_refused(n_loops: object, plain: RecurrentDepth) -> None:
-    with pytest.raises(TypeError, match="n_loops must be an integer,.* got"):
+    with pytest.raises(TypeError, match=r"n_loops must be an integer,.* got"):
         plain(random_tokens(), n_loops=n_loops)
