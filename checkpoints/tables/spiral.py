@@ -114,7 +114,6 @@ def _config(
 ) -> SpiralConfig:
     for name, value in _FIXED.items():
         fields.only(name, value)
-    fields.unused(*_OF_WHAT_IS_OFF, *_OF_TRAINING)
     return SpiralConfig(
         n_layers=fields.layers("n_shared_blocks"),
         n_loops=fields.iterations("mean_iters"),
@@ -173,4 +172,8 @@ TABLE = Table(
     recognizes=lambda values, keys: set(values) >= _MARKS and "tok_emb.weight" in keys,
     config=_config,
     names=_names,
+    harmless={
+        "belongs to a part that is off": _OF_WHAT_IS_OFF,
+        "names the model, or acts in training alone": _OF_TRAINING,
+    },
 )

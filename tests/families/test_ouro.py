@@ -128,7 +128,7 @@ def test_lens_of_every_iteration_is_the_shorter_run() -> None:
         ("use_sliding_window", True, "use_sliding_window must be False, got True"),
         ("layer_types", ["sliding_attention"] * 3, "layer_types must be None or"),
         ("total_ut_steps", "4", "total_ut_steps must be a whole number, got '4'"),
-        ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling must be of the type .* got 'yarn'"),
+        ("rope_scaling", {"rope_type": "axial"}, "rope_scaling must be of the type .* got 'axial'"),
         ("loop_gain", 2.0, "has the field 'loop_gain' .* which this family's loader does not know"),
     ],
 )
