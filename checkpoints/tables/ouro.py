@@ -20,6 +20,10 @@ _NORMS = {
     "post_attention_layernorm_2.weight": "ln2_post.w",
 }
 
+_GATE = {
+    "model.early_exit_gate.weight": "gate.weight",
+    "model.early_exit_gate.bias": "gate.bias",
+}
 _HARMLESS = {
     "says how long windows are and where, and windows are off": (
         "max_window_layers",
@@ -37,6 +41,7 @@ def _config(
     fields.only("use_sliding_window", False)
     fields.only("layer_types", None, ["full_attention"] * n_layers)
     return OuroConfig(
+        exit_gate=any(key in tensors for key in _GATE),
         n_layers=n_layers,
         n_loops=fields.iterations("total_ut_steps"),
         d_model=fields.width("hidden_size"),
@@ -54,13 +59,9 @@ def _config(
 
 
 def _names(cfg: OuroConfig) -> dict[str, str]:
-    gate = {
-        "model.early_exit_gate.weight": "gate.weight",
-        "model.early_exit_gate.bias": "gate.bias",
-    }
     return {
         **edge_names(cfg.tied),
-        **gate,
+        **(_GATE if cfg.exit_gate else {}),
         **block_names("model.layers", "blocks", cfg.n_layers, {**ATTENTION, **MLP, **_NORMS}),
     }
 
