@@ -10,29 +10,8 @@ from torch import Tensor
 
 from loopscope.checkpoints.contents import Contents, Kind
 from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.harmless import Reasons, changes_nothing
 
-BOOKKEEPING = frozenset(
-    (
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "bos_token_id",
-        "classifier_dropout_prob",
-        "dtype",
-        "eos_token_id",
-        "initializer_range",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    )
-)
 _REQUIRED = object()
 
 
@@ -46,14 +25,26 @@ class ConfigFields:
         values: The content of config.json.
         path: The file of the config, for messages.
         tensors: The weights, which bound the sizes in the config; None for no bounds.
+        harmless: The family's fields that never change a result, by the reason.
+        inside: The field that holds these values; "" for the config itself.
+
+    Attributes:
+        seen: The names of the fields that have been read or passed over.
     """
 
     def __init__(
-        self, values: Mapping[str, Any], path: Path, tensors: Mapping[str, Tensor] | None = None
+        self,
+        values: Mapping[str, Any],
+        path: Path,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        harmless: Reasons | None = None,
+        inside: str = "",
     ) -> None:
         self._values, self.path = values, path
+        self._harmless, self._inside = harmless or {}, inside
         self._contents = None if tensors is None else Contents.of(tensors)
-        self._seen: set[str] = set()
+        self.seen: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -132,7 +123,7 @@ class ConfigFields:
     def only(self, name: str, *allowed: Any, why: str = "") -> None:
         """Refuse a field with any other value; an absent field counts as the first value."""
         value = self._values.get(name, allowed[0])
-        self._seen.add(name)
+        self.seen.add(name)
         if not any(
             value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
         ):
@@ -142,19 +133,29 @@ class ConfigFields:
             )
 
     def unused(self, *names: str) -> None:
-        """Pass over fields that change nothing in the forward pass."""
-        self._seen.update(names)
+        """Pass over fields that change nothing beside the others of this config."""
+        self.seen.update(names)
 
     def done(self) -> None:
-        """Refuse the fields that have not been read."""
-        unknown = sorted(set(self._values) - self._seen - BOOKKEEPING)
-        if unknown:
-            value = shown(self._values[unknown[0]])
-            raise CheckpointError(
-                f"{self.path} has the field {shown(unknown[0])} (= {value}), which this family's"
-                " loader does not know; it is refused, because it could change what the model"
-                " computes"
-            )
+        """Refuse the fields that have not been read and that could change a result."""
+        unknown = sorted(
+            name
+            for name in set(self._values) - self.seen
+            if not changes_nothing(name, self._values, self._harmless)
+        )
+        if not unknown:
+            return
+        value, where = (
+            shown(self._values[unknown[0]]),
+            f" in {self._inside}" if self._inside else "",
+        )
+        also = f" (and so are {', '.join(map(shown, unknown[1:]))})" if unknown[1:] else ""
+        ignore = tuple(unknown) if not self._inside else (self._inside,)
+        raise CheckpointError(
+            f"{self.path} has the field {shown(unknown[0])}{where} (= {value}), which this family's"
+            f" loader does not know; it is refused{also}, because it could change what the model"
+            f" computes; load(..., ignore={ignore}) reads the config without it"
+        )
 
     def _size(self, name: str, default: Any, kind: Kind) -> Any:
         value = self.integer(name, default)
@@ -163,7 +164,7 @@ class ConfigFields:
         return value
 
     def _read(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
-        self._seen.add(name)
+        self.seen.add(name)
         if name not in self._values or (self._values[name] is None and default is not _REQUIRED):
             if default is _REQUIRED:
                 raise CheckpointError(f"{self.path} lacks the field {name!r}, which must be {what}")

@@ -41,6 +41,7 @@ def load(
     n_loops: int | None = None,
     readout: str | None = None,
     vocab: str | Path | None = None,
+    ignore: Sequence[str] = (),
     **options: Any,
 ) -> LoopedModel:
     """Load a model, in eval mode, with exactly the weights that the file holds.
@@ -55,6 +56,9 @@ def load(
         readout: Where answers are read: "last_real", "first_pad" or "column:K".
         vocab: The path of vocab.json; None means the tokenizer or the vocab.json beside the
             weights.
+        ignore: Fields of a release's config.json to read as if they were not there. A field that
+            the family does not compute with and that could change a result is refused by its name
+            unless it stands here.
         options: Facts that the release of a family lacks, such as the layers of an ordinary model
             to loop; docs/families.md lists them.
 
@@ -64,7 +68,8 @@ def load(
     """
     located = Located(locate(source))
     files, card = located.files, located.card
-    given = Given(ReleaseFacts(n_heads, input_injection, n_loops), options, readout, vocab)
+    facts = ReleaseFacts(n_heads, input_injection, n_loops)
+    given = Given(facts, options, readout, vocab, _names_of(ignore))
     recorded = _recorded_readout(card, files)
     model, default = _format_of(located).open(located, given)
     where = readout or (default if recorded is None else None)
@@ -118,6 +123,13 @@ def save(
             plain.vocab.save(draft)
         for name, content in files.items():
             write_json(draft / name, content)
+
+
+def _names_of(ignore: Sequence[str]) -> tuple[str, ...]:
+    """The fields to ignore; a bare text would be taken letter by letter."""
+    if isinstance(ignore, str) or not all(isinstance(name, str) for name in ignore):
+        raise TypeError(f"ignore= must be a list of names of fields, got {ignore!r}")
+    return tuple(ignore)
 
 
 def _refuse_used(folder: Path) -> None:

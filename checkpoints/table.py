@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.contents import Contents
 from loopscope.checkpoints.errors import CheckpointError, config_errors, shown
 from loopscope.checkpoints.fill import build_from, drop_tied_head
+from loopscope.checkpoints.harmless import Reasons
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 
@@ -31,6 +32,8 @@ class Table:
         config: Our config from the released fields. `config` takes the fields, the tensors by key,
             and the options that were passed to `load`; it removes the options that it reads.
         names: Our parameter name for each key that a file of this config may have.
+        harmless: The fields that never change a result of this family, by the reason; those that
+            never change one of any family are listed in `harmless.py`.
         skipped: Keys that hold nothing which the forward pass needs, as a regular expression.
         tied: Where the config ties the head to the embedding: the key of the head, and the key of
             the embedding. A head that is stored must equal the embedding.
@@ -49,6 +52,7 @@ class Table:
     recognizes: Callable[[Mapping[str, Any], frozenset[str]], bool]
     config: Callable[[ConfigFields, Mapping[str, Tensor], dict[str, Any]], LoopedConfig]
     names: Callable[[Any], Mapping[str, str]]
+    harmless: Reasons = field(default_factory=dict)
     skipped: str = r".*rotary_emb\.inv_freq"
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
     options: Mapping[str, str] = field(default_factory=dict)
@@ -89,7 +93,11 @@ def recognize(release: Release, tables: tuple[Table, ...], path: Path) -> Table:
 
 
 def load_by(
-    table: Table, release: Release, weights: Path, options: Mapping[str, Any]
+    table: Table,
+    release: Release,
+    weights: Path,
+    options: Mapping[str, Any],
+    ignore: Sequence[str] = (),
 ) -> LoopedModel:
     """A model from a release of a table's family.
 
@@ -97,13 +105,16 @@ def load_by(
         release: The config, and the tensors by key.
         weights: The file that holds the tensors, for messages.
         options: Facts that the release does not say, by the names that the table knows.
+        ignore: Fields of the config that are read as if they were not there.
 
     Raises:
         CheckpointError: The config, a key or an option does not fit the family.
     """
     values, tensors = release
     path = weights.with_name("config.json")
-    fields, left = ConfigFields(values, path, tensors), dict(options)
+    kept_values = _without(values, ignore, path)
+    fields = ConfigFields(kept_values, path, tensors, harmless=table.harmless)
+    left = dict(options)
     with config_errors(path):
         cfg = table.config(fields, tensors, left)
     fields.done()
@@ -118,3 +129,14 @@ def load_by(
     if getattr(cfg, "tied", False):
         drop_tied_head(kept, *table.tied, weights, "the config ties the head to the embedding")
     return build_from(cfg, kept, table.names(cfg), weights)
+
+
+def _without(values: Mapping[str, Any], ignore: Sequence[str], path: Path) -> dict[str, Any]:
+    """A config without the fields that the caller ignores, each of which it must have."""
+    for name in ignore:
+        if name not in values:
+            raise CheckpointError(
+                f"{path} has no field {shown(name)}, so ignore= cannot name it; its fields are"
+                f" {', '.join(sorted(values))}"
+            )
+    return {name: value for name, value in values.items() if name not in ignore}

@@ -56,17 +56,18 @@ class Given:
     Attributes:
         facts: n_heads, input_injection and n_loops; None where the caller says nothing.
         options: The options of a family, by name.
-        readout, vocab: As in `load`.
+        readout, vocab, ignore: As in `load`.
     """
 
     facts: ReleaseFacts
     options: Mapping[str, Any]
     readout: str | None = None
-    vocab: str | Path | None = None
+    vocab: str | Path | bool | None = None
+    ignore: tuple[str, ...] = ()
 
     def refuse_options(self, located: Located) -> None:
-        """Refuse every option, in the name of a format that takes none."""
-        for name in self.options:
+        """Refuse what only a release takes, in the name of another format."""
+        for name in (*self.options, *(["ignore"] if self.ignore else [])):
             raise CheckpointError(
                 f"{located.files.weights}: no {name}= is taken for a checkpoint of this format"
             )

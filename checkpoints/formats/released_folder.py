@@ -21,7 +21,7 @@ def open_release(
     table = recognize(release, TABLES, weights.with_name("config.json"))
     told = {"n_heads": facts.n_heads, "input_injection": facts.input_injection}
     options = {name: value for name, value in told.items() if value is not None}
-    model = load_by(table, release, weights, {**options, **given.options})
+    model = load_by(table, release, weights, {**options, **given.options}, given.ignore)
     model.cfg = with_loops(model.cfg, facts.n_loops)
     return model, table.readout
 

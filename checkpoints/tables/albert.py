@@ -39,19 +39,15 @@ _LINEARS = {
     "ffn_output": "mlp.down",
 }
 _NORMS = {"attention.LayerNorm": "ln1_post", "full_layer_layer_norm": "ln2_post"}
-_UNUSED = (
-    "attention_probs_dropout_prob",
-    "chunk_size_feed_forward",
-    "down_scale_factor",
-    "gap_size",
-    "hidden_dropout_prob",
-    "id2label",
-    "label2id",
-    "layers_to_keep",
-    "net_structure_type",
-    "num_memory_blocks",
-    "output_past",
-)
+_HARMLESS = {
+    "is left over from a version of the code that read it": (
+        "down_scale_factor",
+        "gap_size",
+        "layers_to_keep",
+        "net_structure_type",
+        "num_memory_blocks",
+    )
+}
 
 
 def _config(
@@ -67,7 +63,6 @@ def _config(
     fields.only("is_decoder", False, why="this family sees tokens in both directions")
     fields.only("add_cross_attention", False)
     fields.only("pruned_heads", {}, None)
-    fields.unused(*_UNUSED)
     _check_bias(fields, tensors)
     n_loops, n_groups = (
         fields.iterations("num_hidden_layers"),
@@ -129,6 +124,7 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "albert",
     config=_config,
     names=_names,
+    harmless=_HARMLESS,
     skipped=(
         r"albert\.pooler\..*|sop_classifier\..*|albert\.embeddings\.(position_ids|token_type_ids)"
     ),

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.rotary_fields import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names
-from loopscope.models.blocks.rotary import checked_scaling
 from loopscope.models.families.hrm_text import HrmTextConfig
 
 _LOW_START = "model.z_L_init"
@@ -29,14 +29,6 @@ _SEPARATE = _WEIGHTS | {
     key.replace(".weight", ".bias"): name.replace(".weight", ".bias")
     for key, name in _WEIGHTS.items()
 }
-_ROTARY = (
-    "rope_type",
-    "type",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 
 
 def _config(
@@ -47,8 +39,6 @@ def _config(
         "num_key_value_heads", n_heads, None, why="every head has keys and values of its own"
     )
     fields.only("hidden_act", "silu")
-    fields.unused("L_bp_cycles")  # through how many low runs gradients flow in training
-    theta, scaling = _rotary(fields)
     return HrmTextConfig(
         n_layers=_layers_per_stack(fields, tensors),
         n_loops=fields.iterations("H_cycles"),
@@ -58,10 +48,8 @@ def _config(
         head_dim=fields.width("head_dim", 128),
         d_mlp=fields.width("intermediate_size"),
         d_vocab=fields.width("vocab_size"),
-        n_ctx=fields.positions("max_position_embeddings"),
         eps=fields.number("rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        **rotary(fields, fields.positions("max_position_embeddings"), default=10000.0),
         tied=fields.boolean("tie_word_embeddings", False),
         embedding_scale=fields.number(
             "embedding_scale", 1.0 / fields.number("initializer_range", 0.02)
@@ -86,18 +74,6 @@ def _layers_per_stack(fields: ConfigFields, tensors: Mapping[str, Tensor]) -> in
     return stored if counted == 2 * stored else counted
 
 
-def _rotary(fields: ConfigFields) -> tuple[float, Mapping[str, Any] | None]:
-    """Base and scaling of the rotary positions, from the newer field or the two older ones."""
-    values = fields.mapping("rope_scaling", None) or fields.mapping("rope_parameters", None) or {}
-    fields.unused("rope_parameters")  # where both are given the older one counts
-    inner = ConfigFields(values, fields.path)
-    theta: float = inner.number("rope_theta", fields.number("rope_theta", 10000.0))
-    inner.only("partial_rotary_factor", 1.0)
-    inner.unused(*_ROTARY)
-    inner.done()
-    return theta, checked_scaling({name: values[name] for name in _ROTARY if name in values})
-
-
 def _names(cfg: HrmTextConfig) -> dict[str, str]:
     names = {
         "model.embed_tokens.weight": "embedding",
@@ -115,5 +91,6 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "hrm_text",
     config=_config,
     names=_names,
+    harmless={"says through which low runs gradients flow in training": ("L_bp_cycles",)},
     releases=(("sapientinc/HRM-Text-1B", "two stacks of 16 layers in nested cycles"),),
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.rotary_fields import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names
 from loopscope.models.families.huginn import HuginnConfig, PreludeCoreCodaConfig
@@ -27,19 +28,24 @@ _NORMS = {
     "norm_3.weight": "ln2.w",
     "norm_4.weight": "ln2_post.w",
 }
-_TRAINING = (
-    "activation_checkpoint_impl",
-    "architecture_class_name",
-    "effective_expected_depth",
-    "init_orthogonal",
-    "init_strategy",
-    "mean_backprop_depth",
-    "n_layers",
-    "padding_multiple",
-    "sampling_scheme",
-    "test_time_noise_type",
-    "vocab_size",
-)
+HARMLESS = {
+    "acts in training alone": (
+        "activation_checkpoint_impl",
+        "init_orthogonal",
+        "init_strategy",
+        "mean_backprop_depth",
+        "sampling_scheme",
+    ),
+    "counts or names what other fields say": (
+        "architecture_class_name",
+        "effective_expected_depth",
+        "n_layers",
+        "padding_multiple",
+        "vocab_size",
+    ),
+    "sets the noise that is off": ("test_time_noise_type",),
+    "is never read by the released code, whose attention sees the whole input": ("sliding_window",),
+}
 
 
 def recognizes(values: Mapping[str, Any], keys: frozenset[str], part: str) -> bool:
@@ -60,7 +66,6 @@ def sizes(fields: ConfigFields) -> dict[str, Any]:
     fields.only(
         "test_time_noise", 0, why="the release would mix noise into the state before each iteration"
     )
-    fields.unused(*_TRAINING)
     tied = fields.boolean("tie_embeddings", True)
     fields.only("tie_word_embeddings", tied)
     return {
@@ -124,11 +129,9 @@ def _config(
         why="this family's attention has as many key heads as query heads",
     )
     fields.only("head_dim", common["d_model"] // common["n_heads"])
-    fields.unused("max_position_embeddings")
     return HuginnConfig(
         **common,
-        n_ctx=fields.positions("block_size"),
-        rope_theta=fields.number("rope_base"),
+        **rotary(fields, fields.positions("block_size"), base="rope_base"),
         qk_bias=fields.boolean("qk_bias", True),
         state_std=initial_value(fields, "std"),
     )
@@ -144,6 +147,12 @@ TABLE = Table(
     recognizes=lambda values, keys: recognizes(values, keys, "norm_4."),
     config=_config,
     names=_names,
+    harmless={
+        **HARMLESS,
+        "is never read by the released code, whose table of angles has block_size rows": (
+            "max_position_embeddings",
+        ),
+    },
     tied=TIED,
     releases=(("tomg-group-umd/huginn-0125", "3.5 B parameters; prelude 2, core 4, coda 2"),),
 )

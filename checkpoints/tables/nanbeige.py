@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.rotary_fields import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.models.families.nanbeige import NanbeigeConfig
@@ -25,20 +26,32 @@ _CONNECTIONS = {
     + [("mapping_proj.weight", "projection")]
 }
 
+_HARMLESS = {
+    "belongs to attention over earlier depths, which is off": (
+        "depth_attention_recent_window",
+        "depth_attention_static_anchor_once",
+        "depth_attention_stride",
+    ),
+    "belongs to n-gram embeddings, which are off": (
+        "emb_split_num",
+        "emb_tp_num",
+        "ngram_compressed_tokenizer",
+        "ngram_embedding_hidden_size",
+        "ngram_fused_mode",
+        "ngram_layer_downproject_size",
+        "ngram_mod_force_prime",
+        "ngram_vocab_size_ratio",
+        "skip_ngram_for_input",
+    ),
+    "is where a gate starts in training": ("mhc_init_gating_factor",),
+    "is never read by the released code, whose heads have head_dim channels": ("kv_channels",),
+}
+
 
 def _config(
     fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
 ) -> NanbeigeConfig:
     _refuse_other_switches(fields)
-    theta, scaling = fields.number("rope_theta", 10000.0), fields.mapping("rope_scaling", None)
-    again = {
-        "rope_theta": theta,
-        "rope_type": "default",
-        **(scaling or {}),
-    }  # as later versions of transformers write it besides
-    fields.only(
-        "rope_parameters", None, again, why="the released code reads rope_theta and rope_scaling"
-    )
     return NanbeigeConfig(
         n_layers=fields.layers("num_hidden_layers"),
         n_loops=fields.iterations("num_loops", 1),
@@ -48,10 +61,8 @@ def _config(
         head_dim=fields.width("head_dim", None),
         d_mlp=fields.width("intermediate_size"),
         d_vocab=fields.width("vocab_size"),
-        n_ctx=fields.positions("max_position_embeddings", 2048),
         eps=fields.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        **rotary(fields, fields.positions("max_position_embeddings", 2048), default=10000.0),
         tied=fields.boolean("tie_word_embeddings", False),
         boundary_norm=not fields.boolean("skip_loop_final_norm", False),
         qk_norm=fields.boolean("qk_layernorm", False),
@@ -107,21 +118,6 @@ def _refuse_other_switches(fields: ConfigFields) -> None:
     fields.only("emb_neighbor_num", None, why=n_grams)
     fields.only("insert_ngram_layer_idx", [], None, why=n_grams)
     fields.only("ngram_insert_all_layers", False, why=n_grams)
-    fields.unused(
-        "depth_attention_recent_window",
-        "depth_attention_static_anchor_once",
-        "depth_attention_stride",
-        "emb_split_num",
-        "emb_tp_num",
-        "mhc_init_gating_factor",
-        "ngram_compressed_tokenizer",
-        "ngram_embedding_hidden_size",
-        "ngram_fused_mode",
-        "ngram_layer_downproject_size",
-        "ngram_mod_force_prime",
-        "ngram_vocab_size_ratio",
-        "skip_ngram_for_input",
-    )
 
 
 def _names(cfg: NanbeigeConfig) -> dict[str, str]:
@@ -141,6 +137,7 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "nanbeige",
     config=_config,
     names=_names,
+    harmless=_HARMLESS,
     skipped=r".*rotary_emb\.inv_freq|.*_hc\.h_(pre|post|res)_static",
     releases=(("Nanbeige/Nanbeige4.2-3B", "22 layers, 2 iterations"),),
 )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.rotary_fields import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
 from loopscope.models.families.ouro import OuroConfig
@@ -19,6 +20,18 @@ _NORMS = {
     "post_attention_layernorm_2.weight": "ln2_post.w",
 }
 
+_GATE = {
+    "model.early_exit_gate.weight": "gate.weight",
+    "model.early_exit_gate.bias": "gate.bias",
+}
+_HARMLESS = {
+    "says how long windows are and where, and windows are off": (
+        "max_window_layers",
+        "sliding_window",
+    ),
+    "is never read by the released code": ("chunk_size",),
+}
+
 
 def _config(
     fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
@@ -27,8 +40,8 @@ def _config(
     fields.only("hidden_act", "silu")
     fields.only("use_sliding_window", False)
     fields.only("layer_types", None, ["full_attention"] * n_layers)
-    fields.unused("sliding_window", "max_window_layers", "chunk_size")
     return OuroConfig(
+        exit_gate=any(key in tensors for key in _GATE),
         n_layers=n_layers,
         n_loops=fields.iterations("total_ut_steps"),
         d_model=fields.width("hidden_size"),
@@ -37,10 +50,8 @@ def _config(
         head_dim=fields.width("head_dim", None),
         d_mlp=fields.width("intermediate_size"),
         d_vocab=fields.width("vocab_size"),
-        n_ctx=fields.positions("max_position_embeddings"),
         eps=fields.number("rms_norm_eps"),
-        rope_theta=fields.number("rope_theta"),
-        rope_scaling=fields.mapping("rope_scaling", None),
+        **rotary(fields, fields.positions("max_position_embeddings")),
         tied=fields.boolean("tie_word_embeddings", False),
         exit_threshold=fields.number("early_exit_threshold", 1.0),
         exit_step=fields.iterations("early_exit_step", None),
@@ -48,13 +59,9 @@ def _config(
 
 
 def _names(cfg: OuroConfig) -> dict[str, str]:
-    gate = {
-        "model.early_exit_gate.weight": "gate.weight",
-        "model.early_exit_gate.bias": "gate.bias",
-    }
     return {
         **edge_names(cfg.tied),
-        **gate,
+        **(_GATE if cfg.exit_gate else {}),
         **block_names("model.layers", "blocks", cfg.n_layers, {**ATTENTION, **MLP, **_NORMS}),
     }
 
@@ -64,6 +71,7 @@ TABLE = Table(
     recognizes=lambda values, keys: values.get("model_type") == "ouro",
     config=_config,
     names=_names,
+    harmless=_HARMLESS,
     releases=(
         ("ByteDance/Ouro-1.4B", "24 layers, 4 iterations, exit gate"),
         ("ByteDance/Ouro-1.4B-Thinking", "24 layers, 4 iterations, exit gate"),

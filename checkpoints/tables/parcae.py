@@ -52,19 +52,20 @@ _FIXED: dict[str, Any] = {
     "strategy": "single",
     "mup_model_scaling_factor": 1,
 }
-_UNUSED = (
-    "name",
-    "hf_config",
-    "init",
-    "init_orthogonal",
-    "skip_initialization",
-    "activation_checkpoint_impl",
-    "sampling_scheme",
-    "lockstep_n",
-    "lockstep_k",
-    "curriculum_target",
-    "recurrent_iteration_method",
-)
+_HARMLESS = {
+    "names the model": ("name", "hf_config"),
+    "acts in training alone": (
+        "activation_checkpoint_impl",
+        "curriculum_target",
+        "init",
+        "init_orthogonal",
+        "lockstep_k",
+        "lockstep_n",
+        "recurrent_iteration_method",
+        "sampling_scheme",
+        "skip_initialization",
+    ),
+}
 
 
 def _stated(fields: ConfigFields, name: str, value: str) -> None:
@@ -121,7 +122,6 @@ def _check_kinds(fields: ConfigFields, tied: bool) -> None:
         why="others scale embeddings or logits, or draw another state",
     )
     fields.only("injection_type", *INJECTIONS)
-    fields.unused(*_UNUSED)
 
 
 def _padded_vocabulary(fields: ConfigFields) -> int:
@@ -186,7 +186,7 @@ def _value_places(
 
 def _rotary(fields: ConfigFields) -> tuple[float, float]:
     """The rotary base, and the divisor of the positions; a loaded model has its angles stored."""
-    inner = ConfigFields(fields.mapping("rope_settings", {}), fields.path)
+    inner = ConfigFields(fields.mapping("rope_settings", {}), fields.path, inside="rope_settings")
     inner.only("use_rope", True)
     theta, condensed = inner.number("rope_base", 50000.0), inner.number("rope_condense_ratio", 1.0)
     inner.done()
@@ -217,6 +217,7 @@ TABLE = Table(
     ),
     config=_config,
     names=_names,
+    harmless=_HARMLESS,
     tied=("lm_head.weight", "transformer.wte.weight"),
     releases=(
         ("SandyResearch/parcae-140m", "pickled weights; prelude 2, core 2, coda 2"),

@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.rotary_fields import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.huginn import (
+    HARMLESS,
     PARTS,
     TIED,
     initial_value,
@@ -25,6 +27,13 @@ from loopscope.models.families.retrofit import (
     RetrofitOlmoConfig,
 )
 
+_HARMLESS = {
+    **HARMLESS,
+    "is left over from Huginn; here positions follow rope_theta and have no table": (
+        "block_size",
+        "rope_base",
+    ),
+}
 _LLAMA_NORMS = {"norm_1.weight": "ln1.w", "norm_2.weight": "ln2.w"}
 _OLMO_NORMS = {
     "norm_1.weight": "ln1_post.w",
@@ -39,15 +48,10 @@ def _shared(fields: ConfigFields) -> dict[str, Any]:
     scale = initial_value(fields, "embed_scale")
     fields.only("qk_bias", False)
     fields.only("initial_state_mode", "random")
-    fields.only("partial_rotary_factor", 1.0, 1)
-    # Left over from Huginn; here positions follow rope_theta and have no table.
-    fields.unused("rope_base", "block_size")
     return {
         **common,
         "n_key_value_heads": fields.width("num_key_value_heads", None),
-        "n_ctx": fields.positions("max_position_embeddings", None),
-        "rope_theta": fields.number("rope_theta"),
-        "rope_scaling": fields.mapping("rope_scaling", None),
+        **rotary(fields, fields.positions("max_position_embeddings", None)),
         "state_std": initial_value(fields, "std"),
         "embedding_scale": common["d_model"] ** 0.5 if scale is None else scale,
     }
@@ -81,8 +85,31 @@ def _is_llama(values: Mapping[str, Any], keys: frozenset[str]) -> bool:
     )
 
 
+_RECURRENCES = (4, 8, 16, 32)
+
+
+def _releases(base: str, sizes: str) -> tuple[tuple[str, str], ...]:
+    """The releases of one base, which differ in the mean number of iterations in training."""
+    return tuple(
+        (
+            f"smcleish/Recurrent-{base}-train-recurrence-{mean}",
+            f"trained with {mean} iterations in the mean{sizes}",
+        )
+        for mean in _RECURRENCES
+    )
+
+
 LLAMA = Table(
-    family="retrofit_llama", recognizes=_is_llama, config=_llama, names=_llama_names, tied=TIED
+    family="retrofit_llama",
+    recognizes=_is_llama,
+    config=_llama,
+    names=_llama_names,
+    harmless=_HARMLESS,
+    tied=TIED,
+    releases=(
+        *_releases("Llama-3.2", "; prelude 4, core 6, coda 4"),
+        *_releases("TinyLlama-3T", ""),
+    ),
 )
 OLMO = Table(
     family="retrofit_olmo",
@@ -91,5 +118,7 @@ OLMO = Table(
     ),
     config=_olmo,
     names=_olmo_names,
+    harmless=_HARMLESS,
     tied=TIED,
+    releases=_releases("OLMo-2-0425", ""),
 )

@@ -43,7 +43,6 @@ def _config(
     for switch in ("weight_sharing", "rope", "swiglu"):
         fields.boolean(switch)  # where the released code is told nothing it takes false
         fields.only(switch, True, why=why)
-    fields.unused("pad_id")  # the loss leaves it out
     d_model = fields.width("n_embd")
     return SMolLMConfig(
         n_loops=fields.iterations("n_layer"),
@@ -74,6 +73,7 @@ TABLE = Table(
     recognizes=lambda values, keys: set(values) >= _MARKS and "tok_emb.weight" in keys,
     config=_config,
     names=_names,
+    harmless={"is the token that the loss leaves out": ("pad_id",)},
     tied=("head.weight", "tok_emb.weight"),
     records=(
         *(f"{module}.TransformerConfig" for module in _MODULES),

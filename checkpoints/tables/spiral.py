@@ -22,7 +22,6 @@ _FIXED: dict[str, Any] = {
     "modality_adaln": False,
     "prefix_lm": False,
     "attn_chunk": 0,
-    "activation": "gelu",
     "rope_scaling": 1.0,
     "rope_orig_len": 0,
     "noise_init_std": 0.0,
@@ -114,8 +113,9 @@ def _config(
 ) -> SpiralConfig:
     for name, value in _FIXED.items():
         fields.only(name, value)
-    fields.unused(*_OF_WHAT_IS_OFF, *_OF_TRAINING)
+    fields.only("activation", "gelu", "silu", "relu")
     return SpiralConfig(
+        act_fn=fields.text("activation", "gelu"),
         n_layers=fields.layers("n_shared_blocks"),
         n_loops=fields.iterations("mean_iters"),
         d_model=fields.width("d_model"),
@@ -173,4 +173,8 @@ TABLE = Table(
     recognizes=lambda values, keys: set(values) >= _MARKS and "tok_emb.weight" in keys,
     config=_config,
     names=_names,
+    harmless={
+        "belongs to a part that is off": _OF_WHAT_IS_OFF,
+        "names the model, or acts in training alone": _OF_TRAINING,
+    },
 )

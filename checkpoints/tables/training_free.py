@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.release import BLOCK_KEYS
+from loopscope.checkpoints.rotary_fields import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
@@ -16,14 +17,6 @@ from loopscope.models.families.training_free.model import TrainingFreeConfig
 from loopscope.models.families.training_free.rules import BETA, check_rule, checked_window
 
 _HEAD_NORMS = {f"self_attn.{part}_norm.weight": f"attn.{part}_norm.w" for part in ("q", "k")}
-_ROTARY = (
-    "rope_type",
-    "type",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 
 _OPTIONS = {
     "window": "first and last layer to loop, both included, from 0 (needed)",
@@ -58,28 +51,10 @@ def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
     }
 
 
-def _rotary(fields: ConfigFields) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling of the rotary positions, from the newer field or the two older ones."""
-    newer, older = fields.mapping("rope_parameters", None), fields.mapping("rope_scaling", None)
-    if newer is not None and older is not None:
-        fields.only(
-            "rope_scaling", None, newer, why="rope_parameters gives the rotary positions too"
-        )
-    values = newer or older or {}
-    inner = ConfigFields(values, fields.path)
-    theta: float = inner.number("rope_theta", None) or fields.number("rope_theta", 10000.0)
-    fields.only("rope_theta", theta, why="rope_parameters gives another")
-    inner.only("partial_rotary_factor", 1.0)
-    inner.unused(*_ROTARY)
-    inner.done()
-    return theta, {name: values[name] for name in _ROTARY if name in values} or None
-
-
 def _shared(fields: ConfigFields, options: dict[str, Any]) -> dict[str, Any]:
     """The fields that Llama and Qwen3 configs share."""
     n_layers = fields.layers("num_hidden_layers")
     fields.only("hidden_act", "silu")
-    theta, scaling = _rotary(fields)
     return {
         **_looping(options, n_layers),
         "n_layers": n_layers,
@@ -87,10 +62,8 @@ def _shared(fields: ConfigFields, options: dict[str, Any]) -> dict[str, Any]:
         "n_heads": fields.width("num_attention_heads"),
         "d_mlp": fields.width("intermediate_size"),
         "d_vocab": fields.width("vocab_size"),
-        "n_ctx": fields.positions("max_position_embeddings"),
         "eps": fields.number("rms_norm_eps"),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        **rotary(fields, fields.positions("max_position_embeddings"), default=10000.0),
         "tied": fields.boolean("tie_word_embeddings", False),
         "attention_bias": fields.boolean("attention_bias", False),
     }
@@ -99,7 +72,6 @@ def _shared(fields: ConfigFields, options: dict[str, Any]) -> dict[str, Any]:
 def _llama(
     fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]
 ) -> TrainingFreeConfig:
-    fields.unused("pretraining_tp")  # in how many slices the same products were computed
     return TrainingFreeConfig(
         **_shared(fields, options),
         n_key_value_heads=fields.width("num_key_value_heads", None),
@@ -119,7 +91,6 @@ def _qwen3(
         ["full_attention"] * n_layers,
         why="sliding windows are not computed here",
     )
-    fields.unused("sliding_window", "max_window_layers")
     return TrainingFreeConfig(
         **_shared(fields, options),
         n_key_value_heads=fields.width("num_key_value_heads"),
@@ -149,22 +120,6 @@ def _gpt2(
     fields.only("reorder_and_upcast_attn", False)
     fields.only("add_cross_attention", False)
     fields.only("tie_word_embeddings", True, why="GPT-2's head is its token embedding")
-    fields.unused(
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-        "n_ctx",
-        "gradient_checkpointing",
-        "output_past",
-        "task_specific_params",
-    )
-    fields.unused(
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-    )
     return TrainingFreeGPT2Config(
         **_looping(options, n_layers),
         n_layers=n_layers,
@@ -203,6 +158,7 @@ def _gpt2_table(prefix: str) -> Table:
         skipped=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",
         tied=("lm_head.weight", f"{prefix}wte.weight"),
         options=_OPTIONS,
+        harmless={"repeats the number of positions": ("n_ctx",)},
     )
 
 
@@ -211,6 +167,7 @@ LLAMA = Table(
     lambda values, keys: values.get("model_type") == "llama",
     _llama,
     _names,
+    harmless={"says in how many slices the same products were computed": ("pretraining_tp",)},
     options=_OPTIONS,
 )
 QWEN3 = Table(
@@ -218,6 +175,12 @@ QWEN3 = Table(
     lambda values, keys: values.get("model_type") == "qwen3",
     _qwen3,
     _names,
+    harmless={
+        "says how long windows are and where, and windows are off": (
+            "max_window_layers",
+            "sliding_window",
+        )
+    },
     options=_OPTIONS,
 )
 GPT2, GPT2_WITH_PREFIX = _gpt2_table(""), _gpt2_table("transformer.")

@@ -15,6 +15,26 @@ from torch import Tensor, nn
 Heads = Float[Tensor, "batch row head d_head"]
 Angles = Float[Tensor, "batch row half"]
 Pairing = Literal["halves", "pairs"]
+SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        (
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        (),
+    ),
+}  # by kind: the numbers that a scaling must hold, and those that it may hold
 
 
 def rotate_halves(x: Heads, cos: Angles, sin: Angles) -> Heads:
@@ -38,8 +58,10 @@ class Rotary:
     Args:
         d_head: Channels of a head; even.
         theta: Base of the frequencies.
-        scaling: The released config's `rope_scaling`, with `rope_type` "default", "linear" or
-            "llama3"; None for none.
+        scaling: The released config's `rope_scaling`, with a `rope_type` of `SCALINGS`; None for
+            none. "yarn" also multiplies cosines and sines. "dynamic" depends on the length of a
+            call, which is the largest position among the rows that the call runs, plus 1: beyond
+            the original length a later token changes earlier results.
         pairing: Which two channels turn together.
         wide: Whether narrower numbers are turned in float32 and then cast back, instead of in their
             own type.
@@ -63,6 +85,11 @@ class Rotary:
             )
         self.d_head, self.theta, self.pairing, self.wide = d_head, float(theta), pairing, wide
         self.scaling = checked_scaling(scaling)
+        if kind_of(self.scaling or {}) in ("dynamic", "yarn") and (d_head < 4 or self.theta <= 1):
+            raise ValueError(
+                f"rope_scaling of the type {kind_of(self.scaling or {})!r} needs a d_head of at"
+                f" least 4 and a base above 1, got {d_head} and {self.theta}"
+            )
         self._made_for: Tensor | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -82,15 +109,65 @@ class Rotary:
 
     def made_tables(self, positions: Int[Tensor, "batch row"]) -> tuple[Angles, Angles]:
         """Cosines and sines of the rows' angles."""
-        angles = positions[..., None].float() * self.frequencies(positions.device)
-        return angles.cos(), angles.sin()
+        grows = kind_of(self.scaling or {}) == "dynamic" and positions.numel() > 0
+        length = positions.max() + 1 if grows else None
+        angles = positions[..., None].float() * self.frequencies(positions.device, length)
+        cos, sin, size = angles.cos(), angles.sin(), _magnitude(self.scaling)
+        return (cos, sin) if size == 1.0 else (cos * size, sin * size)
 
-    def frequencies(self, device: torch.device) -> Float[Tensor, " half"]:
-        """Angle per position of each pair of channels, in radians."""
+    def frequencies(
+        self, device: torch.device, length: Tensor | None = None
+    ) -> Float[Tensor, " half"]:
+        """Angle per position of each pair of channels, in radians.
+
+        Args:
+            length: The call's length in tokens; None for one that no scaling depends on.
+        """
         exponents = (
             torch.arange(0, self.d_head, 2, dtype=torch.float32, device=device) / self.d_head
         )
-        return _scaled(1.0 / self.theta**exponents, self.scaling)
+        scaling = self.scaling
+        if scaling is None:
+            return 1.0 / self.theta**exponents
+        if kind_of(scaling) == "dynamic":
+            return 1.0 / self._stretched_base(scaling, length) ** exponents
+        frequencies: Tensor = 1.0 / self.theta**exponents
+        if kind_of(scaling) == "yarn":
+            return self._yarn(frequencies, scaling)
+        return _scaled(frequencies, scaling)
+
+    def _stretched_base(self, scaling: Mapping[str, Any], length: Tensor | None) -> float | Tensor:
+        """The base of the dynamic kind, which grows with a call's length beyond the original
+        one.
+        """
+        factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+        if length is None:
+            return self.theta
+        growth = factor * length.clamp(min=original) / original - (factor - 1)
+        base: Tensor = self.theta * growth ** (self.d_head / (self.d_head - 2))
+        return base
+
+    def _yarn(self, frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+        """Frequencies of which fast ones are kept, slow ones divided by the factor, and those
+        between mixed (arXiv 2309.00071).
+        """
+        context = scaling["original_max_position_embeddings"]
+
+        def pair_that_turns(times: float) -> float:
+            """The pair of channels that turns so many times over the original length."""
+            ratio = math.log(context / (times * 2 * math.pi))
+            return self.d_head * ratio / (2 * math.log(self.theta))
+
+        first = pair_that_turns(scaling.get("beta_fast") or 32)
+        last = pair_that_turns(scaling.get("beta_slow") or 1)
+        if scaling.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, self.d_head - 1)
+        if first == last:
+            last += 0.001
+        pairs = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+        slow = ((pairs - first) / (last - first)).clamp(0, 1)
+        return frequencies / scaling["factor"] * slow + frequencies * (1 - slow)
 
 
 class RotationTable(nn.Module):
@@ -124,36 +201,28 @@ class StoredRotary(Rotary):
         return cos, sin
 
 
+def kind_of(scaling: Mapping[str, Any]) -> Any:
+    """The kind that a scaling names, under the newer or the older name."""
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
 def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The scaling if it is one that `Rotary` computes; None where it changes nothing."""
     if scaling is None:
         return None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    needs = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }
-    if not isinstance(kind, str) or kind not in needs:
+    kind = kind_of(scaling)
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(
-            f"rope_scaling must be of the type 'default', 'linear' or 'llama3', got {kind!r}"
+            f"rope_scaling must be of the type {', '.join(map(repr, SCALINGS))}, got {kind!r}"
         )
-    missing = [name for name in needs[kind] if name not in scaling]
+    needed, possible = SCALINGS[kind]
+    missing = [name for name in needed if name not in scaling]
     if missing:
         raise ValueError(
             f"rope_scaling of the type {kind!r} needs {missing[0]!r}, got {dict(scaling)}"
         )
-    for name in needs[kind]:
-        number = scaling[name]
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"rope_scaling's {name} must be a number, got {number!r}")
-        if not 0 < number < math.inf:
-            raise ValueError(f"rope_scaling's {name} must be finite and above 0, got {number!r}")
+    for name in (*needed, *(name for name in possible if scaling.get(name) is not None)):
+        _check_number(name, scaling[name])
     if kind == "llama3" and scaling["high_freq_factor"] == scaling["low_freq_factor"]:
         raise ValueError(
             "rope_scaling's high_freq_factor and low_freq_factor must differ, got"
@@ -162,11 +231,39 @@ def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | No
     return None if kind == "default" else scaling
 
 
-def _scaled(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
-    if scaling is None:
-        return frequencies
+def _check_number(name: str, number: object) -> None:
+    """Raise for a value that a scaling's field does not take."""
+    if name == "truncate":
+        if not isinstance(number, bool):
+            raise ValueError(f"rope_scaling's truncate must be true or false, got {number!r}")
+        return
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError(f"rope_scaling's {name} must be a number, got {number!r}")
+    if not 0 < number < math.inf:
+        raise ValueError(f"rope_scaling's {name} must be finite and above 0, got {number!r}")
+
+
+def _magnitude(scaling: Mapping[str, Any] | None) -> float:
+    """The factor of cosines and sines: 1 but for yarn, which by default lets it grow with the
+    logarithm of its factor.
+    """
+    if scaling is None or kind_of(scaling) != "yarn":
+        return 1.0
+    stated = scaling.get("attention_factor")
+    if stated is not None:
+        return float(stated)
+
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(max(scaling["factor"], 1.0)) + 1.0
+
+    own, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return grown(own) / grown(all_dims) if own and all_dims else grown(1.0)
+
+
+def _scaled(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Frequencies of the kinds "linear" and "llama3"."""
     slowed: Tensor = frequencies / scaling["factor"]
-    if scaling.get("rope_type", scaling.get("type")) == "linear":
+    if kind_of(scaling) == "linear":
         return slowed
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = (

@@ -4,7 +4,7 @@ matrices divided by a spectral norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -94,12 +94,13 @@ class SpiralAttention(Attention):
 
 
 class SpectralMLP(nn.Module):
-    """Two spectral-normed layers with biases and GELU between them."""
+    """Two spectral-normed layers with biases and an activation between them."""
 
     sites: ClassVar[tuple[str, ...]] = ("mlp.hook_pre", "mlp.hook_post")
 
-    def __init__(self, d_model: int, d_mlp: int) -> None:
+    def __init__(self, d_model: int, d_mlp: int, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.act = act
         self.into, self.out = (
             SpectralLinear(d_model, d_mlp, bias=True),
             SpectralLinear(d_mlp, d_model, bias=True),
@@ -107,7 +108,7 @@ class SpectralMLP(nn.Module):
 
     def forward(self, x: Stream, taps: Taps) -> Stream:
         pre = tap(taps, "mlp.hook_pre", self.into(x))
-        out: Tensor = self.out(tap(taps, "mlp.hook_post", F.gelu(pre)))
+        out: Tensor = self.out(tap(taps, "mlp.hook_post", self.act(pre)))
         return out
 
     @property
@@ -138,6 +139,7 @@ class SpiralBlock(nn.Module):
 
     Args:
         sizes: d_model, n_heads, d_mlp.
+        act: The activation of the MLP.
     """
 
     sites: ClassVar[tuple[str, ...]] = (
@@ -156,12 +158,18 @@ class SpiralBlock(nn.Module):
     )
 
     def __init__(
-        self, sizes: tuple[int, int, int], eps: float, rotary: Rotary, *, qk_norm: bool
+        self,
+        sizes: tuple[int, int, int],
+        eps: float,
+        rotary: Rotary,
+        *,
+        qk_norm: bool,
+        act: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
         d_model, n_heads, d_mlp = sizes
         self.attn = SpiralAttention(d_model, n_heads, rotary, qk_norm=qk_norm)
-        self.mlp = SpectralMLP(d_model, d_mlp)
+        self.mlp = SpectralMLP(d_model, d_mlp, act)
         self.ln1, self.ln2 = ModulatedNorm(eps, "ln1"), ModulatedNorm(eps, "ln2")
 
     def forward(self, x: Stream, rows: Rows, taps: Taps, vectors: Mapping[str, Tensor]) -> Stream:

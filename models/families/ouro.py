@@ -23,13 +23,14 @@ BOUNDARY = "ln_boundary"
 @dataclass(frozen=True, kw_only=True)
 class OuroConfig(DecoderConfig):
     """Sizes, and the release's own exit: the threshold on the exit distribution, or a fixed
-    iteration (from 0), that its readout uses.
+    iteration (from 0), that its readout uses. `exit_gate` is False for weights without a gate.
 
     No call of this project applies them by itself: logits are always those after the last
     iteration.
     """
 
     family: ClassVar[str] = "ouro"
+    exit_gate: bool = True
     exit_threshold: float | int = 1.0
     exit_step: int | None = field(default=None, metadata=limits(least=0))
 
@@ -53,7 +54,7 @@ class Ouro(LoopedDecoder):
         super().__init__(cfg)
         self.blocks = nn.ModuleList(self.block(("input", "output")) for _ in range(cfg.n_layers))
         self.final_norm = RMSNorm(cfg.d_model, cfg.eps, BOUNDARY)
-        self.gate = nn.Linear(cfg.d_model, 1)
+        self.gate = nn.Linear(cfg.d_model, 1) if cfg.exit_gate else None
         self.initialize()
 
     @property
@@ -64,11 +65,8 @@ class Ouro(LoopedDecoder):
         return ("hook_embed",), ()
 
     def plan(self, n_loops: int) -> list[Slot]:
-        closing = (
-            *norm_sites(BOUNDARY),
-            "hook_exit_logit",
-            "hook_state_out",
-        )
+        gate = () if self.gate is None else ("hook_exit_logit",)
+        closing = (*norm_sites(BOUNDARY), *gate, "hook_state_out")
         slots = []
         for t in range(n_loops):
             slots += stack(
@@ -89,7 +87,7 @@ class Ouro(LoopedDecoder):
         self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], taps: Taps
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         normed = self.final_norm(resid, taps)
-        if "hook_exit_logit" in taps:
+        if self.gate is not None and "hook_exit_logit" in taps:
             tap(taps, "hook_exit_logit", self.gate(normed)[..., 0])
         return tap(taps, "hook_state_out", normed), parts
 

@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ from loopscope.models.core.state import Slot, Visit
 
 MODULATION = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
 _LONGEST_PERIOD = 10000.0
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,7 @@ class SpiralConfig(LoopedConfig):
     """Sizes; n_layers counts the shared blocks, which all read the same stream.
 
     Attributes:
+        act_fn: The activation of the MLPs.
         d_factor: Width of the stored token embedding, from and to which the stream is projected.
         d_timestep: Width of the iteration's embedding; even.
         rope_theta: Base of the rotary positions of attention.
@@ -48,8 +54,8 @@ class SpiralConfig(LoopedConfig):
 
     family: ClassVar[str] = "spiral"
     TINY: ClassVar[Mapping[str, Any]] = {"d_factor": 8, "d_timestep": 6}
-    act_fn: ClassVar[str] = "gelu"
     normalization_type: ClassVar[str] = "LN"
+    act_fn: Literal["gelu", "silu", "relu"] = "gelu"  # type: ignore[misc]  # a choice in this family
     d_factor: int
     d_timestep: int
     rope_theta: float | int = field(default=10000.0, metadata=BASE_OF_ANGLES)
@@ -146,8 +152,10 @@ class Spiral(LoopedModel):
         self.inject = SpectralLinear(d_model, d_model)
         rotary = Rotary(cfg.d_head, cfg.rope_theta, pairing="pairs")
         sizes = (d_model, cfg.n_heads, cfg.d_mlp)
+        act = _ACTIVATIONS[cfg.act_fn]
         self.blocks = nn.ModuleList(
-            SpiralBlock(sizes, cfg.eps, rotary, qk_norm=cfg.qk_norm) for _ in range(cfg.n_layers)
+            SpiralBlock(sizes, cfg.eps, rotary, qk_norm=cfg.qk_norm, act=act)
+            for _ in range(cfg.n_layers)
         )
         self.modulation = Modulation(cfg)
         self.final_norm = LayerNorm(d_model, cfg.eps, "ln_final")

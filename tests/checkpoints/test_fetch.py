@@ -70,6 +70,8 @@ def test_the_table_is_frozen_and_names_each_release_once() -> None:
         "albert",
         "smollm",
         "recurrent_depth",
+        "retrofit_llama",
+        "retrofit_olmo",
     }
     with pytest.raises(AttributeError):
         releases[0].name = "another"  # type: ignore[misc]

@@ -193,7 +193,7 @@ def test_fused_weights_show_the_same_views(release: tuple[Path, Any]) -> None:
         ),
         ({"rope_parameters": None}, "rope_theta", 10000.0),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
             "rope_scaling",
             {"type": "linear", "factor": 2.0},
         ),
@@ -224,8 +224,8 @@ def test_fields_that_a_config_may_leave_out(
         ("num_layers_per_stack", 3, r"lacks 16 key\(s\) .* first 'model.L_module.layers.2"),
         (
             "rope_parameters",
-            {"rope_type": "yarn", "factor": 2.0},
-            "rope_scaling must be of the type .* got 'yarn'",
+            {"rope_type": "longrope", "factor": 2.0},
+            "rope_scaling must be of the type .* got 'longrope'",
         ),
         (
             "rope_parameters",

@@ -322,13 +322,13 @@ def test_facts_follow_the_switches() -> None:
         ("enable_mhc", True, "enable_mhc must be False where enable_hyper_connection is, got True"),
         (
             "rope_scaling",
-            {"type": "dynamic", "factor": 2.0},
-            "rope_scaling must be of the type .* got 'dynamic'",
+            {"type": "longrope", "factor": 2.0},
+            "rope_scaling must be of the type .* got 'longrope'",
         ),
         (
             "rope_parameters",
             {"rope_theta": 10000.0, "rope_type": "default"},
-            "rope_parameters must be None or .* the released code reads",
+            "rope_theta must be 10000.0, got 70000.0; rope_parameters.rope_theta gives the base",
         ),
         ("skip_loop_final_norm", 1, "skip_loop_final_norm must be true or false, got 1"),
         ("loop_gain", 2.0, "has the field 'loop_gain' .* which this family's loader does not know"),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from golden_cases import GOLDEN, Compute, GoldenCase, check_case
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.load import load
+from loopscope.checkpoints.load import load, save
 from loopscope.interp.exits.exit_gate import (
     GatedReadout,
     exit_distribution,
+    gate_logits,
     readout_at_threshold,
     readout_mixture,
 )
@@ -128,7 +132,7 @@ def test_lens_of_every_iteration_is_the_shorter_run() -> None:
         ("use_sliding_window", True, "use_sliding_window must be False, got True"),
         ("layer_types", ["sliding_attention"] * 3, "layer_types must be None or"),
         ("total_ut_steps", "4", "total_ut_steps must be a whole number, got '4'"),
-        ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling must be of the type .* got 'yarn'"),
+        ("rope_scaling", {"rope_type": "axial"}, "rope_scaling must be of the type .* got 'axial'"),
         ("loop_gain", 2.0, "has the field 'loop_gain' .* which this family's loader does not know"),
     ],
 )
@@ -147,3 +151,23 @@ def test_threshold_out_of_range_is_refused() -> None:
 
 def test_recorded_iterations_can_be_replaced() -> None:
     assert load(GOLDEN / "ouro", n_loops=2).cfg == replace(load(GOLDEN / "ouro").cfg, n_loops=2)
+
+
+def test_weights_without_a_gate_are_a_model_without_one(tmp_path: Path) -> None:
+    tensors = load_file(GOLDEN / "ouro" / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if "early_exit_gate" not in key}
+    shutil.copy(GOLDEN / "ouro" / "config.json", tmp_path)
+    save_file(kept, tmp_path / "model.safetensors")
+    model, case = load(tmp_path), GoldenCase("ouro")
+    assert torch.equal(model(case.tokens), case.model(case.tokens))
+    assert not [name for name in model.hook_names(3) if "exit" in name]
+    for ask in (gate_logits, readout_mixture):
+        with pytest.raises(ValueError, match="this Ouro has no exit gate to read"):
+            ask(model, case.tokens, 3, readout=-1)
+    save(model, tmp_path / "own")
+    assert torch.equal(load(tmp_path / "own")(case.tokens), model(case.tokens))
+    save_file(
+        {**kept, "model.early_exit_gate.bias": torch.zeros(1)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=r"lacks 1 key.* 'model\.early_exit_gate\.weight'"):
+        load(tmp_path)

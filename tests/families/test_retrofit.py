@@ -253,8 +253,8 @@ def test_what_the_state_and_the_embedding_are_multiplied_by(
         ("rope_theta", None, "lacks the field 'rope_theta'"),
         (
             "rope_scaling",
-            {"rope_type": "yarn", "factor": 2.0},
-            "rope_scaling must be of the type .* got 'yarn'",
+            {"rope_type": "longrope", "factor": 2.0},
+            "rope_scaling must be of the type .* got 'longrope'",
         ),
         ("num_key_value_heads", 5, "n_key_value_heads must divide n_heads"),
         ("init_values", {"std": 0.1}, "init_values must hold the number 'embed_scale', got None"),

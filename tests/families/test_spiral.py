@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from golden_cases import GOLDEN, Compute, GoldenCase, check_case, row
@@ -317,6 +317,7 @@ def test_several_blocks_and_a_gate_cap_are_read(folder_with: Callable[..., Path]
         ("momentum_zeta", 1.5, r"momentum must be at most 1, got 1\.5"),
         ("d_model", 21, "d_model must be even"),
         ("mean_iters", "4", "mean_iters must be a whole number, got '4'"),
+        ("activation", "tanh", "activation must be 'gelu' or 'silu' or 'relu', got 'tanh'"),
         ("swirl", 2.0, "has the field 'swirl' .* which this family's loader does not know"),
         ("n_shared_blocks", 2, r"lacks 14 key\(s\) .* first 'blocks\.1\.attn\.qkv"),
     ],
@@ -340,3 +341,17 @@ def test_fields_that_are_not_computed_are_refused(
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpiralConfig.from_dict({**ODD.to_dict(), **changes})
+
+
+@pytest.mark.parametrize("act", ["silu", "relu"])
+def test_the_other_activations_are_those_of_the_reference(
+    act: str, folder_with: Callable[..., Path]
+) -> None:
+    case = GoldenCase("spiral")
+    model = load(folder_with("spiral", {"activation": act}))
+    expected = load_file(GOLDEN / "spiral" / "activations.safetensors")[act]
+    with torch.no_grad():
+        ours = model(case.tokens, n_loops=4)
+    assert model.cfg.act_fn == act
+    assert float((ours - expected).abs().max()) <= 5e-5 * float(expected.abs().max())
+    assert float((case.logits(4) - expected).abs().max()) > 0.1

@@ -210,8 +210,8 @@ def test_weights_are_used_as_they_lie_in_the_file(tmp_path: Path) -> None:
         (
             LLAMA,
             "rope_scaling",
-            {"rope_type": "yarn", "factor": 2.0},
-            "rope_scaling must be of the type .* got 'yarn'",
+            {"rope_type": "longrope", "factor": 2.0},
+            "rope_scaling must be of the type .* got 'longrope'",
         ),
         (
             LLAMA,
