@@ -15,6 +15,7 @@ from torch import Tensor, nn
 Heads = Float[Tensor, "batch row head d_head"]
 Angles = Float[Tensor, "batch row half"]
 Pairing = Literal["halves", "pairs"]
+_LARGEST = 1e15  # of a scaling's numbers; products of larger ones are not finite
 SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -239,8 +240,11 @@ def _check_number(name: str, number: object) -> None:
         return
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise ValueError(f"rope_scaling's {name} must be a number, got {number!r}")
-    if not 0 < number < math.inf:
-        raise ValueError(f"rope_scaling's {name} must be finite and above 0, got {number!r}")
+    if not 0 < number <= _LARGEST:
+        raise ValueError(
+            f"rope_scaling's {name} must be finite and above 0 (and at most {_LARGEST:g}), got"
+            f" {number!r}"
+        )
 
 
 def _magnitude(scaling: Mapping[str, Any] | None) -> float:
