@@ -27,6 +27,7 @@ class ConfigFields:
         tensors: The weights, which bound the sizes in the config; None for no bounds.
         harmless: The family's fields that never change a result, by the reason.
         inside: The field that holds these values; "" for the config itself.
+        ignorable: Whether `load` can be told to ignore a field.
 
     Attributes:
         seen: The names of the fields that have been read or passed over.
@@ -40,9 +41,10 @@ class ConfigFields:
         *,
         harmless: Reasons | None = None,
         inside: str = "",
+        ignorable: bool = True,
     ) -> None:
         self._values, self.path = values, path
-        self._harmless, self._inside = harmless or {}, inside
+        self._harmless, self._inside, self._ignorable = harmless or {}, inside, ignorable
         self._contents = None if tensors is None else Contents.of(tensors)
         self.seen: set[str] = set()
 
@@ -151,10 +153,11 @@ class ConfigFields:
         )
         also = f" (and so are {', '.join(map(shown, unknown[1:]))})" if unknown[1:] else ""
         ignore = tuple(unknown) if not self._inside else (self._inside,)
+        hint = f"; load(..., ignore={ignore}) reads the config without it"
         raise CheckpointError(
             f"{self.path} has the field {shown(unknown[0])}{where} (= {value}), which this family's"
             f" loader does not know; it is refused{also}, because it could change what the model"
-            f" computes; load(..., ignore={ignore}) reads the config without it"
+            f" computes{hint if self._ignorable else ''}"
         )
 
     def _size(self, name: str, default: Any, kind: Kind) -> Any:

@@ -25,7 +25,7 @@ _CHOICES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("*.safetensors",), ()),
     (("*.pt", "*.bin"), ()),
 )
-_INDEX = "model.safetensors.index.json"
+_INDEX, _PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 _DRIVE_TIMEOUT, _DRIVE_RETRIES = 60.0, 3
 
@@ -100,7 +100,7 @@ def _from_hub(repository: str, revision: str | None, cache: str | Path | None) -
             raise sentence from error
         search = folder.glob if ignored else folder.rglob
         if any(True for pattern in weights for _ in search(pattern)):
-            _check_shards(folder, where)
+            _check_shards(folder / (_INDEX if "*.safetensors" in weights else _PICKLE_INDEX), where)
             return folder
     raise FileNotFoundError(
         f"{where} holds no weights: neither .safetensors nor .pt nor .bin; name a repository that"
@@ -108,19 +108,19 @@ def _from_hub(repository: str, revision: str | None, cache: str | Path | None) -
     )
 
 
-def _check_shards(folder: Path, where: str) -> None:
-    index = folder / _INDEX
+def _check_shards(index: Path, where: str) -> None:
+    """Refuse weights of which a shard did not come."""
     if not index.is_file():
         return
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, TypeError, KeyError, AttributeError):
         return  # such an index lies there like that; `load` says what is wrong with it
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{where} is not whole: {_INDEX} names {len(shards)} files, of which {len(missing)} did"
-            f" not come, first {missing[0]!r}; try another revision, or call fetch again with a"
+            f"{where} is not whole: {index.name} names {len(shards)} files, of which {len(missing)}"
+            f" did not come, first {missing[0]!r}; try another revision, or call fetch again with a"
             " network"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.registry import build
 
-_FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = 1e15
 _ANGLES = "rotation."  # the tables of angles in releases have a number format of their own
 
@@ -37,12 +36,7 @@ def build_from(
     _check_second_copies(cfg, tensors, names or {}, path)
     expected = model.state_dict()
     found = _keys_by_name(cfg, list(expected), list(tensors), names, path)
-    weights = [
-        name
-        for name in expected
-        if _ANGLES not in name and not _stays_wide(model, name, tensors[found[name]])
-    ]
-    _check_one_format([tensors[found[name]] for name in weights], path)
+    check_formats([tensors[found[name]] for name in expected if is_weight(name)], path)
     for name, want in expected.items():
         _check_tensor(found[name], tensors[found[name]], want.shape, path)
     model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)
@@ -58,11 +52,6 @@ def _empty(cfg: LoopedConfig, path: Path) -> LoopedModel:
         raise CheckpointError(
             f"{path}: a {cfg.family} model of these sizes cannot be made: {error}"
         ) from None
-
-
-def _stays_wide(model: LoopedModel, name: str, tensor: Tensor) -> bool:
-    """Whether a weight is one that the family computes in float32 and that is stored so."""
-    return tensor.dtype == torch.float32 and re.fullmatch(model.wide_weights, name) is not None
 
 
 def _keys_by_name(
@@ -106,13 +95,23 @@ def _check_second_copies(
             )
 
 
-def _check_one_format(weights: Sequence[Tensor], path: Path) -> None:
-    """Refuse weights of several number formats."""
+def is_weight(name: str) -> bool:
+    """Whether a tensor of a model's state has the number format of the weights."""
+    return _ANGLES not in name
+
+
+def check_formats(weights: Sequence[Tensor], path: Path, *, mixed: bool = True) -> None:
+    """Refuse weights of several number formats.
+
+    Args:
+        mixed: Whether formats of 16 and 32 bits may stand beside each other.
+    """
     kinds = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
-    if len(kinds) > 1:
+    if len(kinds) > 1 and not (mixed and kinds <= set(FORMATS[:3])):
+        also = ", or have formats of 16 and 32 bits" if mixed else ""
         raise CheckpointError(
             f"{path} mixes the number formats {sorted(map(str, kinds))}; all weights of a model"
-            " must have one"
+            f" must have one{also}"
         )
 
 
@@ -125,7 +124,7 @@ def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, path: Path) -> No
         raise CheckpointError(
             f"{path}: {key!r} must hold floating-point numbers, got {tensor.dtype}"
         )
-    if tensor.dtype not in _FORMATS:
+    if tensor.dtype not in FORMATS:
         raise CheckpointError(
             f"{path}: {key!r} must hold numbers of 16, 32 or 64 bits, got {tensor.dtype}"
         )
@@ -175,6 +174,6 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same numbers in the same format; NaN counts as 0, because
     `build_from` refuses it later.
     """
-    if one.shape != other.shape or one.dtype != other.dtype or one.dtype not in _FORMATS:
+    if one.shape != other.shape or one.dtype != other.dtype or one.dtype not in FORMATS:
         return False
     return torch.equal(one.nan_to_num(), other.nan_to_num())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from loopscope.checkpoints.errors import CheckpointError, shown
-from loopscope.checkpoints.fill import build_from
+from loopscope.checkpoints.fill import build_from, check_formats, is_weight
 from loopscope.checkpoints.formats.base import Format, Given, Located
 from loopscope.checkpoints.formats.own import OWN
 from loopscope.checkpoints.formats.paper import PAPER
@@ -18,8 +20,9 @@ from loopscope.checkpoints.formats.released_folder import RELEASED_FOLDER
 from loopscope.checkpoints.formats.whole_pickle import WHOLE_PICKLE
 from loopscope.checkpoints.jsons import read_json, write_json
 from loopscope.checkpoints.locate import CheckpointFiles, locate
+from loopscope.checkpoints.placing import checked_device, checked_format, place_
 from loopscope.checkpoints.release import ReleaseFacts
-from loopscope.checkpoints.tokenizer import HubTokenizer, find_tokenizer
+from loopscope.checkpoints.tokenizer import HubTokenizer, UnusableTokenizer, find_tokenizer
 from loopscope.checkpoints.weight_files import plain_weights
 from loopscope.models.basis.files import usual_mode
 from loopscope.models.basis.tokens import Readout, Vocabulary, Words
@@ -40,11 +43,15 @@ def load(
     input_injection: bool | None = None,
     n_loops: int | None = None,
     readout: str | None = None,
-    vocab: str | Path | None = None,
+    vocab: str | Path | Literal[False] | None = None,
     ignore: Sequence[str] = (),
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
     **options: Any,
 ) -> LoopedModel:
-    """Load a model, in eval mode, with exactly the weights that the file holds.
+    """Load a model, in eval mode, with exactly the weights that the file holds unless an argument
+    changes them.
 
     Args:
         source: A shipped name ("ltg_trained"), a file (checkpoint_epoch_<N>.pt), or a folder: the
@@ -55,26 +62,43 @@ def load(
         n_loops: Iterations to record, in place of those that the checkpoint records.
         readout: Where answers are read: "last_real", "first_pad" or "column:K".
         vocab: The path of vocab.json; None means the tokenizer or the vocab.json beside the
-            weights.
+            weights, and False means no vocabulary. A tokenizer beside the weights that cannot be
+            used is a warning with the reason.
         ignore: Fields of a release's config.json to read as if they were not there. A field that
             the family does not compute with and that could change a result is refused by its name
             unless it stands here.
+        adapter: The folder of a LoRA adapter of a release, in peft's layout (adapter_config.json
+            and adapter_model.safetensors), to merge into the weights as peft does.
+        dtype: The number format that all weights are converted to, such as torch.float32 or
+            "bfloat16"; tables of angles keep theirs. None means the format of the file, and float32
+            with a warning where a file mixes formats of 16 and 32 bits.
+        device: The device that the weights are brought to, straight from the file; None means the
+            CPU.
         options: Facts that the release of a family lacks, such as the layers of an ordinary model
             to loop; docs/families.md lists them.
 
     Raises:
-        FileNotFoundError: No such checkpoint.
+        FileNotFoundError: No such checkpoint or adapter.
+        ValueError: A number format or device that there is not.
         CheckpointError: A file that cannot be used; the message says why and what to do.
     """
+    kind, place = checked_format(dtype), checked_device(device)
     located = Located(locate(source))
     files, card = located.files, located.card
-    facts = ReleaseFacts(n_heads, input_injection, n_loops)
-    given = Given(facts, options, readout, vocab, _names_of(ignore))
+    given = Given(
+        ReleaseFacts(n_heads, input_injection, n_loops),
+        options,
+        readout,
+        vocab,
+        _names_of(ignore),
+        None if adapter is None else Path(adapter),
+    )
     recorded = _recorded_readout(card, files)
     model, default = _format_of(located).open(located, given)
+    place_(model, kind, place, files.weights)
     where = readout or (default if recorded is None else None)
     model.read_at = Readout.parse(where) if where else recorded
-    model.vocab = _find_vocabulary(files, Path(vocab) if vocab else None, model.cfg)
+    model.vocab = _find_vocabulary(files, vocab, model.cfg)
     return model
 
 
@@ -106,6 +130,7 @@ def save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()},
         folder,
     )
+    check_formats([each for name, each in tensors.items() if is_weight(name)], folder, mixed=False)
     build_from(plain.cfg, tensors, None, folder)
     readout = {"readout": str(plain.read_at)} if plain.read_at else {}
     files: dict[str, Any] = {"config.json": plain.cfg.to_dict()}
@@ -186,13 +211,25 @@ def _recorded_readout(card: Mapping[str, Any], files: CheckpointFiles) -> Readou
         raise CheckpointError(f"{files.card}: {error}") from None
 
 
-def _find_vocabulary(files: CheckpointFiles, given: Path | None, cfg: LoopedConfig) -> Words | None:
+def _find_vocabulary(
+    files: CheckpointFiles, given: str | Path | bool | None, cfg: LoopedConfig
+) -> Words | None:
     """The vocabulary at a given path, or else the tokenizer or the word list beside the weights."""
+    if given is False:
+        return None
     if given is None:
-        tokenizer = find_tokenizer(files.weights.parent, cfg.d_vocab)
+        try:
+            tokenizer = find_tokenizer(files.weights.parent, cfg.d_vocab)
+        except UnusableTokenizer as reason:
+            warnings.warn(
+                f"{reason}; the weights are loaded without a vocabulary, which vocab=False asks for"
+                " without this warning",
+                stacklevel=3,
+            )
+            return None
         if tokenizer is not None:
             return tokenizer
-    path = given or files.vocab
+    path = Path(given) if given else files.vocab
     return None if path is None else _read_vocabulary(path, cfg)
 
 

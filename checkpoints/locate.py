@@ -11,8 +11,10 @@ from loopscope.checkpoints.release import ReleaseFacts
 
 SHIPPED = Path(__file__).parent / "shipped"
 INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+_ADAPTER = "adapter_config.json"
 _OWN_WEIGHTS = "model.safetensors"
-_PICKLES = ("pytorch_model.bin", "model.pt")
+_PICKLES = ("pytorch_model.bin", PICKLE_INDEX, "model.pt")
 _COMPANIONS = {
     "card": "card.json",
     "vocab": "vocab.json",
@@ -91,6 +93,11 @@ def _weights_in(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder} holds {len(found)} checkpoints; name one of"
             f" {', '.join(p.name for p in found)}"
+        )
+    if (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter and not a model; load(base, adapter={str(folder)!r}) merges"
+            " it into the weights of its base"
         )
     below = sorted({str(p.parent.relative_to(folder)) for p in folder.glob("**/*.pt")})
     hint = f"; there are some in {', '.join(below[:8])}" if below else ""

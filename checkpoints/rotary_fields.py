@@ -61,7 +61,7 @@ def rotary(
 
 
 def _part(fields: ConfigFields, name: str) -> dict[str, Any]:
-    """What a nested field gives: the base and the scaling's fields, without nulls."""
+    """The content of a nested field: the base and the scaling's fields, without nulls."""
     values = {k: v for k, v in (fields.mapping(name, None) or {}).items() if v is not None}
     inner = ConfigFields(values, fields.path, inside=name)
     inner.number("rope_theta", None)
@@ -143,7 +143,8 @@ def _longest(scaling: Mapping[str, Any] | None, n_ctx: int | None) -> int | None
     """The longest input: a scaling that lengthens the context lengthens it."""
     if n_ctx is None or scaling is None or kind_of(scaling) not in _STRETCHED:
         return n_ctx
-    factor, original = scaling.get("factor"), scaling.get(_ORIGINAL)
+    factor: Any = scaling.get("factor")
+    original: Any = scaling.get(_ORIGINAL)
     if not _is_number(factor) or not _is_number(original):
         return n_ctx
     return max(n_ctx, int(factor * original))

@@ -37,6 +37,7 @@ class Table:
         skipped: Keys that hold nothing which the forward pass needs, as a regular expression.
         tied: Where the config ties the head to the embedding: the key of the head, and the key of
             the embedding. A head that is stored must equal the embedding.
+        input_first: The keys whose matrices are stored input first, as a regular expression.
         options: The options that `config` reads, and a sentence on each.
         readout: Where answers are read unless the caller says otherwise.
         records: Foreign classes that the release's pickle holds, "module.Class"; their objects are
@@ -55,6 +56,7 @@ class Table:
     harmless: Reasons = field(default_factory=dict)
     skipped: str = r".*rotary_emb\.inv_freq"
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+    input_first: str = r"(?!)"
     options: Mapping[str, str] = field(default_factory=dict)
     readout: str | None = "last_real"
     records: tuple[str, ...] = ()
@@ -63,6 +65,10 @@ class Table:
         default=lambda tensors, path: tensors
     )
     releases: tuple[tuple[str, str], ...] = ()
+
+    def is_input_first(self, key: str) -> bool:
+        """Whether the matrix of a key is stored input first."""
+        return re.fullmatch(self.input_first, key) is not None
 
 
 def recognize(release: Release, tables: tuple[Table, ...], path: Path) -> Table:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.jsons import read_object
+from loopscope.checkpoints.jsons import read_json, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model")
+_BYTE_PAIRS, _END = ("vocab.json", "merges.txt"), "<|endoftext|>"
 _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
@@ -81,36 +83,53 @@ class HubTokenizer:
         self.tokenizer.save_pretrained(folder)
 
 
+class UnusableTokenizer(CheckpointError):
+    """A tokenizer beside the weights that cannot be used; the message gives the reason."""
+
+
 def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
     """The tokenizer whose files lie in a folder; None where there are none. Nothing is downloaded,
     and no code in the folder is run.
 
     Raises:
-        CheckpointError: Files that transformers cannot read, or more tokens than the model has.
+        UnusableTokenizer: Files that transformers cannot read, a class of the release's own, or
+            more tokens than the model has.
     """
-    if not any((folder / name).is_file() for name in _FILES):
+    if not _has_tokenizer(folder):
         return None
     _refuse_custom_code(folder)
     try:
-        tokenizer = _read(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = _read(folder)
         most = max(tokenizer.get_vocab().values(), default=-1)
     except BaseException as error:  # transformers raises many types, and tokenizers' panics
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         said = " ".join(str(error).split())[:200]
-        raise CheckpointError(
+        raise UnusableTokenizer(
             f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {said})"
         ) from None
     if most >= d_vocab >= len(tokenizer):
-        raise CheckpointError(
+        raise UnusableTokenizer(
             f"the tokenizer in {folder} has the id {most}, but the model has d_vocab={d_vocab}"
         )
     if len(tokenizer) > d_vocab:
-        raise CheckpointError(
+        raise UnusableTokenizer(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model has"
             f" d_vocab={d_vocab}"
         )
     return HubTokenizer(tokenizer, d_vocab)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files. A vocab.json with a number for each token is one
+    of them; a list of words is not.
+    """
+    if any((folder / name).is_file() for name in (*_FILES, "merges.txt", "vocab.txt")):
+        return True
+    vocab, config = folder / "vocab.json", folder / "config.json"
+    return vocab.is_file() and config.is_file() and isinstance(read_json(vocab), dict)
 
 
 def _refuse_custom_code(folder: Path) -> None:
@@ -120,24 +139,66 @@ def _refuse_custom_code(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     if not path.is_file() or (folder / "tokenizer.json").is_file():
         return
-    if "auto_map" in read_object(path):
-        raise CheckpointError(
-            f"{path} names code of its own (auto_map), which is never run; put the tokenizer.json"
-            " of the tokenizer beside it, or take the file away to load without a tokenizer"
+    try:
+        settings = read_object(path)
+    except CheckpointError as error:
+        raise UnusableTokenizer(str(error)) from None
+    if "auto_map" in settings:
+        raise UnusableTokenizer(
+            f"{path} names code of its own (auto_map), which is never run, and no tokenizer.json"
+            " lies beside it"
         )
 
 
 def _read(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, read from a folder without config.json, which transformers may not know."""
-    # Imported late: it takes seconds, and most checkpoints have no tokenizer.
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    """The tokenizer, read from a folder without config.json, which transformers may not know.
 
-    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    Without tokenizer.json and a named class, the class is that of the model type, where
+    transformers has one, and else GPT-2's for its two files.
+    """
+    # Imported late: it takes seconds, and most checkpoints have no tokenizer.
+    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+
+    def read(kind: Any, **options: Any) -> PreTrainedTokenizerBase:
+        found: PreTrainedTokenizerBase = kind.from_pretrained(
+            alone, local_files_only=True, trust_remote_code=False, **options
+        )
+        return found
+
     with tempfile.TemporaryDirectory() as alone:
         for name in (*_FILES, *_COMPANIONS):
             if (folder / name).is_file():
                 (Path(alone) / name).symlink_to((folder / name).resolve())
-        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(
-            alone, local_files_only=True, trust_remote_code=False
-        )
-    return tokenizer
+        if (folder / "tokenizer.json").is_file():
+            return read(PreTrainedTokenizerFast)
+        if not all((folder / name).is_file() for name in _BYTE_PAIRS):
+            return read(AutoTokenizer, **_known_type(folder))
+        plain = _without_defaults(folder)
+        try:
+            return read(AutoTokenizer, **_known_type(folder), **plain)
+        except (ValueError, OSError):
+            return read(GPT2Tokenizer, **plain)
+
+
+def _known_type(folder: Path) -> dict[str, Any]:
+    """The model type's config, as an argument for transformers, where transformers has the type."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    kind = read_object(path).get("model_type") if path.is_file() else None
+    try:
+        return {"config": AutoConfig.for_model(kind)} if isinstance(kind, str) else {}
+    except ValueError:
+        return {}
+
+
+def _without_defaults(folder: Path) -> dict[str, None]:
+    """The special tokens of byte-pair classes that no file names and the vocabulary does not hold:
+    they would be added to it.
+    """
+    named = any(
+        (folder / name).is_file() for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    if named or _END in read_object(folder / "vocab.json"):
+        return {}
+    return dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"))

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, whole or in shards."""
+"""Tensors in safetensors files or pickles, whole or in shards."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.jsons import read_object
+from loopscope.checkpoints.pickles import read_pickle
 
 _COMPILED, _PARALLEL = "_orig_mod.", "module."
 
 
 def read_tensors(weights: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of all shards of an index, on disk until used.
+    """The tensors of a file (safetensors, or a pickle of tensors), or of all shards of an index, on
+    disk until used.
 
     Raises:
         CheckpointError: A damaged or missing shard, or shards that do not hold what the index says.
     """
     if weights.suffix != ".json":
-        return plain_weights(_read_safetensors(weights), weights)
+        return plain_weights(_read_whole(weights), weights)
     where = _shard_names(weights)
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
-        shard = _read_safetensors(_shard(weights, name))
+        shard = _read_whole(_shard(weights, name))
         tensors |= {key: value for key, value in shard.items() if where.get(key) == name}
     absent = sorted(set(where) - set(tensors))
     if absent:
@@ -100,6 +102,17 @@ def _shard(index: Path, name: str) -> Path:
             f"{index} names the shard {name!r}, which is missing; the download is not complete"
         )
     return shard
+
+
+def _read_whole(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = read_pickle(path)
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(
+            f"{path} must hold tensors by name, got {shown(sorted(map(str, content)))}"
+        )
+    return content
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class Given:
     Attributes:
         facts: n_heads, input_injection and n_loops; None where the caller says nothing.
         options: The options of a family, by name.
-        readout, vocab, ignore: As in `load`.
+        readout, vocab, ignore, adapter: As in `load`.
     """
 
     facts: ReleaseFacts
@@ -64,10 +64,12 @@ class Given:
     readout: str | None = None
     vocab: str | Path | bool | None = None
     ignore: tuple[str, ...] = ()
+    adapter: Path | None = None
 
     def refuse_options(self, located: Located) -> None:
         """Refuse what only a release takes, in the name of another format."""
-        for name in (*self.options, *(["ignore"] if self.ignore else [])):
+        given = {"ignore": self.ignore, "adapter": self.adapter}
+        for name in (*self.options, *(name for name, value in given.items() if value)):
             raise CheckpointError(
                 f"{located.files.weights}: no {name}= is taken for a checkpoint of this format"
             )

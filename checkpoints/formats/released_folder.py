@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.adapters import merged
 from loopscope.checkpoints.formats.base import Format, Given, Located, with_loops
-from loopscope.checkpoints.pickles import read_pickle
 from loopscope.checkpoints.table import Release, load_by, recognize
 from loopscope.checkpoints.tables import TABLES
-from loopscope.checkpoints.weight_files import plain_weights, read_tensors
+from loopscope.checkpoints.weight_files import read_tensors
 from loopscope.models.core.base import LoopedModel
 
 
@@ -19,6 +16,9 @@ def open_release(
     """A model from a release's config and tensors, by the table of its family."""
     weights, facts = located.files.weights, given.facts
     table = recognize(release, TABLES, weights.with_name("config.json"))
+    if given.adapter is not None:
+        changed = merged(release[1], given.adapter, table.is_input_first)
+        release = release[0], changed
     told = {"n_heads": facts.n_heads, "input_injection": facts.input_injection}
     options = {name: value for name, value in told.items() if value is not None}
     model = load_by(table, release, weights, {**options, **given.options}, given.ignore)
@@ -36,15 +36,7 @@ def _is_own(located: Located) -> bool:
 
 
 def _release(located: Located) -> Release:
-    weights, values = located.files.weights, located.config or {}
-    if weights.suffix in (".safetensors", ".json"):
-        return values, read_tensors(weights)
-    content = read_pickle(weights)
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(
-            f"{weights} must hold tensors by name, got {shown(sorted(map(str, content)))}"
-        )
-    return values, plain_weights(content, weights)
+    return located.config or {}, read_tensors(located.files.weights)
 
 
 RELEASED_FOLDER = Format(

@@ -138,6 +138,7 @@ _ALWAYS: Mapping[str, tuple[Any, ...]] = {
     "input_transform": ("residual",),
     "output_transform": ("replace",),
     "mixer_type": (None,),
+    "layer_types": (None,),
     "partial_rotary_factor": (1.0,),
     "partial_rotary_factor_2": (None, 1.0),
 }

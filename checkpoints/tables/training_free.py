@@ -159,6 +159,7 @@ def _gpt2_table(prefix: str) -> Table:
         tied=("lm_head.weight", f"{prefix}wte.weight"),
         options=_OPTIONS,
         harmless={"repeats the number of positions": ("n_ctx",)},
+        input_first=r".*\.c_(attn|proj|fc)\.weight",
     )
 
 

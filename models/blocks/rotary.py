@@ -15,6 +15,7 @@ from torch import Tensor, nn
 Heads = Float[Tensor, "batch row head d_head"]
 Angles = Float[Tensor, "batch row half"]
 Pairing = Literal["halves", "pairs"]
+_LARGEST = 1e15  # of a scaling's numbers; products of larger ones are not finite
 SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -167,7 +168,8 @@ class Rotary:
             last += 0.001
         pairs = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
         slow = ((pairs - first) / (last - first)).clamp(0, 1)
-        return frequencies / scaling["factor"] * slow + frequencies * (1 - slow)
+        mixed: Tensor = frequencies / scaling["factor"] * slow + frequencies * (1 - slow)
+        return mixed
 
 
 class RotationTable(nn.Module):
@@ -239,8 +241,11 @@ def _check_number(name: str, number: object) -> None:
         return
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise ValueError(f"rope_scaling's {name} must be a number, got {number!r}")
-    if not 0 < number < math.inf:
-        raise ValueError(f"rope_scaling's {name} must be finite and above 0, got {number!r}")
+    if not 0 < number <= _LARGEST:
+        raise ValueError(
+            f"rope_scaling's {name} must be finite and above 0 (and at most {_LARGEST:g}), got"
+            f" {number!r}"
+        )
 
 
 def _magnitude(scaling: Mapping[str, Any] | None) -> float:

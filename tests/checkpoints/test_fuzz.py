@@ -53,7 +53,12 @@ class Subject:
 
 
 def subject(name: str, folder: Path, options: dict[str, Any], begin: dict[str, Any]) -> Subject:
-    skipped = ("golden.safetensors", "golden64.safetensors", "meta.json")
+    skipped = (
+        "golden.safetensors",
+        "golden64.safetensors",
+        "activations.safetensors",
+        "meta.json",
+    )
     files = {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in skipped}
     return Subject(name, files, options, begin)
 
