@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -98,6 +99,18 @@ def _check_second_copies(
 def is_weight(name: str) -> bool:
     """Whether a tensor of a model's state has the number format of the weights."""
     return _ANGLES not in name
+
+
+def of_one_format(model: LoopedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model's state that have one number format in a file: neither tables of
+    angles, nor weights that the family computes in float32 and that are stored so.
+    """
+    return {
+        name: each
+        for name, each in tensors.items()
+        if is_weight(name)
+        and not (each.dtype == torch.float32 and re.fullmatch(model.wide_weights, name))
+    }
 
 
 def check_formats(weights: Sequence[Tensor], path: Path, *, mixed: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.fill import FORMATS, is_weight
+from loopscope.checkpoints.fill import FORMATS, is_weight, of_one_format
 from loopscope.models.core.base import LoopedModel
 
 
@@ -65,13 +64,7 @@ def place_(
         CheckpointError: A weight that float16 cannot hold.
     """
     state = {name: each.detach() for name, each in model.state_dict().items()}
-    kinds = sorted(
-        {
-            str(each.dtype)
-            for name, each in state.items()
-            if is_weight(name) and not _stays_wide(model, name, each)
-        }
-    )
+    kinds = sorted({str(each.dtype) for each in of_one_format(model, state).values()})
     if dtype is None and len(kinds) > 1:
         dtype = torch.float32
         warnings.warn(
@@ -84,11 +77,6 @@ def place_(
         model.load_state_dict(placed, assign=True)
     if device is not None:
         model.to(device)
-
-
-def _stays_wide(model: LoopedModel, name: str, tensor: Tensor) -> bool:
-    """Whether a weight is one that the family computes in float32 and that is stored so."""
-    return tensor.dtype == torch.float32 and re.fullmatch(model.wide_weights, name) is not None
 
 
 def _placed(

@@ -63,6 +63,8 @@ def test_the_table_is_frozen_and_names_each_release_once() -> None:
     )
     assert {r.family for r in releases} == {
         "ouro",
+        "dory",
+        "inkling2_loop",
         "huginn",
         "hrm_text",
         "nanbeige",
