@@ -43,7 +43,13 @@ class FilesConfig(RunConfig):
     """Settings that a checkpoint's file lacks, and the device."""
 
     data: Path | None = None
-    """test.json with the questions; by default the one beside the weights."""
+    """Questions to ask: a test.json, by default the one beside the weights; or pairs as CSV or
+    JSONL.
+    """
+    columns: tuple[str, str, str, str] = ("clean", "corrupted", "answer", "wrong")
+    """How the columns of a CSV or JSONL are called: the clean text, the corrupted text, the answer,
+    and the wrong answer to compare the answer with; only the first one must be there.
+    """
     vocab: Path | None = None
     """vocab.json; by default the one beside the weights."""
     n_heads: int | None = None
@@ -146,15 +152,48 @@ class InputsConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(SourceConfig):
+class TextConfig(SourceConfig):
+    """One input of a checkpoint: a question of its own, a text, or token ids."""
+
+    text: str | None = None
+    """The text to run instead of a question beside the weights."""
+    tokens: tuple[int, ...] = ()
+    """Token ids to run, for a checkpoint without a vocabulary."""
+    answer: str | None = None
+    """The token that counts as the answer; by default the true one where it is known, else the
+    model's own top token after all iterations.
+    """
+    hops: int | None = None
+    """Hop count of the question to run; by default about half of what was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig(SourceConfig):
+    """Two inputs of a checkpoint that are compared: a clean and a corrupted one."""
+
+    clean: str | None = None
+    """The clean text; by default all questions of one hop count, or all pairs of --data."""
+    corrupted: str | None = None
+    """The corrupted text, with as many tokens; by default a question with another head entity."""
+    answer: str | None = None
+    """The token that counts as the answer; by default the true one where it is known, else the
+    model's own top token in the clean run.
+    """
+    wrong: str | None = None
+    """The token with which the answer is compared; by default the strongest other one."""
+    hops: int | None = None
+    """Hop count of the questions to average over; by default about half of what was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(PairConfig):
     """All analyses of one checkpoint in one HTML page that works offline."""
+
+    text: str | None = None
+    """The text that the figures of one input show; by default the clean one, or a question."""
 
     n_loops: int = 24
     """Iterations of the margin and accuracy figures."""
-    hops: int | None = None
-    """Hops of the example in the lens and the patching map; by default about half of what was
-    trained.
-    """
     compare: tuple[str, ...] = ()
     """Other checkpoints to put beside it, in a tab of their own."""
 

@@ -8,8 +8,14 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
-from loopscope.analyses.common.configs import ComparisonConfig, ReportConfig, taken_from
-from loopscope.analyses.common.inputs_of import Asked
+from loopscope.analyses.common.configs import (
+    ComparisonConfig,
+    PairConfig,
+    ReportConfig,
+    taken_from,
+)
+from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, Group, asked_of
+from loopscope.analyses.common.pairs_of import TextPairs, make_pairs, rows_of
 from loopscope.analyses.common.subject import Subject
 
 _Comparison = TypeVar("_Comparison", bound=ComparisonConfig)
@@ -28,10 +34,21 @@ class Opened:
     config: ReportConfig
     subject: Subject
 
-    @property
+    @cached_property
     def asked(self) -> Asked:
-        """The checkpoint with its own questions."""
-        return Asked(self.subject, None)
+        """The checkpoint with the report's text, or with its own questions."""
+        text = self.config.text or self.config.clean
+        return Asked(self.subject, None) if text is None else asked_of(self.subject, [text])
+
+    def answers(self, group: Group) -> AnswerTokens:
+        """The answers of some inputs, by the settings of the report."""
+        return self.asked.answers(group, self.config.answer, self.n_loops)
+
+    @cached_property
+    def pairs(self) -> TextPairs:
+        """The report's pair, or the pairs of its data, or the questions of one hop count."""
+        settings = taken_from(PairConfig, self.config)
+        return make_pairs(self.subject, rows_of(self.subject, settings), self.n_loops)
 
     @cached_property
     def runs(self) -> dict[int, HopRun]:

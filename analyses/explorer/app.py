@@ -21,7 +21,6 @@ from dash import Dash, Input, Output, Patch, State, ctx, html, no_update, set_pr
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from loopscope.analyses.common.configs import ExploreConfig
-from loopscope.analyses.common.labels import spoken, tick
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.explorer.model import (
     SWEEP_BUDGET,
@@ -45,6 +44,7 @@ from loopscope.analyses.explorer.view import (
     margin_figure,
     patch_figure,
 )
+from loopscope.interp.drawing.labels import spoken, tick
 from loopscope.models.core.state import checked_loops
 
 REACH = 3  # the slider goes to so many times the trained number of iterations

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.analyses.explorer.questions import Query, answer_logits
+from loopscope.analyses.common.subject import answer_logits
+from loopscope.analyses.explorer.questions import Query
 from loopscope.interp.common.metrics import logit_margin, margin
 from loopscope.interp.common.places import in_range
 from loopscope.interp.common.ranking import top_tokens

@@ -8,11 +8,11 @@ import plotly.graph_objects as go
 from dash import dcc, html
 from dash.development.base_component import Component
 
-from loopscope.analyses.common.labels import AXIS
 from loopscope.analyses.common.records import FIGURE_CONFIG
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.explorer.model import blocks_per_loop
 from loopscope.analyses.explorer.questions import MAX_TOKENS, contrast, hint
+from loopscope.interp.drawing.labels import AXIS
 
 BUSY = {
     "lens": "the lens",

@@ -8,14 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from loopscope.analyses.common.subject import Subject
-from loopscope.analyses.figures.circuit.patch import other_head
+from loopscope.analyses.common.pairs_of import other_head
+from loopscope.analyses.common.subject import Subject, answer_logits
 from loopscope.interp.common.ranking import top_token
 from loopscope.models.basis.tokens import Batch
-from loopscope.models.core.base import LoopedModel
 
 MAX_TOKENS = 40  # what a figure of the page can show
 
@@ -137,12 +134,3 @@ def hint(subject: Subject) -> str:
     return ", ".join(
         f"{words[0]} to {words[-1]}" if len(words) > 1 else words[0] for words in kinds.values()
     )
-
-
-@torch.no_grad()
-def answer_logits(model: LoopedModel, batch: Batch, n_loops: int) -> Float[Tensor, "batch d_vocab"]:
-    """Logits at the readout of a call with `n_loops` iterations."""
-    logits: Tensor = model.readout(
-        model.advance(model.begin(batch.tokens, batch.mask, n_loops=n_loops)), batch.readout
-    )
-    return logits

@@ -8,8 +8,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from loopscope.analyses.common.labels import AXIS, label, spoken, tick
-from loopscope.analyses.common.look import ACCURACY_SCALE, FAINT, INK, styled
 from loopscope.analyses.explorer.model import (
     SITE,
     LensTable,
@@ -18,6 +16,8 @@ from loopscope.analyses.explorer.model import (
     Patterns,
 )
 from loopscope.analyses.explorer.questions import Query
+from loopscope.interp.drawing.labels import AXIS, label, spoken, tick
+from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, INK, styled
 
 CHANGE_SCALE = [
     [0.0, "#b2182b"],

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.common.subject import Subject, answer_logits, open_subject
 from loopscope.analyses.explorer import app as explorer
 from loopscope.analyses.explorer.app import ExploreConfig, Explorer, choose, make_explorer
 from loopscope.analyses.explorer.model import (
@@ -34,7 +33,6 @@ from loopscope.analyses.explorer.model import (
 from loopscope.analyses.explorer.questions import (
     MAX_TOKENS,
     Query,
-    answer_logits,
     ask,
     ask_beside,
     contrast,
@@ -49,6 +47,7 @@ from loopscope.analyses.explorer.view import (
     patch_figure,
 )
 from loopscope.interp.common.metrics import margin
+from loopscope.interp.drawing.labels import label
 from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
 from loopscope.tasks.questions import Question

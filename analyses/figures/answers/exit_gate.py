@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import InputsConfig
-from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, words
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, styled
+from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.subject import words
 from loopscope.interp.common.ranking import top_token
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, styled
 from loopscope.interp.exits.exit_gate import exit_distribution, gate_names, readout_at_threshold
 from loopscope.models.core.state import checked_loops
 

@@ -13,11 +13,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.configs import PanelsConfig
-from loopscope.analyses.common.look import INK, MARK, hop_colors, hop_name, spread, styled
+from loopscope.analyses.common.look import hop_colors, hop_name, spread
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.figures.answers.overthinking import Overthinking, measure
+from loopscope.interp.drawing.look import INK, MARK, styled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
-from loopscope.analyses.common.labels import loop_and_layer
-from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, note, styled
+from loopscope.analyses.common.look import note
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.interp.common.columns import Shown, shown_columns
+from loopscope.interp.drawing.labels import loop_and_layer
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, styled
 from loopscope.interp.dynamics.layers import AttentionDynamics, attention_dynamics
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
-from loopscope.analyses.common.labels import loop_and_layer
-from loopscope.analyses.common.look import CATEGORIES, FAINT, styled
 from loopscope.analyses.common.records import Record
 from loopscope.interp.common.columns import Shown
+from loopscope.interp.drawing.labels import loop_and_layer
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, styled
 from loopscope.interp.dynamics.layers import LayerDynamics, layer_dynamics
 from loopscope.interp.dynamics.states import Dynamics
 

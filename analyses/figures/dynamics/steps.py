@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import FAINT, hop_colors, hop_name, styled
+from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.interp.common.columns import Shown
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import FAINT, styled
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 
 

@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopscope.analyses.common.configs import LogsConfig
-from loopscope.analyses.common.look import INK, hop_name, note, run_colors, styled
+from loopscope.analyses.common.look import hop_name, note, run_colors
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
+from loopscope.interp.drawing.look import INK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
