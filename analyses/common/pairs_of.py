@@ -15,6 +15,7 @@ from loopscope.analyses.common.pair_files import PairRow
 from loopscope.analyses.common.subject import Subject, open_subject, token_id
 from loopscope.interp.common.inputs import Metric
 from loopscope.interp.common.metrics import logit_diff, logit_margin
+from loopscope.interp.drawing.labels import visible
 from loopscope.models.basis.tokens import Batch
 
 
@@ -47,7 +48,7 @@ class TextPairs:
     @property
     def measured(self) -> str:
         """The metric in words."""
-        rival = f" against {self.wrong[0]}" if len(set(self.wrong)) == 1 else ""
+        rival = f" against {visible(self.wrong[0])}" if len(set(self.wrong)) == 1 else ""
         return f"{self.answers.said}{rival or ' against wrong answers' * bool(self.wrong)}"
 
 

@@ -67,13 +67,13 @@ class PatchingMap(Record):
     corrupted_margin: float
 
     def columns(self) -> list[str]:
-        """The name of each position: its tokens for one pair, its role for several."""
+        """The name of each position: its tokens for one pair, its role for several questions."""
         if len(self.clean) == 1:
             both = map(visible, self.clean_tokens), map(visible, self.corrupted_tokens)
             pairs = zip(*both, strict=True)
             return [f"{j} {a}" if a == b else f"{j} {a} / {b}" for j, (a, b) in enumerate(pairs)]
-        roles = {"<e": "head entity", "<r": "relation"}
-        return [f"{j} {roles.get(token[:2], token)}" for j, token in enumerate(self.clean_tokens)]
+        roles = {"<e": " head entity", "<r": " relation", "<p": " <pad>"}
+        return [f"{j}{roles.get(token[:2], '')}" for j, token in enumerate(self.clean_tokens)]
 
     def frame(self) -> pd.DataFrame:
         """hook (the point that is patched), loop, layer, position, name of the position, effect."""
