@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import plotly.graph_objects as go
+import torch
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from loopscope.interp.drawing.labels import label, visible
 from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, FAINT, INK, styled, titled
@@ -20,6 +22,7 @@ Table = Sequence[Sequence[float]]
 Name = str | float
 Words = Sequence[Sequence[str]]
 _WRITTEN = 32  # columns up to which a map's numbers are written into its cells
+MOST = 12  # curves drawn one by one; of more, the quartiles are drawn
 _SEPARATE = 8  # curves up to which each has a colour of its own
 
 
@@ -196,6 +199,21 @@ def curves(panels: Sequence[CurvePanel], title: str = "") -> go.Figure:
     plot.update_annotations(font_size=13)
     plot.update_layout(showlegend=len(named) > 1)
     return titled(styled(plot, 130 + 260 * rows), title)
+
+
+def spread(
+    x: Sequence[float | str], values: Tensor, names: Sequence[str], starred: Sequence[int] = ()
+) -> list[Curve]:
+    """A curve for each row of values, or the quartiles over the rows where these are many."""
+    values = values.detach().double().cpu()
+    if len(values) <= MOST:
+        stars = starred or [None] * len(values)
+        rows = zip(names, values.tolist(), stars, strict=True)
+        return [Curve(name, x, row, star) for name, row, star in rows]
+    shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, middle, high = torch.nanquantile(values, shares, dim=0).tolist()
+    edges = [Curve("quartiles", x, row, dashed=True) for row in (low, high)]
+    return [*edges, Curve(f"median of {len(values)}", x, middle)]
 
 
 def _line(curve: Curve, color: str) -> go.Scatter:

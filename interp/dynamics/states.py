@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -35,6 +36,9 @@ from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.statistics import cosine_of, effective_rank, norm_of
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,12 @@ class Orbits:
         return self.dynamics._tidy(
             {f"pc{i + 1}": column for i, column in enumerate(self.coordinates.unbind(-1))}
         )
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the trajectories on the first two components, a star at the end of each."""
+        from loopscope.interp.drawing.motion import orbits
+
+        return orbits(self, title)
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,12 @@ class Dynamics:
         return pd.DataFrame(
             {name: value.cpu().numpy() for name, value in (places | values).items()}
         )
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: size, relative step, cosine of steps and distance to the last state."""
+        from loopscope.interp.drawing.motion import dynamics
+
+        return dynamics(self, title)
 
 
 @torch.no_grad()
