@@ -5,9 +5,10 @@ This file imports nothing heavy, because the command line reads it to print its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import tyro
 
@@ -26,6 +27,23 @@ def taken_from(kind: type[_Kind], config: Any, **own: Any) -> _Kind:
     there = {each.name for each in fields(config)}
     shared = [each.name for each in fields(cast(Any, kind)) if each.name in there]
     return kind(**{name: getattr(config, name) for name in shared} | own)
+
+
+class LoadedModel(NamedTuple):
+    """A model that is in memory already.
+
+    Attributes:
+        model: The model.
+        alone: Whether it comes from the user's own code, so that no files lie beside it.
+    """
+
+    model: Any
+    alone: bool
+
+
+def is_setting(name: str) -> bool:
+    """Whether a config's field is a setting that a file can hold."""
+    return name != "loaded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +86,13 @@ class FilesConfig(RunConfig):
     """Use at most this many questions of each hop count."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, ..."""
+    loaded: tyro.conf.Suppress[Any] = field(default=None, repr=False, compare=False)
+    """A `LoadedModel` for each checkpoint that is in memory, by name; it is not loaded again."""
+
+    def in_memory(self, checkpoint: str) -> LoadedModel | None:
+        """The model of a checkpoint, where it is loaded already."""
+        models: Mapping[str, LoadedModel] = self.loaded or {}
+        return models.get(checkpoint)
 
     def told(self) -> dict[str, Any]:
         """The arguments of `load` besides the checkpoint."""

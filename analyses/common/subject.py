@@ -170,6 +170,10 @@ def load_model(config: SourceConfig) -> LoopedModel:
     Raises:
         ValueError: This machine has no such device.
     """
+    held = config.in_memory(config.checkpoint)
+    if held is not None:
+        model: LoopedModel = held.model
+        return model
     try:
         torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -191,22 +195,32 @@ def open_subject(config: SourceConfig, needs_questions: bool = True) -> Subject:
         raise ValueError(
             f"at least one question of each hop count is needed, got --per-hop {config.per_hop}"
         )
-    files = locate(config.checkpoint)
-    model = load_model(config)
-    subject = Subject(
-        name=_name(config.checkpoint),
-        model=model,
-        questions={},
-        graph=read_graph(files.graph) if files.graph else None,
-        card=read_card(config.checkpoint),
-    )
-    data = config.data or files.questions
-    if data is None and needs_questions:
+    subject, beside = _without_questions(config)
+    data = config.data or beside
+    if data is not None:
+        return _with_questions(subject, data, config)
+    if needs_questions:
         raise ValueError(
             f"{config.checkpoint} has no test.json beside its weights; pass --data with the"
             " questions to ask, or a text of your own where the command takes one (--text, --clean)"
         )
-    return subject if data is None else _with_questions(subject, data, config)
+    return subject
+
+
+def _without_questions(config: SourceConfig) -> tuple[Subject, Path | None]:
+    """The checkpoint, and the file of its questions where it has one."""
+    held = config.in_memory(config.checkpoint)
+    if held is not None and held.alone:
+        return Subject(config.checkpoint, load_model(config), {}, None, {}), None
+    files = locate(config.checkpoint)
+    subject = Subject(
+        name=_name(config.checkpoint),
+        model=load_model(config),
+        questions={},
+        graph=read_graph(files.graph) if files.graph else None,
+        card=read_card(config.checkpoint),
+    )
+    return subject, files.questions
 
 
 def _name(checkpoint: str) -> str:
@@ -233,17 +247,22 @@ def _questions(subject: Subject, pairs: list[PairRow]) -> list[Question]:
     token.
     """
     for pair in pairs:
-        try:
-            subject.batch([text for text in (pair.clean, pair.corrupted) if text is not None])
-            for word in (word for word in (pair.answer, pair.wrong) if word is not None):
-                token_id(subject.model, word)
-        except ValueError as error:
-            raise ValueError(f"{pair.where}: {error}") from None
+        _check_row(subject, pair)
     answers = [pair.answer or "" for pair in pairs]
     if not answers[0]:
         batch = subject.batch([pair.clean for pair in pairs])
         answers = list(words(subject.model, own_answers(subject.model, batch)))
     return [Question.of(pair.clean, word) for pair, word in zip(pairs, answers, strict=True)]
+
+
+def _check_row(subject: Subject, pair: PairRow) -> None:
+    """Refuse a row whose texts cannot be encoded or whose answers are no tokens, by its place."""
+    try:
+        subject.batch([pair.clean, *filter(None, (pair.corrupted,))])
+        for word in filter(None, (pair.answer, pair.wrong)):
+            token_id(subject.model, word)
+    except ValueError as error:
+        raise ValueError(f"{pair.where}: {error}") from None
 
 
 def _kept(questions: Sequence[Question], per_hop: int | None) -> dict[int, list[Question]]:

@@ -39,7 +39,7 @@ def titled(figure: go.Figure, title: str) -> go.Figure:
     """A figure with a title of its own above all that it shows; an empty title changes nothing."""
     if not title:
         return figure
-    lines = 20 * (1 + title.count("<br>")) + 8
+    lines = 18 * (1 + title.count("<br>"))
     top, height = (figure.layout.margin.t or 58) + lines, (figure.layout.height or 450) + lines
     figure.update_layout(
         title={
@@ -48,10 +48,9 @@ def titled(figure: go.Figure, title: str) -> go.Figure:
             "x": 0,
             "xref": "paper",
             "xanchor": "left",
-            "y": 1,
+            "y": 1 - 14 / height,
             "yref": "container",
             "yanchor": "top",
-            "pad": {"t": 12},
         },
         margin_t=top,
         height=height,

@@ -18,8 +18,8 @@ from torch import Tensor
 from loopscope.interp.drawing.labels import label, visible
 from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, FAINT, INK, styled, titled
 
-Table = Sequence[Sequence[float]]
-Name = str | float
+Table = Sequence[Sequence[float | int]]
+Name = str | float | int
 Words = Sequence[Sequence[str]]
 _WRITTEN = 32  # columns up to which a map's numbers are written into its cells
 MOST = 12  # curves drawn one by one; of more, the quartiles are drawn
@@ -95,7 +95,7 @@ def _named(name: Name) -> Name:
     return label(name) if isinstance(name, str) else name
 
 
-def _written(value: float) -> str:
+def _written(value: float | int) -> str:
     """A number with two decimals; nothing where there is none."""
     return f"{value:.2f}".replace("-0.00", "0.00") if value == value else ""
 
@@ -136,7 +136,7 @@ class Curve:
 
     name: str
     x: Sequence[Name]
-    y: Sequence[float]
+    y: Sequence[float | int]
     star: int | None = None
     dashed: bool = False
 

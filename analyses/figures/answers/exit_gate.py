@@ -270,3 +270,6 @@ def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, in
     rows = list(range(len(lines)))
     plot.update_yaxes(autorange="reversed", tickvals=rows, ticktext=names, **at)
     plot.update_xaxes(visible=False, **at)
+
+
+EXAMPLE = 'plots.exit_gate("path/to/ouro", text="the cat sat on the mat")'

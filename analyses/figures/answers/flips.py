@@ -242,3 +242,5 @@ SECTION = Section(
     ),
     found=_found,
 )
+
+EXAMPLE = 'plots.flips("mini/multi_hop/r4", n_loops=8, per_hop=5)'

@@ -255,3 +255,6 @@ def _curve(record: Generalisation, run_name: str, color: str) -> go.Scatter:
         hovertemplate="%{customdata[0]}<br>%{x:,} updates<br>trained to → answered:"
         " %{customdata[1]} hops<extra></extra>",
     )
+
+
+EXAMPLE = 'plots.generalisation("mini/multi_hop/r4", n_loops=8, per_hop=5)'

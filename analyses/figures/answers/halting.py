@@ -187,3 +187,5 @@ SECTION = Section(
     measure=lambda opened: measure(opened.runs, HaltingConfig.kl, HaltingConfig.entropy),
     found=_found,
 )
+
+EXAMPLE = 'plots.halting("mini/multi_hop/r4", n_loops=8, per_hop=5)'

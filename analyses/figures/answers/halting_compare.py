@@ -202,3 +202,5 @@ SECTION = Section(
     measure=lambda opened: run(opened.compared(HaltingCompareConfig)),
     found=_found,
 )
+
+EXAMPLE = 'plots.halting_compare("mini/multi_hop/r4", n_loops=8, per_hop=5)'

@@ -190,3 +190,5 @@ SECTION = Section(
     measure=lambda opened: run(opened.compared(MarginsConfig)),
     found=_found,
 )
+
+EXAMPLE = 'plots.margins("mini/multi_hop/r4", n_loops=8, per_hop=5)'

@@ -20,7 +20,7 @@ from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section
 from loopscope.analyses.common.subject import Subject
-from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.labels import label, shortened
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, styled
 
 
@@ -38,6 +38,7 @@ class OverthinkingConfig(InputsConfig):
     """
 
 
+_LONGEST = 44  # characters of a name in the legend
 _FALL = 0.5  # logits below the peak that count as a fall
 
 
@@ -64,6 +65,10 @@ class Overthinking(Record):
     t_star: Float[Tensor, " hop"]
     hit_share: Float[Tensor, " hop"]
     trained_hops: int | None
+
+    def heading(self) -> str:
+        """The texts with their answers; nothing for questions."""
+        return "; ".join(self.groups) if None in self.hops else ""
 
     def peak(self) -> tuple[Float[Tensor, " hop"], Int[Tensor, " hop"]]:
         """The largest mean margin of each hop count, and after how many iterations it is there."""
@@ -171,7 +176,8 @@ def _colors(record: Overthinking) -> list[str]:
 
 
 def _curve(record: Overthinking, group: int, color: str) -> go.Scatter:
-    hop, name, margin = record.hops[group], label(record.groups[group]), record.margin[group]
+    hop, margin = record.hops[group], record.margin[group]
+    name = label(shortened(record.groups[group], _LONGEST))
     beyond = None not in (hop, record.trained_hops) and (hop or 0) > (record.trained_hops or 0)
     known = hop is not None and record.trained_hops is not None
     return go.Scatter(
@@ -221,3 +227,5 @@ SECTION = Section(
     measure=_of_report,
     found=_found,
 )
+
+EXAMPLE = 'plots.overthinking("mini/smiles", text=["CC(=O)N", "CCO"], n_loops=12)'

@@ -1,5 +1,5 @@
-"""What does the model itself say after each iteration? Its own readout of one text, at every
-position.
+"""Which token does the model itself give after each iteration? Its own readout of one text, at
+every position.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class Readouts(Record):
     margin: Float[Tensor, " loop"]
     entropy: Float[Tensor, " loop"]
     kl: Float[Tensor, " loop"]
+
+    def heading(self) -> str:
+        """The text with its answer."""
+        return f"{self.text}, answer {visible(self.answer)}{f' ({OWN})' * self.own}"
 
     def frame(self) -> pd.DataFrame:
         """iterations (run), position, token, top, prob."""
@@ -209,3 +213,5 @@ SECTION = Section(
     measure=_of_report,
     found=_found,
 )
+
+EXAMPLE = 'plots.readouts("mini/smiles", text="CC(=O)N")'

@@ -215,3 +215,5 @@ SECTION = Section(
     ),
     found=_found,
 )
+
+EXAMPLE = 'plots.recurrence("mini/multi_hop/r4", n_loops=8, per_hop=5)'

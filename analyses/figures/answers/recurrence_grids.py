@@ -241,3 +241,5 @@ SECTION = Section(
     measure=lambda opened: run(opened.compared(RecurrenceGridsConfig)),
     found=_found,
 )
+
+EXAMPLE = 'plots.recurrence_grids(["mini/multi_hop/r2", "mini/multi_hop/r4"], n_loops=8, per_hop=3)'

@@ -387,3 +387,6 @@ def _frame(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
     )
     place = {"x": -0.5, "xanchor": "left", "y": top, "yanchor": "bottom", "yshift": 20}
     note(plot, model, font={"size": 13}, **place, row=row, col=col)
+
+
+EXAMPLE = 'plots.causal_graph("mini/systematicity/r4_l2/ood", per_group=5)'

@@ -71,6 +71,10 @@ class LensHeatmap(Record):
     tracked_at: tuple[int, ...]
     rank: Int[Tensor, "tracked visit pos"]
 
+    def heading(self) -> str:
+        """The text with its answer."""
+        return f"{self.text}, answer {visible(self.answer)}{f' ({OWN})' * self.own}"
+
     def frame(self) -> pd.DataFrame:
         """visit (its name), loop, layer, position, token, top, prob, entropy, and a column "rank of
         X" for each tracked token.
@@ -268,3 +272,5 @@ SECTION = Section(
     measure=_of_report,
     found=_found,
 )
+
+EXAMPLE = 'plots.lens("mini/smiles", text="CC(=O)N")'

@@ -66,6 +66,11 @@ class PatchingMap(Record):
     clean_margin: float
     corrupted_margin: float
 
+    def heading(self) -> str:
+        """The pair, or the first of several, with the answer."""
+        many = f" and {len(self.clean) - 1} more pairs" * (len(self.clean) > 1)
+        return f"{self.clean[0]} against {self.corrupted[0]}{many}, answer {self.measured}"
+
     def columns(self) -> list[str]:
         """The name of each position: its tokens for one pair, its role for several questions."""
         if len(self.clean) == 1:
@@ -211,3 +216,5 @@ SECTION = Section(
     measure=_of_report,
     found=_found,
 )
+
+EXAMPLE = 'plots.patch("mini/smiles", clean="CC(=O)N", corrupted="CC(=S)N")'

@@ -82,6 +82,10 @@ class Ranks(Record):
     high: Float[Tensor, "visit target"]
     top: Float[Tensor, "visit target"]
 
+    def heading(self) -> str:
+        """The input, or how many there are, with the answer."""
+        return _title(self)
+
     def arrivals(self) -> list[int | None]:
         """For each target the first depth at which its mean rank is at most 0.05; None where it
         never is.
@@ -431,3 +435,5 @@ SECTION = Section(
     measure=_of_report,
     found=_found,
 )
+
+EXAMPLE = 'plots.ranks("mini/smiles", text="CC(=O)N")'

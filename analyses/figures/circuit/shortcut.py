@@ -330,3 +330,6 @@ def _instead(each: ShortcutMap) -> list[str]:
     others = ["<" + part for part in each.random[0].split("<")[1:]]
     others += [""] * (len(each.tokens) - len(others))
     return [label(f"in the random run {token}") for token in others]
+
+
+EXAMPLE = 'plots.shortcut("mini/shortcut", hops=3, per_hop=3, n_loops=2)'

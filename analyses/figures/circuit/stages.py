@@ -250,3 +250,6 @@ def _label_loops(plot: go.Figure, shape: tuple[int, int], col: int) -> None:
             row=1,
             col=col,
         )
+
+
+EXAMPLE = 'plots.stages("mini/systematicity/r4_l2/ood", per_group=5)'

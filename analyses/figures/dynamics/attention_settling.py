@@ -251,3 +251,5 @@ SECTION = Section(
     ),
     found=_found,
 )
+
+EXAMPLE = 'plots.attention_settling("mini/smiles", text="CC(=O)N", n_loops=12)'

@@ -240,3 +240,6 @@ def _scale(plot: go.Figure, n_loops: int) -> None:
             "colorscale": [[i / 20, color] for i, color in enumerate(colors)],
         },
     )  # fmt: skip
+
+
+EXAMPLE = 'plots.layers("mini/smiles", text="CC(=O)N", n_loops=12)'

@@ -357,3 +357,5 @@ SECTION = Section(
     ),
     found=_found,
 )
+
+EXAMPLE = 'plots.orbits("mini/smiles", text="CC(=O)N", positions="tokens")'

@@ -260,3 +260,5 @@ SECTION = Section(
     measure=lambda opened: measure(opened.asked, opened.asked.groups(), opened.config.n_loops),
     found=_found,
 )
+
+EXAMPLE = 'plots.steps("mini/smiles", text="CC(=O)N", n_loops=12)'

@@ -237,3 +237,6 @@ def _add_stages(plot: go.Figure, record: Grokking) -> None:
         range=[math.log10(edges[0]), math.log10(edges[-1] * 1.02)],
         **here,
     )
+
+
+EXAMPLE = "plots.grokking()"

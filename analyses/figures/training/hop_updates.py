@@ -208,3 +208,6 @@ def _is_free(record: HopUpdates, run: int, hop: int) -> bool:
             (others - record.updates[run, here]).abs() < 0.12 * record.updates.nan_to_num().max()
         ).any()
     )
+
+
+EXAMPLE = "plots.hop_updates()"
