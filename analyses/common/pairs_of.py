@@ -61,14 +61,18 @@ def open_pairs(config: PairConfig, n_loops: int | None = None) -> tuple[Subject,
     Raises:
         ValueError: A corrupted text without its clean one, a pair of unequal lengths, or no pairs.
     """
-    if config.corrupted is not None and config.clean is None:
-        raise ValueError("a corrupted question needs its clean one; pass --clean too")
     subject = open_subject(config, needs_questions=config.clean is None)
     return subject, make_pairs(subject, rows_of(subject, config), n_loops)
 
 
 def rows_of(subject: Subject, config: PairConfig) -> list[PairRow]:
-    """The pair that a config gives, else those of the data, else the questions of one hop count."""
+    """The pair that a config gives, else those of the data, else the questions of one hop count.
+
+    Raises:
+        ValueError: A corrupted text without its clean one.
+    """
+    if config.corrupted is not None and config.clean is None:
+        raise ValueError("a corrupted text needs its clean one; pass --clean too")
     if config.clean is not None:
         rows = [PairRow(config.clean, config.corrupted)]
     elif subject.pairs:

@@ -66,6 +66,21 @@ class Opened:
         return taken_from(kind, self.config, checkpoints=checkpoints)
 
 
+def of_inputs(opened: Opened) -> bool:
+    """Whether there is an input to run: a question or a text. For figures of any input."""
+    return True
+
+
+def of_a_text(opened: Opened) -> bool:
+    """Whether the report runs a text of the user's. For figures that questions need not have."""
+    return opened.asked.given is not None
+
+
+def of_pairs(opened: Opened) -> bool:
+    """Whether there are pairs to compare: the user's, or those of the questions."""
+    return opened.config.corrupted is not None or bool(opened.subject.questions)
+
+
 @dataclass(frozen=True)
 class Section(Generic[_Record]):
     """The section of the report about a figure; the figure's file holds it as `SECTION`.
@@ -75,9 +90,12 @@ class Section(Generic[_Record]):
         look_for: What to look for in the figure of any checkpoint.
         measure: Makes the record for the report's checkpoint.
         found: What a record shows, in numbers.
+        serves: Whether the figure is about what the report runs; by default it is about the
+            checkpoint's questions. A section that does not serve is left out.
     """
 
     title: str
     look_for: str
     measure: Callable[[Opened], _Record]
     found: Callable[[Any], str]
+    serves: Callable[[Opened], bool] = lambda opened: bool(opened.subject.questions)

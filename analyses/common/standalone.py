@@ -66,9 +66,9 @@ def with_models(config: Any) -> Any:
     """The settings with every checkpoint that they name loaded."""
     if not isinstance(config, FilesConfig):
         return config
-    sources = [config]
+    sources: list[FilesConfig] = [config]
     if isinstance(config, ComparisonConfig):
-        sources = config.sources() if config.checkpoints else []
+        sources = [*config.sources()] if config.checkpoints else []
     models = {
         source.checkpoint: source.in_memory(source.checkpoint)
         or LoadedModel(load_model(source), alone=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
+from torch import Tensor
 
 from loopscope.interp.drawing.shapes import (
     CellMap,
@@ -64,11 +66,12 @@ def layers(record: LayerDynamics, title: str) -> go.Figure:
     as means over places.
     """
     panels = []
-    for what, statistic in (
-        ("size of the output", lambda path: path.state_norm()),
-        ("relative step", lambda path: path.step_norm(relative=True)),
-        ("cosine of consecutive steps", lambda path: path.update_cosine()),
-    ):
+    statistics: dict[str, Callable[[Dynamics], Tensor]] = {
+        "size of the output": lambda path: path.state_norm(),
+        "relative step": lambda path: path.step_norm(relative=True),
+        "cosine of consecutive steps": lambda path: path.update_cosine(),
+    }
+    for what, statistic in statistics.items():
         found = [
             Curve(name, path.iterations, statistic(path)[:, path.shown].mean(1).tolist())
             for name, path in zip(record.names, record.layers, strict=True)

@@ -207,7 +207,7 @@ def spread(
     """A curve for each row of values, or the quartiles over the rows where these are many."""
     values = values.detach().double().cpu()
     if len(values) <= MOST:
-        stars = starred or [None] * len(values)
+        stars: Sequence[int | None] = starred or [None] * len(values)
         rows = zip(names, values.tolist(), stars, strict=True)
         return [Curve(name, x, row, star) for name, row, star in rows]
     shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)

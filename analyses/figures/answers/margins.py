@@ -124,12 +124,12 @@ def _draw(
     """Draw the curves; the lines and labels that belong to them are returned, because plotly is
     slow at adding them one by one.
     """
-    colors = hop_colors(each.hops, each.trained_hops)
+    colors = hop_colors(each.hop_counts, each.trained_hops)
     x, y = (axis.plotly_name.replace("axis", "") for axis in plot.get_subplot(row, col))
     lines: list[_Mark] = []
     labels: list[_Mark] = []
     last = each.margin.shape[1]
-    for i, hop in enumerate(each.hops):
+    for i, hop in enumerate(each.hop_counts):
         hit, share, color = float(each.t_star[i]), float(each.hit_share[i]), colors[hop]
         plot.add_scatter(
             x=list(range(1, last + 1)), y=each.margin[i].tolist(), mode="lines", name=hop_name(hop),

@@ -18,7 +18,7 @@ from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import open_inputs
 from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Opened, Section
+from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.analyses.common.subject import Subject
 from loopscope.interp.drawing.labels import label, shortened
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, styled
@@ -65,6 +65,11 @@ class Overthinking(Record):
     t_star: Float[Tensor, " hop"]
     hit_share: Float[Tensor, " hop"]
     trained_hops: int | None
+
+    @property
+    def hop_counts(self) -> tuple[int, ...]:
+        """The hop counts of questions, without texts."""
+        return tuple(hop for hop in self.hops if hop is not None)
 
     def heading(self) -> str:
         """The texts with their answers; nothing for questions."""
@@ -167,8 +172,7 @@ def figure(record: Overthinking) -> go.Figure:
 
 def _colors(record: Overthinking) -> list[str]:
     """By hop count, or one of a few colours for each text."""
-    hops = [hop for hop in record.hops if hop is not None]
-    by_hop = hop_colors(hops, record.trained_hops)
+    by_hop = hop_colors(record.hop_counts, record.trained_hops)
     return [
         CATEGORIES[i % len(CATEGORIES)] if hop is None else by_hop[hop]
         for i, hop in enumerate(record.hops)
@@ -226,6 +230,7 @@ SECTION = Section(
     ),
     measure=_of_report,
     found=_found,
+    serves=of_inputs,
 )
 
 EXAMPLE = 'plots.overthinking("mini/smiles", text=["CC(=O)N", "CCO"], n_loops=12)'

@@ -15,7 +15,7 @@ from torch import Tensor
 from loopscope.analyses.common.configs import TextConfig
 from loopscope.analyses.common.inputs_of import OWN, AnswerTokens, Asked, Group, open_inputs
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Opened, Section
+from loopscope.analyses.common.sections import Opened, Section, of_a_text
 from loopscope.analyses.common.subject import words
 from loopscope.interp.drawing.labels import label, visible
 from loopscope.interp.drawing.look import CATEGORIES, styled
@@ -212,6 +212,7 @@ SECTION = Section(
     ),
     measure=_of_report,
     found=_found,
+    serves=of_a_text,
 )
 
 EXAMPLE = 'plots.readouts("mini/smiles", text="CC(=O)N")'

@@ -17,7 +17,7 @@ from torch import Tensor
 from loopscope.analyses.common.configs import TextConfig
 from loopscope.analyses.common.inputs_of import OWN, AnswerTokens, Asked, Group, open_inputs
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Opened, Section
+from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.analyses.common.subject import Subject, token_id, words
 from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick, visible
 from loopscope.interp.drawing.look import INK, styled
@@ -271,6 +271,7 @@ SECTION = Section(
     ),
     measure=_of_report,
     found=_found,
+    serves=of_inputs,
 )
 
 EXAMPLE = 'plots.lens("mini/smiles", text="CC(=O)N")'

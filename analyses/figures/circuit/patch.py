@@ -15,7 +15,7 @@ from torch import Tensor
 from loopscope.analyses.common.configs import PairConfig
 from loopscope.analyses.common.pairs_of import TextPairs, open_pairs
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Opened, Section
+from loopscope.analyses.common.sections import Opened, Section, of_pairs
 from loopscope.analyses.common.subject import Subject, words
 from loopscope.interp.common.pairs import Direction
 from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick, visible
@@ -215,6 +215,7 @@ SECTION = Section(
     ),
     measure=_of_report,
     found=_found,
+    serves=of_pairs,
 )
 
 EXAMPLE = 'plots.patch("mini/smiles", clean="CC(=O)N", corrupted="CC(=S)N")'

@@ -20,7 +20,7 @@ from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, Group, open_inputs
 from loopscope.analyses.common.look import hop_name, note, spread
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Opened, Section
+from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.analyses.common.subject import token_id
 from loopscope.interp.drawing.labels import label, loop_and_layer
 from loopscope.interp.drawing.look import FAINT, INK, styled
@@ -434,6 +434,7 @@ SECTION = Section(
     ),
     measure=_of_report,
     found=_found,
+    serves=of_inputs,
 )
 
 EXAMPLE = 'plots.ranks("mini/smiles", text="CC(=O)N")'

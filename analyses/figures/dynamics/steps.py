@@ -21,7 +21,7 @@ from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section
+from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.drawing.labels import label
 from loopscope.interp.drawing.look import FAINT, styled
@@ -259,6 +259,7 @@ SECTION = Section(
     ),
     measure=lambda opened: measure(opened.asked, opened.asked.groups(), opened.config.n_loops),
     found=_found,
+    serves=of_inputs,
 )
 
 EXAMPLE = 'plots.steps("mini/smiles", text="CC(=O)N", n_loops=12)'
