@@ -231,6 +231,10 @@ class ExploreConfig(SourceConfig):
 
     n_loops: int | None = None
     """Iterations to start with; by default what the checkpoint records."""
+    text: str | None = None
+    """Text A to start with; by default a question beside the weights."""
+    second: str | None = None
+    """Text B to start with, with as many tokens; by default another question, or text A."""
     port: int = 8050
     """The port of the page; 0 takes a free one."""
     host: str = "127.0.0.1"

@@ -98,13 +98,14 @@ class Overthinking(Record):
         return frame.astype({"hops": "Int64"})
 
     def summary(self) -> pd.DataFrame:
-        """One row per group: questions, ever answered, t*, peak margin and the iterations run
+        """One row per hop count or text: questions, ever answered, t*, peak margin and the iterations run
         there, last margin, drop.
         """
         peak, where = self.peak()
+        of = {"text": self.groups} if None in self.hops else {"hops": self.hops}
         return pd.DataFrame(
             {
-                "group": self.groups,
+                **of,
                 "questions": self.questions,
                 "ever right": self.hit_share,
                 "t*": self.t_star,
