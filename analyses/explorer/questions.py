@@ -75,10 +75,10 @@ def ask(subject: Subject, text: str, n_loops: int, read: int | None = None) -> Q
         text = "".join(model.to_str_tokens(text))
     model.checked_inputs(batch.tokens, batch.mask, n_loops)
     tokens = words(model, batch.tokens[0])
-    chosen = read is not None and 0 <= read < len(tokens) and read != int(batch.readout[0])
-    if chosen:
-        batch = replace(batch, readout=torch.full_like(batch.readout, read))
-    true = _true_answer(subject, text) if count > 1 and not chosen else None
+    usual = int(batch.readout[0])
+    column = usual if read is None or not 0 <= read < len(tokens) else read
+    batch = replace(batch, readout=torch.full_like(batch.readout, column))
+    true = _true_answer(subject, text) if count > 1 and column == usual else None
     if true is not None:
         return Query(text, batch, tokens, true, token_id(model, true), known=True)
     top = own_answers(model, batch, n_loops)

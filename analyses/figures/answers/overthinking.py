@@ -98,8 +98,8 @@ class Overthinking(Record):
         return frame.astype({"hops": "Int64"})
 
     def summary(self) -> pd.DataFrame:
-        """One row per hop count or text: questions, ever answered, t*, peak margin and the iterations run
-        there, last margin, drop.
+        """One row per hop count or text: questions, ever answered, t*, peak margin and the
+        iterations run there, last margin, drop.
         """
         peak, where = self.peak()
         of = {"text": self.groups} if None in self.hops else {"hops": self.hops}
