@@ -280,11 +280,13 @@ def _draw(figure: FigureFile, args: list[str]) -> None:
         default = defaults_from_file(kind, figure.config(), Path(args[place + 1]))
         args = args[:place] + args[place + 2 :]
     command = tyro.cli(kind, prog=f"loopscope {figure.name}", args=args, default=default)
-    records, module = import_module("loopscope.analyses.common.records"), figure.module()
+    records = import_module("loopscope.analyses.common.records")
+    standalone = import_module("loopscope.analyses.common.standalone")
     files = records.files_of(figure.name, command.output)
     _ready(files, command.output.overwrite, command.config.threads)
-    record = module.run(command.config)
-    print(record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
-    drawn = module.figure(record)
-    for path in records.write(figure.name, record, drawn, command.output, command.config):
+    made = standalone.make(figure, command.config)
+    print(made.record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    for path in records.write(
+        figure.name, made.record, made.figure, command.output, command.config, made.made_with
+    ):
         print(f"wrote {path}")

@@ -24,7 +24,7 @@ if not (_HERE / "models").is_dir():
 def _public_calls() -> dict[str, str]:
     """The module of each public call, read from the stub that lists them."""
     stub = ast.parse((_HERE / "__init__.pyi").read_text(encoding="utf-8"))
-    froms = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    froms = [node for node in stub.body if isinstance(node, ast.ImportFrom) and node.module]
     return {alias.name: f"{__name__}.{node.module}" for node in froms for alias in node.names}
 
 
@@ -36,6 +36,8 @@ def __getattr__(name: str) -> object:
     """Import a public call when it is first used, so that `loopscope --help` does not wait for
     torch.
     """
+    if name == "plots":
+        return importlib.import_module(f"{__name__}.plots")
     if name not in _HOME:
         raise AttributeError(
             f"module 'loopscope' has no attribute {name!r}; it has {', '.join(__all__)}"
@@ -44,4 +46,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "plots", "__version__"]

@@ -4,6 +4,7 @@ This is the one list of them: `loopscope/__init__.py` reads it to import a call 
 checkers and editors read it as the package's interface.
 """
 
+from . import plots as plots
 from .checkpoints.catalog import available as available
 from .checkpoints.download import fetch as fetch
 from .checkpoints.load import (

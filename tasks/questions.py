@@ -36,16 +36,23 @@ class Question:
 
     @classmethod
     def from_item(cls, item: dict[str, Any]) -> Question:
-        """From `{"input_text": ..., "target_text": ...}`; the answer is the last token before
-        `</a>`.
+        """From `{"input_text": ..., "target_text": ...}`; the answer is the last token of the form
+        `<...>` before `</a>`, or what follows the input where it is a token of another form.
         """
         text, target = item["input_text"], item["target_text"]
         if not isinstance(text, str) or not isinstance(target, str):
             raise ValueError(f"input_text and target_text must be text, got {text!r}, {target!r}")
-        last = _LAST_TOKEN.match(target.partition("</a>")[0])
-        if last is None:
+        told = target.partition("</a>")[0].removeprefix(text)
+        last = _LAST_TOKEN.match(told)
+        answer = last[1] if last else told
+        if not answer:
             raise ValueError(f"a target must hold a token before </a>, got {target!r}")
-        return cls(text, last[1], len(_RELATION.findall(text)), str(item.get("type", "")))
+        return cls.of(text, answer, str(item.get("type", "")))
+
+    @classmethod
+    def of(cls, text: str, answer: str, kind: str = "") -> Question:
+        """The question of a text, whose hops are counted."""
+        return cls(text, answer, len(_RELATION.findall(text)), kind)
 
     def to_item(self) -> dict[str, str]:
         """The file format's item; the inverse of `from_item`."""

@@ -1,4 +1,6 @@
-"""The answers after every iteration for each hop count: the one run that several analyses read."""
+"""The answers after every iteration for each hop count or text: the one run that several analyses
+read.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loopscope.analyses.common.inputs_of import AnswerTokens, Asked
 from loopscope.analyses.common.subject import Subject
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
@@ -26,10 +29,24 @@ class HopRun:
     answers: Int[Tensor, " batch"]
 
 
-def run_by_hop(subject: Subject, n_loops: int) -> dict[int, HopRun]:
-    """Run every question once for `n_loops` iterations, hop count by hop count."""
+def run_by_hop(subject: Subject, n_loops: int, hops: int | None = None) -> dict[int, HopRun]:
+    """Run every question once for `n_loops` iterations, hop count by hop count, or those of one."""
     runs = {}
-    for hops, questions in tqdm(subject.questions.items(), desc="questions by hops", leave=False):
+    asked = subject.questions if hops is None else {hops: subject.of_hops(hops)}
+    for hops, questions in tqdm(asked.items(), desc="questions by hops", leave=False):
         batch, answers = subject.encode(questions)
         runs[hops] = HopRun(readout_lens(subject.model, batch, n_loops), answers)
+    return runs
+
+
+def run_each_text(asked: Asked, n_loops: int, answer: str | None = None) -> dict[str, HopRun]:
+    """Run each of the given texts for `n_loops` iterations, by the text with its answer."""
+    group = asked.group()
+    answers = asked.answers(group, answer, n_loops)
+    runs = {}
+    for i, text in enumerate(group.texts):
+        row = slice(i, i + 1)
+        told = AnswerTokens(answers.words[row], answers.ids[row], answers.own).said
+        lens = readout_lens(asked.subject.model, group.batch[row], n_loops)
+        runs[f"{text} → {told}"] = HopRun(lens, answers.ids[row])
     return runs

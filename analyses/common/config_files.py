@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from loopscope.analyses.common.configs import OutputConfig
+from loopscope.analyses.common.configs import OutputConfig, is_setting
+
+MADE_WITH = "made_with"
+"""The part of a settings file that says what made the results; it is no setting."""
 
 
 def defaults_from_file(command: type, config: type, path: Path) -> Any:
@@ -25,7 +28,13 @@ def defaults_from_file(command: type, config: type, path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a JSON object of settings, got {type(values).__name__}")
-    known = [field.name for kind in (config, OutputConfig) for field in fields(kind)]
+    values.pop(MADE_WITH, None)
+    known = [
+        field.name
+        for kind in (config, OutputConfig)
+        for field in fields(kind)
+        if is_setting(field.name)
+    ]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(
@@ -50,7 +59,9 @@ def _as_hinted(value: Any, hint: str) -> Any:
 
 def settings(config: Any) -> dict[str, Any]:
     """A config in the form of a settings file."""
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
     return {
         name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(config).items()
+        for name, value in values.items()
+        if is_setting(name)
     }

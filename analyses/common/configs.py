@@ -5,9 +5,10 @@ This file imports nothing heavy, because the command line reads it to print its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import tyro
 
@@ -28,6 +29,23 @@ def taken_from(kind: type[_Kind], config: Any, **own: Any) -> _Kind:
     return kind(**{name: getattr(config, name) for name in shared} | own)
 
 
+class LoadedModel(NamedTuple):
+    """A model that is in memory already.
+
+    Attributes:
+        model: The model.
+        alone: Whether it comes from the user's own code, so that no files lie beside it.
+    """
+
+    model: Any
+    alone: bool
+
+
+def is_setting(name: str) -> bool:
+    """Whether a config's field is a setting that a file can hold."""
+    return name != "loaded"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The settings of every figure."""
@@ -43,7 +61,13 @@ class FilesConfig(RunConfig):
     """Settings that a checkpoint's file lacks, and the device."""
 
     data: Path | None = None
-    """test.json with the questions; by default the one beside the weights."""
+    """Questions to ask: a test.json, by default the one beside the weights; or pairs as CSV or
+    JSONL.
+    """
+    columns: tuple[str, str, str, str] = ("clean", "corrupted", "answer", "wrong")
+    """How the columns of a CSV or JSONL are called: the clean text, the corrupted text, the answer,
+    and the wrong answer to compare the answer with; only the first one must be there.
+    """
     vocab: Path | None = None
     """vocab.json; by default the one beside the weights."""
     n_heads: int | None = None
@@ -62,6 +86,13 @@ class FilesConfig(RunConfig):
     """Use at most this many questions of each hop count."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, ..."""
+    loaded: tyro.conf.Suppress[Any] = field(default=None, repr=False, compare=False)
+    """A `LoadedModel` for each checkpoint that is in memory, by name; it is not loaded again."""
+
+    def in_memory(self, checkpoint: str) -> LoadedModel | None:
+        """The model of a checkpoint, where it is loaded already."""
+        models: Mapping[str, LoadedModel] = self.loaded or {}
+        return models.get(checkpoint)
 
     def told(self) -> dict[str, Any]:
         """The arguments of `load` besides the checkpoint."""
@@ -146,15 +177,48 @@ class InputsConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(SourceConfig):
+class TextConfig(SourceConfig):
+    """One input of a checkpoint: a question of its own, a text, or token ids."""
+
+    text: str | None = None
+    """The text to run instead of a question beside the weights."""
+    tokens: tuple[int, ...] = ()
+    """Token ids to run, for a checkpoint without a vocabulary."""
+    answer: str | None = None
+    """The token that counts as the answer; by default the true one where it is known, else the
+    model's own top token after all iterations.
+    """
+    hops: int | None = None
+    """Hop count of the question to run; by default about half of what was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig(SourceConfig):
+    """Two inputs of a checkpoint that are compared: a clean and a corrupted one."""
+
+    clean: str | None = None
+    """The clean text; by default all questions of one hop count, or all pairs of --data."""
+    corrupted: str | None = None
+    """The corrupted text, with as many tokens; by default a question with another head entity."""
+    answer: str | None = None
+    """The token that counts as the answer; by default the true one where it is known, else the
+    model's own top token in the clean run.
+    """
+    wrong: str | None = None
+    """The token with which the answer is compared; by default the strongest other one."""
+    hops: int | None = None
+    """Hop count of the questions to average over; by default about half of what was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(PairConfig):
     """All analyses of one checkpoint in one HTML page that works offline."""
+
+    text: str | None = None
+    """The text that the figures of one input show; by default the clean one, or a question."""
 
     n_loops: int = 24
     """Iterations of the margin and accuracy figures."""
-    hops: int | None = None
-    """Hops of the example in the lens and the patching map; by default about half of what was
-    trained.
-    """
     compare: tuple[str, ...] = ()
     """Other checkpoints to put beside it, in a tab of their own."""
 
@@ -167,6 +231,10 @@ class ExploreConfig(SourceConfig):
 
     n_loops: int | None = None
     """Iterations to start with; by default what the checkpoint records."""
+    text: str | None = None
+    """Text A to start with; by default a question beside the weights."""
+    second: str | None = None
+    """Text B to start with, with as many tokens; by default another question, or text A."""
     port: int = 8050
     """The port of the page; 0 takes a free one."""
     host: str = "127.0.0.1"

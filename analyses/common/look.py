@@ -1,4 +1,4 @@
-"""How the figures look, in one place."""
+"""Colours and names of hop counts, groups and runs, and notes in figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-INK, FAINT, GRID = "#1f2933", "#9aa5b1", "#e4e7eb"
-FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 TRAINED_SCALE, BEYOND_SCALE = "Blues", "Oranges"
 GROUP_COLORS = {
     "train_inferred": "#7b8794",
@@ -22,33 +20,6 @@ GROUP_NAMES = {
     "test_inferred_iid": "ID facts",
     "test_inferred_ood": "OOD facts",
 }
-MARK = "#D55E00"
-CATEGORIES = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    INK,
-    FAINT,
-)  # Okabe and Ito's, told apart by all
-ACCURACY_SCALE = [[0.0, "#f7f9fb"], [0.5, "#8fbfe0"], [1.0, "#0b4f8a"]]
-
-
-def styled(figure: go.Figure, height: int) -> go.Figure:
-    """A figure with the project's fonts, grid and margins."""
-    figure.update_layout(
-        template="simple_white",
-        height=height,
-        font={"family": FONT, "size": 13, "color": INK},
-        margin={"l": 70, "r": 30, "t": 58, "b": 60},
-        hoverlabel={"font": {"family": FONT, "size": 13}, "align": "left"},
-        legend={"font": {"size": 12}, "tracegroupgap": 6},
-    )
-    figure.update_xaxes(gridcolor=GRID, linecolor=FAINT, tickcolor=FAINT)
-    figure.update_yaxes(gridcolor=GRID, linecolor=FAINT, tickcolor=FAINT)
-    return figure
 
 
 def note(plot: go.Figure, text: str, **place: Any) -> None:
@@ -72,8 +43,8 @@ def hop_colors(hops: Sequence[int], trained: int | None) -> dict[int, str]:
 
 
 def hop_name(hops: int) -> str:
-    """ "1 hop", "2 hops", ..."""
-    return f"{hops} hop" + "s" * (hops != 1)
+    """ "1 hop", "2 hops", ...; texts without relations have none, and are "all"."""
+    return f"{hops} hop" + "s" * (hops != 1) if hops else "all"
 
 
 def model_label(loops: tuple[int, int], n_layers: int) -> str:

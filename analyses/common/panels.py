@@ -12,9 +12,9 @@ import plotly.graph_objects as go
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
 from loopscope.analyses.common.claims import short
 from loopscope.analyses.common.configs import PanelsConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import INK
 from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import INK
 
 _DRAWN = re.compile(r"clip\(Poisson\(.*\), (\d+), (\d+)\)")
 

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from torch import Tensor
 
-from loopscope.analyses.common.config_files import settings
+from loopscope.analyses.common.config_files import MADE_WITH, settings
 from loopscope.analyses.common.configs import OutputConfig, RunConfig
 from loopscope.models.basis.files import atomic_path
 
@@ -35,6 +35,10 @@ class Record:
     def summary(self) -> pd.DataFrame:
         """The few numbers that a reader would quote, for the table under the figure."""
         raise NotImplementedError
+
+    def heading(self) -> str:
+        """The input and the answer in words, for the title; empty where the settings say them."""
+        return ""
 
 
 _PICTURES = ("png", "svg", "pdf")
@@ -85,10 +89,18 @@ def refuse_existing(files: Sequence[Path], overwrite: bool) -> None:
 
 
 def write(
-    name: str, record: Record, figure: go.Figure, output: OutputConfig, config: RunConfig
+    name: str,
+    record: Record,
+    figure: go.Figure,
+    output: OutputConfig,
+    config: RunConfig,
+    made_with: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a record, its figure and the settings that made it as the output config says: all files
     or none.
+
+    Args:
+        made_with: What else the settings file says: versions, and what was read from checkpoints.
 
     Returns:
         The files written.
@@ -99,11 +111,12 @@ def write(
     """
     files = files_of(name, output)
     refuse_existing(files, output.overwrite)
+    told = settings(config) | ({MADE_WITH: dict(made_with)} if made_with else {})
     contents: dict[str, Callable[[], bytes]] = {
         ".csv": lambda: record.frame().to_csv(index=False).encode(),
         ".json": lambda: json.dumps(_plain(record), separators=(",", ":")).encode(),
         ".html": lambda: pio.to_html(figure, include_plotlyjs=True, config=FIGURE_CONFIG).encode(),
-        ".settings.json": lambda: (json.dumps(settings(config), indent=1) + "\n").encode(),
+        ".settings.json": lambda: (json.dumps(told, indent=1) + "\n").encode(),
         **{f".{kind}": partial(picture, figure, kind) for kind in _PICTURES},
     }
     write_all({path: contents[path.name.removeprefix(name)]() for path in files})
@@ -129,7 +142,7 @@ def picture(figure: go.Figure, kind: str = "png", width: int = 1100) -> bytes:
         image: bytes = pio.to_image(figure, format=kind, width=width, scale=1.5)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            "a picture needs kaleido (pip install 'loopscope[dev]') and a Chromium or Chrome:"
+            "a picture needs kaleido (pip install 'loopscope[figures]') and a Chromium or Chrome:"
             f" {error}"
         ) from None
     return image

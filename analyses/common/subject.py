@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.pair_files import KINDS, PairRow, read_pairs
 from loopscope.checkpoints.load import load, read_card
 from loopscope.checkpoints.locate import locate, shipped_names
-from loopscope.models.basis.tokens import Batch
+from loopscope.interp.common.ranking import top_token
+from loopscope.models.basis.tokens import Batch, Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
 from loopscope.tasks.graphs import PermutationGraph, TableGraph, read_graph
 from loopscope.tasks.questions import Question, by_hops, read_questions
 
@@ -27,9 +30,10 @@ class Subject:
     Attributes:
         name: Of a shipped checkpoint as the user gave it, else the file's or folder's.
         model: In eval mode, on the chosen device.
-        questions: By hop count.
+        questions: By hop count; empty where there are none.
         graph: None where the checkpoint has none.
         card: What card.json says.
+        pairs: The rows of a CSV or JSONL of pairs; empty where the questions are no such file.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Subject:
     questions: dict[int, list[Question]]
     graph: PermutationGraph | TableGraph | None
     card: dict[str, Any]
+    pairs: tuple[PairRow, ...] = ()
 
     @property
     def trained_hops(self) -> int | None:
@@ -45,10 +50,16 @@ class Subject:
 
     def encode(self, questions: Sequence[Question]) -> tuple[Batch, Int[Tensor, " batch"]]:
         """A batch of questions, and their answers' ids."""
-        answers = [self.model.to_single_token(question.answer) for question in questions]
-        return self.model.encode([question.text for question in questions]), torch.tensor(
+        answers = [token_id(self.model, question.answer) for question in questions]
+        return self.batch([question.text for question in questions]), torch.tensor(
             answers, device=self.model.device
         )
+
+    def batch(self, texts: str | Sequence[str]) -> Batch:
+        """A batch of texts; a text of a language model is read at its last token where the
+        checkpoint does not say where answers are read.
+        """
+        return encoded(self.model, texts)
 
     def answer_of(self, text: str) -> str:
         """The right answer of a question, from the graph or from the data.
@@ -90,12 +101,79 @@ class Subject:
         return (distinct or group)[0]
 
 
+def encoded(model: LoopedModel, texts: str | Sequence[str]) -> Batch:
+    """A batch of texts, as `Subject.batch` makes it."""
+    if model.read_at is None and not isinstance(model.vocab, Vocabulary | None):
+        return replace(model.texts, read_at=Readout("last_real")).encode(texts)
+    return model.encode(texts)
+
+
+def token_id(model: LoopedModel, word: str) -> int:
+    """The id of a token given as a word, or as an id where there is no vocabulary.
+
+    Raises:
+        ValueError: Not one token of the vocabulary.
+    """
+    if model.vocab is not None:
+        return _one_token(model, word)
+    if not word.removeprefix("#").isdecimal() or int(word.removeprefix("#")) >= model.cfg.d_vocab:
+        raise ValueError(
+            f"this checkpoint has no vocabulary, so tokens are ids in 0..{model.cfg.d_vocab - 1},"
+            f" got {word!r}"
+        )
+    return int(word.removeprefix("#"))
+
+
+def _one_token(model: LoopedModel, word: str) -> int:
+    """The id of a word that is one token; a word of the vocabulary's own list always is."""
+    try:
+        return model.to_single_token(word)
+    except ValueError as error:
+        words = model.vocab.words if model.vocab else ()
+        if word in words:
+            return list(words).index(word)
+        hint = f"; {' ' + word!r}, with a space before it, is one" * (f" {word}" in words)
+        raise ValueError(f"{error}{hint}") from None
+
+
+@torch.no_grad()
+def answer_logits(model: LoopedModel, batch: Batch, n_loops: int) -> Float[Tensor, "batch d_vocab"]:
+    """Logits at the readout of a call with `n_loops` iterations."""
+    state = model.begin(batch.tokens, batch.mask, n_loops=n_loops, **batch.options)
+    logits: Tensor = model.readout(model.advance(state), batch.readout)
+    return logits
+
+
+def own_answers(
+    model: LoopedModel, batch: Batch, n_loops: int | None = None
+) -> Int[Tensor, " batch"]:
+    """The model's own top token of each input after `n_loops` iterations, by default those that
+    the checkpoint records.
+    """
+    return top_token(answer_logits(model, batch, checked_loops(n_loops, model.cfg.n_loops)))
+
+
+def words(model: LoopedModel, ids: Int[Tensor, " pos"]) -> tuple[str, ...]:
+    """Token ids as a reader would write them: words where there is a vocabulary, else "#5" for id
+    5.
+    """
+    return (
+        tuple(f"#{i}" for i in ids.tolist())
+        if model.vocab is None
+        else tuple(model.to_str_tokens(ids))
+    )
+
+
 def load_model(config: SourceConfig) -> LoopedModel:
     """Load the model that a config names onto its device.
 
     Raises:
         ValueError: This machine has no such device.
     """
+    held = config.in_memory(config.checkpoint)
+    if held is not None:
+        model: LoopedModel = held.model
+        return model
     try:
         torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -106,32 +184,86 @@ def load_model(config: SourceConfig) -> LoopedModel:
     return load(config.checkpoint, **config.told()).to(config.device)
 
 
-def open_subject(config: SourceConfig) -> Subject:
+def open_subject(config: SourceConfig, needs_questions: bool = True) -> Subject:
     """Load the checkpoint that a config names, with its questions.
 
     Raises:
-        ValueError: There are no questions, the checkpoint does not say where answers are read, or
-            this machine has no such device.
+        ValueError: There are no questions where they are needed, the checkpoint does not say where
+            answers are read, or this machine has no such device.
     """
     if config.per_hop is not None and config.per_hop < 1:
         raise ValueError(
             f"at least one question of each hop count is needed, got --per-hop {config.per_hop}"
         )
-    files = locate(config.checkpoint)
-    model = load_model(config)
-    data = config.data or files.questions
-    if data is None:
+    subject, beside = _without_questions(config)
+    data = config.data or beside
+    if data is not None:
+        return _with_questions(subject, data, config)
+    if needs_questions:
         raise ValueError(
             f"{config.checkpoint} has no test.json beside its weights; pass --data with the"
-            " questions to ask"
+            " questions to ask, or a text of your own where the command takes one (--text, --clean)"
         )
-    groups = by_hops(read_questions(data))
-    kept = {hops: group[: config.per_hop] for hops, group in groups.items()}
-    model.encode(
-        [next(iter(kept.values()))[0].text]
-    )  # refuses here, before any work, when the readout or vocabulary is unknown
-    graph = read_graph(files.graph) if files.graph else None
-    name = (
-        config.checkpoint if config.checkpoint in shipped_names() else Path(config.checkpoint).name
+    return subject
+
+
+def _without_questions(config: SourceConfig) -> tuple[Subject, Path | None]:
+    """The checkpoint, and the file of its questions where it has one."""
+    held = config.in_memory(config.checkpoint)
+    if held is not None and held.alone:
+        return Subject(config.checkpoint, load_model(config), {}, None, {}), None
+    files = locate(config.checkpoint)
+    subject = Subject(
+        name=_name(config.checkpoint),
+        model=load_model(config),
+        questions={},
+        graph=read_graph(files.graph) if files.graph else None,
+        card=read_card(config.checkpoint),
     )
-    return Subject(name, model, kept, graph, read_card(config.checkpoint))
+    return subject, files.questions
+
+
+def _name(checkpoint: str) -> str:
+    return checkpoint if checkpoint in shipped_names() else Path(checkpoint).name
+
+
+def _with_questions(subject: Subject, data: Path, config: SourceConfig) -> Subject:
+    """The subject with the questions of a file, at most so many of each hop count."""
+    if data.suffix not in KINDS:
+        kept = _kept(read_questions(data), config.per_hop)
+        # refused here, before any work, when the readout or the vocabulary is unknown
+        subject.batch([next(iter(kept.values()))[0].text])
+        return replace(subject, questions=kept)
+    pairs = read_pairs(data, config.columns)
+    asked = _questions(subject, pairs)
+    kept = _kept(asked, config.per_hop)
+    chosen = {id(question) for group in kept.values() for question in group}
+    rows = [pair for pair, each in zip(pairs, asked, strict=True) if id(each) in chosen]
+    return replace(subject, questions=kept, pairs=tuple(rows))
+
+
+def _questions(subject: Subject, pairs: list[PairRow]) -> list[Question]:
+    """The clean texts as questions; where a row has no answer, the answer is the model's own top
+    token.
+    """
+    for pair in pairs:
+        _check_row(subject, pair)
+    answers = [pair.answer or "" for pair in pairs]
+    if not answers[0]:
+        batch = subject.batch([pair.clean for pair in pairs])
+        answers = list(words(subject.model, own_answers(subject.model, batch)))
+    return [Question.of(pair.clean, word) for pair, word in zip(pairs, answers, strict=True)]
+
+
+def _check_row(subject: Subject, pair: PairRow) -> None:
+    """Refuse a row whose texts cannot be encoded or whose answers are no tokens, by its place."""
+    try:
+        subject.batch([pair.clean, *filter(None, (pair.corrupted,))])
+        for word in filter(None, (pair.answer, pair.wrong)):
+            token_id(subject.model, word)
+    except ValueError as error:
+        raise ValueError(f"{pair.where}: {error}") from None
+
+
+def _kept(questions: Sequence[Question], per_hop: int | None) -> dict[int, list[Question]]:
+    return {hops: group[:per_hop] for hops, group in by_hops(questions).items()}

@@ -21,7 +21,6 @@ from dash import Dash, Input, Output, Patch, State, ctx, html, no_update, set_pr
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from loopscope.analyses.common.configs import ExploreConfig
-from loopscope.analyses.common.labels import spoken, tick
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.explorer.model import (
     SWEEP_BUDGET,
@@ -34,9 +33,15 @@ from loopscope.analyses.explorer.model import (
     patch_grid,
 )
 from loopscope.analyses.explorer.page import BUSY, page
-from loopscope.analyses.explorer.questions import Query, ask, ask_beside, contrast
+from loopscope.analyses.explorer.questions import (
+    Query,
+    ask,
+    ask_beside,
+    beginning,
+    contrast,
+)
 from loopscope.analyses.explorer.requests import LOOPBACK, QuietHandler, guard
-from loopscope.analyses.explorer.sentences import map_caption, said, verdict
+from loopscope.analyses.explorer.sentences import map_caption, said, top_table, verdict
 from loopscope.analyses.explorer.view import (
     Figure,
     attention_figure,
@@ -45,8 +50,10 @@ from loopscope.analyses.explorer.view import (
     margin_figure,
     patch_figure,
 )
+from loopscope.interp.drawing.labels import spoken, tick
 from loopscope.models.core.state import checked_loops
 
+STALE, STALE_MAP, FRESH_MAP = "stale", "two map stale", "two map"
 REACH = 3  # the slider goes to so many times the trained number of iterations
 _HERE = Path(__file__).parent
 _Result = TypeVar("_Result")
@@ -80,10 +87,12 @@ def make_explorer(config: ExploreConfig) -> BaseWSGIServer:
         )
     if not 0 <= config.port <= 65535:
         raise ValueError(f"a port is between 0 (take a free one) and 65535, got {config.port}")
-    subject = open_subject(config)
+    subject = open_subject(config, needs_questions=False)
     recorded = subject.model.cfg.n_loops
     start = checked_loops(config.n_loops, recorded)
-    app = make_app(Explorer(subject, recorded or start, start))
+    texts = beginning(subject, config.text, config.second)
+    ask(subject, texts[0], recorded or start)  # refused here, before a page that cannot be used
+    app = make_app(Explorer(subject, recorded or start, start), texts)
     try:
         listening = socket.create_server((LOOPBACK, config.port))
     except OSError as error:
@@ -137,50 +146,66 @@ class Explorer:
 
     def check(
         self, a_text: str | None, b_text: str | None, asked: str | None
-    ) -> tuple[Any, Any, str, Any, str]:
-        """A and the pair where they can be asked, and a sentence for what is wrong with A, and with
-        B; the last clears old problems.
+    ) -> tuple[Any, Any, str, Any, str, str, str]:
+        """A and the pair where they can be asked; a sentence for what is wrong with A, and with B;
+        no old problem; and how the parts about A and about the pair look: grey while they show an
+        older text.
         """
         with self.lock:
             try:
                 a = ask(self.subject, a_text or "", self.trained)
             except ValueError as error:
-                return no_update, no_update, f"A: {error}.", no_update, ""
+                return no_update, no_update, f"A: {error}.", no_update, "", STALE, STALE_MAP
             shown = no_update if a.text == asked else a.text
             try:
                 b = ask_beside(self.subject, b_text or "", a, self.trained)
             except ValueError as error:
-                return shown, no_update, "", f"B: {error}.", ""
-        return shown, {"a": a.text, "b": b.text}, "", "", ""
+                return shown, no_update, "", f"B: {error}.", "", "", STALE_MAP
+        return shown, {"a": a.text, "b": b.text}, "", "", "", "", FRESH_MAP
+
+    def reads(self, text: str, read: int | None) -> tuple[Any, Any]:
+        """The columns at which the answer of A may be read, and the chosen one where A has it."""
+        query = ask(self.subject, text, self.trained)
+        options = [{"value": i, "label": name} for i, name in enumerate(query.columns)]
+        kept = read is None or read < len(options)
+        return options, no_update if kept else None
 
     def limit(self, n_loops: int | None, loop: int | None) -> tuple[int, int]:
         """The last loop whose attention can be shown, and the loop that is shown."""
         last = self._loops(n_loops) - 1
         return last, min(loop or 0, last)
 
-    def show_lens(self, text: str, n_loops: int | None, rows: str) -> tuple[Figure, str]:
+    def show_lens(
+        self, text: str, n_loops: int | None, rows: str, read: int | None = None
+    ) -> tuple[Figure, str]:
         """The lens of A, and how long it took."""
 
         def work(loops: int) -> Figure:
-            query = ask(self.subject, text, self.trained)
+            query = ask(self.subject, text, self.trained, read)
             return lens_figure(
                 lens_table(self.subject.model, query, loops), query, rows == "blocks"
             )
 
         return self._timed("lens", n_loops, work)
 
-    def show_margin(self, text: str, n_loops: int | None) -> tuple[Figure, str, str]:
-        """The margin over iterations, what it says, and how long it took."""
+    def show_margin(
+        self, text: str, n_loops: int | None, read: int | None = None
+    ) -> tuple[Figure, str, Any, str]:
+        """The margin over iterations, what it says, the top tokens after each, and how long it
+        took.
+        """
 
-        def work(loops: int) -> tuple[Figure, str]:
-            query = ask(self.subject, text, self.trained)
+        def work(loops: int) -> tuple[Figure, str, Any]:
+            query = ask(self.subject, text, self.trained, read)
             record = margins(self.subject.model, query, self.most)
-            return margin_figure(record, loops, self.trained), verdict(
-                query, record, loops, self.trained
+            return (
+                margin_figure(record, loops, self.trained),
+                verdict(query, record, loops, self.trained),
+                top_table(query, record, loops),
             )
 
-        (figure, sentence), took = self._timed("margin", n_loops, work)
-        return figure, sentence, took
+        found, took = self._timed("margin", n_loops, work)
+        return *found, took
 
     def show_attention(
         self, text: str, n_loops: int | None, view: str, loop: int | None, block: int, head: int
@@ -205,11 +230,12 @@ class Explorer:
         extent: str,
         block: str | None,
         position: int | None,
+        read: int | None = None,
     ) -> tuple[Any, ...]:
         """The patching map, what it is of, the choices of a cell, and how long it took."""
 
         def work(loops: int) -> tuple[PatchGrid, Query, Query, Figure, dict[str, str]]:
-            a, b = self._pair(pair)
+            a, b = self._pair({**pair, "read": read})
             grid = patch_grid(
                 self.subject.model, a, b, loops, SWEEP_BUDGET if extent == "quick" else math.inf
             )
@@ -217,7 +243,7 @@ class Explorer:
 
         (grid, a, b, figure, labels), took = self._timed("patching map", n_loops, work)
         loops = self._loops(n_loops)
-        shown = {**pair, "n_loops": loops, "blocks": list(grid.blocks)}
+        shown = {**pair, "read": read, "n_loops": loops, "blocks": list(grid.blocks)}
         blocks = [{"value": name, "label": label} for name, label in labels.items()]
         positions = [{"value": i, "label": name} for i, name in enumerate(a.columns)]
         kept = (
@@ -261,8 +287,9 @@ class Explorer:
         return min(max(int(n_loops or self.start), 1), self.most)
 
     def _pair(self, pair: dict[str, Any]) -> tuple[Query, Query]:
-        a = ask(self.subject, pair["a"], self.trained)
-        return a, ask_beside(self.subject, pair["b"], a, self.trained)
+        read = pair.get("read")
+        a = ask(self.subject, pair["a"], self.trained, read)
+        return a, ask_beside(self.subject, pair["b"], a, self.trained, read)
 
     def _timed(
         self, what: str, n_loops: int | None, work: Callable[[int], _Result]
@@ -287,13 +314,13 @@ def choose(click: dict[str, Any] | None, shown: dict[str, Any]) -> tuple[Any, An
     )
 
 
-def make_app(explorer: Explorer) -> Dash:
-    """The page of an explorer."""
+def make_app(explorer: Explorer, texts: tuple[str, str]) -> Dash:
+    """The page of an explorer, with the texts A and B to start with."""
     app = Dash(
         __name__, assets_folder=str(_HERE / "assets"), serve_locally=True, update_title="",
         title=f"loopscope: {explorer.subject.name}", index_string=_index(), on_error=_report,
     )  # fmt: skip
-    app.layout = page(explorer.subject, explorer.trained, explorer.start, explorer.most)
+    app.layout = page(explorer.subject, explorer.trained, explorer.start, explorer.most, texts)
     guard(app.server)
     _wire(app, explorer)
     return app
@@ -340,18 +367,19 @@ class Wire:
 WIRES = (
     Wire("suggest", "a.value b.value", "next-a.n_clicks hops.value next-b.n_clicks", "a.value",
          at_once=False),
-    Wire("check", "asked.data pair.data a-wrong.children b-wrong.children problem.children",
-         "a.value b.value", "asked.data"),
+    Wire("check", "asked.data pair.data a-wrong.children b-wrong.children problem.children"
+         " of-a.className patched.className", "a.value b.value", "asked.data"),
+    Wire("reads", "read.options read.value", "asked.data", "read.value"),
     Wire("limit", "loop.max loop.value", "loops.value", "loop.value"),
-    Wire("show_lens", "lens.figure lens-took.children", "asked.data loops.value rows.value",
-         busy="lens"),
-    Wire("show_margin", "margin.figure verdict.children margin-took.children",
-         "asked.data loops.drag_value", busy="margin"),
+    Wire("show_lens", "lens.figure lens-took.children",
+         "asked.data loops.value rows.value read.value", busy="lens"),
+    Wire("show_margin", "margin.figure verdict.children tops.children margin-took.children",
+         "asked.data loops.drag_value read.value", busy="margin"),
     Wire("show_attention", "attention.figure loop.disabled head.disabled attention-took.children",
          "asked.data loops.value view.value loop.value layer.value head.value", busy="attention"),
     Wire("show_map", "map.figure shown.data map-caption.children block.options position.options"
          " block.value position.value map-took.children", "pair.data loops.value extent.value",
-         "block.value position.value", busy="map"),
+         "block.value position.value read.value", busy="map"),
     Wire("choose", "block.value! position.value! map.clickData", "map.clickData", "shown.data",
          at_once=False),
     Wire("show_cell", "said.children map.figure! cell-took.children",
@@ -360,8 +388,8 @@ WIRES = (
 
 
 def _wire(app: Dash, explorer: Explorer) -> None:
-    """Tie the explorer's methods to the controls."""
-    for wire in WIRES:
+    """Tie the explorer's methods to the controls that the page has."""
+    for wire in WIRES if explorer.subject.questions else WIRES[1:]:
         method = choose if wire.method == "choose" else getattr(explorer, wire.method)
         said = f"computing {BUSY.get(wire.busy)} …"
         running = [(Output(f"{wire.busy}-busy", "children"), said, "")] if wire.busy else None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.analyses.explorer.questions import Query, answer_logits
+from loopscope.analyses.common.subject import answer_logits, words
+from loopscope.analyses.explorer.questions import Query
 from loopscope.interp.common.metrics import logit_margin, margin
 from loopscope.interp.common.places import in_range
+from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_tokens
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
@@ -60,13 +63,11 @@ class MarginCurve:
 
     Attributes:
         margin: Float[Tensor, " r"], of the query's answer, in logits.
-        top: The model's own answer after each.
-        prob: Float[Tensor, " r"], the probability of that.
+        top: The most likely tokens after each, with their probabilities.
     """
 
     margin: Float[Tensor, " r"]
-    top: tuple[str, ...]
-    prob: Float[Tensor, " r"]
+    top: tuple[tuple[tuple[str, float], ...], ...]
 
     @property
     def best(self) -> int:
@@ -112,19 +113,24 @@ class PatchGrid:
 
 def answers(model: LoopedModel, logits: Float[Tensor, "one d_vocab"], answer_id: int) -> Answers:
     """The top tokens of one row of logits, and the margin of an answer."""
-    top = top_tokens(logits[0], min(TOP, logits.shape[-1]))
-    words = model.to_str_tokens(top)
     size = float(margin(logits, torch.tensor([answer_id], device=logits.device))[0])
-    return Answers(tuple(zip(words, logits[0].softmax(-1)[top].tolist(), strict=True)), size)
+    return Answers(_likely(model, logits[0]), size)
+
+
+def _likely(model: LoopedModel, logits: Float[Tensor, " d_vocab"]) -> tuple[tuple[str, float], ...]:
+    """The most likely tokens of one row of logits, with their probabilities."""
+    logits = widened(logits)
+    top = top_tokens(logits, min(TOP, len(logits)))
+    return tuple(zip(words(model, top), logits.softmax(-1)[top].tolist(), strict=True))
 
 
 def lens_table(model: LoopedModel, query: Query, n_loops: int) -> LensTable:
     """The logit lens of every column after every block."""
     lens = logit_lens(model, query.batch, n_loops, positions="all")
     top = lens.top(min(TOP, model.cfg.d_vocab))
-    words = [model.to_str_tokens(visit) for visit in top.tokens.reshape(len(lens.names), -1)]
+    named = [words(model, visit) for visit in top.tokens.reshape(len(lens.names), -1)]
     k = top.tokens.shape[-1]
-    rows = tuple(tuple(tuple(row[i : i + k]) for i in range(0, len(row), k)) for row in words)
+    rows = tuple(tuple(tuple(row[i : i + k]) for i in range(0, len(row), k)) for row in named)
     ends = tuple(end - 1 for end in model.iteration_ends(n_loops))
     return LensTable(lens.names, ends, rows, top.probs.cpu())
 
@@ -139,9 +145,8 @@ def margins(model: LoopedModel, query: Query, n_loops: int) -> MarginCurve:
         logits = lens.logits[:, 0]
     else:
         logits = torch.cat([answer_logits(model, query.batch, loop + 1) for loop in range(n_loops)])
-    top = logits.softmax(-1).max(-1)
     size = margin(logits, torch.full((n_loops,), query.answer_id, device=logits.device))
-    return MarginCurve(size.cpu(), tuple(model.to_str_tokens(top.indices)), top.values.cpu())
+    return MarginCurve(size.cpu(), tuple(map(partial(_likely, model), logits)))
 
 
 def heads_of(model: LoopedModel, query: Query, n_loops: int, loop: int, block: int) -> Patterns:

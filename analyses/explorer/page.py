@@ -8,11 +8,11 @@ import plotly.graph_objects as go
 from dash import dcc, html
 from dash.development.base_component import Component
 
-from loopscope.analyses.common.labels import AXIS
 from loopscope.analyses.common.records import FIGURE_CONFIG
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.explorer.model import blocks_per_loop
-from loopscope.analyses.explorer.questions import MAX_TOKENS, contrast, hint
+from loopscope.analyses.explorer.questions import MAX_TOKENS, hint
+from loopscope.interp.drawing.labels import AXIS
 
 BUSY = {
     "lens": "the lens",
@@ -23,10 +23,13 @@ BUSY = {
 }
 
 
-def page(subject: Subject, trained: int, start: int, most: int) -> Component:
+def page(
+    subject: Subject, trained: int, start: int, most: int, texts: tuple[str, str]
+) -> Component:
     """The whole page.
 
     Args:
+        texts: Texts A and B to start with.
         trained: Iterations of the checkpoint.
         start: Iterations to start with.
         most: The end of the slider.
@@ -36,45 +39,54 @@ def page(subject: Subject, trained: int, start: int, most: int) -> Component:
         f"{cfg.family.replace('_', '-')}, {cfg.n_layers} blocks, {cfg.n_heads} heads, width"
         f" {cfg.d_model}, {trained} iterations"
     )
-    task = subject.card.get("task", "A looped transformer, iteration by iteration.")
+    task = str(subject.card.get("task", "A looped transformer, iteration by iteration"))
     header = [
         html.P("loopscope explore", className="brand"),
         html.H1(subject.name),
-        html.P(f"{task}; {facts}", className="lead"),
+        html.P(f"{task.rstrip('.')}; {facts}", className="lead"),
     ]
     loops = _slider("loops", start, most, (1, *range(trained, most + 1, trained)))
     stores = [dcc.Store(id=name) for name in ("asked", "pair", "shown")]
     sections = [
-        _ask_section(subject, loops),
+        _ask_section(subject, loops, texts[0]),
         _lens_section(),
         _attention_section(subject, start),
-        _patch_section(subject),
+        _patch_section(subject, texts[1]),
     ]
-    return html.Div([html.Header(header), html.Main([*stores, *sections]), _status()])
+    of_a = html.Div(sections[:-1], id="of-a")
+    return html.Div([html.Header(header), html.Main([*stores, of_a, sections[-1]]), _status()])
 
 
-def _ask_section(subject: Subject, loops: Component) -> Component:
-    first = subject.example()
-    hops = dcc.Dropdown(
-        list(subject.questions), first.hops, id="hops", clearable=False, searchable=False
-    )
-    asked = [
-        _typed("a", "Question A", first.text),
-        _control("hops", "Hops", hops),
-        _button("next-a", "Another question"),
-    ]
-    tokens = f"Tokens: {hint(subject)}; at most {MAX_TOKENS}. Press Enter, or leave the field."
+def _ask_section(subject: Subject, loops: Component, text: str) -> Component:
+    word = "Question" if subject.questions else "Text"
+    asked = [_typed("a", f"{word} A", text), *_choices(subject)]
+    read = dcc.Dropdown([], None, id="read", searchable=False, placeholder="as the checkpoint says")
+    known = f"Tokens: {hint(subject)}; at" if subject.questions else "At"
+    note = f"{known} most {MAX_TOKENS} tokens. Press Enter, or leave the field."
     left = [
         html.Div(asked, className="controls"),
-        html.P(tokens, className="hint"),
+        html.P(note, className="hint"),
         html.P(id="a-wrong", className="wrong", role="alert"),
+        html.Div([_control("read", "Answer read at", read)], className="controls"),
         _control("loops", "Number of iterations", loops),
         html.P(id="verdict", className="found"),
     ]
-    title = "Question, and its margin over iterations"
+    title = f"{word}, and its margin over iterations"
+    sides = [html.Div(left), _graph("margin", 290)]
     return _section(
-        "question", title, [html.Div([html.Div(left), _graph("margin", 290)], className="two")]
+        "question", title, [html.Div(sides, className="two"), html.Div(id="tops", className="said")]
     )
+
+
+def _choices(subject: Subject) -> list[Component]:
+    """The controls that choose among the checkpoint's questions; none without questions."""
+    if not subject.questions:
+        return []
+    hops = dcc.Dropdown(
+        list(subject.questions), subject.example().hops, id="hops", clearable=False,
+        searchable=False,
+    )  # fmt: skip
+    return [_control("hops", "Hops", hops), _button("next-a", "Another question")]
 
 
 def _lens_section() -> Component:
@@ -108,10 +120,13 @@ def _attention_section(subject: Subject, start: int) -> Component:
     )
 
 
-def _patch_section(subject: Subject) -> Component:
-    second = contrast(subject, subject.example().text)
+def _patch_section(subject: Subject, text: str) -> Component:
+    word = "Question" if subject.questions else "Text"
     asked = html.Div(
-        [_typed("b", "Question B, as long as A", second), _button("next-b", "Another B")],
+        [
+            _typed("b", f"{word} B, with as many tokens as A", text),
+            *([_button("next-b", "Another B")] if subject.questions else []),
+        ],
         className="controls",
     )
     names = {"block": f"After block ({AXIS})", "position": "At position"}
@@ -128,7 +143,7 @@ def _patch_section(subject: Subject) -> Component:
         html.P(id="b-wrong", className="wrong", role="alert"),
         _radio("extent", "Map", extent),
         html.P(id="map-caption"),
-        html.Div([_graph("map", 500), cell], className="two map"),
+        html.Div([_graph("map", 500), cell], className="two map", id="patched"),
     ]
     return _section("patch-section", "Patching B into A", parts)
 

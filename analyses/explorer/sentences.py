@@ -7,6 +7,7 @@ from dash.development.base_component import Component
 
 from loopscope.analyses.explorer.model import Answers, MarginCurve, PatchGrid
 from loopscope.analyses.explorer.questions import Query
+from loopscope.interp.drawing.labels import visible
 
 OVERTHINKING = 0.5  # logits below the best margin
 
@@ -17,19 +18,19 @@ def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str
     if not query.known:
         source = (
             f"the model's own top token after {_iterations(trained)}, because the true answer of"
-            " this question is not known"
+            " this text is not known"
         )
-    here, best, says = (
+    here, best, (says, prob) = (
         float(record.margin[chosen - 1]),
         float(record.margin[record.best - 1]),
-        record.top[chosen - 1],
+        record.top[chosen - 1][0],
     )
     sentence = (
-        f"The answer is taken to be {query.answer}: {source}. After {_iterations(chosen)} the model"
-        " says "
+        f"The answer is taken to be {visible(query.answer)}: {source}."
+        f" After {_iterations(chosen)} the model says "
     )
     sentence += (
-        f"{'this' if says == query.answer else says} (p = {float(record.prob[chosen - 1]):.3f});"
+        f"{'this' if says == query.answer else visible(says)} (p = {prob:.3f});"
         f" the margin is {here:.2f} logits. "
     )
     if record.best == chosen:
@@ -42,13 +43,39 @@ def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str
     )
 
 
+def top_table(query: Query, record: MarginCurve, chosen: int) -> Component:
+    """The most likely tokens at the readout after each iteration up to the chosen number."""
+    count = len(record.top[0])
+    named = [f"rank {rank}" for rank in range(count)]
+    head = html.Tr([html.Th(text) for text in ("iterations", *named)])
+    rows = [
+        html.Tr([
+            html.Td(f"{r + 1}"),
+            *(
+                html.Td(
+                    f"{visible(token)} {prob:.3f}",
+                    className="asked" if token == query.answer else "",
+                )
+                for token, prob in record.top[r]
+            ),
+        ])
+        for r in range(chosen)
+    ]  # fmt: skip
+    where = f"Top tokens at {query.columns[query.readout]} after each iteration"
+    return html.Details(
+        [html.Summary(where), html.Table([html.Thead(head), html.Tbody(rows)])], open=True
+    )
+
+
 def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
     """The caption of a patching map."""
     sentence = (
         f"A {a.text} has the margin {grid.margin_a:.2f} after {_iterations(n_loops)}; in B {b.text}"
         " the same answer "
     )
-    sentence += f"{a.answer} has {grid.margin_b:.2f}. Each cell puts one residual of B into A."
+    sentence += (
+        f"{visible(a.answer)} has {grid.margin_b:.2f}. Each cell puts one residual of B into A."
+    )
     if grid.stride > 1:
         sentence += (
             f" To be quick, it shows only loop 0 and every {grid.stride} loops from it;"
@@ -69,7 +96,7 @@ def said(before: Answers, after: Answers, query: Query, place: str) -> Component
         cells = [html.Td(f"{i}")]
         for token, prob in (old, new):
             cells += [
-                html.Td(token, className="asked" if token == query.answer else ""),
+                html.Td(visible(token), className="asked" if token == query.answer else ""),
                 html.Td(f"{prob:.3f}"),
             ]
         rows.append(html.Tr(cells))
@@ -78,7 +105,7 @@ def said(before: Answers, after: Answers, query: Query, place: str) -> Component
         *(html.Td(f"{run.margin:.2f} logits", colSpan=2) for run in (before, after)),
     ]
     sentence = (
-        f"B's residual after {place} put into A: the margin of {query.answer} goes from"
+        f"B's residual after {place} put into A: the margin of {visible(query.answer)} goes from"
         f" {before.margin:.2f} to {after.margin:.2f} logits."
     )
     return html.Div(

@@ -8,8 +8,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from loopscope.analyses.common.labels import AXIS, label, spoken, tick
-from loopscope.analyses.common.look import ACCURACY_SCALE, FAINT, INK, styled
 from loopscope.analyses.explorer.model import (
     SITE,
     LensTable,
@@ -18,6 +16,8 @@ from loopscope.analyses.explorer.model import (
     Patterns,
 )
 from loopscope.analyses.explorer.questions import Query
+from loopscope.interp.drawing.labels import AXIS, label, spoken, tick, visible
+from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, INK, styled
 
 CHANGE_SCALE = [
     [0.0, "#b2182b"],
@@ -104,7 +104,7 @@ def lens_figure(table: LensTable, query: Query, every_block: bool = True) -> Fig
         zmin=0,
         zmax=1,
         colorscale=ACCURACY_SCALE,
-        text=[[label(cell[0]) for cell in table.top[row]] for row in rows],
+        text=[[label(visible(cell[0])) for cell in table.top[row]] for row in rows],
         texttemplate="%{text}",
         customdata=[[_top_tokens(table, query, row, column) for column in columns] for row in rows],
         hovertemplate="%{customdata}<extra></extra>",
@@ -127,7 +127,7 @@ def _top_tokens(table: LensTable, query: Query, row: int, column: int) -> str:
     lines = [
         f"{table.blocks[row]}.{SITE}",
         f"after {spoken(table.blocks[row])}, at {query.columns[column]}",
-        *(f"{prob:.3f}  {token}" for token, prob in cell),
+        *(f"{prob:.3f}  {visible(token)}" for token, prob in cell),
     ]
     return "<br>".join(map(label, lines))
 
@@ -162,10 +162,7 @@ def margin_figure(record: MarginCurve, chosen: int, trained: int) -> Figure:
 def _margin_traces(record: MarginCurve, chosen: int) -> list[Figure]:
     """The whole curve in pale, its part up to the chosen number, and a star at the best one."""
     loops, sizes = list(range(1, len(record.margin) + 1)), record.margin.tolist()
-    says = [
-        f"says {label(token)}, p = {prob:.3f}"
-        for token, prob in zip(record.top, record.prob.tolist(), strict=True)
-    ]
+    says = [f"says {label(visible(row[0][0]))}, p = {row[0][1]:.3f}" for row in record.top]
     hover = "%{x} iterations: margin %{y:.2f} logits<br>%{customdata}<extra></extra>"
     curve = {"type": "scatter", "mode": "lines+markers", "hovertemplate": hover, "customdata": says}
     pale = {"line": {"color": FAINT, "width": 1.5}, "marker": {"size": 5}}
@@ -236,7 +233,8 @@ def _panel_axis(domain: list[float], anchor: str, title: str, labelled: bool, **
 
 def patch_figure(grid: PatchGrid, a: Query, b: Query) -> Figure:
     """Rows are visits, columns are positions; colour is the change of the margin of A's answer."""
-    pairs = enumerate(zip(a.tokens, b.tokens, strict=True))
+    both = map(visible, a.tokens), map(visible, b.tokens)
+    pairs = enumerate(zip(*both, strict=True))
     names = [f"{i} {x}" if x == y else f"{i} {x} / {y}" for i, (x, y) in pairs]
     reach = max(float(grid.change.abs().max()), 1e-6) if grid.blocks else 1.0
     rows = zip(grid.blocks, grid.margin.tolist(), strict=True)

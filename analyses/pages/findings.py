@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.analyses.common.configs import DEFAULT_CHECKPOINT, SourceConfig
-from loopscope.analyses.common.labels import spoken
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_margin
 from loopscope.interp.common.ranking import top_token
+from loopscope.interp.drawing.labels import spoken
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.edit.substitutes import How
 from loopscope.interp.lens.decoding import decodability

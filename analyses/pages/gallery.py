@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import Record, markdown_table, picture, write_all
+from loopscope.analyses.common.standalone import make
 from loopscope.checkpoints.load import save
 from loopscope.models.core.registry import build
 from loopscope.models.families.ouro import OuroConfig
@@ -25,7 +26,9 @@ _HEAD = """# Gallery
 
 Written by `loopscope gallery` from the shipped checkpoints and the logs of their training: one
 figure for each command, with its numbers. Every command takes other checkpoints by name, file
-or folder, and writes its figure as HTML, PNG, SVG or PDF."""
+or folder, and writes its figure as HTML, PNG, SVG or PDF. The commands that run an input take one
+of yours (`--text`, or `--clean` and `--corrupted`). From Python each figure is a function of a
+loaded model, a name or a path, such as `loopscope.plots.lens(model, text="...")`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def entries(toy: Path) -> list[Entry]:
         "No trained model with an exit gate is shipped: this is a small random Ouro, so only the"
         " form of the figure means something.",
     )
-    return [gate if name == gate.name else Entry(name, {}) for name in FIGURES]
+    text = Entry("readouts", {"checkpoint": "mini/smiles", "text": "CC(=O)Nc1ccc(O)cc"})
+    others = {gate.name: gate, text.name: text}
+    return [others.get(name) or Entry(name, {}) for name in FIGURES]
 
 
 def make_toy(folder: Path) -> None:
@@ -100,8 +105,8 @@ def draw(progress: bool = True) -> list[Pictured]:
 def draw_one(entry: Entry) -> Pictured:
     """Run one command with its settings and draw its figure."""
     file = FIGURES[entry.name]
-    record = file.module().run(file.config()(**entry.settings))
-    return Pictured(entry, record, picture(file.module().figure(record)))
+    made = make(file, file.config()(**entry.settings))
+    return Pictured(entry, made.record, picture(made.figure))
 
 
 def page(drawn: list[Pictured], images: str) -> str:

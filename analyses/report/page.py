@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.models.core.state import checked_loops
 
 TABS = {
-    "Answers": ("overthinking", "recurrence", "halting", "flips"),
+    "Answers": ("readouts", "exit-gate", "overthinking", "recurrence", "halting", "flips"),
     "Circuit": ("lens", "patch", "ranks"),
-    "Dynamics": ("orbits", "steps", "attention-settling"),
+    "Dynamics": ("orbits", "steps", "attention-settling", "layers"),
     "Comparison": ("recurrence-grids", "margins", "halting-compare"),
 }
-"""The figures of each tab; what the page says about a figure stands in the figure's file."""
+"""The figures of each tab; what the page says about a figure, and of which inputs the figure is,
+stands in the figure's file.
+"""
 
 COMPARISON = "Comparison"
 """The tab that is there only with other checkpoints."""
@@ -62,23 +65,39 @@ Tabs = dict[str, list[Drawn]]
 
 
 def run(config: ReportConfig) -> tuple[Subject, Tabs]:
-    """Make all records and figures; the questions are run once for what is about answers.
+    """Make all records and figures; the questions are run once for what is about answers. A figure
+    that is not about what the report runs, such as one of many questions for a text, is left out.
 
     Raises:
-        ValueError: The checkpoint has no questions, or not of the hop count; or none of the figures
-            can be drawn. One figure that cannot be drawn is a section that says why.
+        ValueError: Neither questions nor a text, no questions of the hop count; or none of the
+            figures can be drawn. One figure that cannot be drawn is a section that says why.
     """
-    opened = Opened(config, open_subject(config))
+    opened = _opened(config)
     checked_loops(config.n_loops, None)
-    opened.subject.of_hops(config.hops)  # a setting of the report's own is refused before any work
-    tabs = dict(TABS)
+    tabs = {tab: _serving(names, opened) for tab, names in TABS.items()}
     if not config.compare:
         del tabs[COMPARISON]
     names = [name for inside in tabs.values() for name in inside]
     drawn = {name: _drawn(name, opened) for name in tqdm(names, desc="report")}
     if all(each.figure is None for each in drawn.values()):
         raise ValueError(f"no figure of the report can be drawn: {drawn[names[0]].why}")
-    return opened.subject, {tab: [drawn[name] for name in tabs[tab]] for tab in tabs}
+    made = {tab: [drawn[name] for name in inside] for tab, inside in tabs.items() if inside}
+    return opened.subject, made
+
+
+def _opened(config: ReportConfig) -> Opened:
+    """The checkpoint with what is run; a setting of the report's own is refused before any work."""
+    text = config.text or config.clean
+    opened = Opened(config, open_subject(config, needs_questions=text is None))
+    if text is None:
+        opened.subject.of_hops(config.hops)
+    if config.corrupted is not None:
+        opened.pairs  # noqa: B018 - made here, so that a pair that cannot be compared is refused
+    return opened
+
+
+def _serving(names: Sequence[str], opened: Opened) -> list[str]:
+    return [name for name in names if FIGURES[name].module().SECTION.serves(opened)]
 
 
 def _drawn(name: str, opened: Opened) -> Drawn:
@@ -125,15 +144,26 @@ def page(subject: Subject, made: Tabs, seconds: float) -> str:
 
 
 def _facts(subject: Subject) -> dict[str, str]:
-    cfg, asked = subject.model.cfg, subject.questions
+    cfg = subject.model.cfg
     return {
         "family": cfg.family.replace("_", "-"),
         "layers, iterations": f"{cfg.n_layers}, {cfg.n_loops or 'not recorded'}",
         "width": f"{cfg.d_model}, {cfg.n_heads} heads",
         "parameters": f"{sum(p.numel() for p in subject.model.parameters()):,}",
-        "questions": f"{sum(map(len, asked.values())):,} of {min(asked)} to {max(asked)} hops",
+        **_questions(subject),
+        "answer read at": str(subject.model.read_at or "last_real"),
+    }
+
+
+def _questions(subject: Subject) -> dict[str, str]:
+    """The facts of a checkpoint's questions; none where it has none."""
+    asked = subject.questions
+    if not asked:
+        return {}
+    count = sum(map(len, asked.values()))
+    return {
+        "questions": f"{count:,} of {min(asked)} to {max(asked)} hops",
         "hops in training": str(subject.trained_hops or "not recorded"),
-        "answer read at": str(subject.model.read_at),
     }
 
 

@@ -5,7 +5,7 @@ answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
@@ -29,6 +29,9 @@ from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import Slot, Visit, checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ class DirectLogits(OneScreen):
         )
         frame["value"] = torch.cat([self.values, self.constant[None]]).mean(1).cpu().numpy()
         return frame.astype(dict.fromkeys(("loop", "layer", "head"), "Int64"))
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the term of each component, visits by heads and MLPs."""
+        from loopscope.interp.drawing.effects import direct_logits
+
+        return direct_logits(self, title)
 
 
 @torch.no_grad()

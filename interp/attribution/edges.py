@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 import torch
@@ -25,6 +25,9 @@ from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit, checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Values = dict[str, Tensor]
 _RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
@@ -85,6 +88,12 @@ class EdgeAttribution(OneScreen):
         frame = pd.DataFrame([(*edge.writer, *edge.reader) for edge in self.edges], columns=sides)
         frame["value"] = self.values.mean(1).cpu().numpy()
         return frame.astype({side: "Int64" for side in sides if "_" in side})
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the effect of each edge, readers by writers."""
+        from loopscope.interp.drawing.effects import edges
+
+        return edges(self, title)
 
 
 @differentiated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -29,6 +30,9 @@ from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _GROWTH = 32  # dimensions by which a Krylov space grows
 _MOST = 256  # dimensions at which it stops
@@ -70,6 +74,12 @@ class JacobianSpectrum(OneScreen):
         frame.insert(0, "example", range(len(frame)))
         frame.insert(0, "loop", self.loop)
         return frame
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the eigenvalues on the complex plane, with the unit circle."""
+        from loopscope.interp.drawing.motion import spectrum
+
+        return spectrum(self, title)
 
 
 @differentiated

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -30,6 +31,9 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.state import checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ class LayerDynamics(OneScreen):
             frame.insert(0, "block", name)
             frame.insert(1, "layer", _layer_of(name))
         return pd.concat(frames, ignore_index=True)
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: size, relative step and cosine of steps of each block's output."""
+        from loopscope.interp.drawing.motion import layers
+
+        return layers(self, title)
 
 
 @torch.no_grad()
@@ -141,6 +151,12 @@ class AttentionDynamics(OneScreen):
         return frame.assign(
             change=self.change.flatten().cpu().numpy(), entropy=self.entropy.flatten().cpu().numpy()
         )
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: change and entropy of each head's pattern in every loop."""
+        from loopscope.interp.drawing.motion import attention
+
+        return attention(self, title)
 
 
 @torch.no_grad()

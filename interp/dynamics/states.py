@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -37,6 +38,9 @@ from loopscope.interp.dynamics.statistics import cosine_of, effective_rank, norm
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 
 @dataclass(frozen=True)
 class Orbits(OneScreen):
@@ -64,6 +68,12 @@ class Orbits(OneScreen):
         return self.dynamics._tidy(
             {f"pc{i + 1}": column for i, column in enumerate(self.coordinates.unbind(-1))}
         )
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the trajectories on the first two components, a star at the end of each."""
+        from loopscope.interp.drawing.motion import orbits
+
+        return orbits(self, title)
 
 
 @dataclass(frozen=True)
@@ -229,6 +239,12 @@ class Dynamics(OneScreen):
         return pd.DataFrame(
             {name: value.cpu().numpy() for name, value in (places | values).items()}
         )
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: size, relative step, cosine of steps and distance to the last state."""
+        from loopscope.interp.drawing.motion import dynamics
+
+        return dynamics(self, title)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import State, checked_loops
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 GATE = "hook_exit_logit"
 
 
@@ -33,6 +36,12 @@ class ExitDistribution(NamedTuple):
 
     pdf: Float[Tensor, "loop ..."]
     cdf: Float[Tensor, "loop ..."]
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the probability of an exit after each iteration, as a mean."""
+        from loopscope.interp.drawing.lenses import exit_distribution
+
+        return exit_distribution(self, title)
 
 
 def exit_distribution(gate_logits: Float[Tensor, "loop ..."]) -> ExitDistribution:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -18,6 +19,9 @@ from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,12 @@ class Stops(OneScreen):
         if answers is not None:
             frame["correct"] = self.correct(answers).cpu().numpy()
         return frame
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: entropy and KL over iterations, with a star where an example stops."""
+        from loopscope.interp.drawing.lenses import stops
+
+        return stops(self, title)
 
 
 @dataclass(frozen=True, kw_only=True)

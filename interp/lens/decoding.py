@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -22,6 +23,9 @@ from loopscope.interp.lens.record import Lens, visit_table
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Targets = Int[Tensor, "row target"] | Sequence[Sequence[int]]
 Columns = Int[Tensor, "batch target"] | Sequence[int] | Sequence[Sequence[int]]
@@ -68,6 +72,12 @@ class RankTrajectory(OneScreen):
         return frame.assign(
             rank=self.rank.flatten().cpu().numpy(), prob=self.prob.flatten().cpu().numpy()
         )
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: rank and probability of each target over visits."""
+        from loopscope.interp.drawing.lenses import ranks
+
+        return ranks(self, title)
 
 
 def rank_trajectory(lens: Lens, tokens: Targets) -> RankTrajectory:
@@ -128,6 +138,12 @@ class Decodability(OneScreen):
         frame = _visit_table(self, n_targets).assign(target=called * n_visits)
         frame["accuracy"] = self.accuracy.flatten().cpu().numpy()
         return frame.assign(mean_reciprocal_rank=self.mean_reciprocal_rank.flatten().cpu().numpy())
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: accuracy and mean reciprocal rank of each target over visits."""
+        from loopscope.interp.drawing.lenses import decodability
+
+        return decodability(self, title)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from loopscope.interp.common.processes import over_ranks
 from loopscope.interp.lens.record import Lens, ReadVisit, visits_of
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.state import checked_loops
+from loopscope.models.core.state import State, checked_loops
 
 
 @torch.no_grad()
@@ -90,6 +90,7 @@ def readout_lens(
     n_loops: int | None = None,
     *,
     readout: ReadoutColumn = None,
+    positions: Literal["all"] | Sequence[int] | None = None,
     keep_logits: bool = False,
     batch_size: int = 512,
 ) -> Lens:
@@ -102,7 +103,7 @@ def readout_lens(
     whole lens.
 
     Args:
-        inputs, n_loops, readout, keep_logits, batch_size: As for `logit_lens`.
+        inputs, n_loops, readout, positions, keep_logits, batch_size: As for `logit_lens`.
 
     Returns:
         A `Lens` with one entry per iteration.
@@ -117,7 +118,7 @@ def readout_lens(
             seen = []
             for loop, end in enumerate(model.iteration_ends(n_loops)):
                 state = model.advance(state, end)
-                seen.append(model.read_state(model.finish(state, loop), part.readout)[:, 0])
+                seen.append(_read(model, model.finish(state, loop), part, positions))
             collected.append(torch.stack(seen))
         return torch.cat(collected, dim=1)
 
@@ -126,6 +127,15 @@ def readout_lens(
         model,
         over_ranks(model, batch, heads_input, dim=1),
         places,
-        batch.readout[:, None],
+        read_columns(batch, positions),
         keep_logits,
     )
+
+
+def _read(
+    model: LoopedModel, state: State, part: Batch, positions: Literal["all"] | Sequence[int] | None
+) -> Float[Tensor, "read d_model"]:
+    """The head's input of a state at the readout of each row, or at some columns."""
+    if positions is None:
+        return model.read_state(state, part.readout)[:, 0]
+    return at_positions(model.read_state(state), read_columns(part, positions)).flatten(0, 1)

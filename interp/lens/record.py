@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 import torch
@@ -16,6 +16,9 @@ from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import rank_of, top_tokens
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.core.base import LoopedModel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _CHUNK = 1 << 22  # logits held at a time
 ReadVisit = tuple[int | None, int | None, str]
@@ -271,6 +274,17 @@ class Lens(OneScreen):
             log_q = self._head(self.heads_input[before, rows]).log_softmax(-1)
             parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
         return torch.cat(parts)
+
+    def plot(self, answers: Targets | None = None, title: str = "") -> go.Figure:
+        """A picture: the top token of each read after each visit, coloured by its probability.
+
+        Args:
+            answers: One token per read, whose margin and rank are drawn as curves instead.
+            title: The title of the figure; empty for none.
+        """
+        from loopscope.interp.drawing.lenses import lens
+
+        return lens(self, answers, title)
 
 
 def visit_table(

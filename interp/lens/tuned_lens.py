@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -37,6 +37,9 @@ from loopscope.models.basis.files import atomic_path
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _CHUNK = 1 << 22  # logits held at a time while training
 _ROWS = 512  # inputs run at a time before training
@@ -205,6 +208,12 @@ class TunedLens(OneScreen):
         found.check(model)
         moved = {name: tensor.to(model.device) for name, tensor in tensors.items()}
         return replace(found, **moved)
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the loss of each visit over training."""
+        from loopscope.interp.drawing.lenses import tuned_lens
+
+        return tuned_lens(self, title)
 
 
 @differentiated

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -33,6 +33,9 @@ from loopscope.interp.patching.path_ends import (
 from loopscope.interp.patching.path_runs import PathRuns
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Freeze = Literal["attention+mlp", "attention"]
 _FROZEN: dict[str, tuple[str, ...]] = {
@@ -82,6 +85,12 @@ class PathPatch(OneScreen):
         for place, (name, column) in enumerate(told.items()):
             frame.insert(place, name, column)
         return frame
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the metric of each example in the clean, the corrupted and the patched run."""
+        from loopscope.interp.drawing.effects import path
+
+        return path(self, title)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 import torch
@@ -18,6 +18,9 @@ from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _AXES = attrgetter("loop", "layer", "position", "head")
 _TOGETHER = 1024  # cells whose resamples are held at a time
@@ -195,6 +198,18 @@ class Sweep(OneScreen):
                 f"the clean and the corrupted run have the same mean {self.metric} ({high:.4g}), so"
                 " effects have no scale"
             )
+
+    def plot(self, site: str | None = None, title: str = "") -> go.Figure:
+        """A picture: one map per site of visits by positions or heads, on the scale of `normalized`
+        where the two runs differ.
+
+        Args:
+            site: The one site to draw; None draws all of them.
+            title: The title of the figure; empty for none.
+        """
+        from loopscope.interp.drawing.effects import sweep
+
+        return sweep(self, site, title)
 
 
 def present(model: LoopedModel, batch: Batch, cells: Sequence[Cell]) -> Bool[Tensor, "cell batch"]:

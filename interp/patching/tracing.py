@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -24,6 +24,9 @@ from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.models.core.base import LoopedModel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _SITES = ("embed", "resid_post")
 
@@ -78,6 +81,12 @@ class Trace(OneScreen):
             effect=self.effect.flatten().cpu().numpy(),
             examples=self.sweep.examples().cpu().numpy(),
         )
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the effect by depth and position."""
+        from loopscope.interp.drawing.effects import trace
+
+        return trace(self, title)
 
 
 @evaluated

@@ -10,7 +10,7 @@ output before that is added to the stream, belong to the circuit, with their div
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -32,6 +32,9 @@ from loopscope.interp.weights.heads import (
     visit_of_layer,
 )
 from loopscope.models.core.base import LoopedModel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Kind = Literal["Q", "K", "V"]
 
@@ -173,6 +176,12 @@ class Composition(OneScreen):
         frame["least_distance"] = (~self.possible(0)).flatten().int().cpu().numpy()
         frame["value"] = self.values.flatten().cpu().numpy()
         return frame
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the score of each pair of heads, later heads by earlier ones."""
+        from loopscope.interp.drawing.effects import composition
+
+        return composition(self, title)
 
 
 @torch.no_grad()

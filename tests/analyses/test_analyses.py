@@ -148,7 +148,9 @@ def test_patching_one_pair_and_its_refusals() -> None:
     assert record.columns() == ["0 <e_3> / <e_4>", "1 <r_1>", "2 <r_2>"]
     with pytest.raises(ValueError, match="pass --clean"):
         patch.run(PatchConfig(corrupted="<e_4><r_1>"))
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(
+        ValueError, match="the pair has 2 tokens in the clean text and 3 in the corrupted"
+    ):
         patch.run(PatchConfig(clean="<e_3><r_1>", corrupted="<e_4><r_1><r_2>"))
 
 

@@ -195,7 +195,7 @@ def test_data_writes_a_folder_and_says_what(
         (["stages", "--per-group", "0"], "at least one question of each group is needed, got 0"),
         (["lens", "--text", ""], "a text must hold at least one token"),
         (["patch", "--clean", ""], "a text must hold at least one token"),
-        (["patch", "--corrupted", ""], "a corrupted question needs its clean one; pass --clean"),
+        (["patch", "--corrupted", ""], "a corrupted text needs its clean one; pass --clean"),
         (["steps", "--text", ""], "a text must hold at least one token"),
         (["lens", "--device", "cuda"], "the device 'cuda' cannot be used on this machine"),
         (["report", "--device", "nowhere"], "the device 'nowhere' cannot be used on this machine"),

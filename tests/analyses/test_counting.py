@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 
 from loopscope.analyses.common.figures import FIGURES
-from loopscope.analyses.common.labels import AXIS, loop_and_layer, spoken, tick
+from loopscope.interp.drawing.labels import AXIS, loop_and_layer, spoken, tick
 from small_figures import small_figure
 
 COORDINATES = ("loop", "layer", "position", "head", "input")

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from language_toys import CAT, DOG, ouro_folder
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.common.subject import Subject, answer_logits, open_subject
 from loopscope.analyses.explorer import app as explorer
 from loopscope.analyses.explorer.app import ExploreConfig, Explorer, choose, make_explorer
 from loopscope.analyses.explorer.model import (
@@ -33,14 +33,15 @@ from loopscope.analyses.explorer.model import (
 )
 from loopscope.analyses.explorer.questions import (
     MAX_TOKENS,
+    SENTENCES,
     Query,
-    answer_logits,
     ask,
     ask_beside,
+    beginning,
     contrast,
     hint,
 )
-from loopscope.analyses.explorer.sentences import map_caption, verdict
+from loopscope.analyses.explorer.sentences import map_caption, top_table, verdict
 from loopscope.analyses.explorer.view import (
     attention_figure,
     cell_mark,
@@ -49,6 +50,7 @@ from loopscope.analyses.explorer.view import (
     patch_figure,
 )
 from loopscope.interp.common.metrics import margin
+from loopscope.interp.drawing.labels import label
 from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
 from loopscope.tasks.questions import Question
@@ -189,10 +191,9 @@ def test_the_margin_after_t_iterations_is_that_of_a_call_with_t(family: Any) -> 
         assert float(record.margin[loop]) == pytest.approx(
             float(margin(logits, torch.tensor([query.answer_id]))), abs=1e-9
         )
-        assert (record.top[loop], float(record.prob[loop])) == (
-            f"<w_{logits.argmax()}>",
-            pytest.approx(float(logits.softmax(-1).max()), abs=1e-9),
-        )
+        best = logits.softmax(-1)[0].topk(5)
+        assert [word for word, _ in record.top[loop]] == [f"<w_{i}>" for i in best.indices.tolist()]
+        assert [p for _, p in record.top[loop]] == pytest.approx(best.values.tolist(), abs=1e-9)
     assert record.best == int(record.margin.argmax()) + 1
 
 
@@ -359,8 +360,7 @@ def test_the_lens_figure_has_the_top_tokens_and_five_on_hover(
 def test_the_margin_figure_marks_the_best_the_chosen_and_the_trained() -> None:
     record = MarginCurve(
         torch.tensor([-1.0, 2.5, 2.0, -0.5]),
-        ("<a>", "<b>", "<b>", "<c>"),
-        torch.tensor([0.2, 0.5, 0.5, 0.3]),
+        ((("<a>", 0.2),), (("<b>", 0.5),), (("<b>", 0.5),), (("<c>", 0.3),)),
     )
     figure = valid(margin_figure(record, 3, 4))
     assert figure.data[0].x == (1, 2, 3, 4)
@@ -432,8 +432,7 @@ def test_a_click_names_the_block_and_position_of_its_cell(
 def test_the_sentences_say_which_answer_is_measured_and_where_it_is_best(subject: Subject) -> None:
     record = MarginCurve(
         torch.tensor([-1.0, 2.5, 2.0, -0.5]),
-        ("<w_1>", "<w_9>", "<w_9>", "<w_3>"),
-        torch.tensor([0.2, 0.5, 0.5, 0.3]),
+        ((("<w_1>", 0.2),), (("<w_9>", 0.5),), (("<w_9>", 0.5),), (("<w_3>", 0.3),)),
     )
     known, own = ask(subject, "<w_1><w_2><w_3>", 4), ask(subject, A_TEXT, 4)
     worse = verdict(known, record, 4, 4)
@@ -475,14 +474,19 @@ def test_what_can_be_asked_is_passed_on_and_what_cannot_is_explained(made: Explo
         "",
         "",
         "",
+        "",
+        explorer.FRESH_MAP,
     )
     assert made.check("<w_1><w_2>", "<w_3><w_2>", "<w_1><w_2>")[0] is keep
     wrong = made.check("<x>", "<w_3><w_2>", "<w_1><w_2>")
     assert wrong[:2] == (keep, keep)
     assert wrong[2].startswith("A: '<x>' is not one of the 29 tokens")
+    assert wrong[5:] == (explorer.STALE, explorer.STALE_MAP)
     assert made.check(None, "<w_1>", None)[2].startswith("A: a text must hold at least one token")
     longer = made.check("<w_1><w_2>", "<w_3>", "<w_1><w_2>")
-    assert longer[1:4] == (keep, "", "B: B must have as many tokens as A, which has 2, got 1.")
+    assert longer[1:3] == (keep, "")
+    assert longer[3].startswith("B: B must have as many tokens as A, which has 2, got 1; nothing")
+    assert longer[5:] == ("", explorer.STALE_MAP)
 
 
 def test_each_answer_is_drawn_under_the_lock_and_timed(
@@ -515,6 +519,44 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
     assert "shapes" in str(frame.to_plotly_json())
     assert made.show_cell(None, 3, shown)[2] == ""
     assert held == [True] * 6
+
+
+def test_the_answer_is_read_at_the_chosen_position_of_both_texts(made: Explorer) -> None:
+    options, kept = made.reads(A_TEXT, 2)
+    assert [each["label"] for each in options][2:4] == ["2 <w_2>", "3 <w_20>"]
+    assert kept is explorer.no_update
+    assert made.reads("<w_1><w_2>", 5)[1] is None
+    query = ask(made.subject, A_TEXT, LOOPS, 2)
+    model = made.subject.model
+    logits = model(query.batch.tokens, n_loops=LOOPS, mask=query.batch.mask)[0, 2]
+    assert (query.readout, query.known, query.answer_id) == (2, False, int(logits.argmax()))
+    known = "<w_1><w_2><w_3>"
+    assert not ask(made.subject, known, LOOPS, 1).known, "a true answer is of the own readout"
+    assert ask(made.subject, known, LOOPS, 99).readout == ask(made.subject, known, LOOPS).readout
+    asked = {"a": A_TEXT, "b": B_TEXT}
+    shown = made.show_map(asked, 2, "all", None, None, 2)[1]
+    assert shown["read"] == 2
+    a, b = made._pair(shown)
+    assert (a.readout, b.readout) == (2, 2)
+    assert "Top tokens at 2 <w_2>" in str(made.show_margin(A_TEXT, 3, 2)[2])
+
+
+def test_a_language_model_is_asked_any_sentence() -> None:
+    subject = open_subject(SourceConfig(checkpoint=ouro_folder()), needs_questions=False)
+    query = ask(subject, CAT, 4)
+    assert (query.text, query.readout, query.known) == (CAT, 5, False)
+    assert query.columns[1] == "1 ␣cat"
+    with pytest.raises(ValueError, match="which has 6, got 2; nothing is patched until it has"):
+        ask_beside(subject, "a dog", query, 4)
+    assert beginning(subject, CAT, DOG) == (CAT, DOG)
+    first, second = beginning(subject, None, None)
+    assert (first, second) == (SENTENCES[0], SENTENCES[0])
+    smiles = open_subject(SourceConfig(checkpoint="mini/smiles"), needs_questions=False)
+    assert beginning(smiles, None, None)[0] == SENTENCES[1]
+    record = margins(subject.model, query, 3)
+    table = str(top_table(query, record, 2))
+    assert table.count("Tr(") == 1 + 2
+    assert hint(subject) == ""
 
 
 def test_iterations_outside_the_slider_are_brought_inside(made: Explorer) -> None:
@@ -625,7 +667,7 @@ def test_a_port_that_is_taken_is_refused() -> None:
 def test_a_model_without_a_recorded_number_of_iterations_needs_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(explorer, "open_subject", lambda config: around(toy(n_loops=None)))
+    monkeypatch.setattr(explorer, "open_subject", lambda config, **_: around(toy(n_loops=None)))
     with pytest.raises(ValueError, match="records no number of iterations"):
         make_explorer(ExploreConfig(port=0))
     make_explorer(ExploreConfig(port=0, n_loops=3)).server_close()

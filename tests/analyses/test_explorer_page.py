@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from urllib.parse import urlsplit
 
 import pytest
 
 from browser import Tab, opened, require_chromium
+from language_toys import CAT, DOG, ouro_folder
 from loopscope.analyses.explorer.app import ExploreConfig, make_explorer
 
 PARTS = ("lens", "margin", "attention", "map")
@@ -21,8 +23,15 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Tab]:
+    with served(ExploreConfig(port=0, per_hop=3)) as page:
+        yield page
+
+
+@contextmanager
+def served(config: ExploreConfig) -> Iterator[Tab]:
+    """A page of the explorer in a browser, with everything drawn."""
     require_chromium()
-    server = make_explorer(ExploreConfig(port=0, per_hop=3))
+    server = make_explorer(config)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -194,3 +203,35 @@ def test_the_page_logs_no_error_and_asks_this_machine_alone(tab: Tab) -> None:
     assert len(tab.page.requests) > 20
     assert {urlsplit(url).hostname for url in tab.page.requests} == {"127.0.0.1"}
     assert tab.value(text_of("problem")) == ""
+
+
+def test_a_language_model_is_explored_by_sentences() -> None:
+    config = ExploreConfig(checkpoint=ouro_folder(), port=0, text=CAT, second=DOG)
+    with served(config) as page:
+        assert page.value("document.querySelector('#hops, #next-a, #next-b')") is None
+        assert page.value(f"{plot('map')}.data[0].x")[1] == "1 ␣cat / ␣dog"
+        assert "own top token after 4 iterations" in page.value(text_of("verdict"))
+        assert page.value("document.querySelectorAll('#tops tbody tr').length") == 4
+        page.type_into("#b", "a dog")
+        page.wait(f"{text_of('b-wrong')}.includes('which has 6, got 2; nothing is patched')")
+        settle(page)
+        grey = "[...document.querySelectorAll('.stale')].map(e => e.id)"
+        assert page.value(grey) == ["patched"]
+        filters = "getComputedStyle(document.querySelector('#patched .figure')).filter"
+        assert page.value(filters) == "grayscale(1)"
+        page.type_into("#a", "the cat")
+        page.wait(f"{plot('map')}.data[0].x.length === 2 && {plot('lens')}.data[0].x.length === 2")
+        settle(page)
+        assert page.value(grey) == []
+        assert page.value(text_of("b-wrong")) == ""
+        _choose_position(page)
+        page.wait(f"{text_of('tops')}.includes('Top tokens at 0 the after each iteration')")
+        settle(page)
+        assert page.page.errors == []
+
+
+def _choose_position(page: Tab) -> None:
+    """Take the first position of the list at which the answer may be read."""
+    page.click_on("#read")
+    page.wait("document.querySelectorAll('.dash-dropdown-option').length > 0")
+    page.click_on(".dash-dropdown-option")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loopscope.analyses.common.figures import FIGURES
-from loopscope.analyses.common.labels import label
+from loopscope.interp.drawing.labels import label
 from small_figures import small_figure
 
 NASTY = ("</a>", "<s>", "<br>q", "a&lt;b")
@@ -53,6 +53,13 @@ WITH: dict[str, Callable[[Any], Any]] = {
     "ranks": ranks,
     "orbits": lambda record: replace(record, labels=nasty(len(record.labels))),
     "steps": lambda record: replace(record, groups=nasty(len(record.groups))),
+    "readouts": lambda record: replace(
+        record,
+        tokens=nasty(len(record.tokens)),
+        top=tuple(nasty(len(row)) for row in record.top),
+        answer="".join(NASTY),
+    ),
+    "overthinking": lambda record: replace(record, groups=nasty(len(record.groups))),
     "exit-gate": lambda record: replace(record, tokens=tuple(map(nasty, map(len, record.tokens)))),
     "stages": lambda record: replace(record, stages=("".join(NASTY),)),
     "generalisation": lambda record: replace(
@@ -80,7 +87,6 @@ def test_a_label_is_undone_by_reading_it_as_html() -> None:
 
 def test_the_other_figures_show_no_words_of_the_users() -> None:
     assert set(FIGURES) - set(WITH) == {
-        "overthinking",
         "recurrence",
         "halting",
         "causal-graph",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from browser import Page, visit
+from language_toys import CAT, DOG, ouro_folder
 from loopscope.analyses.common.configs import ReportConfig
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.sections import Opened
@@ -171,3 +172,65 @@ def test_the_comparison_keeps_every_setting_of_the_report(tmp_path: Path) -> Non
             assert getattr(found, name) == getattr(config, name)
         for source in found.sources():
             assert (source.window, source.data, source.threads) == ((1, 2), tmp_path / "d", 3)
+
+
+# Reports of language models
+
+
+@pytest.fixture(scope="module")
+def of_a_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ReportConfig(checkpoint=ouro_folder(), clean=CAT, corrupted=DOG, n_loops=9)
+    return report.write_report(config, tmp_path_factory.mktemp("text") / "report.html")
+
+
+OF_A_TEXT = {
+    "Answers": ["readouts", "exit-gate", "overthinking"],
+    "Circuit": ["lens", "patch", "ranks"],
+    "Dynamics": ["orbits", "steps", "attention-settling", "layers"],
+}
+
+
+@pytest.mark.browser
+def test_the_report_of_a_language_model_shows_what_serves_a_text(of_a_text: Path) -> None:
+    shown = (
+        "[...document.querySelectorAll('[role=tab]')].map(tab => { tab.click(); return"
+        " [tab.textContent, [...document.querySelectorAll('[role=tabpanel]:not([hidden])"
+        " .js-plotly-plot')].filter(d => d.clientWidth > 800 && d.clientHeight > 250).map(d =>"
+        " d.id)]})"
+    )
+    drawn = "document.querySelectorAll('.js-plotly-plot .main-svg').length"
+    page = visit(of_a_text, [shown], ready=f"{drawn} >= {3 * 10}")
+    found = {tab: [key.removeprefix("figure-") for key in keys] for tab, keys in page.values[0]}
+    assert found == OF_A_TEXT
+    assert page.errors == []
+    assert page.requests == []
+
+
+def test_the_report_of_a_text_says_its_answer_and_no_questions(of_a_text: Path) -> None:
+    text = of_a_text.read_text(encoding="utf-8")
+    assert "class=refused" not in text
+    assert f"The text is {CAT}" in text
+    assert html.escape(f"The pair is {CAT} against {DOG}") in text
+    facts = text.partition("<div class=facts>")[2].partition("<div role=tablist")[0]
+    assert "questions" not in facts
+    assert "last_real" in facts
+
+
+def test_a_report_leaves_out_what_the_input_has_not() -> None:
+    _, made = report.run(ReportConfig(checkpoint="mini/smiles", text="CC(=O)N", n_loops=9))
+    names = {tab: [each.name for each in inside] for tab, inside in made.items()}
+    assert names == {
+        "Answers": ["readouts", "overthinking"],
+        "Circuit": ["lens", "ranks"],
+        "Dynamics": ["orbits", "steps", "attention-settling", "layers"],
+    }
+    assert all(each.figure is not None for inside in made.values() for each in inside)
+
+
+def test_a_report_without_questions_and_text_or_with_unequal_texts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has no test\.json beside its weights; pass --data"):
+        report.run(ReportConfig(checkpoint=ouro_folder()))
+    with pytest.raises(ValueError, match="has 6 tokens in the clean text and 2 in the corrupted"):
+        report.run(ReportConfig(checkpoint=ouro_folder(), clean=CAT, corrupted="a dog"))
+    with pytest.raises(ValueError, match="a corrupted text needs its clean one; pass --clean"):
+        report.run(ReportConfig(checkpoint=ouro_folder(), text=CAT, corrupted=DOG))

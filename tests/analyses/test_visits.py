@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from golden_cases import GOLDEN
-from loopscope.analyses.common.labels import tick
+from loopscope.analyses.common.inputs_of import asked_of
+from loopscope.analyses.common.pair_files import PairRow
+from loopscope.analyses.common.pairs_of import make_pairs
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.circuit import lens, patch, shortcut
 from loopscope.checkpoints.load import load
+from loopscope.interp.drawing.labels import tick
 from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.tasks.questions import Question
 
@@ -32,7 +35,8 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 def test_rows_of_the_lens_are_the_visits_of_the_schedule(subject: Subject) -> None:
     names = tuple(visit.name for visit in subject.model.schedule(2))
-    record = lens.measure(subject, TEXT, 2)
+    asked = asked_of(subject, [TEXT])
+    record = lens.measure(asked, asked.one(), asked.answers(asked.one()), 2)
     assert record.visits == names
     frame = record.frame()
     assert list(dict.fromkeys(frame["visit"])) == list(names)
@@ -48,7 +52,8 @@ def test_rows_of_the_lens_are_the_visits_of_the_schedule(subject: Subject) -> No
 
 def test_rows_of_the_patching_map_are_the_hook_points(subject: Subject) -> None:
     site = "attn_out" if subject.name == "albert" else "resid_post"
-    record = patch.measure(subject, [TEXT], [OTHER], site, 2)
+    pairs = make_pairs(subject, [PairRow(TEXT, OTHER)])
+    record = patch.measure(subject, pairs, site, 2)
     names = [f"{visit.name}.hook_{site}" for visit in subject.model.schedule(2)]
     assert list(record.names) == ["hook_embed", *names]
     drawn = patch.figure(record).data[0]

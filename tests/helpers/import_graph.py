@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"tasks", "models", "checkpoints", "interp"},
     "analyses": set(FOLDERS),
 }
-DOOR = ("loopscope", "loopscope.__main__", "loopscope._one_name")
+DOOR = ("loopscope", "loopscope.__main__", "loopscope._one_name", "loopscope.plots")
 Arrow = tuple[str, str]
 
 

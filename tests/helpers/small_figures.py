@@ -21,6 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
         ROWS | {"checkpoints": ONE},
     ),
     "lens": {"n_loops": 3, "per_hop": 3},
+    "readouts": {"n_loops": 3, "per_hop": 3},
     "patch": {"n_loops": 2, "per_hop": 3, "hops": 3},
     "ranks": ROWS,
     "shortcut": {"n_loops": 2, "hops": 3, "per_hop": 3, "checkpoints": ("mini/shortcut",)},

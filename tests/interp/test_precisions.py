@@ -1,11 +1,16 @@
-"""Every method on every family in every dtype, to its frame: statistics are float32 or wider."""
+"""Every method on every family in every dtype, to its frame and its picture: statistics are float32
+or wider.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +20,12 @@ from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.dynamics.statistics import effective_rank
-from loopscope.interp.exits.exit_gate import exit_distribution, gate_logits, readout_mixture
+from loopscope.interp.exits.exit_gate import (
+    ExitDistribution,
+    exit_distribution,
+    gate_logits,
+    readout_mixture,
+)
 from loopscope.interp.exits.exits import AccelerationBelow, TopStable, exits
 from loopscope.interp.exits.halting import halting
 from loopscope.interp.generation import Sampling, generate
@@ -53,34 +63,57 @@ DTYPES = {
 }
 IN_SHORT = {(family, "bf16") for family in ("huginn", "hrm_text", "melt", "training_free")}
 Found = pd.DataFrame | Tensor
+
+
+def drawn(found: ExitDistribution) -> ExitDistribution:
+    """An exit distribution of which a picture has been made."""
+    assert len(found.plot().data) == 2
+    return found
+
+
+class Pictured(Protocol):
+    """A record with a frame and a picture."""
+
+    def frame(self, *answers: Tensor) -> pd.DataFrame: ...
+
+    def plot(self) -> go.Figure: ...
+
+
+def pictured(record: Pictured, *answers: Tensor) -> pd.DataFrame:
+    """The frame of a record that has been drawn, with numbers that JSON can hold."""
+    assert len(json.loads(record.plot().to_json())["data"]) > 0
+    return record.frame(*answers)
+
+
 METHODS: Mapping[str, Callable[[LoopedModel, Batch], Found]] = {
-    "logit_lens": lambda m, b: logit_lens(m, b, LOOPS).frame(ANSWERS),
-    "readout_lens": lambda m, b: readout_lens(m, b, LOOPS).frame(ANSWERS),
-    "rank_trajectory": lambda m, b: rank_trajectory(
-        readout_lens(m, b, LOOPS), ANSWERS[:, None]
-    ).frame(),
-    "decodability": lambda m, b: decodability(m, b, ANSWERS[:, None], [2], LOOPS).frame(),
-    "tuned_lens": lambda m, b: train_tuned_lens(m, b, LOOPS, steps=2, batch_size=2).frame(),
-    "tuned_lens.lens": lambda m, b: (
-        train_tuned_lens(m, b, LOOPS, steps=1, batch_size=2).lens(m, b).frame(ANSWERS)
+    "logit_lens": lambda m, b: pictured(logit_lens(m, b, LOOPS), ANSWERS),
+    "readout_lens": lambda m, b: pictured(readout_lens(m, b, LOOPS), ANSWERS),
+    "rank_trajectory": lambda m, b: pictured(
+        rank_trajectory(readout_lens(m, b, LOOPS), ANSWERS[:, None])
     ),
-    "halting": lambda m, b: halting(m, b, n_loops=LOOPS).frame(ANSWERS),
-    "exits": lambda m, b: exits(m, b, TopStable(hits=2), LOOPS).frame(ANSWERS),
-    "exits of states": lambda m, b: exits(m, b, AccelerationBelow(1.0), LOOPS).frame(ANSWERS),
-    "dynamics": lambda m, b: dynamics(m, b, LOOPS).frame(),
+    "decodability": lambda m, b: pictured(decodability(m, b, ANSWERS[:, None], [2], LOOPS)),
+    "tuned_lens": lambda m, b: pictured(train_tuned_lens(m, b, LOOPS, steps=2, batch_size=2)),
+    "tuned_lens.lens": lambda m, b: pictured(
+        train_tuned_lens(m, b, LOOPS, steps=1, batch_size=2).lens(m, b), ANSWERS
+    ),
+    "halting": lambda m, b: pictured(halting(m, b, n_loops=LOOPS), ANSWERS),
+    "exits": lambda m, b: pictured(exits(m, b, TopStable(hits=2), LOOPS), ANSWERS),
+    "exits of states": lambda m, b: pictured(exits(m, b, AccelerationBelow(1.0), LOOPS), ANSWERS),
+    "dynamics": lambda m, b: pictured(dynamics(m, b, LOOPS)),
     "dynamics.effective_rank": lambda m, b: dynamics(m, b, LOOPS).effective_rank(),
     "dynamics.period": lambda m, b: dynamics(m, b, LOOPS).period(max_period=2),
-    "orbits": lambda m, b: dynamics(m, b, LOOPS).orbits().frame(),
-    "layer_dynamics": lambda m, b: layer_dynamics(m, b, LOOPS).frame(),
+    "orbits": lambda m, b: pictured(dynamics(m, b, LOOPS).orbits()),
+    "layer_dynamics": lambda m, b: pictured(layer_dynamics(m, b, LOOPS)),
     "layers.between": lambda m, b: layer_dynamics(m, b, LOOPS).between_layers(relative=True),
-    "attention_dynamics": lambda m, b: attention_dynamics(m, b, LOOPS).frame(),
-    "jacobian_spectrum": lambda m, b: jacobian_spectrum(m, b, 1, LOOPS, krylov=3).frame(),
+    "attention_dynamics": lambda m, b: pictured(attention_dynamics(m, b, LOOPS)),
+    "jacobian_spectrum": lambda m, b: pictured(jacobian_spectrum(m, b, 1, LOOPS, krylov=3)),
     "gate_logits": lambda m, b: gate_logits(m, b, LOOPS),
+    "exit_distribution": lambda m, b: drawn(exit_distribution(gate_logits(m, b, LOOPS))).pdf,
     "readout_mixture": lambda m, b: readout_mixture(m, b, LOOPS).logits,
     "qk_circuit": lambda m, b: qk_circuit(m, layer_of(m)).AB,
     "ov_circuit": lambda m, b: ov_circuit(m, layer_of(m)).AB,
     "full_ov": lambda m, b: full_ov(m, layer_of(m)).AB,
-    "composition_scores": lambda m, b: composition_scores(m, "K").frame(),
+    "composition_scores": lambda m, b: pictured(composition_scores(m, "K")),
     "generate": lambda m, b: generate(m, b, 2, LOOPS).new,
     "sampling": lambda m, b: generate(m, b, 1, LOOPS, sampling=Sampling(0.7, 5, 0.9)).new,
 }

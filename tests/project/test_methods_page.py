@@ -36,6 +36,11 @@ def test_every_public_call_of_interp_has_a_row_that_says_what_it_does() -> None:
     assert all(row.returns for row in rows if row.call[1].islower())
 
 
+def test_a_sentence_becomes_a_figure(shown: dict[str, Any]) -> None:
+    assert "CC(=O)N, answer" in shown["figure"].layout.title.text
+    assert shown["figure"].data[0].text == shown["picture"].data[0].text
+
+
 def test_a_clean_state_brings_the_answer_back_along_one_path(shown: dict[str, Any]) -> None:
     values = shown["grid"].values[..., 0]
     assert values[0, 0, 0] == pytest.approx(1.0)  # the whole input

@@ -18,12 +18,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import InputsConfig
-from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, words
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, styled
+from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Opened, Section, of_a_text
+from loopscope.analyses.common.subject import words
 from loopscope.interp.common.ranking import top_token
-from loopscope.interp.exits.exit_gate import exit_distribution, gate_names, readout_at_threshold
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, styled
+from loopscope.interp.exits.exit_gate import (
+    GATE,
+    exit_distribution,
+    gate_names,
+    readout_at_threshold,
+)
 from loopscope.models.core.state import checked_loops
 
 
@@ -269,3 +276,38 @@ def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, in
     rows = list(range(len(lines)))
     plot.update_yaxes(autorange="reversed", tickvals=rows, ticktext=names, **at)
     plot.update_xaxes(visible=False, **at)
+
+
+def _found(record: ExitGate) -> str:
+    expected = record.expected()
+    least, most = int(expected.argmin()), int(expected.argmax())
+    tokens = [token for row in record.tokens for token in row]
+    return (
+        f"Over {len(tokens)} tokens the gate is expected to stop after"
+        f" {float(expected.mean()):.2f} of {len(record.pdf)} iterations: first at"
+        f" {tokens[least]} ({float(expected[least]):.2f}), last at {tokens[most]}"
+        f" ({float(expected[most]):.2f})."
+    )
+
+
+def _has_gate(opened: Opened) -> bool:
+    """Whether the model has a gate, and a text is run."""
+    model = opened.subject.model
+    return of_a_text(opened) and f"loops.0.{GATE}" in model.hook_names(1)
+
+
+SECTION = Section(
+    title="The model's own exit gate",
+    look_for=(
+        "When the gate would stop, token by token, and what an earlier exit changes. A gate that"
+        " knows its task stops early at easy tokens, and its exits keep the top token of the last"
+        " iteration."
+    ),
+    measure=lambda opened: measure(
+        opened.asked, opened.asked.group(), ExitGateConfig.thresholds, opened.n_loops
+    ),
+    found=_found,
+    serves=_has_gate,
+)
+
+EXAMPLE = 'plots.exit_gate("path/to/ouro", text="the cat sat on the mat")'

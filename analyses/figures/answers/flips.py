@@ -16,11 +16,11 @@ from torch import Tensor
 
 from loopscope.analyses.common.by_hop import HopRun
 from loopscope.analyses.common.configs import PanelsConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import INK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import INK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,3 +242,5 @@ SECTION = Section(
     ),
     found=_found,
 )
+
+EXAMPLE = 'plots.flips("mini/multi_hop/r4", n_loops=8, per_hop=5)'

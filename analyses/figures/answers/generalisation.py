@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.common.by_hop import run_by_hop
 from loopscope.analyses.common.configs import ComparisonConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import FAINT, INK, model_label, note, run_colors, styled
+from loopscope.analyses.common.look import model_label, note, run_colors
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import open_subject
 from loopscope.checkpoints.load import read_card
 from loopscope.checkpoints.locate import shipped_names
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import FAINT, INK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,3 +255,6 @@ def _curve(record: Generalisation, run_name: str, color: str) -> go.Scatter:
         hovertemplate="%{customdata[0]}<br>%{x:,} updates<br>trained to → answered:"
         " %{customdata[1]} hops<extra></extra>",
     )
+
+
+EXAMPLE = 'plots.generalisation("mini/multi_hop/r4", n_loops=8, per_hop=5)'

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import FAINT, INK, styled
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import open_subject
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import FAINT, INK, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
@@ -187,3 +187,5 @@ SECTION = Section(
     measure=lambda opened: measure(opened.runs, HaltingConfig.kl, HaltingConfig.entropy),
     found=_found,
 )
+
+EXAMPLE = 'plots.halting("mini/multi_hop/r4", n_loops=8, per_hop=5)'

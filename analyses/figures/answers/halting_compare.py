@@ -11,12 +11,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.configs import PanelsConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import INK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.figures.answers.halting import HaltingCurves, measure
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import INK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,3 +202,5 @@ SECTION = Section(
     measure=lambda opened: run(opened.compared(HaltingCompareConfig)),
     found=_found,
 )
+
+EXAMPLE = 'plots.halting_compare("mini/multi_hop/r4", n_loops=8, per_hop=5)'

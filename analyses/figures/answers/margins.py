@@ -13,11 +13,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.configs import PanelsConfig
-from loopscope.analyses.common.look import INK, MARK, hop_colors, hop_name, spread, styled
+from loopscope.analyses.common.look import hop_colors, hop_name, spread
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.figures.answers.overthinking import Overthinking, measure
+from loopscope.interp.drawing.look import INK, MARK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +124,12 @@ def _draw(
     """Draw the curves; the lines and labels that belong to them are returned, because plotly is
     slow at adding them one by one.
     """
-    colors = hop_colors(each.hops, each.trained_hops)
+    colors = hop_colors(each.hop_counts, each.trained_hops)
     x, y = (axis.plotly_name.replace("axis", "") for axis in plot.get_subplot(row, col))
     lines: list[_Mark] = []
     labels: list[_Mark] = []
     last = each.margin.shape[1]
-    for i, hop in enumerate(each.hops):
+    for i, hop in enumerate(each.hop_counts):
         hit, share, color = float(each.t_star[i]), float(each.hit_share[i]), colors[hop]
         plot.add_scatter(
             x=list(range(1, last + 1)), y=each.margin[i].tolist(), mode="lines", name=hop_name(hop),
@@ -189,3 +190,5 @@ SECTION = Section(
     measure=lambda opened: run(opened.compared(MarginsConfig)),
     found=_found,
 )
+
+EXAMPLE = 'plots.margins("mini/multi_hop/r4", n_loops=8, per_hop=5)'

@@ -13,31 +13,43 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopscope.analyses.common.by_hop import HopRun, run_by_hop
-from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.look import FAINT, INK, hop_colors, hop_name, styled
+from loopscope.analyses.common.by_hop import HopRun, run_by_hop, run_each_text
+from loopscope.analyses.common.configs import InputsConfig
+from loopscope.analyses.common.inputs_of import open_inputs
+from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section
-from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.common.sections import Opened, Section, of_inputs
+from loopscope.analyses.common.subject import Subject
+from loopscope.interp.drawing.labels import label, shortened
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverthinkingConfig(SourceConfig):
-    """Mean logit margin of the answer after each iteration, one curve per hop count (figure 8 of
-    arXiv 2604.07822).
+class OverthinkingConfig(InputsConfig):
+    """Mean logit margin of the answer after each iteration, one curve per hop count or text (figure
+    8 of arXiv 2604.07822).
     """
 
     n_loops: int = 24
     """Iterations to run."""
+    answer: str | None = None
+    """The token that counts as the answer of every text; by default the true one where it is known,
+    else the model's own top token after all iterations.
+    """
+
+
+_LONGEST = 44  # characters of a name in the legend
+_FALL = 0.5  # logits below the peak that count as a fall
 
 
 @dataclass(frozen=True)
 class Overthinking(Record):
-    """Margins per hop count and iterations run.
+    """Margins per group of inputs and iterations run.
 
     Attributes:
-        hops: The hop counts.
-        questions: How many of each.
+        groups: What each curve is over: "3 hops", or a text with its answer.
+        hops: The hop counts; None for texts.
+        questions: How many inputs each group has.
         margin: Float[Tensor, "hop r"], mean over the questions, in logits; column r-1 is after r
             iterations.
         t_star: Float[Tensor, " hop"], mean number of iterations after which the answer is first the
@@ -46,12 +58,22 @@ class Overthinking(Record):
         trained_hops: Deepest hop count seen in training; None where unknown.
     """
 
-    hops: tuple[int, ...]
+    groups: tuple[str, ...]
+    hops: tuple[int | None, ...]
     questions: tuple[int, ...]
     margin: Float[Tensor, "hop r"]
     t_star: Float[Tensor, " hop"]
     hit_share: Float[Tensor, " hop"]
     trained_hops: int | None
+
+    @property
+    def hop_counts(self) -> tuple[int, ...]:
+        """The hop counts of questions, without texts."""
+        return tuple(hop for hop in self.hops if hop is not None)
+
+    def heading(self) -> str:
+        """The texts with their answers; nothing for questions."""
+        return "; ".join(self.groups) if None in self.hops else ""
 
     def peak(self) -> tuple[Float[Tensor, " hop"], Int[Tensor, " hop"]]:
         """The largest mean margin of each hop count, and after how many iterations it is there."""
@@ -65,23 +87,25 @@ class Overthinking(Record):
         return self.peak()[0] - self.margin[:, -1]
 
     def frame(self) -> pd.DataFrame:
-        """hops, iterations (run), margin."""
+        """group, hops, iterations (run), margin."""
         n_loops = self.margin.shape[1]
         rows = [
-            (hop, r, float(self.margin[i, r - 1]))
-            for i, hop in enumerate(self.hops)
+            (group, self.hops[i], r, float(self.margin[i, r - 1]))
+            for i, group in enumerate(self.groups)
             for r in range(1, n_loops + 1)
         ]
-        return pd.DataFrame(rows, columns=["hops", "iterations", "margin"])
+        frame = pd.DataFrame(rows, columns=["group", "hops", "iterations", "margin"])
+        return frame.astype({"hops": "Int64"})
 
     def summary(self) -> pd.DataFrame:
-        """One row per hop count: questions, ever answered, t*, peak margin and the iterations run
-        there, last margin, drop.
+        """One row per hop count or text: questions, ever answered, t*, peak margin and the
+        iterations run there, last margin, drop.
         """
         peak, where = self.peak()
+        of = {"text": self.groups} if None in self.hops else {"hops": self.hops}
         return pd.DataFrame(
             {
-                "hops": self.hops,
+                **of,
                 "questions": self.questions,
                 "ever right": self.hit_share,
                 "t*": self.t_star,
@@ -94,12 +118,15 @@ class Overthinking(Record):
 
 
 def run(config: OverthinkingConfig) -> Overthinking:
-    """Measure the margin of every question after every iteration."""
-    subject = open_subject(config)
-    return measure(subject, run_by_hop(subject, config.n_loops))
+    """Measure the margin of every input's answer after every iteration."""
+    asked = open_inputs(config)
+    if asked.given is not None:
+        runs = run_each_text(asked, config.n_loops, config.answer)
+        return measure(asked.subject, runs)
+    return measure(asked.subject, run_by_hop(asked.subject, config.n_loops, config.hops))
 
 
-def measure(subject: Subject, runs: Mapping[int, HopRun]) -> Overthinking:
+def measure(subject: Subject, runs: Mapping[int, HopRun] | Mapping[str, HopRun]) -> Overthinking:
     """The record of runs that were made already."""
     margins, t_star, hit = [], [], []
     for done in runs.values():
@@ -109,7 +136,8 @@ def measure(subject: Subject, runs: Mapping[int, HopRun]) -> Overthinking:
         hit.append(first.isfinite().float().mean())
     sizes = tuple(len(done.answers) for done in runs.values())
     return Overthinking(
-        hops=tuple(runs),
+        groups=tuple(hop_name(key) if isinstance(key, int) else key for key in runs),
+        hops=tuple(key if isinstance(key, int) else None for key in runs),
         questions=sizes,
         margin=torch.stack(margins).float().cpu(),
         t_star=torch.stack(t_star).float().cpu(),
@@ -119,31 +147,14 @@ def measure(subject: Subject, runs: Mapping[int, HopRun]) -> Overthinking:
 
 
 def figure(record: Overthinking) -> go.Figure:
-    """One curve per hop count, with a dashed line at its mean first hit."""
+    """One curve per group, with a dashed line at its mean first hit."""
     plot = go.Figure()
-    colors = hop_colors(record.hops, record.trained_hops)
     iterations = list(range(1, record.margin.shape[1] + 1))
-    for i, hop in enumerate(record.hops):
-        beyond = record.trained_hops is not None and hop > record.trained_hops
-        plot.add_scatter(
-            x=iterations,
-            y=record.margin[i].tolist(),
-            mode="lines",
-            name=hop_name(hop),
-            legendgroup="beyond" if beyond else "trained",
-            legendgrouptitle_text=(
-                "beyond training" if beyond else "hops in training" if record.trained_hops else None
-            ),
-            line={"color": colors[hop], "width": 2.5 if beyond else 1.8},
-            hovertemplate=(
-                f"{hop_name(hop)}<br>%{{x}} iterations<br>mean margin %{{y:.2f}}<extra></extra>"
-            ),
-        )
+    for i, color in enumerate(_colors(record)):
+        plot.add_trace(_curve(record, i, color))
         hit = float(record.t_star[i])
         if hit == hit:
-            plot.add_vline(
-                x=hit, line={"color": colors[hop], "width": 1, "dash": "dash"}, opacity=0.55
-            )
+            plot.add_vline(x=hit, line={"color": color, "width": 1, "dash": "dash"}, opacity=0.55)
     plot.add_hline(y=0, line={"color": INK, "width": 1})
     plot.add_annotation(
         x=1,
@@ -160,17 +171,54 @@ def figure(record: Overthinking) -> go.Figure:
     return styled(plot, max(480, 150 + 25 * len(record.hops)))  # the legend fits without scrolling
 
 
+def _colors(record: Overthinking) -> list[str]:
+    """By hop count, or one of a few colours for each text."""
+    by_hop = hop_colors(record.hop_counts, record.trained_hops)
+    return [
+        CATEGORIES[i % len(CATEGORIES)] if hop is None else by_hop[hop]
+        for i, hop in enumerate(record.hops)
+    ]
+
+
+def _curve(record: Overthinking, group: int, color: str) -> go.Scatter:
+    hop, margin = record.hops[group], record.margin[group]
+    name = label(shortened(record.groups[group], _LONGEST))
+    beyond = None not in (hop, record.trained_hops) and (hop or 0) > (record.trained_hops or 0)
+    known = hop is not None and record.trained_hops is not None
+    return go.Scatter(
+        x=list(range(1, len(margin) + 1)),
+        y=margin.tolist(),
+        mode="lines",
+        name=name,
+        showlegend=True,
+        legendgroup="beyond" if beyond else "trained",
+        legendgrouptitle_text=(
+            "beyond training" if beyond else "hops in training" if known else None
+        ),
+        line={"color": color, "width": 2.5 if beyond else 1.8},
+        hovertemplate=f"{name}<br>%{{x}} iterations<br>mean margin %{{y:.2f}}<extra></extra>",
+    )
+
+
 def _found(record: Overthinking) -> str:
     drop, (peak, where) = record.drop(), record.peak()
     answered = [i for i in range(len(record.hops)) if peak[i] > 0] or list(range(len(record.hops)))
     worst = max(answered, key=lambda i: float(drop[i]))
-    falling = [str(hop) for hop, fall in zip(record.hops, drop.tolist(), strict=True) if fall > 0.5]
+    falls = zip(record.groups, drop.tolist(), strict=True)
+    falling = [group for group, fall in falls if fall > _FALL]
     return (
-        f"Among the hop counts that are answered on average, {record.hops[worst]} falls most: its"
+        f"Among the groups that are answered on average, {record.groups[worst]} falls most: its"
         f" mean margin peaks at {peak[worst]:.2f} after {int(where[worst])} iterations and ends at"
-        f" {record.margin[worst, -1]:.2f}. Hop counts that end more than half a logit below their"
+        f" {record.margin[worst, -1]:.2f}. Groups that end more than half a logit below their"
         f" peak: {', '.join(falling) or 'none'}."
     )
+
+
+def _of_report(opened: Opened) -> Overthinking:
+    if opened.asked.given is None:
+        return measure(opened.subject, opened.runs)
+    runs = run_each_text(opened.asked, opened.config.n_loops, opened.config.answer)
+    return measure(opened.subject, runs)
 
 
 SECTION = Section(
@@ -181,6 +229,9 @@ SECTION = Section(
         " on top (t*). A curve that falls after its peak is overthinking: more iterations make the"
         " answer worse. Questions with more hops should rise later."
     ),
-    measure=lambda opened: measure(opened.subject, opened.runs),
+    measure=_of_report,
     found=_found,
+    serves=of_inputs,
 )
+
+EXAMPLE = 'plots.overthinking("mini/smiles", text=["CC(=O)N", "CCO"], n_loops=12)'

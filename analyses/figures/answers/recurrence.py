@@ -17,11 +17,12 @@ from torch import Tensor
 from loopscope.analyses.common.by_hop import HopRun, run_by_hop
 from loopscope.analyses.common.claims import EXTRAPOLATES
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import ACCURACY_SCALE, INK, note, styled
+from loopscope.analyses.common.look import note
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import ACCURACY_SCALE, INK, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
@@ -214,3 +215,5 @@ SECTION = Section(
     ),
     found=_found,
 )
+
+EXAMPLE = 'plots.recurrence("mini/multi_hop/r4", n_loops=8, per_hop=5)'

@@ -13,12 +13,12 @@ from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.claims import EXTRAPOLATES, LEARNED
 from loopscope.analyses.common.configs import PanelsConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import ACCURACY_SCALE, MARK, styled
 from loopscope.analyses.common.panels import Panel, headline, run_each, small_titles, together
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.figures.answers.recurrence import RecurrenceGrid, measure
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import ACCURACY_SCALE, MARK, styled
 from loopscope.interp.exits.halting import HaltingRule
 
 
@@ -241,3 +241,5 @@ SECTION = Section(
     measure=lambda opened: run(opened.compared(RecurrenceGridsConfig)),
     found=_found,
 )
+
+EXAMPLE = 'plots.recurrence_grids(["mini/multi_hop/r2", "mini/multi_hop/r4"], n_loops=8, per_hop=3)'

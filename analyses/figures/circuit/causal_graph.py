@@ -19,16 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import TwoHopConfig
-from loopscope.analyses.common.labels import AXIS, EMBED, loop_and_layer, spoken, tick
-from loopscope.analyses.common.look import (
-    ACCURACY_SCALE,
-    FAINT,
-    GROUP_NAMES,
-    INK,
-    model_label,
-    note,
-    styled,
-)
+from loopscope.analyses.common.look import GROUP_NAMES, model_label, note
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.common.two_hop import (
@@ -39,6 +30,8 @@ from loopscope.analyses.common.two_hop import (
     shape_of,
     with_other_start,
 )
+from loopscope.interp.drawing.labels import AXIS, EMBED, loop_and_layer, spoken, tick
+from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, INK, styled
 from loopscope.interp.lens.decoding import decodability
 from loopscope.interp.patching.tracing import denoising_map
 
@@ -394,3 +387,6 @@ def _frame(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
     )
     place = {"x": -0.5, "xanchor": "left", "y": top, "yanchor": "bottom", "yshift": 20}
     note(plot, model, font={"size": 13}, **place, row=row, col=col)
+
+
+EXAMPLE = 'plots.causal_graph("mini/systematicity/r4_l2/ood", per_group=5)'

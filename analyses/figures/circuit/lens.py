@@ -8,33 +8,34 @@ from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 from jaxtyping import Float, Int
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.labels import AXIS, label, loop_and_layer, spoken, tick
-from loopscope.analyses.common.look import ACCURACY_SCALE, INK, styled
+from loopscope.analyses.common.configs import TextConfig
+from loopscope.analyses.common.inputs_of import OWN, AnswerTokens, Asked, Group, open_inputs
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section
-from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.common.sections import Opened, Section, of_inputs
+from loopscope.analyses.common.subject import Subject, token_id, words
+from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick, visible
+from loopscope.interp.drawing.look import INK, styled
+from loopscope.interp.drawing.shapes import CellMap
 from loopscope.interp.lens.lens import logit_lens
 
 
 @dataclass(frozen=True, kw_only=True)
-class LensConfig(SourceConfig):
-    """Logit lens of one question: every token position, after every block of every iteration
-    (figure 4 for one example).
+class LensConfig(TextConfig):
+    """Logit lens of one text: every token position, after every block of every iteration (figure 4
+    for one example).
     """
 
-    text: str | None = None
-    """The question; by default the first one of the data with the most hops that were trained."""
     n_loops: int | None = None
     """Iterations; by default what the checkpoint records."""
     track: tuple[str, ...] = ()
     """Tokens whose rank to show; by default the entities that the question passes, where the graph
-    is known, or its answer.
+    is known, or the answer.
     """
 
 
@@ -46,7 +47,8 @@ class LensHeatmap(Record):
         text: The question.
         tokens: Its tokens (and the padding column where the answer is read, if there is one).
         readout: The column at which the answer is read.
-        answer: The right answer; None where unknown.
+        answer: The answer.
+        own: Whether the answer is the model's own top token, as the true one is unknown.
         visits: The name of each visit, such as "loops.2.blocks.0".
         top: Top token of each visit and position.
         prob, entropy: Float[Tensor, "visit pos"], probability of the top token, entropy in nats.
@@ -59,7 +61,8 @@ class LensHeatmap(Record):
     text: str
     tokens: tuple[str, ...]
     readout: int
-    answer: str | None
+    answer: str
+    own: bool
     visits: tuple[str, ...]
     top: tuple[tuple[str, ...], ...]
     prob: Float[Tensor, "visit pos"]
@@ -67,6 +70,10 @@ class LensHeatmap(Record):
     tracked: tuple[str, ...]
     tracked_at: tuple[int, ...]
     rank: Int[Tensor, "tracked visit pos"]
+
+    def heading(self) -> str:
+        """The text with its answer."""
+        return f"{self.text}, answer {visible(self.answer)}{f' ({OWN})' * self.own}"
 
     def frame(self) -> pd.DataFrame:
         """visit (its name), loop, layer, position, token, top, prob, entropy, and a column "rank of
@@ -117,37 +124,40 @@ class LensHeatmap(Record):
 
 
 def run(config: LensConfig) -> LensHeatmap:
-    """Read every position of one question after every block."""
-    subject = open_subject(config)
-    text = subject.example().text if config.text is None else config.text
-    return measure(subject, text, config.n_loops, config.track)
+    """Read every position of one input after every block."""
+    asked = open_inputs(config)
+    group = asked.one(config.hops)
+    answers = asked.answers(group, config.answer, config.n_loops)
+    return measure(asked, group, answers, config.n_loops, config.track)
 
 
 def measure(
-    subject: Subject, text: str, n_loops: int | None = None, track: tuple[str, ...] = ()
+    asked: Asked,
+    group: Group,
+    answers: AnswerTokens,
+    n_loops: int | None = None,
+    track: tuple[str, ...] = (),
 ) -> LensHeatmap:
-    """The record for one question of an open checkpoint."""
-    model = subject.model
-    batch = model.encode(text)
+    """The record for one input of an open checkpoint, with its answer."""
+    model, batch, text = asked.subject.model, group.batch, group.texts[0]
     lens = logit_lens(model, batch, n_loops, positions="all")
     width = batch.tokens.shape[1]
     top = lens.top(1)
-    words = [model.to_str_tokens(visit) for visit in top.tokens[..., 0]]
-    answer = _answer(subject, text)
-    passed = _passed(subject, text)
-    tracked = tuple(dict.fromkeys(track or passed or ((answer,) if answer else ())))
+    passed, (answer,) = _passed(asked.subject, text), answers.words
+    tracked = tuple(dict.fromkeys(track or passed or (answer,)))
     readout = int(batch.readout[0])
-    ranks = [
-        lens.rank(batch.tokens.new_full((width,), model.to_single_token(token)))
-        for token in tracked
-    ]
+    ids = {answer: int(answers.ids[0])} | {
+        word: token_id(model, word) for word in tracked if word != answer
+    }
+    ranks = [lens.rank(batch.tokens.new_full((width,), ids[word])) for word in tracked]
     return LensHeatmap(
         text=text,
-        tokens=tuple(model.to_str_tokens(batch.tokens[0])),
+        tokens=words(model, batch.tokens[0]),
         readout=readout,
         answer=answer,
+        own=answers.own,
         visits=lens.names,
-        top=tuple(map(tuple, words)),
+        top=tuple(words(model, visit) for visit in top.tokens[..., 0]),
         prob=top.probs[..., 0].float().cpu(),
         entropy=lens.entropy().float().cpu(),
         tracked=tracked,
@@ -155,24 +165,16 @@ def measure(
             passed.index(token) + 1 if token in passed and token != answer else readout
             for token in tracked
         ),
-        rank=top.tokens.new_zeros(0, len(words), width).cpu() if not ranks else _stacked(ranks),
+        rank=torch.stack(ranks).cpu(),
     )
 
 
-def _stacked(ranks: list[Tensor]) -> Tensor:
-    return ranks[0].new_tensor([rank.tolist() for rank in ranks]).cpu()
-
-
-def _answer(subject: Subject, text: str) -> str | None:
-    try:
-        return subject.answer_of(text)
-    except ValueError:
-        return None
-
-
 def _passed(subject: Subject, text: str) -> tuple[str, ...]:
-    """The entities on the question's path after its head, where the graph is known."""
-    return tuple(subject.graph.walk(text)[1:]) if subject.graph else ()
+    """The entities on the question's path after its head, where the graph knows them."""
+    try:
+        return tuple(subject.graph.walk(text)[1:]) if subject.graph else ()
+    except ValueError:
+        return ()
 
 
 def figure(record: LensHeatmap) -> go.Figure:
@@ -181,27 +183,19 @@ def figure(record: LensHeatmap) -> go.Figure:
     """
     plot = make_subplots(
         rows=1, cols=2, column_widths=[0.64, 0.36], horizontal_spacing=0.17,
-        subplot_titles=("top token after each block", "rank of each entity at its place"),
+        subplot_titles=("top token after each block", "rank of each tracked token"),
     )  # fmt: skip
-    steps = list(map(tick, record.visits))
-    plot.add_heatmap(
-        x=[label(f"{i} {token}") for i, token in enumerate(record.tokens)],
-        y=steps,
-        z=record.prob.tolist(),
-        zmin=0,
-        zmax=1,
-        colorscale=ACCURACY_SCALE,
-        xgap=1,
-        ygap=1,
-        text=[list(map(label, row)) for row in record.top],
-        texttemplate="%{text}",
-        textfont={"size": 11},
-        customdata=_hover(record),
-        hovertemplate="%{customdata}<extra></extra>",
-        colorbar={"title": "prob", "thickness": 10, "x": 0.54, "outlinewidth": 0},
-        row=1,
-        col=1,
+    cells = CellMap(
+        title="",
+        columns=[f"{i} {visible(token)}" for i, token in enumerate(record.tokens)],
+        rows=list(map(tick, record.visits)),
+        values=record.prob.tolist(),
+        unit="prob",
+        texts=record.top,
+        hover=_hover(record),
     )
+    bar = {"title": "prob", "thickness": 10, "x": 0.54, "outlinewidth": 0}
+    plot.add_trace(cells.trace(colorbar=bar), row=1, col=1)
     places = [k / max(1, len(record.tracked) - 1) for k in range(len(record.tracked))]
     for k, place in enumerate(places):
         color = sample_colorscale("Viridis", [0.05 + 0.85 * place])[0]
@@ -210,15 +204,18 @@ def figure(record: LensHeatmap) -> go.Figure:
     plot.update_yaxes(type="category", matches="y", row=1, col=2)
     plot.update_xaxes(type="category", tickangle=-30, row=1, col=1)
     plot.update_xaxes(title="rank (0 = top)", rangemode="tozero", showgrid=True, row=1, col=2)
-    plot.update_layout(legend={"orientation": "h", "y": -0.2, "x": 1, "xanchor": "right"})
-    return styled(plot, 200 + 24 * max(10, len(steps))).update_layout(margin_b=110)
+    plot.update_layout(
+        showlegend=True, legend={"orientation": "h", "y": -0.2, "x": 1, "xanchor": "right"}
+    )
+    return styled(plot, 200 + 24 * max(10, len(record.visits))).update_layout(margin_b=110)
 
 
 def _curve(record: LensHeatmap, tracked: int, color: str) -> go.Scatter:
     """The ranks of one tracked token at its place; the answer in black."""
     token, place = record.tracked[tracked], record.tracked_at[tracked]
     is_answer = token == record.answer
-    name = f"{token} at {place} {record.tokens[place]}" + " (answer)" * is_answer
+    called = (f" ({OWN})" if record.own else " (answer)") * is_answer
+    name = f"{visible(token)} at {place} {visible(record.tokens[place])}{called}"
     return go.Scatter(
         x=record.rank[tracked, :, place].tolist(),
         y=list(map(tick, record.visits)),
@@ -237,15 +234,16 @@ def _hover(record: LensHeatmap) -> list[list[str]]:
     for i, visit in enumerate(record.visits):
         row = []
         for j, token in enumerate(record.tokens):
-            lines = [f"{visit}.hook_resid_post", f"{spoken(visit)}, position {j} {token}"]
-            lines += [
-                f"top {record.top[i][j]}, p = {record.prob[i, j]:.3f}, entropy"
-                f" {record.entropy[i, j]:.2f}"
-            ]
-            lines += [
+            ranks = [
                 f"rank of {t}: {int(record.rank[k, i, j])}" for k, t in enumerate(record.tracked)
             ]
-            row.append("<br>".join(map(label, lines)))
+            lines = [
+                f"{visit}.hook_resid_post",
+                f"{spoken(visit)}, position {j} {token}",
+                f"top {record.top[i][j]}, entropy {record.entropy[i, j]:.2f}",
+                *ranks,
+            ]
+            row.append("\n".join(lines))
         cells.append(row)
     return cells
 
@@ -253,21 +251,27 @@ def _hover(record: LensHeatmap) -> list[list[str]]:
 def _found(record: LensHeatmap) -> str:
     reached = sum(bool((rank == 0).any()) for rank in record.rank)
     return (
-        f"The question is {record.text}; the answer is {record.answer}. "
+        f"The text is {record.text}; the answer is {record.answer}{f', {OWN}' * record.own}. "
         f"Of its {len(record.tracked)} tracked tokens, {reached} come out on top somewhere."
     )
 
 
+def _of_report(opened: Opened) -> LensHeatmap:
+    group = opened.asked.one(opened.config.hops)
+    return measure(opened.asked, group, opened.answers(group), opened.n_loops)
+
+
 SECTION = Section(
-    title="Logit lens of one question",
+    title="Logit lens of one text",
     look_for=(
         "Read the residual stream as if the model stopped here: the top token at every position"
         " after every block. In a model that follows the relations one after another, each"
         " intermediate entity appears at its own relation, one iteration after the one before it."
         " The right panel follows the rank of each entity at its own relation."
     ),
-    measure=lambda opened: measure(
-        opened.subject, opened.subject.example(opened.config.hops).text, opened.n_loops
-    ),
+    measure=_of_report,
     found=_found,
+    serves=of_inputs,
 )
+
+EXAMPLE = 'plots.lens("mini/smiles", text="CC(=O)N")'

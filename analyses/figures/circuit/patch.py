@@ -4,41 +4,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.labels import AXIS, label, loop_and_layer, spoken, tick
-from loopscope.analyses.common.look import styled
+from loopscope.analyses.common.configs import PairConfig
+from loopscope.analyses.common.pairs_of import TextPairs, open_pairs
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section
-from loopscope.analyses.common.subject import Subject, open_subject
-from loopscope.interp.common.metrics import logit_margin
+from loopscope.analyses.common.sections import Opened, Section, of_pairs
+from loopscope.analyses.common.subject import Subject, words
 from loopscope.interp.common.pairs import Direction
+from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick, visible
+from loopscope.interp.drawing.look import styled
 from loopscope.interp.patching.activation import activation_patch
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchConfig(SourceConfig):
+class PatchConfig(PairConfig):
     """Effect of restoring one clean activation in a corrupted run, for each iteration and layer and
     position (figures 11 and 21).
     """
 
-    clean: str | None = None
-    """The clean question; by default the mean over all questions of one hop count is shown."""
-    corrupted: str | None = None
-    """The corrupted question, of the same length; by default the clean one with another head
-    entity.
-    """
-    hops: int | None = None
-    """Hop count of the questions to average over; by default about half of what was trained."""
     site: str = "resid_post"
     """The site that is patched: resid_pre, resid_mid, resid_post, attn_out, mlp_out, ..."""
     n_loops: int | None = None
@@ -52,8 +42,9 @@ class PatchingMap(Record):
     """Effect of every patch, on the scale where 0 is the corrupted run and 1 the clean one.
 
     Attributes:
-        clean, corrupted: The questions, pair by pair; effects are means over the pairs.
-        answers: The clean questions' answers, whose logit margin is measured.
+        clean, corrupted: The texts, pair by pair; effects are means over the pairs.
+        answers: The clean texts' answers, whose logit is measured.
+        measured: The answer in words, with its source and the token that it is compared with.
         clean_tokens, corrupted_tokens: Tokens of the first pair.
         site: What is patched.
         direction: "denoise" or "noise".
@@ -65,6 +56,7 @@ class PatchingMap(Record):
     clean: tuple[str, ...]
     corrupted: tuple[str, ...]
     answers: tuple[str, ...]
+    measured: str
     clean_tokens: tuple[str, ...]
     corrupted_tokens: tuple[str, ...]
     site: str
@@ -74,13 +66,19 @@ class PatchingMap(Record):
     clean_margin: float
     corrupted_margin: float
 
+    def heading(self) -> str:
+        """The pair, or the first of several, with the answer."""
+        many = f" and {len(self.clean) - 1} more pairs" * (len(self.clean) > 1)
+        return f"{self.clean[0]} against {self.corrupted[0]}{many}, answer {self.measured}"
+
     def columns(self) -> list[str]:
-        """The name of each position: its tokens for one pair, its role for several."""
+        """The name of each position: its tokens for one pair, its role for several questions."""
         if len(self.clean) == 1:
-            pairs = zip(self.clean_tokens, self.corrupted_tokens, strict=True)
+            both = map(visible, self.clean_tokens), map(visible, self.corrupted_tokens)
+            pairs = zip(*both, strict=True)
             return [f"{j} {a}" if a == b else f"{j} {a} / {b}" for j, (a, b) in enumerate(pairs)]
-        roles = {"<e": "head entity", "<r": "relation"}
-        return [f"{j} {roles.get(token[:2], token)}" for j, token in enumerate(self.clean_tokens)]
+        roles = {"<e": " head entity", "<r": " relation", "<p": " <pad>"}
+        return [f"{j}{roles.get(token[:2], '')}" for j, token in enumerate(self.clean_tokens)]
 
     def frame(self) -> pd.DataFrame:
         """hook (the point that is patched), loop, layer, position, name of the position, effect."""
@@ -105,85 +103,46 @@ class PatchingMap(Record):
 
 
 def run(config: PatchConfig) -> PatchingMap:
-    """Patch every visit and position of one pair, or of all questions of one hop count."""
-    subject = open_subject(config)
-    if config.corrupted is not None and config.clean is None:
-        raise ValueError("a corrupted question needs its clean one; pass --clean too")
-    if config.clean is None:
-        clean = [question.text for question in subject.of_hops(config.hops)]
-    else:
-        clean = [config.clean]
-    corrupted = None if config.corrupted is None else [config.corrupted]
-    return measure(subject, clean, corrupted, config.site, config.n_loops, config.direction)
+    """Patch every visit and position of one pair, or of all pairs of the data, or of all questions
+    of one hop count.
+    """
+    subject, pairs = open_pairs(config, config.n_loops)
+    return measure(subject, pairs, config.site, config.n_loops, config.direction)
 
 
 def measure(
     subject: Subject,
-    clean: Sequence[str],
-    corrupted: Sequence[str] | None = None,
+    pairs: TextPairs,
     site: str = "resid_post",
     n_loops: int | None = None,
     direction: Direction = "denoise",
 ) -> PatchingMap:
-    """The record for some pairs of an open checkpoint; the corrupted questions default to another
-    head entity each.
-    """
+    """The record for some pairs of an open checkpoint."""
     model = subject.model
-    corrupted = corrupted or [other_head(subject, text) for text in clean]
-    clean_batch, corrupted_batch = model.encode(clean), model.encode(corrupted)
-    answers = [subject.answer_of(text) for text in clean]
-    metric = logit_margin(torch.tensor([model.to_single_token(answer) for answer in answers]))
     sweep = activation_patch(
         model,
-        clean_batch,
-        corrupted_batch,
-        metric,
+        pairs.clean_batch,
+        pairs.corrupted_batch,
+        pairs.metric(),
         n_loops,
         sites=["embed", site],
         direction=direction,
     )
-    width = clean_batch.tokens.shape[1]
+    width = pairs.clean_batch.tokens.shape[1]
     names = tuple(cell.name for cell in sweep.cells[::width])
     return PatchingMap(
-        clean=tuple(clean),
-        corrupted=tuple(corrupted),
-        answers=tuple(answers),
-        clean_tokens=tuple(model.to_str_tokens(clean_batch.tokens[0])),
-        corrupted_tokens=tuple(model.to_str_tokens(corrupted_batch.tokens[0])),
+        clean=pairs.clean,
+        corrupted=pairs.corrupted,
+        answers=pairs.answers.words,
+        measured=pairs.measured,
+        clean_tokens=words(model, pairs.clean_batch.tokens[0]),
+        corrupted_tokens=words(model, pairs.corrupted_batch.tokens[0]),
         site=site,
         direction=direction,
         names=names,
         effect=sweep.normalized().view(len(names), width).float().cpu(),
         clean_margin=float(sweep.clean.mean()),
         corrupted_margin=float(sweep.corrupted.mean()),
-    )
-
-
-def other_head(subject: Subject, text: str) -> str:
-    """The same relations from another entity: the next one of the vocabulary that leads to another
-    answer.
-
-    Raises:
-        ValueError: No entity of the vocabulary gives another answer that is known.
-    """
-    head, *relations = subject.model.to_str_tokens(text)
-    wanted = subject.answer_of(text)
-    entities = [
-        word
-        for word in (subject.model.vocab.words if subject.model.vocab else ())
-        if word.startswith("<e_")
-    ]
-    start = entities.index(head) + 1 if head in entities else 0
-    for entity in entities[start:] + entities[:start]:
-        candidate = "".join([entity, *relations])
-        try:
-            if subject.answer_of(candidate) != wanted:
-                return candidate
-        except ValueError:
-            continue
-    raise ValueError(
-        f"no other head entity with a known, different answer was found for {text!r}; pass the"
-        " corrupted question"
     )
 
 
@@ -225,31 +184,38 @@ def figure(record: PatchingMap) -> go.Figure:
     return styled(plot, 170 + 24 * len(steps))
 
 
+def _counted(record: PatchingMap) -> str:
+    count = len(record.clean)
+    return "The pair is" if count == 1 else f"Means over {count} pairs such as"
+
+
+def _of_report(opened: Opened) -> PatchingMap:
+    return measure(opened.subject, opened.pairs, n_loops=opened.n_loops)
+
+
 def _found(record: PatchingMap) -> str:
     strongest = record.effect.argmax(1).tolist()
     moves = [j for i, j in enumerate(strongest) if i == 0 or j != strongest[i - 1]]
     path = " → ".join(record.columns()[j] for j in moves)
     return (
-        f"Means over {len(record.clean)} pairs such as {record.clean[0]} against"
-        f" {record.corrupted[0]}; the margin of the clean answer is {record.clean_margin:.2f} clean"
-        f" and {record.corrupted_margin:.2f} corrupted. From the embedding upwards the strongest"
-        f" position moves {path}."
+        f"{_counted(record)} {record.clean[0]} against {record.corrupted[0]}; the margin of"
+        f" {record.measured} is {record.clean_margin:.2f} clean and {record.corrupted_margin:.2f}"
+        f" corrupted. From the embedding upwards the strongest position moves {path}."
     )
 
 
 SECTION = Section(
     title="What one activation carries",
     look_for=(
-        "Each corrupted question starts from another entity. A cell puts one clean activation into"
+        "The corrupted text differs from the clean one. A cell puts one clean activation into"
         " the corrupted run and measures how much of the clean margin comes back (1 = all of it)."
-        " Where the colour is, the answer's history is being carried at that moment: it should walk"
-        " along the relations as the iterations go by, and stay at the readout once the answer is"
-        " known."
+        " Where the colour is, the answer's history is being carried at that moment. In a model"
+        " that follows relations, it should walk along them as the iterations go by, and stay at"
+        " the readout once the answer is known."
     ),
-    measure=lambda opened: measure(
-        opened.subject,
-        [each.text for each in opened.subject.of_hops(opened.config.hops)],
-        n_loops=opened.n_loops,
-    ),
+    measure=_of_report,
     found=_found,
+    serves=of_pairs,
 )
+
+EXAMPLE = 'plots.patch("mini/smiles", clean="CC(=O)N", corrupted="CC(=S)N")'

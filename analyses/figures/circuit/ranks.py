@@ -17,11 +17,13 @@ from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig
-from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs, token_id
-from loopscope.analyses.common.labels import label, loop_and_layer
-from loopscope.analyses.common.look import FAINT, INK, hop_name, note, spread, styled
+from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, Group, open_inputs
+from loopscope.analyses.common.look import hop_name, note, spread
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section
+from loopscope.analyses.common.sections import Opened, Section, of_inputs
+from loopscope.analyses.common.subject import token_id
+from loopscope.interp.drawing.labels import label, loop_and_layer
+from loopscope.interp.drawing.look import FAINT, INK, styled
 from loopscope.interp.lens.decoding import rank_trajectory
 from loopscope.interp.lens.lens import logit_lens
 
@@ -39,8 +41,10 @@ class RanksConfig(InputsConfig):
     read.
     """
     track: tuple[str, ...] = ()
-    """Tokens to follow at the readout instead (ids, without a vocabulary); needed where no graph
-    and no answer is known.
+    """Tokens to follow at the readout instead (ids, without a vocabulary)."""
+    answer: str | None = None
+    """The token that counts as the answer; by default the true one where it is known, else the
+    model's own top token after all iterations.
     """
 
 
@@ -55,6 +59,7 @@ class Ranks(Record):
 
     Attributes:
         texts: The inputs.
+        answer: The answer in words, with its source where it is the model.
         hops: Their hop count; None where they are no questions.
         names: The visits in order; the effective depth is how many of them have run.
         targets: What is followed: "hop 1" and so on for the entities on the way, "answer",
@@ -67,6 +72,7 @@ class Ranks(Record):
     """
 
     texts: tuple[str, ...]
+    answer: str
     hops: int | None
     names: tuple[str, ...]
     targets: tuple[str, ...]
@@ -75,6 +81,10 @@ class Ranks(Record):
     low: Float[Tensor, "visit target"]
     high: Float[Tensor, "visit target"]
     top: Float[Tensor, "visit target"]
+
+    def heading(self) -> str:
+        """The input, or how many there are, with the answer."""
+        return _title(self)
 
     def arrivals(self) -> list[int | None]:
         """For each target the first depth at which its mean rank is at most 0.05; None where it
@@ -135,28 +145,29 @@ class Ranks(Record):
 
 
 def run(config: RanksConfig) -> Ranks:
-    """Follow the entities on the way, or the tokens that the config names."""
+    """Follow the entities on the way and the answer, or the tokens that the config names."""
     asked = open_inputs(config)
-    return measure(
-        asked, asked.group(config.hops), config.n_loops, config.at == "own", config.track
-    )
+    group = asked.group(config.hops)
+    answers = asked.answers(group, config.answer, config.n_loops)
+    return measure(asked, group, answers, config.n_loops, config.at == "own", config.track)
 
 
 def measure(
     asked: Asked,
     group: Group,
+    answers: AnswerTokens,
     n_loops: int | None = None,
     own: bool = True,
     track: Sequence[str] = (),
 ) -> Ranks:
-    """The record for one group of inputs.
+    """The record for one group of inputs with their answers.
 
     Args:
         own: Read each entity at the relation that leads to it, the answer and the control at the
             readout.
         track: Tokens to follow at the readout instead.
     """
-    targets, tokens = _targets(asked, group, track)
+    targets, tokens = _targets(asked, group, answers, track)
     entities = (
         [int(name.removeprefix("hop ")) for name in targets if name.startswith("hop ")]
         if own and not track
@@ -169,6 +180,7 @@ def measure(
     visits = asked.subject.model.schedule(n_loops)
     return Ranks(
         texts=group.texts,
+        answer=answers.said,
         hops=group.hops,
         names=tuple(visit.name for visit in visits),
         targets=targets,
@@ -205,7 +217,7 @@ def _ranks(
 
 
 def _targets(
-    asked: Asked, group: Group, track: Sequence[str]
+    asked: Asked, group: Group, answers: AnswerTokens, track: Sequence[str]
 ) -> tuple[tuple[str, ...], Int[Tensor, "batch target"]]:
     """The targets in each input: the same tokens in all, or the entities on the way, the answer
     and a control.
@@ -216,24 +228,25 @@ def _targets(
             [[token_id(model, word) for word in track]] * len(group.batch)
         )
     paths = _paths(asked, group)
+    if not paths:
+        return (ANSWER,), answers.ids[:, None].cpu()
     rows = [
-        [*path, _control(asked, text, path, i)]
-        for i, (text, path) in enumerate(zip(group.texts, paths, strict=True))
+        [*path[:-1], answer, _control(asked, text, path, i)]
+        for i, (text, path, answer) in enumerate(
+            zip(group.texts, paths, answers.words, strict=True)
+        )
     ]
     names = (*(f"hop {i + 1}" for i in range(len(paths[0]) - 1)), ANSWER, CONTROL)
     return names, torch.tensor([[model.to_single_token(word) for word in row] for row in rows])
 
 
 def _paths(asked: Asked, group: Group) -> list[list[str]]:
-    """The entities that each question passes after its head; the answers alone without a graph."""
+    """The entities that each question passes after its head; the true answers alone without a
+    graph; nothing where the inputs are no questions.
+    """
     graph = asked.subject.graph
-    if graph is None and not group.answers:
-        raise ValueError(
-            "there is no graph and no answer to take the tokens from; pass --track with the tokens"
-            " to follow"
-        )
     if graph is None:
-        return [[answer] for answer in group.answers]
+        return [[answer] for answer in group.answers] if _entities(asked) else []
     paths = [graph.walk(text)[1:] for text in group.texts]
     lengths = sorted(set(map(len, paths)))
     if len(lengths) > 1:
@@ -241,15 +254,16 @@ def _paths(asked: Asked, group: Group) -> list[list[str]]:
     return paths
 
 
+def _entities(asked: Asked) -> list[str]:
+    """The entities of a graph task's vocabulary; none elsewhere."""
+    vocab = asked.subject.model.vocab
+    return [word for word in (vocab.words if vocab else ()) if word.startswith("<e_")]
+
+
 def _control(asked: Asked, text: str, path: Sequence[str], seed: int) -> str:
     """An entity that the question does not pass, drawn by its number."""
-    vocab = asked.subject.model.vocab
     head = asked.subject.model.to_str_tokens(text)[0]
-    others = [
-        word
-        for word in (vocab.words if vocab else ())
-        if word.startswith("<e_") and word not in (head, *path)
-    ]
+    others = [word for word in _entities(asked) if word not in (head, *path)]
     if not others:
         raise ValueError(
             f"no entity is left for a control: {text!r} passes all of the vocabulary; pass --track"
@@ -331,10 +345,12 @@ def _curve(record: Ranks, target: int, color: str) -> go.Scatter:
 
 def _title(record: Ranks) -> str:
     """The one input, or how many there are and of how many hops."""
+    if record.hops is None:
+        count = len(record.texts)
+        asked = record.texts[0] if count == 1 else f"{count} inputs"
+        return f"{asked}; answer: {record.answer}" if ANSWER in record.targets else asked
     if len(record.texts) == 1:
         return record.texts[0]
-    if record.hops is None:
-        return f"{len(record.texts)} inputs"
     return f"{len(record.texts)} questions of {hop_name(record.hops)}"
 
 
@@ -404,6 +420,11 @@ def _found(record: Ranks) -> str:
     return f"First on top at depth: {arrived}."
 
 
+def _of_report(opened: Opened) -> Ranks:
+    group = opened.asked.group(opened.config.hops)
+    return measure(opened.asked, group, opened.answers(group), opened.n_loops)
+
+
 SECTION = Section(
     title="Rank trajectories",
     look_for=(
@@ -411,8 +432,9 @@ SECTION = Section(
         " top token. Curves that arrive one after another show a step by step computation; a"
         " control token that nobody asks for should stay where it is."
     ),
-    measure=lambda opened: measure(
-        opened.asked, opened.asked.group(opened.config.hops), opened.n_loops
-    ),
+    measure=_of_report,
     found=_found,
+    serves=of_inputs,
 )
+
+EXAMPLE = 'plots.ranks("mini/smiles", text="CC(=O)N")'

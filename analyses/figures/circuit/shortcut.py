@@ -16,11 +16,11 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.configs import PanelsConfig
-from loopscope.analyses.common.labels import AXIS, label, loop_and_layer, spoken, tick
-from loopscope.analyses.common.look import MARK, styled
 from loopscope.analyses.common.panels import Panel, headline, opened, small_titles, together
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import Subject
+from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick
+from loopscope.interp.drawing.look import MARK, styled
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.patching.tracing import noising_map
 from loopscope.tasks.questions import Question
@@ -330,3 +330,6 @@ def _instead(each: ShortcutMap) -> list[str]:
     others = ["<" + part for part in each.random[0].split("<")[1:]]
     others += [""] * (len(each.tokens) - len(others))
     return [label(f"in the random run {token}") for token in others]
+
+
+EXAMPLE = 'plots.shortcut("mini/shortcut", hops=3, per_hop=3, n_loops=2)'

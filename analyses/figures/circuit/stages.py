@@ -17,19 +17,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import TwoHopConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import (
-    FAINT,
-    GROUP_COLORS,
-    GROUP_NAMES,
-    INK,
-    model_label,
-    note,
-    styled,
-)
+from loopscope.analyses.common.look import GROUP_COLORS, GROUP_NAMES, model_label, note
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.common.two_hop import GROUPS, READ_AT, TARGETS, ask, shape_of
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import FAINT, INK, styled
 from loopscope.interp.lens.decoding import decodability
 
 
@@ -257,3 +250,6 @@ def _label_loops(plot: go.Figure, shape: tuple[int, int], col: int) -> None:
             row=1,
             col=col,
         )
+
+
+EXAMPLE = 'plots.stages("mini/systematicity/r4_l2/ood", per_group=5)'

@@ -14,11 +14,12 @@ from plotly.subplots import make_subplots
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
-from loopscope.analyses.common.labels import loop_and_layer
-from loopscope.analyses.common.look import ACCURACY_SCALE, CATEGORIES, INK, note, styled
+from loopscope.analyses.common.look import note
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section
+from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.interp.common.columns import Shown, shown_columns
+from loopscope.interp.drawing.labels import loop_and_layer
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, styled
 from loopscope.interp.dynamics.layers import AttentionDynamics, attention_dynamics
 
 
@@ -249,4 +250,7 @@ SECTION = Section(
         opened.asked, opened.asked.group(opened.config.hops), opened.config.n_loops
     ),
     found=_found,
+    serves=of_inputs,
 )
+
+EXAMPLE = 'plots.attention_settling("mini/smiles", text="CC(=O)N", n_loops=12)'

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
-from loopscope.analyses.common.labels import loop_and_layer
-from loopscope.analyses.common.look import CATEGORIES, FAINT, styled
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.common.sections import Section, of_a_text
 from loopscope.interp.common.columns import Shown
+from loopscope.interp.drawing.labels import loop_and_layer
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, styled
 from loopscope.interp.dynamics.layers import LayerDynamics, layer_dynamics
 from loopscope.interp.dynamics.states import Dynamics
 
@@ -240,3 +241,27 @@ def _scale(plot: go.Figure, n_loops: int) -> None:
             "colorscale": [[i / 20, color] for i, color in enumerate(colors)],
         },
     )  # fmt: skip
+
+
+def _found(record: Layers) -> str:
+    last, first = record.of("relative_step")[-1], record.of("relative_step")[1]
+    moving = int(last.argmax())
+    return (
+        f"From loop 1 to loop {record.values.shape[1] - 1} the mean relative step of the blocks"
+        f" goes from {float(first.mean()):.3f} to {float(last.mean()):.3f}; {record.names[moving]}"
+        " moves most at the end."
+    )
+
+
+SECTION = Section(
+    title="The work of each block",
+    look_for=(
+        "How far each block turns the state, and how its output changes from loop to loop. Blocks"
+        " whose steps vanish have come to a fixed point each, which the state visits in a cycle."
+    ),
+    measure=lambda opened: measure(opened.asked, opened.asked.group(), opened.config.n_loops),
+    found=_found,
+    serves=of_a_text,
+)
+
+EXAMPLE = 'plots.layers("mini/smiles", text="CC(=O)N", n_loops=12)'

@@ -19,12 +19,14 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig, taken_from
-from loopscope.analyses.common.inputs_of import Asked, open_inputs, words
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import hop_colors, hop_name, styled
+from loopscope.analyses.common.inputs_of import Asked, open_inputs
+from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section
+from loopscope.analyses.common.sections import Section, of_inputs
+from loopscope.analyses.common.subject import words
 from loopscope.interp.common.columns import Shown
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import styled
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.models.basis.tokens import Batch
 
@@ -354,4 +356,7 @@ SECTION = Section(
         ),
     ),
     found=_found,
+    serves=of_inputs,
 )
+
+EXAMPLE = 'plots.orbits("mini/smiles", text="CC(=O)N", positions="tokens")'

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import FAINT, hop_colors, hop_name, styled
+from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section
+from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.interp.common.columns import Shown
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import FAINT, styled
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 
 
@@ -258,4 +259,7 @@ SECTION = Section(
     ),
     measure=lambda opened: measure(opened.asked, opened.asked.groups(), opened.config.n_loops),
     found=_found,
+    serves=of_inputs,
 )
+
+EXAMPLE = 'plots.steps("mini/smiles", text="CC(=O)N", n_loops=12)'

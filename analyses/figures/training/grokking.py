@@ -16,17 +16,11 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.configs import LogsConfig
-from loopscope.analyses.common.labels import label
-from loopscope.analyses.common.look import (
-    FAINT,
-    GROUP_COLORS,
-    GROUP_NAMES,
-    note,
-    run_colors,
-    styled,
-)
+from loopscope.analyses.common.look import GROUP_COLORS, GROUP_NAMES, note, run_colors
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
+from loopscope.interp.drawing.labels import label
+from loopscope.interp.drawing.look import FAINT, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,3 +237,6 @@ def _add_stages(plot: go.Figure, record: Grokking) -> None:
         range=[math.log10(edges[0]), math.log10(edges[-1] * 1.02)],
         **here,
     )
+
+
+EXAMPLE = "plots.grokking()"

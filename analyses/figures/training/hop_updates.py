@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopscope.analyses.common.configs import LogsConfig
-from loopscope.analyses.common.look import INK, hop_name, note, run_colors, styled
+from loopscope.analyses.common.look import hop_name, note, run_colors
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
+from loopscope.interp.drawing.look import INK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,3 +208,6 @@ def _is_free(record: HopUpdates, run: int, hop: int) -> bool:
             (others - record.updates[run, here]).abs() < 0.12 * record.updates.nan_to_num().max()
         ).any()
     )
+
+
+EXAMPLE = "plots.hop_updates()"

@@ -12,9 +12,9 @@ import torch
 
 from golden_cases import GOLDEN
 from loopscope.analyses.common.inputs_of import open_inputs
-from loopscope.analyses.common.labels import label
 from loopscope.analyses.figures.circuit import ranks
 from loopscope.analyses.figures.circuit.ranks import RanksConfig
+from loopscope.interp.drawing.labels import label
 from loopscope.models.core.base import LoopedModel
 
 HOPS, LOOPS, QUESTIONS = 5, 3, 4
@@ -84,7 +84,8 @@ def test_the_control_is_no_entity_of_the_question() -> None:
     asked = open_inputs(RanksConfig(per_hop=6))
     group, graph = asked.group(9), asked.subject.graph
     assert graph is not None
-    names, tokens = ranks._targets(asked, group, ())
+    answers = asked.answers(group)
+    names, tokens = ranks._targets(asked, group, answers, ())
     assert names[-1] == "control"
     for text, row in zip(group.texts, tokens.tolist(), strict=True):
         walk = graph.walk(text)
@@ -92,7 +93,7 @@ def test_the_control_is_no_entity_of_the_question() -> None:
         (control,) = asked.subject.model.to_str_tokens(torch.tensor(row[-1:]))
         assert control.startswith("<e_")
         assert control not in walk
-    assert torch.equal(ranks._targets(asked, group, ())[1], tokens)
+    assert torch.equal(ranks._targets(asked, group, answers, ())[1], tokens)
 
 
 @pytest.mark.shapes
@@ -113,8 +114,8 @@ def test_tokens_that_are_tracked_are_read_at_the_readout_of_each_input() -> None
 
 @pytest.mark.shapes
 def test_what_cannot_be_followed_is_refused() -> None:
-    with pytest.raises(ValueError, match="pass --track with the tokens to follow"):
-        ranks.run(RanksConfig(checkpoint=str(GOLDEN / "ouro"), tokens=(5, 7)))
+    with pytest.raises(ValueError, match="got '49'"):
+        ranks.run(RanksConfig(checkpoint=str(GOLDEN / "ouro"), tokens=(5, 7), track=("49",)))
     with pytest.raises(ValueError, match=r"must have one hop count, got \[1, 2\]"):
         ranks.run(RanksConfig(text=("<e_3><r_1>", "<e_4><r_2><r_3>")))
 

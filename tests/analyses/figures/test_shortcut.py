@@ -10,12 +10,12 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.labels import label
 from loopscope.analyses.common.panels import Panel
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.figures.circuit import shortcut
 from loopscope.analyses.figures.circuit.shortcut import Shortcut, ShortcutConfig, ShortcutMap
 from loopscope.analyses.pages.multi_hop_claims import shortcut_on_random_graph
+from loopscope.interp.drawing.labels import label
 from loopscope.models.core.base import LoopedModel
 
 AVERAGE = ShortcutConfig(average=True, draws=2, seed=5, n_loops=3)

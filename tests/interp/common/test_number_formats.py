@@ -1,14 +1,17 @@
-"""Every method in every family runs to its frame in every number format, with statistics in float32
-or wider.
+"""Every method in every family runs to its frame and its picture in every number format, with
+statistics in float32 or wider.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Protocol
 
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +74,20 @@ def case(family: str, dtype: torch.dtype) -> Case:
     return Case(model.to(dtype), *inputs)
 
 
+class Pictured(Protocol):
+    """A record with a frame and a picture."""
+
+    def frame(self) -> pd.DataFrame: ...
+
+    def plot(self) -> go.Figure: ...
+
+
+def pictured(record: Pictured) -> pd.DataFrame:
+    """The frame of a record that has been drawn, with numbers that JSON can hold."""
+    assert len(json.loads(record.plot().to_json())["data"]) > 0
+    return record.frame()
+
+
 def logits(case: Case) -> Tensor:
     batch = case.clean
     with torch.no_grad():
@@ -101,32 +118,35 @@ def swept(case: Case) -> pd.DataFrame:
     low, high = sweep.bootstrap(resamples=20)
     assert (low <= high).all()
     assert sweep.grid(sweep.cells[-1].site).values.isfinite().all()
+    assert len(sweep.plot().data) == 2
     return sweep.frame().assign(share=sweep.normalized().numpy())
 
 
 METHODS: dict[str, Callable[[Case], pd.DataFrame]] = {
     "activation_patch": swept,
-    "attribution_patch": lambda x: attribution_patch(
-        x.model, x.clean, x.corrupted, METRIC, LOOPS, steps=2, **x.few()
-    ).frame(),
-    "causal_tracing": lambda x: causal_tracing(
-        x.model, x.clean, x.corrupted, ANSWERS, 1, LOOPS
-    ).frame(),
-    "denoising_map": lambda x: denoising_map(
-        x.model, x.clean, x.corrupted, ANSWERS, [1], LOOPS
-    ).frame(),
-    "noising_map": lambda x: noising_map(
-        x.model, x.clean, x.corrupted, ANSWERS, [1], LOOPS
-    ).frame(),
-    "path_patch": lambda x: path_patch(
-        x.model,
-        x.clean,
-        x.corrupted,
-        METRIC,
-        Sender("mlp", visit=x.first),
-        Receiver("readout"),
-        LOOPS,
-    ).frame(),
+    "attribution_patch": lambda x: pictured(
+        attribution_patch(x.model, x.clean, x.corrupted, METRIC, LOOPS, steps=2, **x.few())
+    ),
+    "causal_tracing": lambda x: pictured(
+        causal_tracing(x.model, x.clean, x.corrupted, ANSWERS, 1, LOOPS)
+    ),
+    "denoising_map": lambda x: pictured(
+        denoising_map(x.model, x.clean, x.corrupted, ANSWERS, [1], LOOPS)
+    ),
+    "noising_map": lambda x: pictured(
+        noising_map(x.model, x.clean, x.corrupted, ANSWERS, [1], LOOPS)
+    ),
+    "path_patch": lambda x: pictured(
+        path_patch(
+            x.model,
+            x.clean,
+            x.corrupted,
+            METRIC,
+            Sender("mlp", visit=x.first),
+            Receiver("readout"),
+            LOOPS,
+        )
+    ),
     "path_patch_sweep": lambda x: path_patch_sweep(
         x.model,
         x.clean,
@@ -136,12 +156,12 @@ METHODS: dict[str, Callable[[Case], pd.DataFrame]] = {
         LOOPS,
         senders=[Sender("attn", visit=x.first), Sender("mlp", visit=x.first)],
     ),
-    "edge_attribution": lambda x: edge_attribution(
-        x.model, x.clean, x.corrupted, METRIC, LOOPS
-    ).frame(),
-    "direct_logit_attribution": lambda x: direct_logit_attribution(
-        x.model, x.clean, ANSWERS, n_loops=LOOPS, heads=False
-    ).frame(),
+    "edge_attribution": lambda x: pictured(
+        edge_attribution(x.model, x.clean, x.corrupted, METRIC, LOOPS)
+    ),
+    "direct_logit_attribution": lambda x: pictured(
+        direct_logit_attribution(x.model, x.clean, ANSWERS, n_loops=LOOPS, heads=False)
+    ),
     "interventions": edited,
     "swap_input": swapped,
 }

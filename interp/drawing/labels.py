@@ -21,6 +21,23 @@ def label(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def visible(token: str) -> str:
+    """A token whose spaces and line ends at its edges, and those alone, can be seen."""
+    inner = token.strip()
+    start = token.index(inner) if inner else len(token)
+    edges = token[:start], token[start + len(inner) :]
+    before, after = (edge.replace(" ", "␣").replace("\n", "⏎") for edge in edges)
+    return f"{before}{inner}{after}"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters; an ellipsis stands for its middle."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
+
+
 def tick(name: str) -> str:
     """A visit or a hook point on an axis: "2.0", "prelude.1", "1.low.0.1", or "embed"."""
     return ".".join(map(str, _coordinate(name))) or "embed"
