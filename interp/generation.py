@@ -157,14 +157,13 @@ def generate(
         going = going & ~torch.isin(chosen, stops)
         if not bool(going.any()):
             break
-    lengths = run.batch.mask.sum(1).tolist()
-    found = [row[:length] for row, length in zip(run.batch.tokens, lengths, strict=True)]
+    width = int(run.batch.mask.sum(1).max())
     return Generated(
-        run.batch.tokens[:, : max(lengths)],
-        run.batch.mask[:, : max(lengths)],
+        run.batch.tokens[:, :width],
+        run.batch.mask[:, :width],
         torch.stack(new, 1),
         torch.stack(logits, 1),
-        () if model.vocab is None else tuple(map(model.texts.to_text, found)),
+        run.texts(),
     )
 
 
@@ -217,6 +216,14 @@ class _Run:
             for name, kept in new.items()
         }
         return self.model.readout(end, lengths - 1)
+
+    def texts(self) -> tuple[str, ...]:
+        """Each row's text; none where the model has no vocabulary."""
+        if self.model.vocab is None:
+            return ()
+        lengths = self.batch.mask.sum(1).tolist()
+        rows = (row[:length] for row, length in zip(self.batch.tokens, lengths, strict=True))
+        return tuple(map(self.model.texts.to_text, rows))
 
     def unordered(self, logits: Float[Tensor, "batch d_vocab"], going: Tensor) -> str:
         """The words for logits from which no token can be chosen, with the first place of the run

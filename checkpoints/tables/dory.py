@@ -81,28 +81,35 @@ def _counts(fields: ConfigFields, total: int, edge: Any) -> list[int]:
 def _current(fields: ConfigFields) -> dict[str, Any]:
     fields.only("hidden_act", "silu")
     kinds = fields.texts("layer_types", None)
-    halves = kinds is not None and _MLP in kinds
-    if halves and (set(kinds[1::2]) != {_MLP} or len(kinds) % 2):
-        raise CheckpointError(
-            f"{fields.path}: layer_types must name attention and mlp in turn, got {shown(kinds)}"
-        )
-    edge = () if halves else (8,)  # no default where layers are counted twice
+    halves = kinds is not None and _MLP in kinds  # a layer is counted as attention and as MLP
     total = fields.layers("num_hidden_layers", *(() if halves else (36,)))
-    attention = (kinds or _usual(total))[:: 2 if halves else 1]
-    if set(attention) - {_SLIDING, _FULL} or total != (2 if halves else 1) * len(attention):
+    edge = () if halves else (8,)  # no default where layers are counted twice
+    if halves:
+        _check_turns(fields, kinds)
+    times = 2 if halves else 1
+    attention = (kinds or _usual(total))[::times]
+    if set(attention) - {_SLIDING, _FULL} or total != times * len(attention):
         raise CheckpointError(
             f"{fields.path}: layer_types must name {_SLIDING} or {_FULL} for each of"
             f" num_hidden_layers={total}, got {shown(kinds)}"
         )
     full = [kind == _FULL for kind in attention]
     return {
-        **_layers(fields, full, _counts(fields, total, edge), 2 if halves else 1),
+        **_layers(fields, full, _counts(fields, total, edge), times),
         **_angles(fields, set(attention)),
         "n_loops": fields.iterations("n_recurrent_loops", 2),
         "head_dim": fields.width("head_dim", 256),
         "window": fields.width("sliding_window", 1024),
         "start": fields.number("initializer_range", 0.0177),
     }
+
+
+def _check_turns(fields: ConfigFields, kinds: Sequence[str]) -> None:
+    """Refuse kinds of halves of layers that are not attention and MLP in turn."""
+    if set(kinds[1::2]) != {_MLP} or len(kinds) % 2:
+        raise CheckpointError(
+            f"{fields.path}: layer_types must name attention and mlp in turn, got {shown(kinds)}"
+        )
 
 
 def _usual(total: int) -> list[str]:

@@ -213,6 +213,18 @@ def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | No
     if scaling is None:
         return None
     kind = kind_of(scaling)
+    for name in _fields_of(kind, scaling):
+        _check_number(name, scaling[name])
+    if kind == "llama3" and scaling["high_freq_factor"] == scaling["low_freq_factor"]:
+        raise ValueError(
+            "rope_scaling's high_freq_factor and low_freq_factor must differ, got"
+            f" {scaling['low_freq_factor']!r} for both"
+        )
+    return None if kind == "default" else scaling
+
+
+def _fields_of(kind: object, scaling: Mapping[str, Any]) -> list[str]:
+    """The fields that a scaling of a kind states."""
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(
             f"rope_scaling must be of the type {', '.join(map(repr, SCALINGS))}, got {kind!r}"
@@ -223,14 +235,7 @@ def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | No
         raise ValueError(
             f"rope_scaling of the type {kind!r} needs {missing[0]!r}, got {dict(scaling)}"
         )
-    for name in (*needed, *(name for name in possible if scaling.get(name) is not None)):
-        _check_number(name, scaling[name])
-    if kind == "llama3" and scaling["high_freq_factor"] == scaling["low_freq_factor"]:
-        raise ValueError(
-            "rope_scaling's high_freq_factor and low_freq_factor must differ, got"
-            f" {scaling['low_freq_factor']!r} for both"
-        )
-    return None if kind == "default" else scaling
+    return [*needed, *(name for name in possible if scaling.get(name) is not None)]
 
 
 def _check_number(name: str, number: object) -> None:

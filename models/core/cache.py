@@ -138,6 +138,18 @@ class LoopCache(Mapping[str, Tensor]):
             raise KeyError(self._missing(key))
         site, place = str(key[0]), key[1:]
         here = [name for name in self if is_site(name, site)]
+        place = self._from_the_start(place, here)
+        found = [name for name in here if coordinate(name) == place]
+        if len(found) != 1:
+            raise KeyError(
+                self._missing(key)
+                if not found
+                else f"{key} could be {' or '.join(found)}; name the site in full"
+            )
+        return found[0]
+
+    def _from_the_start(self, place: tuple[object, ...], here: list[str]) -> tuple[object, ...]:
+        """A place whose iteration and layer may count from the end, with both from 0."""
         if place and isinstance(place[0], int) and place[0] < 0:
             place = (self.n_loops + place[0], *place[1:])
         layers = [
@@ -147,14 +159,7 @@ class LoopCache(Mapping[str, Tensor]):
         ]
         if layers and isinstance(place[-1], int) and place[-1] < 0:
             place = (*place[:-1], max(layers) + 1 + place[-1])
-        found = [name for name in here if coordinate(name) == place]
-        if len(found) != 1:
-            raise KeyError(
-                self._missing(key)
-                if not found
-                else f"{key} could be {' or '.join(found)}; name the site in full"
-            )
-        return found[0]
+        return place
 
     def _missing(self, key: object) -> str:
         asked = ".".join(map(str, key)) if isinstance(key, tuple) else str(key)
