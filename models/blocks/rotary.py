@@ -168,7 +168,8 @@ class Rotary:
             last += 0.001
         pairs = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
         slow = ((pairs - first) / (last - first)).clamp(0, 1)
-        return frequencies / scaling["factor"] * slow + frequencies * (1 - slow)
+        mixed: Tensor = frequencies / scaling["factor"] * slow + frequencies * (1 - slow)
+        return mixed
 
 
 class RotationTable(nn.Module):
@@ -216,20 +217,27 @@ def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | No
         raise ValueError(
             f"rope_scaling must be of the type {', '.join(map(repr, SCALINGS))}, got {kind!r}"
         )
-    needed, possible = SCALINGS[kind]
-    missing = [name for name in needed if name not in scaling]
-    if missing:
-        raise ValueError(
-            f"rope_scaling of the type {kind!r} needs {missing[0]!r}, got {dict(scaling)}"
-        )
-    for name in (*needed, *(name for name in possible if scaling.get(name) is not None)):
-        _check_number(name, scaling[name])
+    _check_numbers(kind, scaling)
     if kind == "llama3" and scaling["high_freq_factor"] == scaling["low_freq_factor"]:
         raise ValueError(
             "rope_scaling's high_freq_factor and low_freq_factor must differ, got"
             f" {scaling['low_freq_factor']!r} for both"
         )
     return None if kind == "default" else scaling
+
+
+def _check_numbers(kind: str, scaling: Mapping[str, Any]) -> None:
+    """Raise where a number of a kind's is absent or is none that its field takes."""
+    needed, possible = SCALINGS[kind]
+    for name in needed:
+        if name not in scaling:
+            raise ValueError(
+                f"rope_scaling of the type {kind!r} needs {name!r}, got {dict(scaling)}"
+            )
+        _check_number(name, scaling[name])
+    for name in possible:
+        if scaling.get(name) is not None:
+            _check_number(name, scaling[name])
 
 
 def _check_number(name: str, number: object) -> None:

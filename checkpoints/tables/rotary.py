@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
@@ -61,7 +61,7 @@ def rotary(
 
 
 def _part(fields: ConfigFields, name: str) -> dict[str, Any]:
-    """What a nested field gives: the base and the scaling's fields, without nulls."""
+    """The content of a nested field: the base and the scaling's fields, without nulls."""
     values = {k: v for k, v in (fields.mapping(name, None) or {}).items() if v is not None}
     inner = ConfigFields(values, fields.path, inside=name)
     inner.number("rope_theta", None)
@@ -149,5 +149,5 @@ def _longest(scaling: Mapping[str, Any] | None, n_ctx: int | None) -> int | None
     return max(n_ctx, int(factor * original))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
