@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def build_from(
     model = _empty(cfg, path)
     expected = model.state_dict()
     found = _keys_by_name(cfg, list(expected), list(tensors), names, path)
-    check_formats({name: tensors[found[name]] for name in expected}, path)
+    check_formats([tensors[found[name]] for name in expected if is_weight(name)], path)
     for name, want in expected.items():
         _check_tensor(found[name], tensors[found[name]], want.shape, path)
     model.load_state_dict({name: tensors[found[name]] for name in expected}, assign=True)
@@ -85,14 +85,12 @@ def is_weight(name: str) -> bool:
     return _ANGLES not in name
 
 
-def check_formats(tensors: Mapping[str, Tensor], path: Path, *, mixed: bool = True) -> None:
+def check_formats(weights: Sequence[Tensor], path: Path, *, mixed: bool = True) -> None:
     """Refuse weights of several number formats.
 
     Args:
-        tensors: A model's state, by our names.
         mixed: Whether formats of 16 and 32 bits may stand beside each other.
     """
-    weights = [tensor for name, tensor in tensors.items() if is_weight(name)]
     kinds = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
     if len(kinds) > 1 and not (mixed and kinds <= set(FORMATS[:3])):
         also = ", or have formats of 16 and 32 bits" if mixed else ""

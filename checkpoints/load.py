@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loopscope.checkpoints.errors import CheckpointError, shown
-from loopscope.checkpoints.fill import build_from, check_formats
+from loopscope.checkpoints.fill import build_from, check_formats, is_weight
 from loopscope.checkpoints.formats.base import Format, Given, Located
 from loopscope.checkpoints.formats.own import OWN
 from loopscope.checkpoints.formats.paper import PAPER
@@ -132,7 +132,7 @@ def save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in plain.state_dict().items()},
         folder,
     )
-    check_formats(tensors, folder, mixed=False)
+    check_formats([each for name, each in tensors.items() if is_weight(name)], folder, mixed=False)
     build_from(plain.cfg, tensors, None, folder)
     readout = {"readout": str(plain.read_at)} if plain.read_at else {}
     files: dict[str, Any] = {"config.json": plain.cfg.to_dict()}
@@ -231,9 +231,7 @@ def _find_vocabulary(
             return None
         if tokenizer is not None:
             return tokenizer
-    if given is True:
-        raise TypeError("vocab= must be a path, None or False, got True")
-    path = Path(given) if given else files.vocab
+    path = Path(given) if isinstance(given, str | Path) else files.vocab
     return None if path is None else _read_vocabulary(path, cfg)
 
 
