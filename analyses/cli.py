@@ -22,6 +22,8 @@ from loopscope.analyses.common.configs import (
     TwoHopDataConfig,
 )
 from loopscope.analyses.common.figures import FIGURES, FigureFile
+from loopscope.analyses.fetching import Fetch
+from loopscope.analyses.fetching import run as _fetch
 
 Flat = tyro.conf.arg(name="")
 FROM = "--from-file"
@@ -192,6 +194,7 @@ def _as_flags(sentence: str) -> str:
 def _commands() -> dict[str, Callable[..., Any]]:
     return {
         "list": List,
+        "fetch": Fetch,
         "report": Report,
         "explore": Explore,
         **{name: _listed(figure) for name, figure in FIGURES.items()},
@@ -258,6 +261,7 @@ def _report(command: Report) -> None:
 
 _RUNS: dict[type, Callable[[Any], None]] = {
     List: _list,
+    Fetch: _fetch,
     Data: _data,
     Train: _train,
     Explore: _explore,

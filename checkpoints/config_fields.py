@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.contents import Contents, Kind
 from loopscope.checkpoints.errors import CheckpointError, shown
-from loopscope.checkpoints.harmless import Reasons, changes_nothing
+from loopscope.checkpoints.fields.harmless import Reasons, changes_nothing
 
 _REQUIRED = object()
 

@@ -18,12 +18,13 @@ from loopscope.checkpoints.formats.own import OWN
 from loopscope.checkpoints.formats.paper import PAPER
 from loopscope.checkpoints.formats.released_folder import RELEASED_FOLDER
 from loopscope.checkpoints.formats.whole_pickle import WHOLE_PICKLE
+from loopscope.checkpoints.hub.fetched import find
 from loopscope.checkpoints.jsons import read_json, write_json
-from loopscope.checkpoints.locate import CheckpointFiles, locate
-from loopscope.checkpoints.placing import checked_device, checked_format, place_
+from loopscope.checkpoints.locate import CheckpointFiles
 from loopscope.checkpoints.release import ReleaseFacts
 from loopscope.checkpoints.tokenizer import HubTokenizer, UnusableTokenizer, find_tokenizer
 from loopscope.checkpoints.weight_files import plain_weights
+from loopscope.checkpoints.weights.placing import checked_device, checked_format, place_
 from loopscope.models.basis.files import usual_mode
 from loopscope.models.basis.tokens import Readout, Vocabulary, Words
 from loopscope.models.core.base import LoopedModel
@@ -54,9 +55,10 @@ def load(
     changes them.
 
     Args:
-        source: A shipped name ("ltg_trained"), a file (checkpoint_epoch_<N>.pt), or a folder: the
-            project's own format, or a release of a supported family (config.json with safetensors,
-            whole or sharded, or with a pickle).
+        source: A shipped name ("ltg_trained"), a public release that has been fetched
+            ("Ouro-1.4B"), a file (checkpoint_epoch_<N>.pt), or a folder: the project's own format,
+            or a release of a supported family (config.json with safetensors or pickles, whole or in
+            shards).
         n_heads, input_injection: Facts that a released pickle lacks; where a config records them,
             the arguments must agree with it.
         n_loops: Iterations to record, in place of those that the checkpoint records.
@@ -83,7 +85,7 @@ def load(
         CheckpointError: A file that cannot be used; the message says why and what to do.
     """
     kind, place = checked_format(dtype), checked_device(device)
-    located = Located(locate(source))
+    located = Located(find(source))
     files, card = located.files, located.card
     given = Given(
         ReleaseFacts(n_heads, input_injection, n_loops),
@@ -181,12 +183,12 @@ def unwrapped(model: nn.Module) -> LoopedModel:
 
 def read_card(source: str | Path) -> dict[str, Any]:
     """The content of a checkpoint's card.json; empty where there is none."""
-    return Located(locate(source)).card
+    return Located(find(source)).card
 
 
 def read_family(source: str | Path) -> str:
     """The family of a checkpoint, without loading its weights."""
-    located = Located(locate(source))
+    located = Located(find(source))
     return _format_of(located).family(located)
 
 

@@ -94,14 +94,19 @@ def _weights_in(folder: Path) -> Path:
             f"{folder} holds {len(found)} checkpoints; name one of"
             f" {', '.join(p.name for p in found)}"
         )
+    raise CheckpointError(_no_checkpoint(folder))
+
+
+def _no_checkpoint(folder: Path) -> str:
+    """The sentence for a folder without weights."""
     if (folder / _ADAPTER).is_file():
-        raise CheckpointError(
+        return (
             f"{folder} holds an adapter and not a model; load(base, adapter={str(folder)!r}) merges"
             " it into the weights of its base"
         )
     below = sorted({str(p.parent.relative_to(folder)) for p in folder.glob("**/*.pt")})
     hint = f"; there are some in {', '.join(below[:8])}" if below else ""
-    raise CheckpointError(
+    return (
         f"{folder} holds no checkpoint: expected {_OWN_WEIGHTS} with config.json, or a .pt"
         f" file{hint}"
     )

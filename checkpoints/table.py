@@ -13,8 +13,8 @@ from torch import Tensor
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.contents import Contents
 from loopscope.checkpoints.errors import CheckpointError, config_errors, shown
+from loopscope.checkpoints.fields.harmless import Reasons
 from loopscope.checkpoints.fill import build_from, drop_tied_head
-from loopscope.checkpoints.harmless import Reasons
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 
@@ -33,7 +33,7 @@ class Table:
             and the options that were passed to `load`; it removes the options that it reads.
         names: Our parameter name for each key that a file of this config may have.
         harmless: The fields that never change a result of this family, by the reason; those that
-            never change one of any family are listed in `harmless.py`.
+            never change one of any family are listed in `fields/harmless.py`.
         skipped: Keys that hold nothing which the forward pass needs, as a regular expression.
         tied: Where the config ties the head to the embedding: the key of the head, and the key of
             the embedding. A head that is stored must equal the embedding.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from loopscope.checkpoints.adapters import merged
 from loopscope.checkpoints.formats.base import Format, Given, Located, with_loops
 from loopscope.checkpoints.table import Release, load_by, recognize
 from loopscope.checkpoints.tables import TABLES
 from loopscope.checkpoints.weight_files import read_tensors
+from loopscope.checkpoints.weights.adapters import merged
 from loopscope.models.core.base import LoopedModel
 
 

@@ -213,8 +213,11 @@ def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | No
     if scaling is None:
         return None
     kind = kind_of(scaling)
-    for name in _fields_of(kind, scaling):
-        _check_number(name, scaling[name])
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise ValueError(
+            f"rope_scaling must be of the type {', '.join(map(repr, SCALINGS))}, got {kind!r}"
+        )
+    _check_numbers(kind, scaling)
     if kind == "llama3" and scaling["high_freq_factor"] == scaling["low_freq_factor"]:
         raise ValueError(
             "rope_scaling's high_freq_factor and low_freq_factor must differ, got"
@@ -223,19 +226,18 @@ def checked_scaling(scaling: Mapping[str, Any] | None) -> Mapping[str, Any] | No
     return None if kind == "default" else scaling
 
 
-def _fields_of(kind: object, scaling: Mapping[str, Any]) -> list[str]:
-    """The fields that a scaling of a kind states."""
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        raise ValueError(
-            f"rope_scaling must be of the type {', '.join(map(repr, SCALINGS))}, got {kind!r}"
-        )
+def _check_numbers(kind: str, scaling: Mapping[str, Any]) -> None:
+    """Raise where a number of a kind's is absent or is none that its field takes."""
     needed, possible = SCALINGS[kind]
-    missing = [name for name in needed if name not in scaling]
-    if missing:
-        raise ValueError(
-            f"rope_scaling of the type {kind!r} needs {missing[0]!r}, got {dict(scaling)}"
-        )
-    return [*needed, *(name for name in possible if scaling.get(name) is not None)]
+    for name in needed:
+        if name not in scaling:
+            raise ValueError(
+                f"rope_scaling of the type {kind!r} needs {name!r}, got {dict(scaling)}"
+            )
+        _check_number(name, scaling[name])
+    for name in possible:
+        if scaling.get(name) is not None:
+            _check_number(name, scaling[name])
 
 
 def _check_number(name: str, number: object) -> None:

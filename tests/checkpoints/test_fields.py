@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.harmless import COMMON
+from loopscope.checkpoints.fields.harmless import COMMON
 from loopscope.checkpoints.load import load, save
 from loopscope.checkpoints.tables import TABLES
 from loopscope.models.core.base import LoopedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,22 @@ def _settings(path: Path) -> _Settings:
     names = {name: _names(fields, values, name) for name in ("target_modules", "modules_to_save")}
     rank, alpha = fields.integer("r"), fields.number("lora_alpha")
     ranks, alphas = (fields.mapping(f"{name}_pattern", None) or {} for name in ("rank", "alpha"))
-    if min((rank, *(each if isinstance(each, int) else 0 for each in ranks.values()))) < 1:
-        raise CheckpointError(f"{path}: r and rank_pattern must be at least 1, got {rank}, {ranks}")
-    if any(isinstance(each, str | None) for each in alphas.values()):
-        raise CheckpointError(f"{path}: alpha_pattern must hold numbers, got {shown(alphas)}")
+    _check_numbers(path, [rank, *ranks.values()], alphas.values())
     by_root = fields.boolean("use_rslora", False)
     fields.done()
     targets, saved = names["target_modules"], names["modules_to_save"]
     saved = [saved] if isinstance(saved, str) else saved
     return _Settings(rank, alpha, ranks, alphas, by_root, targets, saved)
+
+
+def _check_numbers(path: Path, ranks: Iterable[object], alphas: Iterable[object]) -> None:
+    """Refuse ranks below 1 and scales that are no numbers."""
+    for rank in ranks:
+        if not isinstance(rank, int) or rank < 1:
+            raise CheckpointError(f"{path}: r and rank_pattern must be at least 1, got {rank!r}")
+    for alpha in alphas:
+        if not isinstance(alpha, int | float):
+            raise CheckpointError(f"{path}: alpha_pattern must hold numbers, got {alpha!r}")
 
 
 def _names(fields: ConfigFields, values: Mapping[str, Any], name: str) -> list[str] | str:
@@ -203,15 +210,19 @@ def _check_complete(
                 f"{path} holds factors of {shown(module)}, which is none of the target_modules of"
                 f" {CONFIG} ({shown(settings.targets)})"
             )
+    if not pairs and not whole:
+        raise CheckpointError(f"{path} holds no tensors")
+    kept = {key.rpartition(".")[0] for key in whole}
     named = settings.targets if isinstance(settings.targets, list) else []
-    absent = [
-        target for target in named if not any(f".{m}".endswith(f".{target}") for m in pairs)
-    ] + [saved for saved in settings.saved if not any(f".{saved}." in f".{key}" for key in whole)]
-    if absent or not (pairs or whole):
-        raise CheckpointError(
-            f"{path} holds nothing of {shown(absent[0] if absent else 'any module')}, which"
-            f" {CONFIG} names"
-        )
+    _check_present(named, set(pairs), path)
+    _check_present(settings.saved, kept, path)
+
+
+def _check_present(ends: Sequence[str], modules: Set[str], path: Path) -> None:
+    """Refuse a name with which no module's path ends."""
+    for end in ends:
+        if not any(f".{module}".endswith(f".{end}") for module in modules):
+            raise CheckpointError(f"{path} holds nothing of {shown(end)}, which {CONFIG} names")
 
 
 def _key_of(name: str, tensors: Mapping[str, Tensor], path: Path) -> str:

@@ -1,0 +1,3 @@
+"""Knowledge of the fields of released configs: `harmless.py` lists those that never change a
+result.
+"""

@@ -1,0 +1,100 @@
+"""The config fields of public releases at reduced width (tests/configs), weights for them, and the
+page that says which have a reference class. `python tests/helpers/release_configs.py` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.tables import TABLES
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.registry import build
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "releases.md"
+_GATE = dict.fromkeys(("model.early_exit_gate.weight", "model.early_exit_gate.bias"), torch.ones(1))
+_ABOUT = """# Releases and their reference classes
+
+The config fields of each release below are kept at reduced width in `tests/configs/`. A test loads
+each with random weights. Where transformers has a class for the release, the logits equal those of
+the class, to 5e-5 of the largest one. Where it has none, the family is compared with golden outputs
+of the release's own code (`tests/golden/`), and this test only loads the fields and runs the model.
+
+Fields that no result depends on are passed over; `checkpoints/fields/harmless.py` lists them with
+the reasons, and the tables in `checkpoints/tables/` list those of one family. Any other field is
+refused by its name, unless `load(..., ignore=("field",))` says to read the config without it.
+
+| fields of | exact to the reference class |
+|---|---|
+"""
+
+
+def release_configs() -> dict[str, tuple[str, dict[str, Any]]]:
+    """By name: the file's stem, which names the family or the kind, and the fields."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in sorted((ROOT / "tests" / "configs").glob("*.json")):
+        for name, fields in json.loads(path.read_text(encoding="utf-8")).items():
+            like = found[fields["like"]][1] if "like" in fields else {}
+            own = {key: value for key, value in fields.items() if key != "like"}
+            found[name] = path.stem, {**like, **own}
+    return found
+
+
+def reference_class(fields: Mapping[str, Any]) -> Any:
+    """The class of transformers for a config; None where it has none of its own."""
+    return getattr(transformers, fields.get("architectures", ["none"])[0], None)
+
+
+def write_reference(fields: Mapping[str, Any], folder: Path) -> Any:
+    """A random model of the reference class, written as a release with exactly these fields."""
+    kind = reference_class(fields)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    model.config.use_cache = False  # some classes want more of a config than released ones say
+    (folder / "config.json").write_text(json.dumps(fields))
+    return model
+
+
+def write_release_of(name: str, stem: str, fields: Mapping[str, Any], folder: Path) -> LoopedModel:
+    """A random model of our own, written under the release's keys with exactly these fields."""
+    family = (
+        ("retrofit_olmo" if "OLMo" in name else "retrofit_llama") if stem == "retrofit" else stem
+    )
+    table: Table = next(each for each in TABLES if each.family == family)
+    path = folder / "config.json"
+    path.write_text(json.dumps(fields))
+    cfg = table.config(ConfigFields(fields, path, harmless=table.harmless), _GATE, {})
+    torch.manual_seed(0)
+    model = build(cfg)
+    state, names = model.state_dict(), table.names(cfg)
+    tensors = {key: state[ours].clone() for key, ours in names.items() if ours in state}
+    save_file(tensors, folder / "model.safetensors")
+    return model
+
+
+def page() -> str:
+    """The page of releases, in Markdown."""
+    rows = []
+    for name, (_, fields) in release_configs().items():
+        kind = reference_class(fields)
+        said = "no reference" if kind is None else f"yes, to `{kind.__name__}`"
+        rows.append(f"| {name} | {said} |\n")
+    return _ABOUT + "".join(rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
