@@ -148,7 +148,9 @@ class LoopCache(Mapping[str, Tensor]):
             )
         return found[0]
 
-    def _from_the_start(self, place: tuple[str | int, ...], here: list[str]) -> tuple[object, ...]:
+    def _from_the_start(
+        self, place: tuple[str | int, ...], here: list[str]
+    ) -> tuple[str | int, ...]:
         """A place whose iteration and layer may count from the end, with both from 0."""
         if place and isinstance(place[0], int) and place[0] < 0:
             place = (self.n_loops + place[0], *place[1:])
