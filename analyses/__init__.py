@@ -3,7 +3,8 @@ command line.
 
 Start with `figures/`, one file per question. `common` opens checkpoints and writes records,
 `report` and `explorer` put figures on one page, `pages` writes the Markdown of docs/, `cli.py` is
-the command line. Imports everything; nothing imports it.
+the command line, `standalone.py` draws one figure with its title for it and for `loopscope.plots`.
+Imports everything; only the package's own door imports it.
 """
 
 from loopscope._one_name import refuse_second_name

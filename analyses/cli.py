@@ -285,7 +285,7 @@ def _draw(figure: FigureFile, args: list[str]) -> None:
         args = args[:place] + args[place + 2 :]
     command = tyro.cli(kind, prog=f"loopscope {figure.name}", args=args, default=default)
     records = import_module("loopscope.analyses.common.records")
-    standalone = import_module("loopscope.analyses.common.standalone")
+    standalone = import_module("loopscope.analyses.standalone")
     files = records.files_of(figure.name, command.output)
     _ready(files, command.output.overwrite, command.config.threads)
     made = standalone.make(figure, command.config)

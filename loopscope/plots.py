@@ -53,7 +53,7 @@ def _function(file: FigureFile) -> Callable[..., go.Figure]:
     kind = file.config()
 
     def draw(source: Any = None, /, **settings: Any) -> go.Figure:
-        from loopscope.analyses.common.standalone import make
+        from loopscope.analyses.standalone import make
 
         figure: go.Figure = make(file, _config(kind, source, settings)).figure
         return figure

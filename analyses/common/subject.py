@@ -214,7 +214,7 @@ def _without_questions(config: SourceConfig) -> tuple[Subject, Path | None]:
         return Subject(config.checkpoint, load_model(config), {}, None, {}), None
     files = locate(config.checkpoint)
     subject = Subject(
-        name=_name(config.checkpoint),
+        name=called(config.checkpoint),
         model=load_model(config),
         questions={},
         graph=read_graph(files.graph) if files.graph else None,
@@ -223,7 +223,8 @@ def _without_questions(config: SourceConfig) -> tuple[Subject, Path | None]:
     return subject, files.questions
 
 
-def _name(checkpoint: str) -> str:
+def called(checkpoint: str) -> str:
+    """The name of a checkpoint: a shipped one's own, else the file's or the folder's."""
     return checkpoint if checkpoint in shipped_names() else Path(checkpoint).name
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import Record, markdown_table, picture, write_all
-from loopscope.analyses.common.standalone import make
+from loopscope.analyses.standalone import make
 from loopscope.checkpoints.load import save
 from loopscope.models.core.registry import build
 from loopscope.models.families.ouro import OuroConfig

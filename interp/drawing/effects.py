@@ -35,7 +35,7 @@ def _grid_map(site: str, grid: Grid, record: Sweep, scaled: bool) -> CellMap:
     values = grid.values.flatten(2).flatten(0, 1).double()
     kept = [i for i, row in enumerate(values) if not bool(row.isnan().all())]
     parts = {"position": grid.positions != (None,), "head": grid.heads != (None,)}
-    unit = "effect (0 corrupted, 1 clean)" if scaled else record.metric
+    unit = "effect\n0 corrupted\n1 clean" if scaled else record.metric
     return CellMap(
         title=site,
         columns=[_coordinate(column) for column in columns],

@@ -104,11 +104,10 @@ def attention(record: AttentionDynamics, title: str) -> go.Figure:
 
 
 def spectrum(record: JacobianSpectrum, title: str) -> go.Figure:
-    """The eigenvalues on the complex plane, with the unit circle; the leading one has a star."""
-    points = [
-        Curve(f"example {i}, no. {k}", [value.real], [value.imag], 0 if k == 0 else None)
-        for i, row in enumerate(record.eigenvalues.tolist())
-        for k, value in enumerate(row)
-        if not math.isnan(value.real)
-    ]
-    return plane(points, ("real part", "imaginary part"), title, circle=True)
+    """The eigenvalues of each example on the complex plane; the leading one has a star."""
+    examples = []
+    for i, row in enumerate(record.eigenvalues.tolist()):
+        kept = [value for value in row if not math.isnan(value.real)]
+        real, imag = [value.real for value in kept], [value.imag for value in kept]
+        examples.append(Curve(f"example {i}", real, imag, star=0))
+    return plane(examples, ("real part", "imaginary part"), title, circle=True)

@@ -56,7 +56,7 @@ class CellMap:
         texts = self.texts if self.texts is not None else self._numbers()
         hover = "%{y}<br>%{x}<br>%{customdata}" if self.hover else "%{y}<br>%{x}"
         settings = {
-            "colorbar": {"title": {"text": self.unit}, "thickness": 10, "outlinewidth": 0},
+            "colorbar": _bar(self.unit),
             **self._colors(),
             **own,
         }
@@ -72,9 +72,13 @@ class CellMap:
             customdata=[["<br>".join(map(label, cell.split("\n"))) for cell in row]
                         for row in self.hover or ()] or None,
             hoverongaps=False,
-            hovertemplate=f"{hover}<br>{self.unit} %{{z:.3g}}<extra></extra>",
+            hovertemplate=f"{hover}<br>{self._short_unit()} %{{z:.3g}}<extra></extra>",
             **settings,
         )  # fmt: skip
+
+    def _short_unit(self) -> str:
+        """The first line of the unit."""
+        return label(self.unit.splitlines()[0]) if self.unit else ""
 
     def _numbers(self) -> Words:
         if len(self.columns) > _WRITTEN:
@@ -86,8 +90,7 @@ class CellMap:
             return {"zmin": 0, "zmax": 1, "colorscale": ACCURACY_SCALE}
         if self.scale == "size":
             return {"colorscale": ACCURACY_SCALE}
-        reach = max((abs(v) for row in self.values for v in row if v == v), default=0.0) or 1.0
-        return {"zmin": -reach, "zmax": reach, "zmid": 0, "colorscale": "RdBu_r"}
+        return {"zmid": 0, "colorscale": "RdBu_r", **_reach([self])}
 
 
 def _named(name: Name) -> Name:
@@ -101,26 +104,50 @@ def _written(value: float | int) -> str:
 
 
 def cell_maps(maps: Sequence[CellMap], title: str = "") -> go.Figure:
-    """Maps of cells side by side."""
-    count = len(maps)
-    gap = 0.13 if count > 1 else 0.0
-    width = (1 - gap * (count - 1)) / count
+    """Maps of cells, at most two side by side; maps of one unit and scale share their colours."""
+    cols = min(2, len(maps))
+    rows = -(-len(maps) // cols)
+    together = len({(each.unit, each.scale) for each in maps}) == 1
     plot = make_subplots(
-        cols=count, horizontal_spacing=gap, subplot_titles=[label(each.title) for each in maps]
+        rows=rows,
+        cols=cols,
+        horizontal_spacing=0.12 if together else 0.24,
+        vertical_spacing=0.3 / rows,
+        subplot_titles=[label(each.title) for each in maps],
     )
+    reach = _reach(maps) if together else {}
     for i, each in enumerate(maps):
-        right = i * (width + gap) + width
-        bar = {"title": {"text": each.unit}, "thickness": 10, "outlinewidth": 0, "x": right}
-        plot.add_trace(each.trace(colorbar={**bar, "xanchor": "left"}), row=1, col=i + 1)
-        place = {"row": 1, "col": i + 1}
+        place = {"row": i // cols + 1, "col": i % cols + 1}
+        corner = plot.get_subplot(**place)
+        right, domain = corner.xaxis.domain[1], corner.yaxis.domain
+        bar = {"x": 1.0 if together else right, "y": domain[1], "len": domain[1] - domain[0]}
+        look = {"showscale": not together or i == cols - 1, **reach}
+        plot.add_trace(each.trace(colorbar=_bar(each.unit, **bar, yanchor="top"), **look), **place)
         plot.update_xaxes(title=each.axes[0], type="category", tickangle=-30, **place)
         plot.update_yaxes(title=each.axes[1], type="category", **place)
     plot.update_annotations(font_size=13)
     longest = max((len(str(name)) for each in maps for name in each.columns), default=0)
     bottom = 60 + min(110, 4 * longest)
-    rows = max(len(each.rows) for each in maps)
-    drawn = styled(plot, 110 + bottom + 24 * max(5, rows)).update_layout(margin_b=bottom)
-    return titled(drawn, title)
+    tallest = max(len(each.rows) for each in maps)
+    height = 58 + bottom + rows * (70 + 24 * max(5, tallest))
+    return titled(styled(plot, height).update_layout(margin_b=bottom), title)
+
+
+def _bar(unit: str, **place: Any) -> dict[str, Any]:
+    """A colour bar under the name of its unit; a line end in the name is one on the figure."""
+    text = label(unit).replace("\n", "<br>")
+    return {"title": {"text": text}, "thickness": 10, "outlinewidth": 0, **place}
+
+
+def _reach(maps: Sequence[CellMap]) -> dict[str, Any]:
+    """The ends of a colour scale that some maps share."""
+    values = [v for each in maps for row in each.values for v in row if v == v]
+    if maps[0].scale == "share" or not values:
+        return {}
+    if maps[0].scale == "size":
+        return {"zmin": min(values), "zmax": max(values)}
+    most = max(map(abs, values)) or 1.0
+    return {"zmin": -most, "zmax": most}
 
 
 @dataclass(frozen=True)
@@ -181,7 +208,7 @@ def curves(panels: Sequence[CurvePanel], title: str = "") -> go.Figure:
         rows=rows,
         cols=cols,
         horizontal_spacing=0.12,
-        vertical_spacing=0.22 / rows,
+        vertical_spacing=0.3 / rows,
         subplot_titles=[label(each.title) for each in panels],
     )
     named = dict.fromkeys(curve.name for each in panels for curve in each.curves)
@@ -235,17 +262,20 @@ def _line(curve: Curve, color: str) -> go.Scatter:
 def plane(
     paths: Sequence[Curve], axes: tuple[str, str], title: str = "", circle: bool = False
 ) -> go.Figure:
-    """Points or paths on a plane; a path's last point is its star.
+    """Paths on a plane, or points around the unit circle.
 
     Args:
+        paths: A path with a star at one point, or the points of one example with a star at one.
         axes: The titles of the two axes.
-        circle: Whether the unit circle is drawn.
+        circle: Whether the points stand alone and the unit circle is drawn.
     """
     palette = _Palette(tuple(dict.fromkeys(path.name for path in paths)))
     plot = go.Figure([_line(path, palette[path.name]) for path in paths])
     if circle:
-        edge = {"x0": -1, "x1": 1, "y0": -1, "y1": 1, "line": {"color": FAINT, "width": 1}}
-        plot.add_shape(type="circle", xref="x", yref="y", **edge)
+        plot.update_traces(mode="markers")
+        line = {"color": FAINT, "width": 1}
+        plot.add_shape(type="circle", x0=-1, x1=1, y0=-1, y1=1, line=line, layer="below")
+        plot.update_shapes(fillcolor="rgba(0,0,0,0)")
         plot.update_yaxes(scaleanchor="x")
     plot.update_xaxes(title=axes[0], showgrid=True, zeroline=False)
     plot.update_yaxes(title=axes[1], showgrid=True, zeroline=False)

@@ -120,21 +120,18 @@ def test_the_weights_hash_is_of_the_weights_alone() -> None:
 
 
 def plots_facts(model: Any) -> str:
-    from loopscope.analyses.common.standalone import _facts
+    from loopscope.analyses.standalone import _facts
 
     return str(_facts(model)["weights"])
 
 
 @pytest.mark.browser
-def test_a_sentence_becomes_a_pdf_from_the_shell_and_from_python(
+def test_a_sentence_becomes_a_pdf_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["lens", ouro_folder(), "--text", CAT, "--pdf", "--out", str(tmp_path)])
     assert (tmp_path / "lens.pdf").read_bytes().startswith(b"%PDF")
     assert f"wrote {tmp_path / 'lens.pdf'}" in capsys.readouterr().out
-    figure = plots.lens(ouro_folder(), text=CAT)
-    figure.write_image(tmp_path / "own.pdf")
-    assert (tmp_path / "own.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_the_room_is_an_attribute_of_the_package() -> None:

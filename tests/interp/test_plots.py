@@ -103,6 +103,8 @@ def test_the_maps_of_a_sweep_are_its_grid() -> None:
     drawn = torch.tensor(figure.data[1].z, dtype=torch.float64)
     assert torch.allclose(drawn, grid.flatten(2).flatten(0, 1).double())
     assert list(figure.data[1].x) == ["2.0", "2.4", "3.0", "3.4"]
+    assert figure.data[0].zmax == figure.data[1].zmax == -figure.data[0].zmin
+    assert [trace.showscale for trace in figure.data] == [False, True]
     assert len(sweep.plot("resid_pre").data) == 1
     with pytest.raises(ValueError, match="this sweep has the sites resid_pre, z"):
         sweep.plot("mlp_out")
@@ -126,10 +128,14 @@ def test_the_gate_of_an_exit_is_drawn_as_a_mean_over_places() -> None:
 
 def test_eigenvalues_stand_on_the_complex_plane() -> None:
     found = jacobian_spectrum(toy(), padded(), 1, LOOPS, krylov=3)
-    leading = [trace for trace in found.plot().data if trace.name.endswith("no. 0")]
-    values = found.eigenvalues[:, 0]
-    assert [trace.x[0] for trace in leading] == pytest.approx(values.real.tolist())
-    assert [trace.y[0] for trace in leading] == pytest.approx(values.imag.tolist())
+    drawn = found.plot().data
+    assert len(drawn) == len(found.eigenvalues) == 3
+    for trace, values in zip(drawn, found.eigenvalues, strict=True):
+        kept = values[~values.real.isnan()]
+        assert list(trace.x) == pytest.approx(kept.real.tolist())
+        assert list(trace.y) == pytest.approx(kept.imag.tolist())
+        assert trace.marker.symbol[0] == "star"
+        assert trace.mode == "markers"
 
 
 def test_every_other_record_is_drawn_with_its_numbers() -> None:

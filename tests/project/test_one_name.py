@@ -164,7 +164,7 @@ def test_each_public_call_is_made_where_the_stub_says() -> None:
 
 
 def test_dir_lists_the_public_calls() -> None:
-    assert set(dir(loopscope)) == {*loopscope.__all__, "__version__"}
+    assert set(dir(loopscope)) == {*loopscope.__all__, "plots", "__version__"}
 
 
 @pytest.mark.parametrize("name", ["lode", "HookedTransformer", "_private"])

@@ -21,7 +21,7 @@ from loopscope.analyses.common.configs import (
 )
 from loopscope.analyses.common.figures import FigureFile
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.subject import load_model
+from loopscope.analyses.common.subject import called, load_model
 from loopscope.interp.common.fingerprint import described
 from loopscope.interp.drawing.labels import label, shortened
 from loopscope.interp.drawing.look import titled
@@ -116,7 +116,7 @@ def _commit() -> str:
 
 def _title(name: str, config: Any, record: Record, facts: Mapping[str, Mapping[str, Any]]) -> str:
     """Two lines: the figure with its checkpoint, and the input with the settings."""
-    of = f": {_few(list(facts))}" if facts else ""
+    of = f": {_few(list(map(called, facts)))}" if facts else ""
     said = [record.heading() or _inputs(config), *_settings(config, list(facts.values()))]
     below = label(" · ".join(shortened(each, _LONGEST) for each in said if each))
     first = f"<b>{label(name.replace('-', ' '))}</b>{label(of)}"
