@@ -22,10 +22,26 @@ from loopscope.models.core.registry import build
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "releases.md"
 _GATE = dict.fromkeys(("model.early_exit_gate.weight", "model.early_exit_gate.bias"), torch.ones(1))
-_ABOUT = """# Releases and their reference classes
+_ABOUT = """# Releases
 
-The config fields of each release below are kept at reduced width in `tests/configs/`. A test loads
-each with random weights. Where transformers has a class for the release, the logits equal those of
+`loopscope list` names the known releases; `loopscope fetch NAME` says how large one is and brings
+it. `load` then takes the name, and besides it:
+
+| argument | what it does |
+|---|---|
+| `ignore=("field",)` | reads config.json without these fields |
+| `dtype="bfloat16"`, `device="cuda"` | the number format and the place of all weights |
+| `adapter=folder` | merges a LoRA adapter in peft's layout, as peft does |
+| `vocab=False` | no vocabulary, and no warning about a tokenizer that cannot be used |
+
+A tokenizer that cannot be used is one warning with the reason, and the weights load. A file that
+mixes number formats of 16 and 32 bits loads in float32 with a warning, unless `dtype=` is given.
+
+## Fields of config.json, and reference classes
+
+The config fields of each release below are kept at reduced width in `tests/configs/`: those of
+Ouro-1.4B, Ouro-2.6B and Ouro-2.6B-Thinking from the files themselves, the others as public copies,
+golden cases and the releases' own code show them. A test loads each with random weights. Where transformers has a class for the release, the logits equal those of
 the class, to 5e-5 of the largest one. Where it has none, the family is compared with golden outputs
 of the release's own code (`tests/golden/`), and this test only loads the fields and runs the model.
 
@@ -58,10 +74,12 @@ def write_reference(fields: Mapping[str, Any], folder: Path) -> Any:
     """A random model of the reference class, written as a release with exactly these fields."""
     kind = reference_class(fields)
     torch.manual_seed(0)
-    model = kind(kind.config_class(**fields)).eval()
+    config = kind.config_class(**fields)
+    model = kind._from_config(config, experts_implementation="eager", dtype="float32").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
+            size = float(parameter.abs().mean()) or 0.2
+            parameter.add_(0.5 * size * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     model.config.use_cache = False  # some classes want more of a config than released ones say
     (folder / "config.json").write_text(json.dumps(fields))
