@@ -83,7 +83,6 @@ _OF_WHAT_IS_OFF = (
 )
 _OF_TRAINING = (
     "name",
-    "license",
     "dropout",
     "min_iters",
     "max_iters",

@@ -154,7 +154,7 @@ class Rotary:
         """
         context = scaling["original_max_position_embeddings"]
 
-        def pair_that_turns(times: float) -> float:
+        def pair_that_turns(times: float | int) -> float:
             """The pair of channels that turns so many times over the original length."""
             ratio = math.log(context / (times * 2 * math.pi))
             return self.d_head * ratio / (2 * math.log(self.theta))
@@ -265,7 +265,7 @@ def _magnitude(scaling: Mapping[str, Any] | None) -> float:
     if stated is not None:
         return float(stated)
 
-    def grown(weight: float) -> float:
+    def grown(weight: float | int) -> float:
         return 0.1 * weight * math.log(max(scaling["factor"], 1.0)) + 1.0
 
     own, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
