@@ -174,6 +174,8 @@ from .models.basis.tokens import (
     Readout as Readout,
 )
 from .models.core.cache import LoopCache as LoopCache
+from .models.core.check import check_family as check_family
+from .models.core.registry import register as register
 from .models.views import (
     unrolled as unrolled,
 )
