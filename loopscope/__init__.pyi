@@ -174,7 +174,7 @@ from .models.basis.tokens import (
     Readout as Readout,
 )
 from .models.core.cache import LoopCache as LoopCache
-from .models.core.check import check_family as check_family
+from .models.check import check_family as check_family
 from .models.core.registry import register as register
 from .models.views import (
     unrolled as unrolled,
@@ -182,6 +182,7 @@ from .models.views import (
 from .models.views import (
     untied as untied,
 )
+from .models.wrapped.wrap import wrap as wrap
 from .training.trainer import train as train
 
 __version__: str

@@ -15,9 +15,9 @@ from torch import Tensor
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.models.basis.tokens import Batch
+from loopscope.models.check import check_attends
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.check import check_attends
 from loopscope.models.core.state import State
 
 BEFORE = -1  # joins before the first visit

@@ -76,6 +76,18 @@ def test_a_readout_of_the_page_is_a_shorter_call(page: dict[str, Any]) -> None:
     assert torch.equal(page["lens"].top(1).tokens[..., 0].view(3, -1), torch.stack(top))
 
 
+def test_the_wrapped_module_of_the_page_is_asked_the_same(page: dict[str, Any]) -> None:
+    cache, lens, sweep = page["cache"], page["wrapped_lens"], page["wrapped_sweep"]
+    assert page["logits"].shape == (4, 7, 29)
+    assert cache["resid_post", 2, 1].shape == (4, 7, 15)
+    assert "loops.1.blocks.0.hook_ff" in page["wrapped"].hook_names()
+    said = page["logits"][:, -1].argmax(-1)
+    assert torch.equal(lens.top(1).tokens[-1, :, 0], said)
+    assert [cell.name for cell in sweep.cells] == [cell.name for cell in page["sweep"].cells]
+    assert_close(sweep.values[-1], page["metric"](page["logits"][:, -1]))
+    assert page["dory"]["blocks"] == "model.layers[4:10]"
+
+
 def lying(page: dict[str, Any], **declared: Any) -> LoopedModel:
     """The page's model under a class that declares otherwise."""
     kind = type("Lying", (page["Mine"],), declared)
@@ -130,7 +142,7 @@ def shorter(self: Any, n_loops: int) -> list[Any]:
         ({"edge_sites": unvisited}, "nothing passes through the declared site 'hook_pos_embed'"),
         ({"lens_site": "hook_out"}, "lens_site names 'loops.0.blocks.0.hook_out'"),
         ({"plan": doubled}, "'loops.0.blocks.0.hook_resid_pre' stands for two places"),
-        ({"plan": shorter}, "no block in iteration 1 of 2"),
+        ({"plan": shorter}, "no block in iteration 2 of 3"),
     ],
 )
 def test_a_declaration_that_does_not_hold_is_one_sentence(

@@ -24,12 +24,12 @@ def check_family(model: LoopedModel, n_loops: int | None = None) -> None:
     A declaration that holds on these tokens need not hold on all; one that fails is wrong.
 
     Args:
-        n_loops: Iterations of the calls; None means two.
+        n_loops: Iterations of the calls; None means what the model records, or two.
 
     Raises:
         ValueError: One sentence for each declaration that does not hold.
     """
-    n_loops = _LOOPS if n_loops is None else n_loops
+    n_loops = n_loops or model.cfg.n_loops or _LOOPS
     width = min(_WIDTH, model.cfg.n_ctx or _WIDTH)
     generator = torch.Generator().manual_seed(0)
     size = (_ROWS, width)
