@@ -174,12 +174,15 @@ from .models.basis.tokens import (
     Readout as Readout,
 )
 from .models.core.cache import LoopCache as LoopCache
+from .models.check import check_family as check_family
+from .models.core.registry import register as register
 from .models.views import (
     unrolled as unrolled,
 )
 from .models.views import (
     untied as untied,
 )
+from .models.wrapped.wrap import wrap as wrap
 from .training.trainer import train as train
 
 __version__: str

@@ -15,6 +15,7 @@ from torch import Tensor
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.models.basis.tokens import Batch
+from loopscope.models.check import check_attends
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State
@@ -98,6 +99,7 @@ class BaseRun:
             state = model.advance(state, index, store=store)
             states[index] = state
         end = model.advance(state, store=store)
+        check_attends(model, store, n_loops)
         return cls(model, batch, states, end, store, model.readout(end, batch.readout))
 
 

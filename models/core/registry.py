@@ -9,19 +9,60 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 
 FAMILIES: dict[str, tuple[type[LoopedConfig], type[LoopedModel]]] = {}
+REQUIRED = ("plan", "edge_sites", "embed", "normalize", "unembed")
+FACTS = ("causal", "prefix_readout", "batch_independent", "rowwise", "additive_residual")
 
 
 Model = TypeVar("Model", bound=type[LoopedModel])
 
 
-def family(config: type[LoopedConfig]) -> Callable[[Model], Model]:
-    """Register a model class under its config's family name."""
+def register(config: type[LoopedConfig]) -> Callable[[Model], Model]:
+    """A decorator that makes a model class a family, under its config's family name.
 
-    def register(model: Model) -> Model:
+    A family so made is built, saved and loaded by its name, and can be given to every method.
+    `check_family` tries whether its facts hold.
+
+    Args:
+        config: The family's config, a frozen dataclass that extends `LoopedConfig`.
+
+    Raises:
+        TypeError: A config or a class that lacks what a family must have.
+        ValueError: A family name that is empty or that another family has.
+    """
+
+    def add(model: Model) -> Model:
+        _check_declared(config, model)
         FAMILIES[config.family] = (config, model)
         return model
 
-    return register
+    return add
+
+
+family = register  # how the project's own families call it
+
+
+def _check_declared(config: type[LoopedConfig], model: type[LoopedModel]) -> None:
+    """Raise where a config or a class lacks what a family must have."""
+    for kind, base in ((config, LoopedConfig), (model, LoopedModel)):
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            raise TypeError(f"a family needs a class that extends {base.__name__}, got {kind!r}")
+    if not config.family:
+        raise ValueError(
+            f"{config.__name__} must name its family; add `family: ClassVar[str] = ...` to it"
+        )
+    known = FAMILIES.get(config.family)
+    if known is not None and known[1].__qualname__ != model.__qualname__:
+        raise ValueError(
+            f"a family's name must be its own, but {config.family!r} is {known[1].__name__}; give"
+            f" {config.__name__} another `family`"
+        )
+    missing = [name for name in REQUIRED if getattr(model, name) is getattr(LoopedModel, name)]
+    if missing:
+        raise TypeError(f"a family must define {', '.join(missing)}, which {model.__name__} lacks")
+    for fact in FACTS:
+        value = getattr(model, fact)
+        if not isinstance(value, bool | property):
+            raise TypeError(f"{model.__name__}.{fact} must be True or False, got {value!r}")
 
 
 def config_from_dict(values: Mapping[str, Any]) -> LoopedConfig:

@@ -1,0 +1,188 @@
+"""`wrap`: any PyTorch module that calls the same submodules several times as a looped model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from loopscope.models.core.state import Slot
+from loopscope.models.wrapped.calls import AFTER, BEFORE
+from loopscope.models.wrapped.model import Layout, Wrapped, WrappedConfig
+
+Stacks = Mapping[str, str | tuple[str, int]]
+Part = str | Callable[[Tensor], Tensor] | None
+_OUTSIDE = ("prelude", "coda")
+
+
+def wrap(
+    module: nn.Module,
+    blocks: str | Stacks,
+    n_loops: int,
+    *,
+    norm: Part = None,
+    head: Part = None,
+    embed: str | None = None,
+    sites: Mapping[str, str] | None = None,
+    causal: bool = True,
+    batch_independent: bool = True,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Wrapped:
+    """A looped model around a module, by counting its calls of some submodules.
+
+    The module is not changed: hooks of PyTorch's are put on its blocks for the length of a run, and
+    its own hooks and its mode stay. Each run is a whole run of the module, so a cell of
+    `activation_patch` costs one.
+
+    Args:
+        module: A language model: from tokens to logits, alone, as `.logits`, or first of several.
+        blocks: The list of blocks that every iteration calls, by its name in the module
+            ("model.layers", or a piece of it, "model.layers[4:10]"). Or several lists, by stage, in
+            the order of their calls: "prelude" before the loop, "coda" after it, "blocks" in every
+            iteration, and any other word as a stack of that name in every iteration
+            (`loops.3.high.blocks.0`). A pair (list, k) is a stack that every iteration calls k
+            times (`loops.3.low.1.blocks.0`).
+        n_loops: Iterations that the module runs.
+        norm, head: What follows the last block, by name or as functions; lenses read through them.
+        embed: The token embedding's name, for `hook_embed`; None finds it.
+        sites: More hook points of each block, by site, as the output of a submodule of the block:
+            {"hook_attn_out": "self_attn", "hook_mlp_out": "mlp"}.
+        causal, batch_independent: Facts of the module; see `loopscope.models.core.family.Family`.
+        kwargs: Further arguments of every call of the module.
+
+    Raises:
+        ValueError: A name that the module does not have. At the first run: a number or an order of
+            calls that is not the promised one, or a norm and a head that do not make the logits.
+    """
+    stacks = _stacks(module, {"blocks": blocks} if isinstance(blocks, str) else blocks)
+    found = {path: inner for _, (path, inner, _) in stacks.items()}
+    paths = {
+        block: f"{path}.{number}"
+        for path, inner in found.items()
+        for number, block in enumerate(inner)
+    }
+    shown = dict(sites or {})
+    for block, path in paths.items():
+        for name in shown.values():
+            _submodule(block, name, f"a block, {path!r},")
+    embedding = _embedding(module, embed)
+    layout = Layout(
+        plan=partial(_plan, stacks, (BEFORE, *shown, AFTER)),
+        paths=paths,
+        parts=shown,
+        embedding=embedding,
+        norm=_part(module, norm),
+        head=_part(module, head),
+        kwargs=dict(kwargs or {}),
+    )
+    facts = {"causal": causal, "batch_independent": batch_independent}
+    kind = type(f"Wrapped{type(module).__name__}", (Wrapped,), facts)
+    cfg = _config(module, embedding, sum(map(len, found.values())), n_loops)
+    model: Wrapped = kind(cfg, module, layout)
+    return model
+
+
+def _stacks(module: nn.Module, named: Stacks) -> dict[str, tuple[str, list[nn.Module], int]]:
+    """Each stage's list of blocks: its name in the module, its modules, its calls per iteration."""
+    stacks = {}
+    for stage, given in named.items():
+        path, calls = (given, 1) if isinstance(given, str) else given
+        stacks[stage] = (path, _blocks(module, path), calls)
+    if not set(stacks) - set(_OUTSIDE):
+        raise ValueError(f"`blocks` must name blocks of the loop, got only {sorted(stacks)}")
+    return stacks
+
+
+def _blocks(module: nn.Module, path: str) -> list[nn.Module]:
+    """The blocks of a list, or of a piece of one ("layers[4:10]"); one module is a list of one."""
+    parsed = re.fullmatch(r"([\w.]*)(?:\[(-?\d*):(-?\d*)\])?", path)
+    if parsed is None:
+        raise ValueError(
+            f"blocks must be a name like 'model.layers' or 'layers[4:10]', got {path!r}"
+        )
+    name, first, last = parsed.groups()
+    found = _submodule(module, name, "the module")
+    lists = isinstance(found, nn.ModuleList | nn.Sequential)
+    blocks = list(found.children()) if lists else [found]
+    piece = blocks[int(first) if first else None : int(last) if last else None]
+    if not piece:
+        raise ValueError(f"blocks must name at least one block, got none at {path!r}")
+    return piece
+
+
+def _submodule(module: nn.Module, name: str, what: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        names = [known for known, _ in module.named_children()]
+        raise ValueError(f"{what} has no submodule {name!r}; it has {names}") from None
+
+
+def _part(module: nn.Module, part: Part) -> Callable[[Tensor], Tensor] | None:
+    return _submodule(module, part, "the module") if isinstance(part, str) else part
+
+
+def _embedding(module: nn.Module, name: str | None) -> nn.Module:
+    """The token embedding: by its name, as transformers tells it, or the only one there is."""
+    if name is not None:
+        return _submodule(module, name, "the module")
+    if hasattr(module, "get_input_embeddings"):
+        known = module.get_input_embeddings()
+        if isinstance(known, nn.Module):
+            return known
+    found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
+    if len(found) != 1:
+        raise ValueError(
+            f"embed= must name the token embedding, as the module has {len(found)}: {sorted(found)}"
+        )
+    return next(iter(found.values()))
+
+
+def _plan(
+    stacks: Mapping[str, tuple[str, list[nn.Module], int]], sites: tuple[str, ...], n_loops: int
+) -> list[Slot]:
+    """The visits of a call in the order in which the stages were given."""
+    slots = []
+    stages = {stage: inner for stage, (_, inner, _) in stacks.items()}
+
+    def run(prefix: str, stage: str, loop: int | None) -> list[Slot]:
+        kind = prefix.partition(".")[0]
+        return [
+            Slot(f"{prefix}.{layer}", kind, loop, layer, block, sites)
+            for layer, block in enumerate(stages[stage])
+        ]
+
+    if "prelude" in stages:
+        slots += run("prelude", "prelude", None)
+    for t in range(n_loops):
+        for stage, (_, _, calls) in stacks.items():
+            for k in range(calls if stage not in _OUTSIDE else 0):
+                inner = "" if stage == "blocks" else f"{stage}."
+                inner += f"{k}." if calls > 1 else ""
+                slots += run(f"loops.{t}.{inner}blocks", stage, t)
+    if "coda" in stages:
+        slots += run("coda", "coda", None)
+    return slots
+
+
+def _config(module: nn.Module, embedding: nn.Module, n_layers: int, n_loops: int) -> WrappedConfig:
+    """Sizes, as far as the module's config or its embedding tells them."""
+    told = getattr(module, "config", None)
+    rows = getattr(embedding, "num_embeddings", None)
+    width = getattr(told, "hidden_size", None) or getattr(embedding, "embedding_dim", None)
+    if rows is None or width is None:
+        raise ValueError(
+            "the token embedding must be an nn.Embedding, or have its num_embeddings and"
+            f" embedding_dim, got a {type(embedding).__name__}"
+        )
+    return WrappedConfig(
+        n_layers=n_layers,
+        n_loops=n_loops,
+        d_model=width,
+        n_heads=getattr(told, "num_attention_heads", None) or 1,
+        d_mlp=getattr(told, "intermediate_size", None) or 4 * width,
+        d_vocab=rows,
+    )
