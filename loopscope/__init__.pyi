@@ -173,8 +173,8 @@ from .models.basis.tokens import (
 from .models.basis.tokens import (
     Readout as Readout,
 )
-from .models.core.cache import LoopCache as LoopCache
 from .models.check import check_family as check_family
+from .models.core.cache import LoopCache as LoopCache
 from .models.core.registry import register as register
 from .models.views import (
     unrolled as unrolled,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -182,6 +182,10 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
     """
 
     _source: Flat
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *inputs: Any, **options: Any) -> Tensor: ...
 
     def __init__(self, model: Flat, n_loops: int, fold_ln: bool) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -79,6 +79,20 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         self.watch = self._points.watch
         self._schedules = Schedules(self, self.plan, self._points)
         self._hooking = Interventions(self, self._points)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, *inputs: Any, return_type: None, **options: Any) -> None: ...
+        @overload
+        def __call__(
+            self, *inputs: Any, return_type: Literal["both"], **options: Any
+        ) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, *inputs: Any, return_type: Literal["logits", "loss"] = ..., **options: Any
+        ) -> Tensor: ...
+        def __call__(self, *inputs: Any, **options: Any) -> Any: ...
 
     def __repr__(self) -> str:
         return describe.as_text(self)
@@ -391,7 +405,8 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
             )
         n_loops = loops_of_call(model_args, model_kwargs, self.cfg.n_loops)
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts, n_loops):
-            return self(*model_args, **model_kwargs)
+            logits: Tensor = self(*model_args, **model_kwargs)
+        return logits
 
     def get_caching_hooks(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loopscope.models.core.hooks import HookWatch
 
@@ -30,14 +30,11 @@ class EagerWhileHooked(nn.Module):
         """Whether any point holds a hook."""
         return self.watch.may_hold and bool(self.watch)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.watch.may_hold:  # the compiler is not loaded for a model that nobody compiles
             run = _eagerly_in_a_graph if "torch._dynamo" in sys.modules else _eagerly
-            result = run(self, args, kwargs)
-        else:
-            result = super().__call__(*args, **kwargs)
-        return result
+            return run(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 def _eagerly(module: EagerWhileHooked, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

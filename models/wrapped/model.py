@@ -290,5 +290,5 @@ def _weight(module: object, kind: type[nn.Module], name: str) -> Tensor:
         raise ValueError(
             f"this needs {name}= to be an nn.{kind.__name__}, got a {type(module).__name__}"
         )
-    weight: Tensor = module.weight  # type: ignore[attr-defined]  # of both kinds
+    weight: Tensor = vars(module)["_parameters"]["weight"]
     return weight

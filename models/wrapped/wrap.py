@@ -129,10 +129,10 @@ def _embedding(module: nn.Module, name: str | None) -> nn.Module:
     """The token embedding: by its name, as transformers tells it, or the only one there is."""
     if name is not None:
         return _submodule(module, name, "the module")
-    if hasattr(module, "get_input_embeddings"):
-        known = module.get_input_embeddings()
-        if isinstance(known, nn.Module):
-            return known
+    ask = getattr(module, "get_input_embeddings", None)
+    known = ask() if callable(ask) else None
+    if isinstance(known, nn.Module):
+        return known
     found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
     if len(found) != 1:
         raise ValueError(

@@ -40,11 +40,11 @@ mixes number formats of 16 and 32 bits loads in float32 with a warning, unless `
 ## Fields of config.json, and reference classes
 
 The config fields of each release below are kept at reduced width in `tests/configs/`: those of
-Ouro-1.4B, Ouro-2.6B and Ouro-2.6B-Thinking from the files themselves, the others are put
-together from public descriptions of them, golden cases and the releases' own code. A test loads each with random weights. Where
-transformers has a class for the release, the logits equal those of the class, to 5e-5 of the
-largest one. Where it has none, the family is compared with golden outputs of the release's own code
-(`tests/golden/`), and this test only loads the fields and runs the model.
+Ouro-1.4B, Ouro-2.6B and Ouro-2.6B-Thinking from the files themselves; the others are put together
+from public descriptions, golden cases and the releases' own code. A test loads each with random
+weights. Where transformers has a class for the release, the logits equal those of the class, to
+5e-5 of the largest one. Where it has none, the family is compared with golden outputs of the
+release's own code (`tests/golden/`), and this test only loads the fields and runs the model.
 
 Fields that no result depends on are passed over; `checkpoints/fields/harmless.py` lists them with
 the reasons, and the tables in `checkpoints/tables/` list those of one family. Any other field is

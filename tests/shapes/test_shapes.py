@@ -14,7 +14,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from annotated import CALLED, annotated
-from loopscope import generate
+from loopscope import generate, logit_lens, wrap
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.pages import families
@@ -56,6 +56,36 @@ def test_a_generation_without_order_is_refused() -> None:
         model.final_norm.w.fill_(torch.nan)
     with pytest.raises(ValueError, match="ln_final"):
         generate(model, full(), 2)
+
+
+class Theirs(torch.nn.Module):
+    """A looped module that is wrapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(19, 6), torch.nn.Linear(6, 19)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6)])
+        self.norm = torch.nn.LayerNorm(6)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.words(tokens)
+        for _ in range(3):
+            x = self.layers[0](x)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+def test_a_wrapped_module() -> None:
+    model = wrap(Theirs(), blocks="layers", n_loops=3, norm="norm", head="head")
+    tokens = torch.arange(10).view(2, 5)
+    logits, loss = model(tokens, return_type="both")
+    lens = logit_lens(model, tokens, readout=-1, keep_logits=True)
+    assert lens.logits is not None
+    torch.testing.assert_close(lens.logits[-1], logits[:, -1])
+    assert loss.shape == ()
+    assert model.W_E.shape == (19, 6)
+    assert model.W_U.shape == (6, 19)
+    assert model.b_U.shape == (19,)
 
 
 def test_the_answers_that_the_findings_count() -> None:
