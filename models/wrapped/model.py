@@ -242,7 +242,7 @@ class Wrapped(LoopedModel):
 
     def read_state(
         self, state: State, positions: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_read"]:
         """The stream that the head reads at the end of a run; where no head was named, the module's
         own logits, which `unembed` then returns as they are.
         """
@@ -257,7 +257,7 @@ class Wrapped(LoopedModel):
 
     def normalize(
         self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_read"]:
         if self.layout.head is None:
             raise ValueError(
                 "a lens needs the module's final norm and head; pass norm= and head= to wrap"
@@ -265,7 +265,7 @@ class Wrapped(LoopedModel):
         return resid if self.layout.norm is None else self.layout.norm(resid)
 
     def unembed(
-        self, normalized: Float[Tensor, "batch pos d_model"]
+        self, normalized: Float[Tensor, "batch pos d_read"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
         return normalized if self.layout.head is None else self.layout.head(normalized)
 
@@ -284,11 +284,10 @@ class Wrapped(LoopedModel):
         return weight.new_zeros(len(weight)) if bias is None else bias
 
 
-def _weight(module: object, kind: type[nn.Module], name: str) -> Tensor:
+def _weight(module: object, kind: type[nn.Embedding | nn.Linear], name: str) -> Tensor:
     """The matrix of a module that is of PyTorch's own kind and no other."""
     if type(module) is not kind:
         raise ValueError(
             f"this needs {name}= to be an nn.{kind.__name__}, got a {type(module).__name__}"
         )
-    weight: Tensor = module.weight  # type: ignore[attr-defined]  # of both kinds
-    return weight
+    return module.weight

@@ -129,10 +129,10 @@ def _embedding(module: nn.Module, name: str | None) -> nn.Module:
     """The token embedding: by its name, as transformers tells it, or the only one there is."""
     if name is not None:
         return _submodule(module, name, "the module")
-    if hasattr(module, "get_input_embeddings"):
-        known = module.get_input_embeddings()
-        if isinstance(known, nn.Module):
-            return known
+    ask = getattr(module, "get_input_embeddings", None)
+    known = ask() if callable(ask) else None
+    if isinstance(known, nn.Module):
+        return known
     found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
     if len(found) != 1:
         raise ValueError(
@@ -144,28 +144,34 @@ def _embedding(module: nn.Module, name: str | None) -> nn.Module:
 def _plan(
     stacks: Mapping[str, tuple[str, list[nn.Module], int]], sites: tuple[str, ...], n_loops: int
 ) -> list[Slot]:
-    """The visits of a call in the order in which the stages were given."""
-    slots = []
-    stages = {stage: inner for stage, (_, inner, _) in stacks.items()}
-
-    def run(prefix: str, stage: str, loop: int | None) -> list[Slot]:
-        kind = prefix.partition(".")[0]
-        return [
-            Slot(f"{prefix}.{layer}", kind, loop, layer, block, sites)
-            for layer, block in enumerate(stages[stage])
-        ]
-
-    if "prelude" in stages:
-        slots += run("prelude", "prelude", None)
+    """The visits of a call: before the loop, in it in the order in which stages were given, after
+    it.
+    """
+    inside = {stage: stack for stage, stack in stacks.items() if stage not in _OUTSIDE}
+    slots = _run(stacks, "prelude", "prelude", None, sites)
     for t in range(n_loops):
-        for stage, (_, _, calls) in stacks.items():
-            for k in range(calls if stage not in _OUTSIDE else 0):
-                inner = "" if stage == "blocks" else f"{stage}."
-                inner += f"{k}." if calls > 1 else ""
-                slots += run(f"loops.{t}.{inner}blocks", stage, t)
-    if "coda" in stages:
-        slots += run("coda", "coda", None)
-    return slots
+        for stage, (_, _, calls) in inside.items():
+            name = "" if stage == "blocks" else f".{stage}"
+            for k in range(calls):
+                prefix = f"loops.{t}{name}{f'.{k}' if calls > 1 else ''}.blocks"
+                slots += _run(stacks, stage, prefix, t, sites)
+    return slots + _run(stacks, "coda", "coda", None, sites)
+
+
+def _run(
+    stacks: Mapping[str, tuple[str, list[nn.Module], int]],
+    stage: str,
+    prefix: str,
+    loop: int | None,
+    sites: tuple[str, ...],
+) -> list[Slot]:
+    """The visits of one run of a stage's blocks; none where there is no such stage."""
+    _, blocks, _ = stacks.get(stage, ("", [], 0))
+    kind = prefix.partition(".")[0]
+    return [
+        Slot(f"{prefix}.{layer}", kind, loop, layer, block, sites)
+        for layer, block in enumerate(blocks)
+    ]
 
 
 def _config(module: nn.Module, embedding: nn.Module, n_layers: int, n_loops: int) -> WrappedConfig:
