@@ -96,6 +96,11 @@ class Wrapped(LoopedModel):
                 f"this wrapped module runs n_loops={self.cfg.n_loops}, got {n_loops}; make the"
                 " module run as many and wrap it again"
             )
+        if self.visit_blocks is not None:
+            raise ValueError(
+                "a wrapped module calls its own blocks, so a copy with a block for each visit cannot"
+                " be made; register a family for `untied`"
+            )
         return super().schedule(n_loops)
 
     # Running

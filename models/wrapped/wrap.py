@@ -54,9 +54,12 @@ def wrap(
         kwargs: Further arguments of every call of the module.
 
     Raises:
+        TypeError: No PyTorch module.
         ValueError: A name that the module does not have. At the first run: a number or an order of
             calls that is not the promised one, or a norm and a head that do not make the logits.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"wrap takes a PyTorch module, got a {type(module).__name__}")
     stacks = _stacks(module, {"blocks": blocks} if isinstance(blocks, str) else blocks)
     found = {path: inner for _, (path, inner, _) in stacks.items()}
     paths = {
@@ -90,6 +93,11 @@ def _stacks(module: nn.Module, named: Stacks) -> dict[str, tuple[str, list[nn.Mo
     stacks = {}
     for stage, given in named.items():
         path, calls = (given, 1) if isinstance(given, str) else given
+        if calls < 1 or (calls > 1 and stage in _OUTSIDE):
+            raise ValueError(
+                f"a stack must be called at least once, and outside the loop exactly once, got"
+                f" {calls} calls of {stage!r}"
+            )
         stacks[stage] = (path, _blocks(module, path), calls)
     if not set(stacks) - set(_OUTSIDE):
         raise ValueError(f"`blocks` must name blocks of the loop, got only {sorted(stacks)}")
