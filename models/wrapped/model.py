@@ -98,8 +98,8 @@ class Wrapped(LoopedModel):
             )
         if self.visit_blocks is not None:
             raise ValueError(
-                "a wrapped module calls its own blocks, so a copy with a block for each visit cannot"
-                " be made; register a family for `untied`"
+                "a wrapped module calls its own blocks, so no copy can have a block for each visit;"
+                " register a family for `untied`"
             )
         return super().schedule(n_loops)
 
