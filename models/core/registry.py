@@ -46,6 +46,18 @@ def _check_declared(config: type[LoopedConfig], model: type[LoopedModel]) -> Non
     for kind, base in ((config, LoopedConfig), (model, LoopedModel)):
         if not (isinstance(kind, type) and issubclass(kind, base)):
             raise TypeError(f"a family needs a class that extends {base.__name__}, got {kind!r}")
+    _check_name(config, model)
+    missing = [name for name in REQUIRED if getattr(model, name) is getattr(LoopedModel, name)]
+    if missing:
+        raise TypeError(f"a family must define {', '.join(missing)}, which {model.__name__} lacks")
+    for fact in FACTS:
+        value = getattr(model, fact)
+        if not isinstance(value, bool | property):
+            raise TypeError(f"{model.__name__}.{fact} must be True or False, got {value!r}")
+
+
+def _check_name(config: type[LoopedConfig], model: type[LoopedModel]) -> None:
+    """Raise where a family's name is empty or another family's."""
     if not config.family:
         raise ValueError(
             f"{config.__name__} must name its family; add `family: ClassVar[str] = ...` to it"
@@ -56,13 +68,6 @@ def _check_declared(config: type[LoopedConfig], model: type[LoopedModel]) -> Non
             f"a family's name must be its own, but {config.family!r} is {known[1].__name__}; give"
             f" {config.__name__} another `family`"
         )
-    missing = [name for name in REQUIRED if getattr(model, name) is getattr(LoopedModel, name)]
-    if missing:
-        raise TypeError(f"a family must define {', '.join(missing)}, which {model.__name__} lacks")
-    for fact in FACTS:
-        value = getattr(model, fact)
-        if not isinstance(value, bool | property):
-            raise TypeError(f"{model.__name__}.{fact} must be True or False, got {value!r}")
 
 
 def config_from_dict(values: Mapping[str, Any]) -> LoopedConfig:
@@ -74,5 +79,12 @@ def config_from_dict(values: Mapping[str, Any]) -> LoopedConfig:
 
 
 def build(cfg: LoopedConfig) -> LoopedModel:
-    """A model of the config's family with freshly initialised weights, in eval mode."""
+    """A model of the config's family with freshly initialised weights, in eval mode; ValueError for
+    a config whose family is not registered (that of a wrapped module is none).
+    """
+    if cfg.family not in FAMILIES:
+        raise ValueError(
+            f"a model that is built or saved needs a registered family, got {cfg.family!r};"
+            " register its class with loopscope.register"
+        )
     return FAMILIES[cfg.family][1](cfg).eval()

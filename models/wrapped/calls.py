@@ -25,7 +25,7 @@ class _Stopped(Exception):  # no error: a run has come to where it was to stop
 
 @dataclass
 class Calls:
-    """What happens at each call of a block in one run.
+    """The calls of the blocks in one run, each with its hooks.
 
     A run always begins at the tokens. The calls before visit `start` are made again, with the hooks
     that are attached there; then `resid` takes the place of the last one's output (of the first

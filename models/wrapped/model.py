@@ -96,6 +96,11 @@ class Wrapped(LoopedModel):
                 f"this wrapped module runs n_loops={self.cfg.n_loops}, got {n_loops}; make the"
                 " module run as many and wrap it again"
             )
+        if self.visit_blocks is not None:
+            raise ValueError(
+                "a wrapped module calls its own blocks, so no copy can have a block for each visit;"
+                " register a family for `untied`"
+            )
         return super().schedule(n_loops)
 
     # Running
@@ -242,7 +247,7 @@ class Wrapped(LoopedModel):
 
     def read_state(
         self, state: State, positions: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_read"]:
         """The stream that the head reads at the end of a run; where no head was named, the module's
         own logits, which `unembed` then returns as they are.
         """
@@ -257,7 +262,7 @@ class Wrapped(LoopedModel):
 
     def normalize(
         self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos d_read"]:
         if self.layout.head is None:
             raise ValueError(
                 "a lens needs the module's final norm and head; pass norm= and head= to wrap"
@@ -265,7 +270,7 @@ class Wrapped(LoopedModel):
         return resid if self.layout.norm is None else self.layout.norm(resid)
 
     def unembed(
-        self, normalized: Float[Tensor, "batch pos d_model"]
+        self, normalized: Float[Tensor, "batch pos d_read"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
         return normalized if self.layout.head is None else self.layout.head(normalized)
 
@@ -284,11 +289,10 @@ class Wrapped(LoopedModel):
         return weight.new_zeros(len(weight)) if bias is None else bias
 
 
-def _weight(module: object, kind: type[nn.Module], name: str) -> Tensor:
+def _weight(module: object, kind: type[nn.Embedding | nn.Linear], name: str) -> Tensor:
     """The matrix of a module that is of PyTorch's own kind and no other."""
     if type(module) is not kind:
         raise ValueError(
             f"this needs {name}= to be an nn.{kind.__name__}, got a {type(module).__name__}"
         )
-    weight: Tensor = vars(module)["_parameters"]["weight"]
-    return weight
+    return module.weight

@@ -54,9 +54,12 @@ def wrap(
         kwargs: Further arguments of every call of the module.
 
     Raises:
+        TypeError: No PyTorch module.
         ValueError: A name that the module does not have. At the first run: a number or an order of
             calls that is not the promised one, or a norm and a head that do not make the logits.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"wrap takes a PyTorch module, got a {type(module).__name__}")
     stacks = _stacks(module, {"blocks": blocks} if isinstance(blocks, str) else blocks)
     found = {path: inner for _, (path, inner, _) in stacks.items()}
     paths = {
@@ -90,6 +93,11 @@ def _stacks(module: nn.Module, named: Stacks) -> dict[str, tuple[str, list[nn.Mo
     stacks = {}
     for stage, given in named.items():
         path, calls = (given, 1) if isinstance(given, str) else given
+        if calls < 1 or (calls > 1 and stage in _OUTSIDE):
+            raise ValueError(
+                f"a stack must be called at least once, and outside the loop exactly once, got"
+                f" {calls} calls of {stage!r}"
+            )
         stacks[stage] = (path, _blocks(module, path), calls)
     if not set(stacks) - set(_OUTSIDE):
         raise ValueError(f"`blocks` must name blocks of the loop, got only {sorted(stacks)}")
@@ -144,28 +152,34 @@ def _embedding(module: nn.Module, name: str | None) -> nn.Module:
 def _plan(
     stacks: Mapping[str, tuple[str, list[nn.Module], int]], sites: tuple[str, ...], n_loops: int
 ) -> list[Slot]:
-    """The visits of a call in the order in which the stages were given."""
-    slots = []
-    stages = {stage: inner for stage, (_, inner, _) in stacks.items()}
-
-    def run(prefix: str, stage: str, loop: int | None) -> list[Slot]:
-        kind = prefix.partition(".")[0]
-        return [
-            Slot(f"{prefix}.{layer}", kind, loop, layer, block, sites)
-            for layer, block in enumerate(stages[stage])
-        ]
-
-    if "prelude" in stages:
-        slots += run("prelude", "prelude", None)
+    """The visits of a call: before the loop, in it in the order in which stages were given, after
+    it.
+    """
+    inside = {stage: stack for stage, stack in stacks.items() if stage not in _OUTSIDE}
+    slots = _run(stacks, "prelude", "prelude", None, sites)
     for t in range(n_loops):
-        for stage, (_, _, calls) in stacks.items():
-            for k in range(calls if stage not in _OUTSIDE else 0):
-                inner = "" if stage == "blocks" else f"{stage}."
-                inner += f"{k}." if calls > 1 else ""
-                slots += run(f"loops.{t}.{inner}blocks", stage, t)
-    if "coda" in stages:
-        slots += run("coda", "coda", None)
-    return slots
+        for stage, (_, _, calls) in inside.items():
+            name = "" if stage == "blocks" else f".{stage}"
+            for k in range(calls):
+                prefix = f"loops.{t}{name}{f'.{k}' if calls > 1 else ''}.blocks"
+                slots += _run(stacks, stage, prefix, t, sites)
+    return slots + _run(stacks, "coda", "coda", None, sites)
+
+
+def _run(
+    stacks: Mapping[str, tuple[str, list[nn.Module], int]],
+    stage: str,
+    prefix: str,
+    loop: int | None,
+    sites: tuple[str, ...],
+) -> list[Slot]:
+    """The visits of one run of a stage's blocks; none where there is no such stage."""
+    _, blocks, _ = stacks.get(stage, ("", [], 0))
+    kind = prefix.partition(".")[0]
+    return [
+        Slot(f"{prefix}.{layer}", kind, loop, layer, block, sites)
+        for layer, block in enumerate(blocks)
+    ]
 
 
 def _config(module: nn.Module, embedding: nn.Module, n_layers: int, n_loops: int) -> WrappedConfig:

@@ -182,3 +182,15 @@ def test_gradients_are_the_family_s(case: Case) -> None:
 
 def test_a_wrapped_module_is_what_it_declares(case: Case) -> None:
     loopscope.check_family(case.wrapped)
+
+
+def test_token_types_reach_the_module(tmp_path: Path) -> None:
+    case = hrm_text(tmp_path)
+    clean = case.tokens[0]
+    types = (torch.arange(5) < torch.tensor([[2], [4], [3]])).long()
+    with torch.no_grad():
+        plain, ours = case.wrapped(clean), case.wrapped(clean, token_type_ids=types)
+        close(ours, case.family(clean, token_types=types))
+    assert float((ours - plain).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="an option of a call must be a tensor"):
+        case.wrapped(clean, token_type_ids=types[:, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -282,12 +283,17 @@ def test_another_order_of_calls_is_an_error(module: ByHand) -> None:
         model(pair()[0])
 
 
-def test_what_cannot_be_is_refused_with_the_reason(module: ByHand) -> None:
+def test_what_cannot_be_is_refused_with_the_reason(module: ByHand, tmp_path: Path) -> None:
     model, tokens = wrapped(module), pair()[0]
+    with pytest.raises(ValueError, match="needs a registered family, got 'wrapped'"):
+        loopscope.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     with pytest.raises(ValueError, match="which a wrapped module cannot make; use logit_lens"):
         loopscope.readout_lens(model, tokens, readout=-1)
     with pytest.raises(ValueError, match="runs n_loops=3, got 2"):
         model(tokens, n_loops=2)
+    with pytest.raises(ValueError, match="register a family for `untied`"):
+        loopscope.untied(model, LOOPS)(tokens)
     with pytest.raises(ValueError, match="keeps its keys and values to itself"):
         model.advance(model.begin(tokens), store={})
     with pytest.raises(ValueError, match="runs whole sequences, got a state of some columns"):
@@ -300,6 +306,8 @@ def test_what_cannot_be_is_refused_with_the_reason(module: ByHand) -> None:
         wrapped(module, sites={"hook_attn_out": "attn"})
     with pytest.raises(ValueError, match="at least one block, got none at"):
         loopscope.wrap(module, "layers[5:]", LOOPS)
+    with pytest.raises(ValueError, match="exactly once, got 2 calls of 'coda'"):
+        loopscope.wrap(module, {"blocks": "layers[:1]", "coda": ("layers[1:]", 2)}, LOOPS)
     with pytest.raises(ValueError, match="must name blocks of the loop, got only"):
         loopscope.wrap(module, {"prelude": "layers"}, LOOPS)
 
