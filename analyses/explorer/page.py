@@ -39,7 +39,7 @@ def page(
         f"{cfg.family.replace('_', '-')}, {cfg.n_layers} blocks, {cfg.n_heads} heads, width"
         f" {cfg.d_model}, {trained} iterations"
     )
-    task = str(subject.card.get("task", "A looped transformer, iteration by iteration"))
+    task = str(subject.card.get("task", "A looped transformer"))
     header = [
         html.P("loopscope explore", className="brand"),
         html.H1(subject.name),
