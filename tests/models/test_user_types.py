@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from paths import ROOT
 
 USER_FILE = """
 import torch
@@ -46,7 +49,13 @@ def test_no_public_call_is_any_to_a_users_type_checker(tmp_path: Path) -> None:
         f"--cache-dir={tmp_path}",
     ]
     done = subprocess.run(
-        [*command, str(file)], capture_output=True, text=True, check=False, cwd=tmp_path
+        [*command, str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        # an editable install is no folder that a type checker finds by itself
+        env={**os.environ, "MYPYPATH": str(ROOT)},
     )
     revealed = [line for line in done.stdout.splitlines() if "Revealed type is" in line]
     assert len(revealed) == USER_FILE.count("reveal_type"), done.stdout + done.stderr
