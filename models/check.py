@@ -112,7 +112,7 @@ def _prefix_readout(model: LoopedModel, tokens: Tokens, n_loops: int) -> Iterato
     if model.prefix_readout and n_loops > 1:
         state = model.begin(tokens, n_loops=n_loops)
         state = model.advance(state, model.iteration_ends(n_loops)[n_loops - 2])
-        one = model.readout(model.finish(state, n_loops - 2))
+        one = model.readout(model.finish(state))
         why = f"the readout after {n_loops - 1} iterations of {n_loops} is another than that of a"
         other = model(tokens, n_loops=n_loops - 1)
         yield from _differs("prefix_readout", one, other, f"{why} call of {n_loops - 1}")

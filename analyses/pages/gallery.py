@@ -7,6 +7,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,8 @@ def make_toy(folder: Path) -> None:
 
 def draw(progress: bool = True) -> list[Pictured]:
     """Run every command with its settings and draw its figure."""
-    with tempfile.TemporaryDirectory() as place:
-        toy = Path(place) / "ouro"
+    with tempfile.TemporaryDirectory() as place, chdir(place):
+        toy = Path("ouro")  # the page shows the path, which is to be the same each time
         make_toy(toy)
         return [
             draw_one(entry) for entry in tqdm(entries(toy), desc="gallery", disable=not progress)

@@ -116,9 +116,9 @@ def readout_lens(
         for part in in_chunks(examples, batch_size, "iterations"):
             state = begin_batch(model, part, n_loops)
             seen = []
-            for loop, end in enumerate(model.iteration_ends(n_loops)):
+            for end in model.iteration_ends(n_loops):
                 state = model.advance(state, end)
-                seen.append(_read(model, model.finish(state, loop), part, positions))
+                seen.append(_read(model, model.finish(state), part, positions))
             collected.append(torch.stack(seen))
         return torch.cat(collected, dim=1)
 

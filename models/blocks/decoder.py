@@ -147,9 +147,8 @@ class CodaDecoder(LoopedDecoder):
     def read_state(
         self, state: State, positions: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        ends = self.iteration_ends(state.n_loops)
-        if state.visit in ends:
-            state = self.finish(state, ends.index(state.visit))
+        if state.visit in self.iteration_ends(state.n_loops):
+            state = self.finish(state)
         return super().read_state(state, positions)
 
 

@@ -201,9 +201,9 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         )
         return self.leave(visit, resid, parts, boundary) if visit.closing else (resid, parts)
 
-    def finish(self, state: State, loop: int) -> State:
-        """The state after iteration `loop` (from 0), run through the visits that follow the last
-        iteration of its call; a readout there reads the result.
+    def finish(self, state: State) -> State:
+        """A state at the end of an iteration, run through the visits that follow the last iteration
+        of its call; a readout there reads the result.
         """
         end = self.iteration_ends(state.n_loops)[-1]
         if end == len(self.schedule(state.n_loops)):

@@ -237,13 +237,15 @@ class Wrapped(LoopedModel):
     def state_parts(self, state: State) -> Mapping[str, Tensor]:
         return {"resid": state.resid}
 
-    def finish(self, state: State, loop: int) -> State:
-        if loop != state.n_loops - 1:
+    def finish(self, state: State) -> State:
+        ends = self.iteration_ends(state.n_loops)
+        if state.visit in ends[:-1]:
             raise ValueError(
-                f"the readout after iteration {loop} of {state.n_loops} is that of a shorter call,"
-                " which a wrapped module cannot make; use logit_lens, or register a family"
+                f"the readout after iteration {ends.index(state.visit)} of {state.n_loops} is that"
+                " of a shorter call, which a wrapped module cannot make; use logit_lens, or"
+                " register a family"
             )
-        return super().finish(state, loop)
+        return super().finish(state)
 
     def read_state(
         self, state: State, positions: Int[Tensor, " batch"] | None = None

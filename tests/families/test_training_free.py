@@ -106,7 +106,7 @@ def readout_after(case: Looped, k: str, step: str) -> Tensor:
     state = model.advance(
         model.begin(case.tokens, n_loops=int(k)), model.iteration_ends(int(k))[done]
     )
-    return model.readout(model.finish(state, done))
+    return model.readout(model.finish(state))
 
 
 @torch.no_grad()

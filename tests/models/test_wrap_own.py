@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,8 +205,6 @@ def test_a_run_stopped_and_resumed_with_hooks_is_the_whole_run(module: ByHand) -
 
 
 def test_a_state_that_was_changed_goes_on_from_the_change(ouro: Ouro, module: ByHand) -> None:
-    from dataclasses import replace
-
     model, tokens = wrapped(module), pair()[0]
     with torch.no_grad():
         ours, theirs = (m.advance(m.begin(tokens), "loops.1.blocks.1") for m in (model, ouro))

@@ -53,7 +53,7 @@ def score_passes(
         state = model.begin(inputs, inputs != PAD_ID, n_loops=n_loops)
         for loop, end in enumerate(model.iteration_ends(n_loops)):
             state = model.advance(state, end)
-            logits = model.readout(model.finish(state, loop))[real]
+            logits = model.readout(model.finish(state))[real]
             nats[loop] += float(F.cross_entropy(logits, targets, reduction="sum"))
             right[loop] += int((top_token(logits) == targets).sum())
     return PassScores(tuple((nats / count).tolist()), tuple((right / count).tolist()))

@@ -136,10 +136,8 @@ class WindowLoops(LoopedModel):
         state, kept = moved(self.cfg, visit, tap(taps, "hook_window_out", resid), parts)
         return tap(taps, "hook_state_out", state), kept
 
-    def finish(self, state: State, loop: int) -> State:
-        """The state after iteration `loop` of this call's own n_loops, run through the layers after
-        the window.
-        """
+    def finish(self, state: State) -> State:
+        """A state at the end of an iteration, run through the layers after the window."""
         end = self.iteration_ends(state.n_loops)[-1]
         return self.advance(replace(state, visit=end, parts={}))
 
