@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import existing_modules
 from loopscope.models.core.state import State
 
 _ROWS, _WIDTH, _LOOPS = 3, 5, 2
@@ -34,7 +35,7 @@ def check_family(model: LoopedModel, n_loops: int | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     size = (_ROWS, width)
     tokens = torch.randint(1, model.cfg.d_vocab, size, generator=generator).to(model.device)
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in existing_modules(model)]
     model.eval()
     try:
         broken = list(_schedule(model, n_loops))

@@ -18,7 +18,14 @@ from loopscope.models.blocks.decoder_block import Block as OutputFirstBlock
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.compiled import EagerWhileHooked
-from loopscope.models.core.hooks import NO_TAPS, HookWatch, LoopHookPoint, add_point, live
+from loopscope.models.core.hooks import (
+    NO_TAPS,
+    HookWatch,
+    LoopHookPoint,
+    add_point,
+    live,
+    new_point,
+)
 from loopscope.models.core.state import State, checked_loops
 from loopscope.models.families.recurrent_depth import FusedBlock as InputFirstBlock
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -41,7 +48,8 @@ def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     twin = copy.deepcopy(model)
-    twin.reset_hooks(including_permanent=True)
+    if twin.any_hook():
+        twin.reset_hooks(including_permanent=True)
     twin.cfg = replace(model.cfg, n_loops=n_loops)
     twin.visit_blocks = nn.ModuleList(
         copy.deepcopy(visit.block) for visit in twin.schedule(n_loops)
@@ -200,9 +208,9 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
         weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
         bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
         self.unembed = _Unembed(weight, bias.detach())
-        self._edge = {name: add_point(self, name, False) for name in source.edge_sites()[0]}
+        self._edge = {name: self._point(name) for name in source.edge_sites()[0]}
         self._points = [
-            {site: add_point(self, f"blocks.{v.index}.{site}", False) for site in v.sites}
+            {site: self._point(f"blocks.{v.index}.{site}") for site in v.sites}
             for v in self._visits
         ]
         shared = ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "act_fn", "eps")
@@ -229,6 +237,12 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
         self.watch = HookWatch()
         for point in found:
             self.watch.add(point)
+
+    def _point(self, name: str) -> LoopHookPoint:
+        """A new hook point of the view, at its place."""
+        point = new_point(name, False)
+        add_point(self, point)
+        return point
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None = None
@@ -327,7 +341,8 @@ def _folded(model: Flat) -> Flat:
     that read them.
     """
     twin = copy.deepcopy(model)
-    twin.reset_hooks(including_permanent=True)
+    if twin.any_hook():
+        twin.reset_hooks(including_permanent=True)
     for block in twin.blocks:
         for norm, readers in cast(FlatBlock, block).norm_readers:
             assert isinstance(norm, LayerNorm), "the flat families are pre-LayerNorm"

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from loopscope.interp.common.cells import Cell
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.hooks import is_hooked
 
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device)
 _PLAIN += (type(None), types.EllipsisType)
@@ -45,8 +44,7 @@ def facts_of(
     inputs = [(batch.tokens, batch.mask, batch.readout, dict(batch.options)) for batch in batches]
     hooks = {
         name: [*point._forward_hooks.values(), *point._forward_pre_hooks.values()]
-        for name, point in model.hook_dict.items()
-        if is_hooked(point)
+        for name, point in sorted(model.hooked_points().items())
     }
     weights = list(model.state_dict().values())
     return repr(model.cfg), repr(tuple(cells)), options, inputs, hooks, weights

@@ -12,7 +12,6 @@ from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begi
 from loopscope.interp.common.modes import evaluated
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
-from loopscope.models.core.hooks import is_hooked
 from loopscope.models.core.state import checked_loops
 
 _OF_KERNELS = ("attn.hook_attn_scores", "attn.hook_pattern")
@@ -65,10 +64,11 @@ def first_nonfinite(
         if not found:
             found.extend(_first_of(str(hook.name), value))
 
+    hooked = model.hooked_points()
     names = [
         name
         for name in model.hook_names(n_loops)
-        if not name.endswith(_OF_KERNELS) or is_hooked(model.hook_dict[name])
+        if not name.endswith(_OF_KERNELS) or name in hooked
     ]
     with model.hooks([(names, look)], n_loops=n_loops):
         logits = model.readout(model.advance(begin_batch(model, batch, n_loops)), batch.readout)

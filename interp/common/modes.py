@@ -13,6 +13,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from loopscope.models.core.hooks import existing_modules
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -57,18 +59,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block a model is in evaluation mode; afterwards, also after an error, every
     module has the mode that it had.
     """
-    whole, training = model.training, [module for module in model.modules() if module.training]
+    whole = model.training
+    training = [module for module in existing_modules(model) if module.training]
     if not training:
         yield
         return
-    known = set(model.modules())
+    known = set(existing_modules(model))
     model.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
-        for module in model.modules():
+        for module in existing_modules(model):
             if module not in known:  # a hook point that was made meanwhile
                 module.training = whole
 

@@ -136,7 +136,7 @@ def ablate(
     )
     with ExitStack() as stack:
         entering = {
-            leaving: stack.enter_context(_Entering(model.hook_dict[before]))
+            leaving: stack.enter_context(_Entering(model.hook_point(before)))
             for leaving, before in skipped.items()
         }
 

@@ -102,7 +102,7 @@ def end_of_path(
     """One end of the path in the run."""
     visit = one_visit(model, n_loops, Where(end.loop, end.layer, end.visit))
     site = sites[end.kind]
-    if site not in visit.points:
+    if site not in visit.sites:
         raise ValueError(f"{visit.name} has no {site}, which {end} needs")
     if end.position is not None:
         in_range("positions", [end.position], width)

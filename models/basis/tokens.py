@@ -202,3 +202,27 @@ def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor
         tokens[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
     return tokens, mask
+
+
+def checked_token_types(
+    token_types: Tensor, tokens: Int[Tensor, "batch pos"]
+) -> Int[Tensor, "batch pos"]:
+    """Token types as integers beside the tokens.
+
+    Args:
+        token_types: [batch, pos], or [pos] for a single input.
+        tokens: The tokens that the types belong to.
+
+    Raises:
+        TypeError: Token types that are no integers.
+        ValueError: Token types of another shape than the tokens.
+    """
+    if token_types.is_floating_point() or token_types.is_complex():
+        raise TypeError(f"token types must be integers, got {token_types.dtype}")
+    types = token_types[None] if token_types.ndim == 1 else token_types
+    if types.shape != tokens.shape:
+        raise ValueError(
+            f"there must be one token type for each of the tokens {list(tokens.shape)}, got"
+            f" {list(types.shape)}"
+        )
+    return types.to(tokens)

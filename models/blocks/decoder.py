@@ -19,7 +19,7 @@ from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Pl
 from loopscope.models.blocks.rotary import Rotary, checked_scaling
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.hooks import NO_TAPS, Taps, tap
+from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.state import Slot, State
 
 
@@ -115,12 +115,6 @@ class LoopedDecoder(LoopedModel):
             {},
         )
 
-    def normalize(
-        self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
-    ) -> Float[Tensor, "batch pos d_model"]:
-        normalized: Tensor = self.final_norm(resid, taps)
-        return normalized
-
     def unembed(
         self, normalized: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -133,10 +127,6 @@ class LoopedDecoder(LoopedModel):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return (self.embedding if self.head is None else self.head).T
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        return self.embedding.new_zeros(self.cfg.d_vocab)
 
 
 class CodaDecoder(LoopedDecoder):

@@ -291,7 +291,33 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
 
     def setup(self) -> None:
         """Name the modules; a family calls it when its weights are made."""
-        super().setup()  # type: ignore[no-untyped-call]  # TransformerLens leaves it unannotated
+        with self._points.hidden():
+            for name, module in self.named_modules():
+                module.name = name  # type: ignore[assignment]  # TransformerLens names every module
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:  # type: ignore[override]  # made when asked for
+        """Every hook point by name."""
+        return self._points.all()
+
+    @property
+    def mod_dict(self) -> dict[str, nn.Module]:  # type: ignore[override]  # made when asked for
+        """Every module by name, hook points included."""
+        return dict(self.named_modules())
+
+    def hooked_points(self) -> dict[str, HookPoint]:
+        """The hook points that hold a hook now, by name."""
+        return self._points.hooked()
+
+    def hook_point(self, name: str) -> HookPoint:
+        """One hook point by its full name; see `resolve_names`."""
+        return self._points.point(name)
+
+    def _named_members(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """PyTorch's walk for parameters and buffers, which hook points do not have."""
+        with self._points.hidden():
+            members = list(super()._named_members(*args, **kwargs))
+        return iter(members)
 
     def schedule(self, n_loops: int | None = None) -> list[Visit]:
         """The visits of a call with `n_loops` iterations, in order."""
@@ -303,7 +329,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return [ends[loop] for loop in range(n_loops)]
 
     def grow(self, n_loops: int) -> None:
-        """Make the hook points of calls of up to `n_loops` iterations; they never go away."""
+        """Have the hook points of calls of up to `n_loops` iterations; they never go away."""
         self._schedules.refresh()
         self._points.grow(n_loops)
 

@@ -107,11 +107,20 @@ class Family(nn.Module):
         """
         return n_loops
 
-    @abstractmethod
     def normalize(
         self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The final norm of any residual stream."""
+        """The final norm of any residual stream: the module `final_norm`, unless the family says
+        otherwise.
+        """
+        final_norm = getattr(self, "final_norm", None)
+        if final_norm is None:
+            raise NotImplementedError(
+                f"a family needs a final norm, and {type(self).__name__} has none; give it a module"
+                " `final_norm`, or define `normalize`"
+            )
+        normalized: Tensor = final_norm(resid, taps)
+        return normalized
 
     @property
     def final_scale_site(self) -> str:
@@ -135,6 +144,6 @@ class Family(nn.Module):
         """The unembedding."""
 
     @property
-    @abstractmethod
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """The unembedding's bias; zeros where the head has none."""
+        return self.W_E.new_zeros(self.W_E.shape[0])

@@ -6,7 +6,7 @@ at that moment, so that an idle site costs a dictionary look-up and no module ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -111,34 +111,62 @@ class LoopHookPoint(HookPoint):
 
 
 class PointTree(nn.Module):
-    """A place in a tree of hook points, reachable as `model.loops[3].blocks[0].attn.hook_q`."""
+    """A place in a tree of hook points, reachable as `model.loops[3].blocks[0].attn.hook_q`.
+
+    Args:
+        name: The full name of the place.
+        training: The model's mode.
+        show: Makes all points below; called where somebody looks for one.
+    """
+
+    def __init__(self, name: str, training: bool, show: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self.name, self.training, self._show = name, training, show
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._modules and not name.startswith("_"):
+            self._complete()
+        return super().__getattr__(name)
 
     def __getitem__(self, index: int) -> nn.Module:
+        self._complete()
         return self.get_submodule(str(index))
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._complete()
+        return super().named_modules(*args, **kwargs)
 
-def add_point(root: nn.Module, name: str, training: bool) -> LoopHookPoint:
-    """Make the hook point with this full name, and the places above it that do not exist yet."""
+    def _complete(self) -> None:
+        if self._show is not None:
+            self._show()
+
+
+def existing_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, without the hook points that nobody has asked for yet."""
+    yield module
+    for part in module._modules.values():
+        if part is not None:
+            yield from existing_modules(part)
+
+
+def add_point(root: nn.Module, point: HookPoint) -> None:
+    """Hang a hook point at its name, and the places above it that do not exist yet."""
     node = root
-    *path, last = name.split(".")
+    *path, last = str(point.name).split(".")
     for depth, step in enumerate(path, start=1):
         child = node._modules.get(step)
         if child is None:
-            child = PointTree()
-            child.name = ".".join(path[:depth])  # type: ignore[assignment]  # TransformerLens names every module
-            child.train(training)
+            child = PointTree(".".join(path[:depth]), point.training)
             node.add_module(step, child)
         node = child
-    point = _new_point(name, training)
     node.add_module(last, point)
-    return point
 
 
 _BLANK = vars(LoopHookPoint())
 _OWN = {name: type(x) for name, x in _BLANK.items() if isinstance(x, dict | list | set)}
 
 
-def _new_point(name: str, training: bool) -> LoopHookPoint:
+def new_point(name: str, training: bool) -> LoopHookPoint:
     """A point with the attributes that the constructors of PyTorch and TransformerLens give it, at
     a tenth of their time, since a model has hundreds of points.
     """

@@ -1,24 +1,29 @@
-"""Which hook points a model has, which names a call has, and which hooks would never be reached."""
+"""Which hook points a model has, which names a call has, and which hooks would never be reached.
+
+A model has hundreds of hook points, and most runs use few of them. So a point is made where a hook
+is attached, and all of them where somebody looks at the model's tree of points.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from transformer_lens import HookedRootModule
+from torch import nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from loopscope.models.basis.names import NamesFilter, is_pattern, loop_of, resolve
-from loopscope.models.core.hooks import HookWatch, add_point, is_hooked
+from loopscope.models.core.hooks import HookWatch, PointTree, add_point, is_hooked, new_point
 from loopscope.models.core.state import Slot, checked_loops
 
-MADE_AT_ONCE = 64  # iterations; hook points of later ones are made where a hook is attached
+SHOWN = 64  # iterations; hook points of later ones are made only where a hook is attached
 
 
 class HookPoints:
     """The hook points of a model, which grow with the longest call and never go away.
 
     Args:
-        root: The model; its `hook_dict` and `mod_dict` are given every point.
+        root: The model, in whose tree of modules the points hang.
         plan: The slots of a call by its number of iterations.
         edges: Hook names before the first visit, and after the last.
         aside: Slots of passes that no plain call makes.
@@ -26,7 +31,7 @@ class HookPoints:
 
     def __init__(
         self,
-        root: HookedRootModule,
+        root: nn.Module,
         plan: Callable[[int], Sequence[Slot]],
         edges: Callable[[], tuple[tuple[str, ...], tuple[str, ...]]],
         aside: Callable[[], Sequence[Slot]],
@@ -34,7 +39,10 @@ class HookPoints:
         self._root, self._plan, self._edges, self._aside = root, plan, edges, aside
         self._places: dict[str, dict[str, HookPoint]] = {}
         self._names: dict[int, dict[str, str]] = {}
-        self._made = 0
+        self._made: dict[str, HookPoint] = {}
+        self._hung: dict[str, HookPoint] = {}
+        self._shown: int | None = None
+        self._hidden = self._planted = False
         self.longest = 0
         self.watch = HookWatch()
         self._by_loop: list[tuple[int, HookPoint]] = []
@@ -96,46 +104,106 @@ class HookPoints:
         return self._places.setdefault(prefix, {})
 
     def grow(self, n_loops: int) -> None:
-        """Make the points of calls of up to `n_loops` iterations, but the late ones only when a
-        hook is attached there.
-        """
+        """Let the model have the points of calls of up to `n_loops` iterations."""
+        if not self._planted:
+            self._planted = True
+            self._plant()
         self.longest = max(self.longest, n_loops)
-        if min(n_loops, MADE_AT_ONCE) <= self._made:
-            return
-        self._made = min(n_loops, MADE_AT_ONCE)
-        for name, prefix in {**self.names(self._made), **self.aside()}.items():
-            self._make(name, prefix)
+        if self._shown is not None and self._shown < min(self.longest, SHOWN):
+            self.all()
 
     def replan(self) -> None:
         """Forget the names of all calls, because the schedule has changed."""
         self._names.clear()
-        self._made = 0
+        if self._shown is not None:
+            self._shown = 0
         self.grow(self.longest)
 
     def point(self, name: str) -> HookPoint:
-        """The point with a name that `resolve` has found."""
-        if name not in self._root.hook_dict:
-            known = next(names for names in self._names.values() if name in names)
-            self._make(name, known[name])
-        return self._root.hook_dict[name]
+        """The point with a full name.
+
+        Raises:
+            KeyError: No call so far has this name; `resolve` has more to say about names.
+        """
+        if name not in self._made:
+            self._make(name, self._place_of(name))
+            if self._shown is not None:
+                self._hang(name)
+        return self._made[name]
+
+    def _place_of(self, name: str) -> str:
+        for names in (*self._names.values(), self.names(self.longest), self.aside()):
+            if name in names:
+                return names[name]
+        raise KeyError(f"{name!r} is no hook point of a call with n_loops={self.longest}")
+
+    def all(self) -> dict[str, HookPoint]:
+        """Every point by name, hung in the model's tree; of the iterations from `SHOWN` on, those
+        that were made.
+        """
+        length = min(self.longest, SHOWN)
+        if self._shown is None or self._shown < length:
+            self._shown = length
+            for name, prefix in {**self.names(length), **self.aside()}.items():
+                if name not in self._made:
+                    self._make(name, prefix)
+            for name in self._made:
+                self._hang(name)
+        return self._hung
+
+    def show(self) -> None:
+        """Hang all points in the model's tree, unless only weights are looked for there."""
+        if not self._hidden:
+            self.all()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Inside the `with` block a walk through the model's tree makes no points."""
+        before, self._hidden = self._hidden, True
+        try:
+            yield
+        finally:
+            self._hidden = before
+
+    def _plant(self) -> None:
+        """Open a tree for each stage of the schedule that has no modules of its own, and make the
+        points that have their place elsewhere.
+        """
+        names = {**self.names(1), **self.aside()}
+        for name, prefix in names.items():
+            stage, dot, _ = name.partition(".")
+            if dot and stage not in self._root._modules:
+                self._root.add_module(stage, PointTree(stage, self._root.training, self.show))
+            elif not isinstance(self._root._modules.get(stage), PointTree):
+                self._make(name, prefix)
+                self._hang(name)
 
     def _make(self, name: str, prefix: str) -> None:
-        root = self._root
-        if name in root.hook_dict:
-            return
-        point = add_point(root, name, root.training)
-        root.hook_dict[name] = root.mod_dict[name] = point
+        point = new_point(name, self._root.training)
+        self._made[name] = point
         self.place(prefix)[name[len(prefix) + 1 :] if prefix else name] = point
         loop = loop_of(name)
         if loop is not None:
             self._by_loop.append((loop, point))
         self.watch.add(point)
 
+    def _hang(self, name: str) -> None:
+        """Give a point its place in the model's tree."""
+        if name not in self._hung:
+            point = self._hung[name] = self._made[name]
+            point.training = self._root.training
+            add_point(self._root, point)
+
     # Hooks
+
+    def hooked(self) -> dict[str, HookPoint]:
+        """The points that hold a hook now, by name."""
+        return {name: point for name, point in self._made.items() if is_hooked(point)}
 
     def hooked_aside(self) -> list[str]:
         """The points that hold a hook in passes that no plain call makes."""
-        return [name for name in self.aside() if is_hooked(self._root.hook_dict[name])]
+        aside = self.aside()
+        return [name for name in self.hooked() if name in aside]
 
     def belongs_to(self, n_loops: int, handles: list[LensHandle]) -> None:
         """Note that hooks were chosen by a pattern for calls of `n_loops` iterations."""

@@ -9,7 +9,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 
 FAMILIES: dict[str, tuple[type[LoopedConfig], type[LoopedModel]]] = {}
-REQUIRED = ("plan", "edge_sites", "embed", "normalize", "unembed")
+REQUIRED = ("plan", "edge_sites", "embed", "unembed")
 FACTS = ("causal", "prefix_readout", "batch_independent", "rowwise", "additive_residual")
 
 

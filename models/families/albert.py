@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
+from loopscope.models.basis.tokens import checked_token_types
 from loopscope.models.blocks.components import MLP, LayerNorm
 from loopscope.models.blocks.decoder import stack
 from loopscope.models.blocks.decoder_block import Attention, Block
@@ -199,7 +200,7 @@ class Albert(LoopedModel):
         types = (
             torch.zeros_like(tokens)
             if token_types is None
-            else checked_types(token_types, tokens, self.cfg.n_token_types)
+            else _known_types(checked_token_types(token_types, tokens), self.cfg.n_token_types)
         )
         words = tap(taps, "hook_embed_factors", F.embedding(tokens, self.embedding))
         places = tap(taps, "hook_pos_embed_factors", F.embedding(positions, self.W_pos))
@@ -245,18 +246,8 @@ class Albert(LoopedModel):
         return self.head_bias
 
 
-def checked_types(
-    token_types: Tensor, tokens: Int[Tensor, "batch pos"], n_token_types: int
-) -> Int[Tensor, "batch pos"]:
-    """Token types as a matrix of indices, or a sentence about what is wrong with them."""
-    if token_types.is_floating_point() or token_types.is_complex():
-        raise TypeError(f"token types must be integers, got {token_types.dtype}")
-    types = token_types[None] if token_types.ndim == 1 else token_types
-    if types.shape != tokens.shape:
-        raise ValueError(
-            f"there must be one token type for each of the tokens {list(tokens.shape)}, got"
-            f" {list(types.shape)}"
-        )
+def _known_types(types: Int[Tensor, "batch pos"], n_token_types: int) -> Int[Tensor, "batch pos"]:
+    """Token types of which each has a row in the type embedding."""
     low, high = int(types.min()), int(types.max())
     if low < 0 or high >= n_token_types:
         wrong = low if low < 0 else high
@@ -264,4 +255,4 @@ def checked_types(
             f"token types must be in 0..{n_token_types - 1} (n_token_types={n_token_types}), got"
             f" {wrong}"
         )
-    return types.to(tokens)
+    return types

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
+from loopscope.models.basis.tokens import checked_token_types
 from loopscope.models.blocks.components import RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Projection, Stream
@@ -266,18 +267,7 @@ class HrmText(LoopedDecoder):
                 "token types change nothing in this model, because its prefix_lm is off; leave"
                 " token_types out"
             )
-        if token_types.is_floating_point():
-            raise TypeError(
-                f"token_types must be an integer tensor [batch, pos], got {token_types.dtype}"
-            )
-        if token_types.ndim == 1:
-            token_types = token_types[None]
-        if token_types.shape != tokens.shape:
-            raise ValueError(
-                f"token_types must have the tokens' shape {list(tokens.shape)}, got"
-                f" {list(token_types.shape)}"
-            )
-        return (token_types == 1).to(tokens)
+        return (checked_token_types(token_types, tokens) == 1).to(tokens)
 
 
 def level_of(visit: Slot) -> str:

@@ -23,7 +23,7 @@ from loopscope.models.blocks.components import LayerNorm, Reader, linear, norm_s
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.hooks import NO_TAPS, Taps, tap
+from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
 
@@ -281,12 +281,6 @@ class RecurrentDepth(LoopedModel):
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         return tap(taps, "hook_state_out", resid), parts
 
-    def normalize(
-        self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
-    ) -> Float[Tensor, "batch pos d_model"]:
-        normalized: Tensor = self.final_norm(resid, taps)
-        return normalized
-
     def unembed(
         self, normalized: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -299,10 +293,6 @@ class RecurrentDepth(LoopedModel):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.embedding.T
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        return self.embedding.new_zeros(self.cfg.d_vocab)
 
 
 def sinusoids(n_positions: int, d_model: int) -> Float[Tensor, "n_positions d_model"]:

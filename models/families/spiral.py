@@ -23,7 +23,7 @@ from loopscope.models.blocks.spiral_block import SpectralLinear, SpiralBlock
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.hooks import NO_TAPS, Taps, tap
+from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
 
@@ -248,12 +248,6 @@ class Spiral(LoopedModel):
         )
         return rotate_pairs(x[:, :, None], cos, sin)[:, :, 0]
 
-    def normalize(
-        self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
-    ) -> Float[Tensor, "batch pos d_model"]:
-        normalized: Tensor = self.final_norm(resid, taps)
-        return normalized
-
     def unembed(
         self, normalized: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -266,7 +260,3 @@ class Spiral(LoopedModel):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return (self.embedding @ self.embed_out.weight).T
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        return self.embedding.new_zeros(self.cfg.d_vocab)

@@ -319,12 +319,12 @@ def test_self_patch_under_a_prefix_changes_nothing(odd: HrmText, tokens: Tensor)
         (
             TYPES[:, :5],
             ValueError,
-            r"token_types must have the tokens' shape \[3, 7\], got \[3, 5\]",
+            r"one token type for each of the tokens \[3, 7\], got \[3, 5\]",
         ),
         (
             TYPES.double(),
             TypeError,
-            r"token_types must be an integer tensor \[batch, pos\], got torch.float64",
+            r"token types must be integers, got torch\.float64",
         ),
     ],
 )

@@ -165,12 +165,6 @@ class Inkling(LoopedModel):
         taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
         return self.normalize(self.mixed_at_end(state.resid, state.parts["blocks"], taps), taps)
 
-    def normalize(
-        self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
-    ) -> Float[Tensor, "batch pos d_model"]:
-        normalized: Tensor = self.final_norm(resid, taps)
-        return normalized
-
     def unembed(
         self, normalized: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -183,10 +177,6 @@ class Inkling(LoopedModel):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.head[: self.cfg.d_vocab].T
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        return self.embedding.new_zeros(self.cfg.d_vocab)
 
 
 def _stack(blocks: nn.ModuleList, prefix: str, loop: int | None = None) -> list[Slot]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopscope.models.blocks.components import LayerNorm, norm_sites
-from loopscope.models.core.hooks import NO_TAPS, Taps, tap
+from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.families.recurrent_depth import FusedBlock, RecurrentDepthConfig
 from loopscope.models.families.training_free.model import WindowLoops
@@ -77,12 +77,6 @@ class TrainingFreeGPT2(WindowLoops):
         embedded = tap(taps, "hook_embed", F.embedding(tokens, self.embedding))
         return embedded + tap(taps, "hook_pos_embed", self.W_pos[positions]), {}
 
-    def normalize(
-        self, resid: Float[Tensor, "batch pos d_model"], taps: Taps = NO_TAPS
-    ) -> Float[Tensor, "batch pos d_model"]:
-        normalized: Tensor = self.final_norm(resid, taps)
-        return normalized
-
     def unembed(
         self, normalized: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -95,7 +89,3 @@ class TrainingFreeGPT2(WindowLoops):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.embedding.T
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        return self.embedding.new_zeros(self.cfg.d_vocab)

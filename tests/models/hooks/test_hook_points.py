@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.models.core.hooks import LoopHookPoint
+from loopscope.models.core.hooks import LoopHookPoint, existing_modules
 from loopscope.models.families.recurrent_depth import RecurrentDepth
-from toy import LOOPS, nothing, random_tokens
+from toy import LOOPS, Calls, nothing, random_tokens
 
 # Nothing is ever silently the last iteration.
 
@@ -60,9 +62,44 @@ def test_points_grow_and_never_shrink(plain: RecurrentDepth) -> None:
 
 def test_points_are_reachable_as_attributes(plain: RecurrentDepth) -> None:
     plain.grow(2)
-    point = plain.hook_dict["loops.1.blocks.0.attn.hook_q"]
-    assert plain.loops[1].blocks[0].attn.hook_q is point
+    point = plain.loops[1].blocks[0].attn.hook_q
     assert point.name == "loops.1.blocks.0.attn.hook_q"
+    assert plain.hook_dict[point.name] is plain.mod_dict[point.name] is point
+    assert point in set(plain.hook_points())
+
+
+NAME = "loops.1.blocks.0.attn.hook_q"
+LOOKS = {
+    "hook_dict": lambda model: model.hook_dict[NAME],
+    "mod_dict": lambda model: model.mod_dict[NAME],
+    "an attribute": lambda model: model.loops[1].blocks[0].attn.hook_q,
+    "a walk": lambda model: dict(model.named_modules())[NAME],
+    "a walk by another module": lambda model: dict(nn.Sequential(model).named_modules())[
+        f"0.{NAME}"
+    ],
+    "get_submodule": lambda model: model.get_submodule(NAME),
+    "modules": lambda model: next(m for m in model.modules() if getattr(m, "name", "") == NAME),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_points_are_there_however_one_looks_for_them(look: str, plain: RecurrentDepth) -> None:
+    calls = Calls()
+    handle = plain.hook_point(plain.resolve_names(NAME, 2)[0]).add_hook(nothing)
+    LOOKS[look](plain).add_hook(calls)
+    plain(random_tokens(), n_loops=2)
+    assert calls.names == [NAME]
+    handle.hook.remove()
+
+
+def test_runs_and_weights_make_no_points(plain: RecurrentDepth) -> None:
+    plain(random_tokens(), n_loops=4)
+    assert len(list(plain.parameters())) == len(plain.state_dict())
+    plain.train().eval()
+    model = copy.deepcopy(plain)
+    assert [m for m in existing_modules(model.loops) if isinstance(m, HookPoint)] == []
+    assert len(model.hook_dict) == len(model.hook_names(4))
+    assert model.loops[3].hook_state_out is not plain.loops[3].hook_state_out
 
 
 @pytest.mark.parametrize("training", [True, False])

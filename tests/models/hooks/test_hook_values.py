@@ -124,8 +124,7 @@ def test_every_site_of_every_family_refuses_one_row_for_all(name: str) -> None:
 
     state = model.begin(tokens, n_loops=2, **options)
     for visit in model.schedule(2):
-        edges = (visit.boundary[site] for site in (*visit.opening, *visit.closing))
-        here = {str(point.name) for point in (*edges, *visit.points.values())}
+        here = set(visit.hook_names())
         for site in here & outside:
             refuses(site, partial(model.advance, state, visit.index + 1))
         outside -= here

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from loopscope.models.core.points import MADE_AT_ONCE
+from loopscope.models.core.points import SHOWN
 from loopscope.models.core.registry import build
 from loopscope.models.core.state import MOST_LOOPS
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -18,12 +18,12 @@ MANY = 4000
 def test_a_model_that_records_thousands_of_iterations_makes_few_points() -> None:
     model = build(toy_config(n_loops=MANY))
     assert len(model.hook_names()) > MANY * 40
-    assert len(model.hook_dict) < (MADE_AT_ONCE + 1) * 50
+    assert len(model.hook_dict) < (SHOWN + 1) * 50
 
 
 def test_a_late_point_is_made_where_a_hook_is_attached(plain: RecurrentDepth) -> None:
-    name, calls = f"loops.{MADE_AT_ONCE + 5}.blocks.1.hook_resid_post", Calls()
-    n_loops = MADE_AT_ONCE + 7
+    name, calls = f"loops.{SHOWN + 5}.blocks.1.hook_resid_post", Calls()
+    n_loops = SHOWN + 7
     logits, cache = plain.run_with_cache(random_tokens(), n_loops=n_loops, names_filter=name)
     assert list(cache) == [name]
     with plain.hooks([(name, calls)], n_loops=n_loops):
@@ -34,10 +34,10 @@ def test_a_late_point_is_made_where_a_hook_is_attached(plain: RecurrentDepth) ->
 
 
 def test_late_hooks_are_refused_in_shorter_calls_too(plain: RecurrentDepth) -> None:
-    name = f"loops.{MADE_AT_ONCE + 5}.hook_state_in"
+    name = f"loops.{SHOWN + 5}.hook_state_in"
     plain.add_hook(name, nothing)
     with pytest.raises(ValueError, match=rf"a hook is attached at '{name}'"):
-        plain(random_tokens(), n_loops=MADE_AT_ONCE)
+        plain(random_tokens(), n_loops=SHOWN)
 
 
 @pytest.mark.parametrize("n_loops", [MOST_LOOPS + 1, 10**9, 10**19])
