@@ -293,7 +293,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         """Name the modules; a family calls it when its weights are made."""
         with self._points.hidden():
             for name, module in self.named_modules():
-                module.name = name  # type: ignore[assignment]  # TransformerLens names every module
+                module.name = name
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:  # type: ignore[override]  # made when asked for

@@ -134,7 +134,7 @@ class PointTree(nn.Module):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         self._complete()
-        return super().named_modules(*args, **kwargs)
+        yield from super().named_modules(*args, **kwargs)
 
     def _complete(self) -> None:
         if self._show is not None:
