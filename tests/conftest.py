@@ -93,12 +93,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(NO_BROWSER)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the test of what all others have called be the last one; the garbage collector need not
-    look at what was imported so far again and again.
-    """
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look at what was imported so far again and again."""
     gc.freeze()
-    items.sort(key=lambda item: item.name == "test_every_function_that_states_a_shape_was_called")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -280,7 +280,7 @@ def train_tuned_lens(
 @torch.no_grad()
 def _material(
     model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
-) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_model"]]:
+) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_read"]]:
     """The residual after every visit and the head's input at the end, without padding."""
     columns, shown = shown_columns(batch, positions)
     resids, finals = [], []
@@ -305,7 +305,7 @@ def _translated(
 
 
 def _log_probs(
-    model: LoopedModel, normalized: Float[Tensor, "visit read d_model"]
+    model: LoopedModel, normalized: Float[Tensor, "visit read d_read"]
 ) -> Float[Tensor, "visit read d_vocab"]:
     logits = model.unembed(normalized)
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
@@ -315,7 +315,7 @@ def _set_gradients(
     model: LoopedModel,
     params: list[Tensor],
     resids: Float[Tensor, "visit read d_model"],
-    finals: Float[Tensor, "read d_model"],
+    finals: Float[Tensor, "read d_read"],
 ) -> Float[Tensor, " visit"]:
     """Set the gradients of every visit's mean KL, a few visits at a time; return the mean KL.
 

@@ -489,6 +489,7 @@ def test_what_can_be_asked_is_passed_on_and_what_cannot_is_explained(made: Explo
     assert longer[5:] == ("", explorer.STALE_MAP)
 
 
+@pytest.mark.shapes
 def test_each_answer_is_drawn_under_the_lock_and_timed(
     made: Explorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

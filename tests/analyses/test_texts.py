@@ -80,6 +80,7 @@ def test_the_readouts_are_those_of_calls_with_so_many_iterations() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.shapes
 def test_a_pair_is_measured_by_the_logit_against_the_wrong_answer() -> None:
     config = patch.PatchConfig(
         checkpoint=ouro_folder(), clean=CAT, corrupted=DOG, answer=" mat", wrong=" dog"

@@ -259,6 +259,7 @@ def test_a_change_of_the_mean_reaches_every_stream() -> None:
     assert not is_close(by_mean, model(tokens, n_loops=2))
 
 
+@pytest.mark.shapes
 def test_streams_are_part_of_the_state_inside_an_iteration_only() -> None:
     model = randomize_(fresh(n_streams=3))
     tokens = random_tokens(model)

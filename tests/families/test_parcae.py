@@ -261,6 +261,7 @@ def test_value_embeddings_enter_at_every_iteration() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.shapes
 def test_injections_are_special_cases_of_the_linear_one() -> None:
     diagonal, tokens = made(ALIGNED), tokens_of(ALIGNED)
     linear = made(replace(ALIGNED, injection="linear"))
@@ -308,6 +309,7 @@ def test_without_a_prelude_norm_its_output_is_injected_as_it_is() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.shapes
 def test_seed_and_state_set_the_initial_latent() -> None:
     model, tokens = made(ALIGNED), tokens_of(ALIGNED)
     drawn = model.begin(tokens, seed=0).parts["state"]

@@ -203,6 +203,7 @@ def test_query_and_key_norms_have_points_and_leave_values_alone() -> None:
 
 
 @FAMILY
+@pytest.mark.shapes
 def test_the_coda_reads_the_latent_as_it_is(family: str) -> None:
     case = GoldenCase(family, begin=STATE)
     assert isinstance(case.model, Retrofit)

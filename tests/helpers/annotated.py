@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from beartype import beartype
+from jaxtyping import jaxtyped
 
 from import_graph import modules
+from paths import ROOT
 
 SHAPED = {"Float", "Int", "Bool", "Shaped", "Complex", "Num", "Integer", "Inexact"}
 CALLED: set[str] = set()
 
 
+def checked(what: Any) -> Any:
+    """A function, or a dataclass, whose shapes are checked at each call."""
+    return jaxtyped(what, typechecker=noting)
+
+
 def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The checker of `make shapes`: beartype, which also notes in `CALLED` what it has checked."""
+    """beartype, which also notes in `CALLED` what it has checked."""
     checked, name = beartype(function), f"{function.__module__}.{function.__qualname__}"
 
     @functools.wraps(checked)
@@ -55,9 +62,34 @@ def states_a_shape(node: ast.FunctionDef) -> bool:
     """Whether an argument or what is returned has a shape."""
     every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     stated = [*(each.annotation for each in every), node.returns]
-    inside = [part for one in stated if one is not None for part in ast.walk(one)]
-    shaped = [part.value for part in inside if isinstance(part, ast.Subscript)]
-    return any(isinstance(each, ast.Name) and each.id in SHAPED for each in shaped)
+    return any(one is not None and has_a_shape(one) for one in stated)
+
+
+def states_shapes_in_fields(node: ast.ClassDef) -> bool:
+    """Whether a class is a dataclass with a shape in its fields."""
+    kinds = {ast.unparse(each).partition("(")[0] for each in node.decorator_list}
+    fields = [part.annotation for part in node.body if isinstance(part, ast.AnnAssign)]
+    return "dataclass" in kinds and any(map(has_a_shape, fields))
+
+
+def has_a_shape(annotation: ast.AST) -> bool:
+    """Whether an annotation holds a shape, written out or by one of the project's names for one."""
+    names = {part.id for part in ast.walk(annotation) if isinstance(part, ast.Name)}
+    return bool(names & (SHAPED | names_of_shapes()))
+
+
+@functools.cache
+def names_of_shapes() -> frozenset[str]:
+    """The names that the project's modules give to shapes, such as `Stream = Float[...]`."""
+    return frozenset(
+        target.id
+        for path in modules(ROOT).values()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign)
+        and SHAPED & {part.id for part in ast.walk(node.value) if isinstance(part, ast.Name)}
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    )
 
 
 def is_abstract(node: ast.FunctionDef) -> bool:

@@ -44,6 +44,7 @@ def test_interp_knows_no_plotly_until_a_plot_is_asked_for() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.shapes
 def test_the_map_of_a_lens_has_a_row_per_visit_and_a_column_per_read() -> None:
     model, batch = toy(), padded()
     lens = logit_lens(model, batch, LOOPS, positions=[1, 4])

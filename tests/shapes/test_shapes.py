@@ -1,7 +1,8 @@
 """Every public call on every family, with the shapes in all signatures checked while it runs.
 
-`make shapes` runs these tests alone, under jaxtyping's import hook; the other tests run without it.
-The last test fails when a function whose signature states a shape was never called here.
+`make shapes` runs these tests alone, under the import hook of `shape_hook`; the other tests run
+without it.
+The run fails when a function whose signature states a shape was never called in it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from annotated import CALLED, annotated
 from loopscope import generate, logit_lens, wrap
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.pages import families
 from loopscope.analyses.pages.findings import Pairs
 from loopscope.models.core.registry import FAMILIES
-from paths import ROOT
 from toy import full, toy
 
 pytestmark = pytest.mark.shapes
@@ -31,10 +30,12 @@ def test_shapes_are_checked() -> None:
         toy().unembed(torch.zeros(2, 3))
 
 
-def test_every_method_on_every_family() -> None:
-    found = families.run()
-    assert set(found.methods.columns[1:]) == set(FAMILIES)
-    assert {row["method"] for _, row in found.methods.iterrows()} == set(families.methods())
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_method_on_every_family(family: str) -> None:
+    refused = families.refusals(family)
+    assert set(refused) == set(families.methods())
+    assert not any("Type-check error" in why for why in refused.values())
+    assert refused["logit_lens"] == ""
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -96,9 +97,3 @@ def test_the_answers_that_the_findings_count() -> None:
         pairs.clean.readout,
     )
     assert pairs.right(logits).tolist() == (logits.argmax(-1) == pairs.answers).tolist()
-
-
-def test_every_function_that_states_a_shape_was_called() -> None:
-    stated = annotated(ROOT)
-    assert len(stated) > 200
-    assert sorted(stated - CALLED) == []

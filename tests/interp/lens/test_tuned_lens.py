@@ -87,6 +87,7 @@ def test_untrained_tuned_lens_is_the_logit_lens_exactly(
     assert tuned.frame(answers).equals(plain.frame(answers))
 
 
+@pytest.mark.shapes
 def test_untrained_tuned_lens_of_any_family(odd_model: LoopedModel) -> None:
     assert torch.equal(
         TunedLens.identity(odd_model).lens(odd_model, padded()).heads_input,
