@@ -23,7 +23,8 @@ fast: dev
 shapes: dev
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/pytest -n 2 --dist worksteal -p shape_hook -m shapes
 
-# what takes long: fresh installs, several processes, files of a gigabyte, notebooks, damaged files
+# what takes long: fresh installs, several processes, files of a gigabyte, notebooks, damaged files, and
+# the published numbers of the shipped checkpoints
 slow: dev browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 

@@ -89,6 +89,7 @@ def test_config_record_figure_and_files(
     )
 
 
+@pytest.mark.slow
 def test_margins_of_13_and_14_hops_rise_peak_and_fall(
     full_margins: overthinking.Overthinking,
 ) -> None:
@@ -133,6 +134,7 @@ def test_the_margin_is_that_of_a_separate_call(full_margins: overthinking.Overth
     )
 
 
+@pytest.mark.slow
 def test_the_patching_effect_walks_along_the_relations() -> None:
     record = patch.run(PatchConfig(hops=5))
     strongest = record.effect.argmax(1).tolist()

@@ -109,6 +109,7 @@ def test_results_that_are_there_are_not_replaced_silently(
     assert page.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_report_ends_with_the_path_of_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +224,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_train_runs_a_recipe_resumes_it_and_refuses_what_it_does_not_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def narrow(source: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name not in OF_LOGS])
+@pytest.mark.slow
 def test_every_figure_runs_in_bfloat16(name: str, folder: Path) -> None:
     settings: dict[str, Any] = {}
     if "checkpoints" in SMALL[name]:

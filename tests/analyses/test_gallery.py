@@ -40,6 +40,7 @@ def test_every_command_has_its_section_and_its_picture() -> None:
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.slow
 def test_the_numbers_are_what_the_command_prints(name: str) -> None:
     record = FIGURES[name].module().run(FIGURES[name].config()())
     table = markdown_table(record.summary().head(gallery._ROWS))

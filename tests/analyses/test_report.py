@@ -94,6 +94,7 @@ def test_every_section_has_its_table(page: Page) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_page_stays_below_10_megabytes(page_file: Path) -> None:
     assert page_file.stat().st_size < 10_000_000
 
@@ -206,6 +207,7 @@ def test_the_report_of_a_language_model_shows_what_serves_a_text(of_a_text: Path
     assert page.requests == []
 
 
+@pytest.mark.slow
 def test_the_report_of_a_text_says_its_answer_and_no_questions(of_a_text: Path) -> None:
     text = of_a_text.read_text(encoding="utf-8")
     assert "class=refused" not in text

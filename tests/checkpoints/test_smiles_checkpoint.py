@@ -44,6 +44,7 @@ def test_every_pass_predicts_better_than_the_one_before_and_the_last_as_the_card
     assert abs(scores.nats[-1] - read_card(NAME)["held_out_nats"]) < 0.05
 
 
+@pytest.mark.slow
 def test_samples_are_well_formed_and_those_of_half_the_passes_less_so(model: LoopedModel) -> None:
     def share(n_loops: int) -> float:
         model.cfg = load(NAME, n_loops=n_loops).cfg

@@ -144,6 +144,7 @@ OTHER_NAMES = {
 }
 
 
+@pytest.mark.slow
 def test_every_form_of_a_config_means_the_same(case: GoldenCase, tmp_path: Path) -> None:
     config, tensors = content()
     text = {key: value for key, value in tensors.items() if ".visual." not in key}
@@ -205,6 +206,7 @@ def halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_a_release_may_keep_some_weights_in_float32(case: GoldenCase, tmp_path: Path) -> None:
     config, tensors = content()
     model = load(written(tmp_path / "mixed", config, halves(tensors)))
@@ -279,6 +281,7 @@ def test_codes_become_the_numbers_that_they_mean(
 
 
 @pytest.mark.parametrize("quantised", [nvfp4, mxfp8])
+@pytest.mark.slow
 def test_a_release_with_quantised_experts_is_one_with_their_numbers(
     quantised: Callable[..., tuple[dict[str, Tensor], Tensor]], tmp_path: Path
 ) -> None:

@@ -271,6 +271,7 @@ def drift_tolerance(key: str) -> Tensor:
     return allowed
 
 
+@pytest.mark.slow
 def test_trained_model_reproduces_whole_numbers_exactly(trained: Trained) -> None:
     golden = read_golden("ltg_trained", "float32")
     for key in trained_keys(("accuracy", "first_hit", "iterations_used", "correct")):
@@ -279,6 +280,7 @@ def test_trained_model_reproduces_whole_numbers_exactly(trained: Trained) -> Non
         )
 
 
+@pytest.mark.slow
 def test_trained_model_reproduces_whole_numbers_in_float64(trained64: Trained) -> None:
     golden = read_golden("ltg_trained", "float32")
     for key in trained_keys("first_hit"):
@@ -300,6 +302,7 @@ def test_trained_margins_drift_no_more_than_the_reference(
 
 
 @pytest.mark.parametrize("key", trained_keys("margin"))
+@pytest.mark.slow
 def test_trained_margins_in_float64(
     key: str, trained64: Trained, record_error: Callable[[str, str, float], None]
 ) -> None:

@@ -31,6 +31,7 @@ LOOPS = 3
 ANSWERS = [5, 3, 2]
 
 
+@pytest.mark.slow
 def test_interp_knows_no_plotly_until_a_plot_is_asked_for() -> None:
     code = (
         "import sys, pkgutil, importlib\n"

@@ -56,6 +56,7 @@ print(json.dumps(ours))
 """
 
 
+@pytest.mark.slow
 def test_each_module_is_reachable_under_one_name(tmp_path: Path) -> None:
     names = sorted(set(modules(ROOT)) - {"loopscope.__main__"})
     done = python("-c", IMPORT_ALL, json.dumps(names), cwd=tmp_path)

@@ -30,6 +30,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "loops.7.blocks.1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_example_of_other_families_runs_on_small_stand_ins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +72,7 @@ def test_the_heat_map_of_ones_own_query_takes_less_than_ten_lines() -> None:
     assert any(trace.type == "heatmap" for trace in figure.data)
 
 
+@pytest.mark.slow
 def test_the_numbers_beyond_the_trained_depth() -> None:
     best = recurrence.run(RecurrenceConfig()).accuracy.max(1).values
     assert f"at least {float(best[:10].min()):.2f} on 1 to 10 trained hops" in README
@@ -80,6 +82,7 @@ def test_the_numbers_beyond_the_trained_depth() -> None:
 
 
 @pytest.mark.parametrize(("checkpoint", "hops"), [("r2", 4), ("r4", 9)])
+@pytest.mark.slow
 def test_the_numbers_of_overthinking(checkpoint: str, hops: int) -> None:
     accuracy = recurrence.run(RecurrenceConfig(checkpoint=f"mini/multi_hop/{checkpoint}")).accuracy[
         hops - 1
@@ -91,6 +94,7 @@ def test_the_numbers_of_overthinking(checkpoint: str, hops: int) -> None:
     assert f"{hops} hops fall {fall}" in README
 
 
+@pytest.mark.slow
 def test_the_numbers_of_halting() -> None:
     stops = halting.run(HaltingConfig())
     (both, alone), (many, few) = (

@@ -17,6 +17,7 @@ def both() -> Pair:
     return pair(*CYCLES)
 
 
+@pytest.mark.slow
 def test_every_visit_has_a_name_here_and_shares_one_there(facts: Facts) -> None:
     high, low = CYCLES
     assert facts.visits == facts.our_names == 2 * high * (low + 1)

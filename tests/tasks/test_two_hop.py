@@ -167,6 +167,7 @@ def test_a_split_that_cannot_be_is_refused(ask: Callable[[], object], sentence: 
         ask()
 
 
+@pytest.mark.slow
 def test_the_papers_counts() -> None:
     data = make_two_hop(TableGraph.two_hop())
     assert (len(data.id_atomic), len(data.ood_atomic), len(data.train_inferred)) == (

@@ -324,6 +324,7 @@ def lines(folder: Path) -> list[dict[str, object]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_improves_logs_and_exports(run_folder: Path, corpus: Corpus) -> None:
     recipe = replace(TINY, updates=42, eval_every=12)
     done = train_language(recipe, run_folder)

@@ -36,6 +36,7 @@ def done(run_once: Path, tmp_path: Path) -> Path:
     return shutil.copytree(run_once, tmp_path / "done")
 
 
+@pytest.mark.slow
 def test_a_log_line_that_was_cut_is_left_out_and_the_run_goes_on(done: Path) -> None:
     whole = (done / "log.jsonl").read_text()
     (done / "log.jsonl").write_text(whole + '{"stage": 1, "stage_up')
@@ -116,6 +117,7 @@ def test_one_process_may_take_its_folder_again(tmp_path: Path) -> None:
     claim(tmp_path, [])
 
 
+@pytest.mark.slow
 def test_a_finished_run_makes_its_last_checkpoint_again(done: Path) -> None:
     before = load(done / "final").state_dict()
     card = json.loads((done / "final" / "card.json").read_text())

@@ -50,6 +50,7 @@ def test_a_fresh_loop_is_the_identity() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_improves_exports_and_logs(tmp_path: Path) -> None:
     recipe = replace(
         TINY, stages=(replace(TINY.stages[0], max_updates=200, gate=0.99), TINY.stages[1])
@@ -128,6 +129,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return done
 
 
+@pytest.mark.slow
 def test_the_same_numbers_go_to_tensorboard(finished: Finished) -> None:
     (events,) = (finished.folder / "tensorboard").iterdir()
     content = events.read_bytes()

@@ -104,6 +104,7 @@ def test_a_cell_is_one_run_of_corrupted_questions_with_one_clean_state_in_it() -
     assert found.corrupted_margin == pytest.approx(float(bare), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_last_state_of_r2_brings_back_what_the_clean_run_answers(shipped: CausalGraph) -> None:
     for each in shipped.panels:
         assert float(each.answered[-1, 2]) == pytest.approx(each.clean_answered)

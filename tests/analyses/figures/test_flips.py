@@ -19,6 +19,7 @@ def shipped() -> Flips:
     return Flips(shipped_panels(), tuple(found))
 
 
+@pytest.mark.slow
 def test_the_shares_are_those_of_counting_question_by_question(shipped: Flips) -> None:
     subject = open_subject(SourceConfig(checkpoint="mini/multi_hop/r2"))
     counts = [[0] * 4 for _ in KINDS]
@@ -41,6 +42,7 @@ def test_the_shares_are_those_of_counting_question_by_question(shipped: Flips) -
     assert all(sum(row) > 0 for row in counts)
 
 
+@pytest.mark.slow
 def test_accuracy_changes_by_what_becomes_right_less_what_becomes_wrong(shipped: Flips) -> None:
     names = tuple(panel.checkpoint for panel in shipped.panels[:2])
     grids = recurrence_grids.run(RecurrenceGridsConfig(checkpoints=names, n_loops=12, per_hop=20))

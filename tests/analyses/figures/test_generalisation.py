@@ -30,6 +30,7 @@ def dynamic() -> Generalisation:
     return run(GeneralisationConfig(checkpoints=(END, TWO, SIX), n_loops=10))
 
 
+@pytest.mark.slow
 def test_the_ratio_is_one_after_two_hops_and_grows_with_the_curriculum(
     dynamic: Generalisation,
 ) -> None:

@@ -19,6 +19,7 @@ def shipped() -> HaltingCompare:
     return HaltingCompare(shipped_panels(), tuple(curves))
 
 
+@pytest.mark.slow
 def test_every_number_is_that_of_stopping_question_by_question() -> None:
     cap, kl, entropy, hops = 9, 0.02, 1.1, 8
     config = HaltingCompareConfig(

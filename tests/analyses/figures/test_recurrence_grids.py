@@ -68,6 +68,7 @@ def test_learned_needs_training_and_every_hop_count_below() -> None:
     assert leading([0.9, 0.9, 0.1, 0.9], 0.9) == 2
 
 
+@pytest.mark.slow
 def test_what_the_shipped_models_learn_and_reach(shipped: RecurrenceGrids) -> None:
     summary = shipped.summary().set_index("checkpoint")
     assert summary["learned to"].tolist() == summary["trained to"].tolist() == [4, 8, 6, 10]

@@ -146,6 +146,7 @@ def test_without_a_trained_depth_the_hops_must_be_said(subject: Subject) -> None
         shortcut._random_question(subject, "</a>", torch.Generator())
 
 
+@pytest.mark.slow
 def test_the_miniature_on_the_random_graph_takes_no_shortcut() -> None:
     claim = shortcut_on_random_graph()
     assert claim.verdict == "no"

@@ -67,6 +67,7 @@ def slow_accuracy(name: str, group: str, entity: int, position: int) -> list[flo
 
 
 @pytest.mark.parametrize(("name", "group"), [(OOD, GROUPS[2]), (VANILLA, GROUPS[1])])
+@pytest.mark.slow
 def test_shares_are_those_of_the_final_norm_and_head_on_the_cached_states(
     name: str, group: str, shipped: StageDepths
 ) -> None:

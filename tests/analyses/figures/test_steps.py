@@ -77,6 +77,7 @@ def test_small_turns_are_exact_in_float32() -> None:
     torch.testing.assert_close(less, wide, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_shipped_states_grow_by_equal_steps_and_deeper_questions_settle_later(
     shipped: steps.Steps,
 ) -> None:

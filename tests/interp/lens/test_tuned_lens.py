@@ -329,6 +329,7 @@ def questions(count: int, held_out: bool) -> Batch:
     return Batch(tokens, mask, mask.sum(1) - 1)
 
 
+@pytest.mark.slow
 def test_trained_lens_foretells_held_out_answers_better_than_the_logit_lens() -> None:
     model, held_out = load("ltg_trained"), questions(40, held_out=True)
     tuned = train_tuned_lens(model, questions(500, held_out=False), 4, positions="real", steps=300)

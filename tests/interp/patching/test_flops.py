@@ -51,6 +51,7 @@ def test_executed_operations_of_a_forward(plain: RecurrentDepth) -> None:
 
 
 @pytest.mark.parametrize(("site", "heads"), [("resid_pre", None), ("z", "all")])
+@pytest.mark.slow
 def test_a_sweep_executes_at_most_a_quarter_more_than_it_needs(
     site: str, heads: str | None
 ) -> None:
