@@ -17,7 +17,7 @@ import torch
 from plotly.offline import get_plotlyjs
 from tqdm.auto import tqdm
 
-from loopscope.analyses.common.configs import ReportConfig
+from loopscope.analyses.common.configs import ReportConfig, as_flags
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import FIGURE_CONFIG, Record, write_text
 from loopscope.analyses.common.sections import Opened, Section
@@ -107,7 +107,7 @@ def _drawn(name: str, opened: Opened) -> Drawn:
         record = section.measure(opened)
         return Drawn(name, section, record, module.figure(record))
     except (ValueError, KeyError) as error:
-        return Drawn(name, section, None, None, str(error.args[0] if error.args else error))
+        return Drawn(name, section, None, None, as_flags(error))
 
 
 def write_report(config: ReportConfig, path: Path) -> Path:
