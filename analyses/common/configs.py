@@ -208,6 +208,18 @@ class InputsConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswersConfig(InputsConfig):
+    """The answers of some inputs after each of many iterations."""
+
+    n_loops: int = 24
+    """Iterations to run; one run gives the answers after each of them."""
+    answer: str | None = None
+    """The token that counts as the answer of every text; by default the true one where it is known,
+    else the model's own top token after all iterations.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig(SourceConfig):
     """One input of a checkpoint: a question of its own, a text, or token ids."""
 

@@ -16,18 +16,21 @@ from loopscope import plots
 from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import PairConfig, SourceConfig, TextConfig
 from loopscope.analyses.common.figures import FIGURES
-from loopscope.analyses.common.inputs_of import open_inputs
+from loopscope.analyses.common.inputs_of import OWN, open_inputs
 from loopscope.analyses.common.pairs_of import open_pairs
 from loopscope.analyses.common.subject import open_subject, token_id
-from loopscope.analyses.figures.answers import overthinking, readouts
+from loopscope.analyses.figures.answers import halting, overthinking, readouts, recurrence
 from loopscope.analyses.figures.circuit import lens, patch
 from loopscope.checkpoints.load import load
+from loopscope.interp.drawing.labels import visible
 from loopscope.interp.lens.lens import readout_lens
 from paths import SHIPPED
 
 OF_ONE: dict[str, dict[str, Any]] = {"lens": {}, "readouts": {}}
 OF_SEVERAL: dict[str, dict[str, Any]] = {
     "overthinking": {"n_loops": 3},
+    "recurrence": {"n_loops": 3},
+    "halting": {"n_loops": 3},
     "ranks": {},
     "orbits": {"n_loops": 8},
     "steps": {"n_loops": 3},
@@ -108,6 +111,27 @@ def test_overthinking_has_one_curve_for_each_text() -> None:
     answer = model.to_single_token(" mat")
     expected = readout_lens(model, ["a dog"], 5).margin([answer])[:, 0]
     assert torch.allclose(record.margin[1], expected, atol=1e-5)
+
+
+def test_the_accuracy_of_a_text_is_whether_its_answer_is_on_top() -> None:
+    given = {"checkpoint": ouro_folder(), "text": (CAT, "a dog"), "n_loops": 5}
+    grid = recurrence.run(recurrence.RecurrenceConfig(**given))
+    assert (grid.hops, grid.trained_hops, grid.questions) == ((), None, (1, 1))
+    model = load(ouro_folder())
+    tops = readout_lens(model, ["a dog"], 5).top(1).tokens[:, 0, 0]
+    assert grid.accuracy[1].tolist() == (tops == tops[-1]).float().tolist()
+    assert grid.texts[1] == f"a dog → {visible(model.to_string(tops[-1:]))} ({OWN})"
+    assert grid.frame()["text"].unique().tolist() == list(grid.texts) == grid.heading().split("; ")
+    told = {"answer": " mat", "kl": 0.0, "entropy": 0.0}
+    curves = halting.run(halting.HaltingConfig(**given, **told))
+    assert curves.iterations.eq(5).all()
+    assert not curves.halted.any()
+    mat = model.to_single_token(" mat")
+    right = [
+        bool(model(model.to_tokens(t), n_loops=5)[0, -1].argmax() == mat) for t in given["text"]
+    ]
+    assert curves.accuracy[0].tolist() == [float(each) for each in right]
+    assert list(curves.frame().columns)[:2] == ["rule", "text"]
 
 
 def test_a_text_is_read_at_its_last_token_where_the_checkpoint_does_not_say() -> None:
