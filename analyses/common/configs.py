@@ -258,7 +258,9 @@ class ReportConfig(PairConfig):
     """All analyses of one checkpoint in one HTML page that works offline."""
 
     text: str | None = None
-    """The text that the figures of one input show; by default the clean one, or a question."""
+    """The text that the figures of one input show; by default the clean one, or a question, or of a
+    language model a sentence of this project's own, which the page names.
+    """
 
     n_loops: int = 24
     """Iterations of the margin and accuracy figures."""

@@ -201,11 +201,16 @@ def open_subject(config: SourceConfig, needs_questions: bool = True) -> Subject:
     if data is not None:
         return _with_questions(subject, data, config)
     if needs_questions:
-        raise ValueError(
-            f"{config.checkpoint} has no test.json beside its weights; pass --data with the"
-            " questions to ask, or a text of your own where the command takes one (--text, --clean)"
-        )
+        raise without_questions(config)
     return subject
+
+
+def without_questions(config: SourceConfig) -> ValueError:
+    """The error about a checkpoint that has no questions where they are needed."""
+    return ValueError(
+        f"{config.checkpoint} has no test.json beside its weights; pass --data with the"
+        " questions to ask, or a text of your own where the command takes one (--text, --clean)"
+    )
 
 
 def _without_questions(config: SourceConfig) -> tuple[Subject, Path | None]:
