@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -170,32 +170,33 @@ def _weight(shape: torch.Size, random: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=random)
 
 
-def run(setting: Setting, folder: Path) -> list[str]:
-    """The lines about one release."""
+def run(setting: Setting, folder: Path) -> Iterator[str]:
+    """The lines about one release, as they come."""
     size = make(setting, folder)
     loaded = measured(lambda: load(folder))
     model = loaded.result
     count = sum(each.numel() for each in model.parameters())
     head = f"**{setting.name}'s shapes**, {count / 1e9:.2f} billion weights in bfloat16, {size:.2f}"
-    lines = [f"{head} GiB: loaded in {_took(loaded)}, the weights among them"]
+    yield f"{head} GiB: loaded in {_took(loaded)}, the weights among them"
     clean, corrupted = _pair(model)
     lens = measured(lambda: readout_lens(model, clean, LOOPS, positions="all"))
-    lines.append(f"readout lens after each of {LOOPS} iterations, {LENGTH} tokens: {_took(lens)}")
+    yield f"readout lens after each of {LOOPS} iterations, {LENGTH} tokens: {_took(lens)}"
     attributed = measured(lambda: _sweep(attribution_patch, model, clean, corrupted))
     whole = attributed.result.cells
-    lines.append(f"{len(whole)} cells of resid_post by attribution patching: {_took(attributed)}")
+    yield f"{len(whole)} cells of resid_post by attribution patching: {_took(attributed)}"
     sample = measured(lambda: _sweep(activation_patch, model, clean, corrupted, **setting.cells))
     share = _cone(model, whole) / _cone(model, sample.result.cells)
-    lines.append(
-        f"by exact patching: {len(sample.result.cells)} of the cells in {_took(sample)}; the whole"
-        f" needs {share:.1f} times the arithmetic, about {sample.seconds * share / 60:.0f} min"
-    )
     if sample.seconds * share < PATIENCE:
         exact = measured(lambda: _sweep(activation_patch, model, clean, corrupted))
-        lines[-1] = f"by exact patching, all {len(whole)} cells: {_took(exact)}"
+        yield f"by exact patching, all {len(whole)} cells: {_took(exact)}"
+    else:
+        yield (
+            f"by exact patching: {len(sample.result.cells)} of the cells in {_took(sample)}; the"
+            f" whole needs {share:.1f} times the arithmetic, about"
+            f" {sample.seconds * share / 60:.0f} min"
+        )
     if setting.table is ouro.TABLE:
-        lines += _by_others(model, clean, corrupted, sample)
-    return lines
+        yield from _by_others(model, clean, corrupted, sample)
 
 
 def _took(each: Measured) -> str:
@@ -227,13 +228,12 @@ def _cone(model: LoopedModel, cells: Any) -> int:
 
 def _by_others(
     model: LoopedModel, clean: Batch, corrupted: Batch, sample: Measured, every: int = 8
-) -> list[str]:
+) -> Iterator[str]:
     """Some of the sample's cells by plain hooks and by nnsight, one run each, on the hand-written
     module.
     """
     cells = sample.result.cells[::every]
     plain = PlainOuro(model, float(_OURO["rope_theta"]))  # type: ignore[arg-type]
-    traced = NNsight(plain)
     values = _activations(plain, clean.tokens)
 
     @torch.no_grad()
@@ -242,21 +242,19 @@ def _by_others(
 
     @torch.no_grad()
     def by_nnsight() -> Tensor:
+        traced = NNsight(plain)  # last, because it changes how the module's calls run
         return torch.stack([_traced(traced, corrupted.tokens, cell, values) for cell in cells])
 
-    share = _cone(model, sample.result.cells) / _cone(model, cells)
-    ours, lines = sample.result.values[::every, 0], []
+    ours = sample.result.values[::every, 0]
     for name, job in (("plain hooks", by_hooks), ("nnsight", by_nnsight)):
         found = measured(job)
         apart = float((found.result - ours).abs().max() / ours.abs().max())
         each, mine = found.seconds / len(cells), sample.seconds / len(sample.result.cells)
-        lines.append(
+        yield (
             f"{len(cells)} of them by {name} on a hand-written module with the same weights:"
             f" {_took(found)}; {each:.1f} s a cell against {mine:.1f} s of ours, {each / mine:.1f}"
             f" times; largest difference {apart:.1e} of the largest value"
         )
-    assert share > 0, "the cells lie before the readout"
-    return lines
 
 
 @torch.no_grad()

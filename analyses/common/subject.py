@@ -178,8 +178,8 @@ def load_model(config: SourceConfig) -> LoopedModel:
     asked = sorted(name for name, value in told.items() if value != SourceConfig().told().get(name))
     if held.alone and asked:
         raise ValueError(
-            f"{asked[0]} says how a checkpoint is loaded, but this model is loaded already; leave"
-            f" {asked[0]} out, or give it to load"
+            f"{asked[0]} says how a checkpoint is loaded, but this model is in memory already; give"
+            f" {asked[0]} to load, or for the place where answers are read set model.read_at"
         )
     model: LoopedModel = held.model
     return model

@@ -246,7 +246,9 @@ def test_every_command_that_loads_explains_the_flags_of_loading(
 
 
 def test_a_loaded_model_takes_no_setting_of_loading() -> None:
-    with pytest.raises(ValueError, match="dtype says how a checkpoint is loaded, but this model"):
+    with pytest.raises(
+        ValueError, match="dtype says how a checkpoint is loaded, but this model is in memory"
+    ):
         plots.lens(load(ouro_folder()), text=CAT, dtype="bfloat16")
 
 
