@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
@@ -20,6 +19,7 @@ from loopscope.analyses.common.configs import (
     ReportConfig,
     TrainConfig,
     TwoHopDataConfig,
+    as_flags,
 )
 from loopscope.analyses.common.figures import FIGURES, FigureFile
 from loopscope.analyses.fetching import Fetch
@@ -171,24 +171,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 )
             )
     except (ValueError, OSError, KeyError, ImportError) as error:
-        sentence = str(error.args[0] if isinstance(error, KeyError) else error)
-        print(f"loopscope: {_as_flags(sentence)}", file=sys.stderr)
+        print(f"loopscope: {as_flags(error)}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-_ARGUMENT = re.compile(
-    r"\b(n_heads|input_injection|readout|vocab|window|n_loops)=('[^']*'|\"[^\"]*\"|[^\s,;]*)"
-)
-
-
-def _as_flags(sentence: str) -> str:
-    """A sentence that names arguments of a call, in the spelling of the command line."""
-
-    def flag(found: re.Match[str]) -> str:
-        value = found[2].strip("'\"")
-        return f"--{found[1].replace('_', '-')} {value}".rstrip()
-
-    return _ARGUMENT.sub(flag, sentence)
 
 
 def _commands() -> dict[str, Callable[..., Any]]:

@@ -33,7 +33,7 @@ _UNSAID = {
     "text",
     "tokens",
     "n_loops",
-} - {"per_hop", "readout", "window"}
+} - {"per_hop", "readout", "window", "ignore", "adapter", "dtype"}
 """Settings that a title says in words of its own, or not at all."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from loopscope.checkpoints.contents import Contents, Kind
 from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.fields.harmless import Reasons, changes_nothing
+from loopscope.models.basis.arguments import Argument
 
 _REQUIRED = object()
 
@@ -152,12 +153,13 @@ class ConfigFields:
             f" in {self._inside}" if self._inside else "",
         )
         also = f" (and so are {', '.join(map(shown, unknown[1:]))})" if unknown[1:] else ""
-        ignore = tuple(unknown) if not self._inside else (self._inside,)
-        hint = f"; load(..., ignore={ignore}) reads the config without it"
+        ignored = Argument("ignore", tuple(unknown) if not self._inside else (self._inside,))
+        hint = ("; ", ignored, " reads the config without it") if self._ignorable else ()
         raise CheckpointError(
             f"{self.path} has the field {shown(unknown[0])}{where} (= {value}), which this family's"
             f" loader does not know; it is refused{also}, because it could change what the model"
-            f" computes{hint if self._ignorable else ''}"
+            " computes",
+            *hint,
         )
 
     def _size(self, name: str, default: Any, kind: Kind) -> Any:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import Repr
+
+from loopscope.models.basis.arguments import Argument, ArgumentError, parts_of
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 _SHORT.maxlevel = 2
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ArgumentError):
     """A checkpoint that cannot be used; the message is one line that names the file and the rule.
 
     Args:
-        message: The sentence; line breaks of a quoted error become spaces.
+        parts: The sentence, and each argument that mends the error; line breaks of a quoted error
+            become spaces.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(re.sub(r"\s*[\n\r]\s*", " ", message).strip())
+    def __init__(self, *parts: str | Argument) -> None:
+        super().__init__(*(p if isinstance(p, Argument) else _one_line(p) for p in parts))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(filter(None, re.split(r"\s*[\n\r]\s*", text)))
 
 
 class MissingFacts(CheckpointError):
@@ -39,19 +46,21 @@ class MissingFacts(CheckpointError):
     def __init__(self, path: Path, needed: Mapping[str, str], useful: tuple[str, ...]) -> None:
         self.path, self.needed, self.useful = path, dict(needed), useful
         self.names: tuple[str, ...] = (*needed, *useful)
-        super().__init__(self.sentence(lambda name: _PYTHON.get(name, f"{name}=")))
+        facts = f"{path} does not say {', and '.join(self.needed.values())}; pass "
+        more: tuple[str | Argument, ...] = ()
+        if useful:
+            more = ("; to ask questions of the model, pass ", *_listed(useful), " too")
+        super().__init__(facts, *_listed(needed), *more)
 
-    def sentence(self, spell: Callable[[str], str]) -> str:
-        """The message, with each argument in the caller's spelling.
 
-        Args:
-            spell: The spelling of an argument, such as "--n-heads" for "n_heads".
-        """
-        facts = ", and ".join(self.needed.values())
-        passed = " and ".join(spell(name) for name in self.needed)
-        more = " and ".join(spell(name) for name in self.useful)
-        questions = f"; to ask questions of the model, pass {more} too" if more else ""
-        return f"{self.path} does not say {facts}; pass {passed}{questions}"
+def _listed(names: Iterable[str]) -> list[str | Argument]:
+    """Arguments with "and" between them; of a switch both values are named."""
+    parts: list[str | Argument] = []
+    for name in names:
+        values = _SWITCHES.get(name, (None,))
+        for value, link in zip(values, (" and ", *[" or "] * len(values)), strict=False):
+            parts += [link, Argument(name, value)]
+    return parts[1:]
 
 
 @contextmanager
@@ -69,10 +78,10 @@ def config_errors(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: ", *parts_of(error)) from None
 
 
-_PYTHON = {"input_injection": "input_injection=True or input_injection=False"}
+_SWITCHES = {"input_injection": (True, False)}
 
 
 def shown(value: object) -> str:

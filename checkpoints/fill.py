@@ -145,7 +145,13 @@ def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, path: Path) -> No
 
 
 def _check_values(key: str, tensor: Tensor, path: Path) -> None:
-    """Refuse values that are not finite, or so large that no model is trained to them."""
+    """Refuse values that are not finite, or so large that no model is trained to them.
+
+    One look at the extremes, which are NaN where any value is, passes a good tensor in a fraction
+    of the time that counting takes.
+    """
+    if tensor.numel() == 0 or all(abs(float(end)) <= _LARGEST for end in tensor.detach().aminmax()):
+        return
     bad = large = 0
     for chunk in tensor.detach().flatten().split(1 << 20):
         finite = chunk.isfinite()

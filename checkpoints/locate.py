@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.release import ReleaseFacts
+from loopscope.models.basis.arguments import Argument
 
 SHIPPED = Path(__file__).parent / "shipped"
 INDEX = "model.safetensors.index.json"
@@ -94,15 +95,16 @@ def _weights_in(folder: Path) -> Path:
             f"{folder} holds {len(found)} checkpoints; name one of"
             f" {', '.join(p.name for p in found)}"
         )
-    raise CheckpointError(_no_checkpoint(folder))
+    raise _no_checkpoint(folder)
 
 
-def _no_checkpoint(folder: Path) -> str:
-    """The sentence for a folder without weights."""
+def _no_checkpoint(folder: Path) -> CheckpointError:
+    """The error about a folder without weights."""
     if (folder / _ADAPTER).is_file():
-        return (
-            f"{folder} holds an adapter and not a model; load(base, adapter={str(folder)!r}) merges"
-            " it into the weights of its base"
+        return CheckpointError(
+            f"{folder} holds an adapter and not a model; name its base as the checkpoint, and ",
+            Argument("adapter", str(folder)),
+            " merges the adapter into its weights",
         )
     below = sorted({str(p.parent.relative_to(folder)) for p in folder.glob("**/*.pt")})
     hint = f"; there are some in {', '.join(below[:8])}" if below else ""

@@ -15,6 +15,7 @@ from loopscope.checkpoints.contents import Contents
 from loopscope.checkpoints.errors import CheckpointError, config_errors, shown
 from loopscope.checkpoints.fields.harmless import Reasons
 from loopscope.checkpoints.fill import build_from, drop_tied_head
+from loopscope.models.basis.arguments import Argument
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 
@@ -127,8 +128,8 @@ def load_by(
     Contents.of(tensors).check_ours(path, cfg.to_dict())
     if left:
         raise CheckpointError(
-            f"{weights}: a {table.family} release takes no {next(iter(left))}=, got"
-            f" {next(iter(left.values()))!r}"
+            f"{weights}: a {table.family} release does not take ",
+            Argument(*next(iter(left.items()))),
         )
     kept = {key: tensor for key, tensor in tensors.items() if not re.fullmatch(table.skipped, key)}
     kept = dict(table.decode(kept, weights))
@@ -142,7 +143,8 @@ def _without(values: Mapping[str, Any], ignore: Sequence[str], path: Path) -> di
     for name in ignore:
         if name not in values:
             raise CheckpointError(
-                f"{path} has no field {shown(name)}, so ignore= cannot name it; its fields are"
-                f" {', '.join(sorted(values))}"
+                f"{path} has no field {shown(name)}, so ",
+                Argument("ignore"),
+                f" cannot name it; its fields are {', '.join(sorted(values))}",
             )
     return {name: value for name, value in values.items() if name not in ignore}

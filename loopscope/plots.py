@@ -7,7 +7,8 @@ figure.write_html("lens.html")
 Each function takes a loaded model, a checkpoint's name, or the path of a file or folder, then the
 settings of the command of its name (hyphens become underscores), and returns a
 `plotly.graph_objects.Figure` with a title. A figure of several checkpoints takes a list of them.
-`help(plots.lens)` lists the settings and shows an example.
+`help(plots.lens)` lists the settings and shows an example. `attention_view` is no figure of the
+command line: it shows attention patterns in CircuitsVis's view.
 """
 
 from __future__ import annotations
@@ -46,7 +47,52 @@ def __getattr__(name: str) -> Callable[..., go.Figure]:
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return [*__all__, "attention_view"]
+
+
+def attention_view(
+    model: LoopedModel, inputs: Any, n_loops: int | None = None, *, layer: int = 0
+) -> Any:
+    """The attention patterns of one input in CircuitsVis's view: every head of a layer, iteration
+    by iteration (needs the extra `loopscope[circuitsvis]`).
+
+    Args:
+        model: A loaded model.
+        inputs: One text, the tokens of one input, or a `Batch` of one.
+        n_loops: Iterations; None means what the checkpoint records.
+        layer: The layer inside an iteration, from 0.
+
+    Returns:
+        A page that a notebook shows; `str` of it is HTML.
+
+    Raises:
+        ImportError: CircuitsVis is not installed.
+        KeyError: No such layer, or one without attention patterns.
+        ValueError: Several inputs.
+    """
+    from loopscope.analyses.common.subject import words
+    from loopscope.interp.drawing.labels import spoken
+    from loopscope.models.core.state import checked_tokens
+
+    try:
+        from circuitsvis.attention import attention_heads
+    except ImportError:
+        raise ImportError(
+            "attention_view needs CircuitsVis; install loopscope[circuitsvis]"
+        ) from None
+    tokens = checked_tokens(model.texts.given(inputs, None, {}, None).tokens, model.cfg.d_vocab)
+    if len(tokens) != 1:
+        raise ValueError(f"attention_view shows one input, got {len(tokens)}")
+    wanted = f"loops.**.blocks.{layer}.attn.hook_pattern"
+    _, cache = model.run_with_cache(inputs, n_loops=n_loops, names_filter=wanted)
+    heads = [
+        (f"{spoken(name)} · head {head}", pattern.float().tolist())
+        for name, patterns in cache.items()
+        for head, pattern in enumerate(patterns[0])
+    ]
+    names, attention = map(list, zip(*heads, strict=True))
+    shown = list(words(model, tokens[0]))
+    return attention_heads(attention, shown, names, mask_upper_tri=model.causal)
 
 
 def _function(file: FigureFile) -> Callable[..., go.Figure]:

@@ -4,13 +4,16 @@ read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.analyses.common.inputs_of import AnswerTokens, Asked
+from loopscope.analyses.common.configs import AnswersConfig
+from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, open_inputs
+from loopscope.analyses.common.look import ANSWERED
 from loopscope.analyses.common.subject import Subject
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
@@ -27,6 +30,25 @@ class HopRun:
 
     lens: Lens
     answers: Int[Tensor, " batch"]
+
+
+Runs = Mapping[int, HopRun] | Mapping[str, HopRun]
+"""Runs by hop count, or by the text with its answer."""
+
+
+def open_runs(config: AnswersConfig) -> tuple[Subject, Runs]:
+    """Load the checkpoint that a config names, and run its questions or the given texts."""
+    asked = open_inputs(config)
+    if asked.given is not None:
+        return asked.subject, run_each_text(asked, config.n_loops, config.answer)
+    return asked.subject, run_by_hop(asked.subject, config.n_loops, config.hops)
+
+
+def hops_and_texts(keys: Iterable[int | str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The hop counts among the keys of runs, and the texts; one of both is empty."""
+    listed = list(keys)
+    hops = tuple(key for key in listed if isinstance(key, int))
+    return hops, tuple(key for key in listed if isinstance(key, str))
 
 
 def run_by_hop(subject: Subject, n_loops: int, hops: int | None = None) -> dict[int, HopRun]:
@@ -48,5 +70,5 @@ def run_each_text(asked: Asked, n_loops: int, answer: str | None = None) -> dict
         row = slice(i, i + 1)
         told = AnswerTokens(answers.words[row], answers.ids[row], answers.own).said
         lens = readout_lens(asked.subject.model, group.batch[row], n_loops)
-        runs[f"{text} → {told}"] = HopRun(lens, answers.ids[row])
+        runs[f"{text}{ANSWERED}{told}"] = HopRun(lens, answers.ids[row])
     return runs

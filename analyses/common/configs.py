@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import tyro
 
+from loopscope.models.basis.arguments import Argument, ArgumentError
+
 DEFAULT_CHECKPOINT = "mini/multi_hop/r_dyn"
 
 
@@ -46,6 +48,19 @@ def is_setting(name: str) -> bool:
     return name != "loaded"
 
 
+def as_flags(error: Exception) -> str:
+    """The sentence of an error, with the arguments that it asks for as flags of a command."""
+    if isinstance(error, ArgumentError):
+        return error.spelled(_flag)
+    return str(error.args[0] if isinstance(error, KeyError) else error)
+
+
+def _flag(argument: Argument) -> str:
+    value = argument.value
+    words = value if isinstance(value, tuple | list) else () if value is None else (value,)
+    return " ".join(["--" + argument.name.replace("_", "-"), *map(str, words)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The settings of every figure."""
@@ -58,7 +73,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FilesConfig(RunConfig):
-    """Settings that a checkpoint's file lacks, and the device."""
+    """How a checkpoint is loaded, and what its file lacks."""
 
     data: Path | None = None
     """Questions to ask: a test.json, by default the one beside the weights; or pairs as CSV or
@@ -82,10 +97,16 @@ class FilesConfig(RunConfig):
     """First and last layer to loop, from 0, where the checkpoint is an ordinary Llama, Qwen3 or
     GPT-2.
     """
-    per_hop: int | None = None
-    """Use at most this many questions of each hop count."""
+    ignore: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD ...")] = ()
+    """Fields of a release's config.json to read as if they were not there."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter in peft's layout, to merge into the weights of a release."""
+    dtype: str | None = None
+    """Number format to convert the weights to: float32, bfloat16, ...; by default the file's."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, ..."""
+    per_hop: int | None = None
+    """Use at most this many questions of each hop count."""
     loaded: tyro.conf.Suppress[Any] = field(default=None, repr=False, compare=False)
     """A `LoadedModel` for each checkpoint that is in memory, by name; it is not loaded again."""
 
@@ -96,10 +117,20 @@ class FilesConfig(RunConfig):
 
     def told(self) -> dict[str, Any]:
         """The arguments of `load` besides the checkpoint."""
-        known = {
-            name: getattr(self, name) for name in ("n_heads", "input_injection", "readout", "vocab")
-        }
+        known = {name: getattr(self, name) for name in _OF_LOAD}
         return known if self.window is None else {**known, "window": self.window}
+
+
+_OF_LOAD = (
+    "n_heads",
+    "input_injection",
+    "readout",
+    "vocab",
+    "ignore",
+    "adapter",
+    "dtype",
+    "device",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +208,18 @@ class InputsConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswersConfig(InputsConfig):
+    """The answers of some inputs after each of many iterations."""
+
+    n_loops: int = 24
+    """Iterations to run; one run gives the answers after each of them."""
+    answer: str | None = None
+    """The token that counts as the answer of every text; by default the true one where it is known,
+    else the model's own top token after all iterations.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig(SourceConfig):
     """One input of a checkpoint: a question of its own, a text, or token ids."""
 
@@ -215,7 +258,9 @@ class ReportConfig(PairConfig):
     """All analyses of one checkpoint in one HTML page that works offline."""
 
     text: str | None = None
-    """The text that the figures of one input show; by default the clean one, or a question."""
+    """The text that the figures of one input show; by default the clean one, or a question, or of a
+    language model a sentence of this project's own, which the page names.
+    """
 
     n_loops: int = 24
     """Iterations of the margin and accuracy figures."""

@@ -9,6 +9,10 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from loopscope.interp.drawing.labels import label, shortened
+
+ANSWERED = " → "
+"""Between a text and its answer."""
 TRAINED_SCALE, BEYOND_SCALE = "Blues", "Oranges"
 GROUP_COLORS = {
     "train_inferred": "#7b8794",
@@ -45,6 +49,26 @@ def hop_colors(hops: Sequence[int], trained: int | None) -> dict[int, str]:
 def hop_name(hops: int) -> str:
     """ "1 hop", "2 hops", ...; texts without relations have none, and are "all"."""
     return f"{hops} hop" + "s" * (hops != 1) if hops else "all"
+
+
+def groups_along(plot: go.Figure, hops: Sequence[int], texts: Sequence[str]) -> list[int]:
+    """Name the groups along the lowest x axes of a figure, and give the place of each group.
+
+    Args:
+        hops: The hop counts; empty where the groups are texts.
+        texts: The texts with their answers, at the places 0, 1, ...; the axis has no answers.
+    """
+    if not texts:
+        plot.update_xaxes(title="hops", dtick=1)
+        return list(hops)
+    places, names = list(range(len(texts))), [_beginning(text) for text in texts]
+    span = [-0.6, len(texts) - 0.4]
+    plot.update_xaxes(tickvals=places, ticktext=names, tickangle=-30, range=span)
+    return places
+
+
+def _beginning(text: str) -> str:
+    return label(shortened(text.rpartition(ANSWERED)[0] or text, 20))
 
 
 def model_label(loops: tuple[int, int], n_layers: int) -> str:

@@ -29,10 +29,12 @@ class Opened:
     Attributes:
         config: The report's settings.
         subject: The checkpoint.
+        ours: Whether the report's text is the project's own, because the user gave none.
     """
 
     config: ReportConfig
     subject: Subject
+    ours: bool = False
 
     @cached_property
     def asked(self) -> Asked:

@@ -16,6 +16,7 @@ from loopscope.analyses.common.pair_files import KINDS, PairRow, read_pairs
 from loopscope.checkpoints.load import load, read_card
 from loopscope.checkpoints.locate import locate, shipped_names
 from loopscope.interp.common.ranking import top_token
+from loopscope.models.basis.arguments import ArgumentError, parts_of
 from loopscope.models.basis.tokens import Batch, Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -133,7 +134,7 @@ def _one_token(model: LoopedModel, word: str) -> int:
         if word in words:
             return list(words).index(word)
         hint = f"; {' ' + word!r}, with a space before it, is one" * (f" {word}" in words)
-        raise ValueError(f"{error}{hint}") from None
+        raise ArgumentError(*parts_of(error), hint) from None
 
 
 @torch.no_grad()
@@ -165,23 +166,23 @@ def words(model: LoopedModel, ids: Int[Tensor, " pos"]) -> tuple[str, ...]:
 
 
 def load_model(config: SourceConfig) -> LoopedModel:
-    """Load the model that a config names onto its device.
+    """Load the model that a config names, as it says.
 
     Raises:
-        ValueError: This machine has no such device.
+        ValueError: The model is in memory already, and the config says how to load it; or what
+            `load` refuses, such as a device that this machine lacks.
     """
-    held = config.in_memory(config.checkpoint)
-    if held is not None:
-        model: LoopedModel = held.model
-        return model
-    try:
-        torch.zeros(1, device=config.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    held, told = config.in_memory(config.checkpoint), config.told()
+    if held is None:
+        return load(config.checkpoint, **told)
+    asked = sorted(name for name, value in told.items() if value != SourceConfig().told().get(name))
+    if held.alone and asked:
         raise ValueError(
-            f"the device {config.device!r} cannot be used on this machine"
-            f" ({str(error).splitlines()[0].rstrip('.')}); pass --device cpu"
-        ) from None
-    return load(config.checkpoint, **config.told()).to(config.device)
+            f"{asked[0]} says how a checkpoint is loaded, but this model is in memory already; give"
+            f" {asked[0]} to load, or for the place where answers are read set model.read_at"
+        )
+    model: LoopedModel = held.model
+    return model
 
 
 def open_subject(config: SourceConfig, needs_questions: bool = True) -> Subject:
@@ -200,11 +201,16 @@ def open_subject(config: SourceConfig, needs_questions: bool = True) -> Subject:
     if data is not None:
         return _with_questions(subject, data, config)
     if needs_questions:
-        raise ValueError(
-            f"{config.checkpoint} has no test.json beside its weights; pass --data with the"
-            " questions to ask, or a text of your own where the command takes one (--text, --clean)"
-        )
+        raise without_questions(config)
     return subject
+
+
+def without_questions(config: SourceConfig) -> ValueError:
+    """The error about a checkpoint that has no questions where they are needed."""
+    return ValueError(
+        f"{config.checkpoint} has no test.json beside its weights; pass --data with the"
+        " questions to ask, or a text of your own where the command takes one (--text, --clean)"
+    )
 
 
 def _without_questions(config: SourceConfig) -> tuple[Subject, Path | None]:
@@ -263,7 +269,7 @@ def _check_row(subject: Subject, pair: PairRow) -> None:
         for word in filter(None, (pair.answer, pair.wrong)):
             token_id(subject.model, word)
     except ValueError as error:
-        raise ValueError(f"{pair.where}: {error}") from None
+        raise ArgumentError(f"{pair.where}: ", *parts_of(error)) from None
 
 
 def _kept(questions: Sequence[Question], per_hop: int | None) -> dict[int, list[Question]]:

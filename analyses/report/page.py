@@ -6,7 +6,7 @@ import html
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from plotly.offline import get_plotlyjs
 from tqdm.auto import tqdm
 
-from loopscope.analyses.common.configs import ReportConfig
+from loopscope.analyses.common.configs import ReportConfig, as_flags
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import FIGURE_CONFIG, Record, write_text
 from loopscope.analyses.common.sections import Opened, Section
-from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.common.subject import Subject, open_subject, without_questions
+from loopscope.checkpoints.tokenizer import HubTokenizer
 from loopscope.models.core.state import checked_loops
 
 TABS = {
@@ -36,6 +37,11 @@ stands in the figure's file.
 
 COMPARISON = "Comparison"
 """The tab that is there only with other checkpoints."""
+
+DEFAULT_TEXT = "The cat sat on the mat, and the dog sat on the"
+"""The text of a language model's report where the user gives none."""
+
+_DEFAULTED = f" No text was given, so the text is the default one: {DEFAULT_TEXT!r}."
 
 _FOLDER = Path(__file__).parent
 _STYLE, _SCRIPT = (
@@ -64,7 +70,7 @@ class Drawn:
 Tabs = dict[str, list[Drawn]]
 
 
-def run(config: ReportConfig) -> tuple[Subject, Tabs]:
+def run(config: ReportConfig) -> tuple[Opened, Tabs]:
     """Make all records and figures; the questions are run once for what is about answers. A figure
     that is not about what the report runs, such as one of many questions for a text, is left out.
 
@@ -82,15 +88,20 @@ def run(config: ReportConfig) -> tuple[Subject, Tabs]:
     if all(each.figure is None for each in drawn.values()):
         raise ValueError(f"no figure of the report can be drawn: {drawn[names[0]].why}")
     made = {tab: [drawn[name] for name in inside] for tab, inside in tabs.items() if inside}
-    return opened.subject, made
+    return opened, made
 
 
 def _opened(config: ReportConfig) -> Opened:
     """The checkpoint with what is run; a setting of the report's own is refused before any work."""
-    text = config.text or config.clean
-    opened = Opened(config, open_subject(config, needs_questions=text is None))
-    if text is None:
-        opened.subject.of_hops(config.hops)
+    subject = open_subject(config, needs_questions=False)
+    opened = Opened(config, subject)
+    if config.text is None and config.clean is None:
+        if subject.questions:
+            subject.of_hops(config.hops)
+        elif isinstance(subject.model.vocab, HubTokenizer):
+            opened = Opened(replace(config, text=DEFAULT_TEXT), subject, ours=True)
+        else:
+            raise without_questions(config)
     if config.corrupted is not None:
         opened.pairs  # noqa: B018 - made here, so that a pair that cannot be compared is refused
     return opened
@@ -107,18 +118,19 @@ def _drawn(name: str, opened: Opened) -> Drawn:
         record = section.measure(opened)
         return Drawn(name, section, record, module.figure(record))
     except (ValueError, KeyError) as error:
-        return Drawn(name, section, None, None, str(error.args[0] if error.args else error))
+        return Drawn(name, section, None, None, as_flags(error))
 
 
 def write_report(config: ReportConfig, path: Path) -> Path:
     """Run everything and write the page, whole or not at all."""
     started = time.perf_counter()
-    subject, made = run(config)
-    return write_text(path, page(subject, made, time.perf_counter() - started))
+    opened, made = run(config)
+    return write_text(path, page(opened, made, time.perf_counter() - started))
 
 
-def page(subject: Subject, made: Tabs, seconds: float) -> str:
+def page(opened: Opened, made: Tabs, seconds: float) -> str:
     """The whole page; plotly.js is in it once, and nothing is fetched."""
+    subject = opened.subject
     task = subject.card.get("task", "A looped transformer, iteration by iteration.")
     cards = "".join(
         f"<div class=fact><b>{html.escape(value)}</b><span>{html.escape(key)}</span></div>"
@@ -135,7 +147,7 @@ def page(subject: Subject, made: Tabs, seconds: float) -> str:
 <title>loopscope: {html.escape(subject.name)}</title><link rel="icon" href="data:,">
 <style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>
 <body><header><p class=brand>loopscope</p><h1>{html.escape(subject.name)}</h1>
-<p class=lead>{html.escape(str(task))}</p>
+<p class=lead>{html.escape(str(task) + _DEFAULTED * opened.ours)}</p>
 <div class=facts>{cards}</div><div role=tablist aria-label="Figures">{buttons}</div></header>
 <main>{"".join(_panel(name, inside) for name, inside in made.items())}</main>
 <footer>Computed in {seconds:.0f} s with {versions}. Figures follow arXiv 2604.07822.</footer>

@@ -12,6 +12,7 @@ from loopscope.checkpoints.release import BLOCK_KEYS
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.checkpoints.tables.rotary import rotary
+from loopscope.models.basis.arguments import Argument, ArgumentError
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
 from loopscope.models.families.training_free.model import TrainingFreeConfig
 from loopscope.models.families.training_free.rules import BETA, check_rule, checked_window
@@ -31,10 +32,11 @@ _OPTIONS = {
 def _looping(options: dict[str, Any], n_layers: int) -> dict[str, Any]:
     """Window, rule, beta, mode and the rule of the cache, from the caller's options."""
     if options.get("window") is None:
-        raise ValueError(
-            f"this is an ordinary model of {n_layers} layers, so say which of them to loop:"
-            " window=(first, last), both included and counted from 0; arXiv 2605.23872 takes four"
-            " in the middle, (12, 15) of 28 or (15, 18) of 36"
+        raise ArgumentError(
+            f"this is an ordinary model of {n_layers} layers, so say which of them to loop: ",
+            Argument("window"),
+            " takes the first and the last, both included and counted from 0; arXiv 2605.23872"
+            " takes four in the middle, (12, 15) of 28 or (15, 18) of 36",
         )
     rule, mode = options.pop("rule", "blend"), options.pop("mode", "block")
     beta = options.pop("beta", BETA if rule == "blend" else None)

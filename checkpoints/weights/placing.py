@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.fill import FORMATS, is_weight, of_one_format
+from loopscope.models.basis.arguments import Argument
 from loopscope.models.core.base import LoopedModel
 
 
@@ -88,7 +89,10 @@ def _placed(
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
         if largest > torch.finfo(kind).max:
             raise CheckpointError(
-                f"{path}: {name!r} holds the magnitude {largest:g}, which float16 cannot hold; pass"
-                " dtype='bfloat16' or 'float32'"
+                f"{path}: {name!r} holds the magnitude {largest:g}, which float16 cannot hold;"
+                " pass ",
+                Argument("dtype", "bfloat16"),
+                " or ",
+                Argument("dtype", "float32"),
             )
     return tensor.to(device=device or tensor.device, dtype=kind)

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.models.basis.arguments import Argument, ArgumentError
+
 MOST_LOOPS = 2**14  # iterations of a call: each has visits and hook names of its own
 PAD_ID = 0
 
@@ -47,9 +49,7 @@ class Slot:
         return [name for name, _ in self.places_of_names()]
 
     def places_of_names(self) -> Iterator[tuple[str, str]]:
-        """Full names of the slot's points in order of execution, each with the prefix of its
-        place.
-        """
+        """Full names of the slot's points in order of execution, with each one's prefix."""
         for prefix, sites in (
             (self.scope, self.opening),
             (self.name, self.sites),
@@ -281,10 +281,10 @@ def checked_loops(n_loops: object, recorded: int | None) -> int:
         TypeError: Not a whole number.
         ValueError: Fewer than 1 or more than `MOST_LOOPS`, or no number at all.
     """
+    n_loops = recorded if n_loops is None else n_loops
     if n_loops is None:
-        n_loops = recorded
-    if n_loops is None:
-        raise ValueError("this checkpoint records no number of iterations; pass n_loops=")
+        unsaid = "this checkpoint records no number of iterations; pass "
+        raise ArgumentError(unsaid, Argument("n_loops"))
     if isinstance(n_loops, bool) or not isinstance(n_loops, SupportsIndex):
         raise TypeError(f"n_loops must be an integer, got {type(n_loops).__name__}")
     try:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loopscope.models.basis.arguments import Argument, ArgumentError
 from loopscope.models.basis.tokens import Batch, Readout, Words, pad_right
 from loopscope.models.core.state import integers
 
@@ -100,9 +101,10 @@ class TextInputs:
     def encode(self, texts: Texts, prepend_bos: bool | None = None) -> Batch:
         """Right-padded tokens, mask and readout column of some texts; see `LoopedModel.encode`."""
         if self.read_at is None:
-            raise ValueError(
-                "this checkpoint does not say where its answers are read; load it with"
-                " readout='last_real', 'first_pad' or 'column:K'"
+            raise ArgumentError(
+                "this checkpoint does not say where its answers are read; load it with ",
+                Argument("readout", "last_real"),
+                ", 'first_pad' or 'column:K'",
             )
         return self._padded(self._ids(texts, prepend_bos))
 
@@ -169,8 +171,9 @@ class TextInputs:
 
     def _words(self) -> Words:
         if self.vocab is None:
-            raise ValueError(
-                "this checkpoint has no vocabulary; load it with vocab='path/to/vocab.json'"
+            raise ArgumentError(
+                "this checkpoint has no vocabulary; load it with ",
+                Argument("vocab", "path/to/vocab.json"),
             )
         return self.vocab
 

@@ -12,6 +12,7 @@ import tyro
 
 from loopscope.analyses import cli
 from loopscope.analyses.cli import main
+from loopscope.analyses.common.configs import as_flags
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import refuse_unwritable
 from loopscope.analyses.figures.circuit import lens
@@ -19,6 +20,7 @@ from loopscope.analyses.pages import families
 from loopscope.analyses.report import page as report
 from loopscope.analyses.report.page import TABS
 from loopscope.checkpoints.load import load
+from loopscope.models.basis.arguments import Argument, ArgumentError, parts_of
 from loopscope.training.catalog import RECIPES
 from paths import ROOT, SHIPPED
 from tiny_run import TINY
@@ -198,9 +200,9 @@ def test_data_writes_a_folder_and_says_what(
         (["patch", "--clean", ""], "a text must hold at least one token"),
         (["patch", "--corrupted", ""], "a corrupted text needs its clean one; pass --clean"),
         (["steps", "--text", ""], "a text must hold at least one token"),
-        (["lens", "--device", "cuda"], "the device 'cuda' cannot be used on this machine"),
-        (["report", "--device", "nowhere"], "the device 'nowhere' cannot be used on this machine"),
-        (["steps", "--device", "meta"], "the device 'meta' cannot be used on this machine"),
+        (["lens", "--device", "cuda"], "device must be one of this machine, such as 'cpu'"),
+        (["report", "--device", "nowhere"], "'cpu' or 'cuda', got 'nowhere'"),
+        (["steps", "--device", "meta"], "must be one that keeps numbers, got 'meta'"),
         (["lens", "--text", "<e_99>"], "'<e_99>' is not one of the 57 tokens"),
         (["patch", "--site", "residual"], "this model has no site 'residual'"),
         (["report", "--readout", "middle"], "readout must be 'last_real'"),
@@ -261,10 +263,20 @@ def test_an_argument_that_a_lone_file_needs_is_named_as_a_flag(
 
 
 def test_arguments_of_a_call_are_spelled_as_flags() -> None:
-    sentence = "x does not say y; pass n_heads=, input_injection=True and readout='first_pad'"
-    assert cli._as_flags(sentence) == (
-        "x does not say y; pass --n-heads, --input-injection True and --readout first_pad"
+    parts = (
+        *("n_heads=5 is a word; pass ", Argument("n_heads"), ", ", Argument("window", (2, 3))),
+        *(" and ", Argument("input_injection", False)),
     )
+    assert str(ArgumentError(*parts)) == (
+        "n_heads=5 is a word; pass n_heads=, window=(2, 3) and input_injection=False"
+    )
+    assert as_flags(ArgumentError(*parts)) == (
+        "n_heads=5 is a word; pass --n-heads, --window 2 3 and --input-injection False"
+    )
+    quoted = ArgumentError("row 3: ", *parts_of(ArgumentError(*parts)))
+    assert as_flags(quoted) == "row 3: " + as_flags(ArgumentError(*parts))
+    assert as_flags(KeyError("no 'x'")) == "no 'x'"
+    assert parts_of(ValueError("plain")) == ("plain",)
 
 
 @pytest.mark.parametrize("command", ["lens", "report", "families", "data"])

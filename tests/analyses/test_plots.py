@@ -137,4 +137,21 @@ def test_a_sentence_becomes_a_pdf_in_one_line(
 def test_the_room_is_an_attribute_of_the_package() -> None:
     assert loopscope.plots is plots
     assert {"plots", "load"} <= set(dir(loopscope))
-    assert plots.__dir__() == plots.__all__
+    assert plots.__dir__() == [*plots.__all__, "attention_view"]
+
+
+def test_the_attention_view_has_every_head_of_every_iteration() -> None:
+    model = load(ouro_folder())
+    page = str(plots.attention_view(model, CAT, 3, layer=1))
+    given = json.loads(page.partition("AttentionHeads,")[2].partition("\n    )")[0])
+    assert given["tokens"] == model.to_str_tokens(CAT)
+    heads = model.cfg.n_heads
+    assert len(given["attention"]) == len(given["attentionHeadNames"]) == 3 * heads
+    assert given["attentionHeadNames"][heads + 1] == "loop 1 · block 1 · head 1"
+    name = "loops.1.blocks.1.attn.hook_pattern"
+    _, cache = model.run_with_cache(CAT, n_loops=3, names_filter=name)
+    assert given["attention"][heads + 1] == pytest.approx(cache[name][0, 1].numpy(), abs=1e-6)
+    with pytest.raises(ValueError, match="attention_view shows one input, got 2"):
+        plots.attention_view(model, [CAT, CAT])
+    with pytest.raises(KeyError, match=r"blocks\.99"):
+        plots.attention_view(model, CAT, layer=99)

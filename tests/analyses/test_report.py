@@ -130,11 +130,11 @@ def test_a_figure_that_cannot_be_drawn_says_why_in_its_place(tmp_path: Path) -> 
         per_hop=2,
         n_loops=3,
     )
-    subject, made = report.run(config)
+    opened, made = report.run(config)
     why = {each.name: each.why for inside in made.values() for each in inside if each.why}
     assert why.keys() == {"patch"}
     assert "no other head entity with a known, different answer was found" in why["patch"]
-    text = report.page(subject, made, 1.0)
+    text = report.page(opened, made, 1.0)
     place = text.partition('<section id="patch">')[2].partition("</section>")[0]
     assert html.escape(why["patch"]) in place
     assert "What one activation carries" in place
@@ -218,6 +218,19 @@ def test_the_report_of_a_text_says_its_answer_and_no_questions(of_a_text: Path) 
     assert "last_real" in facts
 
 
+def test_the_report_of_a_language_model_without_a_text_says_which_text_it_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "TABS", {"Answers": ("readouts",), report.COMPARISON: ()})
+    opened, made = report.run(ReportConfig(checkpoint=ouro_folder()))
+    (drawn,) = made["Answers"]
+    assert drawn.record.text == report.DEFAULT_TEXT
+    said = f"so the text is the default one: {report.DEFAULT_TEXT!r}."
+    assert html.escape(said) in report.page(opened, made, 1.0)
+    given, made = report.run(ReportConfig(checkpoint=ouro_folder(), text=report.DEFAULT_TEXT))
+    assert "default one" not in report.page(given, made, 1.0)
+
+
 def test_a_report_leaves_out_what_the_input_has_not() -> None:
     _, made = report.run(ReportConfig(checkpoint="mini/smiles", text="CC(=O)N", n_loops=9))
     names = {tab: [each.name for each in inside] for tab, inside in made.items()}
@@ -231,7 +244,7 @@ def test_a_report_leaves_out_what_the_input_has_not() -> None:
 
 def test_a_report_without_questions_and_text_or_with_unequal_texts_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has no test\.json beside its weights; pass --data"):
-        report.run(ReportConfig(checkpoint=ouro_folder()))
+        report.run(ReportConfig(checkpoint="mini/smiles"))
     with pytest.raises(ValueError, match="has 6 tokens in the clean text and 2 in the corrupted"):
         report.run(ReportConfig(checkpoint=ouro_folder(), clean=CAT, corrupted="a dog"))
     with pytest.raises(ValueError, match="a corrupted text needs its clean one; pass --clean"):

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from language_toys import CAT, DOG, ouro_folder
+from loopscope import plots
 from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import PairConfig, SourceConfig, TextConfig
 from loopscope.analyses.common.figures import FIGURES
-from loopscope.analyses.common.inputs_of import open_inputs
+from loopscope.analyses.common.inputs_of import OWN, open_inputs
 from loopscope.analyses.common.pairs_of import open_pairs
 from loopscope.analyses.common.subject import open_subject, token_id
-from loopscope.analyses.figures.answers import overthinking, readouts
+from loopscope.analyses.figures.answers import halting, overthinking, readouts, recurrence
 from loopscope.analyses.figures.circuit import lens, patch
 from loopscope.checkpoints.load import load
+from loopscope.interp.drawing.labels import visible
 from loopscope.interp.lens.lens import readout_lens
 from paths import SHIPPED
 
 OF_ONE: dict[str, dict[str, Any]] = {"lens": {}, "readouts": {}}
 OF_SEVERAL: dict[str, dict[str, Any]] = {
     "overthinking": {"n_loops": 3},
+    "recurrence": {"n_loops": 3},
+    "halting": {"n_loops": 3},
     "ranks": {},
     "orbits": {"n_loops": 8},
     "steps": {"n_loops": 3},
@@ -108,6 +114,27 @@ def test_overthinking_has_one_curve_for_each_text() -> None:
     assert torch.allclose(record.margin[1], expected, atol=1e-5)
 
 
+def test_the_accuracy_of_a_text_is_whether_its_answer_is_on_top() -> None:
+    given = {"checkpoint": ouro_folder(), "text": (CAT, "a dog"), "n_loops": 5}
+    grid = recurrence.run(recurrence.RecurrenceConfig(**given))
+    assert (grid.hops, grid.trained_hops, grid.questions) == ((), None, (1, 1))
+    model = load(ouro_folder())
+    tops = readout_lens(model, ["a dog"], 5).top(1).tokens[:, 0, 0]
+    assert grid.accuracy[1].tolist() == (tops == tops[-1]).float().tolist()
+    assert grid.texts[1] == f"a dog → {visible(model.to_string(tops[-1:]))} ({OWN})"
+    assert grid.frame()["text"].unique().tolist() == list(grid.texts) == grid.heading().split("; ")
+    told = {"answer": " mat", "kl": 0.0, "entropy": 0.0}
+    curves = halting.run(halting.HaltingConfig(**given, **told))
+    assert curves.iterations.eq(5).all()
+    assert not curves.halted.any()
+    mat = model.to_single_token(" mat")
+    right = [
+        bool(model(model.to_tokens(t), n_loops=5)[0, -1].argmax() == mat) for t in given["text"]
+    ]
+    assert curves.accuracy[0].tolist() == [float(each) for each in right]
+    assert list(curves.frame().columns)[:2] == ["rule", "text"]
+
+
 def test_a_text_is_read_at_its_last_token_where_the_checkpoint_does_not_say() -> None:
     subject = open_subject(SourceConfig(checkpoint=ouro_folder()), needs_questions=False)
     subject.model.read_at = None
@@ -156,6 +183,74 @@ def test_what_is_wrong_with_a_text_is_said(
     with pytest.raises(SystemExit):
         main([args[0], ouro_folder(), *args[1:], "--out", str(tmp_path / "out")])
     assert sentence in capsys.readouterr().err
+
+
+# How a checkpoint is loaded
+
+
+def changed_folder(folder: Path) -> Path:
+    """The toy Ouro with a field that its family does not know."""
+    shutil.copytree(ouro_folder(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "warp": 9}))
+    return folder
+
+
+def adapter_folder(folder: Path) -> Path:
+    """A LoRA adapter of rank 1 that changes one matrix of the toy Ouro."""
+    folder.mkdir()
+    module, cfg = "base_model.model.model.layers.0.mlp.down_proj", load(ouro_folder()).cfg
+    values = {"peft_type": "LORA", "r": 1, "lora_alpha": 3, "target_modules": ["down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    factors = {"A": torch.ones(1, cfg.d_mlp), "B": torch.ones(cfg.d_model, 1)}
+    save_file(
+        {f"{module}.lora_{name}.weight": each for name, each in factors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+def test_the_flags_of_loading_are_those_of_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed_folder(tmp_path / "ouro")
+    command = ["lens", str(folder), "--text", CAT, "--no-html", "--no-csv"]
+    with pytest.raises(SystemExit):
+        main([*command, "--out", str(tmp_path / "refused")])
+    assert "; --ignore warp reads the config without it" in capsys.readouterr().err
+    adapter = adapter_folder(tmp_path / "adapter")
+    how = ["--ignore", "warp", "--dtype", "bfloat16", "--device", "cpu", "--adapter", str(adapter)]
+    main([*command, *how, "--out", str(tmp_path / "out")])
+    settings = json.loads((tmp_path / "out" / "lens.settings.json").read_text())
+    assert settings["made_with"]["checkpoints"][str(folder)]["dtype"] == "bfloat16"
+    assert settings["ignore"] == ["warp"]
+    known = {"ignore": ("warp",), "dtype": "bfloat16", "adapter": adapter}
+    record = lens.run(lens.LensConfig(checkpoint=str(folder), text=CAT, **known))
+    plain = lens.run(lens.LensConfig(checkpoint=ouro_folder(), text=CAT, dtype="bfloat16"))
+    assert record.frame().equals(lens.run(from_settings(settings)).frame())
+    assert not torch.equal(record.entropy, plain.entropy)
+
+
+def from_settings(settings: dict[str, Any]) -> lens.LensConfig:
+    names = ("checkpoint", "text", "ignore", "dtype", "adapter")
+    return lens.LensConfig(**{name: settings[name] for name in names})
+
+
+@pytest.mark.parametrize("command", ["explore", "report", "patch", "halting-compare"])
+def test_every_command_that_loads_explains_the_flags_of_loading(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--ignore FIELD", "--adapter", "--dtype", "--device"))
+
+
+def test_a_loaded_model_takes_no_setting_of_loading() -> None:
+    with pytest.raises(
+        ValueError, match="dtype says how a checkpoint is loaded, but this model is in memory"
+    ):
+        plots.lens(load(ouro_folder()), text=CAT, dtype="bfloat16")
 
 
 # Files of pairs

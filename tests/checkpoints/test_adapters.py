@@ -241,7 +241,7 @@ def test_factors_that_do_not_fit_the_base_are_refused(
 
 def test_an_adapter_is_a_folder_beside_its_base(both: dict[str, Tensor], tmp_path: Path) -> None:
     folder = write(tmp_path / "adapter", both)
-    with pytest.raises(CheckpointError, match=r"holds an adapter and not a model; load\(base, ada"):
+    with pytest.raises(CheckpointError, match=r"holds an adapter and not a model; .* and adapter="):
         load(folder)
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
         load(GOLDEN / "ouro", adapter=tmp_path)

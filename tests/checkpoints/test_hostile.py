@@ -366,10 +366,10 @@ def test_all_facts_that_a_bare_pickle_lacks_are_asked_for_at_once(tmp_path: Path
         " input_injection=True or input_injection=False; to ask questions of the model, pass"
         " readout= and vocab= too"
     )
-    flags = caught.value.sentence(lambda name: f"--{name.replace('_', '-')}")
+    flags = caught.value.spelled(lambda argument: f"--{argument.name}")
     assert flags.endswith(
-        "pass --n-heads and --input-injection; to ask questions of the model, pass --readout and"
-        " --vocab too"
+        "pass --n_heads and --input_injection or --input_injection; to ask questions of the model,"
+        " pass --readout and --vocab too"
     )
 
 

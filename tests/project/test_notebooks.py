@@ -1,37 +1,49 @@
-"""Every notebook runs from top to bottom."""
+"""Every notebook is stored with its outputs, and a fresh run gives the same."""
 
 from __future__ import annotations
 
+import base64
 import warnings
-from pathlib import Path
 
-import nbformat
 import pytest
+from nbformat import NotebookNode
 
-from paths import ROOT
+from same_page import assert_same_page
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the Jupyter client's own, on import
+    from notebooks import outputs
+
+LARGEST = 600_000  # bytes of a notebook
+
+
+def code(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", outputs.names())
+def test_a_fresh_run_gives_the_stored_outputs(name: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the Jupyter client's own, on import and at exit
-        from nbclient import NotebookClient
-
-        notebook = nbformat.read(path, as_version=4)
-        NotebookClient(
-            notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}
-        ).execute()
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert code
-    assert all(cell.execution_count for cell in code)
+        warnings.simplefilter("ignore")  # the Jupyter client's own, at exit
+        fresh = outputs.executed(name, pictures=False)
+    for ran, stored in zip(code(fresh), code(outputs.stored(name)), strict=True):
+        assert len(outputs.figures(ran)) == len(outputs.figures(stored)), ran.source
+        for now, then in zip(outputs.texts(ran), outputs.texts(stored), strict=True):
+            assert_same_page(now, then)
 
 
-def test_notebooks_are_stored_without_outputs() -> None:
-    for path in NOTEBOOKS:
-        cells = nbformat.read(path, as_version=4).cells
-        assert all(
-            not cell.get("outputs") and cell.get("execution_count") is None for cell in cells
-        )
+@pytest.mark.parametrize("name", outputs.names())
+def test_a_stored_notebook_shows_everything_without_being_run(name: str) -> None:
+    cells = code(outputs.stored(name))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(len(outputs.figures(cell)) for cell in cells) >= 1
+    for cell in cells:
+        assert all("/tmp/" not in text and "/root" not in text for text in outputs.texts(cell))
+        kinds = {output.get("name", output.output_type) for output in cell.outputs}
+        assert kinds <= {"stdout", "display_data", "execute_result"}, "bars and warnings are stderr"
+        for figure in outputs.figures(cell):
+            picture = base64.b64decode(figure[outputs.PICTURE])
+            assert picture.startswith(b"\x89PNG")
+            assert len(picture) > 5_000
+    assert (outputs.FOLDER / f"{name}.ipynb").stat().st_size < LARGEST

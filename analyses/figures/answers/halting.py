@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,19 +13,21 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.by_hop import HopRun, run_by_hop
-from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.by_hop import Runs, hops_and_texts, open_runs
+from loopscope.analyses.common.configs import AnswersConfig
+from loopscope.analyses.common.look import groups_along
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
-from loopscope.analyses.common.subject import open_subject
 from loopscope.interp.drawing.labels import label
 from loopscope.interp.drawing.look import FAINT, INK, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class HaltingConfig(SourceConfig):
-    """Iterations used and accuracy per hop count, for several halting rules (figures 9 and 10)."""
+class HaltingConfig(AnswersConfig):
+    """Iterations used and accuracy per hop count or text, for several halting rules (figures 9 and
+    10).
+    """
 
     n_loops: int = 24
     """The cap: an example that never halts uses the last iteration."""
@@ -44,14 +45,16 @@ class HaltingCurves(Record):
     """Where several rules stop.
 
     Attributes:
-        hops: The hop counts.
+        hops: The hop counts; empty where texts are run.
         rules: The rules' names.
         iterations: Float[Tensor, "rule hop"], mean iterations used.
-        accuracy: Float[Tensor, "rule hop"], after the iterations at which each example stopped.
+        accuracy: Float[Tensor, "rule hop"], after the iterations at which each example stopped. Of
+            a text it is 1 where the answer is the top token there, else 0.
         halted: Float[Tensor, "rule hop"], share of examples that the rule stopped before the cap
             made it.
         best: Float[Tensor, " hop"], the best accuracy over all fixed r, for comparison.
         cap: Iterations of the run.
+        texts: The texts with their answers, each in the place of a hop count.
     """
 
     hops: tuple[int, ...]
@@ -61,9 +64,14 @@ class HaltingCurves(Record):
     halted: Float[Tensor, "rule hop"]
     best: Float[Tensor, " hop"]
     cap: int
+    texts: tuple[str, ...] = ()
+
+    def heading(self) -> str:
+        """The texts with their answers; nothing for questions."""
+        return "; ".join(self.texts)
 
     def frame(self) -> pd.DataFrame:
-        """rule, hops, iterations (mean), accuracy, halted (share)."""
+        """rule, hops (or text), iterations (mean), accuracy, halted (share)."""
         rows = [
             (
                 rule,
@@ -73,13 +81,14 @@ class HaltingCurves(Record):
                 float(self.halted[i, j]),
             )
             for i, rule in enumerate(self.rules)
-            for j, hop in enumerate(self.hops)
+            for j, hop in enumerate(self.texts or self.hops)
         ]
-        return pd.DataFrame(rows, columns=["rule", "hops", "iterations", "accuracy", "halted"])
+        kind = "text" if self.texts else "hops"
+        return pd.DataFrame(rows, columns=["rule", kind, "iterations", "accuracy", "halted"])
 
     def summary(self) -> pd.DataFrame:
-        """One row per rule, over all hop counts alike: mean iterations, mean accuracy, share
-        halted, gap to the best r.
+        """One row per rule, over all hop counts or texts alike: mean iterations, mean accuracy,
+        share halted, gap to the best r.
         """
         return pd.DataFrame(
             {
@@ -94,11 +103,11 @@ class HaltingCurves(Record):
 
 def run(config: HaltingConfig) -> HaltingCurves:
     """Run once and apply four rules: KL and entropy, KL only, entropy only, fixed."""
-    subject = open_subject(config)
-    return measure(run_by_hop(subject, config.n_loops), config.kl, config.entropy)
+    _, runs = open_runs(config)
+    return measure(runs, config.kl, config.entropy)
 
 
-def measure(runs: Mapping[int, HopRun], kl: float, entropy: float) -> HaltingCurves:
+def measure(runs: Runs, kl: float, entropy: float) -> HaltingCurves:
     """The record of runs that were made already."""
     rules = (
         HaltingRule(kl, entropy),
@@ -113,31 +122,32 @@ def measure(runs: Mapping[int, HopRun], kl: float, entropy: float) -> HaltingCur
         accuracy.append([float(stop.correct(answers).float().mean()) for stop, answers in stops])
         halted.append([float(stop.halted.float().mean()) for stop, _ in stops])
     best = [float(done.lens.correct(done.answers).float().mean(1).max()) for done in runs.values()]
-    cap = len(next(iter(runs.values())).lens.names)
+    cap, (hops, texts) = len(next(iter(runs.values())).lens.names), hops_and_texts(runs)
     return HaltingCurves(
-        hops=tuple(runs),
+        hops=hops,
         rules=tuple(map(str, rules)),
         iterations=torch.tensor(used),
         accuracy=torch.tensor(accuracy),
         halted=torch.tensor(halted),
         best=torch.tensor(best),
         cap=cap,
+        texts=texts,
     )
 
 
 def figure(record: HaltingCurves) -> go.Figure:
-    """Left: iterations used per hop count; right: accuracy; one line per rule."""
+    """Left: iterations used per hop count or text; right: accuracy; one line per rule."""
     plot = make_subplots(
         rows=1,
         cols=2,
         subplot_titles=("iterations used", "accuracy when stopped"),
         horizontal_spacing=0.1,
     )
-    hops = list(record.hops)
+    hops, of = groups_along(plot, record.hops, record.texts), "" if record.texts else " hops"
     for i, (rule, color) in enumerate(zip(record.rules, _COLORS, strict=True)):
         name = f"fixed, r = {record.cap}" if rule == "fixed" else label(rule)
         look = {
-            "mode": "lines+markers",
+            "mode": "markers" if record.texts else "lines+markers",
             "name": name,
             "legendgroup": rule,
             "line": {"color": color, "width": 2},
@@ -145,11 +155,11 @@ def figure(record: HaltingCurves) -> go.Figure:
         }
         plot.add_scatter(
             x=hops, y=record.iterations[i].tolist(), row=1, col=1, **look,
-            hovertemplate=f"{name}<br>%{{x}} hops<br>%{{y:.1f}} iterations<extra></extra>",
+            hovertemplate=f"{name}<br>%{{x}}{of}<br>%{{y:.1f}} iterations<extra></extra>",
         )  # fmt: skip
         plot.add_scatter(
             x=hops, y=record.accuracy[i].tolist(), row=1, col=2, showlegend=False, **look,
-            hovertemplate=f"{name}<br>%{{x}} hops<br>accuracy %{{y:.2f}}<extra></extra>",
+            hovertemplate=f"{name}<br>%{{x}}{of}<br>accuracy %{{y:.2f}}<extra></extra>",
         )  # fmt: skip
     plot.add_scatter(
         x=hops,
@@ -159,12 +169,12 @@ def figure(record: HaltingCurves) -> go.Figure:
         mode="lines",
         name="best fixed r",
         line={"color": INK, "dash": "dot", "width": 1.5},
-        hovertemplate="best r<br>%{x} hops<br>accuracy %{y:.2f}<extra></extra>",
+        hovertemplate=f"best r<br>%{{x}}{of}<br>accuracy %{{y:.2f}}<extra></extra>",
     )
-    plot.update_xaxes(title="hops", dtick=1)
     plot.update_yaxes(rangemode="tozero", showgrid=True)
-    plot.update_layout(legend={"orientation": "h", "y": -0.22, "x": 0.5, "xanchor": "center"})
-    return styled(plot, 420).update_layout(margin_b=90)
+    below = -0.45 if record.texts else -0.22
+    plot.update_layout(legend={"orientation": "h", "y": below, "x": 0.5, "xanchor": "center"})
+    return styled(plot, 420).update_layout(margin_b=150 if record.texts else 90)
 
 
 def _found(record: HaltingCurves) -> str:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -13,9 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopscope.analyses.common.by_hop import HopRun, run_by_hop, run_each_text
-from loopscope.analyses.common.configs import InputsConfig
-from loopscope.analyses.common.inputs_of import open_inputs
+from loopscope.analyses.common.by_hop import Runs, open_runs, run_each_text
+from loopscope.analyses.common.configs import AnswersConfig
 from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_inputs
@@ -25,16 +23,9 @@ from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverthinkingConfig(InputsConfig):
+class OverthinkingConfig(AnswersConfig):
     """Mean logit margin of the answer after each iteration, one curve per hop count or text (figure
     8 of arXiv 2604.07822).
-    """
-
-    n_loops: int = 24
-    """Iterations to run."""
-    answer: str | None = None
-    """The token that counts as the answer of every text; by default the true one where it is known,
-    else the model's own top token after all iterations.
     """
 
 
@@ -119,14 +110,10 @@ class Overthinking(Record):
 
 def run(config: OverthinkingConfig) -> Overthinking:
     """Measure the margin of every input's answer after every iteration."""
-    asked = open_inputs(config)
-    if asked.given is not None:
-        runs = run_each_text(asked, config.n_loops, config.answer)
-        return measure(asked.subject, runs)
-    return measure(asked.subject, run_by_hop(asked.subject, config.n_loops, config.hops))
+    return measure(*open_runs(config))
 
 
-def measure(subject: Subject, runs: Mapping[int, HopRun] | Mapping[str, HopRun]) -> Overthinking:
+def measure(subject: Subject, runs: Runs) -> Overthinking:
     """The record of runs that were made already."""
     margins, t_star, hit = [], [], []
     for done in runs.values():

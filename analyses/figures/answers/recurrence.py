@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,24 +13,24 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.by_hop import HopRun, run_by_hop
+from loopscope.analyses.common.by_hop import Runs, hops_and_texts, open_runs
 from loopscope.analyses.common.claims import EXTRAPOLATES
-from loopscope.analyses.common.configs import SourceConfig
-from loopscope.analyses.common.look import note
+from loopscope.analyses.common.configs import AnswersConfig
+from loopscope.analyses.common.look import groups_along, note
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
-from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.common.subject import Subject
 from loopscope.interp.drawing.labels import label
 from loopscope.interp.drawing.look import ACCURACY_SCALE, INK, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecurrenceConfig(SourceConfig):
-    """Accuracy for each hop count and each number of iterations (figures 5, 7 and 12 to 18)."""
+class RecurrenceConfig(AnswersConfig):
+    """Accuracy for each hop count or text and each number of iterations (figures 5, 7 and 12 to
+    18).
+    """
 
-    n_loops: int = 24
-    """Iterations to run; one run gives the accuracy after each of them."""
     kl: float = 0.01
     """Row r*: halt when KL(p_t || p_t-1) is below this ..."""
     entropy: float = 3.0
@@ -45,14 +44,16 @@ class RecurrenceGrid(Record):
     """Accuracy after each number of iterations.
 
     Attributes:
-        hops: The hop counts.
+        hops: The hop counts; empty where texts are run.
         questions: How many of each.
-        accuracy: Float[Tensor, "hop r"]; column r-1 is what a call with n_loops=r answers.
+        accuracy: Float[Tensor, "hop r"]; column r-1 is what a call with n_loops=r answers. Of a
+            text it is 1 where the answer is the top token, else 0.
         halted: Float[Tensor, " hop"], accuracy with adaptive halting (the row r*).
         halted_loops: Float[Tensor, " hop"], mean iterations that halting used.
         rule: The halting rule.
         trained_hops, trained_loops: Deepest hop count and iterations in training; None where
             unknown.
+        texts: The texts with their answers, each in the place of a hop count.
     """
 
     hops: tuple[int, ...]
@@ -63,29 +64,40 @@ class RecurrenceGrid(Record):
     rule: str
     trained_hops: int | None
     trained_loops: int | None
+    texts: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> tuple[str, tuple[int, ...] | tuple[str, ...]]:
+        """What the rows of the accuracy are, and their names."""
+        return ("text", self.texts) if self.texts else ("hops", self.hops)
+
+    def heading(self) -> str:
+        """The texts with their answers; nothing for questions."""
+        return "; ".join(self.texts)
 
     def frame(self) -> pd.DataFrame:
-        """hops, stop ("fixed", or "halting" for the row r*), iterations (run; with halting their
-        mean), accuracy.
+        """hops (or text), stop ("fixed", or "halting" for the row r*), iterations (run; with
+        halting their mean), accuracy.
         """
         n_loops = self.accuracy.shape[1]
-        rows: list[tuple[int, str, float, float]] = []
-        for i, hop in enumerate(self.hops):
+        rows: list[tuple[int | str, str, float, float]] = []
+        kind, names = self.groups
+        for i, hop in enumerate(names):
             rows += [
                 (hop, "fixed", float(r), float(self.accuracy[i, r - 1]))
                 for r in range(1, n_loops + 1)
             ]
             rows.append((hop, "halting", float(self.halted_loops[i]), float(self.halted[i])))
-        return pd.DataFrame(rows, columns=["hops", "stop", "iterations", "accuracy"])
+        return pd.DataFrame(rows, columns=[kind, "stop", "iterations", "accuracy"])
 
     def summary(self) -> pd.DataFrame:
-        """One row per hop count: best accuracy over r, the smallest r that reaches it, accuracy at
-        the last r and with halting.
+        """One row per hop count or text: best accuracy over r, the smallest r that reaches it,
+        accuracy at the last r and with halting.
         """
-        best = self.accuracy.max(1)
+        best, (kind, names) = self.accuracy.max(1), self.groups
         return pd.DataFrame(
             {
-                "hops": self.hops,
+                kind: names,
                 "questions": self.questions,
                 "best accuracy": best.values,
                 "at r": best.indices + 1,
@@ -98,17 +110,13 @@ class RecurrenceGrid(Record):
 
 def run(config: RecurrenceConfig) -> RecurrenceGrid:
     """Measure accuracy after each of `n_loops` iterations, from one run."""
-    subject = open_subject(config)
-    return measure(
-        subject,
-        run_by_hop(subject, config.n_loops),
-        HaltingRule(config.kl, config.entropy),
-        config.trained_hops,
-    )
+    subject, runs = open_runs(config)
+    rule = HaltingRule(config.kl, config.entropy)
+    return measure(subject, runs, rule, config.trained_hops)
 
 
 def measure(
-    subject: Subject, runs: Mapping[int, HopRun], rule: HaltingRule, trained_hops: int | None = None
+    subject: Subject, runs: Runs, rule: HaltingRule, trained_hops: int | None = None
 ) -> RecurrenceGrid:
     """The record of runs that were made already."""
     accuracy, halted, used = [], [], []
@@ -118,21 +126,24 @@ def measure(
         halted.append(stopped.correct(done.answers).float().mean())
         used.append(stopped.iterations.float().mean())
     sizes = tuple(len(done.answers) for done in runs.values())
+    hops, texts = hops_and_texts(runs)
+    known = subject.trained_hops if trained_hops is None else trained_hops
     return RecurrenceGrid(
-        hops=tuple(runs),
+        hops=hops,
         questions=sizes,
         accuracy=torch.stack(accuracy).cpu(),
         halted=torch.stack(halted).cpu(),
         halted_loops=torch.stack(used).cpu(),
         rule=str(rule),
-        trained_hops=subject.trained_hops if trained_hops is None else trained_hops,
+        trained_hops=None if texts else known,
         trained_loops=subject.model.cfg.n_loops,
+        texts=texts,
     )
 
 
 def figure(record: RecurrenceGrid) -> go.Figure:
-    """Hops along, iterations upwards, accuracy as colour; the row r* on top; lines at what training
-    covered.
+    """Hops or texts along, iterations upwards, accuracy as colour; the row r* on top; lines at what
+    training covered.
     """
     n_loops = record.accuracy.shape[1]
     share = 1.4 / (n_loops + 2)
@@ -140,13 +151,14 @@ def figure(record: RecurrenceGrid) -> go.Figure:
         rows=2, cols=1, shared_xaxes=True, row_heights=[share, 1 - share], vertical_spacing=0.025
     )
     scale = {"colorscale": ACCURACY_SCALE, "zmin": 0, "zmax": 1, "xgap": 2, "ygap": 2}
-    look = {"x": list(record.hops), "texttemplate": "%{text}", "col": 1, **scale}
+    places, of = groups_along(plot, record.hops, record.texts), "" if record.texts else " hops"
+    look = {"x": places, "texttemplate": "%{text}", "col": 1, **scale}
     plot.add_heatmap(
         y=["r*"],
         z=[record.halted.tolist()],
         customdata=[record.halted_loops.tolist()],
         text=[[f"{a:.2f}" for a in record.halted.tolist()]],
-        hovertemplate=f"%{{x}} hops, halting ({label(record.rule)})<br>accuracy %{{z:.2f}}<br>"
+        hovertemplate=f"%{{x}}{of}, halting ({label(record.rule)})<br>accuracy %{{z:.2f}}<br>"
         "mean iterations %{customdata:.1f}<extra></extra>",
         showscale=False,
         row=1,
@@ -157,13 +169,12 @@ def figure(record: RecurrenceGrid) -> go.Figure:
         z=record.accuracy.T.tolist(),
         text=[[f"{a:.2f}".removeprefix("0") for a in row] for row in record.accuracy.T.tolist()],
         textfont={"size": 10},
-        hovertemplate="%{x} hops, r = %{y}<br>accuracy %{z:.2f}<extra></extra>",
+        hovertemplate=f"%{{x}}{of}, r = %{{y}}<br>accuracy %{{z:.2f}}<extra></extra>",
         colorbar={"title": "accuracy", "thickness": 12, "outlinewidth": 0},
         row=2,
         **look,
     )
     _mark_training(plot, record)
-    plot.update_xaxes(title="hops", dtick=1, row=2, col=1)
     plot.update_xaxes(visible=False, row=1, col=1)
     plot.update_yaxes(title="iterations r", dtick=2, tick0=2, row=2, col=1)
     return styled(plot, 560)

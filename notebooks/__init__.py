@@ -1,0 +1,1 @@
+"""Notebooks with their outputs; `python -m notebooks.outputs` runs them and writes the outputs."""
