@@ -309,7 +309,9 @@ class Rows:
             if distance.shape[-1] <= window:
                 return self  # the plain kernel serves rows that see all keys before them
             return replace(self, allowed=((distance >= 0) & (distance < window))[:, None])
-        return replace(self, allowed=self.allowed & (distance < window)[:, None])
+        near = self.allowed & (distance < window)[:, None]
+        blind = ~near.any(-1, keepdim=True)  # padded rows, which must not see nothing
+        return replace(self, allowed=near | (blind & self.allowed))
 
     def _distances(self) -> Int[Tensor, "batch query key"]:
         """How many positions before each row each key stands."""
