@@ -26,7 +26,7 @@ _TANH = "gelu_pytorch_tanh"
 
 
 def _shared(fields: ConfigFields, options: dict[str, Any], every: int) -> dict[str, Any]:
-    """What both kinds share; of `every` layers the last one sees all earlier positions."""
+    """The fields of both kinds; of `every` layers the last one sees all earlier positions."""
     found = sizes(fields, options)
     fields.only("hidden_activation", _TANH)
     fields.only("hidden_act", _TANH)  # a second name in some configs
