@@ -38,6 +38,7 @@ from transformers import (
 
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
+from loopscope.interp.attribution.direct_logit import direct_logit_attribution
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2
 from loopscope.models.families.training_free.model import TrainingFreeConfig
 
@@ -114,6 +115,9 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
         Gemma2Config(**SIZES, **HEADS, attn_logit_softcapping=None, final_logit_softcapping=None)
     ),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HEADS, **GEMMA3)),
+    "gemma3, no cap": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, **HEADS, query_pre_attn_scalar=5, sliding_window=3)
+    ),
     "gemma3, linear rope": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
             **SIZES, **HEADS, **GEMMA3, rope_scaling={"rope_type": "linear", "factor": 8.0}
@@ -201,6 +205,57 @@ def test_one_pass_is_the_base_model_and_three_are_its_layers_repeated(
     assert (looped - plain).norm() > 0.05 * plain.norm()
     for n_loops, expected in ((1, plain), (3, looped)):
         assert (ours(tokens, n_loops=n_loops) - expected).abs().max() < near * expected.abs().max()
+
+
+def test_a_capped_head_has_no_direct_logit_attribution(tmp_path: Path) -> None:
+    released(BASES["gemma2"], tmp_path)
+    model = load(tmp_path, window=(1, 2), rule="naive")
+    with pytest.raises(ValueError, match="but TrainingFreeGemma caps its logits; edge_attribution"):
+        direct_logit_attribution(model, random_tokens(), 3, n_loops=2, readout=-1, heads=False)
+    released(BASES["gemma3, no cap"], tmp_path)
+    model = load(tmp_path, window=(1, 2), rule="naive")
+    found = direct_logit_attribution(model, random_tokens(), 3, n_loops=2, readout=-1, heads=False)
+    assert torch.allclose(found.values.sum(0) + found.constant, found.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "message"),
+    [
+        ("mistral", "layer_types", ["full_attention"] * 3, "layer_types must name 4 layers"),
+        ("mistral", "mlp_bias", True, "has the field 'mlp_bias'"),
+        ("qwen2", "attention_bias", True, "has the field 'attention_bias'"),
+        ("qwen2", "layer_types", ["sliding_attention"] * 4, "layer_types must be None or"),
+        ("gemma2", "hidden_activation", "gelu", "hidden_activation must be 'gelu_pytorch_tanh'"),
+        ("gemma2", "use_bidirectional_attention", True, "use_bidirectional_attention must be"),
+        ("gemma3", "attn_logit_softcapping", 50.0, "attn_logit_softcapping must be None, got 50"),
+        ("gemma3", "rope_local_base_freq", 7.0, r"rope_local_base_freq must be 100\.0, got 7\.0"),
+        ("olmo2", "clip_qkv", 8.0, "has the field 'clip_qkv'"),
+        ("neox", "hidden_act", "gelu_fast", "hidden_act must be 'gelu', got 'gelu_fast'"),
+        ("neox", "rotary_pct", 0.9, "rotary_pct must be 0.4, got 0.9; .* share of channels"),
+    ],
+)
+def test_fields_of_other_bases_that_are_not_computed_are_refused(
+    kind: str, field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    released(BASES[kind], tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: value}))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, window=(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["mistral, sliding", "gemma3"])
+def test_a_padded_row_beyond_every_window_changes_nothing(kind: str, tmp_path: Path) -> None:
+    released(BASES[kind], tmp_path)
+    model, tokens = load(tmp_path, window=(1, 2)).double(), random_tokens(11)
+    mask = (torch.arange(11) < 4).long().expand_as(tokens)
+    short = model(tokens[:, :4], n_loops=2)
+    names = [("**.attn.hook_pattern", lambda value, hook: None)]
+    for logits in (
+        model(tokens, mask=mask, n_loops=2),
+        model.run_with_hooks(tokens, mask=mask, n_loops=2, fwd_hooks=names),
+    ):
+        assert (logits[:, :4] - short).abs().max() < 1e-9
 
 
 def as_first_released(folder: Path) -> None:

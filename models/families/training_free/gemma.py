@@ -90,6 +90,10 @@ class TrainingFreeGemma(WindowLoops, LoopedDecoder):
         return Block(attn, mlp, self.norm, ("input", "output"))
 
     @property
+    def linear_head(self) -> bool:
+        return self.cfg.logit_cap is None
+
+    @property
     def embedding_scale(self) -> float:
         """sqrt(d_model), rounded to the number format of the weights as the release does."""
         return float(torch.tensor(self.cfg.d_model**0.5).to(self.embedding.dtype))
