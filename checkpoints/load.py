@@ -14,6 +14,7 @@ from torch import nn
 from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.fill import build_from, check_formats, of_one_format
 from loopscope.checkpoints.formats.base import Format, Given, Located
+from loopscope.checkpoints.formats.gguf import GGUF
 from loopscope.checkpoints.formats.own import OWN
 from loopscope.checkpoints.formats.paper import PAPER
 from loopscope.checkpoints.formats.released_folder import RELEASED_FOLDER
@@ -34,7 +35,7 @@ from loopscope.tasks.questions import Question
 from loopscope.tasks.smiles import BOS, SmilesVocabulary
 
 _WEIGHTS = "model.safetensors"
-FORMATS: tuple[Format, ...] = (OWN, RELEASED_FOLDER, WHOLE_PICKLE, PAPER)
+FORMATS: tuple[Format, ...] = (GGUF, OWN, RELEASED_FOLDER, WHOLE_PICKLE, PAPER)
 
 
 def load(
@@ -58,7 +59,7 @@ def load(
         source: A shipped name ("ltg_trained"), a public release that has been fetched
             ("Ouro-1.4B"), a file (checkpoint_epoch_<N>.pt), or a folder: the project's own format,
             or a release of a supported family (config.json with safetensors or pickles, whole or in
-            shards).
+            shards). An ordinary model may also be a GGUF file, whose numbers become float32.
         n_heads, input_injection: Facts that a released pickle lacks; where a config records them,
             the arguments must agree with it.
         n_loops: Iterations to record, in place of those that the checkpoint records.
@@ -197,8 +198,8 @@ def _format_of(located: Located) -> Format:
         if one.is_own(located):
             return one
     raise CheckpointError(
-        f"{located.files.weights} is not a checkpoint: expected a .pt file, or a .safetensors file"
-        " with config.json beside it"
+        f"{located.files.weights} is not a checkpoint: expected a .pt file, a .gguf file, or a"
+        " .safetensors file with config.json beside it"
     )
 
 
@@ -221,7 +222,7 @@ def _find_vocabulary(
         return None
     if given is None:
         try:
-            tokenizer = find_tokenizer(files.weights.parent, cfg.d_vocab)
+            tokenizer = find_tokenizer(files.weights, cfg.d_vocab)
         except UnusableTokenizer as reason:
             warnings.warn(
                 f"{reason}; the weights are loaded without a vocabulary, which vocab=False asks for"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.gguf.reader import SUFFIX
 from loopscope.checkpoints.release import ReleaseFacts
 from loopscope.models.basis.arguments import Argument
 
@@ -29,7 +30,7 @@ class CheckpointFiles:
     """The files of one checkpoint; a file that is absent is None.
 
     Attributes:
-        weights: model.safetensors, or a release's .pt file.
+        weights: model.safetensors, or a release's .pt or .gguf file.
         card, vocab, graph, questions: card.json, vocab.json, graph.json and test.json beside the
             weights.
         layout: Facts that the folder names of a release say.
@@ -87,7 +88,8 @@ def _weights_in(folder: Path) -> Path:
     for name in (_OWN_WEIGHTS, INDEX, *_PICKLES):
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for path in folder.glob("*.pt") if path.is_file())
+    kinds = ("*.pt", f"*{SUFFIX}")
+    found = sorted(path for kind in kinds for path in folder.glob(kind) if path.is_file())
     if len(found) == 1:
         return found[0]
     if found:
@@ -109,8 +111,8 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
     below = sorted({str(p.parent.relative_to(folder)) for p in folder.glob("**/*.pt")})
     hint = f"; there are some in {', '.join(below[:8])}" if below else ""
     return (
-        f"{folder} holds no checkpoint: expected {_OWN_WEIGHTS} with config.json, or a .pt"
-        f" file{hint}"
+        f"{folder} holds no checkpoint: expected {_OWN_WEIGHTS} with config.json, or a .pt or"
+        f" {SUFFIX} file{hint}"
     )
 
 

@@ -15,6 +15,7 @@ from loopscope.checkpoints.contents import Contents
 from loopscope.checkpoints.errors import CheckpointError, config_errors, shown
 from loopscope.checkpoints.fields.harmless import Reasons
 from loopscope.checkpoints.fill import build_from, drop_tied_head
+from loopscope.checkpoints.weight_files import config_file
 from loopscope.models.basis.arguments import Argument
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
@@ -118,7 +119,7 @@ def load_by(
         CheckpointError: The config, a key or an option does not fit the family.
     """
     values, tensors = release
-    path = weights.with_name("config.json")
+    path = config_file(weights)
     kept_values = _without(values, ignore, path)
     fields = ConfigFields(kept_values, path, tensors, harmless=table.harmless)
     left = dict(options)

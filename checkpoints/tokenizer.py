@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.gguf.reader import SUFFIX
 from loopscope.checkpoints.jsons import read_json, read_object
 
 if TYPE_CHECKING:
@@ -87,36 +88,39 @@ class UnusableTokenizer(CheckpointError):
     """A tokenizer beside the weights that cannot be used; the message gives the reason."""
 
 
-def find_tokenizer(folder: Path, d_vocab: int) -> HubTokenizer | None:
-    """The tokenizer whose files lie in a folder; None where there are none. Nothing is downloaded,
-    and no code in the folder is run.
+def find_tokenizer(weights: Path, d_vocab: int) -> HubTokenizer | None:
+    """The tokenizer in a GGUF file, or whose files lie beside other weights; None where there are
+    none. Nothing is downloaded, and no code in the folder is run.
 
     Raises:
         UnusableTokenizer: Files that transformers cannot read, a class of the release's own, or
             more tokens than the model has.
     """
-    if not _has_tokenizer(folder):
+    folder, alone = weights.parent, weights.suffix == SUFFIX
+    where = weights if alone else folder
+    if not alone and not _has_tokenizer(folder):
         return None
-    _refuse_custom_code(folder)
+    if not alone:
+        _refuse_custom_code(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tokenizer = _read(folder)
+            tokenizer = _read_gguf(weights) if alone else _read(folder)
         most = max(tokenizer.get_vocab().values(), default=-1)
     except BaseException as error:  # transformers raises many types, and tokenizers' panics
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         said = " ".join(str(error).split())[:200]
         raise UnusableTokenizer(
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {said})"
+            f"the tokenizer in {where} cannot be read ({type(error).__name__}: {said})"
         ) from None
     if most >= d_vocab >= len(tokenizer):
         raise UnusableTokenizer(
-            f"the tokenizer in {folder} has the id {most}, but the model has d_vocab={d_vocab}"
+            f"the tokenizer in {where} has the id {most}, but the model has d_vocab={d_vocab}"
         )
     if len(tokenizer) > d_vocab:
         raise UnusableTokenizer(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model has"
+            f"the tokenizer in {where} has {len(tokenizer)} tokens, but the model has"
             f" d_vocab={d_vocab}"
         )
     return HubTokenizer(tokenizer, d_vocab)
@@ -178,6 +182,18 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
             return read(AutoTokenizer, **_known_type(folder), **plain)
         except (ValueError, OSError):
             return read(GPT2Tokenizer, **plain)
+
+
+def _read_gguf(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            alone, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+        return found
 
 
 def _known_type(folder: Path) -> dict[str, Any]:

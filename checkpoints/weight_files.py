@@ -40,6 +40,13 @@ def read_tensors(weights: Path) -> dict[str, Tensor]:
     return plain_weights(tensors, weights)
 
 
+def config_file(weights: Path) -> Path:
+    """The file of a checkpoint's config: config.json beside the weights, or the one file that holds
+    both.
+    """
+    return weights if weights.suffix == ".gguf" else weights.with_name("config.json")
+
+
 def plain_weights(tensors: Mapping[Any, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors of a file under the names that they have without wrappers such as torch.compile.
 

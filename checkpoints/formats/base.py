@@ -16,6 +16,7 @@ from loopscope.checkpoints.locate import CheckpointFiles
 from loopscope.checkpoints.pickles import read_pickle
 from loopscope.checkpoints.release import ReleaseFacts
 from loopscope.checkpoints.tables import TABLES
+from loopscope.checkpoints.weight_files import config_file
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 
@@ -33,9 +34,11 @@ class Located:
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        """config.json beside the weights; None where there is none."""
-        path = self.files.weights.with_name("config.json")
-        return read_object(path) if path.is_file() else None
+        """config.json beside the weights; None where there is none, or where the file of the
+        weights holds a config.
+        """
+        path = config_file(self.files.weights)
+        return read_object(path) if path.is_file() and path != self.files.weights else None
 
     @cached_property
     def pickle(self) -> dict[str, Any] | None:

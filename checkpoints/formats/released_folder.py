@@ -5,7 +5,7 @@ from __future__ import annotations
 from loopscope.checkpoints.formats.base import Format, Given, Located, with_loops
 from loopscope.checkpoints.table import Release, load_by, recognize
 from loopscope.checkpoints.tables import TABLES
-from loopscope.checkpoints.weight_files import read_tensors
+from loopscope.checkpoints.weight_files import config_file, read_tensors
 from loopscope.checkpoints.weights.adapters import merged
 from loopscope.models.core.base import LoopedModel
 
@@ -15,7 +15,7 @@ def open_release(
 ) -> tuple[LoopedModel, str | None]:
     """A model from a release's config and tensors, by the table of its family."""
     weights, facts = located.files.weights, given.facts
-    table = recognize(release, TABLES, weights.with_name("config.json"))
+    table = recognize(release, TABLES, config_file(weights))
     if given.adapter is not None:
         changed = merged(release[1], given.adapter, table.is_input_first)
         release = release[0], changed
@@ -28,7 +28,7 @@ def open_release(
 
 def family_of(located: Located, release: Release) -> str:
     """The family of a release."""
-    return recognize(release, TABLES, located.files.weights.with_name("config.json")).family
+    return recognize(release, TABLES, config_file(located.files.weights)).family
 
 
 def _is_own(located: Located) -> bool:

@@ -7,7 +7,7 @@ recognised by two of them. `llama.py` holds key names that several tables share.
 
 from collections.abc import Iterable
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 from loopscope.checkpoints.table import Table
 
@@ -21,7 +21,7 @@ def tables_in(folders: Iterable[str], package: str) -> tuple[Table, ...]:
     """
     return tuple(
         value
-        for module in iter_modules(folders, f"{package}.")
+        for module in walk_packages(folders, f"{package}.")
         for value in vars(import_module(module.name)).values()
         if isinstance(value, Table)
     )

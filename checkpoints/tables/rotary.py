@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.models.blocks.rotary import SCALINGS, checked_scaling, kind_of
 
 _OF_ALL = (
@@ -28,6 +28,7 @@ def rotary(
     *,
     default: float | None = None,
     base: str = "rope_theta",
+    partial: bool = False,
 ) -> dict[str, Any]:
     """Base and scaling of the rotary positions, from all fields that may hold them.
 
@@ -38,6 +39,7 @@ def rotary(
         n_ctx: The longest input that the config names, in tokens.
         default: The base where no field gives one; None where a field must.
         base: The field that the family's own code reads the base from.
+        partial: Whether positions may turn a share of the channels, which `turned_share` reads.
 
     Returns:
         The fields `rope_theta`, `rope_scaling` and `n_ctx` of a `DecoderConfig`.
@@ -46,10 +48,68 @@ def rotary(
         CheckpointError: Two fields that contradict each other, a field of the scaling that is not
             read here, or no base.
     """
-    parts = {name: _part(fields, name) for name in _NESTED}
+    if not partial:
+        fields.only("partial_rotary_factor", 1.0, None)
+    parts = {name: _part(fields, name, partial=partial) for name in _NESTED}
+    return _of_parts(fields, parts, n_ctx, default, base)
+
+
+def turned_share(fields: ConfigFields, name: str, default: float) -> float:
+    """The share of each head's channels that rotary positions turn.
+
+    Args:
+        name: The field that the family's own code reads it from.
+        default: The share where no field gives one.
+    """
+    found = {key: fields.number(key, None) for key in (name, "partial_rotary_factor")}
+    for nested in _NESTED:
+        values = fields.mapping(nested, None) or {}
+        found[f"{nested}.partial_rotary_factor"] = values.get("partial_rotary_factor")
+    share = _agreed(fields, found, "the share of channels that are turned")
+    return default if share is None else share
+
+
+def rotary_by_kind(fields: ConfigFields, n_ctx: int | None) -> dict[str, Any]:
+    """Base and scaling of the rotary positions in full layers, and the base in sliding ones, as
+    Gemma 3 has them: in two fields of `rope_parameters`, or in the earlier form.
+
+    Returns:
+        The fields that `rotary` returns, and `sliding_rope_theta`.
+    """
+    full: dict[str, Any] = {}
+    sliding: dict[str, Any] = {}
+    if fields.given("rope_parameters"):
+        inner = fields.section("rope_parameters")
+        full, sliding = (_part(inner, f"{kind}_attention") for kind in ("full", "sliding"))
+        inner.done()
+    if kind_of(sliding) != "default":
+        raise CheckpointError(
+            f"{fields.path}: rope_parameters.sliding_attention must have the rope_type 'default',"
+            f" got {shown(kind_of(sliding))}"
+        )
+    fields.only("partial_rotary_factor", 1.0, None)
+    parts = {"rope_parameters": full, "rope_scaling": _part(fields, "rope_scaling")}
+    found = {
+        "rope_local_base_freq": fields.number("rope_local_base_freq", None),
+        "rope_parameters.sliding_attention.rope_theta": sliding.get("rope_theta"),
+    }
+    local = _agreed(fields, found, "the base of sliding layers")
+    return {
+        **_of_parts(fields, parts, n_ctx, 1000000.0, "rope_theta"),
+        "sliding_rope_theta": 10000.0 if local is None else local,
+    }
+
+
+def _of_parts(
+    fields: ConfigFields,
+    parts: Mapping[str, Mapping[str, Any]],
+    n_ctx: int | None,
+    default: float | None,
+    base: str,
+) -> dict[str, Any]:
+    """The result of `rotary`, given the content of both nested fields."""
     theta = _theta(fields, parts, default, base)
     scaling = _scaling(fields, parts)
-    fields.only("partial_rotary_factor", 1.0, None)
     fields.unused(_ORIGINAL)  # no kind reads it but those that `_completed` reads it for
     if scaling is not None:
         scaling = _completed(fields, scaling, n_ctx)
@@ -60,12 +120,15 @@ def rotary(
     }
 
 
-def _part(fields: ConfigFields, name: str) -> dict[str, Any]:
+def _part(fields: ConfigFields, name: str, *, partial: bool = False) -> dict[str, Any]:
     """The content of a nested field: the base and the scaling's fields, without nulls."""
     values = {k: v for k, v in (fields.mapping(name, None) or {}).items() if v is not None}
     inner = ConfigFields(values, fields.path, inside=name)
     inner.number("rope_theta", None)
-    inner.only("partial_rotary_factor", 1.0)
+    if partial:
+        inner.number("partial_rotary_factor", None)
+    else:
+        inner.only("partial_rotary_factor", 1.0)
     inner.unused(*_OF_ALL, *SCALINGS.get(kind_of(values), ((), ()))[1])
     inner.done()
     return {k: v for k, v in values.items() if k in inner.seen - {"partial_rotary_factor"}}
@@ -80,17 +143,24 @@ def _theta(
     """The one base that all fields give."""
     found = {name: fields.number(name, None) for name in (base, "rope_theta")}
     found |= {f"{name}.rope_theta": part.get("rope_theta") for name, part in parts.items()}
+    theta = _agreed(fields, found, "the base of the rotary positions")
+    if theta is None:
+        return float(fields.number(base)) if default is None else default
+    return theta
+
+
+def _agreed(fields: ConfigFields, found: Mapping[str, Any], what: str) -> float | None:
+    """The one number that several fields give; None where none does."""
     given = {name: float(value) for name, value in found.items() if value is not None}
     if not given:
-        return float(fields.number(base)) if default is None else default
-    (first, theta), *others = given.items()
+        return None
+    (first, number), *others = given.items()
     for name, value in others:
-        if value != theta:
+        if value != number:
             raise CheckpointError(
-                f"{fields.path}: {first} must be {value}, got {theta}; {name} gives the base of the"
-                " rotary positions too"
+                f"{fields.path}: {first} must be {value}, got {number}; {name} gives {what} too"
             )
-    return theta
+    return number
 
 
 def _scaling(fields: ConfigFields, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -114,13 +114,20 @@ def direct_logit_attribution(
         batch_size: Rows run at a time.
 
     Raises:
-        ValueError: A model whose residual stream is no sum of component outputs, tokens outside the
-            vocabulary, or heads that are not linear in the residual stream.
+        ValueError: A model whose residual stream is no sum of component outputs or whose logits
+            have a cap, tokens outside the vocabulary, or heads that are not linear in the residual
+            stream.
 
     Source:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
     require_additive(model, "direct_logit_attribution")
+    if not model.linear_head:
+        raise ValueError(
+            "direct_logit_attribution needs logits that are linear in the normalised stream, but"
+            f" {type(model).__name__} caps its logits; edge_attribution and attribution_patch work"
+            " on it"
+        )
     batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
     rows, size = len(batch), checked_batch_size(batch_size)
     sides = [

@@ -63,8 +63,29 @@ class RMSNorm(nn.Module):
             )
         else:
             wide = F.rms_norm(wide, wide.shape[-1:], None, self.eps)
-        normalized = tap(taps, self.normalized_site, wide.to(x.dtype))
-        return tap(taps, self.out_site, normalized if self.w is None else self.w * normalized)
+        return tap(taps, self.out_site, self.weighted(wide, x.dtype, taps))
+
+    def weighted(
+        self, wide: Float[Tensor, "*rows width"], kind: torch.dtype, taps: Taps
+    ) -> Float[Tensor, "*rows width"]:
+        """Divided numbers in the input's type, times the weight."""
+        normalized = tap(taps, self.normalized_site, wide.to(kind))
+        return normalized if self.w is None else self.w * normalized
+
+
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm times 1 + weight, cast to the input's type after the product (Gemma)."""
+
+    def __init__(self, width: int, eps: float | int, site: str) -> None:
+        super().__init__(width, eps, site)
+        self.w = nn.Parameter(torch.zeros(width))
+
+    def weighted(
+        self, wide: Float[Tensor, "*rows width"], kind: torch.dtype, taps: Taps
+    ) -> Float[Tensor, "*rows width"]:
+        assert self.w is not None, "made with one"
+        normalized = tap(taps, self.normalized_site, wide)
+        return (normalized * (1.0 + self.w.to(wide.dtype))).to(kind)
 
 
 Norm = LayerNorm | RMSNorm

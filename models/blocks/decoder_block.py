@@ -8,16 +8,16 @@ W_out and the biases are views in TransformerLens's shapes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import MLP, Norm, Reader, RMSNorm, norm_sites
+from loopscope.models.blocks.components import MLP, Norm, Reader
 from loopscope.models.blocks.rotary import Rotary
-from loopscope.models.core.attention import Rows
+from loopscope.models.core.attention import PLAIN, Rows, Scoring
 from loopscope.models.core.hooks import Taps, tap
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -31,12 +31,14 @@ class Attention(nn.Module):
 
     A family with more in it (norms of queries and keys, a gate) overrides `projected`, `normed`,
     `positioned` or `gated`. `dropout` is the share of the attention weights that a family drops in
-    train mode.
+    train mode, `window` the positions that a row sees, its own included (None for all before it),
+    `scoring` how scores are made.
 
     Args:
         d_model, n_heads, n_kv_heads, d_head: Widths; n_heads * d_head need not be d_model.
         rotary: None for attention without positions.
-        bias: Biases of the three input projections, and of the output one.
+        bias: Biases of the three input projections, and of the output one; "qkv" for the former
+            alone.
         fused: One stored matrix `qkv` with the rows of q, k and v below each other, instead of
             three.
     """
@@ -46,6 +48,8 @@ class Attention(nn.Module):
         "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z",
     )  # fmt: skip
     dropout: float = 0.0
+    window: int | None = None
+    scoring: Scoring = PLAIN
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class Attention(nn.Module):
         d_head: int,
         rotary: Rotary | None,
         *,
-        bias: bool = False,
+        bias: bool | Literal["qkv"] = False,
         fused: bool = False,
     ) -> None:
         super().__init__()
@@ -67,14 +71,17 @@ class Attention(nn.Module):
         )
         self.widths = (n_heads * d_head, n_kv_heads * d_head, n_kv_heads * d_head)
         if fused:
-            self.qkv = nn.Linear(d_model, sum(self.widths), bias=bias)
+            self.qkv = nn.Linear(d_model, sum(self.widths), bias=bool(bias))
         else:
-            self.q, self.k, self.v = (nn.Linear(d_model, width, bias=bias) for width in self.widths)
-        self.o = nn.Linear(n_heads * d_head, d_model, bias=bias)
+            self.q, self.k, self.v = (
+                nn.Linear(d_model, width, bias=bool(bias)) for width in self.widths
+            )
+        self.o = nn.Linear(n_heads * d_head, d_model, bias=bias is True)
         self.fused = fused
 
     def forward(self, x: Stream, rows: Rows, taps: Taps) -> Stream:
-        return self.attended(*self.projected(x), x, rows, taps)
+        seen = rows if self.window is None else rows.within(self.window)
+        return self.attended(*self.projected(x), x, seen, taps)
 
     def attended(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Stream, rows: Rows, taps: Taps
@@ -90,9 +97,8 @@ class Attention(nn.Module):
         q, k = self.normed(q, k, taps)
         q, k = self.positioned(q, k, rows.places.positions, taps)
         q, k = tap(taps, "attn.hook_rot_q", q), tap(taps, "attn.hook_rot_k", k)
-        z = tap(
-            taps, "attn.hook_z", rows.attend(q, k, v, taps, self.dropout if self.training else 0.0)
-        )
+        dropout = self.dropout if self.training else 0.0
+        z = tap(taps, "attn.hook_z", rows.attend(q, k, v, taps, dropout, self.scoring))
         out: Tensor = self.o(self.gated(z.flatten(-2), x, taps))
         return out
 
@@ -179,37 +185,10 @@ class Attention(nn.Module):
         return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.o.bias
 
 
-class HeadNormedAttention(Attention):
-    """Attention that norms each head's queries and keys before their positions; `hook_q` and
-    `hook_k` are before the norms.
-
-    Args:
-        sizes: The positional arguments of `Attention`.
-        eps: Of both norms, whose hook points are at attn.q_norm and attn.k_norm.
-    """
-
-    sites: ClassVar[tuple[str, ...]] = (
-        *Attention.sites[:3],
-        *norm_sites("attn.q_norm"),
-        *norm_sites("attn.k_norm"),
-        *Attention.sites[3:],
-    )
-
-    def __init__(self, *sizes: Any, eps: float, bias: bool = False) -> None:
-        super().__init__(*sizes, bias=bias)
-        self.q_norm, self.k_norm = (
-            RMSNorm(self.d_head, eps, f"attn.{which}_norm") for which in ("q", "k")
-        )
-
-    def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
-        return self.q_norm(q, taps), self.k_norm(k, taps)
-
-
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)).
 
     Args:
-        act: "silu" or what `torch.nn.functional` calls it.
         fused: One stored matrix `gate_up` with the rows of gate and up below each other, instead of
             two.
         bias: Biases of all three projections.
@@ -221,13 +200,13 @@ class GatedMLP(nn.Module):
         self,
         d_model: int,
         d_mlp: int,
-        act: str = "silu",
+        act: Callable[[Tensor], Tensor] = F.silu,
         *,
         fused: bool = False,
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.act: Callable[[Tensor], Tensor] = getattr(F, act)
+        self.act = act
         if fused:
             self.gate_up = nn.Linear(d_model, 2 * d_mlp, bias=bias)
         else:

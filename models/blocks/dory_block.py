@@ -93,9 +93,6 @@ class DoryAttention(Attention):
             UnitNorm(eps, f"attn.{which}_norm") for which in "qkz"
         )
 
-    def forward(self, x: Stream, rows: Rows, taps: Taps) -> Stream:
-        return super().forward(x, rows if self.window is None else rows.within(self.window), taps)
-
     def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
         return self.q_norm(q, taps), self.k_norm(k, taps)
 

@@ -172,6 +172,25 @@ class Rotary:
         return mixed
 
 
+class PartialRotary(Rotary):
+    """Rotation of the first channels of each head; the others have no position (GPT-NeoX).
+
+    Args:
+        n_turned: Channels that are turned; even.
+        theta, scaling: As for `Rotary`, of which the frequencies are those of a head of n_turned
+            channels.
+    """
+
+    def __init__(
+        self, n_turned: int, theta: float | int, scaling: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(n_turned, theta, scaling)
+
+    def __call__(self, x: Heads, positions: Int[Tensor, "batch row"]) -> Heads:
+        turned = super().__call__(x[..., : self.d_head], positions)
+        return torch.cat([turned, x[..., self.d_head :]], dim=-1)
+
+
 class RotationTable(nn.Module):
     """The cosines and sines of the first positions as some releases store them: "1 position 1 half
     2", filled in for a fresh model.

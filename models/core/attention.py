@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,19 @@ class KeyValues:
         return KeyValues(k, v, positions, mask, tags, inputs)
 
 
+class Scoring(NamedTuple):
+    """How a score is made of the product of a query and a key.
+
+    Attributes:
+        scale: Its factor; None means 1 / sqrt(d_head).
+        cap: A cap c turns a scaled product x into c tanh(x / c); None for none.
+    """
+
+    scale: float | None = None
+    cap: float | None = None
+
+
+PLAIN = Scoring()
 KeyValueStore = MutableMapping[str, KeyValues]
 BiasAt = Callable[[Int[Tensor, "batch query key"]], Float[Tensor, "batch head query key"]]
 Visible = Callable[[Places, Places], Bool[Tensor, "batch query key"]]
@@ -157,27 +170,33 @@ class Rows:
         v: Float[Tensor, "batch row kv_head d_head"],
         taps: Taps,
         dropout: float = 0.0,
+        scoring: Scoring = PLAIN,
     ) -> Float[Tensor, "batch row head d_head"]:
         """Scaled dot-product attention of the rows over the keys that they see.
 
-        Scores and pattern are computed only when hooked, or when a number is not finite: the fused
-        kernels hide some of those, and a hook that changes nothing must change nothing.
+        Scores and pattern are computed only when hooked, when scores are capped, or when a number
+        is not finite: the fused kernels hide some of those, and a hook that changes nothing must
+        change nothing.
         """
         k, v = self._with_supplied(k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         grouped = k.shape[1] != q.shape[1]
         hooked = "attn.hook_attn_scores" in taps or "attn.hook_pattern" in taps
-        if hooked or not (torch.compiler.is_compiling() or _are_finite(q, k, v)):
+        stepwise = hooked or scoring.cap is not None
+        if stepwise or not (torch.compiler.is_compiling() or _are_finite(q, k, v)):
             if grouped:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            z = self._explicit(q, k, v, taps, dropout)
-        elif self.allowed is None:
-            z = F.scaled_dot_product_attention(
-                q, k, v, is_causal=q.shape[2] > 1, dropout_p=dropout, enable_gqa=grouped
-            )
+            z = self._explicit(q, k, v, taps, dropout, scoring)
         else:
             z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=self.allowed, dropout_p=dropout, enable_gqa=grouped
+                q,
+                k,
+                v,
+                attn_mask=self.allowed,
+                is_causal=self.allowed is None and q.shape[2] > 1,
+                dropout_p=dropout,
+                scale=scoring.scale,
+                enable_gqa=grouped,
             )
         return z.transpose(1, 2)
 
@@ -265,11 +284,16 @@ class Rows:
             return k, v
         return torch.cat([self.supplied.k, k], dim=1), torch.cat([self.supplied.v, v], dim=1)
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, taps: Taps, dropout: float) -> Tensor:
+    def _explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, taps: Taps, dropout: float, scoring: Scoring
+    ) -> Tensor:
         allowed = self.allowed
         if allowed is None:
             allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+        scores = q @ k.transpose(-1, -2) * scale
+        if scoring.cap is not None:
+            scores = scoring.cap * torch.tanh(scores / scoring.cap)
         scores = tap(taps, "attn.hook_attn_scores", scores.masked_fill(~allowed, -torch.inf))
         return (
             F.dropout(
@@ -285,7 +309,9 @@ class Rows:
             if distance.shape[-1] <= window:
                 return self  # the plain kernel serves rows that see all keys before them
             return replace(self, allowed=((distance >= 0) & (distance < window))[:, None])
-        return replace(self, allowed=self.allowed & (distance < window)[:, None])
+        near = self.allowed & (distance < window)[:, None]
+        blind = ~near.any(-1, keepdim=True)  # padded rows, which must not see nothing
+        return replace(self, allowed=near | (blind & self.allowed))
 
     def _distances(self) -> Int[Tensor, "batch query key"]:
         """How many positions before each row each key stands."""

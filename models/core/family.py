@@ -52,6 +52,11 @@ class Family(nn.Module):
         return True
 
     @property
+    def linear_head(self) -> bool:
+        """Whether logits are a linear map of the normalised stream: no cap comes after the head."""
+        return True
+
+    @property
     def loop_parts(self) -> tuple[str, ...]:
         """The parts of the state that one iteration hands to the next."""
         return ("resid",)

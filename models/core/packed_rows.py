@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.models.core.attention import KeyValues, Rows
+from loopscope.models.core.attention import PLAIN, KeyValues, Rows, Scoring
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps
 from loopscope.models.core.state import State
@@ -53,6 +53,7 @@ class PackedRows(Rows):
         v: Float[Tensor, "one row kv_head d_head"],
         taps: Taps,
         dropout: float = 0.0,
+        scoring: Scoring = PLAIN,
     ) -> Float[Tensor, "one row head d_head"]:
         """Attention on the grid of lanes and columns; what the rows do not fill is read from the
         base run, or not used.
@@ -78,7 +79,7 @@ class PackedRows(Rows):
         if allowed is not None and len(allowed) > 1:
             allowed = allowed[self.example]
         whole = Rows(self.places, allowed)
-        z = whole.attend(queries, keys, values, taps, dropout)
+        z = whole.attend(queries, keys, values, taps, dropout, scoring)
         return z.reshape(-1, *q.shape[2:])[self.slots][None]
 
     def _distances(self) -> Int[Tensor, "batch query key"]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
 from loopscope.models.blocks.components import norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, HeadNormedAttention
+from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
 from loopscope.models.blocks.hyper_connections import (
     Mixing,
     Streams,
@@ -22,6 +22,7 @@ from loopscope.models.blocks.hyper_connections import (
     mixed,
     nanbeige_mixing,
 )
+from loopscope.models.blocks.normed_attention import HeadNormedAttention
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import stream_at
 from loopscope.models.core.hooks import Taps, tap

@@ -7,12 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from loopscope.models.blocks.components import RMSNorm, norm_sites
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Heads, KeyHeads
+from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
+from loopscope.models.blocks.normed_attention import WholeNormedAttention
 from loopscope.models.blocks.rotary import Rotary
-from loopscope.models.core.hooks import Taps
 from loopscope.models.core.registry import family
 from loopscope.models.families.huginn import PreludeCoreCoda, PreludeCoreCodaConfig
 
@@ -65,28 +62,6 @@ class RetrofitLlama(Retrofit):
         return Block(attn, GatedMLP(cfg.d_model, cfg.d_mlp, fused=True), self.norm, ("input",))
 
 
-class OlmoAttention(Attention):
-    """Queries and keys are normed over all heads together, before their positions; values are
-    not.
-    """
-
-    sites = (
-        *Attention.sites[:3],
-        *norm_sites("attn.q_norm"),
-        *norm_sites("attn.k_norm"),
-        *Attention.sites[3:],
-    )
-
-    def __init__(self, cfg: RetrofitOlmoConfig, rotary: Rotary) -> None:
-        super().__init__(cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, rotary, fused=True)
-        self.q_norm = RMSNorm(cfg.n_heads * cfg.d_head, cfg.eps, "attn.q_norm")
-        self.k_norm = RMSNorm(cfg.kv_heads * cfg.d_head, cfg.eps, "attn.k_norm")
-
-    def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
-        q, k = self.q_norm(q.flatten(-2), taps), self.k_norm(k.flatten(-2), taps)
-        return q.unflatten(-1, (-1, self.d_head)), k.unflatten(-1, (-1, self.d_head))
-
-
 @family(RetrofitOlmoConfig)
 class RetrofitOlmo(Retrofit):
     """OLMo-2's blocks: norms of what attention and MLP add, and of queries and keys (`attn.q_norm`,
@@ -103,8 +78,9 @@ class RetrofitOlmo(Retrofit):
 
     def one_block(self) -> Block:
         cfg = self.cfg
+        sizes = (cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, self.rotary)
         return Block(
-            OlmoAttention(cfg, self.rotary),
+            WholeNormedAttention(*sizes, eps=cfg.eps, fused=True),
             GatedMLP(cfg.d_model, cfg.d_mlp, fused=True),
             self.norm,
             ("output",),

@@ -63,14 +63,17 @@ def test_a_file_that_only_begins_like_a_torch_file_is_refused(
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"something")
     match = (
-        rf"{re.escape(name)} is not a checkpoint: expected a \.pt file, or a \.safetensors file"
-        r" with config\.json beside it"
+        rf"{re.escape(name)} is not a checkpoint: expected a \.pt file, a \.gguf file, or a"
+        r" \.safetensors file with config\.json beside it"
     )
     check_refused(tmp_path / name, match, within=tmp_path)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    match = r"holds no checkpoint: expected model\.safetensors with config\.json, or a \.pt file"
+    match = (
+        r"holds no checkpoint: expected model\.safetensors with config\.json, or a \.pt or"
+        r" \.gguf file"
+    )
     check_refused(tmp_path, match, within=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Ordinary Llama, Qwen3 and GPT-2 folders: the same logits as transformers gives them, and what the
+"""Folders of ordinary models: the same logits as transformers gives them, and what the
 loader refuses.
 """
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
+from loopscope.interp.attribution.direct_logit import direct_logit_attribution
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2
 from loopscope.models.families.training_free.model import TrainingFreeConfig
 
@@ -53,6 +66,15 @@ GPT2: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}
+GEMMA3: dict[str, Any] = {
+    "sliding_window": 3,
+    "query_pre_attn_scalar": 5,
+    "sliding_window_pattern": 3,
+    "rope_local_base_freq": 100.0,
+    "rope_theta": 2000.0,
+    "final_logit_softcapping": 9.0,
+}
 LLAMA, QWEN3 = "training_free_llama", "training_free_qwen3"
 BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(
@@ -70,6 +92,49 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **HEADS)),
     "qwen3, tied, biases": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SIZES, **HEADS, tie_word_embeddings=True, attention_bias=True)
+    ),
+    "qwen3, last layers slide": lambda: Qwen3ForCausalLM(
+        Qwen3Config(
+            **SIZES, **HEADS, use_sliding_window=True, sliding_window=3, max_window_layers=2
+        )
+    ),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, num_attention_heads=9, num_key_value_heads=3)
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=None)),
+    "mistral, sliding": lambda: MistralForCausalLM(
+        MistralConfig(**SIZES, **HEADS, sliding_window=3)
+    ),
+    "olmo2": lambda: Olmo2ForCausalLM(
+        Olmo2Config(**SIZES, num_attention_heads=9, num_key_value_heads=3)
+    ),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, **HEADS, **CAPS, query_pre_attn_scalar=7, sliding_window=3)
+    ),
+    "gemma2, no caps": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, **HEADS, attn_logit_softcapping=None, final_logit_softcapping=None)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HEADS, **GEMMA3)),
+    "gemma3, no cap": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, **HEADS, query_pre_attn_scalar=5, sliding_window=3)
+    ),
+    "gemma3, linear rope": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES, **HEADS, **GEMMA3, rope_scaling={"rope_type": "linear", "factor": 8.0}
+        )
+    ),
+    "neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**SIZES, num_attention_heads=3, rotary_pct=0.4)
+    ),
+    "neox, serial, tied": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            **SIZES,
+            num_attention_heads=3,
+            rotary_pct=1.0,
+            use_parallel_residual=False,
+            tie_word_embeddings=True,
+            attention_bias=False,
+        )
     ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
     "gpt2, n_inner": lambda: GPT2LMHeadModel(
@@ -100,11 +165,8 @@ def with_layers_repeated(
     where each of them ends.
     """
     deep = copy.deepcopy(base)
-    inner, name, count = (
-        (deep.transformer, "h", "n_layer")
-        if hasattr(deep, "transformer")
-        else (deep.model, "layers", "num_hidden_layers")
-    )
+    inner = getattr(deep, deep.base_model_prefix)
+    name, count = ("h", "n_layer") if hasattr(inner, "h") else ("layers", "num_hidden_layers")
     layers, (first, last) = getattr(inner, name), window
     states: list[Tensor] = []
 
@@ -116,16 +178,14 @@ def with_layers_repeated(
 
     layers[first].register_forward_pre_hook(start)
     layers[last].register_forward_hook(damp)
-    setattr(
-        inner,
-        name,
-        nn.ModuleList(
-            [*layers[:first], *(list(layers[first : last + 1]) * n_loops), *layers[last + 1 :]]
-        ),
-    )
+
+    def repeated(each: Sequence[Any]) -> list[Any]:
+        return [*each[:first], *(list(each[first : last + 1]) * n_loops), *each[last + 1 :]]
+
+    setattr(inner, name, nn.ModuleList(repeated(layers)))
     setattr(deep.config, count, len(getattr(inner, name)))
     if getattr(deep.config, "layer_types", None) is not None:
-        deep.config.layer_types = ["full_attention"] * len(getattr(inner, name))
+        deep.config.layer_types = repeated(deep.config.layer_types)
     return deep
 
 
@@ -136,9 +196,8 @@ def test_one_pass_is_the_base_model_and_three_are_its_layers_repeated(
 ) -> None:
     theirs = released(BASES[kind], tmp_path).double()
     ours, tokens = load(tmp_path, window=(1, 2), rule="euler").double(), random_tokens()
-    near = (
-        1e-9 if "gpt2" in kind else 1e-6
-    )  # their RMSNorm computes in float32 whatever it is given
+    # most of their code computes in float32 at most: norms, Gemma's pattern too
+    near = 1e-9 if "gpt2" in kind else 5e-6 if "gemma" in kind else 1e-6
     plain, looped = (
         theirs(tokens, use_cache=False).logits,
         with_layers_repeated(theirs, (1, 2), 3)(tokens, use_cache=False).logits,
@@ -146,6 +205,57 @@ def test_one_pass_is_the_base_model_and_three_are_its_layers_repeated(
     assert (looped - plain).norm() > 0.05 * plain.norm()
     for n_loops, expected in ((1, plain), (3, looped)):
         assert (ours(tokens, n_loops=n_loops) - expected).abs().max() < near * expected.abs().max()
+
+
+def test_a_capped_head_has_no_direct_logit_attribution(tmp_path: Path) -> None:
+    released(BASES["gemma2"], tmp_path)
+    model = load(tmp_path, window=(1, 2), rule="naive")
+    with pytest.raises(ValueError, match="but TrainingFreeGemma caps its logits; edge_attribution"):
+        direct_logit_attribution(model, random_tokens(), 3, n_loops=2, readout=-1, heads=False)
+    released(BASES["gemma3, no cap"], tmp_path)
+    model = load(tmp_path, window=(1, 2), rule="naive")
+    found = direct_logit_attribution(model, random_tokens(), 3, n_loops=2, readout=-1, heads=False)
+    assert torch.allclose(found.values.sum(0) + found.constant, found.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "message"),
+    [
+        ("mistral", "layer_types", ["full_attention"] * 3, "layer_types must name 4 layers"),
+        ("mistral", "mlp_bias", True, "has the field 'mlp_bias'"),
+        ("qwen2", "attention_bias", True, "has the field 'attention_bias'"),
+        ("qwen2", "layer_types", ["sliding_attention"] * 4, "layer_types must be None or"),
+        ("gemma2", "hidden_activation", "gelu", "hidden_activation must be 'gelu_pytorch_tanh'"),
+        ("gemma2", "use_bidirectional_attention", True, "use_bidirectional_attention must be"),
+        ("gemma3", "attn_logit_softcapping", 50.0, "attn_logit_softcapping must be None, got 50"),
+        ("gemma3", "rope_local_base_freq", 7.0, r"rope_local_base_freq must be 100\.0, got 7\.0"),
+        ("olmo2", "clip_qkv", 8.0, "has the field 'clip_qkv'"),
+        ("neox", "hidden_act", "gelu_fast", "hidden_act must be 'gelu', got 'gelu_fast'"),
+        ("neox", "rotary_pct", 0.9, "rotary_pct must be 0.4, got 0.9; .* share of channels"),
+    ],
+)
+def test_fields_of_other_bases_that_are_not_computed_are_refused(
+    kind: str, field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    released(BASES[kind], tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: value}))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, window=(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["mistral, sliding", "gemma3"])
+def test_a_padded_row_beyond_every_window_changes_nothing(kind: str, tmp_path: Path) -> None:
+    released(BASES[kind], tmp_path)
+    model, tokens = load(tmp_path, window=(1, 2)).double(), random_tokens(11)
+    mask = (torch.arange(11) < 4).long().expand_as(tokens)
+    short = model(tokens[:, :4], n_loops=2)
+    names = [("**.attn.hook_pattern", lambda value, hook: None)]
+    for logits in (
+        model(tokens, mask=mask, n_loops=2),
+        model.run_with_hooks(tokens, mask=mask, n_loops=2, fwd_hooks=names),
+    ):
+        assert (logits[:, :4] - short).abs().max() < 1e-9
 
 
 def as_first_released(folder: Path) -> None:
@@ -238,12 +348,6 @@ def test_weights_are_used_as_they_lie_in_the_file(tmp_path: Path) -> None:
             "model_type",
             "qwen3_moe",
             "no family that can be loaded .its model_type is 'qwen3_moe'",
-        ),
-        (
-            QWEN3,
-            "use_sliding_window",
-            True,
-            "use_sliding_window must be False, got True; sliding windows are not computed",
         ),
         (
             QWEN3,

@@ -5,7 +5,7 @@ config where there is none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -20,8 +20,12 @@ from loopscope.models.families.albert import AlbertConfig
 from loopscope.models.families.hyperloop import HyperloopConfig
 from loopscope.models.families.inkling.config import InklingConfig
 from loopscope.models.families.melt import MeltConfig
+from loopscope.models.families.training_free.gemma import TrainingFreeGemmaConfig
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
 from loopscope.models.families.training_free.model import TrainingFreeConfig
+from loopscope.models.families.training_free.neox import TrainingFreeNeoXConfig
+from loopscope.models.families.training_free.olmo import TrainingFreeOlmoConfig
+from loopscope.models.families.training_free.rules import WindowConfig
 from toy import randomize_
 
 BATCH, POS, POSITION, HEAD, LOOPS, LENGTHS = 3, 7, 2, 1, 3, (7, 4, 5)
@@ -111,7 +115,13 @@ def albert_groups() -> LoopedModel:
     return randomize_(build(cfg)).double()
 
 
-def training_free(gpt2: bool = False, **options: Any) -> Callable[[], LoopedModel]:
+def fields_of(kind: type[WindowConfig]) -> set[str]:
+    return {each.name for each in fields(kind)}
+
+
+def training_free(
+    kind: type[WindowConfig] = TrainingFreeConfig, **options: Any
+) -> Callable[[], LoopedModel]:
     sizes: dict[str, Any] = {
         "n_loops": LOOPS,
         "d_model": 15,
@@ -120,11 +130,8 @@ def training_free(gpt2: bool = False, **options: Any) -> Callable[[], LoopedMode
         "n_ctx": 11,
     }
     grouped = {"n_heads": 6, "n_key_value_heads": 2, "head_dim": 4}
-    cfg = (
-        TrainingFreeGPT2Config(**sizes, n_heads=5, **options)
-        if gpt2
-        else TrainingFreeConfig(**sizes, **grouped, **options)
-    )
+    heads = grouped if "head_dim" in fields_of(kind) else {"n_heads": 5}
+    cfg = kind(**{**sizes, **heads, **options})
     return lambda: randomize_(build(cfg)).double()
 
 
@@ -157,7 +164,41 @@ TOYS: dict[str, Toy] = {
     "training_free_layers": Toy(
         training_free(n_layers=3, window=(0, 1), mode="layer", attention_bias=True, mlp_bias=True)
     ),
-    "training_free_gpt2": Toy(training_free(gpt2=True, n_layers=3, window=(1, 1))),
+    "training_free_gpt2": Toy(training_free(TrainingFreeGPT2Config, n_layers=3, window=(1, 1))),
+    "training_free_gemma": Toy(
+        training_free(
+            TrainingFreeGemmaConfig,
+            n_layers=3,
+            window=(1, 2),
+            rule="naive",
+            beta=None,
+            mode="layer",
+            sliding_window=3,
+            full_layers=(1,),
+            sliding_rope_theta=50.0,
+            qk_norm=True,
+            score_width=3.0,
+            score_cap=1.5,
+            logit_cap=4.0,
+        )
+    ),
+    "training_free_olmo": Toy(
+        training_free(
+            TrainingFreeOlmoConfig, n_layers=3, window=(0, 1), rule="naive", beta=None, mode="layer"
+        )
+    ),
+    "training_free_neox": Toy(
+        training_free(
+            TrainingFreeNeoXConfig,
+            n_layers=3,
+            window=(1, 2),
+            rule="naive",
+            beta=None,
+            mode="layer",
+            d_model=20,
+            n_turned=2,
+        )
+    ),
 }
 
 

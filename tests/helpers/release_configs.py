@@ -34,6 +34,11 @@ it. `load` then takes the name, and besides it:
 | `adapter=folder` | merges a LoRA adapter in peft's layout, as peft does |
 | `vocab=False` | no vocabulary, and no warning about a tokenizer that cannot be used |
 
+Ordinary models, whose layers `load(folder, window=(first, last))` loops without training, are
+Llama, SmolLM2, Mistral, Qwen2 and 2.5, Qwen3, Gemma 2, Gemma 3 (text), OLMo-2, GPT-NeoX (Pythia)
+and GPT-2. Llama, Qwen2, Qwen3, Gemma 2, Gemma 3 and GPT-2 may also be one GGUF file, whose fields,
+tensors and tokenizer are read with the extra `loopscope[gguf]`; its codes become float32 numbers.
+
 A tokenizer that cannot be used is one warning with the reason, and the weights load. A file that
 mixes number formats of 16 and 32 bits loads in float32 with a warning, unless `dtype=` is given.
 

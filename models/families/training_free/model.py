@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, HeadNormedAttention
+from loopscope.models.blocks.decoder import LoopedDecoder
+from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
+from loopscope.models.blocks.normed_attention import HeadNormedAttention
 from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import NO_TAPS, Taps, live, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, State, Visit
+from loopscope.models.families.training_free.reach import ReachConfig
 from loopscope.models.families.training_free.rules import (
     WindowConfig,
     check_source,
@@ -245,41 +247,48 @@ def _entry(layer: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingFreeConfig(WindowConfig, DecoderConfig):
-    """Sizes of a Llama or Qwen3 model.
+class TrainingFreeConfig(WindowConfig, ReachConfig):
+    """Sizes of a Llama, Mistral, Qwen2 or Qwen3 model.
 
     Attributes:
         qk_norm: RMSNorm of each head's queries and keys before the rotation (Qwen3).
         attention_bias: Biases of the four projections of attention.
+        qkv_bias: Biases of queries, keys and values at least (Qwen2).
         mlp_bias: Biases of the three projections of the MLP.
     """
 
     family: ClassVar[str] = "training_free"
     qk_norm: bool = False
     attention_bias: bool = False
+    qkv_bias: bool = False
     mlp_bias: bool = False
 
 
 @family(TrainingFreeConfig)
 class TrainingFree(WindowLoops, LoopedDecoder):
-    """A frozen Llama or Qwen3 model with a window of its layers looped; see `WindowLoops`.
+    """A frozen Llama, Mistral, Qwen2 or Qwen3 model with a window of its layers looped; see
+    `WindowLoops`.
 
     Source:
-        arXiv 2605.23872; the base models are those of arXiv 2407.21783 and arXiv 2505.09388.
+        arXiv 2605.23872; the base models are those of arXiv 2407.21783, arXiv 2310.06825, arXiv
+        2412.15115 and arXiv 2505.09388.
     """
 
     cfg: TrainingFreeConfig
 
     def __init__(self, cfg: TrainingFreeConfig) -> None:
         super().__init__(cfg)
-        self.blocks = nn.ModuleList(self._block() for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(cfg.n_layers))
         self.initialize()
 
-    def _block(self) -> Block:
+    def make_block(self, layer: int) -> Block:
+        """One layer of the ordinary model."""
         cfg = self.cfg
         sizes: tuple[Any, ...] = (cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, self.rotary)
+        bias: Any = cfg.attention_bias or ("qkv" if cfg.qkv_bias else False)
         if cfg.qk_norm:
-            attn: Attention = HeadNormedAttention(*sizes, eps=cfg.eps, bias=cfg.attention_bias)
+            attn: Attention = HeadNormedAttention(*sizes, eps=cfg.eps, bias=bias)
         else:
-            attn = Attention(*sizes, bias=cfg.attention_bias)
+            attn = Attention(*sizes, bias=bias)
+        attn.window = cfg.reach(layer)
         return Block(attn, GatedMLP(cfg.d_model, cfg.d_mlp, bias=cfg.mlp_bias), self.norm)

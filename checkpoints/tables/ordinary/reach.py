@@ -1,0 +1,36 @@
+"""Which layers of a released ordinary model see the last positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.errors import CheckpointError, shown
+
+_KINDS = ("full_attention", "sliding_attention")
+
+
+def reach(fields: ConfigFields, n_layers: int, usually_full: Sequence[int]) -> dict[str, Any]:
+    """The fields `sliding_window` and `full_layers` of a `ReachConfig`.
+
+    Args:
+        usually_full: The layers that see all earlier positions where no field `layer_types` says
+            which do.
+
+    Raises:
+        CheckpointError: A list of layer types that does not fit.
+    """
+    window = fields.positions("sliding_window", None)
+    full = tuple(usually_full)
+    kinds = fields.texts("layer_types", None)
+    if kinds is not None:
+        if len(kinds) != n_layers or not set(kinds) <= set(_KINDS):
+            raise CheckpointError(
+                f"{fields.path}: layer_types must name {n_layers} layers, each"
+                f" {' or '.join(map(repr, _KINDS))}, got {shown(kinds)}"
+            )
+        full = tuple(layer for layer, kind in enumerate(kinds) if kind == _KINDS[0])
+    if len(full) == n_layers or window is None:
+        return {"sliding_window": None, "full_layers": ()}
+    return {"sliding_window": window, "full_layers": full}
