@@ -51,7 +51,7 @@ class Varying:
         Raises:
             ValueError: A part that this state does not have, or that is not made of real numbers.
         """
-        known = _floating(state)
+        known = floating(state)
         for name in self.names:
             if name not in known:
                 raise ValueError(
@@ -150,13 +150,32 @@ def varying(
     return Varying(names, free)
 
 
-def first_start(model: LoopedModel, batch: Batch, names: Sequence[str], n_loops: int) -> int:
-    """The first iteration to which all these parts are handed."""
-    state = begin_batch(model, batch[:1], n_loops)
-    for loop in range(n_loops):
-        state = model.advance(state, iteration_start(model, loop, n_loops))
-        if set(names) <= set(_floating(state)):
-            return loop
+def checked_space(space: Space) -> Space:
+    """The space in which changes are measured; ValueError for any other."""
+    if space not in ("state", "direction"):
+        raise ValueError(f"space must be 'state' or 'direction', got {space!r}")
+    return space
+
+
+def checked_start(
+    model: LoopedModel, batch: Batch, names: Sequence[str], start: int | None, n_loops: int
+) -> int:
+    """The iteration before which changes begin; None means the first one to which all the varying
+    parts are handed.
+
+    Raises:
+        ValueError: An iteration that the call does not have.
+    """
+    if start is not None:
+        if not 0 <= start < n_loops:
+            raise ValueError(f"start must be in 0..{n_loops - 1}, got {start}")
+        return start
+    with torch.no_grad():
+        state = begin_batch(model, batch[:1], n_loops)
+        for loop in range(n_loops):
+            state = model.advance(state, iteration_start(model, loop, n_loops))
+            if set(names) <= set(floating(state)):
+                return loop
     return 0
 
 
@@ -169,6 +188,11 @@ def carried(value: Tensor, change: Tensor) -> Tensor:
     """A part that carries its change as a derivative, inside `forward_mode`."""
     dual: Tensor = forward_ad.make_dual(value, change)
     return dual
+
+
+def carries(value: Tensor) -> bool:
+    """Whether a part carries a derivative, inside `forward_mode`."""
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 @contextmanager
@@ -200,16 +224,16 @@ def check_map(
             raise ValueError(
                 f"the Jacobian of an iteration needs one shape, but {name!r} enters it as {got}"
             )
-    if all(forward_ad.unpack_dual(out).tangent is None for out in after.values()):
+    if not any(map(carries, after.values())):
         raise ValueError(
             f"an iteration of this {type(model).__name__} makes nothing of {', '.join(before)};"
             f" what it hands on is {', '.join(model.loop_parts)}"
         )
 
 
-def _floating(state: State) -> dict[str, Tensor]:
+def floating(state: State) -> dict[str, Tensor]:
     """The residual stream and the parts of a state that hold real numbers, by name."""
-    parts = {name: value for name, value in state.parts.items() if value.is_floating_point()}
+    parts = {name: value for name, value in state.parts.items() if value.isfloating_point()}
     return {"resid": state.resid, **parts}
 
 
