@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loopscope.interp.common.columns import Shown, shown_columns
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import iteration_start
@@ -105,6 +106,25 @@ class Varying:
         parts = {name: changed.get(name, value) for name, value in rows.parts.items()}
         return replace(rows, resid=changed.get("resid", rows.resid), parts=parts)
 
+    def matched(
+        self, values: Mapping[str, Tensor], vectors: Float[Tensor, "batch k n"], scale: float
+    ) -> Float[Tensor, "batch k n"]:
+        """The changes, each of a norm that is this share of the norm of its example's state."""
+        size = norm_of(self.joined(list(values.values()), 1))[..., None]
+        return vectors / norm_of(vectors)[..., None] * (scale * size)
+
+    def measured(
+        self, values: Sequence[Tensor], k: int, space: Space
+    ) -> Float[Tensor, "batch k n"]:
+        """The rows' states, or their directions h / ||h|| at each column, as `joined`."""
+        flat = [widened(value.flatten(2)) for value in values]
+        if space == "direction":
+            self._refuse_zeros(flat, k)
+            flat = [value / norm_of(value)[..., None] for value in flat]
+        whole = self.joined(flat, k)
+        refuse_nonfinite(f"the {space}s", whole)
+        return whole
+
     def joined(self, values: Sequence[Tensor], k: int) -> Float[Tensor, "batch k n"]:
         """Tensors of rows "batch*k pos ..." as one vector for each row; 0 where nothing varies."""
         whole = torch.cat([widened(value.flatten(2)) for value in values], dim=-1)
@@ -114,17 +134,28 @@ class Varying:
     def carried_by(
         self, values: Sequence[Tensor], k: int, space: Space = "state"
     ) -> Float[Tensor, "batch k n"]:
-        """The changes that rows carry as derivatives, as `joined`; those of the directions h / ||h||
-        of each column where the space is "direction".
+        """The changes that rows carry as derivatives, as `joined`; those of h / ||h|| per column
+        where the space is "direction".
         """
         pairs = [forward_ad.unpack_dual(value) for value in values]
         changes = [torch.zeros_like(x) if dx is None else dx for x, dx in pairs]
         if space == "direction":
+            self._refuse_zeros([x for x, _ in pairs], k)
             changes = [
                 _turned(widened(x.flatten(2)), widened(dx.flatten(2)))
                 for (x, _), dx in zip(pairs, changes, strict=True)
             ]
         return self.joined(changes, k)
+
+    def _refuse_zeros(self, values: Sequence[Tensor], k: int) -> None:
+        """Refuse states that have no direction at a column that varies."""
+        for value in values:
+            zero = (norm_of(value.flatten(2)) == 0).unflatten(0, (-1, k)) & self.free[:, None]
+            if bool(zero.any()):
+                raise ValueError(
+                    "a state of zeros has no direction, and some part of this state is zeros at"
+                    " some column; pass space='state', or begin later with start="
+                )
 
 
 def varying(
@@ -233,7 +264,7 @@ def check_map(
 
 def floating(state: State) -> dict[str, Tensor]:
     """The residual stream and the parts of a state that hold real numbers, by name."""
-    parts = {name: value for name, value in state.parts.items() if value.isfloating_point()}
+    parts = {name: value for name, value in state.parts.items() if value.is_floating_point()}
     return {"resid": state.resid, **parts}
 
 
