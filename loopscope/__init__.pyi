@@ -66,6 +66,12 @@ from .interp.edit.injection import (
 from .interp.edit.injection import (
     swap_input as swap_input,
 )
+from .interp.edit.schedule import (
+    Freeze as Freeze,
+)
+from .interp.edit.schedule import (
+    schedule_edit as schedule_edit,
+)
 from .interp.edit.steering import (
     set_to as set_to,
 )

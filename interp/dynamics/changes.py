@@ -175,6 +175,11 @@ def varying(
             f"the examples of a {type(model).__name__} depend on one another, so no example has a"
             " Jacobian of its own"
         )
+    if model.edited is not None and any(visit.frozen for visit in model.edited.visits):
+        raise ValueError(
+            "a frozen visit adds what an earlier iteration left, so no iteration of this schedule"
+            " is a map of its own state; leave Freeze out of schedule_edit"
+        )
     names = (parts,) if isinstance(parts, str) else tuple(parts or model.loop_parts)
     columns, shown = shown_columns(batch, positions)
     free = torch.zeros_like(batch.mask, dtype=torch.bool).scatter(1, columns, shown)
