@@ -66,6 +66,19 @@ class Separation(OneScreen):
     exponent: float
     margin: float
 
+    @classmethod
+    def of(
+        cls,
+        exponent: Float[Tensor, " batch"],
+        margin: Float[Tensor, " batch"],
+        wrong: Bool[Tensor, " batch"],
+        n_loops: int,
+    ) -> Separation:
+        """The comparison of both numbers of each example, the margin being read at half depth."""
+        counts = int((~wrong).sum()), int(wrong.sum())
+        half = half_of(n_loops)
+        return cls(*counts, n_loops, half, auc(exponent, wrong), auc(-margin, wrong))
+
     def __str__(self) -> str:
         """The comparison in two sentences."""
         if not self.right or not self.wrong:
@@ -125,10 +138,8 @@ class FiniteTimeExponent(OneScreen):
             answers: The right token of each example.
         """
         wrong, n_loops = ~self.lens.correct(answers)[-1], len(self.lens.names)
-        half = math.ceil(n_loops / 2)
-        margin = auc(-self.lens.margin(answers)[half - 1], wrong)
-        counts = int((~wrong).sum()), int(wrong.sum())
-        return Separation(*counts, n_loops, half, auc(self.exponent, wrong), margin)
+        margin = self.lens.margin(answers)[half_of(n_loops) - 1]
+        return Separation.of(self.exponent, margin, wrong, n_loops)
 
     def frame(self) -> pd.DataFrame:
         """One row per iteration and example: loop, example, growth, exponent (the mean growth up to
@@ -284,6 +295,11 @@ def perturbation_growth(
             distances.append((points[:, 1:] - points[:, :1]).norm(dim=2))
         found.append(torch.stack(distances))
     return PerturbationGrowth(start, space, scale, torch.cat(found, dim=1))
+
+
+def half_of(n_loops: int) -> int:
+    """The iterations after which a run stands at half depth."""
+    return (n_loops + 1) // 2
 
 
 def auc(scores: Float[Tensor, " batch"], positive: Bool[Tensor, " batch"]) -> float:

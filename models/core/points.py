@@ -273,7 +273,8 @@ class HookPoints:
         """Raise if a hook is at a point that the schedule that is on does not have."""
         asked = self._foreign if self._edited is None else self._made
         hooked = [name for name in asked if name in self._made and is_hooked(self._made[name])]
-        absent = [name for name in hooked if name not in {**self.names(n_loops), **self.aside()}]
+        known = {**self.names(n_loops), **self.aside()} if hooked else {}
+        absent = [name for name in hooked if name not in known]
         if absent:
             raise ValueError(
                 f"a hook is attached at {absent[0]!r}, which the schedule that is on does not have"
