@@ -126,7 +126,8 @@ def measure(asked: Asked, group: Group, n_loops: int | None = None) -> ScheduleE
                 assert model.edited is not None, "the context has put it there"
                 values[names.index(edit.name), edit.loop] = accuracy(model.edited.n_loops)
         except ValueError:  # the family cannot run this list
-            continue
+            if not model.runs_visits:
+                raise
     return ScheduleEdits(
         len(group.batch), group.hops, answers.own, accuracy(n_loops), plain(n_loops - 1),
         plain(n_loops + 1), names, values,
@@ -189,11 +190,13 @@ def _found(record: ScheduleEdits) -> str:
 SECTION = Section(
     title="Does each iteration matter?",
     look_for=(
-        "The answers when one iteration, or one block of it, is skipped, repeated, or frozen at what"
-        " it added in the iteration before. Where all iterations are alike, skipping any of them is"
-        " one iteration less; a freeze tells which of them work on something new."
+        "The answers when one iteration, or one block of it, is skipped, repeated, or frozen at"
+        " what it added in the iteration before. Where all iterations are alike, skipping any of"
+        " them is one iteration less; a freeze tells which of them work on something new."
     ),
-    measure=lambda opened: measure(opened.asked, opened.asked.group(opened.config.hops)),
+    measure=lambda opened: measure(
+        opened.asked, opened.asked.group(opened.config.hops), opened.n_loops
+    ),
     found=_found,
     serves=lambda opened: opened.subject.model.runs_visits and opened.n_loops > 1,
 )
