@@ -188,9 +188,10 @@ OF_A_TEXT = {
     "Answers": ["readouts", "exit-gate", "overthinking"],
     "Circuit": ["lens", "patch", "ranks"],
     "Dynamics": [
-        "orbits", "steps", "attention-settling", "layers", "lyapunov", "attractors", "schedule-edit",
+        *("orbits", "steps", "attention-settling", "layers"),
+        *("lyapunov", "attractors", "schedule-edit"),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.browser
