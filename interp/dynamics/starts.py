@@ -62,13 +62,20 @@ def _draws(model: LoopedModel) -> bool:
 def ended(model: LoopedModel, free: Varying, state: State, readout: Tensor, space: Space) -> End:
     """Run a state to the end."""
     ends = model.iteration_ends(state.n_loops)
-    measured = []
-    for stop in ends[-2:] if state.visit <= ends[-2:][0] else ends[-1:]:
-        state = model.advance(state, stop)
-        made = list(free.values(model, state).values())
-        measured.append(free.measured(made, 1, space)[:, 0])
+    if len(ends) > 1 and state.visit <= ends[-2]:
+        state = model.advance(state, ends[-2])
+    before = _measured(model, free, state, space)
+    state = model.advance(state, ends[-1])
+    after = _measured(model, free, state, space)
     answers = top_token(model.readout(model.advance(state), readout))
-    return End(measured[-1], apart(measured[-1][None], measured[0])[0], answers)
+    return End(after, apart(after[None], before)[0], answers)
+
+
+def _measured(
+    model: LoopedModel, free: Varying, state: State, space: Space
+) -> Float[Tensor, "batch n"]:
+    """The numbers of each example's state that vary."""
+    return free.measured(list(free.values(model, state).values()), 1, space)[:, 0]
 
 
 def apart(
