@@ -176,8 +176,9 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         hooked = self.any_hook()
         if hooked:
             self.refuse_late_hooks(state.n_loops)
-        attending = [visit.name for visit in schedule[state.visit : stop] if not visit.frozen]
-        example = supplied[attending[0]] if supplied is not None and attending else None
+        attending = (visit.name for visit in schedule[state.visit : stop] if not visit.frozen)
+        first = None if supplied is None else next(attending, None)
+        example = None if supplied is None or first is None else supplied[first]
         rows = Rows.make(state, type(self).visible, example)
         resid, parts = state.resid, state.parts
         with running(state.positions if hooked else None):
@@ -321,8 +322,8 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         """Inside the `with` block other visits are run in the place of the model's own; see
         `loopscope.schedule_edit`.
         """
+        self._schedules.begin_edit(visits)
         try:
-            self._schedules.begin_edit(visits)
             yield self
         finally:
             self._schedules.end_edit()

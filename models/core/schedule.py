@@ -30,8 +30,8 @@ class EditedSchedule:
 
     @cached_property
     def order(self) -> tuple[str, ...]:
-        """What is run, as `State.order` has it."""
-        return tuple(f"{(v.acts_as or v).name} {v.frozen}".strip() for v in self.visits)
+        """Each visit with what it runs, as `State.order` has it."""
+        return tuple(f"{v.name} {(v.acts_as or v).name} {v.frozen}" for v in self.visits)
 
     def of(self, n_loops: int) -> list[Visit]:
         """The visits of a call; ValueError for a call of another number of iterations."""
@@ -103,6 +103,7 @@ class Schedules:
         """Put other visits in the place of the model's own; they are given their hook points, and
         their places in the schedule, here.
         """
+        assert self.edit is None, "schedule_edit refuses an edit inside another"
         n_loops = 1 + max(visit.loop for visit in visits if visit.loop is not None)
         self._points.begin_edit(n_loops, visits)
         placed = (

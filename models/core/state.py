@@ -97,8 +97,8 @@ class State:
         positions: Int[Tensor, "batch pos"].
         mask: Bool[Tensor, "batch pos"], True for real tokens.
         parts: What else the family carries, each "batch pos ...".
-        order: The visits of an edited schedule, by their names in the model's own; None for the
-            model's own schedule.
+        order: The visits of an edited schedule, each with what it runs; None for the model's own
+            schedule.
     """
 
     visit: int

@@ -13,6 +13,7 @@ from torch import Tensor
 from family_toys import LOOPS as FAMILY_LOOPS
 from family_toys import TOYS
 from family_toys import full as family_batch
+from loopscope.interp.common.fingerprint import fingerprint
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.dynamics.changes import varying
 from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
@@ -231,6 +232,19 @@ def test_another_length_and_foreign_states_and_hooks_are_refused(plain: Recurren
             schedule_edit(plain, ["loops.0"], T).__enter__()
     with pytest.raises(ValueError, match="is of an edited schedule, which is not on"):
         plain.advance(inside)
+
+
+def test_files_of_sweeps_know_the_schedule(plain: RecurrentDepth) -> None:
+    """Two lists of the same blocks in other iterations are other schedules."""
+
+    def facts(order: list[str]) -> str:
+        with schedule_edit(plain, order, T):
+            return fingerprint(plain, [], [padded()], ())
+
+    one = facts(["loops.0.blocks.1", "loops.0"])
+    other = facts(["loops.0.blocks.1", "loops.0.blocks.0", "loops.0.blocks.1"])
+    assert len({one, other, fingerprint(plain, [], [padded()], ())}) == 3
+    assert facts(["loops.0.blocks.1", "loops.0"]) == one
 
 
 def test_hooks_at_points_of_the_edited_schedule_alone_are_refused_outside() -> None:
