@@ -77,9 +77,9 @@ class Varying:
         like = next(iter(values.values()))
         pos = self.free.shape[1]
         width = self.size(values) // pos
-        drawn = torch.randn(k, pos, width, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(pos, k, width, generator=generator, dtype=torch.float64)
         kind = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return (drawn.to(like.device, kind) * self.free[:, None, :, None]).flatten(2)
+        return (drawn.movedim(0, 1).to(like.device, kind) * self.free[:, None, :, None]).flatten(2)
 
     def beside(
         self, state: State, values: Mapping[str, Tensor], vectors: Float[Tensor, "batch k n"],

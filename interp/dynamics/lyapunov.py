@@ -139,8 +139,8 @@ def lyapunov_spectrum(
     Args:
         inputs, n_loops, readout: As for `dynamics`.
         k: Exponents; at most as many as the shortest example's state has dimensions.
-        positions: The columns whose states vary, jointly; those of the others, and padding, are
-            held fixed. They still see the changes, which then count where they come back.
+        positions: The columns whose states vary, jointly. The states of the others, and of padding,
+            are held fixed where an iteration begins.
         parts: The parts of the state that vary, jointly. None means those that this family's
             iterations hand on (`LoopedModel.loop_parts`).
         space: "state" measures changes of the state; "direction" those of h / ||h|| at each

@@ -104,7 +104,8 @@ def schedule_edit(
 def _visits(model: LoopedModel, order: Sequence[str | Freeze], n_loops: int) -> list[Visit]:
     """The visits of the edited call."""
     schedule = model.schedule(n_loops)
-    entries = [each for entry in order for each in _expanded(schedule, entry, n_loops)]
+    listed = [order] if isinstance(order, str) else order
+    entries = [each for entry in listed for each in _expanded(schedule, entry, n_loops)]
     if not entries:
         raise ValueError("a schedule needs at least one visit of the loop, got an empty list")
     first, last = (f([v.index for v in schedule if v.loop is not None]) for f in (min, max))

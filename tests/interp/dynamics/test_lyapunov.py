@@ -108,8 +108,8 @@ def test_exponents_are_those_of_the_exact_jacobian(found: LyapunovSpectrum) -> N
     """The first directions are drawn again, and pushed by autograd's matrices."""
     model, batch = toy(), short()
     drawn = torch.randn(
-        K, 4, D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+        4, K, D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).movedim(0, 1)
     for row, length in enumerate((2, 3, 1)):
         directions = torch.linalg.qr(drawn[:, :length].flatten(1).T)[0]
         for loop in range(LOOPS):
