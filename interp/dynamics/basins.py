@@ -201,10 +201,7 @@ def basins(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    if n_starts < 2:
-        raise ValueError(f"n_starts must be at least 2, the unchanged run counted, got {n_starts}")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be above 0 and finite, got {scale}")
+    _check(n_starts, scale)
     whole = varying(model, batch, positions, None)
     start = checked_start(model, batch, whole.names, None, n_loops)
     stop, size = iteration_start(model, start, n_loops), checked_batch_size(batch_size)
@@ -227,6 +224,13 @@ def basins(
         )
     found = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
     return Basins(space, tol, **found)
+
+
+def _check(n_starts: int, scale: float | None) -> None:
+    if n_starts < 2:
+        raise ValueError(f"n_starts must be at least 2, the unchanged run counted, got {n_starts}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}")
 
 
 @torch.no_grad()

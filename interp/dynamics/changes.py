@@ -62,7 +62,7 @@ class Varying:
         return {name: known[name] for name in self.names}
 
     def split(self, size: int) -> Iterator[Varying]:
-        """What varies in each piece of a batch that is run so many rows at a time."""
+        """The same for each piece of a batch that is run so many rows at a time."""
         for rows in self.free.split(size):
             yield replace(self, free=rows)
 
@@ -161,7 +161,7 @@ class Varying:
 def varying(
     model: LoopedModel, batch: Batch, positions: Shown, parts: str | Sequence[str] | None
 ) -> Varying:
-    """What varies in the states of a batch.
+    """The numbers that vary in the states of a batch.
 
     Args:
         positions: The columns, as for `dynamics`.

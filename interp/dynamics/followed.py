@@ -117,7 +117,7 @@ class Followed:
 
 
 def _block(visit: Visit) -> str:
-    """What a visit's block is called within an iteration."""
+    """The name of a visit's block within an iteration."""
     return visit.name.removeprefix(f"loops.{visit.loop}.")
 
 
@@ -160,7 +160,7 @@ def _orthonormal(
 
 
 def _shares(marks: Marks) -> dict[str, Float[Tensor, "batch k"]]:
-    """What each sublayer adds to the logarithms of the triangle's diagonal."""
+    """The share of each sublayer in the logarithms of the triangle's diagonal."""
     shares: dict[str, Tensor] = {}
     before: Tensor | float = 0.0
     for name, measured in marks:

@@ -23,7 +23,7 @@ from loopscope.interp.common.inputs import (
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.changes import checked_start, floating, varying
-from loopscope.interp.dynamics.starts import End, apart, by_example, ended
+from loopscope.interp.dynamics.starts import RunEnd, apart, by_example, ended
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import cosine_of
 from loopscope.models.basis.tokens import Batch
@@ -116,10 +116,10 @@ def path_independence(
     ):
         state = model.advance(begin_batch(model, rows, n_loops), stops[0])
         taken = _with(state, {name: values[i] for name, values in shifted.items()})
-        runs = (ended(model, free, each, rows.readout, "state") for each in (state, taken))
-        pairs.append(list(runs))
+        first = ended(model, free, state, rows.readout, "state")
+        pairs.append((first, ended(model, free, taken, rows.readout, "state")))
     own, other = (
-        End(*(torch.cat([getattr(pair[k], name) for pair in pairs]) for name in End._fields))
+        RunEnd(*(torch.cat([getattr(pair[k], name) for pair in pairs]) for name in RunEnd._fields))
         for k in (0, 1)
     )
     return PathIndependence(

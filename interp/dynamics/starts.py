@@ -26,7 +26,7 @@ from loopscope.models.core.state import State
 _SCALE = 0.1  # of a change of the first state, where a model draws none
 
 
-class End(NamedTuple):
+class RunEnd(NamedTuple):
     """The end of a run: its last state, how far the last iteration moved it, and its answers."""
 
     state: Float[Tensor, "batch n"]
@@ -59,7 +59,7 @@ def _draws(model: LoopedModel) -> bool:
     return "seed" in inspect.signature(model.embed).parameters
 
 
-def ended(model: LoopedModel, free: Varying, state: State, readout: Tensor, space: Space) -> End:
+def ended(model: LoopedModel, free: Varying, state: State, readout: Tensor, space: Space) -> RunEnd:
     """Run a state to the end."""
     ends = model.iteration_ends(state.n_loops)
     if len(ends) > 1 and state.visit <= ends[-2]:
@@ -68,7 +68,7 @@ def ended(model: LoopedModel, free: Varying, state: State, readout: Tensor, spac
     state = model.advance(state, ends[-1])
     after = _measured(model, free, state, space)
     answers = top_token(model.readout(model.advance(state), readout))
-    return End(after, apart(after[None], before)[0], answers)
+    return RunEnd(after, apart(after[None], before)[0], answers)
 
 
 def _measured(

@@ -108,7 +108,7 @@ def _visits(model: LoopedModel, order: Sequence[str | Freeze], n_loops: int) -> 
     entries = [each for entry in listed for each in _expanded(schedule, entry, n_loops)]
     if not entries:
         raise ValueError("a schedule needs at least one visit of the loop, got an empty list")
-    first, last = (f([v.index for v in schedule if v.loop is not None]) for f in (min, max))
+    inside = [visit.index for visit in schedule if visit.loop is not None]
     made: list[Visit] = []
     for loop, entries_of_loop in enumerate(_iterations(entries)):
         _check_end(schedule, entries_of_loop, loop)
@@ -116,7 +116,7 @@ def _visits(model: LoopedModel, order: Sequence[str | Freeze], n_loops: int) -> 
             made += _run(schedule, list(run), loop)
     made = _frozen(made, entries)
     outside = [replace(visit, acts_as=visit) for visit in schedule]
-    return [*outside[:first], *made, *outside[last + 1 :]]
+    return [*outside[: inside[0]], *made, *outside[inside[-1] + 1 :]]
 
 
 def _expanded(schedule: list[Visit], entry: str | Freeze, n_loops: int) -> Iterator[_Entry]:
@@ -124,20 +124,25 @@ def _expanded(schedule: list[Visit], entry: str | Freeze, n_loops: int) -> Itera
     name = entry.visit if isinstance(entry, Freeze) else entry
     if not isinstance(name, str):
         raise TypeError(f"order must hold names and Freeze entries, got {entry!r}")
-    inside = [visit for visit in schedule if visit.loop is not None]
-    found = [v for v in inside if v.name == name or v.name.startswith(f"{name}.")]
-    if not found:
-        if any(v.name == name or v.name.startswith(f"{name}.") for v in schedule):
-            raise ValueError(f"visits outside the loop stay where they are; leave {name!r} out")
-        known = dict.fromkeys([f"loops.{v.loop}" for v in inside] + [v.name for v in inside])
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-        raise KeyError(
-            f"{name!r} is no visit of the loop of a call with n_loops={n_loops}; nearest:"
-            f" {', '.join(nearest or list(known)[:3])}"
-        )
-    for i, visit in enumerate(found):
+    for i, visit in enumerate(_named(schedule, name, n_loops)):
         at = entry.at + visit.name.removeprefix(name) if isinstance(entry, Freeze) else ""
         yield _Entry(visit, at, i == 0 and name == f"loops.{visit.loop}")
+
+
+def _named(schedule: list[Visit], name: str, n_loops: int) -> list[Visit]:
+    """The visits that a name means, all of them in the loop."""
+    found = [v for v in schedule if v.name == name or v.name.startswith(f"{name}.")]
+    if not found:
+        inside = [visit for visit in schedule if visit.loop is not None]
+        known = dict.fromkeys([f"loops.{v.loop}" for v in inside] + [v.name for v in inside])
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:3]
+        raise KeyError(
+            f"{name!r} is no visit of the loop of a call with n_loops={n_loops}; nearest:"
+            f" {', '.join(nearest)}"
+        )
+    if found[0].loop is None:
+        raise ValueError(f"visits outside the loop stay where they are; leave {name!r} out")
+    return found
 
 
 def _iterations(entries: Sequence[_Entry]) -> list[list[_Entry]]:
@@ -168,21 +173,28 @@ def _check_end(schedule: list[Visit], entries: list[_Entry], loop: int) -> None:
 def _run(schedule: list[Visit], entries: list[_Entry], loop: int) -> list[Visit]:
     """The visits of one run of a stack, which opens before the first and closes after the last."""
     scope = [visit for visit in schedule if visit.scope == entries[0].own.scope]
-    opening = next((visit.opening for visit in scope if visit.opening), ())
-    closing = next((visit.closing for visit in scope if visit.closing), ())
-    made = []
-    for i, entry in enumerate(entries):
-        own = replace(
-            entry.own,
-            opening=opening if i == 0 else (),
-            closing=closing if i == len(entries) - 1 else (),
+    opening = max((visit.opening for visit in scope), key=len)
+    closing = max((visit.closing for visit in scope), key=len)
+    last = len(entries) - 1
+    owns = [
+        replace(entry.own, opening=opening * (i == 0), closing=closing * (i == last))
+        for i, entry in enumerate(entries)
+    ]
+    return [
+        replace(
+            own,
+            name=_renamed(own.name, loop),
+            scope=_renamed(own.scope, loop),
+            loop=loop,
+            acts_as=own,
         )
-        place = {
-            field: re.sub("^loops[.][0-9]+", f"loops.{loop}", getattr(own, field))
-            for field in ("name", "scope")
-        }
-        made.append(replace(own, **place, loop=loop, acts_as=own))
-    return made
+        for own in owns
+    ]
+
+
+def _renamed(name: str, loop: int) -> str:
+    """A name inside an iteration, for another iteration."""
+    return re.sub("^loops[.][0-9]+", f"loops.{loop}", name)
 
 
 def _frozen(visits: list[Visit], entries: Sequence[_Entry]) -> list[Visit]:

@@ -22,7 +22,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.models.basis.names import NamesFilter, is_pattern
 from loopscope.models.basis.tokens import Batch, Readout, Words
 from loopscope.models.core import describe
-from loopscope.models.core.attention import KeyValueStore, Rows
+from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.compiled import EagerWhileHooked
 from loopscope.models.core.config import LoopedConfig
@@ -176,9 +176,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         hooked = self.any_hook()
         if hooked:
             self.refuse_late_hooks(state.n_loops)
-        attending = (visit.name for visit in schedule[state.visit : stop] if not visit.frozen)
-        first = None if supplied is None else next(attending, None)
-        example = None if supplied is None or first is None else supplied[first]
+        example = _supplied_first(schedule[state.visit : stop], supplied)
         rows = Rows.make(state, type(self).visible, example)
         resid, parts = state.resid, state.parts
         with running(state.positions if hooked else None):
@@ -618,6 +616,13 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
 def at_columns(x: Shaped[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:
     """One position of each row."""
     return x[torch.arange(x.shape[0], device=x.device), columns.to(x.device)]
+
+
+def _supplied_first(visits: Sequence[Visit], supplied: KeyValueStore | None) -> KeyValues | None:
+    """The keys and values supplied to the first of some visits that has any; None without them."""
+    if supplied is None:
+        return None
+    return next((supplied[visit.name] for visit in visits if not visit.frozen), None)
 
 
 def stream_at(

@@ -138,21 +138,23 @@ def _edits(model: LoopedModel, n_loops: int) -> Iterator[_Edit]:
     """Every edit of one iteration, and of one block of it."""
     visits = [visit.name for visit in model.schedule(n_loops) if visit.loop is not None]
     for loop in range(n_loops):
-        here = [name for name in visits if name.startswith(f"loops.{loop}.")]
-        blocks = {name.removeprefix(f"loops.{loop}."): [name] for name in here}
+        place = f"loops.{loop}."
+        here = [name for name in visits if name.startswith(place)]
+        blocks = {name.removeprefix(place): [name] for name in here}
         for what, chosen in {"iteration": here, **blocks}.items():
             at = visits.index(chosen[0])
             before, after = visits[:at], visits[at + len(chosen) :]
-            if before or after:
-                yield _Edit(f"skip {what}", loop, [*before, *after])
+            yield _Edit(f"skip {what}", loop, [*before, *after])
             if what == "iteration":
                 yield _Edit(f"repeat {what}", loop, [*before, *chosen, *chosen, *after])
             if loop:
-                frozen = [
-                    Freeze(name, name.replace(f"loops.{loop}.", f"loops.{loop - 1}.", 1))
-                    for name in chosen
-                ]
+                frozen = _frozen(chosen, place, f"loops.{loop - 1}.")
                 yield _Edit(f"freeze {what}", loop, [*before, *frozen, *after])
+
+
+def _frozen(names: list[str], place: str, earlier: str) -> list[Freeze]:
+    """Visits that are frozen at the iteration before."""
+    return [Freeze(name, name.replace(place, earlier, 1)) for name in names]
 
 
 def figure(record: ScheduleEdits) -> go.Figure:
