@@ -131,7 +131,7 @@ def _expanded(schedule: list[Visit], entry: str | Freeze, n_loops: int) -> Itera
 
 def _named(schedule: list[Visit], name: str, n_loops: int) -> list[Visit]:
     """The visits that a name means, all of them in the loop."""
-    found = [v for v in schedule if v.name == name or v.name.startswith(f"{name}.")]
+    found = [visit for visit in schedule if f"{visit.name}.".startswith(f"{name}.")]
     if not found:
         inside = [visit for visit in schedule if visit.loop is not None]
         known = dict.fromkeys([f"loops.{v.loop}" for v in inside] + [v.name for v in inside])
