@@ -25,6 +25,7 @@ def followed() -> lyapunov.Lyapunov:
     return lyapunov.run(lyapunov.LyapunovConfig(n_loops=LOOPS, per_hop=8, deepest=2))
 
 
+@pytest.mark.slow
 def test_the_exponents_are_those_of_the_method(followed: lyapunov.Lyapunov) -> None:
     assert followed.hops == (15,) * 8 + (16,) * 8
     asked = open_inputs(lyapunov.LyapunovConfig(per_hop=8))
@@ -38,6 +39,7 @@ def test_the_exponents_are_those_of_the_method(followed: lyapunov.Lyapunov) -> N
     assert followed.summary()["inputs"].sum() == len(followed.frame()) == 16
 
 
+@pytest.mark.slow
 def test_shares_are_means_that_sum_to_the_mean_exponent(followed: lyapunov.Lyapunov) -> None:
     for answer, chosen in enumerate((followed.right, ~followed.right)):
         total = followed.shares[answer].sum(1).mean()

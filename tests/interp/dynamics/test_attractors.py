@@ -21,6 +21,7 @@ from loopscope.models.core.state import Visit
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import BATCH, odd_one, padded, toy
 
+pytestmark = pytest.mark.shapes
 T = 12
 
 
@@ -69,6 +70,7 @@ def test_a_contraction_settles_at_a_fixed_point() -> None:
         assert (after < 0.01).all()
         assert found.residual[until[row] - 1, row] >= 0.01
     assert found.frame()["residual"].tolist() == pytest.approx(found.residual[-1].tolist())
+    assert len(found.plot().data) == BATCH
 
 
 def test_a_turn_of_a_fifth_is_a_cycle_of_five() -> None:
@@ -114,6 +116,7 @@ def test_signs_that_a_change_turns_over_are_other_basins() -> None:
     assert (found.basin[0] == 0).all()
     assert found.basin.max() > 1, "starts that differ from one another are told apart"
     assert (found.residual == 0).all(), "every start rests"
+    assert len(found.plot().data) == 2
     near = basins(model, padded(), 3, 1e-9, 3)
     assert (near.basin == 0).all()
     assert list(found.frame()) == [
@@ -144,6 +147,7 @@ def test_a_restart_vote_is_that_of_the_basins(plain: RecurrentDepth) -> None:
     voted = restart_vote(plain, padded(), 3, 0.2, 3)
     expected = basins(plain, padded(), 3, 0.2, 3).vote()
     assert voted.frame().equals(expected.frame())
+    assert len(voted.plot().data) == 1
 
 
 def test_a_model_that_draws_its_first_state_draws_it_again() -> None:
@@ -163,6 +167,7 @@ def test_the_path_does_not_matter_to_a_contraction_to_its_input() -> None:
     assert found.same_answer.all()
     kept = path_independence(mapped("turn"), padded(lengths=(5, 5, 5)), 40)
     assert (kept.cosine < 0.9).all()
+    assert len(kept.plot().data) == 1
     assert list(kept.frame()) == ["example", "other", "cosine", "distance", "same_answer"]
 
 

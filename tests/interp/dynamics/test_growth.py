@@ -18,6 +18,7 @@ from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import BATCH, LOOPS, padded, toy
 
+pytestmark = pytest.mark.shapes
 ANSWERS = torch.tensor([5, 3, 2])
 
 
@@ -53,6 +54,7 @@ def test_changes_have_matched_norms(plain: RecurrentDepth) -> None:
     expected = 0.01 * size[:, None].expand(BATCH, 3)
     torch.testing.assert_close(found.distance[0], expected, rtol=1e-9, atol=0)
     assert found.frame()["iterations"].max() == 1
+    assert [len(trace.x) for trace in found.plot().data] == [2] * BATCH
 
 
 def test_the_auc_counts_pairs() -> None:

@@ -19,6 +19,7 @@ from loopscope.models.core.state import Visit
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import BATCH, D_MODEL, LOOPS, hook_count, odd_one, padded, randomize_, toy, toy_config
 
+pytestmark = pytest.mark.shapes
 K = 3
 
 
@@ -175,6 +176,7 @@ def test_the_frame_has_a_row_for_each_exponent(found: LyapunovSpectrum) -> None:
     row = frame[(frame["loop"] == 2) & (frame["example"] == 1) & (frame["rank"] == 2)].iloc[0]
     assert row["exponent"] == pytest.approx(found.exponents[2, 1, 2].item())
     assert row["blocks.1.attn"] == pytest.approx(found.shares[2, 3, 1, 2].item())
+    assert len(found.plot().data) == BATCH + len(found.sublayers)
 
 
 def test_what_has_no_spectrum_is_refused(plain: RecurrentDepth) -> None:
