@@ -196,6 +196,12 @@ class _Run:
     """Prompts that grow, and the keys and values of what has been run of them."""
 
     def __init__(self, model: LoopedModel, batch: Batch, n_loops: int, use_cache: bool) -> None:
+        own_rule = type(model).extend is not LoopedModel.extend
+        if use_cache and own_rule and model.edited is not None:
+            raise ValueError(
+                f"what later tokens of a {type(model).__name__} read of earlier ones follows its"
+                " own schedule, so no text is generated in an edited one; pass use_cache=False"
+            )
         self.model, self.batch, self.n_loops, self.use_cache = model, batch, n_loops, use_cache
         self.store: dict[str, KeyValues] = {}
 

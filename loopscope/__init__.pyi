@@ -28,6 +28,19 @@ from .interp.common.metrics import (
 from .interp.common.metrics import (
     logit_margin as logit_margin,
 )
+from .interp.dynamics.attractors import fixed_points as fixed_points
+from .interp.dynamics.basins import (
+    basins as basins,
+)
+from .interp.dynamics.basins import (
+    restart_vote as restart_vote,
+)
+from .interp.dynamics.growth import (
+    finite_time_exponent as finite_time_exponent,
+)
+from .interp.dynamics.growth import (
+    perturbation_growth as perturbation_growth,
+)
 from .interp.dynamics.jacobian import jacobian_spectrum as jacobian_spectrum
 from .interp.dynamics.layers import (
     attention_dynamics as attention_dynamics,
@@ -35,6 +48,8 @@ from .interp.dynamics.layers import (
 from .interp.dynamics.layers import (
     layer_dynamics as layer_dynamics,
 )
+from .interp.dynamics.lyapunov import lyapunov_spectrum as lyapunov_spectrum
+from .interp.dynamics.path_independence import path_independence as path_independence
 from .interp.dynamics.states import (
     dynamics as dynamics,
 )
@@ -50,6 +65,12 @@ from .interp.edit.injection import (
 )
 from .interp.edit.injection import (
     swap_input as swap_input,
+)
+from .interp.edit.schedule import (
+    Freeze as Freeze,
+)
+from .interp.edit.schedule import (
+    schedule_edit as schedule_edit,
 )
 from .interp.edit.steering import (
     set_to as set_to,

@@ -46,6 +46,7 @@ def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
         A model of the same class and hook names. `copy.visit_blocks[i]` holds the weights of visit
         i.
     """
+    _refuse_edited(model)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     twin = copy.deepcopy(model)
     if twin.any_hook():
@@ -73,7 +74,16 @@ def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) 
             f"unrolled serves flat causal families, got {type(model).__name__}; check it against"
             " untied(model, n_loops)"
         )
+    _refuse_edited(model)
     return Unrolled(model, checked_loops(n_loops, model.cfg.n_loops), fold_ln)
+
+
+def _refuse_edited(model: LoopedModel) -> None:
+    if model.edited is not None:
+        raise ValueError(
+            "a view shows the model's own schedule, which is edited now; make it outside"
+            " schedule_edit"
+        )
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "sender": Sender("attn", visit=x.visit), "receivers": Receiver("readout"),
         "vectors": torch.ones(model.cfg.d_model).double(), "factor": 0.5, "steps": 2,
         "what": Component("attn", loops=(1,)), "criterion": TopStable(hits=2),
-        "threshold": 0.5, "max_new_tokens": 2, "kind": "V",
+        "threshold": 0.5, "max_new_tokens": 2, "kind": "V", "k": 2, "n_starts": 2,
+        "order": ["loops.0", "loops.0"],
     }  # fmt: skip
 
 

@@ -28,7 +28,15 @@ from loopscope.models.core.state import checked_loops
 TABS = {
     "Answers": ("readouts", "exit-gate", "overthinking", "recurrence", "halting", "flips"),
     "Circuit": ("lens", "patch", "ranks"),
-    "Dynamics": ("orbits", "steps", "attention-settling", "layers"),
+    "Dynamics": (
+        "orbits",
+        "steps",
+        "attention-settling",
+        "layers",
+        "lyapunov",
+        "attractors",
+        "schedule-edit",
+    ),
     "Comparison": ("recurrence-grids", "margins", "halting-compare"),
 }
 """The figures of each tab; what the page says about a figure, and of which inputs the figure is,

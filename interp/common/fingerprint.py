@@ -47,7 +47,8 @@ def facts_of(
         for name, point in sorted(model.hooked_points().items())
     }
     weights = list(model.state_dict().values())
-    return repr(model.cfg), repr(tuple(cells)), options, inputs, hooks, weights
+    schedule = () if model.edited is None else (model.edited.order,)
+    return repr(model.cfg), repr(tuple(cells)), options, inputs, hooks, weights, *schedule
 
 
 def described(value: object, longest: int | None = None) -> str:

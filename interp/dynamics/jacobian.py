@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
-from loopscope.interp.common.columns import Shown, shown_columns
+from loopscope.interp.common.columns import Shown
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import (
     Inputs,
@@ -25,8 +26,14 @@ from loopscope.interp.common.inputs import (
     in_chunks,
 )
 from loopscope.interp.common.modes import differentiated
-from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.dynamics.changes import (
+    Varying,
+    carried,
+    check_map,
+    forward_mode,
+    varying,
+)
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
@@ -47,7 +54,7 @@ class JacobianSpectrum(OneScreen):
         loop: The iteration, from 0.
         eigenvalues: Complex[Tensor, "batch krylov"], Ritz values by falling magnitude; NaN where
             an example's Krylov space is smaller than that of others.
-        residual: Float[Tensor, " batch"], how far the first is from being an eigenvalue: ||J^T v -
+        residual: Float[Tensor, " batch"], how far the first is from being an eigenvalue: ||J v -
             lambda v|| / |lambda| at its Ritz vector v of length 1, up to rounding.
         change: Float[Tensor, " batch"], relative change of the radius with the last dimension of
             the Krylov space.
@@ -98,9 +105,9 @@ def jacobian_spectrum(
     """Leading eigenvalues of the Jacobian of one iteration, at the state of the run there.
 
     An estimate by Arnoldi iteration, which unlike a power iteration also settles where the leading
-    eigenvalues are a complex pair. It multiplies by the transposed Jacobian (one backward pass
-    each), whose eigenvalues are the same. `residual` and `change` say how well it has settled; a
-    Krylov space as large as the state gives the eigenvalues themselves.
+    eigenvalues are a complex pair. Each product with the Jacobian is one run of the iteration in
+    forward mode. `residual` and `change` say how well it has settled; a Krylov space as large as
+    the state gives the eigenvalues themselves.
 
     Args:
         inputs, n_loops, readout, batch_size: As for `dynamics`.
@@ -123,108 +130,35 @@ def jacobian_spectrum(
         raise ValueError(f"loop must be in 0..{n_loops - 1}, got {loop}")
     if krylov is not None and krylov < 1:
         raise ValueError(f"krylov must be at least 1, got {krylov}")
-    if not model.batch_independent:
-        raise ValueError(
-            f"the examples of a {type(model).__name__} depend on one another, so no example has a"
-            " Jacobian of its own"
-        )
     batch_size = checked_batch_size(batch_size)
-    names = [parts] if isinstance(parts, str) else list(parts or model.loop_parts)
+    whole = varying(model, batch, positions, parts)
     found = []
-    columns, shown = shown_columns(batch, positions)
-    varying = torch.zeros_like(batch.mask, dtype=torch.bool).scatter(1, columns, shown)
     for rows, free in zip(
-        in_chunks(batch, batch_size, "jacobian"),
-        varying.split(batch_size),
-        strict=True,
+        in_chunks(batch, batch_size, "jacobian"), whole.split(batch_size), strict=True
     ):
         with torch.no_grad():
             state = model.advance(
                 begin_batch(model, rows, n_loops), iteration_start(model, loop, n_loops)
             )
-        times, width = _transposed_jacobian(
-            model, state, model.iteration_ends(n_loops)[loop], names, free
-        )
-        start = torch.randn(
-            free.shape[1], width, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
-        kind = torch.float64 if state.resid.dtype == torch.float64 else torch.float32
-        start = (start.to(state.resid.device, kind) * free[..., None]).flatten(1)
+        values = free.values(model, state)
+        start = free.draw(values, 1, torch.Generator().manual_seed(0))[:, 0]
+        times = partial(_times, model, free, state, model.iteration_ends(n_loops)[loop])
         most = min(_MOST if krylov is None else krylov, start.shape[1])
         found.append(_ritz(_arnoldi(times, start, most, grows=krylov is None)))
     eigenvalues, residuals, changes = zip(*found, strict=True)
     return JacobianSpectrum(loop, _joined(eigenvalues), torch.cat(residuals), torch.cat(changes))
 
 
-def _transposed_jacobian(
-    model: LoopedModel, state: State, stop: int, names: list[str], free: Bool[Tensor, "batch pos"]
-) -> tuple[Callable[[Tensor], Tensor], int]:
-    """The product of the transposed Jacobian with a vector "batch n" of each example, and the size
-    of one position's vector.
-    """
-    before = _leaves(model, state, names)
-    parts = {name: before.get(name, value) for name, value in state.parts.items()}
-    with torch.enable_grad():
-        start = replace(state, resid=before.get("resid", state.resid), parts=parts)
-        after = _floating(model.advance(start, stop))
-        outs = {name: after[name] for name in names}
-    _check_map(model, before, outs)
-    sizes = [before[name].flatten(2).shape[2] for name in names]
-
-    def times(vector: Tensor) -> Tensor:
-        pieces = (vector.unflatten(1, (free.shape[1], -1)) * free[..., None]).split(sizes, dim=-1)
-        weights = [
-            piece.reshape(out.shape).to(out.dtype)
-            for piece, out in zip(pieces, outs.values(), strict=True)
-        ]
-        grads = torch.autograd.grad(
-            list(outs.values()),
-            list(before.values()),
-            weights,
-            retain_graph=True,
-            materialize_grads=True,
-        )
-        product = torch.cat([widened(grad.flatten(2)) for grad in grads], dim=-1)
-        return (product * free[..., None]).flatten(1)
-
-    return times, sum(sizes)
-
-
-def _floating(state: State) -> dict[str, Tensor]:
-    """The residual stream and the parts of a state that hold real numbers, by name."""
-    parts = {name: value for name, value in state.parts.items() if value.is_floating_point()}
-    return {"resid": state.resid, **parts}
-
-
-def _leaves(model: LoopedModel, state: State, names: list[str]) -> dict[str, Tensor]:
-    """The parts of a state that vary, as leaves of a graph of their own."""
-    known = _floating(state)
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"the part {name!r} cannot vary in the state of this {type(model).__name__}; its"
-                f" parts are {', '.join(known)}"
-            )
-    return {name: known[name].detach().clone().requires_grad_() for name in names}
-
-
-def _check_map(
-    model: LoopedModel, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> None:
-    """Refuse an iteration whose map from state to state has no eigenvalues."""
-    for name, value in before.items():
-        if after[name].shape != value.shape:
-            got = f"{list(value.shape)} and leaves it as {list(after[name].shape)}"
-            raise ValueError(
-                f"a Jacobian's eigenvalues need one shape, but {name!r} enters the iteration as"
-                f" {got}"
-            )
-    if not any(out.requires_grad for out in after.values()):
-        carried = ", ".join(model.loop_parts)
-        raise ValueError(
-            f"an iteration of this {type(model).__name__} makes nothing of {', '.join(before)};"
-            f" what it hands on is {carried}"
-        )
+def _times(
+    model: LoopedModel, free: Varying, state: State, stop: int, vector: Float[Tensor, "batch n"]
+) -> Float[Tensor, "batch n"]:
+    """The product of the Jacobian with a vector of each example."""
+    values = free.values(model, state)
+    with forward_mode():
+        after = model.advance(free.beside(state, values, vector[:, None], carried), stop)
+        made = free.values(model, after)
+        check_map(model, values, made)
+        return free.carried_by(list(made.values()), 1)[:, 0]
 
 
 def _joined(eigenvalues: Sequence[Tensor]) -> Complex[Tensor, "batch krylov"]:

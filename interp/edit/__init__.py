@@ -1,5 +1,5 @@
 """Interventions as context managers: ablate a component, steer or replace activations, change what
-is injected.
+is injected, edit the schedule.
 
 Start with `ablation.py`, whose values come from `substitutes.py`. Imports `common`.
 """

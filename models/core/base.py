@@ -22,12 +22,12 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.models.basis.names import NamesFilter, is_pattern
 from loopscope.models.basis.tokens import Batch, Readout, Words
 from loopscope.models.core import describe
-from loopscope.models.core.attention import KeyValueStore, Rows
+from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.compiled import EagerWhileHooked
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.family import Family
-from loopscope.models.core.hooks import NO_TAPS, Hook, live
+from loopscope.models.core.hooks import NO_TAPS, Hook, Taps, live, tap
 from loopscope.models.core.intervene import (
     RESIDUAL_STREAM,
     Direction,
@@ -39,7 +39,7 @@ from loopscope.models.core.intervene import (
     loops_of_call,
 )
 from loopscope.models.core.points import HookPoints
-from loopscope.models.core.schedule import Schedules
+from loopscope.models.core.schedule import EditedSchedule, Schedules
 from loopscope.models.core.state import (
     State,
     Visit,
@@ -132,7 +132,9 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
         resid, parts = self.embed(tokens, positions, taps, **options)
-        return State(0, n_loops, resid, positions, real, parts)
+        edit = self._schedules.edit
+        order = None if edit is None else edit.order
+        return State(0, n_loops, resid, positions, real, parts, order)
 
     def checked_inputs(
         self, tokens: Tensor, mask: Tensor | None, n_loops: int | None
@@ -174,14 +176,13 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         hooked = self.any_hook()
         if hooked:
             self.refuse_late_hooks(state.n_loops)
-        example = None if supplied is None else supplied[schedule[state.visit].name]
+        example = _supplied_first(schedule[state.visit : stop], supplied)
         rows = Rows.make(state, type(self).visible, example)
         resid, parts = state.resid, state.parts
         with running(state.positions if hooked else None):
             for visit in schedule[state.visit : stop]:
-                resid, parts = self.run_visit(
-                    visit, resid, parts, rows.at(visit.name, supplied, store), hooked
-                )
+                here = rows if visit.frozen else rows.at(visit.name, supplied, store)
+                resid, parts = self.run_visit(visit, resid, parts, here, hooked)
         return replace(state, visit=stop, resid=resid, parts=parts)
 
     def run_visit(
@@ -194,17 +195,37 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
             hooked: Whether any hook point may hold a hook.
         """
         boundary = live(visit.boundary) if hooked else NO_TAPS
+        taps = live(visit.points) if hooked else NO_TAPS
+        own = visit.acts_as or visit
         if visit.opening:
-            resid, parts = self.enter(visit, resid, parts, boundary)
-        resid, parts = self.visit_block(
-            visit, resid, parts, rows, live(visit.points) if hooked else NO_TAPS
-        )
-        return self.leave(visit, resid, parts, boundary) if visit.closing else (resid, parts)
+            resid, parts = self.enter(own, resid, parts, boundary)
+        if visit.keeps or visit.frozen:
+            resid, parts = self._run_kept(visit, resid, parts, rows, taps)
+        else:
+            resid, parts = self.visit_block(own, resid, parts, rows, taps)
+        return self.leave(own, resid, parts, boundary) if visit.closing else (resid, parts)
+
+    def _run_kept(
+        self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], rows: Rows, taps: Taps
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Run a block whose addition to the stream is kept, or add one that was kept."""
+        if visit.frozen:
+            resid = tap(taps, "hook_resid_pre", resid) + parts[visit.frozen]
+            return tap(taps, "hook_resid_post", resid), parts
+        after, made = self.visit_block(visit.acts_as or visit, resid, parts, rows, taps)
+        if any(made[name] is not parts.get(name) for name in made):
+            changed = next(name for name in made if made[name] is not parts.get(name))
+            raise ValueError(
+                f"a block of this {type(self).__name__} changes more than the stream ({changed!r}),"
+                " so it cannot be frozen"
+            )
+        return after, {**made, visit.keeps: after - resid}
 
     def finish(self, state: State) -> State:
         """A state at the end of an iteration, run through the visits that follow the last iteration
         of its call; a readout there reads the result.
         """
+        self._schedules.check(state)
         end = self.iteration_ends(state.n_loops)[-1]
         if end == len(self.schedule(state.n_loops)):
             return state
@@ -288,6 +309,22 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return self.advance(state, supplied=before or None, store=new), new
 
     # The schedule and the hook points
+
+    @property
+    def edited(self) -> EditedSchedule | None:
+        """The schedule that is on in the place of the model's own; None where there is none."""
+        return self._schedules.edit
+
+    @contextmanager
+    def scheduled(self, visits: Sequence[Visit]) -> Iterator[Self]:
+        """Inside the `with` block other visits are run in the place of the model's own; see
+        `loopscope.schedule_edit`.
+        """
+        self._schedules.begin_edit(visits)
+        try:
+            yield self
+        finally:
+            self._schedules.end_edit()
 
     def setup(self) -> None:
         """Name the modules; a family calls it when its weights are made."""
@@ -579,6 +616,13 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
 def at_columns(x: Shaped[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:
     """One position of each row."""
     return x[torch.arange(x.shape[0], device=x.device), columns.to(x.device)]
+
+
+def _supplied_first(visits: Sequence[Visit], supplied: KeyValueStore | None) -> KeyValues | None:
+    """The keys and values supplied to the first of some visits that has any; None without them."""
+    if supplied is None:
+        return None
+    return next((supplied[visit.name] for visit in visits if not visit.frozen), None)
 
 
 def stream_at(

@@ -30,6 +30,8 @@ class Family(nn.Module):
             the state is "batch pos ...", so that any rows can be run side by side.
         heads_read_stream: A head's queries, keys and values are made of the residual stream at
             their own visit.
+        runs_visits: A run goes through the schedule visit by visit, so that another schedule can be
+            run.
         visible: Which keys a row may see.
         lens_site: The site of a block whose value the final norm could read: what a logit lens
             shows.
@@ -42,6 +44,7 @@ class Family(nn.Module):
     batch_independent: ClassVar[bool] = True
     rowwise: ClassVar[bool] = True
     heads_read_stream: ClassVar[bool] = True
+    runs_visits: ClassVar[bool] = True
     visible: ClassVar[Visible] = staticmethod(causal_keys)
     lens_site: ClassVar[str] = "hook_resid_post"
     wide_weights: ClassVar[str] = ""

@@ -42,6 +42,7 @@ class HookWatch:
 
     def __init__(self) -> None:
         self._dicts: list[Mapping[int, object]] = []
+        self._edited = False
         self.may_hold = False
 
     def add(self, point: LoopHookPoint) -> None:
@@ -49,8 +50,18 @@ class HookWatch:
         self._dicts += _hook_dicts(point)
         point.watch = self
 
+    def begin_edit(self) -> None:
+        """An edited schedule counts as a hook: code that was compiled for the model's own must not
+        run.
+        """
+        self._edited = self.may_hold = True
+
+    def end_edit(self) -> None:
+        """The model's own schedule is on again."""
+        self._edited = False
+
     def __bool__(self) -> bool:
-        return any(self._dicts)
+        return self._edited or any(self._dicts)
 
 
 def reads_only(hook: AnyHook) -> AnyHook:

@@ -46,19 +46,30 @@ class HookPoints:
         self.longest = 0
         self.watch = HookWatch()
         self._by_loop: list[tuple[int, HookPoint]] = []
-        self._by_pattern: list[tuple[int, list[LensHandle]]] = []
+        self._by_pattern: list[tuple[int, object, list[LensHandle]]] = []
+        self._edited: tuple[int, dict[str, str]] | None = None
+        self._foreign: set[str] = set()  # names of points that were asked for during an edit
 
     # Names
 
     def names(self, n_loops: int) -> dict[str, str]:
         """The hook names of a call in order of execution, each with the prefix of its place."""
+        if self._edited is None:
+            return self._own_names(n_loops)
+        refuse_other_length(n_loops, self._edited[0])
+        return self._edited[1]
+
+    def _own_names(self, n_loops: int) -> dict[str, str]:
+        """The hook names of a call by the model's own schedule."""
         if n_loops not in self._names:
-            before, after = self._edges()
-            inside = _names_of(self._plan(n_loops))
-            edges = (dict.fromkeys(names, "") for names in (before, after))
-            self._names[n_loops] = {**next(edges), **inside, **next(edges)}
+            self._names[n_loops] = self._call(self._plan(n_loops))
             self.grow(n_loops)
         return self._names[n_loops]
+
+    def _call(self, slots: Sequence[Slot]) -> dict[str, str]:
+        """The hook names of a call that visits these slots."""
+        before, after = (dict.fromkeys(names, "") for names in self._edges())
+        return {**before, **_names_of(slots), **after}
 
     def aside(self) -> dict[str, str]:
         """The hook names of passes that no plain call makes, each with the prefix of its place."""
@@ -92,6 +103,8 @@ class HookPoints:
         """The length of the call that entries belong to; exact names may lie beyond what the
         checkpoint records.
         """
+        if n_loops is None and self._edited is not None:
+            return self._edited[0]
         if n_loops is None and not is_pattern(entries):
             furthest = max((loop_of(entry + ".") or 0 for entry in entries), default=0) + 1
             n_loops = max(furthest, recorded or 1, self.longest)
@@ -108,9 +121,23 @@ class HookPoints:
         if not self._planted:
             self._planted = True
             self._plant()
+        if self._edited is not None:
+            return
         self.longest = max(self.longest, n_loops)
         if self._shown is not None and self._shown < min(self.longest, SHOWN):
             self.all()
+
+    def begin_edit(self, n_loops: int, slots: Sequence[Slot]) -> None:
+        """Let a call have the names of these slots alone."""
+        self._edited = (n_loops, self._call(slots))
+        if self._shown is not None:
+            self._shown = 0
+        self.watch.begin_edit()
+
+    def end_edit(self) -> None:
+        """Let calls have the names of the model's own schedule again."""
+        self._edited = None
+        self.watch.end_edit()
 
     def replan(self) -> None:
         """Forget the names of all calls, because the schedule has changed."""
@@ -125,6 +152,8 @@ class HookPoints:
         Raises:
             KeyError: No call so far has this name; `resolve` has more to say about names.
         """
+        if self._edited is not None:
+            self._foreign.add(name)
         if name not in self._made:
             self._make(name, self._place_of(name))
             if self._shown is not None:
@@ -132,7 +161,9 @@ class HookPoints:
         return self._made[name]
 
     def _place_of(self, name: str) -> str:
-        for names in (*self._names.values(), self.names(self.longest), self.aside()):
+        edited = {} if self._edited is None else self._edited[1]
+        own = self._own_names(self.longest)
+        for names in (edited, *self._names.values(), own, self.aside()):
             if name in names:
                 return names[name]
         raise KeyError(f"{name!r} is no hook point of a call with n_loops={self.longest}")
@@ -144,7 +175,9 @@ class HookPoints:
         length = min(self.longest, SHOWN)
         if self._shown is None or self._shown < length:
             self._shown = length
-            for name, prefix in {**self.names(length), **self.aside()}.items():
+            edited = {} if self._edited is None else self._edited[1]
+            names = {**self._own_names(length), **edited, **self.aside()}
+            for name, prefix in names.items():
                 if name not in self._made:
                     self._make(name, prefix)
             for name in self._made:
@@ -169,7 +202,7 @@ class HookPoints:
         """Open a tree for each stage of the schedule that has no modules of its own, and make the
         points that have their place elsewhere.
         """
-        names = {**self.names(1), **self.aside()}
+        names = {**self._own_names(1), **self.aside()}
         for name, prefix in names.items():
             stage, dot, _ = name.partition(".")
             if dot and stage not in self._root._modules:
@@ -207,7 +240,7 @@ class HookPoints:
 
     def belongs_to(self, n_loops: int, handles: list[LensHandle]) -> None:
         """Note that hooks were chosen by a pattern for calls of `n_loops` iterations."""
-        self._by_pattern.append((n_loops, handles))
+        self._by_pattern.append((n_loops, self._edited, handles))
 
     def refuse_late(self, n_loops: int) -> None:
         """Raise if one of the hooks would silently never fire in a call of `n_loops` iterations.
@@ -222,13 +255,40 @@ class HookPoints:
                     f"a hook is attached at {point.name!r}, but a call with n_loops={n_loops} has"
                     f" only the iterations 0 to {n_loops - 1}"
                 )
-        self._by_pattern = [given for given in self._by_pattern if any(map(is_attached, given[1]))]
-        for resolved_for, _ in self._by_pattern:
+        self._refuse_absent(n_loops)
+        self._by_pattern = [given for given in self._by_pattern if any(map(is_attached, given[2]))]
+        for resolved_for, edited, _ in self._by_pattern:
+            if edited is not self._edited:
+                raise ValueError(
+                    "hooks given by a pattern were attached for another schedule than the one that"
+                    " is on (schedule_edit); add them inside its context, and leave theirs first"
+                )
             if resolved_for != n_loops:
                 raise ValueError(
                     f"hooks given by a pattern were attached for n_loops={resolved_for}, but this"
                     f" call runs n_loops={n_loops}; pass n_loops={n_loops} where they are added"
                 )
+
+    def _refuse_absent(self, n_loops: int) -> None:
+        """Raise if a hook is at a point that the schedule that is on does not have."""
+        asked = self._foreign if self._edited is None else self._made
+        hooked = [name for name in asked if name in self._made and is_hooked(self._made[name])]
+        known = {**self.names(n_loops), **self.aside()} if hooked else {}
+        absent = [name for name in hooked if name not in known]
+        if absent:
+            raise ValueError(
+                f"a hook is attached at {absent[0]!r}, which the schedule that is on does not have"
+                " (schedule_edit); attach it and take it off inside one context"
+            )
+
+
+def refuse_other_length(n_loops: int, edited: int) -> None:
+    """Raise where a call has another number of iterations than the edited schedule that is on."""
+    if n_loops != edited:
+        raise ValueError(
+            f"the schedule of this model is edited (schedule_edit) and has {edited} iterations, got"
+            f" n_loops={n_loops}; pass n_loops={edited}, or leave the context"
+        )
 
 
 def is_attached(handle: LensHandle) -> bool:

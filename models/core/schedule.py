@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.models.core.hooks import PointTree
-from loopscope.models.core.points import HookPoints
+from loopscope.models.core.points import HookPoints, refuse_other_length
 from loopscope.models.core.state import Slot, State, Visit
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@dataclass(frozen=True)
+class EditedSchedule:
+    """The schedule of all calls while it is on.
+
+    Attributes:
+        visits: In order, each with the visit that it acts as.
+        n_loops: Iterations of a call.
+    """
+
+    visits: tuple[Visit, ...]
+    n_loops: int
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """Each visit with what it runs, as `State.order` has it."""
+        return tuple(f"{v.name} {(v.acts_as or v).name} {v.frozen}" for v in self.visits)
+
+    def of(self, n_loops: int) -> list[Visit]:
+        """The visits of a call; ValueError for a call of another number of iterations."""
+        refuse_other_length(n_loops, self.n_loops)
+        return list(self.visits)
 
 
 class Schedules:
@@ -34,6 +58,7 @@ class Schedules:
         self.made: dict[int, list[Visit]] = {}
         self._lists: list[tuple[nn.Module, list[nn.Module]]] = []
         self._cfg: object = None
+        self.edit: EditedSchedule | None = None
 
     def refresh(self) -> None:
         """Forget all schedules and names of hooks if the model's blocks or its config were
@@ -42,6 +67,11 @@ class Schedules:
         cfg = getattr(self._root, "cfg", None)
         if cfg is self._cfg and all(_parts(owner) == parts for owner, parts in self._lists):
             return
+        if self.edit is not None:
+            raise ValueError(
+                "the blocks or the config of this model were replaced while its schedule was"
+                " edited; leave schedule_edit first"
+            )
         self._cfg = cfg
         self._lists = [(owner, _parts(owner)) for owner in _owners(self._root)]
         self.made.clear()
@@ -50,6 +80,8 @@ class Schedules:
     def of(self, n_loops: int) -> list[Visit]:
         """The visits of a call in order."""
         self.refresh()
+        if self.edit is not None:
+            return self.edit.of(n_loops)
         if n_loops not in self.made:
             self._points.grow(n_loops)
             visits = [self.visit(i, slot, n_loops) for i, slot in enumerate(self._plan(n_loops))]
@@ -67,8 +99,42 @@ class Schedules:
             boundary=self._points.place(slot.scope) if slot.scope else {},
         )
 
+    def begin_edit(self, visits: Sequence[Visit]) -> None:
+        """Put other visits in the place of the model's own; they are given their hook points, and
+        their places in the schedule, here.
+        """
+        assert self.edit is None, "schedule_edit refuses an edit inside another"
+        n_loops = 1 + max(visit.loop for visit in visits if visit.loop is not None)
+        self._points.begin_edit(n_loops, visits)
+        placed = (
+            replace(
+                self.visit(i, visit, n_loops),
+                acts_as=visit.acts_as,
+                keeps=visit.keeps,
+                frozen=visit.frozen,
+            )
+            for i, visit in enumerate(visits)
+        )
+        self.edit = EditedSchedule(tuple(placed), n_loops)
+
+    def end_edit(self) -> None:
+        """Put the model's own schedule back."""
+        self.edit = None
+        self._points.end_edit()
+
+    def check(self, state: State) -> None:
+        """Refuse a state of another schedule than the one that is on."""
+        order = None if self.edit is None else self.edit.order
+        if state.order != order:
+            of = "the model's own schedule" if state.order is None else "an edited schedule"
+            raise ValueError(
+                f"a state is run by the schedule in which it was begun: this one is of {of}, which"
+                " is not on; begin it again"
+            )
+
     def index_of(self, until: int | str | None, state: State) -> int:
         """The index of the visit that a state is to be run to; `until` is as in `advance`."""
+        self.check(state)
         schedule = self.of(state.n_loops)
         if until is None:
             return len(schedule)

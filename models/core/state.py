@@ -67,12 +67,20 @@ class Visit(Slot):
         n_loops: Iterations of the schedule.
         points: The block's hook points by site, as far as they were made.
         boundary: The hook points of the iteration that the block opens or closes, likewise.
+        acts_as: In an edited schedule the visit of the model's own schedule that is run here; None
+            in the model's own. The hook points are this visit's, all else is that one's.
+        keeps: The part of the state in which what the block adds to the stream is kept; empty for
+            most.
+        frozen: The part that is added in place of running the block; empty for most.
     """
 
     index: int = 0
     n_loops: int = 1
     points: Mapping[str, HookPoint] = field(default_factory=dict)
     boundary: Mapping[str, HookPoint] = field(default_factory=dict)
+    acts_as: Visit | None = None
+    keeps: str = ""
+    frozen: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ class State:
         positions: Int[Tensor, "batch pos"].
         mask: Bool[Tensor, "batch pos"], True for real tokens.
         parts: What else the family carries, each "batch pos ...".
+        order: The visits of an edited schedule, each with what it runs; None for the model's own
+            schedule.
     """
 
     visit: int
@@ -97,6 +107,7 @@ class State:
     positions: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    order: tuple[str, ...] | None = None
 
     @property
     def tags(self) -> Int[Tensor, "batch pos"] | None:
@@ -166,7 +177,7 @@ def cat_states(states: Sequence[State]) -> State:
         ValueError: The states do not stand at the same visit of the same schedule.
     """
     first = states[0]
-    places = {(s.visit, s.n_loops, s.resid.shape[1], tuple(s.parts)) for s in states}
+    places = {(s.visit, s.n_loops, s.resid.shape[1], tuple(s.parts), s.order) for s in states}
     if len(places) > 1:
         raise ValueError(
             "states to join must stand at one visit with the same width and parts, got"

@@ -70,6 +70,7 @@ class Wrapped(LoopedModel):
     rowwise: ClassVar[bool] = False
     prefix_readout: ClassVar[bool] = False
     heads_read_stream: ClassVar[bool] = False
+    runs_visits: ClassVar[bool] = False
 
     def __init__(self, cfg: WrappedConfig, module: nn.Module, layout: Layout) -> None:
         super().__init__(cfg)

@@ -31,6 +31,9 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "attention-settling": {"n_loops": 3},
     "exit-gate": {"thresholds": (0.0, 0.5, 1.0), "n_loops": 3},
     "layers": {"n_loops": 3},
+    "lyapunov": {"n_loops": 3},
+    "attractors": {"n_loops": 3, "n_starts": 2},
+    "schedule-edit": {"n_loops": 2},
 }
 FAMILIES = ("albert", "hrm_text", "huginn", "ouro", "parcae")
 

@@ -92,6 +92,9 @@ def test_the_other_figures_show_no_words_of_the_users() -> None:
         "causal-graph",
         "attention-settling",
         "layers",
+        "lyapunov",
+        "attractors",
+        "schedule-edit",
         "grokking",
         "hop-updates",
     }

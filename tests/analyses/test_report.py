@@ -187,7 +187,10 @@ def of_a_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OF_A_TEXT = {
     "Answers": ["readouts", "exit-gate", "overthinking"],
     "Circuit": ["lens", "patch", "ranks"],
-    "Dynamics": ["orbits", "steps", "attention-settling", "layers"],
+    "Dynamics": [
+        *("orbits", "steps", "attention-settling", "layers"),
+        *("lyapunov", "attractors", "schedule-edit"),
+    ],
 }
 
 
@@ -200,7 +203,7 @@ def test_the_report_of_a_language_model_shows_what_serves_a_text(of_a_text: Path
         " d.id)]})"
     )
     drawn = "document.querySelectorAll('.js-plotly-plot .main-svg').length"
-    page = visit(of_a_text, [shown], ready=f"{drawn} >= {3 * 10}")
+    page = visit(of_a_text, [shown], ready=f"{drawn} >= {3 * 13}")
     found = {tab: [key.removeprefix("figure-") for key in keys] for tab, keys in page.values[0]}
     assert found == OF_A_TEXT
     assert page.errors == []
@@ -237,7 +240,7 @@ def test_a_report_leaves_out_what_the_input_has_not() -> None:
     assert names == {
         "Answers": ["readouts", "overthinking"],
         "Circuit": ["lens", "ranks"],
-        "Dynamics": ["orbits", "steps", "attention-settling", "layers"],
+        "Dynamics": OF_A_TEXT["Dynamics"],
     }
     assert all(each.figure is not None for inside in made.values() for each in inside)
 

@@ -36,6 +36,9 @@ OF_SEVERAL: dict[str, dict[str, Any]] = {
     "steps": {"n_loops": 3},
     "attention-settling": {"n_loops": 3},
     "layers": {"n_loops": 3},
+    "lyapunov": {"n_loops": 3},
+    "attractors": {"n_loops": 3, "n_starts": 2},
+    "schedule-edit": {"n_loops": 2},
 }
 MODELS = {"ouro": (CAT, DOG), "smiles": ("CC(=O)N", "CC(=S)N")}
 

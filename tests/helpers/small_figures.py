@@ -29,6 +29,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "causal-graph": {"checkpoints": LOOPED, "per_group": 5},
     "orbits": {"n_loops": 9, "per_hop": 1},
     "steps": ROWS,
+    "lyapunov": ROWS | {"deepest": 1},
+    "attractors": ROWS | {"deepest": 1, "n_starts": 3},
+    "schedule-edit": {"n_loops": 2, "per_hop": 3},
     "attention-settling": ROWS,
     "layers": ROWS,
     "exit-gate": {

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.finite import first_nonfinite
+from loopscope.interp.dynamics.attractors import fixed_points
+from loopscope.interp.dynamics.basins import basins
+from loopscope.interp.dynamics.growth import finite_time_exponent, perturbation_growth
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
+from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.dynamics.statistics import effective_rank
 from loopscope.interp.exits.exits import TopStable, exits
@@ -49,6 +53,11 @@ METHODS: Mapping[str, Callable[..., Any]] = {
     "jacobian_spectrum": lambda m, **o: (
         jacobian_spectrum(m, padded(), 1, LOOPS, krylov=3, **o).radius
     ),
+    "lyapunov_spectrum": lambda m, **o: lyapunov_spectrum(m, padded(), 2, LOOPS, **o).exponents,
+    "finite_time_exponent": lambda m, **o: finite_time_exponent(m, padded(), LOOPS, **o).exponent,
+    "perturbation_growth": lambda m, **o: perturbation_growth(m, padded(), LOOPS, **o).distance,
+    "fixed_points": lambda m, **o: fixed_points(m, padded(), LOOPS, **o).residual,
+    "basins": lambda m, **o: basins(m, padded(), 2, 0.1, LOOPS, **o).distance,
 }
 OF_ONE_BATCH: Mapping[str, Callable[[RecurrentDepth], Any]] = {
     "halting": lambda m: halting(m, padded(), HaltingRule(None, None), LOOPS).logits,

@@ -14,8 +14,13 @@ from loopscope.interp.attribution.edges import edge_attribution
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.drawing.look import titled
 from loopscope.interp.drawing.shapes import MOST, CellMap, Curve, CurvePanel, cell_maps, curves
+from loopscope.interp.dynamics.attractors import fixed_points
+from loopscope.interp.dynamics.basins import basins, restart_vote
+from loopscope.interp.dynamics.growth import finite_time_exponent, perturbation_growth
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
+from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
+from loopscope.interp.dynamics.path_independence import path_independence
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.exits.exit_gate import exit_distribution
 from loopscope.interp.exits.halting import HaltingRule, halting
@@ -154,6 +159,13 @@ def test_every_other_record_is_drawn_with_its_numbers() -> None:
         "logits": direct_logit_attribution(model, clean, ANSWERS, n_loops=LOOPS),
         "edges": edge_attribution(model, clean, corrupted, metric, 2),
         "composition": composition_scores(model, "K"),
+        "spectrum": lyapunov_spectrum(model, clean, 3, LOOPS),
+        "growth": finite_time_exponent(model, clean, LOOPS),
+        "distances": perturbation_growth(model, clean, LOOPS),
+        "settling": fixed_points(model, clean, LOOPS),
+        "basins": basins(model, clean, 4, 0.3, LOOPS),
+        "vote": restart_vote(model, clean, 4, 0.3, LOOPS),
+        "paths": path_independence(toy(injection=True), clean, LOOPS),
     }
     figures = {name: record.plot(title="its title") for name, record in records.items()}
     for name, figure in figures.items():
@@ -166,6 +178,16 @@ def test_every_other_record_is_drawn_with_its_numbers() -> None:
     assert sum(terms) == pytest.approx(float(records["logits"].logits.mean()))
     change = records["attention"].change
     assert list(figures["attention"].data[0].z[3])[1:] == pytest.approx(change[1:, 0, 3].tolist())
+    exponents = records["spectrum"].spectrum()
+    assert list(figures["spectrum"].data[1].y) == pytest.approx(exponents[1].tolist())
+    growth = records["growth"].growth.cumsum(0)
+    assert list(figures["growth"].data[2].y) == pytest.approx(growth[:, 2].tolist())
+    assert list(figures["growth"].data[2].x) == [1, 2, 3]
+    assert list(figures["distances"].data[0].x) == [0, 1, 2, 3]
+    ends = records["basins"].distance
+    assert list(figures["basins"].data[0].z[3]) == pytest.approx(ends[3].tolist())
+    assert list(figures["vote"].data[0].y) == records["vote"].share.tolist()
+    assert list(figures["paths"].data[0].y) == records["paths"].cosine.tolist()
     effects = [value for row in figures["edges"].data[0].z for value in row if value == value]
     assert sorted(effects) == pytest.approx(sorted(records["edges"].values.mean(1).tolist()))
 

@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 
 from family_toys import LOOPS, TOYS, padded
+from loopscope.interp.dynamics.attractors import fixed_points
+from loopscope.interp.dynamics.basins import basins, restart_vote
+from loopscope.interp.dynamics.growth import finite_time_exponent, perturbation_growth
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
+from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
+from loopscope.interp.dynamics.path_independence import path_independence
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.dynamics.statistics import effective_rank
 from loopscope.interp.exits.exit_gate import (
@@ -107,6 +112,14 @@ METHODS: Mapping[str, Callable[[LoopedModel, Batch], Found]] = {
     "layers.between": lambda m, b: layer_dynamics(m, b, LOOPS).between_layers(relative=True),
     "attention_dynamics": lambda m, b: pictured(attention_dynamics(m, b, LOOPS)),
     "jacobian_spectrum": lambda m, b: pictured(jacobian_spectrum(m, b, 1, LOOPS, krylov=3)),
+    "lyapunov_spectrum": lambda m, b: pictured(lyapunov_spectrum(m, b, 2, LOOPS)),
+    "finite_time_exponent": lambda m, b: pictured(finite_time_exponent(m, b, LOOPS)),
+    "separation": lambda m, b: finite_time_exponent(m, b, LOOPS).separation(ANSWERS).frame(),
+    "perturbation_growth": lambda m, b: pictured(perturbation_growth(m, b, LOOPS, scale=0.1)),
+    "fixed_points": lambda m, b: fixed_points(m, b, LOOPS, tol=1e-9).residual,
+    "basins": lambda m, b: pictured(basins(m, b, 3, 0.2, LOOPS)),
+    "restart_vote": lambda m, b: pictured(restart_vote(m, b, 3, 0.2, LOOPS)),
+    "path_independence": lambda m, b: pictured(path_independence(m, b, LOOPS)),
     "gate_logits": lambda m, b: gate_logits(m, b, LOOPS),
     "exit_distribution": lambda m, b: drawn(exit_distribution(gate_logits(m, b, LOOPS))).pdf,
     "readout_mixture": lambda m, b: readout_mixture(m, b, LOOPS).logits,

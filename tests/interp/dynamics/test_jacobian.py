@@ -198,7 +198,7 @@ def test_jacobian_refuses_what_has_none(plain: RecurrentDepth) -> None:
         jacobian_spectrum(odd_one(BatchCentred), padded(), 0, 2)
     with pytest.raises(
         ValueError,
-        match=r"'momentum' enters the iteration as \[3, 7, 35\] and leaves it as \[3, 7, 70\]",
+        match=r"'momentum' enters it as \[3, 7, 35\] and leaves it as \[3, 7, 70\]",
     ):
         jacobian_spectrum(odd_one(Widening), padded(), 0, 1, parts="momentum")
 

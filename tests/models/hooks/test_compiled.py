@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loopscope.interp.edit.schedule import schedule_edit
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from loopscope.models.views import unrolled
@@ -76,6 +77,22 @@ def test_hooks_of_a_compiled_model_fire(
     for _ in range(3):
         torch.testing.assert_close(model(tokens, n_loops=2), expected)
     assert graphs, "without hooks the compiled code runs again"
+
+
+def test_an_edited_schedule_is_not_compiled(
+    backend: Any, graphs: list[int], plain: RecurrentDepth
+) -> None:
+    tokens = random_tokens()
+    expected = plain(tokens, n_loops=1)
+    model = in_place(plain, backend)
+    model(tokens, n_loops=2)
+    graphs.clear()
+    with schedule_edit(plain, ["loops.1"], 2):
+        torch.testing.assert_close(model(tokens, n_loops=1), expected)
+    assert not graphs
+    for _ in range(2):
+        model(tokens, n_loops=2)
+    assert graphs
 
 
 @pytest.mark.slow

@@ -1,0 +1,276 @@
+"""Runs of the same input from several first states: do they end in the same state, and in the same
+answer?
+
+Axes: start batch; `n` counts the numbers of a state that vary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.columns import Shown
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    checked_batch_size,
+    in_chunks,
+)
+from loopscope.interp.common.metrics import Answers
+from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.dynamics.changes import (
+    Space,
+    checked_space,
+    checked_start,
+    varying,
+)
+from loopscope.interp.dynamics.starts import apart, by_example, ended, starts
+from loopscope.interp.dynamics.states import iteration_start
+from loopscope.interp.dynamics.statistics import norm_of
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class RestartVote(OneScreen):
+    """The answers of one run, and of several runs together.
+
+    Attributes:
+        single: Int[Tensor, " batch"], the answer of the unchanged run.
+        majority: Int[Tensor, " batch"], the answer of most runs; of equally frequent ones the one
+            that comes first among the runs.
+        steadiest: Int[Tensor, " batch"], the answer of the run whose last step was smallest.
+        share: Float[Tensor, " batch"], the share of runs that give the majority's answer.
+    """
+
+    single: Int[Tensor, " batch"]
+    majority: Int[Tensor, " batch"]
+    steadiest: Int[Tensor, " batch"]
+    share: Float[Tensor, " batch"]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per example: example, single, majority, steadiest (tokens), share."""
+        columns = {
+            "single": self.single,
+            "majority": self.majority,
+            "steadiest": self.steadiest,
+            "share": self.share,
+        }
+        return by_example(columns)
+
+    def accuracy(self, answers: Answers) -> pd.DataFrame:
+        """How often each rule is right: rule, accuracy, gained and lost (examples against the
+        single run).
+
+        Args:
+            answers: The right token of each example.
+        """
+        tokens = torch.as_tensor(answers, device=self.single.device)
+        if tokens.is_floating_point() or tokens.shape not in ((), self.single.shape):
+            raise ValueError(
+                f"one token per row is needed: there are {len(self.single)} rows, got answers of"
+                f" the shape {list(tokens.shape)} ({tokens.dtype})"
+            )
+        before, rows = self.single == tokens, []
+        for rule in ("single", "majority", "steadiest"):
+            right = getattr(self, rule) == tokens
+            gained, lost = int((right & ~before).sum()), int((before & ~right).sum())
+            rows.append((rule, float(right.double().mean()), gained, lost))
+        return pd.DataFrame(rows, columns=["rule", "accuracy", "gained", "lost"])
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the share of runs that agree, example by example."""
+        from loopscope.interp.drawing.stability import agreement
+
+        return agreement(self, title)
+
+
+@dataclass(frozen=True)
+class Basins(OneScreen):
+    """The ends of runs of the same inputs from several first states.
+
+    Attributes:
+        space: "state", or "direction" for h / ||h|| at each column.
+        tol: The relative distance below which two last states count as the same.
+        moved: Float[Tensor, "start batch"], how far the first state was moved, as a share of its
+            norm; 0 at start 0, which is the unchanged run.
+        distance: Float[Tensor, "start batch"], ||end - end of start 0|| / ||end of start 0||.
+        basin: Int[Tensor, "start batch"], the number of the last state among the distinct ones of
+            its example, in the order in which the starts find them; 0 is that of start 0.
+        residual: Float[Tensor, "start batch"], the last relative step, ||h_T - h_{T-1}|| /
+            ||h_{T-1}||.
+        answers: Int[Tensor, "start batch"], the top token at the readout.
+    """
+
+    space: Space
+    tol: float
+    moved: Float[Tensor, "start batch"]
+    distance: Float[Tensor, "start batch"]
+    basin: Int[Tensor, "start batch"]
+    residual: Float[Tensor, "start batch"]
+    answers: Int[Tensor, "start batch"]
+
+    @property
+    def same_state(self) -> Float[Tensor, " batch"]:
+        """The share of the other starts that end in the same state as the unchanged run."""
+        return (self.basin[1:] == 0).double().mean(0)
+
+    @property
+    def same_answer(self) -> Float[Tensor, " batch"]:
+        """The share of the other starts that give the same answer as the unchanged run."""
+        return (self.answers[1:] == self.answers[0]).double().mean(0)
+
+    def vote(self) -> RestartVote:
+        """The answers of all runs together."""
+        same = (self.answers[:, None] == self.answers[None]).sum(1)
+        winner, steady = same.argmax(0), self.residual.argmin(0)
+        example = torch.arange(self.answers.shape[1], device=self.answers.device)
+        share = same.amax(0).double() / len(self.answers)
+        return RestartVote(
+            self.answers[0], self.answers[winner, example], self.answers[steady, example], share
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """One row per start and example: start, example, moved, distance, basin, residual, answer
+        (the token).
+        """
+        runs, batch = self.answers.shape
+        rows = pd.MultiIndex.from_product([range(runs), range(batch)], names=["start", "example"])
+        columns = {
+            "moved": self.moved,
+            "distance": self.distance,
+            "basin": self.basin,
+            "residual": self.residual,
+            "answer": self.answers,
+        }
+        values = {name: value.flatten().cpu().numpy() for name, value in columns.items()}
+        return pd.DataFrame(values, index=rows).reset_index()
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: which starts of each example end in the same state, and in the same answer."""
+        from loopscope.interp.drawing.stability import basins
+
+        return basins(self, title)
+
+
+@torch.no_grad()
+@evaluated
+def basins(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_starts: int = 8,
+    scale: float | None = None,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "real",
+    space: Space = "state",
+    tol: float = 1e-2,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> Basins:
+    """Runs of the same input from several first states: where each ends, and with which answer.
+
+    Args:
+        inputs, n_loops, readout, positions: As for `dynamics`.
+        n_starts: Runs, the unchanged one (start 0) counted.
+        scale: The norm of a random change of the state before the first iteration, as a share of
+            that state's norm. None draws the first states anew where the model draws one from a
+            seed (Huginn and the like), and means 0.1 for every other model.
+        space, tol: As for `fixed_points`.
+        seed: Start i takes what seed + i draws.
+        batch_size: Rows run at a time.
+
+    Raises:
+        ValueError: Fewer than two starts, a scale that is not above 0, or a model whose examples
+            depend on one another.
+
+    Source:
+        Many first states: arXiv 2605.21488 (breadth); spurious fixed points: arXiv 2601.10679.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    _check(n_starts, scale)
+    whole = varying(model, batch, positions, None)
+    start = checked_start(model, batch, whole.names, None, n_loops)
+    stop, size = iteration_start(model, start, n_loops), checked_batch_size(batch_size)
+    pieces: list[dict[str, Tensor]] = []
+    for rows, free in zip(in_chunks(batch, size, "basins"), whole.split(size), strict=True):
+        runs = starts(model, rows, free, n_starts, scale, n_loops, stop, seed)
+        firsts, ends = [], []
+        for state in runs:
+            firsts.append(free.joined(list(free.values(model, state).values()), 1)[:, 0])
+            ends.append(ended(model, free, state, rows.readout, checked_space(space)))
+        states = torch.stack([end.state for end in ends])
+        pieces.append(
+            {
+                "moved": apart(torch.stack(firsts), firsts[0]),
+                "distance": apart(states, states[0]),
+                "basin": _numbered(states, tol),
+                "residual": torch.stack([end.residual for end in ends]),
+                "answers": torch.stack([end.answers for end in ends]),
+            }
+        )
+    found = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
+    return Basins(space, tol, **found)
+
+
+def _check(n_starts: int, scale: float | None) -> None:
+    if n_starts < 2:
+        raise ValueError(f"n_starts must be at least 2, the unchanged run counted, got {n_starts}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}")
+
+
+@torch.no_grad()
+@evaluated
+def restart_vote(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_starts: int = 8,
+    scale: float | None = None,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "real",
+    seed: int = 0,
+    batch_size: int = 128,
+) -> RestartVote:
+    """The answers of runs from several first states together: of most of them, and of the one that
+    settles best.
+
+    Args:
+        inputs, n_starts, scale, n_loops, readout, positions, seed, batch_size: As for `basins`,
+            whose `vote()` this is.
+
+    Source:
+        Choosing among restarts by the residual: arXiv 2605.21488.
+    """
+    found = basins(
+        model, inputs, n_starts, scale, n_loops, readout=readout, positions=positions, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
+    return found.vote()
+
+
+def _numbered(states: Float[Tensor, "start batch n"], tol: float) -> Int[Tensor, "start batch"]:
+    """For each state the number of the first distinct state that it is near to."""
+    numbers = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+    for i in range(1, len(states)):
+        near = norm_of(states[:i] - states[i]) / norm_of(states[:i]) < tol
+        new = numbers[:i].amax(0) + 1
+        numbers[i] = torch.where(
+            near.any(0), numbers[:i].gather(0, near.int().argmax(0)[None])[0], new
+        )
+    return numbers

@@ -1,0 +1,310 @@
+"""Growth of one small change of the state: its rate for each example, whether that rate separates
+right answers from wrong ones, and the same by finite differences.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from loopscope.interp.common.columns import Shown
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    begin_batch,
+    checked_batch_size,
+    in_chunks,
+)
+from loopscope.interp.common.modes import differentiated, evaluated
+from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.dynamics.changes import (
+    Space,
+    added,
+    checked_space,
+    checked_start,
+    varying,
+)
+from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
+from loopscope.interp.dynamics.states import iteration_start
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.record import Lens, Targets
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_AS_WELL = 0.01  # by how much one AUC may be below another and still be as good
+
+
+@dataclass(frozen=True)
+class Separation(OneScreen):
+    """How well two numbers of a run tell wrong answers from right ones.
+
+    Attributes:
+        right, wrong: Examples whose last answer is right, and wrong.
+        iterations: Iterations run.
+        half: Iterations after which the margin is read.
+        exponent: AUC of the finite-time exponent: the share of pairs of a wrong and a right example
+            in which the wrong one has the larger exponent, ties counting half. NaN where all are
+            right or all are wrong.
+        margin: Likewise of the answer's margin at half depth; the wrong one has the smaller margin.
+    """
+
+    right: int
+    wrong: int
+    iterations: int
+    half: int
+    exponent: float
+    margin: float
+
+    @classmethod
+    def of(
+        cls,
+        exponent: Float[Tensor, " batch"],
+        margin: Float[Tensor, " batch"],
+        wrong: Bool[Tensor, " batch"],
+        n_loops: int,
+    ) -> Separation:
+        """The comparison of both numbers of each example, the margin being read at half depth."""
+        counts = int((~wrong).sum()), int(wrong.sum())
+        half = half_of(n_loops)
+        return cls(*counts, n_loops, half, auc(exponent, wrong), auc(-margin, wrong))
+
+    def __str__(self) -> str:
+        """The comparison in two sentences."""
+        if not self.right or not self.wrong:
+            return (
+                f"All {self.right + self.wrong} answers are {'right' if self.right else 'wrong'},"
+                " so nothing can separate them."
+            )
+        first = (
+            f"The finite-time exponent separates {self.wrong} wrong from {self.right} right answers"
+            f" with an AUC of {self.exponent:.3f}."
+        )
+        halfway = f"the margin after {self.half} of {self.iterations} iterations"
+        if self.margin >= self.exponent - _AS_WELL:
+            better = "better" if self.margin > self.exponent + _AS_WELL else "as well"
+            return (
+                f"{first} But {halfway} separates them {better} ({self.margin:.3f}), so the"
+                " exponent describes the failures and does not foretell them."
+            )
+        return f"{first} It is ahead of {halfway} ({self.margin:.3f})."
+
+    def frame(self) -> pd.DataFrame:
+        """One row per number: predictor, iterations (run before it is known), auc, right, wrong."""
+        rows = [
+            ("finite-time exponent", self.iterations, self.exponent, self.right, self.wrong),
+            ("margin at half depth", self.half, self.margin, self.right, self.wrong),
+        ]
+        return pd.DataFrame(rows, columns=["predictor", "iterations", "auc", "right", "wrong"])
+
+
+@dataclass(frozen=True)
+class FiniteTimeExponent(OneScreen):
+    """The leading finite-time Lyapunov exponent of each example, with its answers.
+
+    Attributes:
+        start: The iteration before which the change begins, from 0.
+        space: Where changes are measured, "state" or "direction".
+        growth: Float[Tensor, "loop batch"], the logarithm of the change's growth in each iteration,
+            in nats. Entry 0 is that of `start`.
+        lens: The family's own readout after every iteration of the same run.
+    """
+
+    start: int
+    space: Space
+    growth: Float[Tensor, "loop batch"]
+    lens: Lens
+
+    @property
+    def exponent(self) -> Float[Tensor, " batch"]:
+        """The mean growth over iterations, in nats per iteration; above 0 a change grows."""
+        return self.growth.mean(0)
+
+    def separation(self, answers: Targets) -> Separation:
+        """Whether the exponent tells wrong last answers from right ones, and whether the margin at
+        half depth does so as well.
+
+        Args:
+            answers: The right token of each example.
+        """
+        wrong, n_loops = ~self.lens.correct(answers)[-1], len(self.lens.names)
+        margin = self.lens.margin(answers)[half_of(n_loops) - 1]
+        return Separation.of(self.exponent, margin, wrong, n_loops)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per iteration and example: loop, example, growth, exponent (the mean growth up to
+        and with this iteration), in nats.
+        """
+        loops, batch = self.growth.shape
+        counts = torch.arange(1, loops + 1, device=self.growth.device)[:, None]
+        mean = self.growth.cumsum(0) / counts
+        return pd.DataFrame(
+            {
+                "loop": [self.start + t for t in range(loops) for _ in range(batch)],
+                "example": list(range(batch)) * loops,
+                "growth": self.growth.flatten().cpu().numpy(),
+                "exponent": mean.flatten().cpu().numpy(),
+            }
+        )
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the sum of the growth over iterations."""
+        from loopscope.interp.drawing.stability import growth
+
+        return growth(self.growth.cumsum(0), title, self.start + 1)
+
+
+@differentiated
+def finite_time_exponent(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "real",
+    space: Space = "state",
+    start: int | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> FiniteTimeExponent:
+    """The leading finite-time Lyapunov exponent of each example, from one random change of its
+    state, beside the answers of the same run.
+
+    Args:
+        inputs, n_loops, readout, positions, space, start, seed: As for `lyapunov_spectrum`.
+        batch_size: Rows run at a time.
+
+    Source:
+        Exponents of examples that fail were compared for small recursive models (TRM, HRM); the
+        method is that of `lyapunov_spectrum` with one direction.
+    """
+    batch = as_batch(model, inputs, readout)
+    found = lyapunov_spectrum(
+        model, batch, 1, n_loops, positions=positions, space=space, start=start, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
+    lens = readout_lens(model, batch, n_loops, batch_size=batch_size)
+    return FiniteTimeExponent(found.start, space, found.exponents[..., 0], lens)
+
+
+@dataclass(frozen=True)
+class PerturbationGrowth(OneScreen):
+    """The distance between a run and runs whose state was changed before one iteration.
+
+    Attributes:
+        start: The iteration before which the state is changed, from 0.
+        space: "state", or "direction" for distances of h / ||h|| at each column.
+        scale: The norm of each change, as a share of the norm of the state that varies.
+        distance: Float[Tensor, "point batch direction"], joint over all columns that vary; point 0
+            is the change itself, point t what it is after t more iterations.
+    """
+
+    start: int
+    space: Space
+    scale: float
+    distance: Float[Tensor, "point batch direction"]
+
+    @property
+    def growth(self) -> Float[Tensor, "point batch direction"]:
+        """log(distance / first distance), in nats."""
+        return (self.distance / self.distance[0]).log()
+
+    def frame(self) -> pd.DataFrame:
+        """One row per point, example and direction: iterations (run since the change), example,
+        direction, distance, growth (nats).
+        """
+        points, batch, k = self.distance.shape
+        rows = pd.MultiIndex.from_product(
+            [range(points), range(batch), range(k)], names=["iterations", "example", "direction"]
+        )
+        columns = {"distance": self.distance, "growth": self.growth}
+        values = {name: value.flatten().cpu().numpy() for name, value in columns.items()}
+        return pd.DataFrame(values, index=rows).reset_index()
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the growth over iterations, mean over directions."""
+        from loopscope.interp.drawing.stability import growth
+
+        return growth(self.growth.mean(2), title, self.start)
+
+
+@torch.no_grad()
+@evaluated
+def perturbation_growth(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "real",
+    space: Space = "state",
+    start: int | None = None,
+    scale: float = 1e-2,
+    n_directions: int = 4,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> PerturbationGrowth:
+    """How far a run moves away when its state is changed a little, by finite differences along
+    random directions of matched norm.
+
+    This is `finite_time_exponent` without derivatives: it also shows where a change stops growing
+    because it is no longer small.
+
+    Args:
+        inputs, n_loops, readout, positions, space, start, seed: As for `lyapunov_spectrum`.
+        scale: The norm of a change, as a share of the norm of the parts and columns that vary.
+        n_directions: Random directions, the same for every example.
+        batch_size: Rows run at a time, copies counted.
+
+    Raises:
+        ValueError: A scale that is not above 0, no direction, and as for `lyapunov_spectrum`.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}")
+    if n_directions < 1:
+        raise ValueError(f"n_directions must be at least 1, got {n_directions}")
+    whole = varying(model, batch, positions, None)
+    start = checked_start(model, batch, whole.names, start, n_loops)
+    rows = max(1, checked_batch_size(batch_size) // (n_directions + 1))
+    stops = [iteration_start(model, start, n_loops), *model.iteration_ends(n_loops)[start:]]
+    found = []
+    for part, free in zip(in_chunks(batch, rows, "growth"), whole.split(rows), strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        state = model.advance(begin_batch(model, part, n_loops), stops[0])
+        values = free.values(model, state)
+        changes = free.matched(values, free.draw(values, n_directions, generator), scale)
+        unchanged = torch.zeros_like(changes[:, :1])
+        state = free.beside(state, values, torch.cat([unchanged, changes], dim=1), added)
+        distances = []
+        for stop in stops:
+            state = model.advance(state, stop)
+            made = list(free.values(model, state).values())
+            points = free.measured(made, n_directions + 1, checked_space(space))
+            distances.append((points[:, 1:] - points[:, :1]).norm(dim=2))
+        found.append(torch.stack(distances))
+    return PerturbationGrowth(start, space, scale, torch.cat(found, dim=1))
+
+
+def half_of(n_loops: int) -> int:
+    """The iterations after which a run stands at half depth."""
+    return (n_loops + 1) // 2
+
+
+def auc(scores: Float[Tensor, " batch"], positive: Bool[Tensor, " batch"]) -> float:
+    """The share of pairs of a positive and a negative example in which the positive one scores
+    higher, ties counting half; NaN where there is no such pair.
+    """
+    high, low = widened(scores[positive])[:, None], widened(scores[~positive])[None]
+    return float(((high > low).double() + 0.5 * (high == low)).mean())
