@@ -152,6 +152,9 @@ from .interp.patching.tracing import (
 from .interp.patching.tracing import (
     noising_map as noising_map,
 )
+from .interp.probes.differences import difference_probe as difference_probe
+from .interp.probes.probe import probe as probe
+from .interp.probes.transfer import transfer_matrix as transfer_matrix
 from .interp.weights.circuits import (
     composition_scores as composition_scores,
 )

@@ -115,7 +115,8 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "sender": Sender("attn", visit=x.visit), "receivers": Receiver("readout"),
         "vectors": torch.ones(model.cfg.d_model).double(), "factor": 0.5, "steps": 2,
         "what": Component("attn", loops=(1,)), "criterion": TopStable(hits=2),
-        "threshold": 0.5, "max_new_tokens": 2, "kind": "V",
+        "threshold": 0.5, "max_new_tokens": 2, "first": x.clean, "second": x.corrupted,
+        "preferred": torch.tensor([True, False, True]), "kind": "V",
     }  # fmt: skip
 
 
@@ -138,6 +139,8 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
     copy of the model is run.
     """
     known, parameters = _arguments(x), inspect.signature(method).parameters
+    if "kind" in parameters and parameters["kind"].default is not inspect.Parameter.empty:
+        del known["kind"]  # of a probe
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
     made = method(**{name: known[name] for name in parameters if name in known})
