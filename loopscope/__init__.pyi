@@ -51,6 +51,7 @@ from .interp.edit.injection import (
 from .interp.edit.injection import (
     swap_input as swap_input,
 )
+from .interp.edit.realignment import realign as realign
 from .interp.edit.steering import (
     set_to as set_to,
 )
@@ -111,6 +112,7 @@ from .interp.generation import (
 from .interp.generation import (
     generate as generate,
 )
+from .interp.lens.alignment import embedding_alignment as embedding_alignment
 from .interp.lens.decoding import (
     decodability as decodability,
 )
