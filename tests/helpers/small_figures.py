@@ -27,6 +27,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "shortcut": {"n_loops": 2, "hops": 3, "per_hop": 3, "checkpoints": ("mini/shortcut",)},
     "stages": {"checkpoints": LOOPED, "per_group": 5},
     "causal-graph": {"checkpoints": LOOPED, "per_group": 5},
+    "realignment": {"checkpoints": LOOPED, "per_group": 5, "resamples": 50},
+    "code-transfer": {"checkpoint": ONE[0], "per_hop": 6, "n_loops": 2},
     "orbits": {"n_loops": 9, "per_hop": 1},
     "steps": ROWS,
     "attention-settling": ROWS,
