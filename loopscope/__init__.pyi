@@ -120,16 +120,20 @@ from .interp.lens.decoding import (
     rank_trajectory as rank_trajectory,
 )
 from .interp.lens.lens import (
+    coda_lens as coda_lens,
+)
+from .interp.lens.lens import (
     logit_lens as logit_lens,
 )
 from .interp.lens.lens import (
     readout_lens as readout_lens,
 )
-from .interp.lens.tuned_lens import (
-    TunedLens as TunedLens,
-)
-from .interp.lens.tuned_lens import (
+from .interp.lens.tuned_lens import TunedLens as TunedLens
+from .interp.lens.tuned_training import (
     train_tuned_lens as train_tuned_lens,
+)
+from .interp.lens.tuned_training import (
+    tuned_lens_kl as tuned_lens_kl,
 )
 from .interp.patching.activation import activation_patch as activation_patch
 from .interp.patching.path_ends import (

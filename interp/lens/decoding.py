@@ -80,22 +80,37 @@ class RankTrajectory(OneScreen):
         return ranks(self, title)
 
 
-def rank_trajectory(lens: Lens, tokens: Targets) -> RankTrajectory:
+def rank_trajectory(lens: Lens, tokens: Targets | Sequence[int] | Sequence[str]) -> RankTrajectory:
     """Ranks and probabilities of several tokens per read, e.g. of bridge entities and the answer.
 
     Args:
         lens: Any lens.
-        tokens: Int[Tensor, "read target"], one row per read.
+        tokens: Int[Tensor, "read target"], one row per read; or a list of tokens or of words, the
+            same targets for every read.
 
     Raises:
-        ValueError: Not one row per read, no target, or tokens outside the vocabulary.
+        ValueError: Not one row per read, no target, words that are not one token, or tokens outside
+            the vocabulary.
+
+    Source:
+        Trajectories of chosen tokens over the blocks of every iteration: arXiv 2507.02199.
     """
-    tokens = _matrix("tokens", tokens).to(lens.heads_input.device)
+    tokens = _for_every_read(lens, tokens).to(lens.heads_input.device)
     targets = tokens.unbind(1)
     rank = torch.stack([lens.rank(target) for target in targets], dim=-1)
     return RankTrajectory(
         lens, tokens, rank, torch.stack([lens.prob(target) for target in targets], dim=-1)
     )
+
+
+def _for_every_read(
+    lens: Lens, tokens: Targets | Sequence[int] | Sequence[str]
+) -> Int[Tensor, "read target"]:
+    """Tokens by read and target; a flat list goes to every read."""
+    if not isinstance(tokens, Tensor) and len(tokens) and isinstance(tokens[0], int | str):
+        ids = [lens.model.to_single_token(x) if isinstance(x, str) else x for x in tokens]
+        return torch.tensor(ids).expand(len(lens.example), -1)
+    return _matrix("tokens", tokens)  # type: ignore[arg-type]  # a flat list is gone
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from loopscope.interp.exits.halting import HaltingRule, halting
 from loopscope.interp.generation import generate
 from loopscope.interp.lens.decoding import decodability, rank_trajectory
 from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.lens.tuned_lens import TunedLens, train_tuned_lens
+from loopscope.interp.lens.tuned_lens import TunedLens
+from loopscope.interp.lens.tuned_training import train_tuned_lens
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import padded, toy
 

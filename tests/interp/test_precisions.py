@@ -31,7 +31,7 @@ from loopscope.interp.exits.halting import halting
 from loopscope.interp.generation import Sampling, generate
 from loopscope.interp.lens.decoding import decodability, rank_trajectory
 from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.lens.tuned_lens import train_tuned_lens
+from loopscope.interp.lens.tuned_training import train_tuned_lens
 from loopscope.interp.weights.circuits import composition_scores, full_ov, ov_circuit, qk_circuit
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel

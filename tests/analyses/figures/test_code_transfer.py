@@ -42,5 +42,5 @@ def test_the_control_is_that_of_a_probe() -> None:
 
 
 def test_questions_are_needed() -> None:
-    with pytest.raises(ValueError, match="no test.json"):
+    with pytest.raises(ValueError, match="beside its weights"):
         run(CodeTransferConfig(checkpoint="mini/smiles"))
