@@ -28,6 +28,8 @@ from .interp.common.metrics import (
 from .interp.common.metrics import (
     logit_margin as logit_margin,
 )
+from .interp.dynamics.inference_stages import inference_stages as inference_stages
+from .interp.dynamics.input_dependence import input_dependence as input_dependence
 from .interp.dynamics.jacobian import jacobian_spectrum as jacobian_spectrum
 from .interp.dynamics.layers import (
     attention_dynamics as attention_dynamics,
