@@ -115,7 +115,7 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "sender": Sender("attn", visit=x.visit), "receivers": Receiver("readout"),
         "vectors": torch.ones(model.cfg.d_model).double(), "factor": 0.5, "steps": 2,
         "what": Component("attn", loops=(1,)), "criterion": TopStable(hits=2),
-        "threshold": 0.5, "max_new_tokens": 2, "first": x.clean, "second": x.corrupted,
+        "threshold": 0.5, "max_new_tokens": 2, "first": x.clean, "at": 0, "second": x.corrupted,
         "preferred": torch.tensor([True, False, True]), "kind": "V",
     }  # fmt: skip
 

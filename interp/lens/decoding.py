@@ -80,13 +80,13 @@ class RankTrajectory(OneScreen):
         return ranks(self, title)
 
 
-def rank_trajectory(lens: Lens, tokens: Targets | Sequence[int] | Sequence[str]) -> RankTrajectory:
+def rank_trajectory(lens: Lens, tokens: Targets | Sequence[str]) -> RankTrajectory:
     """Ranks and probabilities of several tokens per read, e.g. of bridge entities and the answer.
 
     Args:
         lens: Any lens.
-        tokens: Int[Tensor, "read target"], one row per read; or a list of tokens or of words, the
-            same targets for every read.
+        tokens: Int[Tensor, "read target"], one row per read; or a list of words, the same
+            targets for every read.
 
     Raises:
         ValueError: Not one row per read, no target, words that are not one token, or tokens outside
@@ -103,14 +103,15 @@ def rank_trajectory(lens: Lens, tokens: Targets | Sequence[int] | Sequence[str])
     )
 
 
-def _for_every_read(
-    lens: Lens, tokens: Targets | Sequence[int] | Sequence[str]
-) -> Int[Tensor, "read target"]:
-    """Tokens by read and target; a flat list goes to every read."""
-    if not isinstance(tokens, Tensor) and len(tokens) and isinstance(tokens[0], int | str):
-        ids = [lens.model.to_single_token(x) if isinstance(x, str) else x for x in tokens]
+def _for_every_read(lens: Lens, tokens: Targets | Sequence[str]) -> Int[Tensor, "read target"]:
+    """Tokens by read and target; a list of words goes to every read."""
+    if isinstance(tokens, Tensor):
+        return _matrix("tokens", tokens)
+    words = [word for word in tokens if isinstance(word, str)]
+    if words and len(words) == len(tokens):
+        ids = [lens.model.to_single_token(word) for word in words]
         return torch.tensor(ids).expand(len(lens.example), -1)
-    return _matrix("tokens", tokens)  # type: ignore[arg-type]  # a flat list is gone
+    return _matrix("tokens", [row for row in tokens if not isinstance(row, str)])
 
 
 @dataclass(frozen=True)

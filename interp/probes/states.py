@@ -20,7 +20,7 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 
-States = dict[str, Float[Tensor, "read d"]]
+States = dict[str, Float[Tensor, "read _d"]]
 
 
 @dataclass(frozen=True)

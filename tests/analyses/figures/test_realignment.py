@@ -20,6 +20,7 @@ from loopscope.analyses.figures.circuit.realignment import (
 from loopscope.interp.edit.realignment import realign
 from loopscope.interp.lens.lens import readout_lens
 
+pytestmark = pytest.mark.shapes
 OOD = "mini/systematicity/r4_l2/ood"
 
 

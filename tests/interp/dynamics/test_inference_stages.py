@@ -15,6 +15,7 @@ from loopscope.interp.dynamics.input_dependence import input_dependence
 from loopscope.models.basis.tokens import Batch
 from toy import BATCH, LENGTHS, assert_close, cached, hook_count, padded, toy
 
+pytestmark = pytest.mark.shapes
 ALL = "loops.*.blocks.*"
 
 

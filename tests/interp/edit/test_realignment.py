@@ -12,6 +12,7 @@ from loopscope.interp.lens.alignment import embedding_alignment
 from loopscope.interp.lens.lens import logit_lens
 from toy import BATCH, D_VOCAB, LAYERS, LENGTHS, LOOPS, POS, assert_close, hook_count, padded, toy
 
+pytestmark = pytest.mark.shapes
 AT, POSITIONS = 1, [1, 3]
 PLACE = "loops.1.blocks.1.hook_resid_post"
 

@@ -10,6 +10,7 @@ from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
 from toy import BATCH, LAYERS, POS, assert_close, padded, toy
 
+pytestmark = pytest.mark.shapes
 LOOPS = 3
 LABELS = [["a", "b", "b", None, "a", "c", "c"], ["a", "a", "a", "b", None, "b", "b"], ["c"] * POS]
 METRIC = logit_diff(torch.tensor([5, 3, 2]), torch.tensor([1, 7, 4]))

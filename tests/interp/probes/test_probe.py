@@ -19,6 +19,7 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import D_MODEL, D_VOCAB, LAYERS, hook_count, toy
 
+pytestmark = pytest.mark.shapes
 ROWS, WIDTH, LOOPS, CLASSES, STRENGTH = 61, 5, 3, 4, 0.7
 SITE = "loops.*.blocks.*.hook_resid_post"
 Sklearn = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]

@@ -14,6 +14,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.wrapped.wrap import wrap
 from toy import LAYERS, toy
 
+pytestmark = pytest.mark.shapes
 CLASSES, ROWS, LOOPS, ROUNDS = 5, 83, 3, 4
 
 
