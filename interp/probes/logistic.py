@@ -21,6 +21,9 @@ from loopscope.interp.probes.states import ReadStates, States
 from loopscope.interp.probes.tasks import Task
 
 _BLOCKS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
+"""Shares of the reads at which the blocks of a code end."""
+_EXACT = 4096  # weights up to which Newton's method is taken, whose matrix has a row for each
+_ITERATIONS = 2000  # of the solver; scikit-learn warns where they are too few
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,6 @@ class Code:
     def compression(self) -> Float[Tensor, " place"]:
         """Bits without a probe over bits with it: above 1 where the states tell something."""
         return self.uniform / self.bits
-
-
-_EXACT = 4096  # weights up to which Newton's method is taken, whose matrix has a row for each
-_ITERATIONS = 2000  # of the solver; scikit-learn warns where they are too few
 
 
 def fit_logistic(

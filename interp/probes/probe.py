@@ -156,30 +156,26 @@ def probe(
         2003.12298.
     """
     check_strength(strength)
-    if kind not in ("ridge", "logistic"):
-        raise ValueError(f"kind must be 'ridge' or 'logistic', got {kind!r}")
     if permutations < 0:
         raise ValueError(f"permutations must be at least 0, got {permutations}")
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     states = ReadStates.of(model, batch, places, positions, n_loops, batch_size)
     task = Task.of(states, targets)
+    _check_kind(kind, task, bits)
     generator = torch.Generator().manual_seed(seed)
     train, test = split_rows(len(batch), held_out, seed)
     tasks = [task]
     if control:
         tasks.append(task.control(types_of(states, types), generator))
     tasks += [task.shuffled(states, generator) for _ in range(permutations)]
+    fit_on, held = states.reads(train), states.reads(test)
     code = None
     if kind == "ridge":
-        _refuse_bits(bits)
         fitted = fit_ridge(states, tasks, train, test, strength)
     else:
-        _refuse_numbers(task)
         fitted, kept = fit_logistic(states, tasks, train, test, strength)
-        if bits:
-            code = code_of(kept, task, states.reads(train), strength)
-    fit_on, held = states.reads(train), states.reads(test)
+        code = code_of(kept, task, fit_on, strength) if bits else None
     scores = torch.tensor(
         [[t.score(a, held) for t, a in zip(tasks, own, strict=True)] for own in fitted.answers],
         dtype=torch.float64,
@@ -199,16 +195,15 @@ def probe(
     )
 
 
-def _refuse_bits(bits: bool) -> None:
-    if bits:
+def _check_kind(kind: str, task: Task, bits: bool) -> None:
+    if kind not in ("ridge", "logistic"):
+        raise ValueError(f"kind must be 'ridge' or 'logistic', got {kind!r}")
+    if kind == "ridge" and bits:
         raise ValueError(
             "a description length needs the probabilities of classes, which a ridge probe does not"
             " have; pass kind='logistic'"
         )
-
-
-def _refuse_numbers(task: Task) -> None:
-    if task.classes is None:
+    if kind == "logistic" and task.classes is None:
         raise ValueError(
             "a logistic probe tells classes apart, but these targets are numbers; pass integers, or"
             " kind='ridge'"
