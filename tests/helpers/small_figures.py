@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "causal-graph": {"checkpoints": LOOPED, "per_group": 5},
     "realignment": {"checkpoints": LOOPED, "per_group": 5, "resamples": 50},
     "code-transfer": {"checkpoint": ONE[0], "per_hop": 6, "n_loops": 2},
+    "inference-stages": {"n_loops": 3, "per_hop": 3},
     "orbits": {"n_loops": 9, "per_hop": 1},
     "steps": ROWS,
     "attention-settling": ROWS,
