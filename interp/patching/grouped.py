@@ -131,12 +131,12 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label]]:
     """
     rows, columns = shape
     given = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    nested = bool(given) and isinstance(given[0], list | tuple)
+    nested = bool(given) and isinstance(given[0], list)
     table = [list(row) for row in given] if nested else [given] * rows
     short = min((len(row) for row in table), default=0)
     if len(table) != rows or short < columns:
         raise ValueError(
-            "labels must be one per column, or one row of them per example: there are"
+            "labels must be one per column, or one list of them per example: there are"
             f" {rows} examples and {columns} columns, got {len(table)} rows of at least"
             f" {short} labels"
         )

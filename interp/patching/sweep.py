@@ -155,7 +155,7 @@ class Sweep(OneScreen):
         """The effects of all places that share a label, with percentile intervals over examples.
 
         Args:
-            labels: One label per column, or a row of labels per example, such as the index of the
+            labels: One label per column, or a list of them per example, such as the index of the
                 relation or the distance in a graph; None as a label leaves the place out. Without
                 labels those of `activation_patch(..., group_by=)` hold.
             level, resamples, seed: As for `bootstrap`.
@@ -170,9 +170,10 @@ class Sweep(OneScreen):
                 "effects by group need labels; pass them here, or as group_by= of the sweep"
             )
         self._check_bootstrap(level, resamples)
-        drawn = _drawn(self.values.shape[1], resamples, seed).to(self.values)
-        shown = self._present().to(self.values)
-        effect, whole = self.values - self.corrupted, (self.clean - self.corrupted) * shown
+        values = widened(self.values)
+        drawn = _drawn(values.shape[1], resamples, seed).to(values)
+        shown = self._present().to(values)
+        effect, whole = values - self.corrupted, (self.clean - self.corrupted) * shown
         return grouped(self.cells, (effect * shown, whole, shown), labels, drawn, level)
 
     def frame(self) -> pd.DataFrame:
