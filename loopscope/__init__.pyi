@@ -41,6 +41,8 @@ from .interp.dynamics.growth import (
 from .interp.dynamics.growth import (
     perturbation_growth as perturbation_growth,
 )
+from .interp.dynamics.inference_stages import inference_stages as inference_stages
+from .interp.dynamics.input_dependence import input_dependence as input_dependence
 from .interp.dynamics.jacobian import jacobian_spectrum as jacobian_spectrum
 from .interp.dynamics.layers import (
     attention_dynamics as attention_dynamics,
@@ -66,6 +68,7 @@ from .interp.edit.injection import (
 from .interp.edit.injection import (
     swap_input as swap_input,
 )
+from .interp.edit.realignment import realign as realign
 from .interp.edit.schedule import (
     Freeze as Freeze,
 )
@@ -132,6 +135,7 @@ from .interp.generation import (
 from .interp.generation import (
     generate as generate,
 )
+from .interp.lens.alignment import embedding_alignment as embedding_alignment
 from .interp.lens.decoding import (
     decodability as decodability,
 )
@@ -139,16 +143,20 @@ from .interp.lens.decoding import (
     rank_trajectory as rank_trajectory,
 )
 from .interp.lens.lens import (
+    coda_lens as coda_lens,
+)
+from .interp.lens.lens import (
     logit_lens as logit_lens,
 )
 from .interp.lens.lens import (
     readout_lens as readout_lens,
 )
-from .interp.lens.tuned_lens import (
-    TunedLens as TunedLens,
-)
-from .interp.lens.tuned_lens import (
+from .interp.lens.tuned_lens import TunedLens as TunedLens
+from .interp.lens.tuned_training import (
     train_tuned_lens as train_tuned_lens,
+)
+from .interp.lens.tuned_training import (
+    tuned_lens_kl as tuned_lens_kl,
 )
 from .interp.patching.activation import activation_patch as activation_patch
 from .interp.patching.path_ends import (
@@ -173,6 +181,9 @@ from .interp.patching.tracing import (
 from .interp.patching.tracing import (
     noising_map as noising_map,
 )
+from .interp.probes.differences import difference_probe as difference_probe
+from .interp.probes.probe import probe as probe
+from .interp.probes.transfer import transfer_matrix as transfer_matrix
 from .interp.weights.circuits import (
     composition_scores as composition_scores,
 )

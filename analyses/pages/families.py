@@ -117,6 +117,8 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "what": Component("attn", loops=(1,)), "criterion": TopStable(hits=2),
         "threshold": 0.5, "max_new_tokens": 2, "kind": "V", "k": 2, "n_starts": 2,
         "order": ["loops.0", "loops.0"],
+        "first": x.clean, "at": 0, "second": x.corrupted,
+        "preferred": torch.tensor([True, False, True]),
     }  # fmt: skip
 
 
@@ -139,6 +141,8 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
     copy of the model is run.
     """
     known, parameters = _arguments(x), inspect.signature(method).parameters
+    if "kind" in parameters and parameters["kind"].default is not inspect.Parameter.empty:
+        del known["kind"]  # of a probe
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
     made = method(**{name: known[name] for name in parameters if name in known})

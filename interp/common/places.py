@@ -160,6 +160,22 @@ def places_of(model: LoopedModel, n_loops: int) -> list[Place]:
     return found + [Place(site, "", site, None, None) for site in after]
 
 
+def points_by_block(model: LoopedModel, n_loops: int, site: str) -> dict[str, dict[int, str]]:
+    """For each block of the loop that has the site (by its name there): hook names by loop."""
+    found: dict[str, dict[int, str]] = {}
+    for visit in model.schedule(n_loops):
+        if visit.loop is not None and site in visit.sites:
+            found.setdefault(visit.name.removeprefix(f"loops.{visit.loop}."), {})[visit.loop] = (
+                f"{visit.name}.{site}"
+            )
+    if not found:
+        raise ValueError(
+            f"this needs the site {site!r}, which no block in the loop of a"
+            f" {type(model).__name__} has"
+        )
+    return found
+
+
 def loop_and_layer(visit: str) -> tuple[int | None, int | None]:
     """The coordinates in a visit's name, where no model is at hand to give the visit itself."""
     steps = visit.split(".")

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from loopscope.interp.drawing.labels import AXIS, tick
-from loopscope.interp.drawing.shapes import CellMap, Curve, bars, cell_maps
+from loopscope.interp.drawing.shapes import CellMap, Curve, CurvePanel, bars, cell_maps, curves
 
 if TYPE_CHECKING:
     from loopscope.interp.attribution.direct_logit import DirectLogits
     from loopscope.interp.attribution.edges import EdgeAttribution, End
+    from loopscope.interp.patching.grouped import GroupedEffects
     from loopscope.interp.patching.paths import PathPatch
     from loopscope.interp.patching.sweep import Grid, Sweep
     from loopscope.interp.patching.tracing import Trace
@@ -50,6 +51,25 @@ def _grid_map(site: str, grid: Grid, record: Sweep, scaled: bool) -> CellMap:
 def _coordinate(parts: Sequence[int | None]) -> str:
     """Coordinates with dots between, "all" where there is none."""
     return ".".join(str(part) for part in parts if part is not None) or "all"
+
+
+def by_group(record: GroupedEffects, title: str) -> go.Figure:
+    """One panel per site: the effect of each label over visits, dotted where its interval ends."""
+    sites: dict[str, dict[str, list[int]]] = {}
+    for i, ((site, _, _, _, head), name) in enumerate(zip(record.keys, record.labels, strict=True)):
+        word = str(name) if head is None else f"{name}, head {head}"
+        sites.setdefault(site, {}).setdefault(word, []).append(i)
+    panels = []
+    for site, groups in sites.items():
+        lines = []
+        for word, own in groups.items():
+            x = [tick(record.keys[i][1]) for i in own]
+            lines.append(Curve(word, x, record.value[own].tolist()))
+            lines += [
+                Curve(word, x, e[own].tolist(), dashed=True) for e in (record.low, record.high)
+            ]
+        panels.append(CurvePanel(f"{site}: effect (0 corrupted, 1 clean)", lines, AXIS))
+    return curves(panels, title)
 
 
 def trace(record: Trace, title: str) -> go.Figure:

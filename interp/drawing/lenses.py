@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
+import torch
 
 from loopscope.interp.drawing.labels import AXIS, tick
 from loopscope.interp.drawing.shapes import CellMap, Curve, CurvePanel, cell_maps, curves, spread
@@ -13,6 +14,7 @@ from loopscope.interp.drawing.shapes import CellMap, Curve, CurvePanel, cell_map
 if TYPE_CHECKING:
     from loopscope.interp.exits.exit_gate import ExitDistribution
     from loopscope.interp.exits.halting import Stops
+    from loopscope.interp.lens.alignment import EmbeddingAlignment
     from loopscope.interp.lens.decoding import Decodability, RankTrajectory
     from loopscope.interp.lens.record import Lens, Targets
     from loopscope.interp.lens.tuned_lens import TunedLens
@@ -108,6 +110,24 @@ def tuned_lens(record: TunedLens, title: str) -> go.Figure:
     names = list(map(tick, record.names))
     panel = _per_name("KL from the final answers (nats)", names, steps, rows, "step")
     return curves([panel], title)
+
+
+def alignment(record: EmbeddingAlignment, title: str) -> go.Figure:
+    """Cosine and length of states and embeddings over visits; one curve per position, a mean over
+    the examples.
+    """
+    rows = list(map(tick, record.names))
+    at = sorted(set(record.position.tolist()))
+    names = [f"position {position}" for position in at]
+    shown = (
+        ("cosine of state and embedding", record.cosine),
+        ("length of the state (1 = the embedding's)", record.length),
+    )
+    panels = []
+    for what, values in shown:
+        means = torch.stack([values[:, record.position == i].mean(1) for i in at])
+        panels.append(CurvePanel(what, spread(rows, means, names), AXIS))
+    return curves(panels, title)
 
 
 def stops(record: Stops, title: str) -> go.Figure:

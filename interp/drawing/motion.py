@@ -21,6 +21,8 @@ from loopscope.interp.drawing.shapes import (
 )
 
 if TYPE_CHECKING:
+    from loopscope.interp.dynamics.inference_stages import InferenceStages
+    from loopscope.interp.dynamics.input_dependence import InputDependence
     from loopscope.interp.dynamics.jacobian import JacobianSpectrum
     from loopscope.interp.dynamics.layers import AttentionDynamics, LayerDynamics
     from loopscope.interp.dynamics.states import Dynamics, Orbits
@@ -111,3 +113,47 @@ def spectrum(record: JacobianSpectrum, title: str) -> go.Figure:
         real, imag = [value.real for value in kept], [value.imag for value in kept]
         examples.append(Curve(f"example {i}", real, imag, star=0))
     return plane(examples, ("real part", "imaginary part"), title, circle=True)
+
+
+def stages(record: InferenceStages, title: str) -> go.Figure:
+    """Each statistic over the blocks of a cycle, one curve per loop."""
+    cycles: dict[str, dict[str, int]] = {}
+    for i, name in enumerate(record.names):
+        _, loop, block = name.split(".", 2)
+        cycles.setdefault(loop, {})[block] = i
+    words = {
+        "entropy": "entropy of the states (nats)",
+        "concentration": "concentration of attention on few keys",
+        "mixing": "mixing: entropy of a query's attention",
+        "sink": "attention to the first token",
+    }
+    panels = [
+        CurvePanel(
+            what,
+            [
+                Curve(f"loop {loop}", list(own), getattr(record, name)[list(own.values())].tolist())
+                for loop, own in cycles.items()
+            ],
+            "block",
+        )
+        for name, what in words.items()
+    ]
+    return curves(panels, title)
+
+
+def dependence(record: InputDependence, title: str) -> go.Figure:
+    """Distances of the mixed run and the dependence on the input over iterations, as means over
+    pairs.
+    """
+    shown = {
+        "to the end of its input": record.to_input,
+        "to the run of its starting state": record.to_start,
+        "between the two inputs": record.apart,
+    }
+    rows = [Curve(name, record.iterations, x.mean(1).tolist()) for name, x in shown.items()]
+    share = Curve("dependence", record.iterations, record.dependence().nanmean(1).tolist())
+    panels = [
+        CurvePanel("distance of the states (1 = at the exchange)", rows),
+        CurvePanel("dependence (1 = input, 0 = starting state)", [share], span=(-0.02, 1.05)),
+    ]
+    return curves(panels, title)

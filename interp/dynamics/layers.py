@@ -23,7 +23,7 @@ from loopscope.interp.common.inputs import (
     in_chunks,
 )
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.common.places import heads_at, loop_and_layer
+from loopscope.interp.common.places import heads_at, loop_and_layer, points_by_block
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.states import Dynamics
@@ -99,7 +99,7 @@ def layer_dynamics(
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     chosen = shown_columns(batch, positions)
-    layers = _loop_points(model, n_loops, "hook_resid_post")
+    layers = points_by_block(model, n_loops, "hook_resid_post")
     seen: dict[str, list[Tensor]] = {
         name: [] for points in layers.values() for name in points.values()
     }
@@ -183,7 +183,7 @@ def attention_dynamics(
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     chosen = shown_columns(batch, positions)
-    layers = _loop_points(model, n_loops, "attn.hook_pattern")
+    layers = points_by_block(model, n_loops, "attn.hook_pattern")
     places = {
         name: (loop, i) for i, points in enumerate(layers.values()) for loop, name in points.items()
     }
@@ -213,22 +213,6 @@ def attention_dynamics(
 def _layer_of(block: str) -> int | None:
     """The layer in a block's name within an iteration."""
     return loop_and_layer(f"loops.0.{block}")[1]
-
-
-def _loop_points(model: LoopedModel, n_loops: int, site: str) -> dict[str, dict[int, str]]:
-    """For each block of the loop that has the site (by its name there): hook names by loop."""
-    found: dict[str, dict[int, str]] = {}
-    for visit in model.schedule(n_loops):
-        if visit.loop is not None and site in visit.sites:
-            found.setdefault(visit.name.removeprefix(f"loops.{visit.loop}."), {})[visit.loop] = (
-                f"{visit.name}.{site}"
-            )
-    if not found:
-        raise ValueError(
-            f"this needs the site {site!r}, which no block in the loop of a"
-            f" {type(model).__name__} has"
-        )
-    return found
 
 
 def _watch(

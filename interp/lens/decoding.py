@@ -80,22 +80,38 @@ class RankTrajectory(OneScreen):
         return ranks(self, title)
 
 
-def rank_trajectory(lens: Lens, tokens: Targets) -> RankTrajectory:
+def rank_trajectory(lens: Lens, tokens: Targets | Sequence[str]) -> RankTrajectory:
     """Ranks and probabilities of several tokens per read, e.g. of bridge entities and the answer.
 
     Args:
         lens: Any lens.
-        tokens: Int[Tensor, "read target"], one row per read.
+        tokens: Int[Tensor, "read target"], one row per read; or a list of words, the same
+            targets for every read.
 
     Raises:
-        ValueError: Not one row per read, no target, or tokens outside the vocabulary.
+        ValueError: Not one row per read, no target, words that are not one token, or tokens outside
+            the vocabulary.
+
+    Source:
+        Trajectories of chosen tokens over the blocks of every iteration: arXiv 2507.02199.
     """
-    tokens = _matrix("tokens", tokens).to(lens.heads_input.device)
+    tokens = _for_every_read(lens, tokens).to(lens.heads_input.device)
     targets = tokens.unbind(1)
     rank = torch.stack([lens.rank(target) for target in targets], dim=-1)
     return RankTrajectory(
         lens, tokens, rank, torch.stack([lens.prob(target) for target in targets], dim=-1)
     )
+
+
+def _for_every_read(lens: Lens, tokens: Targets | Sequence[str]) -> Int[Tensor, "read target"]:
+    """Tokens by read and target; a list of words goes to every read."""
+    if isinstance(tokens, Tensor):
+        return _matrix("tokens", tokens)
+    words = [word for word in tokens if isinstance(word, str)]
+    if words and len(words) == len(tokens):
+        ids = [lens.model.to_single_token(word) for word in words]
+        return torch.tensor(ids).expand(len(lens.example), -1)
+    return _matrix("tokens", [row for row in tokens if not isinstance(row, str)])
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,56 @@ def readout_lens(
     )
 
 
+@torch.no_grad()
+@evaluated
+def coda_lens(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Literal["all"] | Sequence[int] | None = None,
+    keep_logits: bool = False,
+    batch_size: int = 512,
+) -> Lens:
+    """The state after every visit of the loop, run through the coda, the final norm and the head.
+
+    After the last visit of an iteration it is the `readout_lens`; where no block follows the loop,
+    it is the `logit_lens` of what the iteration hands on.
+
+    Args:
+        inputs, n_loops, readout, positions, keep_logits, batch_size: As for `logit_lens`.
+
+    Returns:
+        A `Lens` with one entry per visit of the loop.
+
+    Source:
+        The coda lens of arXiv 2507.02199.
+    """
+    batch = as_batch(model, inputs, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    visits = [visit for visit in model.schedule(n_loops) if visit.loop is not None]
+
+    def heads_input(examples: Batch) -> Float[Tensor, "visit read d_model"]:
+        collected = []
+        for part in in_chunks(examples, batch_size, "visits"):
+            state = begin_batch(model, part, n_loops)
+            seen = []
+            for visit in visits:
+                state = model.advance(state, visit.index + 1)
+                seen.append(_read(model, model.finish(state), part, positions))
+            collected.append(torch.stack(seen))
+        return torch.cat(collected, dim=1)
+
+    return Lens.of(
+        model,
+        over_ranks(model, batch, heads_input, dim=1),
+        [(visit.loop, visit.layer, visit.name) for visit in visits],
+        read_columns(batch, positions),
+        keep_logits,
+    )
+
+
 def _read(
     model: LoopedModel, state: State, part: Batch, positions: Literal["all"] | Sequence[int] | None
 ) -> Float[Tensor, "read d_model"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +16,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from loopscope.interp.common.columns import Shown, at_positions, read_columns, shown_columns
-from loopscope.interp.common.finite import refuse_nonfinite
+from loopscope.interp.common.columns import read_columns
 from loopscope.interp.common.inputs import (
     Inputs,
     ReadoutColumn,
@@ -28,24 +25,18 @@ from loopscope.interp.common.inputs import (
     checked_batch_size,
     in_chunks,
 )
-from loopscope.interp.common.modes import differentiated, evaluating
+from loopscope.interp.common.modes import evaluating
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.lens.lens import residuals
 from loopscope.interp.lens.record import Lens, visit_table, visits_of
 from loopscope.models.basis.files import atomic_path
-from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_CHUNK = 1 << 22  # logits held at a time while training
-_ROWS = 512  # inputs run at a time before training
-# nats; a visit that answers as the run does is left alone, else Adam would scale up the rounding of
-# its gradient
-_ENOUGH = 1e-6
 _KIND = "tuned lens"
 
 
@@ -140,7 +131,7 @@ class TunedLens(OneScreen):
             ):
                 run = residuals(model, part, read, self.n_loops)
                 resids = torch.stack(list(run.values.values()))
-                collected.append(model.normalize(_translated(resids, weights, biases)))
+                collected.append(model.normalize(translated(resids, weights, biases)))
         heads_input = torch.cat(collected, dim=1)
         return Lens.of(model, heads_input, visits_of(model, self.n_loops), columns)
 
@@ -216,128 +207,17 @@ class TunedLens(OneScreen):
         return tuned_lens(self, title)
 
 
-@differentiated
-def train_tuned_lens(
-    model: LoopedModel,
-    inputs: Inputs,
-    n_loops: int | None = None,
-    *,
-    readout: ReadoutColumn = None,
-    positions: Shown = "readout",
-    steps: int = 500,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> TunedLens:
-    """Train one translator per visit, from the identity, to minimise KL(final || lens); the model
-    itself stays as it is.
-
-    The runs are made once; each step then draws reads at random. AdamW, with a learning rate that
-    falls linearly to zero.
-
-    Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        n_loops: Iterations; None means what the checkpoint records.
-        positions: "readout" for the column at which answers are read, "real" for all tokens that
-            are not padding, or columns.
-        steps: Updates.
-        lr: The learning rate of the first update.
-        weight_decay: Pulls A and b to zero, that is to the logit lens. Of use for few reads.
-        batch_size: Reads in each update.
-        seed: The seed of the draws; the same seed gives the same lens.
-
-    Raises:
-        ValueError: Fewer than one step or read, a learning rate that is not positive, or runs
-            that are not finite.
-
-    Source:
-        Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
-        2303.08112.
-    """
-    if steps < 1 or batch_size < 1 or not 0 < lr < math.inf:
-        raise ValueError(
-            f"steps and batch_size must be at least 1 and lr positive, got steps={steps},"
-            f" batch_size={batch_size}, lr={lr}"
-        )
-    start = TunedLens.identity(model, n_loops)
-    resids, finals = _material(model, as_batch(model, inputs, readout), positions, start.n_loops)
-    for name, visit in zip(start.names, resids, strict=True):
-        refuse_nonfinite(f"the residuals at visit {name}", visit)
-    refuse_nonfinite("the answers of the runs", finals)
-    params = [start.weights.clone(), start.biases.clone()]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    generator, losses = torch.Generator().manual_seed(seed), []
-    for _ in tqdm(range(steps), desc="training a tuned lens", leave=False, disable=steps < 100):
-        drawn = torch.randperm(len(finals), generator=generator)[:batch_size].to(finals.device)
-        losses.append(_set_gradients(model, params, resids[:, drawn], finals[drawn]))
-        optimizer.step()
-        schedule.step()
-    return replace(start, weights=params[0], biases=params[1], losses=torch.stack(losses))
-
-
-@torch.no_grad()
-def _material(
-    model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
-) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_read"]]:
-    """The residual after every visit and the head's input at the end, without padding."""
-    columns, shown = shown_columns(batch, positions)
-    resids, finals = [], []
-    for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
-        run = residuals(model, part, read, n_loops)
-        resids.append(torch.stack(list(run.values.values())))
-        finals.append(at_positions(model.read_state(run.end), read).flatten(0, 1))
-    real = shown.flatten()
-    return torch.cat(resids, dim=1)[:, real], torch.cat(finals)[real]
-
-
-def _translated(
+def translated(
     resids: Float[Tensor, "visit read d_model"],
     weights: Float[Tensor, "visit d_model d_model"],
     biases: Float[Tensor, "visit d_model"],
 ) -> Float[Tensor, "visit read d_model"]:
+    """The residuals h + A h + b."""
     added = (
         einsum(resids.to(weights.dtype), weights, "visit read d, visit out d -> visit read out")
         + biases[:, None]
     )
     return resids + added.to(resids.dtype)
-
-
-def _log_probs(
-    model: LoopedModel, normalized: Float[Tensor, "visit read d_read"]
-) -> Float[Tensor, "visit read d_vocab"]:
-    logits = model.unembed(normalized)
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-
-
-def _set_gradients(
-    model: LoopedModel,
-    params: list[Tensor],
-    resids: Float[Tensor, "visit read d_model"],
-    finals: Float[Tensor, "read d_read"],
-) -> Float[Tensor, " visit"]:
-    """Set the gradients of every visit's mean KL, a few visits at a time; return the mean KL.
-
-    The model's own parameters get no gradient.
-    """
-    with torch.no_grad():
-        target = _log_probs(model, finals[None])
-    losses = []
-    for param in params:
-        param.grad = torch.zeros_like(param)
-    size = max(1, _CHUNK // target.numel())
-    for visits in (slice(first, first + size) for first in range(0, len(resids), size)):
-        own = [param[visits].clone().requires_grad_() for param in params]
-        with torch.enable_grad():
-            log_probs = _log_probs(model, model.normalize(_translated(resids[visits], *own)))
-            kl = (target.exp() * (target - log_probs)).sum(-1).mean(1)
-            grads = torch.autograd.grad(kl.clamp(min=_ENOUGH).sum(), own)
-        for param, grad in zip(params, grads, strict=True):
-            assert param.grad is not None, "gradients were set to zero"
-            param.grad[visits] = grad
-        losses.append(kl.detach())
-    return torch.cat(losses)
 
 
 def _mark(model: LoopedModel) -> str:

@@ -25,6 +25,7 @@ from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.common.processes import Team, team
 from loopscope.interp.patching.continued import continued_logits
+from loopscope.interp.patching.grouped import Labels, checked_labels
 from loopscope.interp.patching.packed import packable, packed_logits
 from loopscope.interp.patching.sweep import Sweep, present
 from loopscope.interp.patching.unfinished import Unfinished
@@ -54,6 +55,7 @@ def activation_patch(
     window: int | None = None,
     direction: Direction = "denoise",
     also: Mapping[str, Metric] | None = None,
+    group_by: Labels | None = None,
     readout: ReadoutColumn = None,
     memory_gb: float = 0.1,
     save_to: str | Path | None = None,
@@ -86,6 +88,9 @@ def activation_patch(
         direction: "denoise" puts the clean activation into the corrupted run, "noise" the corrupted
             one into the clean run.
         also: More metrics of the same patched runs, by name; their sweeps are in `Sweep.also`.
+        group_by: A label for each column, or for each row and column, such as the index of the
+            relation or the distance in a graph; `Sweep.by_group` averages over the places of a
+            label. None as a label leaves the place out.
         memory_gb: About how much memory the patched runs may take, in GiB; it decides how many run
             side by side.
         save_to: A file for partial results: a sweep that was interrupted and is called again goes
@@ -110,6 +115,8 @@ def activation_patch(
         window=window,
     )
     cells = choose(model, n_loops, base.tokens.shape[1], selection)
+    if group_by is not None:
+        checked_labels(group_by, tuple(base.tokens.shape))
     metrics = _named(metric, also or {})
     facts = facts_of(model, cells, (base, source), (n_loops, direction, metrics))
     key = "" if save_to is None else described(facts)
@@ -118,7 +125,16 @@ def activation_patch(
     shown = present(model, base, cells)
     low, high = unpatched if direction == "denoise" else reversed(unpatched)
     first, *others = (
-        Sweep(tuple(cells), values[i], high[i], low[i], name, direction, present=shown)
+        Sweep(
+            tuple(cells),
+            values[i],
+            high[i],
+            low[i],
+            name,
+            direction,
+            present=shown,
+            groups=group_by,
+        )
         for i, name in enumerate(metrics)
     )
     return replace(first, also={sweep.metric: sweep for sweep in others})

@@ -16,6 +16,7 @@ from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.pairs import Direction
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.patching.grouped import GroupedEffects, Labels, grouped
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -68,6 +69,7 @@ class Sweep(OneScreen):
         present: Bool[Tensor, "cell batch"], False where an example does not have a cell's place,
             because the column is padding or comes after the readout; None where all have all. Means
             are over the examples that have the place.
+        groups: A label for each column, or for each example and column; None where none was given.
     """
 
     cells: tuple[Cell, ...]
@@ -78,6 +80,7 @@ class Sweep(OneScreen):
     direction: Direction
     also: Mapping[str, Sweep] = field(default_factory=dict)
     present: Bool[Tensor, "cell batch"] | None = None
+    groups: Labels | None = None
 
     def examples(self) -> Int[Tensor, " cell"]:
         """How many examples have the place of each cell."""
@@ -119,15 +122,7 @@ class Sweep(OneScreen):
         Raises:
             ValueError: A level outside 0 to 1, one example, or no scale.
         """
-        if not 0.0 < level < 1.0 or resamples < 1:
-            raise ValueError(
-                f"level is between 0 and 1 and resamples at least 1, got {level} and {resamples}"
-            )
-        if self.values.shape[1] < 2:
-            raise ValueError(
-                "an interval needs at least two examples, but this sweep has one example"
-            )
-        self._require_scale()
+        self._check_bootstrap(level, resamples)
         drawn = _drawn(self.values.shape[1], resamples, seed).to(self.values)
         edges = self.values.new_tensor([(1 - level) / 2, (1 + level) / 2])
         effect, whole = self.values - self.corrupted, self.clean - self.corrupted
@@ -138,6 +133,48 @@ class Sweep(OneScreen):
             found.append(ratio.nanquantile(edges, dim=0))
         low, high = torch.cat(found, dim=1)
         return Interval(low, high)
+
+    def _check_bootstrap(self, level: float, resamples: int) -> None:
+        if not 0.0 < level < 1.0 or resamples < 1:
+            raise ValueError(
+                f"level is between 0 and 1 and resamples at least 1, got {level} and {resamples}"
+            )
+        if self.values.shape[1] < 2:
+            raise ValueError(
+                "an interval needs at least two examples, but this sweep has one example"
+            )
+        self._require_scale()
+
+    def by_group(
+        self,
+        labels: Labels | None = None,
+        level: float = 0.95,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> GroupedEffects:
+        """The effects of all places that share a label, with percentile intervals over examples.
+
+        Args:
+            labels: One label per column, or a list of them per example, such as the index of the
+                relation or the distance in a graph; None as a label leaves the place out. Without
+                labels those of `activation_patch(..., group_by=)` hold.
+            level, resamples, seed: As for `bootstrap`.
+
+        Raises:
+            ValueError: No labels, not one per column or per example and column, cells of several
+                columns, or what `bootstrap` raises.
+        """
+        labels = self.groups if labels is None else labels
+        if labels is None:
+            raise ValueError(
+                "effects by group need labels; pass them here, or as group_by= of the sweep"
+            )
+        self._check_bootstrap(level, resamples)
+        values = widened(self.values)
+        drawn = _drawn(values.shape[1], resamples, seed).to(values)
+        shown = self._present().to(values)
+        effect, whole = values - self.corrupted, (self.clean - self.corrupted) * shown
+        return grouped(self.cells, (effect * shown, whole, shown), labels, drawn, level)
 
     def frame(self) -> pd.DataFrame:
         """One row per cell: site, visit, loop, layer, position, head, metric, value (mean over the

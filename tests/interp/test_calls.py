@@ -14,6 +14,7 @@ from loopscope.interp.common.finite import first_nonfinite
 from loopscope.interp.dynamics.attractors import fixed_points
 from loopscope.interp.dynamics.basins import basins
 from loopscope.interp.dynamics.growth import finite_time_exponent, perturbation_growth
+from loopscope.interp.dynamics.inference_stages import inference_stages
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
 from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
@@ -22,9 +23,12 @@ from loopscope.interp.dynamics.statistics import effective_rank
 from loopscope.interp.exits.exits import TopStable, exits
 from loopscope.interp.exits.halting import HaltingRule, halting
 from loopscope.interp.generation import generate
+from loopscope.interp.lens.alignment import embedding_alignment
 from loopscope.interp.lens.decoding import decodability, rank_trajectory
-from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.lens.tuned_lens import TunedLens, train_tuned_lens
+from loopscope.interp.lens.lens import coda_lens, logit_lens, readout_lens
+from loopscope.interp.lens.tuned_lens import TunedLens
+from loopscope.interp.lens.tuned_training import train_tuned_lens
+from loopscope.interp.probes.probe import probe
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import padded, toy
 
@@ -41,6 +45,12 @@ def tuned(model: RecurrentDepth, **options: Any) -> Tensor:
 METHODS: Mapping[str, Callable[..., Any]] = {
     "logit_lens": lambda m, **o: logit_lens(m, padded(), LOOPS, **o).prob(ANSWERS),
     "readout_lens": lambda m, **o: readout_lens(m, padded(), LOOPS, **o).prob(ANSWERS),
+    "coda_lens": lambda m, **o: coda_lens(m, padded(), LOOPS, **o).prob(ANSWERS),
+    "embedding_alignment": lambda m, **o: embedding_alignment(m, padded(), LOOPS, **o).cosine,
+    "inference_stages": lambda m, **o: inference_stages(m, padded(), LOOPS, **o).mixing,
+    "probe": lambda m, **o: (
+        probe(m, padded(), torch.tensor(ANSWERS), n_loops=LOOPS, control=False, **o).maps[2].weight
+    ),
     "train_tuned_lens": tuned,
     "decodability": lambda m, **o: (
         decodability(m, padded(), TARGETS, [0, 2], LOOPS, **o).mean_reciprocal_rank

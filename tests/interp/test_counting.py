@@ -12,14 +12,17 @@ import pytest
 import torch
 
 import family_toys
+from loopscope.interp.dynamics.inference_stages import inference_stages
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.exits.exits import TopStable, exits
 from loopscope.interp.exits.halting import halting
+from loopscope.interp.lens.alignment import embedding_alignment
 from loopscope.interp.lens.decoding import decodability, rank_trajectory
-from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.lens.tuned_lens import train_tuned_lens
+from loopscope.interp.lens.lens import coda_lens, logit_lens, readout_lens
+from loopscope.interp.lens.tuned_training import train_tuned_lens
+from loopscope.interp.probes.probe import probe
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import coordinate
@@ -36,6 +39,10 @@ OF_VISITS: Frames = {
     "decodability": lambda m, b: decodability(m, b, ANSWERS[:, None], [2], LOOPS).frame(),
     "tuned_lens": lambda m, b: train_tuned_lens(m, b, LOOPS, steps=2, batch_size=2).frame(),
     "attention_dynamics": lambda m, b: attention_dynamics(m, b, LOOPS).frame(),
+    "coda_lens": lambda m, b: coda_lens(m, b, LOOPS).frame(ANSWERS),
+    "embedding_alignment": lambda m, b: embedding_alignment(m, b, LOOPS).frame(),
+    "inference_stages": lambda m, b: inference_stages(m, b, LOOPS).frame(),
+    "probe": lambda m, b: probe(m, b, ANSWERS, n_loops=LOOPS, types=ANSWERS).frame(),
 }
 OF_AMOUNTS: Frames = {
     "dynamics": lambda m, b: dynamics(m, b, LOOPS).frame(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import pandas as pd
@@ -19,12 +20,15 @@ from family_toys import LOOPS, TOYS, padded
 from loopscope.interp.dynamics.attractors import fixed_points
 from loopscope.interp.dynamics.basins import basins, restart_vote
 from loopscope.interp.dynamics.growth import finite_time_exponent, perturbation_growth
+from loopscope.interp.dynamics.inference_stages import inference_stages
+from loopscope.interp.dynamics.input_dependence import InputDependence, input_dependence
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
 from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
 from loopscope.interp.dynamics.path_independence import path_independence
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.dynamics.statistics import effective_rank
+from loopscope.interp.edit.realignment import realign
 from loopscope.interp.exits.exit_gate import (
     ExitDistribution,
     exit_distribution,
@@ -34,9 +38,13 @@ from loopscope.interp.exits.exit_gate import (
 from loopscope.interp.exits.exits import AccelerationBelow, TopStable, exits
 from loopscope.interp.exits.halting import halting
 from loopscope.interp.generation import Sampling, generate
+from loopscope.interp.lens.alignment import embedding_alignment
 from loopscope.interp.lens.decoding import decodability, rank_trajectory
-from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.lens.tuned_lens import train_tuned_lens
+from loopscope.interp.lens.lens import coda_lens, logit_lens, readout_lens
+from loopscope.interp.lens.tuned_training import train_tuned_lens, tuned_lens_kl
+from loopscope.interp.probes.differences import difference_probe
+from loopscope.interp.probes.probe import probe
+from loopscope.interp.probes.transfer import transfer_matrix
 from loopscope.interp.weights.circuits import composition_scores, full_ov, ov_circuit, qk_circuit
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -90,6 +98,24 @@ def pictured(record: Pictured, *answers: Tensor) -> pd.DataFrame:
     return record.frame(*answers)
 
 
+def other(model: LoopedModel, batch: Batch) -> Batch:
+    """Other tokens in the same places."""
+    return replace(batch, tokens=(batch.tokens + 1) % model.cfg.d_vocab)
+
+
+def moved(found: InputDependence) -> Tensor:
+    """The distances of a mixed run that has been drawn; whether runs meet depends on rounding."""
+    assert len(found.plot().data) == 4
+    assert len(found.frame()) == found.to_input.numel()
+    return found.to_input
+
+
+def realigned(model: LoopedModel, batch: Batch) -> pd.DataFrame:
+    """The lens of a run whose states are rescaled after the first iteration."""
+    with realign(model, 0, how="rescale", n_loops=LOOPS):
+        return logit_lens(model, batch, LOOPS).frame(ANSWERS)
+
+
 METHODS: Mapping[str, Callable[[LoopedModel, Batch], Found]] = {
     "logit_lens": lambda m, b: pictured(logit_lens(m, b, LOOPS), ANSWERS),
     "readout_lens": lambda m, b: pictured(readout_lens(m, b, LOOPS), ANSWERS),
@@ -104,6 +130,19 @@ METHODS: Mapping[str, Callable[[LoopedModel, Batch], Found]] = {
     "halting": lambda m, b: pictured(halting(m, b, n_loops=LOOPS), ANSWERS),
     "exits": lambda m, b: pictured(exits(m, b, TopStable(hits=2), LOOPS), ANSWERS),
     "exits of states": lambda m, b: pictured(exits(m, b, AccelerationBelow(1.0), LOOPS), ANSWERS),
+    "coda_lens": lambda m, b: pictured(coda_lens(m, b, LOOPS), ANSWERS),
+    "tuned_lens_kl": lambda m, b: tuned_lens_kl(m, b, n_loops=LOOPS),
+    "embedding_alignment": lambda m, b: pictured(embedding_alignment(m, b, LOOPS)),
+    "probe": lambda m, b: pictured(
+        probe(m, b, ANSWERS, n_loops=LOOPS, types=ANSWERS, permutations=2)
+    ),
+    "transfer_matrix": lambda m, b: pictured(transfer_matrix(m, b, ANSWERS, LOOPS)),
+    "difference_probe": lambda m, b: pictured(
+        difference_probe(m, b, other(m, b), ANSWERS > 2, n_loops=LOOPS, held_out=ANSWERS == 3)
+    ),
+    "inference_stages": lambda m, b: pictured(inference_stages(m, b, LOOPS)),
+    "input_dependence": lambda m, b: moved(input_dependence(m, b, other(m, b), LOOPS)),
+    "realign": lambda m, b: realigned(m, b),
     "dynamics": lambda m, b: pictured(dynamics(m, b, LOOPS)),
     "dynamics.effective_rank": lambda m, b: dynamics(m, b, LOOPS).effective_rank(),
     "dynamics.period": lambda m, b: dynamics(m, b, LOOPS).period(max_period=2),

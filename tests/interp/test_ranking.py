@@ -21,7 +21,7 @@ from loopscope.interp.exits.halting import HaltingRule, apply_rule, halting
 from loopscope.interp.generation import Sampling, generate
 from loopscope.interp.lens.decoding import decodability
 from loopscope.interp.lens.lens import logit_lens, readout_lens
-from loopscope.interp.lens.tuned_lens import train_tuned_lens
+from loopscope.interp.lens.tuned_training import train_tuned_lens
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import BATCH, D_VOCAB, LOOPS, hook_count, padded, toy
 

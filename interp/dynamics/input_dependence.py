@@ -1,0 +1,143 @@
+"""Does the end of a run depend on the input, or on the state with which it began? A run that goes
+on from another input's state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, begin_batch
+from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.pairs import Pair
+from loopscope.interp.common.precision import widened
+from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.dynamics.statistics import norm_of
+from loopscope.models.core.base import LoopedModel, at_columns
+from loopscope.models.core.state import State, checked_loops
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class InputDependence(OneScreen):
+    """Distances at the readout between runs of two inputs and a mixed run: the first input's run,
+    which goes on from the second one's state.
+
+    Attributes:
+        iterations: How many iterations are run before each point; the first point is the exchange.
+        to_input: Float[Tensor, "point batch"], from the mixed run's state to that of the first
+            input, whose tokens it has, over the distance of the two inputs at the exchange.
+        to_start: Float[Tensor, "point batch"], from the mixed run's state to that of the second
+            input, with whose state it began, in the same unit.
+        apart: Float[Tensor, "point batch"], between the two inputs' states, in the same unit.
+    """
+
+    iterations: tuple[int, ...]
+    to_input: Float[Tensor, "point batch"]
+    to_start: Float[Tensor, "point batch"]
+    apart: Float[Tensor, "point batch"]
+
+    def dependence(self) -> Float[Tensor, "point batch"]:
+        """to_start / (to_start + to_input): 1 where the mixed run ends where its input's own run
+        ends, 0 where it ends where its starting state leads; NaN where all runs are in one place.
+        """
+        return self.to_start / (self.to_start + self.to_input)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per point and example: iterations (run), example, to_input, to_start, apart,
+        dependence.
+        """
+        points, rows = self.to_input.shape
+        columns = {
+            "to_input": self.to_input,
+            "to_start": self.to_start,
+            "apart": self.apart,
+            "dependence": self.dependence(),
+        }
+        frame = pd.DataFrame(
+            {
+                "iterations": [t for t in self.iterations for _ in range(rows)],
+                "example": list(range(rows)) * points,
+            }
+        )
+        return frame.assign(**{name: x.flatten().cpu().numpy() for name, x in columns.items()})
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the distances and the dependence over iterations."""
+        from loopscope.interp.drawing.motion import dependence
+
+        return dependence(self, title)
+
+
+@torch.no_grad()
+@evaluated
+def input_dependence(
+    model: LoopedModel,
+    first: Inputs,
+    second: Inputs,
+    n_loops: int | None = None,
+    *,
+    after: int = 1,
+    readout: ReadoutColumn = None,
+) -> InputDependence:
+    """Exchange the states of two inputs after some iterations, and see whether the run returns to
+    the end that its input reaches (reachability), or goes where the other state leads.
+
+    What iterations hand on (`model.loop_parts`) is exchanged; what else the run holds of its input,
+    such as the embedding that is injected, stays. A model that looks at its input in the beginning
+    alone has a dependence of 0.
+
+    Args:
+        first, second: Two inputs of the same shape, row by row a pair: batches, texts, or tokens
+            with `readout`.
+        n_loops: Iterations; None means what the checkpoint records.
+        after: Iterations that are run before the exchange, at least 1.
+
+    Raises:
+        ValueError: Inputs that do not match, an exchange that no iteration follows, or states of
+            both inputs that are equal at the exchange.
+
+    Source:
+        Reachability and input dependence of fixed points: arXiv 2604.15259.
+    """
+    pair = Pair.of(model, first, second, readout)
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    if not 1 <= after < n_loops:
+        raise ValueError(
+            f"after must be at least 1 and below the {n_loops} iterations of the run, got {after}"
+        )
+    ends = model.iteration_ends(n_loops)
+    runs = [begin_batch(model, batch, n_loops) for batch in (pair.clean, pair.corrupted)]
+    runs = [model.advance(state, ends[after - 1]) for state in runs]
+    runs.append(_exchanged(model, *runs))
+    points = []
+    for end in ends[after - 1 :]:
+        runs = [model.advance(state, end) for state in runs]
+        points.append([widened(at_columns(state.resid, pair.clean.readout)) for state in runs])
+    distances = torch.stack(
+        [
+            torch.stack([norm_of((x - y).flatten(1)) for x, y in ((m, a), (m, b), (a, b))])
+            for a, b, m in points
+        ]
+    )
+    unit = distances[0, 2]
+    if not bool((unit > 0).all()):
+        raise ValueError(
+            "the two inputs of a pair must have different states at the exchange, but those of row"
+            f" {int((unit == 0).nonzero()[0])} are equal; pass a larger after="
+        )
+    to_input, to_start, apart = (distances / unit).unbind(1)
+    return InputDependence(tuple(range(after, n_loops + 1)), to_input, to_start, apart)
+
+
+def _exchanged(model: LoopedModel, own: State, other: State) -> State:
+    """A run that goes on with what another one's iteration handed on."""
+    handed = {name: other.parts[name] for name in model.loop_parts if name in other.parts}
+    return replace(own, resid=other.resid, parts={**own.parts, **handed})

@@ -1,0 +1,120 @@
+"""Realignment: put a token's embedding in the place of the state from which the lens reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.columns import at_columns_of, checked_columns
+from loopscope.interp.common.places import Picked, in_range
+from loopscope.interp.common.precision import widened
+from loopscope.interp.common.ranking import top_tokens
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+
+Realigned = Literal["replace", "rescale", "blend"]
+_CHUNK = 1 << 22  # logits held at a time
+
+
+@contextmanager
+def realign(
+    model: LoopedModel,
+    at: int,
+    positions: Picked | int = "all",
+    how: Realigned = "replace",
+    *,
+    rank: int = 0,
+    tokens: Int[Tensor, " batch"] | Sequence[int] | None = None,
+    weight: float = 0.5,
+    n_loops: int | None = None,
+) -> Iterator[LoopedModel]:
+    """Inside the `with` block the state after one iteration is moved to the embedding of the token
+    that the logit lens reads there; afterwards, also after an error, it is not.
+
+    The state is the residual after the iteration's last visit; the embedding is the token's row of
+    `W_E`, without position or scale.
+
+    Args:
+        at: The iteration, from 0, after which the state is moved.
+        positions: Columns of the text that are written, "all" for every one.
+        how: "replace" puts the embedding in the state's place, "rescale" gives the state the
+            embedding's length alone, "blend" takes `weight` of the embedding and the rest of the
+            state.
+        rank: Which token of the lens, 0 for the top.
+        tokens: One token per row instead of the lens's own, e.g. random ones as a control.
+        weight: The embedding's share in a blend, 0 to 1.
+        n_loops: Iterations of the runs inside; None means what the checkpoint records.
+
+    Raises:
+        ValueError: An iteration out of range, another `how`, a weight outside 0 to 1, a rank
+            outside the vocabulary; from the runs inside: another n_loops or another number of rows
+            than tokens, or logits that have no order.
+
+    Source:
+        DiscoLoop, arXiv 2607.00341.
+    """
+    n_loops, columns = checked_loops(n_loops, model.cfg.n_loops), checked_columns(positions)
+    (loop,) = in_range("at", [at], n_loops)
+    d_vocab = model.cfg.d_vocab
+    if how not in ("replace", "rescale", "blend") or not 0 <= weight <= 1:
+        raise ValueError(
+            "how must be 'replace', 'rescale' or 'blend' and weight in 0 to 1, got"
+            f" {how!r} and {weight}"
+        )
+    in_range("rank", [rank], d_vocab)
+    given = None if tokens is None else torch.as_tensor(tokens)
+    if given is not None:
+        in_range("tokens", given.flatten().tolist(), d_vocab)
+    last = model.schedule(n_loops)[model.iteration_ends(n_loops)[loop] - 1]
+    name = f"{last.name}.{model.lens_site}"
+
+    def write(value: Tensor, hook: HookPoint) -> Tensor:
+        own = _lens_tokens(model, value, rank) if given is None else _for_rows(given, value)
+        new = _moved(value, model.W_E[own].to(value), how, weight)
+        return at_columns_of(value, new, columns)
+
+    with model.hooks([(name.__eq__, write)], n_loops=n_loops):
+        yield model
+
+
+def _moved(
+    state: Float[Tensor, "batch pos d_model"],
+    embedding: Float[Tensor, "batch pos d_model"],
+    how: Realigned,
+    weight: float,
+) -> Float[Tensor, "batch pos d_model"]:
+    """The state moved to an embedding."""
+    if how == "blend":
+        return weight * embedding + (1 - weight) * state
+    if how == "replace":
+        return embedding
+    lengths = [widened(x).norm(dim=-1, keepdim=True) for x in (embedding, state)]
+    return state * (lengths[0] / lengths[1]).to(state)
+
+
+def _for_rows(tokens: Int[Tensor, " batch"], value: Tensor) -> Int[Tensor, "batch pos"]:
+    if tokens.shape != value.shape[:1]:
+        raise ValueError(
+            f"one token per row is needed: the run has {value.shape[0]} rows, got the shape"
+            f" {list(tokens.shape)}"
+        )
+    return tokens.to(value.device)[:, None].expand(value.shape[:2])
+
+
+@torch.no_grad()
+def _lens_tokens(
+    model: LoopedModel, state: Float[Tensor, "batch pos d_model"], rank: int
+) -> Int[Tensor, "batch pos"]:
+    """The token of a rank that the logit lens reads in every state, a few rows at a time."""
+    rows = max(1, _CHUNK // (state.shape[1] * model.cfg.d_vocab))
+    parts = [
+        top_tokens(widened(model.unembed(model.normalize(part))), rank + 1)[..., rank]
+        for part in state.split(rows)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,189 @@
+"""Training of tuned lenses, and how far their answers are from the model's on inputs held out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopscope.interp.common.columns import Shown, at_positions, shown_columns
+from loopscope.interp.common.finite import refuse_nonfinite
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from loopscope.interp.common.modes import differentiated, evaluated
+from loopscope.interp.lens.lens import residuals
+from loopscope.interp.lens.tuned_lens import TunedLens, translated
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.base import LoopedModel
+
+_CHUNK = 1 << 22  # logits held at a time while training
+_ROWS = 512  # inputs run at a time before training
+# nats; a visit that answers as the run does is left alone, else Adam would scale up the rounding of
+# its gradient
+_ENOUGH = 1e-6
+
+
+@differentiated
+def train_tuned_lens(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "readout",
+    steps: int = 500,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    batch_size: int = 256,
+    seed: int = 0,
+    shared: bool = False,
+) -> TunedLens:
+    """Train one translator per visit, from the identity, to minimise KL(final || lens); the model
+    itself stays as it is.
+
+    The runs are made once; each step then draws reads at random. AdamW, with a learning rate that
+    falls linearly to zero.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        n_loops: Iterations; None means what the checkpoint records.
+        positions: "readout" for the column at which answers are read, "real" for all tokens that
+            are not padding, or columns.
+        steps: Updates.
+        lr: The learning rate of the first update.
+        weight_decay: Pulls A and b to zero, that is to the logit lens. Of use for few reads.
+        batch_size: Reads in each update.
+        seed: The seed of the draws; the same seed gives the same lens.
+        shared: One translator for all iterations of a block instead of one per visit;
+            `tuned_lens_kl` compares the two on other inputs.
+
+    Raises:
+        ValueError: Fewer than one step or read, a learning rate that is not positive, or runs
+            that are not finite.
+
+    Source:
+        Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
+        2303.08112.
+    """
+    if steps < 1 or batch_size < 1 or not 0 < lr < math.inf:
+        raise ValueError(
+            f"steps and batch_size must be at least 1 and lr positive, got steps={steps},"
+            f" batch_size={batch_size}, lr={lr}"
+        )
+    start = TunedLens.identity(model, n_loops)
+    resids, finals = _material(model, as_batch(model, inputs, readout), positions, start.n_loops)
+    for name, visit in zip(start.names, resids, strict=True):
+        refuse_nonfinite(f"the residuals at visit {name}", visit)
+    refuse_nonfinite("the answers of the runs", finals)
+    owner = _owners(model, start.n_loops, shared)
+    params = [start.weights[: owner.max() + 1].clone(), start.biases[: owner.max() + 1].clone()]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for _ in tqdm(range(steps), desc="training a tuned lens", leave=False, disable=steps < 100):
+        drawn = torch.randperm(len(finals), generator=generator)[:batch_size].to(finals.device)
+        losses.append(_set_gradients(model, params, owner, resids[:, drawn], finals[drawn]))
+        optimizer.step()
+        schedule.step()
+    return replace(
+        start, weights=params[0][owner], biases=params[1][owner], losses=torch.stack(losses)
+    )
+
+
+def _owners(model: LoopedModel, n_loops: int, shared: bool) -> Int[Tensor, " visit"]:
+    """Which translator each visit has."""
+    blocks = [
+        visit.name.removeprefix(f"loops.{visit.loop}.") if shared else visit.name
+        for visit in model.schedule(n_loops)
+    ]
+    numbers = {block: i for i, block in enumerate(dict.fromkeys(blocks))}
+    return torch.tensor([numbers[block] for block in blocks], device=model.device)
+
+
+@torch.no_grad()
+@evaluated
+def tuned_lens_kl(
+    model: LoopedModel,
+    inputs: Inputs,
+    tuned: TunedLens | None = None,
+    n_loops: int | None = None,
+    *,
+    readout: ReadoutColumn = None,
+    positions: Shown = "readout",
+) -> Float[Tensor, " visit"]:
+    """KL(final || lens) of a tuned lens at every visit, in nats, as a mean over reads of inputs
+    that it was not trained on.
+
+    Args:
+        inputs, readout, positions: As for `train_tuned_lens`.
+        tuned: The lens; None means the logit lens.
+        n_loops: Iterations of the logit lens; a tuned lens has its own.
+
+    Raises:
+        ValueError: A model that the lens was not made for.
+    """
+    tuned = TunedLens.identity(model, n_loops) if tuned is None else tuned
+    tuned.check(model)
+    resids, finals = _material(model, as_batch(model, inputs, readout), positions, tuned.n_loops)
+    target = _log_probs(model, finals[None])
+    found = []
+    for i, resid in enumerate(resids):
+        own = [x[i : i + 1].to(model.device) for x in (tuned.weights, tuned.biases)]
+        log_probs = _log_probs(model, model.normalize(translated(resid[None], *own)))
+        found.append((target.exp() * (target - log_probs)).sum(-1).mean())
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def _material(
+    model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
+) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_read"]]:
+    """The residual after every visit and the head's input at the end, without padding."""
+    columns, shown = shown_columns(batch, positions)
+    resids, finals = [], []
+    for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
+        run = residuals(model, part, read, n_loops)
+        resids.append(torch.stack(list(run.values.values())))
+        finals.append(at_positions(model.read_state(run.end), read).flatten(0, 1))
+    real = shown.flatten()
+    return torch.cat(resids, dim=1)[:, real], torch.cat(finals)[real]
+
+
+def _log_probs(
+    model: LoopedModel, normalized: Float[Tensor, "visit read d_read"]
+) -> Float[Tensor, "visit read d_vocab"]:
+    logits = model.unembed(normalized)
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def _set_gradients(
+    model: LoopedModel,
+    params: list[Tensor],
+    owner: Int[Tensor, " visit"],
+    resids: Float[Tensor, "visit read d_model"],
+    finals: Float[Tensor, "read d_read"],
+) -> Float[Tensor, " visit"]:
+    """Set the gradients of every visit's mean KL, a few visits at a time; return the mean KL.
+
+    The model's own parameters get no gradient.
+    """
+    with torch.no_grad():
+        target = _log_probs(model, finals[None])
+    losses = []
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    size = max(1, _CHUNK // target.numel())
+    for visits in (slice(first, first + size) for first in range(0, len(resids), size)):
+        own = [param[owner[visits]].requires_grad_() for param in params]
+        with torch.enable_grad():
+            log_probs = _log_probs(model, model.normalize(translated(resids[visits], *own)))
+            kl = (target.exp() * (target - log_probs)).sum(-1).mean(1)
+            grads = torch.autograd.grad(kl.clamp(min=_ENOUGH).sum(), own)
+        for param, grad in zip(params, grads, strict=True):
+            assert param.grad is not None, "gradients were set to zero"
+            param.grad.index_add_(0, owner[visits], grad)
+        losses.append(kl.detach())
+    return torch.cat(losses)

@@ -1,0 +1,117 @@
+"""Ridge regression from streamed sums: no state is kept, so memory does not grow with the reads.
+
+Axes: read d output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from loopscope.interp.probes.states import ReadStates
+from loopscope.interp.probes.tasks import Task
+
+
+def check_strength(strength: float) -> None:
+    """Refuse a strength with which a probe may have no unique fit."""
+    if not 0 < strength < math.inf:
+        raise ValueError(f"the strength of a probe must be positive, got {strength}")
+
+
+class Linear(NamedTuple):
+    """An affine map x -> weight x + bias.
+
+    Attributes:
+        weight: Float[Tensor, "output d"].
+        bias: Float[Tensor, " output"].
+    """
+
+    weight: Float[Tensor, "output d"]
+    bias: Float[Tensor, " output"]
+
+    def __call__(self, x: Float[Tensor, "read d"]) -> Float[Tensor, "read output"]:
+        return x.cpu().double() @ self.weight.T + self.bias
+
+
+class RidgeSums:
+    """The sums that a ridge regression needs, in float64: X'X, X'Y, and the sums of X and of Y.
+
+    X is shifted by its first chunk's mean before it is summed, so that a large mean costs no
+    digits.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._shift = torch.empty(0)
+        self._count = 0
+
+    def add(self, x: Float[Tensor, "read d"], y: Float[Tensor, "read output"]) -> None:
+        """Take in some reads."""
+        x, y = x.double(), y.to(x.device)
+        if not self._count:
+            self._shift = x.mean(0)
+        x = x - self._shift
+        new = [x.T @ x, x.T @ y, x.sum(0), y.sum(0)]
+        self._count += len(x)
+        if self._sums:
+            new = [old.add_(more) for old, more in zip(self._sums, new, strict=True)]
+        self._sums = new
+
+    def solve(self, strength: float) -> Linear:
+        """The minimiser of |Y - X w - b|^2 + strength |w|^2, the bias b being free."""
+        xx, xy, x, y = self._sums
+        centred = xx - torch.outer(x, x) / self._count
+        cross = xy - torch.outer(x, y) / self._count
+        centred.diagonal().add_(strength)
+        weight = torch.cholesky_solve(cross, torch.linalg.cholesky(centred)).T
+        bias = y / self._count - weight @ (self._shift + x / self._count)
+        return Linear(weight.cpu(), bias.cpu())
+
+
+class Fitted(NamedTuple):
+    """Probes of several tasks at every place.
+
+    Attributes:
+        maps: The probe of the first task at each place.
+        answers: For each place and task the answers to the held-out reads, "read".
+    """
+
+    maps: tuple[Linear, ...]
+    answers: list[list[Shaped[Tensor, " read"]]]
+
+
+def fit_ridge(
+    states: ReadStates,
+    tasks: Sequence[Task],
+    train: Int[Tensor, " train"],
+    test: Int[Tensor, " test"],
+    strength: float,
+) -> Fitted:
+    """Fit every task at every place: each row is run once, and no state is kept."""
+    maps = ridge_maps(states, tasks, train, strength)
+    widths = [len(task.outputs(torch.tensor([0]))[0]) for task in tasks]
+    found: list[list[list[Tensor]]] = [[[] for _ in tasks] for _ in maps]
+    for _, chunk in states.chunks(test):
+        for linear, x, own in zip(maps, chunk.values(), found, strict=True):
+            parts = linear(x).split(widths, dim=1)
+            for task, part, answers in zip(tasks, parts, own, strict=True):
+                answers.append(task.answer(part))
+    first = [Linear(m.weight[: widths[0]], m.bias[: widths[0]]) for m in maps]
+    return Fitted(tuple(first), [[torch.cat(parts) for parts in own] for own in found])
+
+
+def ridge_maps(
+    states: ReadStates, tasks: Sequence[Task], train: Int[Tensor, " train"], strength: float
+) -> list[Linear]:
+    """The ridge regression of the outputs of all tasks, side by side, at every place."""
+    sums = [RidgeSums() for _ in states.places]
+    for reads, chunk in states.chunks(train):
+        outputs = torch.cat([task.outputs(reads) for task in tasks], dim=1)
+        for own, x in zip(sums, chunk.values(), strict=True):
+            own.add(x, outputs)
+    return [own.solve(strength) for own in sums]

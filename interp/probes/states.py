@@ -1,0 +1,140 @@
+"""The states that probes read: chunk by chunk, all places from one run of each chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.collecting import collect
+from loopscope.interp.common.columns import at_positions, read_columns
+from loopscope.interp.common.finite import refuse_nonfinite
+from loopscope.interp.common.inputs import checked_batch_size
+from loopscope.interp.common.places import Picked, Place, places_of
+from loopscope.interp.common.precision import widened
+from loopscope.models.basis.names import NamesFilter
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.cache import position_axis
+
+States = dict[str, Float[Tensor, "read _d"]]
+
+
+@dataclass(frozen=True)
+class ReadStates:
+    """The activations of a batch at some places, at some columns of each row.
+
+    A read is one column of one example; reads are counted example by example.
+
+    Attributes:
+        places: The places, in the order of the run.
+        columns: Int[Tensor, "batch k"].
+        n_loops: Iterations.
+        batch_size: Rows run at a time; all at once where rows depend on each other.
+    """
+
+    model: LoopedModel
+    batch: Batch
+    places: tuple[Place, ...]
+    columns: Int[Tensor, "batch k"]
+    n_loops: int
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        model: LoopedModel,
+        batch: Batch,
+        names: NamesFilter | None,
+        positions: Picked | int | None,
+        n_loops: int,
+        batch_size: int,
+    ) -> ReadStates:
+        """The states at some hook points, by default the residual after every visit.
+
+        Raises:
+            KeyError: A name that the call does not have.
+            ValueError: A place after the last visit, a column out of range, or a size below 1.
+        """
+        if names is None:
+            names = [f"{visit.name}.{model.lens_site}" for visit in model.schedule(n_loops)]
+        chosen = set(model.resolve_names(names, n_loops))
+        places = tuple(place for place in places_of(model, n_loops) if place.name in chosen)
+        late = [place.name for place in places if place.name in model.edge_sites()[1]]
+        if late:
+            raise ValueError(
+                f"probes read a run up to its last visit, but {late[0]!r} comes after it; name"
+                " places in the visits"
+            )
+        columns = read_columns(batch, positions)
+        return cls(model, batch, places, columns, n_loops, checked_batch_size(batch_size))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hook point of each place."""
+        return tuple(place.name for place in self.places)
+
+    def reads(self, rows: Int[Tensor, " row"]) -> Int[Tensor, " read"]:
+        """The reads of some rows."""
+        count = self.columns.shape[1]
+        return (rows[:, None] * count + torch.arange(count, device=rows.device)).flatten()
+
+    def chunks(self, rows: Int[Tensor, " row"]) -> Iterator[tuple[Int[Tensor, " read"], States]]:
+        """Some rows in pieces: which reads, and their states at each place, in float32 or wider.
+
+        Raises:
+            ValueError: States that are not finite.
+        """
+        for part in rows.split(self.batch_size if self.model.batch_independent else len(rows)):
+            yield self.reads(part), self._run(part)
+
+    def _run(self, rows: Int[Tensor, " row"]) -> States:
+        alone = self.model.batch_independent
+        run = rows if alone else torch.arange(len(self.batch), device=rows.device)
+        columns = self.columns[run]
+
+        def kept(value: Tensor, name: str) -> Tensor:
+            by_column = value.movedim(position_axis(name), 1)
+            read = at_positions(by_column.reshape(*by_column.shape[:2], -1), columns)
+            found = widened(read if alone else read[rows]).flatten(0, 1)
+            refuse_nonfinite(f"the states at {name}", found)
+            return found
+
+        visits = self.model.schedule(self.n_loops)
+        last = max((v.index for v in visits if set(v.hook_names()) & set(self.names)), default=-1)
+        return collect(
+            self.model, self.batch[run], self.names, self.n_loops, reduce=kept, until=last + 1
+        ).values
+
+
+def split_rows(
+    count: int, held_out: float | Bool[Tensor, " batch"], seed: int
+) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
+    """The rows that probes are fitted on, in a random order, and those that are held out.
+
+    Args:
+        held_out: A share of the rows, drawn at random; or which rows.
+
+    Raises:
+        ValueError: No row on one of the sides, or not one entry per row.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    if isinstance(held_out, Tensor):
+        if held_out.shape != (count,) or held_out.dtype != torch.bool:
+            raise ValueError(
+                f"held_out must be a share or one bool per row: there are {count} rows, got"
+                f" {held_out.dtype} of the shape {list(held_out.shape)}"
+            )
+        apart = held_out.cpu()[order]
+    else:
+        apart = torch.arange(count) < round(held_out * count)
+    train, test = order[~apart], order[apart]
+    if not len(train) or not len(test):
+        raise ValueError(
+            f"a probe needs rows to fit and rows held out, got {len(train)} and {len(test)} of"
+            f" {count} rows; pass another held_out"
+        )
+    return train, test
