@@ -108,12 +108,17 @@ class PuzzleSolver(LoopedModel):
 
     The first n_prefix columns of the tokens are the prefix. Their ids are not read: the puzzle's
     vector stands there. Every position sees every other, also those with padding's id, unless a
-    mask says otherwise. Gradients flow through every run, where the release's training lets them
-    pass through the last runs of a step only; see `loopscope.training.puzzles`.
+    mask says otherwise. Gradients flow through every run, where the reference's training lets them
+    pass through the last runs of a step only, from `trained_from` on.
+
+    Attributes:
+        learns_to_continue: Whether training gives the continue logit a target, and halts where the
+            other logit is larger instead of where it is above 0.
     """
 
     cfg: PuzzleConfig
     causal: ClassVar[bool] = False
+    learns_to_continue: ClassVar[bool] = False
     visible: ClassVar[Visible] = staticmethod(every_key)
 
     def __init__(self, cfg: PuzzleConfig) -> None:
@@ -142,6 +147,11 @@ class PuzzleSolver(LoopedModel):
     @abstractmethod
     def stacks(self) -> Mapping[str, nn.ModuleList]:
         """The blocks of a "low" and of a "high" run."""
+
+    @property
+    def trained_from(self) -> str:
+        """The first run of a supervision step through which gradients pass in training."""
+        return f"cycles.{self.cfg.n_cycles - 1}"
 
     def initialize(self) -> None:
         """Draw the weights as the reference does (truncated normal, variance one over the inputs),

@@ -40,6 +40,7 @@ class Hrm(PuzzleSolver):
     """
 
     cfg: HrmConfig
+    learns_to_continue: ClassVar[bool] = True
 
     def __init__(self, cfg: HrmConfig) -> None:
         super().__init__(cfg)
@@ -50,3 +51,7 @@ class Hrm(PuzzleSolver):
     @property
     def stacks(self) -> Mapping[str, nn.ModuleList]:
         return {"low": self.low, "high": self.high}
+
+    @property
+    def trained_from(self) -> str:
+        return f"{super().trained_from}.low.{self.cfg.n_low_loops - 1}"
