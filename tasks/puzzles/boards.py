@@ -73,3 +73,14 @@ def _tokens(boards: Sequence[str], ids: Mapping[str, int]) -> Int64[np.ndarray, 
             f"a board is written with the characters {''.join(ids)!r}, got {unknown[0]!r}"
         )
     return np.array([[ids[c] for c in board] for board in boards], dtype=np.int64)
+
+
+def sudoku_words(side: int) -> tuple[str, ...]:
+    """The words of Sudoku tokens in the order of their ids, as `Vocabulary` takes them."""
+    return ("<pad>", "<.>", *(f"<{k}>" for k in range(1, side + 1)))
+
+
+def sudoku_words_of(board: str, n_prefix: int = 0) -> str:
+    """A Sudoku board in the words of `sudoku_words`, behind the columns of a prefix."""
+    cells = ("<.>" if cell in SUDOKU_BLANKS else f"<{cell}>" for cell in board)
+    return "<pad>" * n_prefix + "".join(cells)

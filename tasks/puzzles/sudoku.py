@@ -200,12 +200,12 @@ def make_sudokus(
 
     Args:
         seed: The same puzzles for the same seed; a longer list begins with the shorter one.
-        clues: As in `Sudoku.make`, one of these for each puzzle in turn.
+        clues: As in `Sudoku.make`, one of these drawn for each puzzle.
     """
     rng = np.random.default_rng((seed, rules.side, int(held_out)))
     found: dict[str, Puzzle] = {}
     while len(found) < count:
-        puzzle = rules.make(rng, clues[len(found) % len(clues)])
+        puzzle = rules.make(rng, clues[int(rng.integers(len(clues)))])
         if puzzle.question not in found and rules.is_held_out(puzzle.question) == held_out:
             found[puzzle.question] = puzzle
     return list(found.values())
