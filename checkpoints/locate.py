@@ -15,6 +15,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 _ADAPTER = "adapter_config.json"
 _OWN_WEIGHTS = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", PICKLE_INDEX, "model.pt")
+PUZZLE_CONFIG = "all_config.yaml"  # beside the files without suffix that puzzle solvers come in
 _COMPANIONS = {
     "card": "card.json",
     "vocab": "vocab.json",
@@ -87,6 +88,8 @@ def _weights_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     found = sorted(path for path in folder.glob("*.pt") if path.is_file())
+    if not found and (folder / PUZZLE_CONFIG).is_file():
+        found = sorted(path for path in folder.iterdir() if _is_puzzle_file(path))
     if len(found) == 1:
         return found[0]
     if found:
@@ -95,6 +98,11 @@ def _weights_in(folder: Path) -> Path:
             f" {', '.join(p.name for p in found)}"
         )
     raise CheckpointError(_no_checkpoint(folder))
+
+
+def _is_puzzle_file(path: Path) -> bool:
+    """Whether a file is named as the checkpoints of puzzle solvers are: step_<N>, or checkpoint."""
+    return path.is_file() and re.fullmatch(r"step_\d+|checkpoint", path.name) is not None
 
 
 def _no_checkpoint(folder: Path) -> str:

@@ -28,7 +28,7 @@ from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.state import Slot, State, Visit, integers
 
 OPENING = ("hook_state_in", "hook_input", "hook_injected")
-GATES = ("hook_exit_logit", "hook_continue_logit")
+GATES = ("hook_halt_logit", "hook_continue_logit")
 OTHER_LEVEL = {"low": "high", "high": "low"}
 LEARNED_SCALE = 0.707106781  # of tokens and learned positions together, as the releases write it
 
@@ -102,7 +102,7 @@ class PuzzleSolver(LoopedModel):
     `hook_state_in` is the state of the level that runs, `hook_input` what is added to it (the other
     level's, and the input embedding in a low run), `hook_injected` the sum, and `hook_state_out`
     the level's new state. `hook_embed` is the input embedding of the whole call: a patch of it
-    reaches every low run, and one of `hook_input` that run alone. `loops.{s}.hook_exit_logit` and
+    reaches every low run, and one of `hook_input` that run alone. `loops.{s}.hook_halt_logit` and
     `loops.{s}.hook_continue_logit` are the halting head's two logits at every position, of which
     training reads position 0; no call stops by them.
 

@@ -31,6 +31,7 @@ class GoldenCase:
         name: str,
         *,
         n_loops: int | None = None,
+        tokens: str = "input_ids",
         begin: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
@@ -38,7 +39,7 @@ class GoldenCase:
         self.golden = load_file(GOLDEN / name / "golden.safetensors")
         self.meta = json.loads((GOLDEN / name / "meta.json").read_text())
         self.model: LoopedModel = load(GOLDEN / name, **options)
-        self.tokens = self.golden["input_ids"]
+        self.tokens = self.golden[tokens]
         self.n_loops = n_loops or self.model.cfg.n_loops
         self.begin = {option: self.golden[key] for option, key in (begin or {}).items()}
 

@@ -118,7 +118,7 @@ class PuzzleRecipe(Recipe):
 PUZZLE_RECIPES: dict[str, PuzzleRecipe] = {
     recipe.name: recipe
     for recipe in (
-        PuzzleRecipe(name="mini/sudoku/trm", task=SudokuTask(), first=800, updates=4000),
+        PuzzleRecipe(name="mini/sudoku/trm", task=SudokuTask(), first=400, updates=1600),
     )
 }
 
