@@ -18,7 +18,7 @@ from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.figures.puzzles._solver import Cycles, Solver, open_solver, run_cycles
 from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, GRID, INK, MARK, styled
-from loopscope.tasks.puzzles.boards import sudoku_text
+from loopscope.tasks.puzzles.boards import BLANK_ID, sudoku_text
 
 _BINS = 5
 _RIGHT = "#0b4f8a"
@@ -55,6 +55,7 @@ class SudokuRecord(Record):
         moved: Float[Tensor, "cycle puzzle"], the distance that the high state moved in the cycle,
             as a share of its norm, from the checkpoint's own states.
         ratings: Int[Tensor, " puzzle"], the guesses that each puzzle needs.
+        blanks: Int[Tensor, " puzzle"], its blank cells.
         n_cycles: Cycles of one supervision step.
         question, answer: The puzzle that is shown.
         boards: That puzzle after each cycle.
@@ -64,6 +65,7 @@ class SudokuRecord(Record):
     halting: Float[Tensor, "restart cycle puzzle"]
     moved: Float[Tensor, "cycle puzzle"]
     ratings: Int[Tensor, " puzzle"]
+    blanks: Int[Tensor, " puzzle"]
     n_cycles: int
     question: str
     answer: str
@@ -84,14 +86,16 @@ class SudokuRecord(Record):
         return pd.DataFrame(rows, columns=["cycles", "restarts", "any", "chosen"])
 
     def summary(self) -> pd.DataFrame:
-        """One row per rating: puzzles, share solved at the end, and after the first cycle."""
+        """One row per number of blank cells: puzzles, the guesses that they need, and the share
+        solved after the first cycle and at the end.
+        """
         first, last = self.exact[0, 0], self.exact[0, -1]
         rows = []
-        for rating in sorted(set(self.ratings.tolist())):
-            of = self.ratings == rating
-            shares = (float(exact[of].float().mean()) for exact in (first, last))
-            rows.append((rating, int(of.sum()), *shares))
-        names = ["guesses needed", "puzzles", "solved after one cycle", "solved at the end"]
+        for blanks in sorted(set(self.blanks.tolist())):
+            of = self.blanks == blanks
+            means = [float(x[of].float().mean()) for x in (self.ratings, first, last)]
+            rows.append((blanks, int(of.sum()), *means))
+        names = ["blanks", "puzzles", "mean guesses", "solved after one cycle", "solved at the end"]
         return pd.DataFrame(rows, columns=names)
 
     def calibration(self) -> pd.DataFrame:
@@ -141,6 +145,7 @@ def measure(solver: Solver, runs: list[Cycles], config: SudokuConfig) -> SudokuR
         halting=torch.stack([each.halting for each in runs]),
         moved=runs[0].moved,
         ratings=torch.tensor([puzzle.rating for puzzle in solver.puzzles]),
+        blanks=(solver.tokens[:, solver.cells] == BLANK_ID).sum(1),
         n_cycles=solver.model.cfg.n_cycles,
         question=shown.question,
         answer=shown.answer,
@@ -166,13 +171,14 @@ def _beginning(
 def figure(record: SudokuRecord) -> go.Figure:
     """Above the boards of one puzzle; below the map, the motion and the calibration."""
     shown = [record.question, *record.boards]
-    columns = 3 * len(shown)
-    part = columns // 3
+    part = max(4, len(shown))
+    columns = 3 * part
     below: list[dict[str, int] | None] = [None] * columns
     for i in range(3):
-        below[i * part] = {"colspan": part - 1}
-    specs = [[{"colspan": 3}, None, None] * len(shown), below]
-    titles = ["puzzle", *(f"after {i + 1} cycles" for i in range(len(record.boards)))]
+        below[i * part] = {"colspan": part - 2}
+    above = [[{"colspan": 3}, None, None] if i < len(shown) else [None] * 3 for i in range(part)]
+    specs = [sum(above, []), below]
+    titles = ["puzzle", *(f"after {i} cycle{'s' * (i > 1)}" for i in range(1, len(record.boards) + 1))]
     lower = ("share solved by any restart", "motion of the high state", "halting head")
     plot = make_subplots(
         rows=2, cols=columns, specs=specs, subplot_titles=(*titles, *lower),
