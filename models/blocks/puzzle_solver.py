@@ -173,9 +173,7 @@ class PuzzleSolver(LoopedModel):
         cfg = self.cfg
         if cfg.d_pos_mlp:
             return PositionBlock(cfg.d_model, cfg.d_mlp, cfg.n_ctx or 0, cfg.d_pos_mlp, cfg.eps)
-        attn = Attention(
-            cfg.d_model, cfg.n_heads, cfg.n_heads, cfg.d_head, self.rotary, fused=True
-        )
+        attn = Attention(cfg.d_model, cfg.n_heads, cfg.n_heads, cfg.d_head, self.rotary, fused=True)
         return Block(attn, GatedMLP(cfg.d_model, cfg.d_mlp, fused=True), self.norm, ("sum",))
 
     def norm(self, site: str) -> RMSNorm:
@@ -262,8 +260,7 @@ class PuzzleSolver(LoopedModel):
         embedded = tap(taps, "hook_embed", math.sqrt(self.cfg.d_model) * words)
         states = {"high": (high, self.high_init), "low": (low, self.low_init)}
         first = {
-            name: _first_state(name, given, own, embedded)
-            for name, (given, own) in states.items()
+            name: _first_state(name, given, own, embedded) for name, (given, own) in states.items()
         }
         return first["high"], {"embed": embedded, "low": first["low"]}
 
@@ -317,9 +314,7 @@ class PuzzleSolver(LoopedModel):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         return F.linear(normalized, self.head)
 
-    def _prefix(
-        self, puzzle: int | Tensor, n_rows: int
-    ) -> Float[Tensor, "batch prefix d_model"]:
+    def _prefix(self, puzzle: int | Tensor, n_rows: int) -> Float[Tensor, "batch prefix d_model"]:
         """The puzzle's vector, filled up with zeros and cut into positions."""
         shape = (n_rows, self.cfg.n_prefix, self.cfg.d_model)
         if self.puzzles is None:

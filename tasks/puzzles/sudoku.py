@@ -267,7 +267,11 @@ def _orders(groups: int, size: int) -> list[list[int]]:
     """The orders of lines that keep groups of lines together."""
     inside = list(permutations(range(size)))
     return [
-        [group * size + line for group, within in zip(outer, chosen, strict=True) for line in within]
+        [
+            group * size + line
+            for group, within in zip(outer, chosen, strict=True)
+            for line in within
+        ]
         for outer in permutations(range(groups))
         for chosen in product(inside, repeat=groups)
     ]

@@ -119,9 +119,7 @@ def test_a_miniature_has_at_most_a_million_parameters(recipe: Recipe) -> None:
 
 def test_every_miniature_is_trained_and_shipped_from_stages_that_it_has() -> None:
     assert set(PLACES) == {
-        name
-        for name in (*RECIPES, *LANGUAGE_RECIPES, *PUZZLE_RECIPES)
-        if name.startswith("mini/")
+        name for name in (*RECIPES, *LANGUAGE_RECIPES, *PUZZLE_RECIPES) if name.startswith("mini/")
     }
     for name, places in PLACES.items():
         recipe = RECIPES.get(name) or LANGUAGE_RECIPES.get(name) or PUZZLE_RECIPES[name]

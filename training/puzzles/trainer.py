@@ -135,7 +135,9 @@ class PuzzleTrainer:
         recipe, update = self.recipe, self.progress.update
         rng = np.random.default_rng((recipe.seed, update))
         draws = Draws.make(
-            recipe.batch_size, recipe.n_loops, torch.Generator().manual_seed(int(rng.integers(2**62)))
+            recipe.batch_size,
+            recipe.n_loops,
+            torch.Generator().manual_seed(int(rng.integers(2**62))),
         )
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.stages[-1].rate(update)

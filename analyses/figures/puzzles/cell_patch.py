@@ -76,7 +76,9 @@ def run(config: CellPatchConfig) -> CellPatch:
     solver = open_solver(config, config.puzzles)
     n_loops = checked_loops(config.n_loops, solver.model.cfg.n_loops)
     if n_loops < 2:
-        raise ValueError(f"a patch is read one step later, so n_loops must be above 1, got {n_loops}")
+        raise ValueError(
+            f"a patch is read one step later, so n_loops must be above 1, got {n_loops}"
+        )
     side = Sudoku.of_side(round(solver.answers.shape[1] ** 0.5))
     related = _relations(side).to(solver.answers.device)
     plain = solver.tokens

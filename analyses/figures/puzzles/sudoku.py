@@ -80,9 +80,7 @@ class SudokuRecord(Record):
             best = self.halting[:made].argmax(0, keepdim=True)
             chosen = self.exact[:made].gather(0, best)[0].float().mean(1).tolist()
             found = self.exact[:made].any(0).float().mean(1).tolist()
-            rows += [
-                (cycle + 1, made, found[cycle], chosen[cycle]) for cycle in range(len(found))
-            ]
+            rows += [(cycle + 1, made, found[cycle], chosen[cycle]) for cycle in range(len(found))]
         return pd.DataFrame(rows, columns=["cycles", "restarts", "any", "chosen"])
 
     def summary(self) -> pd.DataFrame:
@@ -153,9 +151,7 @@ def measure(solver: Solver, runs: list[Cycles], config: SudokuConfig) -> SudokuR
     )
 
 
-def _beginning(
-    solver: Solver, seed: int, restart: int
-) -> tuple[Tensor | None, Tensor | None]:
+def _beginning(solver: Solver, seed: int, restart: int) -> tuple[Tensor | None, Tensor | None]:
     """The high and the low state of a restart: one random vector for each position, the same for
     every puzzle.
     """
@@ -178,7 +174,10 @@ def figure(record: SudokuRecord) -> go.Figure:
         below[i * part] = {"colspan": part - 2}
     above = [[{"colspan": 3}, None, None] if i < len(shown) else [None] * 3 for i in range(part)]
     specs = [sum(above, []), below]
-    titles = ["puzzle", *(f"after {i} cycle{'s' * (i > 1)}" for i in range(1, len(record.boards) + 1))]
+    titles = [
+        "puzzle",
+        *(f"after {i} cycle{'s' * (i > 1)}" for i in range(1, len(record.boards) + 1)),
+    ]
     lower = ("share solved by any restart", "motion of the high state", "halting head")
     plot = make_subplots(
         rows=2, cols=columns, specs=specs, subplot_titles=(*titles, *lower),
@@ -201,7 +200,13 @@ def _draw_board(plot: go.Figure, board: str, record: SudokuRecord, **place: int)
         for cell, clue, right in zip(board, record.question, record.answer, strict=True)
     ]
     fills = [
-        GRID if clue != "." else "#ffffff" if cell == "." else "#dcebf7" if cell == right else "#fbe1d3"
+        GRID
+        if clue != "."
+        else "#ffffff"
+        if cell == "."
+        else "#dcebf7"
+        if cell == right
+        else "#fbe1d3"
         for cell, clue, right in zip(board, record.question, record.answer, strict=True)
     ]
     plot.add_scatter(
@@ -210,7 +215,12 @@ def _draw_board(plot: go.Figure, board: str, record: SudokuRecord, **place: int)
         mode="markers+text",
         text=["" if cell == "." else cell for cell in board],
         textfont={"color": colors, "size": 13},
-        marker={"symbol": "square", "size": 24, "color": fills, "line": {"color": FAINT, "width": 1}},
+        marker={
+            "symbol": "square",
+            "size": 24,
+            "color": fills,
+            "line": {"color": FAINT, "width": 1},
+        },
         showlegend=False,
         hovertemplate="row %{y}, column %{x}: %{text}<extra></extra>",
         **place,
