@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from golden_cases import Compute, GoldenCase, check_case
-from loopscope.checkpoints.load import load
 from loopscope.models.blocks.puzzle_solver import PuzzleSolver
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.registry import build
@@ -24,8 +23,6 @@ from loopscope.training.puzzles.supervision import (
     supervise,
     with_prefix,
 )
-from paths import GOLDEN
-from toy import assert_close
 
 STEPS = 3
 

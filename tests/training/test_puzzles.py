@@ -150,7 +150,7 @@ def test_the_command_knows_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(PUZZLE_RECIPES, "tiny", RECIPE)
     with pytest.raises(ValueError, match="no released layout to write"):
         train("tiny", tmp_path, release=True)
-    with pytest.raises(ValueError, match="there is no recipe 'none'.*mini/sudoku/trm"):
+    with pytest.raises(ValueError, match=r"there is no recipe 'none'.*mini/sudoku/trm"):
         train("none", tmp_path)
     with pytest.raises(ValueError, match="first must be above 0 and below updates"):
         replace(RECIPE, first=5)

@@ -10,8 +10,8 @@ import pytest
 
 from loopscope.training.catalog import RECIPES, extrapolation
 from loopscope.training.language.recipes import LANGUAGE_RECIPES
-from loopscope.training.puzzles.recipes import PUZZLE_RECIPES
 from loopscope.training.minis import PLACES, ship
+from loopscope.training.puzzles.recipes import PUZZLE_RECIPES
 from loopscope.training.recipes import Loops, Recipe, Stage, curriculum
 from loopscope.training.setup import fresh_model
 

@@ -1,5 +1,5 @@
-"""Which cells are filled when, and do more cycles or more beginnings help? Boards over cycles, a map
-of depth and breadth, the motion of the state, and the halting head.
+"""Which cells are filled when, and do more cycles or more beginnings help? Boards over cycles, a
+map of depth and breadth, the motion of the state, and the halting head.
 """
 
 from __future__ import annotations
@@ -172,8 +172,10 @@ def figure(record: SudokuRecord) -> go.Figure:
     below: list[dict[str, int] | None] = [None] * columns
     for i in range(3):
         below[i * part] = {"colspan": part - 2}
-    above = [[{"colspan": 3}, None, None] if i < len(shown) else [None] * 3 for i in range(part)]
-    specs = [sum(above, []), below]
+    above: list[dict[str, int] | None] = [None] * columns
+    for i in range(len(shown)):
+        above[3 * i] = {"colspan": 3}
+    specs = [above, below]
     titles = [
         "puzzle",
         *(f"after {i} cycle{'s' * (i > 1)}" for i in range(1, len(record.boards) + 1)),
