@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,8 @@ from loopscope.tasks.puzzles.boards import (
     sudoku_words,
     sudoku_words_of,
 )
+from loopscope.tasks.puzzles.files import read_arrays, read_csv, write_arrays, write_csv
+from loopscope.tasks.puzzles.mazes import make_maze, solve_maze
 from loopscope.tasks.puzzles.sudoku import Sudoku, make_sudokus
 
 SMALL, WIDE = Sudoku.of_side(4), Sudoku.of_side(6)
@@ -116,3 +121,61 @@ def test_what_is_no_board_is_refused() -> None:
         Sudoku(3, 2)
     with pytest.raises(ValueError, match="too many to be listed"):
         _ = Sudoku.of_side(9).symmetries
+
+
+# Mazes
+
+
+def test_a_maze_is_a_tree_with_one_way() -> None:
+    puzzle = make_maze(9, np.random.default_rng(4))
+    free = [i for i, c in enumerate(puzzle.question) if c != "#"]
+    doors = sum((i + 1 in free) + (i + 9 in free) for i in free)
+    assert doors == len(free) - 1
+    assert solve_maze(puzzle.question) == puzzle.answer
+    assert puzzle.rating == puzzle.answer.count("o")
+    assert puzzle.answer.replace("o", " ") == puzzle.question
+
+
+def test_a_way_is_the_shortest_one() -> None:
+    assert solve_maze("S   " + " ## " + " ## " + "G   ") == "S   " + "o## " + "o## " + "G   "
+    with pytest.raises(ValueError, match="must have a way from S to G"):
+        solve_maze("S##G")
+    with pytest.raises(ValueError, match="got 4 cells with 2 S and 0 G"):
+        solve_maze("SS  ")
+    with pytest.raises(ValueError, match="odd and at least 5, got 6"):
+        make_maze(6, np.random.default_rng(0))
+
+
+# Files
+
+
+def test_csv_files_are_read_as_they_are_written(tmp_path: Path) -> None:
+    puzzles = [Puzzle("1.", "12", 3, "a,b"), Puzzle(".1", "21", 5, "c")]
+    write_csv(puzzles, tmp_path / "train.csv")
+    assert read_csv(tmp_path / "train.csv") == puzzles
+    assert read_csv(tmp_path / "train.csv", least_rating=4) == puzzles[1:]
+    (tmp_path / "bad.csv").write_text("source,question,answer,rating\nx,1.,12,hard\n")
+    with pytest.raises(ValueError, match="bad.csv, line 2: .*'hard'"):
+        read_csv(tmp_path / "bad.csv")
+    (tmp_path / "other.csv").write_text("q,a\n")
+    with pytest.raises(ValueError, match="must have the columns source, question, answer, rating"):
+        read_csv(tmp_path / "other.csv")
+
+
+def test_arrays_are_those_that_the_reference_reads(tmp_path: Path) -> None:
+    puzzles = [Puzzle("1.", "12"), Puzzle(".1", "21"), Puzzle("..", "12")]
+    write_arrays(puzzles, tmp_path / "train", sudoku_tokens)
+    inputs, labels = read_arrays(tmp_path / "train")
+    assert inputs.tolist() == [[2, 1], [1, 2], [1, 1]]
+    assert labels.tolist() == [[2, 3], [3, 2], [2, 3]]
+    about = json.loads((tmp_path / "train" / "dataset.json").read_text())
+    assert (about["vocab_size"], about["seq_len"], about["total_groups"]) == (11, 2, 3)
+    assert np.load(tmp_path / "train" / "all__puzzle_indices.npy").tolist() == [0, 1, 2, 3]
+    np.save(tmp_path / "train" / "all__labels.npy", np.ones((2, 2), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"one shape, got \[3, 2\] and \[2, 2\]"):
+        read_arrays(tmp_path / "train")
+    np.save(tmp_path / "train" / "all__labels.npy", np.ones(2))
+    with pytest.raises(ValueError, match=r"whole numbers \[example, cell\], got float64 \[2\]"):
+        read_arrays(tmp_path / "train")
+    with pytest.raises(ValueError, match="at least one puzzle, got none"):
+        write_arrays([], tmp_path / "none", maze_tokens)
