@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from golden_cases import Compute, GoldenCase, check_case
-from loopscope.models.blocks.puzzle_solver import PuzzleSolver
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.load import load
+from loopscope.checkpoints.tables import TABLES
+from loopscope.models.blocks.puzzle_solver import PuzzleConfig, PuzzleSolver
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.registry import build
+from loopscope.models.families.hrm import HrmConfig
+from loopscope.models.families.trm import TrmConfig
 from loopscope.training.puzzles.supervision import (
     Carry,
     Draws,
@@ -23,6 +30,7 @@ from loopscope.training.puzzles.supervision import (
     supervise,
     with_prefix,
 )
+from toy import assert_close, randomize_
 
 STEPS = 3
 
@@ -319,3 +327,163 @@ TABLE: Mapping[str, Compute] = {
 @pytest.mark.parametrize("name", ["trm", "hrm"])
 def test_golden_outputs(name: str, record_error: Callable[[str, str, float], None]) -> None:
     check_case(PuzzleCase(name), TABLE, record_error)
+
+
+# Releases
+
+
+def released(model: PuzzleSolver, folder: Path, **arch: Any) -> Path:
+    """A run's folder as the public trainers write it: step_<N> beside all_config.yaml."""
+    names = {name: key for key, name in names_of(model).items() if key.startswith("model.inner.")}
+    tensors = {f"_orig_mod.{names[name]}": t for name, t in model.state_dict().items()}
+    folder.mkdir()
+    torch.save(tensors, folder / "step_26040")
+    cfg = model.cfg
+    known = {
+        "name": "recursive_reasoning.trm@Model",
+        "loss": {"name": "losses@ACTLossHead", "loss_type": "stablemax_cross_entropy"},
+        "H_cycles": cfg.n_cycles,
+        "L_cycles": cfg.n_low_loops,
+        "L_layers": cfg.n_layers,
+        "H_layers": getattr(cfg, "n_high_layers", 0),
+        "hidden_size": cfg.d_model,
+        "num_heads": cfg.n_heads,
+        "expansion": 4,
+        "halt_max_steps": cfg.n_loops,
+        "halt_exploration_prob": 0.1,
+        "forward_dtype": "bfloat16",
+        "puzzle_emb_ndim": cfg.d_puzzle,
+        "pos_encodings": cfg.positions,
+    }
+    (folder / "all_config.yaml").write_text(yaml.safe_dump({"arch": {**known, **arch}, "lr": 1e-4}))
+    return folder
+
+
+def names_of(model: PuzzleSolver) -> Mapping[str, str]:
+    table = next(table for table in TABLES if table.family == model.cfg.family)
+    return table.names(model.cfg)
+
+
+SIZES: dict[str, Any] = {
+    "n_layers": 2,
+    "n_loops": 3,
+    "n_cycles": 2,
+    "n_low_loops": 3,
+    "d_model": 14,
+    "n_heads": 3,
+    "d_mlp": 256,
+    "d_vocab": 11,
+    "n_prefix": 2,
+    "d_puzzle": 14,
+    "n_puzzles": 4,
+}
+RELEASED: dict[str, tuple[PuzzleConfig, dict[str, Any]]] = {
+    "hrm, learned positions": (
+        HrmConfig(**SIZES | {"n_prefix": 1}, n_high_layers=1, positions="learned", n_ctx=8),
+        {},
+    ),
+    "trm, an MLP along the positions": (
+        TrmConfig(**SIZES, positions="none", d_pos_mlp=256, n_ctx=9),
+        {"mlp_t": True, "puzzle_emb_len": 2, "no_ACT_continue": True},
+    ),
+    "trm, heads that do not divide the width": (
+        TrmConfig(**SIZES | {"n_ctx": 9}),
+        {"puzzle_emb_len": 2, "seq_len": 7, "vocab_size": 11, "num_puzzle_identifiers": 4},
+    ),
+}
+
+
+@pytest.fixture(params=RELEASED)
+def solver(request: pytest.FixtureRequest) -> tuple[PuzzleSolver, dict[str, Any]]:
+    cfg, arch = RELEASED[request.param]
+    model = randomize_(build(cfg))
+    assert isinstance(model, PuzzleSolver)
+    return model, arch
+
+
+def test_a_public_run_loads_by_its_folder_and_by_its_file(
+    solver: tuple[PuzzleSolver, dict[str, Any]], tmp_path: Path
+) -> None:
+    model, arch = solver
+    folder = released(model, tmp_path / "run", **arch)
+    tokens = torch.randint(0, 11, (3, model.cfg.n_ctx), generator=torch.Generator().manual_seed(3))
+    puzzle = torch.tensor([3, 0, 2])
+    for source in (folder, folder / "step_26040"):
+        again = load(source)
+        assert again.cfg == model.cfg
+        assert_close(again(tokens, puzzle=puzzle), model(tokens, puzzle=puzzle))
+    (folder / "step_26040").rename(folder / "checkpoint")
+    assert load(folder).cfg == model.cfg
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path: Path) -> None:
+    cfg, arch = RELEASED["trm, an MLP along the positions"]
+    model = randomize_(build(cfg))
+    assert isinstance(model, PuzzleSolver)
+    wrong = {
+        r"seq_len promises 6 positions with the prefix, but the weights have 9": {"seq_len": 4},
+        r"vocab_size is 12, but the weights have 11": {"vocab_size": 12},
+        r"pos_encodings must be .*got 'alibi'": {"pos_encodings": "alibi"},
+        r"has the field 'width' \(= 3\)": {"width": 3},
+    }
+    for i, (words, change) in enumerate(wrong.items()):
+        with pytest.raises(CheckpointError, match=words):
+            load(released(model, tmp_path / str(i), **arch, **change))
+    folder = released(model, tmp_path / "bad", **arch)
+    (folder / "all_config.yaml").write_text("arch: [1, 2]")
+    with pytest.raises(CheckpointError, match="must have a section 'arch' of fields by name"):
+        load(folder)
+    (folder / "all_config.yaml").write_text("arch: !!python/object:os.system {}")
+    with pytest.raises(CheckpointError, match="cannot be read as plain YAML"):
+        load(folder)
+
+
+# Calls
+
+
+def test_an_mlp_along_the_positions_needs_them_all() -> None:
+    model = build(RELEASED["trm, an MLP along the positions"][0])
+    with pytest.raises(ValueError, match="all its 9 positions in order.*got 8 positions"):
+        model(torch.ones(1, 8, dtype=torch.int64))
+    mask = torch.ones(2, 9)
+    mask[1, 7:] = 0
+    with pytest.raises(ValueError, match="got 9 positions, 7 of them real"):
+        model(torch.ones(2, 9, dtype=torch.int64), mask=mask)
+    state = model.begin(torch.ones(1, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="got 6 positions"):
+        model.advance(state.rows(pos=slice(3, None)))
+
+
+def test_what_a_call_cannot_take_is_refused() -> None:
+    model = build(RELEASED["hrm, learned positions"][0])
+    tokens = torch.ones(2, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"puzzle must be in 0..3, got 1..4"):
+        model(tokens, puzzle=torch.tensor([4, 1]))
+    with pytest.raises(
+        ValueError, match=r"high must have the shape .* = \[2, 8, 14\], got \[2, 8\]"
+    ):
+        model(tokens, high=torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="n_prefix \\* d_model must hold d_puzzle"):
+        replace(model.cfg, d_puzzle=15)
+    with pytest.raises(ValueError, match="n_ctx must be given where positions are learned"):
+        replace(model.cfg, n_ctx=None)
+
+
+def test_padding_is_a_cell_and_the_prefix_is_not_read() -> None:
+    model = randomize_(build(RELEASED["hrm, learned positions"][0])).double()
+    tokens = torch.tensor([[5, 3, 2, 7, 1, 4, 0, 0]])
+    other = tokens.clone()
+    other[0, 0] = 9
+    assert_close(model(other), model(tokens))
+    other = tokens.clone()
+    other[0, -1] = 2
+    assert not torch.allclose(model(other)[0, 1], model(tokens)[0, 1])
+
+
+def test_the_states_of_a_call_begin_the_next_one() -> None:
+    model = randomize_(build(RELEASED["trm, heads that do not divide the width"][0])).double()
+    tokens = torch.arange(9)[None] % 11
+    first = model.advance(model.begin(tokens, n_loops=1, puzzle=2))
+    again = model(tokens, n_loops=2, puzzle=2, high=first.resid, low=first.parts["low"])
+    assert_close(again, model(tokens, n_loops=3, puzzle=2))
+    assert model.state_parts(first)["high"] is first.resid

@@ -155,7 +155,7 @@ def test_csv_files_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert read_csv(tmp_path / "train.csv") == puzzles
     assert read_csv(tmp_path / "train.csv", least_rating=4) == puzzles[1:]
     (tmp_path / "bad.csv").write_text("source,question,answer,rating\nx,1.,12,hard\n")
-    with pytest.raises(ValueError, match="bad.csv, line 2: .*'hard'"):
+    with pytest.raises(ValueError, match=r"bad.csv, line 2: .*'hard'"):
         read_csv(tmp_path / "bad.csv")
     (tmp_path / "other.csv").write_text("q,a\n")
     with pytest.raises(ValueError, match="must have the columns source, question, answer, rating"):
