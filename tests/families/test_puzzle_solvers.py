@@ -401,6 +401,7 @@ def solver(request: pytest.FixtureRequest) -> tuple[PuzzleSolver, dict[str, Any]
     return model, arch
 
 
+@pytest.mark.shapes
 def test_a_public_run_loads_by_its_folder_and_by_its_file(
     solver: tuple[PuzzleSolver, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -443,7 +444,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path: Path) -> No
 
 def test_an_mlp_along_the_positions_needs_them_all() -> None:
     model = build(RELEASED["trm, an MLP along the positions"][0])
-    with pytest.raises(ValueError, match="all its 9 positions in order.*got 8 positions"):
+    with pytest.raises(ValueError, match=r"all its 9 positions in order.*got 8 positions"):
         model(torch.ones(1, 8, dtype=torch.int64))
     mask = torch.ones(2, 9)
     mask[1, 7:] = 0
@@ -480,6 +481,7 @@ def test_padding_is_a_cell_and_the_prefix_is_not_read() -> None:
     assert not torch.allclose(model(other)[0, 1], model(tokens)[0, 1])
 
 
+@pytest.mark.shapes
 def test_the_states_of_a_call_begin_the_next_one() -> None:
     model = randomize_(build(RELEASED["trm, heads that do not divide the width"][0])).double()
     tokens = torch.arange(9)[None] % 11

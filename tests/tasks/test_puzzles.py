@@ -20,6 +20,8 @@ from loopscope.tasks.puzzles.files import read_arrays, read_csv, write_arrays, w
 from loopscope.tasks.puzzles.mazes import make_maze, solve_maze
 from loopscope.tasks.puzzles.sudoku import Sudoku, make_sudokus
 
+pytestmark = pytest.mark.shapes
+
 SMALL, WIDE = Sudoku.of_side(4), Sudoku.of_side(6)
 
 

@@ -29,6 +29,8 @@ from loopscope.training.puzzles.trainer import PuzzleTrainer, fresh_solver, trai
 from loopscope.training.trainer import train
 from toy import assert_close
 
+pytestmark = pytest.mark.shapes
+
 RECIPE = PuzzleRecipe(
     name="tiny",
     task=SudokuTask(puzzles=12, held_out=5, clues=(6, 8)),

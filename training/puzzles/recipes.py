@@ -100,7 +100,7 @@ class PuzzleRecipe(Recipe):
                 "first must be above 0 and below updates, and average at least 0 and below 1, got"
                 f" first={self.first}, updates={self.updates} and average={self.average}"
             )
-        rates = {"lr": self.lr, "lr_end": self.lr_end, "warmup": self.warmup}
+        rates: dict[str, Any] = {"lr": self.lr, "lr_end": self.lr_end, "warmup": self.warmup}
         decided = {
             "padded_to": N_PREFIX + self.task.side**2,
             "loops": Loops.fixed(self.n_loops),

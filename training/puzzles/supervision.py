@@ -227,7 +227,8 @@ def _continue_target(
 ) -> Float[Tensor, " batch"]:
     """What the continue logit should say: the value of the next step by its own two logits."""
     halt, go_on = model.halt(run_step(model, after).resid[:, 0]).unbind(-1)
-    return halt.where(last, torch.maximum(halt, go_on)).sigmoid()
+    target: Tensor = halt.where(last, torch.maximum(halt, go_on)).sigmoid()
+    return target
 
 
 def _losses(

@@ -156,7 +156,7 @@ class PuzzleTrainer:
                 f"the loss became {value} at update {update}; resume with a lower learning rate"
             )
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        loss.backward()
         if recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.trained, recipe.clip)
         self.optimizer.step()

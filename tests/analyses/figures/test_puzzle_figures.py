@@ -20,6 +20,7 @@ def test_the_miniature_solves_nine_of_ten_held_out_puzzles() -> None:
     assert score(solver.model, solver.puzzles, 8).exact[-1].float().mean() >= 0.9
 
 
+@pytest.mark.shapes
 def test_cycles_are_read_as_the_model_reads_its_steps(record: sudoku.SudokuRecord) -> None:
     solver = open_solver(sudoku.SudokuConfig(), 15)
     scores = score(solver.model, solver.puzzles, 3)
@@ -30,6 +31,7 @@ def test_cycles_are_read_as_the_model_reads_its_steps(record: sudoku.SudokuRecor
     assert record.exact.shape == (3, 6, 15)
 
 
+@pytest.mark.shapes
 def test_more_restarts_never_solve_fewer(record: sudoku.SudokuRecord) -> None:
     table = record.frame().pivot_table(index="cycles", columns="restarts", values="any")
     assert (table.diff(axis=1).iloc[:, 1:] >= 0).all().all()
@@ -49,6 +51,7 @@ def test_the_boards_are_drawn_with_clues_and_cells(record: sudoku.SudokuRecord) 
         assert red == [i for i in wrong if record.question[i] == "."]
 
 
+@pytest.mark.shapes
 def test_a_cell_acts_most_on_itself_and_on_related_cells() -> None:
     found = cell_patch.run(cell_patch.CellPatchConfig(puzzles=3, n_loops=3))
     effect = dict(zip(cell_patch.RELATIONS, found.kl.mean(0).tolist(), strict=True))
