@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopscope.analyses.figures.puzzles import cell_patch, sudoku
+from loopscope.analyses.figures.puzzles import cell_patch, fixed_points, sudoku
 from loopscope.analyses.figures.puzzles._solver import open_solver, run_cycles
 from loopscope.training.puzzles.scores import score
 
@@ -60,6 +60,26 @@ def test_a_cell_acts_most_on_itself_and_on_related_cells() -> None:
     assert len(found.frame()) == 2 * len(cell_patch.RELATIONS)
 
 
+@pytest.mark.shapes
+def test_boards_at_rest_and_boards_that_are_left() -> None:
+    config = fixed_points.FixedPointsConfig(puzzles=9, n_loops=3)
+    found = fixed_points.run(config)
+    assert found.exact.shape == (len(fixed_points.KINDS), 6)
+    assert (found.exact[2, -1] > 0.8, found.exact[3, -1] > 0.8) == (True, True)
+    assert len(fixed_points.figure(found).data) == len(found.summary()) == len(fixed_points.KINDS)
+    solver = open_solver(config, 3)
+    wrong = (solver.answers[:1] + 1).expand(4, 3, -1)
+    boards = torch.stack([solver.answers, solver.answers, solver.answers, wrong[0]])
+    boards[3, 0] = solver.answers[0]
+    moved = torch.tensor([1.0, 0.5, 0.5, 0.01])[:, None].expand(4, 3).clone()
+    moved[3, 2] = 0.5
+    run = fixed_points.Cycles(boards, torch.zeros(4, 3), moved)
+    worked = fixed_points.measure(solver, [run] * 4, rest=0.05)
+    assert worked.exact[0].tolist() == pytest.approx([1, 1, 1, 1 / 3])
+    assert worked.left.tolist() == pytest.approx([2 / 3] * 4)
+    assert worked.spurious.tolist() == pytest.approx([1 / 3] * 4)
+
+
 def test_what_cannot_be_drawn_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be a puzzle solver.*take mini/sudoku/trm"):
         sudoku.run(sudoku.SudokuConfig(checkpoint="mini/multi_hop/r2"))
@@ -67,5 +87,7 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         sudoku.run(sudoku.SudokuConfig(puzzles=3, shown=3))
     with pytest.raises(ValueError, match="restarts and boards must be at least 1"):
         sudoku.run(sudoku.SudokuConfig(puzzles=3, restarts=0))
+    with pytest.raises(ValueError, match="noise and rest must be at least 0, got -1"):
+        fixed_points.run(fixed_points.FixedPointsConfig(noise=-1.0))
     with pytest.raises(ValueError, match="n_loops must be above 1, got 1"):
         cell_patch.run(cell_patch.CellPatchConfig(puzzles=3, n_loops=1))
