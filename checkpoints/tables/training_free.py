@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.rotary import rotary
 from loopscope.checkpoints.release import BLOCK_KEYS
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
-from loopscope.checkpoints.tables.rotary import rotary
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
 from loopscope.models.families.training_free.model import TrainingFreeConfig
 from loopscope.models.families.training_free.rules import BETA, check_rule, checked_window

@@ -42,7 +42,7 @@ def test_more_restarts_never_solve_fewer(record: sudoku.SudokuRecord) -> None:
 
 def test_the_boards_are_drawn_with_clues_and_cells(record: sudoku.SudokuRecord) -> None:
     drawn = sudoku.figure(record)
-    boards = [trace for trace in drawn.data if trace.mode == "markers+text"]
+    boards = [trace for trace in drawn.data if trace.text and trace.textfont.color]
     assert len(boards) == 1 + len(record.boards)
     for trace, board in zip(boards[1:], record.boards, strict=True):
         assert "".join(trace.text) == board
