@@ -1,4 +1,4 @@
-"""Fields and key names that the releases of the recursive puzzle solvers share."""
+"""Config fields and key names that the releases of the recursive puzzle solvers share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.tables.llama import block_names
 
 PREFIXES = ("inner.", "model.inner.")  # without and with the head that holds the loss
 HARMLESS = {
@@ -63,7 +62,11 @@ def names(stacks: Mapping[str, tuple[str, int]]) -> dict[str, str]:
     """
     plain = dict(_EDGE)
     for level, (ours, n_layers) in stacks.items():
-        plain |= block_names(f"{level}_level.layers", ours, n_layers, _PARTS)
+        plain |= {
+            f"{level}_level.layers.{i}.{key}": f"{ours}.{i}.{name}"
+            for i in range(n_layers)
+            for key, name in _PARTS.items()
+        }
     return {prefix + key: name for prefix in PREFIXES for key, name in plain.items()}
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from golden_cases import Compute, GoldenCase, check_case
+from golden_cases import FLOAT32, Compute, GoldenCase, check_case
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.tables import TABLES
@@ -324,9 +324,18 @@ TABLE: Mapping[str, Compute] = {
 }
 
 
+def gradient_bounds(case: PuzzleCase) -> dict[str, float]:
+    """Ten times the distance of the reference's own float32 from its float64, where that is more
+    than the usual bound.
+    """
+    own = case.meta["float64_vs_float32_training"]["gradients_relative_norm"]
+    return {f"variant.train.step.1.grad.{key}": max(FLOAT32, 10 * x) for key, x in own.items()}
+
+
 @pytest.mark.parametrize("name", ["trm", "hrm"])
 def test_golden_outputs(name: str, record_error: Callable[[str, str, float], None]) -> None:
-    check_case(PuzzleCase(name), TABLE, record_error)
+    case = PuzzleCase(name)
+    check_case(case, TABLE, record_error, gradient_bounds(case))
 
 
 # Releases
