@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -16,6 +18,16 @@ from loopscope.interp.common.ranking import top_token
 from loopscope.models.blocks.puzzle_solver import PuzzleSolver
 from loopscope.models.core.state import checked_loops
 from loopscope.tasks.puzzles.boards import Puzzle, sudoku_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverConfig(SourceConfig):
+    """A puzzle solver and how long it runs."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional] = "mini/sudoku/trm"
+    """A puzzle solver whose card.json holds Sudoku puzzles: a name, a file or a folder."""
+    n_loops: int | None = None
+    """Supervision steps; by default what the checkpoint records."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Cycles:
     moved: Float[Tensor, "cycle puzzle"]
 
 
-def open_solver(config: SourceConfig, count: int) -> Solver:
+def open_solver(config: SolverConfig, count: int) -> Solver:
     """The checkpoint that a config names, with its first `count` held-out Sudoku puzzles.
 
     Raises:

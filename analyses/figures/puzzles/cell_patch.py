@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.figures.puzzles._solver import Solver, open_solver
+from loopscope.analyses.figures.puzzles._solver import Solver, SolverConfig, open_solver
 from loopscope.interp.common.precision import widened
 from loopscope.interp.drawing.look import CATEGORIES, styled
 from loopscope.models.core.state import checked_loops
@@ -26,13 +25,9 @@ _FIRST_DIGIT = 2  # the token of the digit 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellPatchConfig(SourceConfig):
+class CellPatchConfig(SolverConfig):
     """Effect of a patch of one cell's states on the other cells, by relation of the cells."""
 
-    checkpoint: str = "mini/sudoku/trm"
-    """A puzzle solver."""
-    n_loops: int | None = None
-    """Supervision steps; by default what the checkpoint records."""
     puzzles: int = 12
     """Held-out puzzles to patch."""
 

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.figures.puzzles._solver import (
     Cycles,
     Solver,
+    SolverConfig,
     open_solver,
     run_cycles,
     solver_of,
@@ -29,13 +29,9 @@ KINDS = ("nothing blank", "one blank", "as given", "disturbed at the end")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedPointsConfig(SourceConfig):
+class FixedPointsConfig(SolverConfig):
     """Share of right boards over cycles: solved boards, one blank, as given, and disturbed."""
 
-    checkpoint: str = "mini/sudoku/trm"
-    """A puzzle solver."""
-    n_loops: int | None = None
-    """Supervision steps; by default what the checkpoint records."""
     puzzles: int = 100
     """Held-out puzzles to solve."""
     noise: float = 1.0

@@ -14,9 +14,14 @@ from jaxtyping import Bool, Float, Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.figures.puzzles._solver import Cycles, Solver, open_solver, run_cycles
+from loopscope.analyses.figures.puzzles._solver import (
+    Cycles,
+    Solver,
+    SolverConfig,
+    open_solver,
+    run_cycles,
+)
 from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, GRID, INK, MARK, styled
 from loopscope.tasks.puzzles.boards import BLANK_ID, sudoku_text
 
@@ -25,13 +30,9 @@ _RIGHT = "#0b4f8a"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SudokuConfig(SourceConfig):
+class SudokuConfig(SolverConfig):
     """Boards over cycles, accuracy by cycles and restarts, and the halting head's calibration."""
 
-    checkpoint: str = "mini/sudoku/trm"
-    """A puzzle solver."""
-    n_loops: int | None = None
-    """Supervision steps; by default what the checkpoint records."""
     puzzles: int = 100
     """Held-out puzzles to solve."""
     restarts: int = 6
