@@ -1,10 +1,12 @@
-"""JSON files of a checkpoint, with errors that name the file."""
+"""JSON and YAML files of a checkpoint, with errors that name the file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.tasks import jsons
@@ -33,6 +35,24 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_section(path: Path, name: str) -> dict[str, Any]:
+    """One section of a YAML file, which must hold fields by name.
+
+    Raises:
+        CheckpointError: The file cannot be read, is not plain YAML, or has no such section.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as plain YAML ({type(error).__name__})"
+        ) from None
+    section = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(section, dict) or not all(isinstance(key, str) for key in section):
+        raise CheckpointError(f"{path} must have a section {name!r} of fields by name")
+    return section
 
 
 def write_json(path: Path, value: Any) -> None:

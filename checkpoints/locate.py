@@ -17,6 +17,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 _ADAPTER = "adapter_config.json"
 _OWN_WEIGHTS = "model.safetensors"
 _PICKLES = ("pytorch_model.bin", PICKLE_INDEX, "model.pt")
+PUZZLE_CONFIG = "all_config.yaml"  # beside the files without suffix that puzzle solvers come in
 _COMPANIONS = {
     "card": "card.json",
     "vocab": "vocab.json",
@@ -90,6 +91,8 @@ def _weights_in(folder: Path) -> Path:
             return folder / name
     kinds = ("*.pt", f"*{SUFFIX}")
     found = sorted(path for kind in kinds for path in folder.glob(kind) if path.is_file())
+    if not found and (folder / PUZZLE_CONFIG).is_file():
+        found = sorted(path for path in folder.iterdir() if _is_puzzle_file(path))
     if len(found) == 1:
         return found[0]
     if found:
@@ -98,6 +101,11 @@ def _weights_in(folder: Path) -> Path:
             f" {', '.join(p.name for p in found)}"
         )
     raise _no_checkpoint(folder)
+
+
+def _is_puzzle_file(path: Path) -> bool:
+    """Whether a file is named as the checkpoints of puzzle solvers are: step_<N>, or checkpoint."""
+    return path.is_file() and re.fullmatch(r"step_\d+|checkpoint", path.name) is not None
 
 
 def _no_checkpoint(folder: Path) -> CheckpointError:

@@ -25,6 +25,7 @@ PLACES: dict[str, dict[str, str]] = {
     "mini/systematicity/r2_l2": {},
     "mini/systematicity/r8_l2": {},
     "mini/smiles": _LAST,
+    "mini/sudoku/trm": _LAST | {"first": "first"},
 }
 
 

@@ -25,6 +25,8 @@ from loopscope.training.catalog import RECIPES
 from loopscope.training.examination import accuracies, accuracy_table
 from loopscope.training.folder import claim, drafts_of, refuse_unless_resumed
 from loopscope.training.log import Log
+from loopscope.training.puzzles.recipes import PUZZLE_RECIPES
+from loopscope.training.puzzles.trainer import train_solver
 from loopscope.training.questions import questions_of
 from loopscope.training.recipes import Recipe, Stage
 from loopscope.training.setup import Answering, TrainingBatch, fresh_model, fresh_optimizer, pack
@@ -53,10 +55,17 @@ def train(
         The folder of the finished checkpoint.
 
     Raises:
-        ValueError: No recipe of that name.
+        ValueError: No recipe of that name, or `release` for a puzzle solver.
     """
+    if name in PUZZLE_RECIPES:
+        if release:
+            raise ValueError(f"{name} has no released layout to write; leave release out")
+        return train_solver(
+            PUZZLE_RECIPES[name], folder or Path("runs") / name, resume=resume, wandb=wandb
+        )
     if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(RECIPES)}")
+        known = ", ".join((*RECIPES, *PUZZLE_RECIPES))
+        raise ValueError(f"there is no recipe {name!r}; the recipes are {known}")
     trainer = Trainer(
         RECIPES[name], folder or Path("runs") / name, resume=resume, release=release, wandb=wandb
     )

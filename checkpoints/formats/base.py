@@ -11,8 +11,8 @@ from typing import Any
 
 from loopscope.checkpoints.contents import Contents
 from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.jsons import read_object
-from loopscope.checkpoints.locate import CheckpointFiles
+from loopscope.checkpoints.jsons import read_object, read_section
+from loopscope.checkpoints.locate import PUZZLE_CONFIG, CheckpointFiles
 from loopscope.checkpoints.pickles import read_pickle
 from loopscope.checkpoints.release import ReleaseFacts
 from loopscope.checkpoints.tables import TABLES
@@ -34,11 +34,14 @@ class Located:
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        """config.json beside the weights; None where there is none, or where the file of the
-        weights holds a config.
+        """config.json beside the weights, or else the section of the model in all_config.yaml; None
+        where there is neither, or where the file of the weights holds a config.
         """
         path = config_file(self.files.weights)
-        return read_object(path) if path.is_file() and path != self.files.weights else None
+        if path.is_file():
+            return read_object(path) if path != self.files.weights else None
+        path = self.files.weights.with_name(PUZZLE_CONFIG)
+        return read_section(path, "arch") if path.is_file() else None
 
     @cached_property
     def pickle(self) -> dict[str, Any] | None:

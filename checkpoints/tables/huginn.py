@@ -9,9 +9,9 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fields.rotary import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names
-from loopscope.checkpoints.tables.rotary import rotary
 from loopscope.models.families.huginn import HuginnConfig, PreludeCoreCodaConfig
 
 MODEL_TYPE = "huginn_raven"

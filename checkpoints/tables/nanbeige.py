@@ -9,9 +9,9 @@ from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fields.rotary import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
-from loopscope.checkpoints.tables.rotary import rotary
 from loopscope.models.families.nanbeige import NanbeigeConfig
 
 _ATTENTION_BIASES = {

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.rotary import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.huginn import (
     HARMLESS,
@@ -20,7 +21,6 @@ from loopscope.checkpoints.tables.huginn import (
     recognizes,
     sizes,
 )
-from loopscope.checkpoints.tables.rotary import rotary
 from loopscope.models.families.retrofit import (
     RetrofitConfig,
     RetrofitLlamaConfig,

@@ -99,6 +99,13 @@ def causal_keys(queries: Places, keys: Places) -> Bool[Tensor, "batch query key"
     return keys.positions[:, None, :] <= queries.positions[:, :, None]
 
 
+def every_key(queries: Places, keys: Places) -> Bool[Tensor, "batch query key"]:
+    """A row sees the keys at all positions."""
+    return keys.positions.new_ones(
+        (*queries.positions.shape, keys.positions.shape[1]), dtype=torch.bool
+    )
+
+
 def prefix_keys(queries: Places, keys: Places) -> Bool[Tensor, "batch query key"]:
     """A row sees the keys at its own position and before it; where there are tags, those tagged 1
     also see each other.

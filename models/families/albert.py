@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
@@ -17,7 +17,7 @@ from loopscope.models.basis.tokens import checked_token_types
 from loopscope.models.blocks.components import MLP, LayerNorm
 from loopscope.models.blocks.decoder import stack
 from loopscope.models.blocks.decoder_block import Attention, Block
-from loopscope.models.core.attention import Places, Visible
+from loopscope.models.core.attention import Visible, every_key
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
@@ -85,13 +85,6 @@ class AlbertConfig(LoopedConfig):
             if self.n_grouped_loops is None
             else int(loop / (self.n_grouped_loops / self.n_groups))
         )
-
-
-def every_key(queries: Places, keys: Places) -> Bool[Tensor, "batch query key"]:
-    """A row sees the keys at all positions."""
-    return keys.positions.new_ones(
-        (*queries.positions.shape, keys.positions.shape[1]), dtype=torch.bool
-    )
 
 
 @family(AlbertConfig)

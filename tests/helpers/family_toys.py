@@ -150,6 +150,8 @@ TOYS: dict[str, Toy] = {
             "token_types": (torch.arange(tokens.shape[1]) < 3).expand_as(tokens).long()
         },
     ),
+    "trm": Toy(golden("trm"), unread=("hook_halt_logit", "hook_continue_logit")),
+    "hrm": Toy(golden("hrm"), unread=("hook_halt_logit", "hook_continue_logit")),
     "ouro": Toy(golden("ouro"), unread=("hook_exit_logit",)),
     "parcae": Toy(golden("parcae"), lambda tokens: {"state": latents(tokens, 32)}),
     "spiral": Toy(golden("spiral"), unread=("hook_halt_logit",)),

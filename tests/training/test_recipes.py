@@ -11,6 +11,7 @@ import pytest
 from loopscope.training.catalog import RECIPES, extrapolation
 from loopscope.training.language.recipes import LANGUAGE_RECIPES
 from loopscope.training.minis import PLACES, ship
+from loopscope.training.puzzles.recipes import PUZZLE_RECIPES
 from loopscope.training.recipes import Loops, Recipe, Stage, curriculum
 from loopscope.training.setup import fresh_model
 
@@ -118,10 +119,10 @@ def test_a_miniature_has_at_most_a_million_parameters(recipe: Recipe) -> None:
 
 def test_every_miniature_is_trained_and_shipped_from_stages_that_it_has() -> None:
     assert set(PLACES) == {
-        name for name in (*RECIPES, *LANGUAGE_RECIPES) if name.startswith("mini/")
+        name for name in (*RECIPES, *LANGUAGE_RECIPES, *PUZZLE_RECIPES) if name.startswith("mini/")
     }
     for name, places in PLACES.items():
-        recipe = RECIPES.get(name) or LANGUAGE_RECIPES[name]
+        recipe = RECIPES.get(name) or LANGUAGE_RECIPES.get(name) or PUZZLE_RECIPES[name]
         assert set(places) <= {stage.name for stage in recipe.stages}
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.rotary import rotary, rotary_by_kind
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
 from loopscope.checkpoints.tables.ordinary.llama import HEAD_NORMS, sizes
 from loopscope.checkpoints.tables.ordinary.looping import OPTIONS
 from loopscope.checkpoints.tables.ordinary.reach import reach
-from loopscope.checkpoints.tables.rotary import rotary, rotary_by_kind
 from loopscope.models.families.training_free.gemma import TrainingFreeGemmaConfig
 
 _NORMS = {

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.rotary import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.checkpoints.tables.ordinary.looping import OPTIONS, looping
 from loopscope.checkpoints.tables.ordinary.reach import reach
-from loopscope.checkpoints.tables.rotary import rotary
 from loopscope.models.families.training_free.model import TrainingFreeConfig
 
 HEAD_NORMS = {f"self_attn.{part}_norm.weight": f"attn.{part}_norm.w" for part in ("q", "k")}

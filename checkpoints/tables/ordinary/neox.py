@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.rotary import rotary, turned_share
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names
 from loopscope.checkpoints.tables.ordinary.looping import OPTIONS, looping
-from loopscope.checkpoints.tables.rotary import rotary, turned_share
 from loopscope.models.families.training_free.neox import TrainingFreeNeoXConfig
 
 _EDGES = {

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.rotary import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
 from loopscope.checkpoints.tables.ordinary.llama import HEAD_NORMS, biases, sizes
 from loopscope.checkpoints.tables.ordinary.looping import OPTIONS
-from loopscope.checkpoints.tables.rotary import rotary
 from loopscope.models.families.training_free.olmo import TrainingFreeOlmoConfig
 
 _POST_NORMS = {

@@ -1,0 +1,45 @@
+"""The Tiny Recursive Model, whose one small network makes both a low and a high state in nested
+cycles (arXiv 2510.04871).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from loopscope.models.blocks.puzzle_solver import PuzzleConfig, PuzzleSolver
+from loopscope.models.core.registry import family
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrmConfig(PuzzleConfig):
+    """Sizes; n_layers counts the blocks of the one network."""
+
+    family: ClassVar[str] = "trm"
+
+
+@family(TrmConfig)
+class Trm(PuzzleSolver):
+    """One stack of post-norm blocks that makes the new low state and the new high state.
+
+    A low run differs from a high run by its state and by the input embedding in what it adds; see
+    `PuzzleSolver` for the cycles, the names and the prefix. With d_pos_mlp the blocks have an MLP
+    along the positions in place of attention, which fixes the number of positions.
+
+    Source:
+        arXiv 2510.04871.
+    """
+
+    cfg: TrmConfig
+
+    def __init__(self, cfg: TrmConfig) -> None:
+        super().__init__(cfg)
+        self.blocks = nn.ModuleList(self.block() for _ in range(cfg.n_layers))
+        self.initialize()
+
+    @property
+    def stacks(self) -> Mapping[str, nn.ModuleList]:
+        return {"low": self.blocks, "high": self.blocks}

@@ -1,0 +1,93 @@
+"""The figures of puzzle solvers, on the shipped miniature."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loopscope.analyses.figures.puzzles import cell_patch, fixed_points, sudoku
+from loopscope.analyses.figures.puzzles._solver import open_solver, run_cycles
+from loopscope.training.puzzles.scores import score
+
+
+@pytest.fixture(scope="module")
+def record() -> sudoku.SudokuRecord:
+    return sudoku.run(sudoku.SudokuConfig(puzzles=15, restarts=3, n_loops=3, boards=4))
+
+
+def test_the_miniature_solves_nine_of_ten_held_out_puzzles() -> None:
+    solver = open_solver(sudoku.SudokuConfig(), 60)
+    assert score(solver.model, solver.puzzles, 8).exact[-1].float().mean() >= 0.9
+
+
+@pytest.mark.shapes
+def test_cycles_are_read_as_the_model_reads_its_steps(record: sudoku.SudokuRecord) -> None:
+    solver = open_solver(sudoku.SudokuConfig(), 15)
+    scores = score(solver.model, solver.puzzles, 3)
+    cycles = run_cycles(solver, 3)
+    assert torch.equal((cycles.boards == solver.answers).all(-1)[1::2], scores.exact)
+    assert torch.equal(cycles.halting[1::2], scores.halting)
+    assert torch.equal(record.exact[0, 1::2], scores.exact)
+    assert record.exact.shape == (3, 6, 15)
+
+
+@pytest.mark.shapes
+def test_more_restarts_never_solve_fewer(record: sudoku.SudokuRecord) -> None:
+    table = record.frame().pivot_table(index="cycles", columns="restarts", values="any")
+    assert (table.diff(axis=1).iloc[:, 1:] >= 0).all().all()
+    assert (record.frame()["chosen"] <= record.frame()["any"]).all()
+    assert record.calibration()["count"].sum() == 3 * 15
+    assert record.summary()["puzzles"].sum() == 15
+
+
+def test_the_boards_are_drawn_with_clues_and_cells(record: sudoku.SudokuRecord) -> None:
+    drawn = sudoku.figure(record)
+    boards = [trace for trace in drawn.data if trace.text and trace.textfont.color]
+    assert len(boards) == 1 + len(record.boards)
+    for trace, board in zip(boards[1:], record.boards, strict=True):
+        assert "".join(trace.text) == board
+        wrong = [i for i, (a, b) in enumerate(zip(board, record.answer, strict=True)) if a != b]
+        red = [i for i, color in enumerate(trace.textfont.color) if color == sudoku.MARK]
+        assert red == [i for i in wrong if record.question[i] == "."]
+
+
+@pytest.mark.shapes
+def test_a_cell_acts_most_on_itself_and_on_related_cells() -> None:
+    found = cell_patch.run(cell_patch.CellPatchConfig(puzzles=3, n_loops=3))
+    effect = dict(zip(cell_patch.RELATIONS, found.kl.mean(0).tolist(), strict=True))
+    assert effect["self"] > effect["row"] > effect["none"] > 0
+    assert len(cell_patch.figure(found).data) == len(cell_patch.RELATIONS)
+    assert len(found.frame()) == 2 * len(cell_patch.RELATIONS)
+
+
+@pytest.mark.shapes
+def test_boards_at_rest_and_boards_that_are_left() -> None:
+    config = fixed_points.FixedPointsConfig(puzzles=9, n_loops=3)
+    found = fixed_points.run(config)
+    assert found.exact.shape == (len(fixed_points.KINDS), 6)
+    assert (found.exact[2, -1] > 0.8, found.exact[3, -1] > 0.8) == (True, True)
+    assert len(fixed_points.figure(found).data) == len(found.summary()) == len(fixed_points.KINDS)
+    solver = open_solver(config, 3)
+    wrong = (solver.answers[:1] + 1).expand(4, 3, -1)
+    boards = torch.stack([solver.answers, solver.answers, solver.answers, wrong[0]])
+    boards[3, 0] = solver.answers[0]
+    moved = torch.tensor([1.0, 0.5, 0.5, 0.01])[:, None].expand(4, 3).clone()
+    moved[3, 2] = 0.5
+    run = fixed_points.Cycles(boards, torch.zeros(4, 3), moved)
+    worked = fixed_points.measure(solver, [run] * 4, rest=0.05)
+    assert worked.exact[0].tolist() == pytest.approx([1, 1, 1, 1 / 3])
+    assert worked.left.tolist() == pytest.approx([2 / 3] * 4)
+    assert worked.spurious.tolist() == pytest.approx([1 / 3] * 4)
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be a puzzle solver.*take mini/sudoku/trm"):
+        sudoku.run(sudoku.SudokuConfig(checkpoint="mini/multi_hop/r2"))
+    with pytest.raises(ValueError, match="one of the 3 puzzles, from 0, got 3"):
+        sudoku.run(sudoku.SudokuConfig(puzzles=3, shown=3))
+    with pytest.raises(ValueError, match="restarts and boards must be at least 1"):
+        sudoku.run(sudoku.SudokuConfig(puzzles=3, restarts=0))
+    with pytest.raises(ValueError, match="noise and rest must be at least 0, got -1"):
+        fixed_points.run(fixed_points.FixedPointsConfig(noise=-1.0))
+    with pytest.raises(ValueError, match="n_loops must be above 1, got 1"):
+        cell_patch.run(cell_patch.CellPatchConfig(puzzles=3, n_loops=1))
