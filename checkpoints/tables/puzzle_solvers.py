@@ -12,8 +12,8 @@ from torch import Tensor
 from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.fields.puzzle_solvers import HARMLESS, has_level, names, sizes
 from loopscope.checkpoints.table import Table
-from loopscope.models.families.hrm import HrmConfig
-from loopscope.models.families.trm import TrmConfig
+from loopscope.models.families.puzzle_solvers.hrm import HrmConfig
+from loopscope.models.families.puzzle_solvers.trm import TrmConfig
 
 
 def _trm(fields: ConfigFields, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> TrmConfig:

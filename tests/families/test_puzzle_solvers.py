@@ -17,11 +17,11 @@ from golden_cases import FLOAT32, Compute, GoldenCase, check_case
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.tables import TABLES
-from loopscope.models.blocks.puzzle_solver import PuzzleConfig, PuzzleSolver
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.registry import build
-from loopscope.models.families.hrm import HrmConfig
-from loopscope.models.families.trm import TrmConfig
+from loopscope.models.families.puzzle_solvers.hrm import HrmConfig
+from loopscope.models.families.puzzle_solvers.solver import PuzzleConfig, PuzzleSolver
+from loopscope.models.families.puzzle_solvers.trm import TrmConfig
 from loopscope.training.puzzles.supervision import (
     Carry,
     Draws,

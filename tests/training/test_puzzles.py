@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopscope.checkpoints.load import load
-from loopscope.models.blocks.puzzle_solver import PuzzleSolver
+from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.training.puzzles.data import copies_of
 from loopscope.training.puzzles.recipes import PUZZLE_RECIPES, PuzzleRecipe, SudokuTask
 from loopscope.training.puzzles.scores import by_rating, score

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from loopscope.interp.common.ranking import top_token
-from loopscope.models.blocks.puzzle_solver import PuzzleSolver
+from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.tasks.puzzles.boards import Puzzle
 from loopscope.training.puzzles.data import as_tokens
 from loopscope.training.puzzles.supervision import with_prefix

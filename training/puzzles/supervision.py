@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.models.blocks.puzzle_solver import PuzzleSolver
 from loopscope.models.core.state import State
+from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 
 IGNORED = -100
 _HALTING_SHARE = 0.5  # of the halting loss in the total

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from loopscope.checkpoints.load import save
 from loopscope.models.basis.tokens import Readout, Vocabulary
-from loopscope.models.blocks.puzzle_solver import PuzzleSolver
 from loopscope.models.core.registry import build
+from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.tasks.puzzles.boards import sudoku_words
 from loopscope.training.folder import claim, drafts_of, refuse_unless_resumed
 from loopscope.training.log import Log

@@ -15,8 +15,8 @@ from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_token
-from loopscope.models.blocks.puzzle_solver import PuzzleSolver
 from loopscope.models.core.state import checked_loops
+from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.tasks.puzzles.boards import Puzzle, sudoku_tokens
 
 

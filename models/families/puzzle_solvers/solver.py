@@ -19,13 +19,13 @@ from loopscope.models.basis.fields import BASE_OF_ANGLES, MOST_BLOCKS, limits
 from loopscope.models.blocks.components import RMSNorm
 from loopscope.models.blocks.decoder import stack
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
-from loopscope.models.blocks.position_mlp import PositionBlock
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Visible, every_key
 from loopscope.models.core.base import LoopedModel, stream_at
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.state import Slot, State, Visit, integers
+from loopscope.models.families.puzzle_solvers.position_mlp import PositionBlock
 
 OPENING = ("hook_state_in", "hook_input", "hook_injected")
 GATES = ("hook_halt_logit", "hook_continue_logit")

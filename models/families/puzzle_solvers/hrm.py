@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
-from loopscope.models.blocks.puzzle_solver import PuzzleConfig, PuzzleSolver
 from loopscope.models.core.registry import family
+from loopscope.models.families.puzzle_solvers.solver import PuzzleConfig, PuzzleSolver
 
 
 @dataclass(frozen=True, kw_only=True)
