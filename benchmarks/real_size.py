@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import results
 from benchmarks.flops import causal_cone
 from benchmarks.plain_ouro import PlainOuro
-from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables import huginn, ouro

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.contents import Contents
 from loopscope.checkpoints.errors import CheckpointError, config_errors, shown
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.harmless import Reasons
 from loopscope.checkpoints.fill import build_from, drop_tied_head
 from loopscope.checkpoints.weight_files import config_file

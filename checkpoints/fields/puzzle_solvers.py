@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 
 PREFIXES = ("inner.", "model.inner.")  # without and with the head that holds the loss
 HARMLESS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.models.blocks.rotary import SCALINGS, checked_scaling, kind_of
 
 _OF_ALL = (

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import MLP
 from loopscope.models.families.dory import DoryConfig

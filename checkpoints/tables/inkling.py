@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.quantised import decoded
 from loopscope.models.families.inkling.config import InklingConfig

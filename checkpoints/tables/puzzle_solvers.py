@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.puzzle_solvers import HARMLESS, has_level, names, sizes
 from loopscope.checkpoints.table import Table
 from loopscope.models.families.puzzle_solvers.hrm import HrmConfig

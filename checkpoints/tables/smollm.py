@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.pickles import Record
 from loopscope.checkpoints.table import Release, Table
 from loopscope.models.families.smollm import SMolLMConfig

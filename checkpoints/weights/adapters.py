@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.jsons import read_object
 from loopscope.checkpoints.weight_files import read_tensors
 

@@ -62,7 +62,7 @@ WRITE_OURO = """
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.tables.ouro import TABLE
 from loopscope.models.core.registry import build
 

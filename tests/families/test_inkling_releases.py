@@ -16,8 +16,8 @@ from torch import Tensor
 
 from family_toys import random_tokens
 from golden_cases import GOLDEN, GoldenCase
-from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.load import load, save
 from loopscope.checkpoints.tables.inkling import TABLE
 from loopscope.checkpoints.tables.quantised import decoded

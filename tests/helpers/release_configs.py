@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables import TABLES
 from loopscope.models.core.base import LoopedModel

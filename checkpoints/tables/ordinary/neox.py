@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loopscope.checkpoints.config_fields import ConfigFields
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.rotary import rotary, turned_share
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import block_names

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loopscope.checkpoints.config_fields import ConfigFields
 from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.fields.config_fields import ConfigFields
 
 _KINDS = ("full_attention", "sliding_attention")
 
