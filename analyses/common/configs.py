@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import tyro
 
-from loopscope.models.basis.arguments import Argument, ArgumentError
+if TYPE_CHECKING:
+    from loopscope.models.basis.arguments import Argument
 
 DEFAULT_CHECKPOINT = "mini/multi_hop/r_dyn"
 
@@ -50,8 +51,9 @@ def is_setting(name: str) -> bool:
 
 def as_flags(error: Exception) -> str:
     """The sentence of an error, with the arguments that it asks for as flags of a command."""
-    if isinstance(error, ArgumentError):
-        return error.spelled(_flag)
+    spelled = getattr(error, "spelled", None)  # an `ArgumentError`; its module would import torch
+    if spelled is not None:
+        return str(spelled(_flag))
     return str(error.args[0] if isinstance(error, KeyError) else error)
 
 
