@@ -16,7 +16,6 @@ from typing import Any, cast
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -113,16 +112,14 @@ class RealModel:
     # Perplexity
 
     @cached_property
-    def tokens(self) -> Int[Tensor, "text pos"]:
-        """The first tokens of each text."""
+    def tokens(self) -> Tensor:
+        """The first tokens of each text, "text pos"."""
         rows = [self.base.to_tokens(text)[0, :LENGTH] for text in texts(self.file).values()]
         return torch.stack(rows)
 
     @torch.no_grad()
-    def perplexity(
-        self, window: tuple[int, int], rule: str, n_loops: int
-    ) -> Float[Tensor, " text"]:
-        """e to the mean negative log probability of each text's tokens after the first."""
+    def perplexity(self, window: tuple[int, int], rule: str, n_loops: int) -> Tensor:
+        """e to the mean negative log probability of each text's tokens after the first, " text"."""
         logits = self.looped(window, rule)(self.tokens, n_loops=n_loops)[:, :-1]
         losses = F.cross_entropy(logits.transpose(1, 2), self.tokens[:, 1:], reduction="none")
         return losses.mean(1).exp()
@@ -139,8 +136,8 @@ class RealModel:
     # Facts
 
     @cached_property
-    def answers(self) -> Int[Tensor, " batch"]:
-        """The first token of each fact's answer."""
+    def answers(self) -> Tensor:
+        """The token of each fact's answer, " batch"."""
         return torch.tensor([self.base.to_single_token(answer) for answer in FACTS.values()])
 
     def passes(self, rule: str) -> Lens:
@@ -153,8 +150,8 @@ class RealModel:
         """The logit lens after every visit."""
         return logit_lens(self.looped(MIDDLE, rule), list(FACTS), PASSES)
 
-    def unlooped(self) -> Float[Tensor, " batch"]:
-        """The probability of each answer in the ordinary model."""
+    def unlooped(self) -> Tensor:
+        """The probability of each answer in the ordinary model, " batch"."""
         return readout_lens(self.base, list(FACTS), 1).prob(self.answers)[0]
 
     # Patching

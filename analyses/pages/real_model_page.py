@@ -162,8 +162,8 @@ def _window_sentence(found: Measured, texts: list[str]) -> str:
     runs = found.by_window.assign(rise=_rise(found.by_window, found, texts))
     said = []
     for rule in RULES:
-        own = runs[(runs["rule"] == rule) & (runs["iterations"] == _RUNS[0])]
-        best, worst = own.loc[own["rise"].idxmin()], own.loc[own["rise"].idxmax()]
+        own = runs[(runs["rule"] == rule) & (runs["iterations"] == _RUNS[0])].sort_values("rise")
+        best, worst = own.iloc[0], own.iloc[-1]
         said.append(
             f"{rule}: least harm at {best['window']} (perplexity times {best['rise']:.2f}), most at"
             f" {worst['window']} (times {worst['rise']:.2f})"
@@ -183,7 +183,7 @@ def _layer_sentence(found: Measured, texts: list[str]) -> str:
     harmless = ", ".join(str(layer) for layer in rise.index[rise < _LITTLE]) or "none"
     return (
         f"Perplexity rises by less than a tenth for the layers {harmless} of {len(rise)}; in the"
-        f" median it is times {rise.median():.2f}. Layer {int(rise.idxmax())} harms most (times"
+        f" median it is times {rise.median():.2f}. Layer {int(rise.argmax())} harms most (times"
         f" {rise.max():.1f})."
     )
 

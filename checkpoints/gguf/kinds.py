@@ -236,7 +236,8 @@ def _in_halves(name: str, tensor: Tensor, file: GgufFile) -> Tensor:
     if part not in counts:
         return tensor
     heads = file.fields.get(counts[part], file.fields.get("attention.head_count", 1))
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+    pairs: Tensor = tensor.unflatten(0, (heads, -1, 2))
+    return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
 def _without_one(name: str, tensor: Tensor, file: GgufFile) -> Tensor:

@@ -51,7 +51,7 @@ def _gemma2(
     )
 
 
-def _cap(fields: ConfigFields, name: str, default: float) -> float | None:
+def _cap(fields: ConfigFields, name: str, default: float | None) -> float | None:
     """A cap; null, unlike a field that is absent, says that there is none."""
     cap: float | None = fields.number(name, None)
     return cap if name in fields else default
