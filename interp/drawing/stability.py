@@ -20,8 +20,9 @@ from loopscope.interp.drawing.shapes import (
 
 if TYPE_CHECKING:
     from loopscope.interp.dynamics.attractors import FixedPoints
-    from loopscope.interp.dynamics.basins import Basins, PathIndependence, RestartVote
+    from loopscope.interp.dynamics.basins import Basins, RestartVote
     from loopscope.interp.dynamics.lyapunov import LyapunovSpectrum
+    from loopscope.interp.dynamics.path_independence import PathIndependence
 
 
 def spectrum(record: LyapunovSpectrum, title: str) -> go.Figure:

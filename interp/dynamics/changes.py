@@ -129,7 +129,7 @@ class Varying:
         """Tensors of rows "batch*k pos ..." as one vector for each row; 0 where nothing varies."""
         whole = torch.cat([widened(value.flatten(2)) for value in values], dim=-1)
         whole = whole.unflatten(0, (-1, k))
-        return whole.where(self.free[:, None, :, None], 0.0).flatten(2)
+        return torch.where(self.free[:, None, :, None], whole, 0.0).flatten(2)
 
     def carried_by(
         self, values: Sequence[Tensor], k: int, space: Space = "state"

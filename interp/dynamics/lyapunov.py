@@ -86,14 +86,16 @@ class LyapunovSpectrum(OneScreen):
         With as many exponents as the state has dimensions these are those of the whole Jacobian;
         with fewer, of its restriction to the directions that were followed.
         """
-        product, scale = torch.eye(self.triangles.shape[-1]).to(self.triangles), 0.0
+        product = torch.eye(self.triangles.shape[-1]).to(self.triangles)
+        scale = torch.zeros_like(self.triangles[0, :, 0, :1])
         for factor in self.triangles:
             product = factor @ product
             size = product.abs().amax((-1, -2), keepdim=True)
             product, scale = product / size, scale + size[..., 0].log()
         values = torch.linalg.svdvals(product)
         hidden = values <= values[:, :1] * 10 * torch.finfo(values.dtype).eps
-        return ((values.log() + scale) / len(self.triangles)).masked_fill(hidden, torch.nan)
+        rates: Tensor = (values.log() + scale) / len(self.triangles)
+        return rates.masked_fill(hidden, torch.nan)
 
     def frame(self) -> pd.DataFrame:
         """One row per iteration, example and exponent: loop, example, rank (0 for the first

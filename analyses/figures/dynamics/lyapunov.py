@@ -152,7 +152,7 @@ def figure(record: Lyapunov) -> go.Figure:
             col=1,
         )
     loops = list(range(record.shares.shape[1]))
-    for i, (name, color) in enumerate(zip(record.sublayers, CATEGORIES * 9, strict=False)):
+    for i, (name, color) in enumerate(zip(record.sublayers, CATEGORIES[2:] * 9, strict=False)):
         for answer, dash in ((0, "solid"), (1, "dot")):
             plot.add_scatter(
                 x=loops,
