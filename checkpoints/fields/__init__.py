@@ -1,3 +1,3 @@
 """Knowledge of the fields of released configs: `harmless.py` lists those that never change a
-result, and the other files read fields that several families share.
+result.
 """

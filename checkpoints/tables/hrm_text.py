@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from loopscope.checkpoints.common.rotary import rotary
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.fields.rotary import rotary
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names
 from loopscope.models.families.hrm_text import HrmTextConfig

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from loopscope.checkpoints.common.puzzle_solvers import HARMLESS, has_level, names, sizes
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.fields.puzzle_solvers import HARMLESS, has_level, names, sizes
 from loopscope.checkpoints.table import Table
 from loopscope.models.families.hrm import HrmConfig
 from loopscope.models.families.trm import TrmConfig

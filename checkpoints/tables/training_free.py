@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from loopscope.checkpoints.common.rotary import rotary
 from loopscope.checkpoints.config_fields import ConfigFields
-from loopscope.checkpoints.fields.rotary import rotary
 from loopscope.checkpoints.release import BLOCK_KEYS
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names

@@ -1,0 +1,1 @@
+"""Config fields and key names that the tables of several families read in the same way."""
