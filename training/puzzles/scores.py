@@ -18,7 +18,7 @@ from loopscope.training.puzzles.supervision import with_prefix
 
 @dataclass(frozen=True)
 class PuzzleScores:
-    """What is right after each supervision step.
+    """The right cells and boards after each supervision step.
 
     Attributes:
         cells: Float[Tensor, "loop puzzle"], the share of right cells.

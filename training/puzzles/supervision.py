@@ -225,7 +225,7 @@ def supervise(
 def _continue_target(
     model: PuzzleSolver, after: Carry, last: Bool[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    """What the continue logit should say: the value of the next step by its own two logits."""
+    """The target of the continue logit: the value of the next step by its own two logits."""
     halt, go_on = model.halt(run_step(model, after).resid[:, 0]).unbind(-1)
     target: Tensor = halt.where(last, torch.maximum(halt, go_on)).sigmoid()
     return target

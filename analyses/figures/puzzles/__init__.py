@@ -1,4 +1,4 @@
-"""Figures of puzzle solvers: boards over cycles, and how cells act on each other.
+"""How does a puzzle solver fill a board, how do cells act on each other, and where does it rest?
 
-Each file is a command. Files that begin with an underscore are parts of the others.
+Start with `sudoku.py`.
 """

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.figures.puzzles._solver import Solver, SolverConfig, open_solver
+from loopscope.analyses.puzzles.solver import Solver, SolverConfig, open_solver
 from loopscope.interp.common.precision import widened
 from loopscope.interp.drawing.look import CATEGORIES, styled
 from loopscope.models.core.state import checked_loops

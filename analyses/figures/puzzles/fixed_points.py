@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.figures.puzzles._solver import (
+from loopscope.analyses.puzzles.solver import (
     Cycles,
     Solver,
     SolverConfig,
@@ -44,7 +44,7 @@ class FixedPointsConfig(SolverConfig):
 
 @dataclass(frozen=True)
 class FixedPoints(Record):
-    """What becomes of boards of several kinds.
+    """The fate of boards of several kinds.
 
     Attributes:
         exact: Float[Tensor, "kind cycle"], the share of boards that are right after each cycle.

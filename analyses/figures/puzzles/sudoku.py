@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.figures.puzzles._solver import (
+from loopscope.analyses.puzzles.solver import (
     Cycles,
     Solver,
     SolverConfig,

@@ -348,7 +348,7 @@ def level_of(visit: Slot) -> str:
 
 
 def own_sites(visit: Slot) -> str:
-    """What the names of a run's own sites begin with, below the visit's scope."""
+    """The beginning of the names of a run's own sites, below the visit's scope."""
     return visit.name.removeprefix(f"{visit.scope}.").partition("blocks.")[0]
 
 

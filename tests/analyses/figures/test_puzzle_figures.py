@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loopscope.analyses.figures.puzzles import cell_patch, fixed_points, sudoku
-from loopscope.analyses.figures.puzzles._solver import open_solver, run_cycles
+from loopscope.analyses.puzzles.solver import open_solver, run_cycles
 from loopscope.training.puzzles.scores import score
 
 
