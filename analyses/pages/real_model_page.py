@@ -251,3 +251,7 @@ def write(path: Path) -> Path:
     pictures = {folder / f"{name}.png": picture(plot) for name, plot in figures(found).items()}
     write_all({**pictures, path: page(found, folder.name).encode()})
     return path
+
+
+if __name__ == "__main__":
+    print(f"wrote {write(Path('docs/real_model.md'))}")

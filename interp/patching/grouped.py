@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -56,7 +56,7 @@ class GroupedEffects(OneScreen):
         frame = frame.astype(dict.fromkeys(("loop", "layer", "head"), "Int64"))
         numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
         return frame.assign(
-            group=list(self.labels),
+            group=pd.Series(self.labels, dtype=object),
             **{name: widened(x).cpu().numpy() for name, x in numbers.items()},
             places=self.places.cpu().numpy(),
         )
@@ -130,7 +130,7 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label]]:
         ValueError: Not one label per column, or per example and column.
     """
     rows, columns = shape
-    given = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    given: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     nested = bool(given) and isinstance(given[0], list)
     table = [list(row) for row in given] if nested else [given] * rows
     short = min((len(row) for row in table), default=0)

@@ -70,7 +70,7 @@ def write_arrays(puzzles: Sequence[Puzzle], folder: str | Path, tokens: ToTokens
         for boards in ([p.question for p in puzzles], [p.answer for p in puzzles])
     )
     count = len(puzzles)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "inputs": inputs,
         "labels": labels,
         "puzzle_identifiers": np.zeros(count, dtype=np.int32),

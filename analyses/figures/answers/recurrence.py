@@ -80,7 +80,7 @@ class RecurrenceGrid(Record):
         halting their mean), accuracy.
         """
         n_loops = self.accuracy.shape[1]
-        rows: list[tuple[int | str, str, float, float]] = []
+        rows: list[tuple[object, str, float, float]] = []
         kind, names = self.groups
         for i, hop in enumerate(names):
             rows += [
