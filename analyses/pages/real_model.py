@@ -70,7 +70,7 @@ def gguf_file() -> Path:
 
 
 def texts(file: Path) -> dict[str, str]:
-    """What perplexity is measured on: the Zen of Python, which every Python holds, and the licence
+    """The texts of the perplexity: the Zen of Python, which every Python holds, and the licence
     in the wheel.
     """
     with redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""What a probe is asked: classes or numbers for every read, and the control tasks made of them."""
+"""Tasks of a probe: classes or numbers for every read, and the control tasks made of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Task:
         return "R2" if self.classes is None else "accuracy"
 
     def outputs(self, reads: Int[Tensor, " read"]) -> Float[Tensor, "read output"]:
-        """What a linear map should give: +1 for the class and -1 for the others, or the number."""
+        """The outputs that a linear map should give: +1 for the class and -1 for the others, or the number."""
         values = self.values[reads]
         if self.classes is None:
             return values[:, None]

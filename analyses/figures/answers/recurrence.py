@@ -68,7 +68,7 @@ class RecurrenceGrid(Record):
 
     @property
     def groups(self) -> tuple[str, tuple[int, ...] | tuple[str, ...]]:
-        """What the rows of the accuracy are, and their names."""
+        """The kind of the rows of the accuracy, and their names."""
         return ("text", self.texts) if self.texts else ("hops", self.hops)
 
     def heading(self) -> str:
