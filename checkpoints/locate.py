@@ -110,7 +110,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
         )
     below = sorted({str(p.parent.relative_to(folder)) for p in folder.glob("**/*.pt")})
     hint = f"; there are some in {', '.join(below[:8])}" if below else ""
-    return (
+    return CheckpointError(
         f"{folder} holds no checkpoint: expected {_OWN_WEIGHTS} with config.json, or a .pt or"
         f" {SUFFIX} file{hint}"
     )
