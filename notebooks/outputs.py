@@ -48,6 +48,8 @@ def executed(name: str, pictures: bool) -> NotebookNode:
         NotebookClient(notebook, timeout=600, resources=resources, record_timing=False).execute()
     notebook.metadata.language_info = {"name": "python"}
     for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
         for figure in figures(cell):
             if PICTURE in figure:
                 figure[PICTURE] = lighter(figure[PICTURE])
@@ -70,6 +72,11 @@ def figures(cell: NotebookNode) -> list[NotebookNode]:
     return [data for data in outputs if FIGURE in data]
 
 
+def _is_bar(output: NotebookNode) -> bool:
+    """Whether an output is a step of a progress bar, which draws itself over its own line."""
+    return output.get("name") == "stderr" and output.text.startswith("\r")
+
+
 def lighter(picture: str) -> str:
     """A picture in base64 with so many colours as a figure needs, at a third of the size."""
     small = io.BytesIO()
@@ -80,11 +87,10 @@ def lighter(picture: str) -> str:
 
 @contextmanager
 def _environment(pictures: bool) -> Iterator[None]:
-    """The kernel's environment: which forms a figure has, and no progress bars."""
+    """The kernel's environment: which forms a figure has."""
     renderer = "plotly_mimetype" + "+png" * pictures
     values = {
         "PLOTLY_RENDERER": renderer,
-        "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, where no bar can be shown anyway
         "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
     }
