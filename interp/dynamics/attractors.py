@@ -45,7 +45,7 @@ class FixedPoints(OneScreen):
     """
 
     space: Space
-    tol: float
+    tol: float | int
     period: Float[Tensor, " batch"]
     iterations: Float[Tensor, " batch"]
     residual: Float[Tensor, "iteration batch"]
@@ -107,7 +107,7 @@ def fixed_points(
     positions: Shown = "real",
     part: str = "resid",
     space: Space = "state",
-    tol: float = 1e-2,
+    tol: float | int = 1e-2,
     max_period: int | None = None,
     batch_size: int = 512,
 ) -> FixedPoints:
