@@ -45,7 +45,7 @@ class FixedPoints(OneScreen):
     """
 
     space: Space
-    tol: float
+    tol: float | int
     period: Float[Tensor, " batch"]
     iterations: Float[Tensor, " batch"]
     residual: Float[Tensor, "iteration batch"]
@@ -107,7 +107,7 @@ def fixed_points(
     positions: Shown = "real",
     part: str = "resid",
     space: Space = "state",
-    tol: float = 1e-2,
+    tol: float | int = 1e-2,
     max_period: int | None = None,
     batch_size: int = 512,
 ) -> FixedPoints:
@@ -147,7 +147,9 @@ def joint(path: Dynamics) -> Dynamics:
     return replace(path, states=states, position=first, shown=torch.ones_like(first).bool())
 
 
-def _until(path: Dynamics, period: Float[Tensor, " batch"], tol: float) -> Float[Tensor, " batch"]:
+def _until(
+    path: Dynamics, period: Float[Tensor, " batch"], tol: float | int
+) -> Float[Tensor, " batch"]:
     """The iterations run until the state stays within the tolerance of itself a cycle later."""
     states, found = path.states[:, :, 0], torch.full_like(period, torch.nan)
     for p in period[~period.isnan()].unique().int().tolist():

@@ -114,7 +114,7 @@ class Basins(OneScreen):
     """
 
     space: Space
-    tol: float
+    tol: float | int
     moved: Float[Tensor, "start batch"]
     distance: Float[Tensor, "start batch"]
     basin: Int[Tensor, "start batch"]
@@ -170,13 +170,13 @@ def basins(
     model: LoopedModel,
     inputs: Inputs,
     n_starts: int = 8,
-    scale: float | None = None,
+    scale: float | int | None = None,
     n_loops: int | None = None,
     *,
     readout: ReadoutColumn = None,
     positions: Shown = "real",
     space: Space = "state",
-    tol: float = 1e-2,
+    tol: float | int = 1e-2,
     seed: int = 0,
     batch_size: int = 128,
 ) -> Basins:
@@ -226,7 +226,7 @@ def basins(
     return Basins(space, tol, **found)
 
 
-def _check(n_starts: int, scale: float | None) -> None:
+def _check(n_starts: int, scale: float | int | None) -> None:
     if n_starts < 2:
         raise ValueError(f"n_starts must be at least 2, the unchanged run counted, got {n_starts}")
     if scale is not None and not 0 < scale < math.inf:
@@ -239,7 +239,7 @@ def restart_vote(
     model: LoopedModel,
     inputs: Inputs,
     n_starts: int = 8,
-    scale: float | None = None,
+    scale: float | int | None = None,
     n_loops: int | None = None,
     *,
     readout: ReadoutColumn = None,
@@ -264,7 +264,9 @@ def restart_vote(
     return found.vote()
 
 
-def _numbered(states: Float[Tensor, "start batch n"], tol: float) -> Int[Tensor, "start batch"]:
+def _numbered(
+    states: Float[Tensor, "start batch n"], tol: float | int
+) -> Int[Tensor, "start batch"]:
     """For each state the number of the first distinct state that it is near to."""
     numbers = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
     for i in range(1, len(states)):

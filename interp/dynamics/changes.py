@@ -107,7 +107,7 @@ class Varying:
         return replace(rows, resid=changed.get("resid", rows.resid), parts=parts)
 
     def matched(
-        self, values: Mapping[str, Tensor], vectors: Float[Tensor, "batch k n"], scale: float
+        self, values: Mapping[str, Tensor], vectors: Float[Tensor, "batch k n"], scale: float | int
     ) -> Float[Tensor, "batch k n"]:
         """The changes, each of a norm that is this share of the norm of its example's state."""
         size = norm_of(self.joined(list(values.values()), 1))[..., None]

@@ -211,7 +211,7 @@ class PerturbationGrowth(OneScreen):
 
     start: int
     space: Space
-    scale: float
+    scale: float | int
     distance: Float[Tensor, "point batch direction"]
 
     @property
@@ -249,7 +249,7 @@ def perturbation_growth(
     positions: Shown = "real",
     space: Space = "state",
     start: int | None = None,
-    scale: float = 1e-2,
+    scale: float | int = 1e-2,
     n_directions: int = 4,
     seed: int = 0,
     batch_size: int = 128,

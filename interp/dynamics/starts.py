@@ -35,7 +35,7 @@ class RunEnd(NamedTuple):
 
 
 def starts(
-    model: LoopedModel, batch: Batch, free: Varying, n_starts: int, scale: float | None,
+    model: LoopedModel, batch: Batch, free: Varying, n_starts: int, scale: float | int | None,
     n_loops: int, stop: int, seed: int,
 ) -> Iterator[State]:  # fmt: skip
     """The states before the first iteration: that of the run itself, then the others."""

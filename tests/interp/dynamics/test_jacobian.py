@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopscope.interp.dynamics import jacobian as jacobian_module
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
+from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps
@@ -201,6 +202,11 @@ def test_jacobian_refuses_what_has_none(plain: RecurrentDepth) -> None:
         match=r"'momentum' enters it as \[3, 7, 35\] and leaves it as \[3, 7, 70\]",
     ):
         jacobian_spectrum(odd_one(Widening), padded(), 0, 1, parts="momentum")
+
+
+def test_changes_are_measured_in_two_spaces(plain: RecurrentDepth) -> None:
+    with pytest.raises(ValueError, match="space must be 'state' or 'direction', got 'sphere'"):
+        lyapunov_spectrum(plain, padded(), 1, 2, space="sphere")  # type: ignore[arg-type]
 
 
 def test_nothing_is_left_behind(plain: RecurrentDepth) -> None:

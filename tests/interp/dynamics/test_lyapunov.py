@@ -184,8 +184,6 @@ def test_what_has_no_spectrum_is_refused(plain: RecurrentDepth) -> None:
         lyapunov_spectrum(plain, short(), 36, 2)
     with pytest.raises(ValueError, match=r"start must be in 0\.\.1, got 2"):
         lyapunov_spectrum(plain, short(), 1, 2, start=2)
-    with pytest.raises(ValueError, match="space must be 'state' or 'direction', got 'sphere'"):
-        lyapunov_spectrum(plain, short(), 1, 2, space="sphere")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"skip must be in 0\.\.1, got 2"):
         lyapunov_spectrum(plain, short(), 1, 2).spectrum(skip=2)
 
