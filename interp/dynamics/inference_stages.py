@@ -128,7 +128,8 @@ def _summed(value: Tensor, name: str, lengths: Sequence[int], causal: bool) -> T
 def _of_states(states: Float[Tensor, "pos d"]) -> Float[Tensor, ""]:
     """The entropy of one example's states."""
     sizes = torch.linalg.svdvals(states).square()
-    return torch.special.entr(sizes / sizes.sum()).sum()
+    entropy: Tensor = torch.special.entr(sizes / sizes.sum()).sum()
+    return entropy
 
 
 def _of_pattern(

@@ -122,12 +122,15 @@ def embedding_alignment(
     real = shown.flatten()
     example = torch.arange(len(batch), device=real.device).repeat_interleave(columns.shape[1])
     loops, layers, names = zip(*visits, strict=True)
+    top, cosine, length = (torch.cat(x, dim=1)[:, real] for x in (tops, cosines, lengths))
     return EmbeddingAlignment(
         names,
         loops,
         layers,
         example[real],
         columns.flatten()[real],
-        *(torch.cat(found, dim=1)[:, real] for found in (tops, cosines, lengths)),
+        top,
+        cosine,
+        length,
         tuple(model.vocab.words) if model.vocab is not None else None,
     )
