@@ -95,8 +95,8 @@ def _moved(
     if how == "replace":
         return embedding
     lengths = [widened(x).norm(dim=-1, keepdim=True) for x in (embedding, state)]
-    moved: Tensor = state * (lengths[0] / lengths[1]).to(state)
-    return moved
+    ratio: Tensor = (lengths[0] / lengths[1]).to(state)
+    return state * ratio
 
 
 def _for_rows(tokens: Int[Tensor, " batch"], value: Tensor) -> Int[Tensor, "batch pos"]:

@@ -122,14 +122,15 @@ def embedding_alignment(
     real = shown.flatten()
     example = torch.arange(len(batch), device=real.device).repeat_interleave(columns.shape[1])
     loops, layers, names = zip(*visits, strict=True)
+    top, cosine, length = (torch.cat(x, dim=1)[:, real] for x in (tops, cosines, lengths))
     return EmbeddingAlignment(
         names,
         loops,
         layers,
-        example=example[real],
-        position=columns.flatten()[real],
-        top=torch.cat(tops, dim=1)[:, real],
-        cosine=torch.cat(cosines, dim=1)[:, real],
-        length=torch.cat(lengths, dim=1)[:, real],
-        words=tuple(model.vocab.words) if model.vocab is not None else None,
+        example[real],
+        columns.flatten()[real],
+        top,
+        cosine,
+        length,
+        tuple(model.vocab.words) if model.vocab is not None else None,
     )

@@ -4,9 +4,9 @@ row of a grid.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -20,8 +20,8 @@ from loopscope.interp.common.shown import OneScreen
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Label = Hashable
-Labels = Sequence[Label] | Sequence[Sequence[Label]] | Tensor
+Label = str | int | float
+Labels = Sequence[Label | None] | Sequence[Sequence[Label | None]] | Tensor
 Key = tuple[str, str, int | None, int | None, int | None]
 Terms = tuple[Float[Tensor, "cell batch"], Float[Tensor, "cell batch"], Float[Tensor, "cell batch"]]
 
@@ -56,7 +56,7 @@ class GroupedEffects(OneScreen):
         frame = frame.astype(dict.fromkeys(("loop", "layer", "head"), "Int64"))
         numbers = {name: getattr(self, name) for name in ("value", "low", "high")}
         return frame.assign(
-            group=pd.Series(self.labels, dtype=object),
+            group=list(self.labels),
             **{name: widened(x).cpu().numpy() for name, x in numbers.items()},
             places=self.places.cpu().numpy(),
         )
@@ -98,8 +98,9 @@ def grouped(
         key = (cell.site, cell.visit, cell.loop, cell.layer, cell.head)
         assert cell.position is not None, "cells of several columns are refused above"
         for row, own in enumerate(table):
-            if own[cell.position] is not None:
-                members.setdefault((key, own[cell.position]), {}).setdefault(i, []).append(row)
+            label = own[cell.position]
+            if label is not None:
+                members.setdefault((key, label), {}).setdefault(i, []).append(row)
     if not members:
         raise ValueError("no place of this sweep has a label other than None")
     edges = drawn.new_tensor([(1 - level) / 2, (1 + level) / 2])
@@ -123,16 +124,16 @@ def _sums(terms: Terms, rows: dict[int, list[int]]) -> list[Float[Tensor, " batc
     return [(term.expand(len(terms[0]), -1)[chosen] * member).sum(0) for term in terms]
 
 
-def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label]]:
+def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label | None]]:
     """The label of every example and column, of a batch of a shape of at least these columns.
 
     Raises:
         ValueError: Not one label per column, or per example and column.
     """
     rows, columns = shape
-    given: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    nested = bool(given) and isinstance(given[0], list)
-    table = [list(row) for row in given] if nested else [given] * rows
+    given = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    lists = [row for row in given if isinstance(row, list)]
+    table = lists if lists else [given] * rows
     short = min((len(row) for row in table), default=0)
     if len(table) != rows or short < columns:
         raise ValueError(
