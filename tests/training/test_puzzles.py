@@ -24,6 +24,7 @@ from loopscope.training.puzzles.supervision import (
     next_rows,
     run_step,
     stable_max_cross_entropy,
+    supervise,
 )
 from loopscope.training.puzzles.trainer import PuzzleTrainer, fresh_solver, train_solver
 from loopscope.training.trainer import train
@@ -102,6 +103,24 @@ def test_a_row_that_goes_on_keeps_its_states_and_its_puzzle() -> None:
     assert after.cells[:, 0].tolist() == [4, 3]
     assert_close(after.high[0, 0], model.high_init)
     assert_close(after.high[1, 0], model.high_init + 1)
+
+
+@pytest.mark.parametrize("max_steps", [1, 3])
+def test_the_continue_logit_learns_the_value_of_the_next_step(max_steps: int) -> None:
+    model = fresh_solver(replace(RECIPE, solver="hrm")).double()
+    with torch.no_grad():
+        model.halt.weight.normal_(generator=torch.Generator().manual_seed(2))
+    cells = torch.randint(1, 6, (4, 16), generator=torch.Generator().manual_seed(1))
+    fresh = Examples(cells, cells, torch.zeros(4, dtype=torch.int64))
+    draws = Draws(torch.ones(4), torch.full((4,), 2))
+    after, done = supervise(
+        model, Carry.empty(model, 4, 16), fresh, draws, max_steps=max_steps, exploration=0.1
+    )
+    halt, go_on = model.halt(run_step(model, after).resid[:, 0]).unbind(-1)
+    wanted = halt if max_steps == 1 else torch.maximum(halt, go_on)
+    assert_close(done.target, wanted.sigmoid().detach())
+    stops = done.halting[:, 0] > done.halting[:, 1]
+    assert after.halted.tolist() == ([True] * 4 if max_steps == 1 else stops.tolist())
 
 
 def test_draws_stay_between_two_steps_and_the_last() -> None:
