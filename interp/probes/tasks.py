@@ -56,7 +56,9 @@ class Task:
         return "R2" if self.classes is None else "accuracy"
 
     def outputs(self, reads: Int[Tensor, " read"]) -> Float[Tensor, "read output"]:
-        """The outputs that a linear map should give: +1 for the class and -1 for the others, or the number."""
+        """The outputs that a linear map should give: +1 for the class and -1 for the others, or
+        the number.
+        """
         values = self.values[reads]
         if self.classes is None:
             return values[:, None]

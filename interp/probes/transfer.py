@@ -45,9 +45,10 @@ class TransferMatrix(OneScreen):
     n_test: int
 
     def kept(self) -> Float[Tensor, " block"]:
-        """The share that a probe keeps at other iterations: (score - constant) over the same of the probe
-        that was fitted where it is tested, as a mean over pairs of unequal iterations. It is 1 for
-        one code throughout, and at most 0 where each iteration has a code of its own.
+        """The share of its score that a probe keeps at other iterations: (score - constant) over
+        the same of the probe that was fitted where it is tested, as a mean over pairs of unequal
+        iterations. It is 1 for one code throughout, and at most 0 where each iteration has a code
+        of its own.
         """
         above = self.score - self.constant
         at_home = above.diagonal(dim1=1, dim2=2)[:, None]
