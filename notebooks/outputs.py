@@ -57,13 +57,11 @@ def executed(name: str, pictures: bool) -> NotebookNode:
 
 
 def texts(cell: NotebookNode) -> list[str]:
-    """What a cell printed and showed as text; figures have none."""
-    shown = []
-    for output in cell.get("outputs", []):
-        data = output.get("data", {})
-        if FIGURE not in data:
-            shown.append(output.get("text") or data.get("text/plain", ""))
-    return shown
+    """All that a cell printed as one text, and each text that it showed; figures have none."""
+    outputs = cell.get("outputs", [])
+    printed = "".join(output.get("text", "") for output in outputs).strip()
+    shown = [output.data for output in outputs if "data" in output]
+    return [printed, *(data.get("text/plain", "") for data in shown if FIGURE not in data)]
 
 
 def figures(cell: NotebookNode) -> list[NotebookNode]:
