@@ -132,8 +132,8 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label | 
     """
     rows, columns = shape
     given = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    lists = [row for row in given if isinstance(row, list)]
-    table = lists if lists else [given] * rows
+    lists: list[list[Label | None]] = [row for row in given if isinstance(row, list)]
+    table: list[list[Label | None]] = lists or [given] * rows
     short = min((len(row) for row in table), default=0)
     if len(table) != rows or short < columns:
         raise ValueError(
