@@ -1,4 +1,4 @@
-"""Words that a call does not know, which the checked signatures of the shapes stage refuse first."""
+"""Words that a call does not know; the shapes stage would refuse them by their annotation."""
 
 from __future__ import annotations
 
