@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -131,9 +131,9 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label | 
         ValueError: Not one label per column, or per example and column.
     """
     rows, columns = shape
-    given: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    lists = [row for row in given if isinstance(row, list)]
-    table = lists if lists else [given] * rows
+    given = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    lists: list[list[Label | None]] = [row for row in given if isinstance(row, list)]
+    table: list[list[Label | None]] = lists or [given] * rows
     short = min((len(row) for row in table), default=0)
     if len(table) != rows or short < columns:
         raise ValueError(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -61,9 +60,9 @@ def fit_logistic(
     fit_on = states.reads(train)
     maps, answers = [], []
     for name in states.names:
-        x, held_out = (part[name].numpy() for part in kept)
+        x, held_out = (part[name].double() for part in kept)
         fits = [_fit(x, task.values[fit_on], strength) for task in tasks]
-        answers.append([torch.from_numpy(np.asarray(fit.predict(held_out))) for fit in fits])
+        answers.append([torch.as_tensor(fit.predict(held_out.numpy())) for fit in fits])
         maps.append(_map(fits[0], tasks[0]))
     return Fitted(tuple(maps), answers), kept[0]
 
@@ -73,7 +72,7 @@ def _kept(states: ReadStates, rows: Int[Tensor, " row"]) -> States:
     return {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in states.names}
 
 
-def _fit(x: np.ndarray[Any, Any], values: Int[Tensor, " read"], strength: float) -> Any:
+def _fit(x: Float[Tensor, "read d"], values: Int[Tensor, " read"], strength: float) -> Any:
     from sklearn.linear_model import LogisticRegression  # takes a second to import
 
     if len(values.unique()) < 2:
@@ -84,7 +83,7 @@ def _fit(x: np.ndarray[Any, Any], values: Int[Tensor, " read"], strength: float)
     exact = x.shape[1] * len(values.unique()) <= _EXACT
     how = ("newton-cholesky", 1e-10) if exact else ("lbfgs", 1e-5)
     solver = LogisticRegression(C=1 / strength, solver=how[0], tol=how[1], max_iter=_ITERATIONS)
-    return solver.fit(x.astype(np.float64), values.numpy())
+    return solver.fit(x.double().numpy(), values.numpy())
 
 
 def _map(fit: Any, task: Task) -> Linear:
@@ -127,8 +126,8 @@ def description_length(
         if len(seen.unique()) < 2:
             probabilities[:, seen[0]] = 1.0
         else:
-            fit = _fit(x[:start].numpy(), seen, strength)
-            found = fit.predict_proba(x[start:end].numpy().astype(np.float64))
+            fit = _fit(x[:start], seen, strength)
+            found = fit.predict_proba(x[start:end].double().numpy())
             probabilities[:, torch.from_numpy(fit.classes_)] = torch.from_numpy(found)
         coded = (start * probabilities + 1) / (start + n_classes)
         bits -= float(coded.gather(1, new[:, None]).log2().sum())

@@ -84,7 +84,6 @@ def test_the_alignment_is_that_of_the_lenss_token() -> None:
     ("more", "message"),
     [
         ({"at": LOOPS}, "at must be in 0..3, got 4"),
-        ({"how": "turn"}, "'replace', 'rescale' or 'blend'"),
         ({"weight": 1.5}, "weight in 0 to 1"),
         ({"rank": D_VOCAB}, "rank must be in"),
         ({"tokens": [1, 2, D_VOCAB]}, "tokens must be in"),

@@ -195,7 +195,6 @@ def test_rows_to_hold_out_can_be_named() -> None:
         ({"types": torch.zeros(ROWS).long()}, "reads of several types"),
         ({"types": torch.zeros(ROWS)}, "types must be integers"),
         ({"strength": 0.0}, "must be positive"),
-        ({"kind": "svm"}, "'ridge' or 'logistic'"),
         ({"bits": True}, "pass kind='logistic'"),
         ({"kind": "logistic", "targets": torch.rand(ROWS)}, "tells classes apart"),
         ({"held_out": 0.0}, "rows to fit and rows held out"),

@@ -133,7 +133,7 @@ def test_pairs_that_cannot_be_probed_are_refused() -> None:
     model, batch, _ = subject()
     preferred = torch.arange(ROWS) % 2 == 0
     with pytest.raises(ValueError, match="one bool per pair"):
-        difference_probe(model, batch, batch, preferred.long(), n_loops=LOOPS)
+        difference_probe(model, batch, batch, preferred[:5], n_loops=LOOPS)
     with pytest.raises(ValueError, match="turn some pairs round"):
         difference_probe(model, batch, batch, preferred | True, n_loops=LOOPS)
     with pytest.raises(ValueError, match="needs a second one"):
