@@ -99,7 +99,7 @@ def page(found: Measured, images: str) -> str:
         _head(found, texts),
         "## Which window can be looped",
         "Perplexity with a window of four layers run two and four times, and the rest once. Layers"
-        " count from 0. The dotted line is the ordinary model.",
+        " count from 0.",
         f"![windows]({images}/windows.png)",
         markdown_table(found.by_window),
         _window_sentence(found, texts),
@@ -227,7 +227,6 @@ def figures(found: Measured) -> dict[str, go.Figure]:
     }
     for plot in plots.values():
         plot.update_yaxes(title=f"perplexity ({text})")
-        plot.add_hline(y=float(found.plain[text][0]), line_dash="dot")
     plots["layers"].update_xaxes(title="layer that is run twice")
     styled_plots = {name: styled(plot, 420) for name, plot in plots.items()}
     return {**styled_plots, "lens": _lens(found), "patching": found.sweep.plot()}
