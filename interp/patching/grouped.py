@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -131,7 +131,7 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label | 
         ValueError: Not one label per column, or per example and column.
     """
     rows, columns = shape
-    given = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    given: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     lists: list[list[Label | None]] = [row for row in given if isinstance(row, list)]
     table: list[list[Label | None]] = lists or [given] * rows
     short = min((len(row) for row in table), default=0)
