@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import loopscope
+from loopscope.analyses.pages.families import tiny
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
-from loopscope.models.core.registry import FAMILIES, build
+from loopscope.models.core.registry import FAMILIES
 from paths import DOCS
-from toy import assert_close, randomize_
+from toy import assert_close
 
 BLOCKS = re.findall(
     r"```python\n(.*?)```", (DOCS / "your_model.md").read_text(encoding="utf-8"), flags=re.S
@@ -157,8 +158,7 @@ def test_a_declaration_that_does_not_hold_is_one_sentence(
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_of_the_project_is_what_it_declares(name: str) -> None:
-    torch.manual_seed(0)
-    loopscope.check_family(randomize_(build(FAMILIES[name][0].tiny())).double())
+    loopscope.check_family(tiny(name))
 
 
 @pytest.mark.usefixtures("registry")
