@@ -109,8 +109,18 @@ class Varying:
     def matched(
         self, values: Mapping[str, Tensor], vectors: Float[Tensor, "batch k n"], scale: float | int
     ) -> Float[Tensor, "batch k n"]:
-        """The changes, each of a norm that is this share of the norm of its example's state."""
+        """The changes, each of a norm that is this share of the norm of its example's state.
+
+        Raises:
+            ValueError: A state of zeros.
+        """
         size = norm_of(self.joined(list(values.values()), 1))[..., None]
+        if bool((size == 0).any()):
+            raise ValueError(
+                f"the state of example {int((size == 0).flatten().int().argmax())} is zeros, so no"
+                " share of its norm is a change; begin after an iteration (start=1) of a run of at"
+                " least 2"
+            )
         return vectors / norm_of(vectors)[..., None] * (scale * size)
 
     def measured(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.common.ranking import top_token
-from loopscope.interp.dynamics.changes import Space, Varying, added
+from loopscope.interp.dynamics.changes import Space, Varying, added, checked_start
+from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import norm_of
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -32,6 +33,20 @@ class RunEnd(NamedTuple):
     state: Float[Tensor, "batch n"]
     residual: Float[Tensor, " batch"]
     answers: Int[Tensor, " batch"]
+
+
+def changed_start(
+    model: LoopedModel, batch: Batch, free: Varying, start: int | None, n_loops: int
+) -> int:
+    """The iteration before which a change of a share of the state's norm begins, as
+    `checked_start`; None means one iteration later where a state of zeros is handed to that one.
+    """
+    first = checked_start(model, batch, free.names, start, n_loops)
+    if start is not None or first + 1 == n_loops:
+        return first
+    state = begin_batch(model, batch[:1], n_loops)
+    state = model.advance(state, iteration_start(model, first, n_loops))
+    return first + int(not any(bool(x.any()) for x in free.values(model, state).values()))
 
 
 def starts(

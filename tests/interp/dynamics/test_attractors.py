@@ -182,3 +182,16 @@ def test_what_has_no_attractor_is_refused(plain: RecurrentDepth) -> None:
         basins(plain, padded(), 2, -1)
     with pytest.raises(ValueError, match="try a smaller max_period or more iterations"):
         fixed_points(plain, padded(), 3, max_period=4)
+
+
+def test_a_first_state_of_zeros_is_changed_after_one_iteration() -> None:
+    model = TOYS["spiral"].make()
+    batch = family_batch(TOYS["spiral"], model)
+    assert not model.begin(batch.tokens, n_loops=3).resid.any()
+    found = basins(model, batch, 3, 0.25, 3)
+    torch.testing.assert_close(
+        found.moved[1:], torch.full((2, BATCH), 0.25).double(), rtol=1e-9, atol=0
+    )
+    assert (found.distance[1:] > 0).all()
+    with pytest.raises(ValueError, match="the state of example 0 is zeros, so no share of its"):
+        restart_vote(model, batch, 3, 0.25, 1)
