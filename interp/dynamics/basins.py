@@ -185,7 +185,8 @@ def basins(
             first states anew where the model draws one from a seed (Huginn and the like), and means
             0.1 for every other model.
         space, tol: As for `fixed_points`.
-        seed: Start i takes what seed + i draws.
+        seed: Start i takes what seed + i draws; the seed of the unchanged run is left out, and
+            those after it move up.
         batch_size: Rows run at a time.
 
     Raises:

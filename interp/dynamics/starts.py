@@ -6,6 +6,7 @@ Axes: start batch; `n` counts the numbers of a state that vary.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -57,13 +58,15 @@ def starts(
     first = model.advance(begin_batch(model, batch, n_loops), stop)
     yield first
     values = free.values(model, first)
-    for i in range(1, n_starts):
+    own = batch.options.get("seed") or 0  # what a run without a seed draws, too
+    seeds = (each for each in itertools.count(seed + 1) if each != own)
+    for each in itertools.islice(seeds, n_starts - 1):
         if scale is None and _draws(model):
             options = {k: v for k, v in batch.options.items() if k not in ("state", "seed")}
-            drawn = replace(batch, options={**options, "seed": seed + i})
+            drawn = replace(batch, options={**options, "seed": each})
             yield model.advance(begin_batch(model, drawn, n_loops), stop)
             continue
-        generator = torch.Generator().manual_seed(seed + i)
+        generator = torch.Generator().manual_seed(each)
         change = free.draw(values, 1, generator)
         change = free.matched(values, change, _SCALE if scale is None else scale)
         yield free.beside(first, values, change, added)

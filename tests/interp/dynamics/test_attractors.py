@@ -160,6 +160,12 @@ def test_a_model_that_draws_its_first_state_draws_it_again() -> None:
     assert (found.moved[1:] > 0.5).all(), "another draw, not a small change"
 
 
+def test_no_restart_is_the_run_itself() -> None:
+    model = TOYS["huginn"].make()
+    batch = replace(family_batch(TOYS["huginn"], model), options={"seed": 7})
+    assert (basins(model, batch, 4, None, 2, seed=5).moved[1:] > 0.5).all()
+
+
 def test_the_path_does_not_matter_to_a_contraction_to_its_input() -> None:
     found = path_independence(mapped("halve"), padded(lengths=(5, 5, 5)), 40, batch_size=2)
     assert found.other.tolist() == [2, 0, 1]
