@@ -264,10 +264,14 @@ def restart_vote(
 def _numbered(
     states: Float[Tensor, "start batch n"], tol: float | int
 ) -> Int[Tensor, "start batch"]:
-    """For each state the number of the first distinct state that it is near to."""
+    """For each state the number of the first distinct state that it is near to; the first state of
+    each number stands for it.
+    """
     numbers = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+    first = torch.ones_like(numbers, dtype=torch.bool)
     for i in range(1, len(states)):
-        near = norm_of(states[:i] - states[i]) / norm_of(states[:i]) < tol
+        near = first[:i] & (norm_of(states[:i] - states[i]) / norm_of(states[:i]) < tol)
+        first[i] = ~near.any(0)
         new = numbers[:i].amax(0) + 1
         numbers[i] = torch.where(
             near.any(0), numbers[:i].gather(0, near.int().argmax(0)[None])[0], new

@@ -14,7 +14,7 @@ from family_toys import LOOPS as FAMILY_LOOPS
 from family_toys import TOYS
 from family_toys import full as family_batch
 from loopscope.interp.dynamics.attractors import fixed_points
-from loopscope.interp.dynamics.basins import Basins, basins, restart_vote
+from loopscope.interp.dynamics.basins import Basins, _numbered, basins, restart_vote
 from loopscope.interp.dynamics.path_independence import path_independence
 from loopscope.models.core.hooks import Taps
 from loopscope.models.core.state import Visit
@@ -124,6 +124,12 @@ def test_signs_that_a_change_turns_over_are_other_basins() -> None:
     ]  # fmt: skip
 
 
+def test_states_are_numbered_by_the_first_of_each_number() -> None:
+    """Small steps do not join states that are far from one another."""
+    states = torch.tensor([1.0, 1.08, 1.16, 2.0, 1.24])[:, None, None]
+    assert _numbered(states, 0.1).flatten().tolist() == [0, 0, 1, 2, 1]
+
+
 def record(answers: list[list[int]], residual: list[list[float]]) -> Basins:
     empty = torch.zeros(len(answers), len(answers[0]))
     return Basins(
@@ -179,7 +185,9 @@ def test_the_path_does_not_matter_to_a_contraction_to_its_input() -> None:
 
 def test_what_has_no_attractor_is_refused(plain: RecurrentDepth) -> None:
     with pytest.raises(ValueError, match="given nothing of the input but the state"):
-        path_independence(plain, padded(), 3)
+        path_independence(plain, padded(lengths=(5, 5, 5)), 3)
+    with pytest.raises(ValueError, match="must have one length, got lengths from 2 to 5; run"):
+        path_independence(plain, padded(lengths=(5, 2, 4)), 3)
     with pytest.raises(ValueError, match="at least 2 examples, got 1"):
         path_independence(plain, padded()[:1], 3)
     with pytest.raises(ValueError, match=r"n_starts must be at least 2, .* got 1"):
