@@ -62,7 +62,7 @@ class Varying:
         return {name: known[name] for name in self.names}
 
     def split(self, size: int) -> Iterator[Varying]:
-        """The same for each piece of a batch that is run so many rows at a time."""
+        """These columns, split as `in_chunks` splits the batch."""
         for rows in self.free.split(size):
             yield replace(self, free=rows)
 
@@ -178,12 +178,13 @@ def varying(
         parts: Names of parts; None means those that an iteration hands to the next.
 
     Raises:
-        ValueError: A model whose examples depend on one another.
+        ValueError: A model whose examples depend on one another, or an edited schedule with frozen
+            visits.
     """
     if not model.batch_independent:
         raise ValueError(
-            f"the examples of a {type(model).__name__} depend on one another, so no example has a"
-            " Jacobian of its own"
+            f"the examples of a {type(model).__name__} depend on one another, so one example's"
+            " state cannot be changed alone"
         )
     if model.edited is not None and any(visit.frozen for visit in model.edited.visits):
         raise ValueError(

@@ -96,6 +96,8 @@ def test_residuals_stand_beside_accuracy() -> None:
     assert table["examples"].tolist() == [2, 1]
     assert table["residual"][1] == pytest.approx(found.residual[-1, 2].item())
     assert table["auc"][0] in (0.0, 0.5, 1.0)
+    last = found.residual[-1]
+    assert table["residual"][0] == pytest.approx(last[:2].mean().item()), "the mean of the two"
     alone = found.by_answer(found.lens.top(1).tokens[-1, :, 0])
     assert alone["examples"].tolist() == [3, 0]
     assert math.isnan(alone["residual"][1])
