@@ -18,7 +18,7 @@ from loopscope.interp.dynamics.changes import Space, checked_space
 from loopscope.interp.dynamics.growth import auc
 from loopscope.interp.dynamics.starts import by_example
 from loopscope.interp.dynamics.states import Dynamics, dynamics
-from loopscope.interp.dynamics.statistics import norm_of
+from loopscope.interp.dynamics.statistics import median_of, norm_of
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.core.base import LoopedModel
@@ -78,8 +78,9 @@ class FixedPoints(OneScreen):
         rows = []
         for name, chosen in (("right", ~wrong), ("wrong", wrong)):
             until, last = self.iterations[chosen], self.residual[-1, chosen]
-            numbers = [self.settled[chosen].double().mean(), until.nanmedian(), _median(last)]
-            rows.append((name, int(chosen.sum()), *map(float, numbers)))
+            settled = float(self.settled[chosen].double().mean())
+            numbers = settled, median_of(until[~until.isnan()]), median_of(last)
+            rows.append((name, int(chosen.sum()), *numbers))
         frame = pd.DataFrame(
             rows, columns=["answer", "examples", "settled", "iterations", "residual"]
         )
@@ -90,10 +91,6 @@ class FixedPoints(OneScreen):
         from loopscope.interp.drawing.stability import residuals
 
         return residuals(self, title)
-
-
-def _median(values: Tensor) -> Tensor:
-    return values.median() if len(values) else torch.tensor(torch.nan)
 
 
 @torch.no_grad()

@@ -26,13 +26,8 @@ from loopscope.interp.common.inputs import (
 from loopscope.interp.common.metrics import Answers
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.shown import OneScreen
-from loopscope.interp.dynamics.changes import (
-    Space,
-    checked_space,
-    checked_start,
-    varying,
-)
-from loopscope.interp.dynamics.starts import apart, by_example, ended, starts
+from loopscope.interp.dynamics.changes import Space, checked_space, varying
+from loopscope.interp.dynamics.starts import apart, by_example, changed_start, ended, starts
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import norm_of
 from loopscope.models.core.base import LoopedModel
@@ -185,16 +180,18 @@ def basins(
     Args:
         inputs, n_loops, readout, positions: As for `dynamics`.
         n_starts: Runs, the unchanged one (start 0) counted.
-        scale: The norm of a random change of the state before the first iteration, as a share of
-            that state's norm. None draws the first states anew where the model draws one from a
-            seed (Huginn and the like), and means 0.1 for every other model.
+        scale: The norm of a random change of the state before the first iteration (before the
+            second one where that state is zeros), as a share of the state's norm. None draws the
+            first states anew where the model draws one from a seed (Huginn and the like), and means
+            0.1 for every other model.
         space, tol: As for `fixed_points`.
-        seed: Start i takes what seed + i draws.
+        seed: Start i takes what seed + i draws; the seed of the unchanged run is left out, and
+            those after it move up.
         batch_size: Rows run at a time.
 
     Raises:
-        ValueError: Fewer than two starts, a scale that is not above 0, or a model whose examples
-            depend on one another.
+        ValueError: Fewer than two starts, a scale that is not above 0, a single iteration from a
+            state of zeros, or a model whose examples depend on one another.
 
     Source:
         Many first states: arXiv 2605.21488 (breadth); spurious fixed points: arXiv 2601.10679.
@@ -203,7 +200,7 @@ def basins(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     _check(n_starts, scale)
     whole = varying(model, batch, positions, None)
-    start = checked_start(model, batch, whole.names, None, n_loops)
+    start = changed_start(model, batch, whole, None, n_loops)
     stop, size = iteration_start(model, start, n_loops), checked_batch_size(batch_size)
     pieces: list[dict[str, Tensor]] = []
     for rows, free in zip(in_chunks(batch, size, "basins"), whole.split(size), strict=True):
@@ -267,10 +264,14 @@ def restart_vote(
 def _numbered(
     states: Float[Tensor, "start batch n"], tol: float | int
 ) -> Int[Tensor, "start batch"]:
-    """For each state the number of the first distinct state that it is near to."""
+    """For each state the number of the first distinct state that it is near to; the first state of
+    each number stands for it.
+    """
     numbers = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+    first = torch.ones_like(numbers, dtype=torch.bool)
     for i in range(1, len(states)):
-        near = norm_of(states[:i] - states[i]) / norm_of(states[:i]) < tol
+        near = first[:i] & (norm_of(states[:i] - states[i]) / norm_of(states[:i]) < tol)
+        first[i] = ~near.any(0)
         new = numbers[:i].amax(0) + 1
         numbers[i] = torch.where(
             near.any(0), numbers[:i].gather(0, near.int().argmax(0)[None])[0], new

@@ -62,7 +62,7 @@ class Varying:
         return {name: known[name] for name in self.names}
 
     def split(self, size: int) -> Iterator[Varying]:
-        """The same for each piece of a batch that is run so many rows at a time."""
+        """These columns, split as `in_chunks` splits the batch."""
         for rows in self.free.split(size):
             yield replace(self, free=rows)
 
@@ -109,8 +109,18 @@ class Varying:
     def matched(
         self, values: Mapping[str, Tensor], vectors: Float[Tensor, "batch k n"], scale: float | int
     ) -> Float[Tensor, "batch k n"]:
-        """The changes, each of a norm that is this share of the norm of its example's state."""
+        """The changes, each of a norm that is this share of the norm of its example's state.
+
+        Raises:
+            ValueError: A state of zeros.
+        """
         size = norm_of(self.joined(list(values.values()), 1))[..., None]
+        if bool((size == 0).any()):
+            raise ValueError(
+                f"the state of example {int((size == 0).flatten().int().argmax())} is zeros, so no"
+                " share of its norm is a change; begin after an iteration (start=1) of a run of at"
+                " least 2"
+            )
         return vectors / norm_of(vectors)[..., None] * (scale * size)
 
     def measured(
@@ -168,12 +178,13 @@ def varying(
         parts: Names of parts; None means those that an iteration hands to the next.
 
     Raises:
-        ValueError: A model whose examples depend on one another.
+        ValueError: A model whose examples depend on one another, or an edited schedule with frozen
+            visits.
     """
     if not model.batch_independent:
         raise ValueError(
-            f"the examples of a {type(model).__name__} depend on one another, so no example has a"
-            " Jacobian of its own"
+            f"the examples of a {type(model).__name__} depend on one another, so one example's"
+            " state cannot be changed alone"
         )
     if model.edited is not None and any(visit.frozen for visit in model.edited.visits):
         raise ValueError(

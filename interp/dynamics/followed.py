@@ -155,7 +155,11 @@ def _orthonormal(
     divided = torch.linalg.solve_triangular(
         r, vectors.transpose(1, 2), upper=True, left=False
     ).transpose(1, 2)
-    refuse_nonfinite("directions that an iteration has brought together, so the changes", divided)
+    if not bool(divided.isfinite().all()):
+        raise ValueError(
+            f"an iteration maps the k={vectors.shape[1]} followed directions onto fewer, so their"
+            " exponents cannot be followed; pass a smaller k or another space"
+        )
     return divided, r
 
 

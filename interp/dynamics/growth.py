@@ -29,10 +29,10 @@ from loopscope.interp.dynamics.changes import (
     Space,
     added,
     checked_space,
-    checked_start,
     varying,
 )
 from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
+from loopscope.interp.dynamics.starts import changed_start
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
@@ -261,13 +261,16 @@ def perturbation_growth(
     because it is no longer small.
 
     Args:
-        inputs, n_loops, readout, positions, space, start, seed: As for `lyapunov_spectrum`.
+        inputs, n_loops, readout, positions, space, seed: As for `lyapunov_spectrum`.
+        start: As for `lyapunov_spectrum`; None means one iteration later where the first state is
+            zeros.
         scale: The norm of a change, as a share of the norm of the parts and columns that vary.
         n_directions: Random directions, the same for every example.
         batch_size: Rows run at a time, copies counted.
 
     Raises:
-        ValueError: A scale that is not above 0, no direction, and as for `lyapunov_spectrum`.
+        ValueError: A scale that is not above 0, no direction, a state of zeros where the change
+            begins, and as for `lyapunov_spectrum`.
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -276,7 +279,7 @@ def perturbation_growth(
     if n_directions < 1:
         raise ValueError(f"n_directions must be at least 1, got {n_directions}")
     whole = varying(model, batch, positions, None)
-    start = checked_start(model, batch, whole.names, start, n_loops)
+    start = changed_start(model, batch, whole, start, n_loops)
     rows = max(1, checked_batch_size(batch_size) // (n_directions + 1))
     stops = [iteration_start(model, start, n_loops), *model.iteration_ends(n_loops)[start:]]
     found = []

@@ -83,12 +83,12 @@ def path_independence(
     the example before it.
 
     Args:
-        inputs, n_loops, readout, positions, batch_size: As for `dynamics`; at least two examples.
-            The first one takes the last state of the last one.
+        inputs, n_loops, readout, positions, batch_size: As for `dynamics`; at least two examples of
+            one length. The first one takes the last state of the last one.
 
     Raises:
-        ValueError: A single example, or a model whose iterations are given nothing of the input
-            but the state.
+        ValueError: A single example, examples of unequal length, or a model whose iterations are
+            given nothing of the input but the state.
 
     Source:
         The asymptotic alignment score of Anil et al. 2022 (arXiv 2211.09961).
@@ -97,6 +97,11 @@ def path_independence(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     if len(batch) < 2:
         raise ValueError("another example's last state is needed, so at least 2 examples, got 1")
+    if len(lengths := batch.mask.sum(1).unique()) > 1:
+        raise ValueError(
+            "an example takes the last state of another, so all must have one length, got lengths"
+            f" from {int(lengths[0])} to {int(lengths[-1])}; run those of one length at a time"
+        )
     whole = varying(model, batch, positions, None)
     start = checked_start(model, batch, whole.names, None, n_loops)
     stops = iteration_start(model, start, n_loops), model.iteration_ends(n_loops)[-1]

@@ -6,6 +6,7 @@ Axes: start batch; `n` counts the numbers of a state that vary.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.common.ranking import top_token
-from loopscope.interp.dynamics.changes import Space, Varying, added
+from loopscope.interp.dynamics.changes import Space, Varying, added, checked_start
+from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import norm_of
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -34,6 +36,20 @@ class RunEnd(NamedTuple):
     answers: Int[Tensor, " batch"]
 
 
+def changed_start(
+    model: LoopedModel, batch: Batch, free: Varying, start: int | None, n_loops: int
+) -> int:
+    """The iteration before which a change of a share of the state's norm begins, as
+    `checked_start`; None means one iteration later where a state of zeros is handed to that one.
+    """
+    first = checked_start(model, batch, free.names, start, n_loops)
+    if start is not None or first + 1 == n_loops:
+        return first
+    state = begin_batch(model, batch[:1], n_loops)
+    state = model.advance(state, iteration_start(model, first, n_loops))
+    return first + int(not any(bool(x.any()) for x in free.values(model, state).values()))
+
+
 def starts(
     model: LoopedModel, batch: Batch, free: Varying, n_starts: int, scale: float | int | None,
     n_loops: int, stop: int, seed: int,
@@ -42,13 +58,15 @@ def starts(
     first = model.advance(begin_batch(model, batch, n_loops), stop)
     yield first
     values = free.values(model, first)
-    for i in range(1, n_starts):
+    own = batch.options.get("seed") or 0  # what a run without a seed draws, too
+    seeds = (each for each in itertools.count(seed + 1) if each != own)
+    for each in itertools.islice(seeds, n_starts - 1):
         if scale is None and _draws(model):
             options = {k: v for k, v in batch.options.items() if k not in ("state", "seed")}
-            drawn = replace(batch, options={**options, "seed": seed + i})
+            drawn = replace(batch, options={**options, "seed": each})
             yield model.advance(begin_batch(model, drawn, n_loops), stop)
             continue
-        generator = torch.Generator().manual_seed(seed + i)
+        generator = torch.Generator().manual_seed(each)
         change = free.draw(values, 1, generator)
         change = free.matched(values, change, _SCALE if scale is None else scale)
         yield free.beside(first, values, change, added)

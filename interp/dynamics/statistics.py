@@ -1,7 +1,10 @@
-"""Statistics of vectors: lengths, angles, and the effective rank of several of them."""
+"""Statistics of vectors: lengths, angles, and the effective rank of several of them; the median of
+numbers.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,3 +50,13 @@ def norm_of(x: Tensor) -> Tensor:
 def cosine_of(a: Tensor, b: Tensor) -> Tensor:
     """The cosine between the vectors along the last axis."""
     return (a / norm_of(a)[..., None] * (b / norm_of(b)[..., None])).sum(-1).clamp(-1.0, 1.0)
+
+
+def median_of(values: Float[Tensor, " n"]) -> float:
+    """The median, of an even number of values the mean of the two in the middle; NaN where there is
+    no value, or one that is NaN.
+    """
+    if not len(values) or bool(values.isnan().any()):
+        return math.nan
+    ordered = values.double().sort().values
+    return float((ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2)

@@ -13,9 +13,11 @@ from itertools import groupby
 
 import torch
 
+from loopscope.interp.common.modes import evaluating
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import NO_TAPS
+from loopscope.models.core.schedule import UnrunnableSchedule
 from loopscope.models.core.state import State, Visit, checked_loops
 
 _FROZEN_SITES = ("hook_resid_pre", "hook_resid_post")
@@ -82,8 +84,9 @@ def schedule_edit(
 
     Raises:
         KeyError: A name that is no visit of the loop.
-        ValueError: An empty list, a freeze without an earlier visit, an order that the family
-            cannot run, a model that calls its blocks by itself, or an edit inside another.
+        UnrunnableSchedule: A ValueError: an empty list, or one that the family cannot run.
+        ValueError: A freeze without an earlier visit, a model that calls its blocks by itself, or
+            an edit inside another.
     """
     if not model.runs_visits:
         raise ValueError(
@@ -96,7 +99,8 @@ def schedule_edit(
             " one list for both"
         )
     visits = _visits(model, order, checked_loops(n_loops, model.cfg.n_loops))
-    _try(model, visits)
+    with evaluating(model):  # dropout would draw from the caller's generator
+        _try(model, visits)
     with model.scheduled(visits):
         yield model
 
@@ -107,7 +111,9 @@ def _visits(model: LoopedModel, order: Sequence[str | Freeze], n_loops: int) -> 
     listed = [order] if isinstance(order, str) else order
     entries = [each for entry in listed for each in _expanded(schedule, entry, n_loops)]
     if not entries:
-        raise ValueError("a schedule needs at least one visit of the loop, got an empty list")
+        raise UnrunnableSchedule(
+            "a schedule needs at least one visit of the loop, got an empty list"
+        )
     inside = [visit.index for visit in schedule if visit.loop is not None]
     made: list[Visit] = []
     for loop, entries_of_loop in enumerate(_iterations(entries)):
@@ -164,7 +170,7 @@ def _check_end(schedule: list[Visit], entries: list[_Entry], loop: int) -> None:
     own = entries[-1].own
     end = [visit.scope for visit in schedule if visit.loop == own.loop][-1]
     if re.sub("[0-9]+", "*", end) != re.sub("[0-9]+", "*", own.scope):
-        raise ValueError(
+        raise UnrunnableSchedule(
             f"an iteration must end with {end.partition('.')[2].partition('.')[2]!r} as the model's"
             f" own does, but iteration {loop} of this list ends with {own.name!r}"
         )
@@ -219,16 +225,17 @@ def _frozen(visits: list[Visit], entries: Sequence[_Entry]) -> list[Visit]:
 
 @torch.no_grad()
 def _try(model: LoopedModel, visits: Sequence[Visit]) -> None:
-    """Run one token through the visits, without hooks, to see that the family can."""
-    tokens = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    positions = torch.zeros_like(tokens)
+    """Run the shortest input through the visits, without hooks, to see that the family can."""
+    length = (model.cfg.n_ctx or 1) if model.fixed_length else 1
+    positions = torch.arange(length, device=model.device)[None]
+    tokens = torch.ones_like(positions)
     resid, parts = model.embed(tokens, positions, NO_TAPS)
     rows = Rows.make(State(0, 1, resid, positions, tokens.bool(), parts), type(model).visible)
     for visit in visits:
         try:
             resid, parts = model.run_visit(visit, resid, parts, rows, hooked=False)
         except KeyError as missing:
-            raise ValueError(
+            raise UnrunnableSchedule(
                 f"this {type(model).__name__} cannot run the list: {visit.name} (which is"
                 f" {(visit.acts_as or visit).name}) needs the part {missing} of the state, which"
                 " no visit before it leaves there"

@@ -39,7 +39,7 @@ from loopscope.models.core.intervene import (
     loops_of_call,
 )
 from loopscope.models.core.points import HookPoints
-from loopscope.models.core.schedule import EditedSchedule, Schedules
+from loopscope.models.core.schedule import EditedSchedule, Schedules, UnrunnableSchedule
 from loopscope.models.core.state import (
     State,
     Visit,
@@ -215,7 +215,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         after, made = self.visit_block(visit.acts_as or visit, resid, parts, rows, taps)
         if any(made[name] is not parts.get(name) for name in made):
             changed = next(name for name in made if made[name] is not parts.get(name))
-            raise ValueError(
+            raise UnrunnableSchedule(
                 f"a block of this {type(self).__name__} changes more than the stream ({changed!r}),"
                 " so it cannot be frozen"
             )

@@ -69,6 +69,11 @@ class Family(nn.Module):
         """Whether a token's position changes what the model computes for the token."""
         return True
 
+    @property
+    def fixed_length(self) -> bool:
+        """Whether every input must fill all `n_ctx` positions, without padding."""
+        return False
+
     @abstractmethod
     def plan(self, n_loops: int) -> list[Slot]:
         """The schedule of a call, in order."""

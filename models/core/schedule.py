@@ -16,6 +16,10 @@ from loopscope.models.core.state import Slot, State, Visit
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
+class UnrunnableSchedule(ValueError):
+    """A list of visits that a family cannot run."""
+
+
 @dataclass(frozen=True)
 class EditedSchedule:
     """The schedule of all calls while it is on.

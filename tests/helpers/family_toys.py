@@ -20,6 +20,7 @@ from loopscope.models.families.albert import AlbertConfig
 from loopscope.models.families.hyperloop import HyperloopConfig
 from loopscope.models.families.inkling.config import InklingConfig
 from loopscope.models.families.melt import MeltConfig
+from loopscope.models.families.puzzle_solvers.trm import TrmConfig
 from loopscope.models.families.training_free.gemma import TrainingFreeGemmaConfig
 from loopscope.models.families.training_free.gpt2 import TrainingFreeGPT2Config
 from loopscope.models.families.training_free.model import TrainingFreeConfig
@@ -55,6 +56,15 @@ def latents(tokens: Tensor, d_model: int) -> Tensor:
 
 def golden(name: str, **options: Any) -> Callable[[], LoopedModel]:
     return lambda: load(GOLDEN / name, **options).double()
+
+
+def position_solver() -> LoopedModel:
+    """A solver whose blocks have an MLP along the positions, so that it needs all five."""
+    cfg = TrmConfig(
+        n_layers=1, n_loops=LOOPS, n_cycles=1, n_low_loops=1, d_model=6, n_heads=1, d_mlp=256,
+        d_vocab=11, n_prefix=2, d_puzzle=6, n_puzzles=1, positions="none", d_pos_mlp=256, n_ctx=5,
+    )  # fmt: skip
+    return randomize_(build(cfg)).double()
 
 
 def hyperloop() -> LoopedModel:

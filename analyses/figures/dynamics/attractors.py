@@ -22,6 +22,7 @@ from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.interp.drawing.look import CATEGORIES, MARK, styled
 from loopscope.interp.dynamics.attractors import fixed_points
 from loopscope.interp.dynamics.basins import basins
+from loopscope.interp.dynamics.statistics import median_of
 
 _RULES = ("one run", "majority", "steadiest")
 
@@ -100,7 +101,7 @@ class Attractors(Record):
                     name,
                     int(chosen.sum()),
                     float((~self.iterations[chosen].isnan()).double().mean()),
-                    f"{float(last.median()):.2g}" if len(last) else "",
+                    f"{median_of(last):.2g}" if len(last) else "",
                     float(self.same_state[chosen].mean()),
                     float(self.same_answer[chosen].mean()),
                 )

@@ -22,6 +22,7 @@ from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.interp.drawing.look import CATEGORIES, INK, MARK, styled
 from loopscope.interp.dynamics.growth import Separation, half_of
 from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
+from loopscope.interp.dynamics.statistics import median_of
 from loopscope.interp.lens.lens import readout_lens
 
 
@@ -85,8 +86,7 @@ class Lyapunov(Record):
         """
         rows = []
         for name, chosen in (("right", self.right), ("wrong", ~self.right)):
-            median = float(self.exponent[chosen].median()) if bool(chosen.any()) else float("nan")
-            rows.append((name, int(chosen.sum()), median))
+            rows.append((name, int(chosen.sum()), median_of(self.exponent[chosen])))
         frame = pd.DataFrame(rows, columns=["answer", "inputs", "median exponent"])
         return frame.assign(
             **{

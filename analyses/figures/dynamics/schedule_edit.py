@@ -19,10 +19,11 @@ from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
-from loopscope.analyses.common.subject import answer_logits
+from loopscope.analyses.common.subject import own_answers
 from loopscope.interp.drawing.shapes import CellMap, cell_maps
 from loopscope.interp.edit.schedule import Freeze, schedule_edit
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.schedule import UnrunnableSchedule
 from loopscope.models.core.state import checked_loops
 
 
@@ -108,14 +109,14 @@ def measure(asked: Asked, group: Group, n_loops: int | None = None) -> ScheduleE
     answers = asked.answers(group, n_loops=n_loops)
 
     def accuracy(length: int) -> float:
-        top = answer_logits(model, group.batch, length).argmax(-1)
-        return float((top == answers.ids).double().mean())
+        return float((own_answers(model, group.batch, length) == answers.ids).double().mean())
 
     def plain(length: int) -> float:
         try:
-            return accuracy(length)
+            model.schedule(length)
         except ValueError:  # no iteration left, or more than the family has
             return float("nan")
+        return accuracy(length)
 
     edits = list(_edits(model, n_loops))
     names = tuple(dict.fromkeys(edit.name for edit in edits))
@@ -125,9 +126,8 @@ def measure(asked: Asked, group: Group, n_loops: int | None = None) -> ScheduleE
             with schedule_edit(model, edit.order, n_loops):
                 assert model.edited is not None, "the context has put it there"
                 values[names.index(edit.name), edit.loop] = accuracy(model.edited.n_loops)
-        except ValueError:  # the family cannot run this list
-            if not model.runs_visits:
-                raise
+        except UnrunnableSchedule:
+            continue
     return ScheduleEdits(
         len(group.batch), group.hops, answers.own, accuracy(n_loops), plain(n_loops - 1),
         plain(n_loops + 1), names, values,

@@ -191,6 +191,10 @@ class PuzzleSolver(LoopedModel):
     def positional(self) -> bool:
         return self.cfg.positions != "none" or bool(self.cfg.d_pos_mlp)
 
+    @property
+    def fixed_length(self) -> bool:
+        return bool(self.cfg.d_pos_mlp)
+
     def edge_sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         learned = ("hook_pos_embed",) if self.W_pos is not None else ()
         return (*learned, "hook_embed"), ()

@@ -9,13 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from family_toys import TOYS
+from family_toys import TOYS, position_solver
 from family_toys import full as family_batch
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.dynamics import attractors, lyapunov, schedule_edit
 from loopscope.interp.dynamics.basins import restart_vote
 from loopscope.interp.dynamics.growth import finite_time_exponent
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.families.recurrent_depth import RecurrentDepth
+from toy import padded, toy
 
 LOOPS = 12
 
@@ -104,6 +107,28 @@ def test_edits_that_a_family_cannot_run_are_left_empty() -> None:
     skipped = record.values[record.edits.index("skip iteration")]
     assert skipped.isnan().tolist() == [True, False, False]
     assert len(record.summary()) > 3
+
+
+def test_answers_that_are_not_finite_inside_an_edit_are_no_wrong_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, normalize = toy(), RecurrentDepth.normalize
+    monkeypatch.setattr(
+        model, "normalize", lambda x, *taps: normalize(model, x, *taps) / (model.edited is None)
+    )
+    group = Group(None, ("a", "b", "c"), padded())
+    asked = Asked(Subject("toy", model, {}, None, {}), group)
+    with pytest.raises(ValueError, match="tokens can be ranked by finite logits only"):
+        schedule_edit.measure(asked, group, 2)
+
+
+def test_a_model_that_needs_all_its_positions_is_edited() -> None:
+    model = position_solver()
+    tokens = torch.arange(10).view(2, 5)
+    batch = Batch(tokens, torch.ones_like(tokens), torch.tensor([4, 4]))
+    group = Group(None, ("a", "b"), batch)
+    record = schedule_edit.measure(Asked(Subject("toy", model, {}, None, {}), group), group, 2)
+    assert not record.values[record.edits.index("skip iteration")].isnan().any()
 
 
 def test_no_hop_count_is_refused() -> None:

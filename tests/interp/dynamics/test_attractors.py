@@ -14,7 +14,7 @@ from family_toys import LOOPS as FAMILY_LOOPS
 from family_toys import TOYS
 from family_toys import full as family_batch
 from loopscope.interp.dynamics.attractors import fixed_points
-from loopscope.interp.dynamics.basins import Basins, basins, restart_vote
+from loopscope.interp.dynamics.basins import Basins, _numbered, basins, restart_vote
 from loopscope.interp.dynamics.path_independence import path_independence
 from loopscope.models.core.hooks import Taps
 from loopscope.models.core.state import Visit
@@ -96,6 +96,8 @@ def test_residuals_stand_beside_accuracy() -> None:
     assert table["examples"].tolist() == [2, 1]
     assert table["residual"][1] == pytest.approx(found.residual[-1, 2].item())
     assert table["auc"][0] in (0.0, 0.5, 1.0)
+    last = found.residual[-1]
+    assert table["residual"][0] == pytest.approx(last[:2].mean().item()), "the mean of the two"
     alone = found.by_answer(found.lens.top(1).tokens[-1, :, 0])
     assert alone["examples"].tolist() == [3, 0]
     assert math.isnan(alone["residual"][1])
@@ -122,6 +124,12 @@ def test_signs_that_a_change_turns_over_are_other_basins() -> None:
     assert list(found.frame()) == [
         "start", "example", "moved", "distance", "basin", "residual", "answer",
     ]  # fmt: skip
+
+
+def test_states_are_numbered_by_the_first_of_each_number() -> None:
+    """Small steps do not join states that are far from one another."""
+    states = torch.tensor([1.0, 1.08, 1.16, 2.0, 1.24])[:, None, None]
+    assert _numbered(states, 0.1).flatten().tolist() == [0, 0, 1, 2, 1]
 
 
 def record(answers: list[list[int]], residual: list[list[float]]) -> Basins:
@@ -160,6 +168,12 @@ def test_a_model_that_draws_its_first_state_draws_it_again() -> None:
     assert (found.moved[1:] > 0.5).all(), "another draw, not a small change"
 
 
+def test_no_restart_is_the_run_itself() -> None:
+    model = TOYS["huginn"].make()
+    batch = replace(family_batch(TOYS["huginn"], model), options={"seed": 7})
+    assert (basins(model, batch, 4, None, 2, seed=5).moved[1:] > 0.5).all()
+
+
 def test_the_path_does_not_matter_to_a_contraction_to_its_input() -> None:
     found = path_independence(mapped("halve"), padded(lengths=(5, 5, 5)), 40, batch_size=2)
     assert found.other.tolist() == [2, 0, 1]
@@ -173,7 +187,9 @@ def test_the_path_does_not_matter_to_a_contraction_to_its_input() -> None:
 
 def test_what_has_no_attractor_is_refused(plain: RecurrentDepth) -> None:
     with pytest.raises(ValueError, match="given nothing of the input but the state"):
-        path_independence(plain, padded(), 3)
+        path_independence(plain, padded(lengths=(5, 5, 5)), 3)
+    with pytest.raises(ValueError, match="must have one length, got lengths from 2 to 5; run"):
+        path_independence(plain, padded(lengths=(5, 2, 4)), 3)
     with pytest.raises(ValueError, match="at least 2 examples, got 1"):
         path_independence(plain, padded()[:1], 3)
     with pytest.raises(ValueError, match=r"n_starts must be at least 2, .* got 1"):
@@ -182,3 +198,16 @@ def test_what_has_no_attractor_is_refused(plain: RecurrentDepth) -> None:
         basins(plain, padded(), 2, -1)
     with pytest.raises(ValueError, match="try a smaller max_period or more iterations"):
         fixed_points(plain, padded(), 3, max_period=4)
+
+
+def test_a_first_state_of_zeros_is_changed_after_one_iteration() -> None:
+    model = TOYS["spiral"].make()
+    batch = family_batch(TOYS["spiral"], model)
+    assert not model.begin(batch.tokens, n_loops=3).resid.any()
+    found = basins(model, batch, 3, 0.25, 3)
+    torch.testing.assert_close(
+        found.moved[1:], torch.full((2, BATCH), 0.25).double(), rtol=1e-9, atol=0
+    )
+    assert (found.distance[1:] > 0).all()
+    with pytest.raises(ValueError, match="the state of example 0 is zeros, so no share of its"):
+        restart_vote(model, batch, 3, 0.25, 1)

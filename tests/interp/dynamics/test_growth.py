@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from family_toys import TOYS
+from family_toys import full as family_batch
 from loopscope.interp.dynamics.growth import (
     FiniteTimeExponent,
     Separation,
@@ -92,3 +94,13 @@ def test_changes_that_are_none_are_refused(plain: RecurrentDepth) -> None:
         perturbation_growth(plain, padded(), 2, scale=0)
     with pytest.raises(ValueError, match="n_directions must be at least 1, got 0"):
         perturbation_growth(plain, padded(), 2, n_directions=0)
+
+
+def test_a_state_of_zeros_is_changed_one_iteration_later() -> None:
+    model = TOYS["spiral"].make()
+    batch = family_batch(TOYS["spiral"], model)
+    found = perturbation_growth(model, batch, 3)
+    assert found.start == 1
+    assert found.growth.isfinite().all()
+    with pytest.raises(ValueError, match=r"the state of example 0 is zeros, .* \(start=1\)"):
+        perturbation_growth(model, batch, 3, start=0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from family_toys import LOOPS as FAMILY_LOOPS
 from family_toys import TOYS
 from family_toys import padded as family_batch
+from loopscope.interp.dynamics.followed import _orthonormal
 from loopscope.interp.dynamics.lyapunov import LyapunovSpectrum, lyapunov_spectrum
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.hooks import Taps
@@ -177,6 +178,13 @@ def test_the_frame_has_a_row_for_each_exponent(found: LyapunovSpectrum) -> None:
     assert row["exponent"] == pytest.approx(found.exponents[2, 1, 2].item())
     assert row["blocks.1.attn"] == pytest.approx(found.shares[2, 3, 1, 2].item())
     assert len(found.plot().data) == BATCH + len(found.sublayers)
+
+
+def test_directions_that_fall_together_are_refused() -> None:
+    vectors, flat = torch.eye(3)[None, :2].double(), torch.zeros(1, 2, 3).double()
+    flat[0, 0, 0] = 1.0
+    with pytest.raises(ValueError, match="maps the k=2 followed directions onto fewer, so their"):
+        _orthonormal(vectors, flat)
 
 
 def test_what_has_no_spectrum_is_refused(plain: RecurrentDepth) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from family_toys import LOOPS as FAMILY_LOOPS
-from family_toys import TOYS
+from family_toys import TOYS, position_solver
 from family_toys import full as family_batch
 from loopscope.interp.common.fingerprint import fingerprint
 from loopscope.interp.common.metrics import logit_diff
@@ -25,7 +25,9 @@ from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.registry import build
 from loopscope.models.families.recurrent_depth import RecurrentDepth
+from loopscope.models.families.smollm import SMolLMConfig
 from loopscope.models.views import unrolled, untied
 from loopscope.models.wrapped.wrap import wrap
 from toy import Calls, assert_close, full, hook_count, padded, random_tokens, run, toy
@@ -319,3 +321,21 @@ def test_lists_that_no_run_could_follow_are_refused(plain: RecurrentDepth) -> No
     with pytest.raises(ValueError, match="are called by its own code in its own order"):
         enter(module, ["loops.0"], 1)
     assert plain.edited is None
+
+
+def test_a_model_that_needs_all_its_positions_is_tried_on_all_of_them() -> None:
+    model, tokens = position_solver(), torch.arange(5)[None]
+    with schedule_edit(model, ["loops.0", "loops.2"], T):
+        shorter = model(tokens, n_loops=2)
+    assert_close(shorter, model(tokens, n_loops=2))
+
+
+def test_dropout_draws_nothing_where_a_list_is_tried() -> None:
+    cfg = SMolLMConfig(
+        n_layers=1, n_loops=2, d_model=6, n_heads=1, d_mlp=7, d_vocab=11, n_ctx=5, dropout=0.5
+    )
+    model = build(cfg).train()
+    before = torch.random.get_rng_state()
+    with schedule_edit(model, ["loops.1"], 2):
+        assert model.training
+    assert torch.equal(torch.random.get_rng_state(), before)
