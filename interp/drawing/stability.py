@@ -31,7 +31,7 @@ def spectrum(record: LyapunovSpectrum, title: str) -> go.Figure:
     ranks = list(range(values.shape[1]))
     panels = [
         CurvePanel(
-            "exponent (nats per iteration)",
+            "exponent (nats per loop)",
             spread(ranks, values, _examples(len(values))),
             "rank of the exponent",
         )

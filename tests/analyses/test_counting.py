@@ -34,7 +34,11 @@ def test_a_frame_has_coordinates_from_0_and_amounts_from_1(name: str) -> None:
         if pd.api.types.is_numeric_dtype(frame[column]):
             assert frame[column].min() == 0, column
     for column in [each for each in LEAST if each in frame.columns]:
-        assert frame[column].min() == LEAST_OF.get((name, column), LEAST[column]), column
+        least = frame[column].dropna().min()
+        if (name, column) == ("attractors", "iterations"):
+            assert least >= LEAST[column], "a state settles after some iterations"
+        else:
+            assert least == LEAST_OF.get((name, column), LEAST[column]), column
     for column in [each for each in frame.columns if each in ("visit", "hook")]:
         places = frame[[column, "loop"]].drop_duplicates()
         assert "loops.0.blocks.0" in {place.partition(".hook")[0] for place in places[column]}

@@ -95,6 +95,12 @@ def test_the_other_figures_show_no_words_of_the_users() -> None:
         "lyapunov",
         "attractors",
         "schedule-edit",
+        "inference-stages",
+        "code-transfer",
+        "realignment",
+        "cell-patch",
+        "fixed-points",
+        "sudoku",
         "grokking",
         "hop-updates",
     }

@@ -23,7 +23,14 @@ from paths import SHIPPED
 TABS = {
     "Answers": ("overthinking", "recurrence", "halting", "flips"),
     "Circuit": ("lens", "patch", "ranks"),
-    "Dynamics": ("orbits", "steps", "attention-settling"),
+    "Dynamics": (
+        "orbits",
+        "steps",
+        "attention-settling",
+        "lyapunov",
+        "attractors",
+        "schedule-edit",
+    ),
     "Comparison": ("recurrence-grids", "margins", "halting-compare"),
 }
 DRAWN = tuple(key for keys in TABS.values() for key in keys)

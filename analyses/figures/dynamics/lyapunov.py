@@ -169,7 +169,7 @@ def figure(record: Lyapunov) -> go.Figure:
     plot.add_hline(y=0, line={"color": INK, "width": 1})
     plot.add_vline(x=0, line={"color": INK, "width": 1}, col=1)
     plot.update_xaxes(title="margin at half depth (logits)", row=1, col=1)
-    plot.update_yaxes(title="exponent (nats per iteration)", row=1, col=1)
+    plot.update_yaxes(title="exponent (nats per loop)", row=1, col=1)
     plot.update_xaxes(title="loop (dotted: wrong answers)", row=1, col=2)
     plot.update_yaxes(title="share in the growth (nats)", row=1, col=2)
     return styled(plot, 440)

@@ -85,8 +85,8 @@ class ScheduleEdits(Record):
         """
         rows: list[tuple[str, float, float, int | str]] = [
             ("none", self.base, self.base, ""),
-            ("one iteration less", self.fewer, self.fewer, ""),
-            ("one iteration more", self.more, self.more, ""),
+            ("one loop fewer", self.fewer, self.fewer, ""),
+            ("one loop more", self.more, self.more, ""),
         ]
         for edit, row in zip(self.edits, self.values, strict=True):
             kept = row[~row.isnan()]
@@ -141,11 +141,11 @@ def _edits(model: LoopedModel, n_loops: int) -> Iterator[_Edit]:
         place = f"loops.{loop}."
         here = [name for name in visits if name.startswith(place)]
         blocks = {name.removeprefix(place): [name] for name in here}
-        for what, chosen in {"iteration": here, **blocks}.items():
+        for what, chosen in {"loop": here, **blocks}.items():
             at = visits.index(chosen[0])
             before, after = visits[:at], visits[at + len(chosen) :]
             yield _Edit(f"skip {what}", loop, [*before, *after])
-            if what == "iteration":
+            if what == "loop":
                 yield _Edit(f"repeat {what}", loop, [*before, *chosen, *chosen, *after])
             if loop:
                 frozen = _frozen(chosen, place, f"loops.{loop - 1}.")
@@ -161,7 +161,7 @@ def figure(record: ScheduleEdits) -> go.Figure:
     """A map: edits up, iterations along, the share of right answers as the colour."""
     unit = "answers of the\nunchanged run" if record.own else "right answers"
     cells = CellMap(
-        title=f"unchanged: {record.base:.2f}; one iteration less: {record.fewer:.2f}; one more:"
+        title=f"unchanged: {record.base:.2f}; one loop fewer: {record.fewer:.2f}; one more:"
         f" {record.more:.2f}",
         columns=list(range(record.values.shape[1])),
         rows=list(record.edits)[::-1],
@@ -173,7 +173,7 @@ def figure(record: ScheduleEdits) -> go.Figure:
 
 
 def _found(record: ScheduleEdits) -> str:
-    skipped = record.values[record.edits.index("skip iteration")]
+    skipped = record.values[record.edits.index("skip loop")]
     kept = skipped[~skipped.isnan()]
     if not len(kept):
         return "This family runs no list with an iteration less."

@@ -79,11 +79,11 @@ def test_ends_of_restarts_are_those_of_the_methods() -> None:
 @pytest.mark.shapes
 def test_skipping_any_iteration_of_a_model_whose_iterations_are_alike_is_one_less() -> None:
     record = schedule_edit.run(schedule_edit.ScheduleEditConfig(n_loops=4, hops=4, per_hop=20))
-    skipped = record.values[record.edits.index("skip iteration")]
-    repeated = record.values[record.edits.index("repeat iteration")]
+    skipped = record.values[record.edits.index("skip loop")]
+    repeated = record.values[record.edits.index("repeat loop")]
     assert skipped.tolist() == [record.fewer] * 4
     assert repeated.tolist() == [record.more] * 4
-    frozen = record.values[record.edits.index("freeze iteration")]
+    frozen = record.values[record.edits.index("freeze loop")]
     assert frozen[0].isnan()
     assert not frozen[1:].isnan().any()
     assert "Which iteration is skipped does not matter" in schedule_edit.SECTION.found(record)
@@ -92,7 +92,7 @@ def test_skipping_any_iteration_of_a_model_whose_iterations_are_alike_is_one_les
     )
     assert "Skipping an iteration leaves 0.00 (loop 0) to" in schedule_edit.SECTION.found(uneven)
     (cells,) = schedule_edit.figure(record).data
-    assert list(cells.y)[-1] == "skip iteration"
+    assert list(cells.y)[-1] == "skip loop"
     assert list(cells.z[-1]) == skipped.tolist()
 
 
@@ -104,7 +104,7 @@ def test_edits_that_a_family_cannot_run_are_left_empty() -> None:
     record = schedule_edit.measure(Asked(Subject("toy", model, {}, None, {}), group), group, 3)
     assert record.own
     assert record.base == 1.0
-    skipped = record.values[record.edits.index("skip iteration")]
+    skipped = record.values[record.edits.index("skip loop")]
     assert skipped.isnan().tolist() == [True, False, False]
     assert len(record.summary()) > 3
 
@@ -128,7 +128,7 @@ def test_a_model_that_needs_all_its_positions_is_edited() -> None:
     batch = Batch(tokens, torch.ones_like(tokens), torch.tensor([4, 4]))
     group = Group(None, ("a", "b"), batch)
     record = schedule_edit.measure(Asked(Subject("toy", model, {}, None, {}), group), group, 2)
-    assert not record.values[record.edits.index("skip iteration")].isnan().any()
+    assert not record.values[record.edits.index("skip loop")].isnan().any()
 
 
 def test_no_hop_count_is_refused() -> None:
