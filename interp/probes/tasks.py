@@ -93,7 +93,8 @@ class Task:
 
     def control(self, types: Shaped[Tensor, " read"], generator: torch.Generator) -> Task:
         """The control task: every type has one value, drawn at random from all values of the task,
-        so that only a probe that learns types by heart can solve it (Hewitt & Liang 2019).
+        so that only a probe that learns types by heart can solve it (Hewitt & Liang 2019). Values
+        are drawn again until two types differ, for a constant would be solved without any state.
 
         Raises:
             ValueError: Reads of one type alone.
@@ -104,8 +105,10 @@ class Task:
                 "a control task needs reads of several types, but all of these reads have one; pass"
                 " types= (which entity, word or question each row is about), or control=False"
             )
-        drawn = torch.randint(len(self.values), (len(kinds),), generator=generator)
-        return replace(self, values=self.values[drawn][index])
+        while True:
+            drawn = self.values[torch.randint(len(self.values), (len(kinds),), generator=generator)]
+            if bool((drawn != drawn[0]).any()) or bool((self.values == drawn[0]).all()):
+                return replace(self, values=drawn[index])
 
 
 def types_of(states: ReadStates, types: Shaped[Tensor, ...] | None) -> Int[Tensor, " read"]:
