@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tasks_that_cannot_be_trained_are_refused() -> None:
-    with pytest.raises(ValueError, match="side must be 4 or 6 .* got 9"):
+    with pytest.raises(ValueError, match=r"side must be 4 or 6 .* got 9"):
         SudokuTask(side=9)
     for clues in ((0, 4), (8, 6), (4, 17)):
         with pytest.raises(ValueError, match="from 1 to 16, got"):
