@@ -75,9 +75,6 @@ def train_tuned_lens(
         )
     start = TunedLens.identity(model, n_loops)
     resids, finals = _material(model, as_batch(model, inputs, readout), positions, start.n_loops)
-    for name, visit in zip(start.names, resids, strict=True):
-        refuse_nonfinite(f"the residuals at visit {name}", visit)
-    refuse_nonfinite("the answers of the runs", finals)
     owner = _owners(model, start.n_loops, shared)
     params = [start.weights[: owner.max() + 1].clone(), start.biases[: owner.max() + 1].clone()]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
@@ -123,8 +120,14 @@ def tuned_lens_kl(
         n_loops: Iterations of the logit lens; a tuned lens has its own.
 
     Raises:
-        ValueError: A model that the lens was not made for.
+        ValueError: A model that the lens was not made for, another n_loops than the lens has, or
+            runs that are not finite.
     """
+    if tuned is not None and n_loops not in (None, tuned.n_loops):
+        raise ValueError(
+            f"a tuned lens has its own n_loops, here {tuned.n_loops}, got n_loops={n_loops}; leave"
+            " it out"
+        )
     tuned = TunedLens.identity(model, n_loops) if tuned is None else tuned
     tuned.check(model)
     resids, finals = _material(model, as_batch(model, inputs, readout), positions, tuned.n_loops)
@@ -141,7 +144,11 @@ def tuned_lens_kl(
 def _material(
     model: LoopedModel, batch: Batch, positions: Shown, n_loops: int
 ) -> tuple[Float[Tensor, "visit read d_model"], Float[Tensor, "read d_read"]]:
-    """The residual after every visit and the head's input at the end, without padding."""
+    """The residual after every visit and the head's input at the end, without padding.
+
+    Raises:
+        ValueError: Runs that are not finite.
+    """
     columns, shown = shown_columns(batch, positions)
     resids, finals = [], []
     for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
@@ -149,7 +156,11 @@ def _material(
         resids.append(torch.stack(list(run.values.values())))
         finals.append(at_positions(model.read_state(run.end), read).flatten(0, 1))
     real = shown.flatten()
-    return torch.cat(resids, dim=1)[:, real], torch.cat(finals)[real]
+    whole, ends = torch.cat(resids, dim=1)[:, real], torch.cat(finals)[real]
+    for visit, found in zip(model.schedule(n_loops), whole, strict=True):
+        refuse_nonfinite(f"the residuals at visit {visit.name}", found)
+    refuse_nonfinite("the answers of the runs", ends)
+    return whole, ends
 
 
 def _log_probs(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Label = str | int | float
-Labels = Sequence[Label | None] | Sequence[Sequence[Label | None]] | Tensor
+Labels = Sequence[Label | None] | Sequence[Sequence[Label | None]] | Tensor | np.ndarray
 Key = tuple[str, str, int | None, int | None, int | None]
 Terms = tuple[Float[Tensor, "cell batch"], Float[Tensor, "cell batch"], Float[Tensor, "cell batch"]]
 
@@ -75,7 +76,8 @@ def grouped(
     drawn: Float[Tensor, "resample batch"],
     level: float,
 ) -> GroupedEffects:
-    """Average the effects of a sweep over the places of each label.
+    """Average the effects of a sweep over the places of each label; a label that no example has a
+    place for is left out.
 
     Args:
         cells: Of the sweep, each with one column.
@@ -101,16 +103,17 @@ def grouped(
             label = own[cell.position]
             if label is not None:
                 members.setdefault((key, label), {}).setdefault(i, []).append(row)
-    if not members:
+    sums = {group: _sums(terms, cells_of) for group, cells_of in members.items()}
+    sums = {group: own for group, own in sums.items() if own[2].any()}
+    if not sums:
         raise ValueError("no place of this sweep has a label other than None")
     edges = drawn.new_tensor([(1 - level) / 2, (1 + level) / 2])
     values, ends, places = [], [], []
-    for cells_of in members.values():
-        effect, whole, shown = _sums(terms, cells_of)
+    for effect, whole, shown in sums.values():
         values.append(effect.sum() / whole.sum())
         ends.append(((drawn @ effect) / (drawn @ whole)).nanquantile(edges))
         places.append(shown.sum().long())
-    keys, names = zip(*members, strict=True)
+    keys, names = zip(*sums, strict=True)
     low, high = torch.stack(ends, dim=1)
     return GroupedEffects(keys, names, torch.stack(values), low, high, torch.stack(places))
 
@@ -131,8 +134,10 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label | 
         ValueError: Not one label per column, or per example and column.
     """
     rows, columns = shape
-    given: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    lists: list[list[Label | None]] = [row for row in given if isinstance(row, list)]
+    given = [_plain(label) for label in _plain(labels)]
+    lists: list[list[Label | None]] = [
+        list(row) for row in given if isinstance(row, Sequence) and not isinstance(row, str)
+    ]
     table: list[list[Label | None]] = lists or [given] * rows
     short = min((len(row) for row in table), default=0)
     if len(table) != rows or short < columns:
@@ -142,3 +147,7 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label | 
             f" {short} labels"
         )
     return table
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value

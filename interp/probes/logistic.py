@@ -115,8 +115,9 @@ def description_length(
     """The online code of the classes given the states, in bits (Voita & Titov 2020): each block of
     reads is coded by a probe that was fitted on the blocks before it.
 
-    A probe's probabilities count as many reads as it was fitted on, and every class one read more,
-    so that a class that is new to the probe has a code too. The first block is coded uniformly.
+    A class to which a probe of n reads gives the probability p is coded with (n p + 1) / (n + K),
+    K being the number of classes, so that a class that is new to the probe has a code too. The
+    first block is coded uniformly.
     """
     ends = sorted({max(1, math.ceil(share * len(x))) for share in _BLOCKS})
     bits = ends[0] * math.log2(n_classes)

@@ -67,11 +67,13 @@ class Probe(OneScreen):
         return self.score - self.control
 
     def p_value(self) -> Float[Tensor, " place"]:
-        """(1 + permutations that score at least as well) / (1 + permutations)."""
+        """(1 + permutations that score at least as well) / (1 + permutations); a permutation whose
+        score is NaN counts as one that does, and a score that is NaN has the p value NaN.
+        """
         if not len(self.permuted):
             raise ValueError("a p value needs permutations; call probe(..., permutations=99)")
-        as_good = (self.permuted >= self.score).sum(0).double()
-        return (1 + as_good) / (1 + len(self.permuted))
+        as_good = (~(self.permuted < self.score)).sum(0).double()
+        return ((1 + as_good) / (1 + len(self.permuted))).where(~self.score.isnan(), torch.nan)
 
     def frame(self) -> pd.DataFrame:
         """One row per place: place (the hook point), visit, loop, layer, site, score, constant; and

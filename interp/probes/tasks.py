@@ -74,8 +74,10 @@ class Task:
         truth = self.values[reads]
         if self.classes is not None:
             return float((answers == truth).double().mean())
+        if truth.min() == truth.max():  # whose mean may be rounded, so that they seem to vary
+            return float("nan")
         off, spread = (truth - answers).square().sum(), (truth - truth.mean()).square().sum()
-        return float(1 - off / spread) if spread > 0 else float("nan")
+        return float(1 - off / spread)
 
     def constant(self, train: Int[Tensor, " train"], test: Int[Tensor, " test"]) -> float:
         """The score of the best answer that looks at no state: the commonest class, or the mean."""
@@ -91,7 +93,8 @@ class Task:
 
     def control(self, types: Shaped[Tensor, " read"], generator: torch.Generator) -> Task:
         """The control task: every type has one value, drawn at random from all values of the task,
-        so that only a probe that learns types by heart can solve it (Hewitt & Liang 2019).
+        so that only a probe that learns types by heart can solve it (Hewitt & Liang 2019). Values
+        are drawn again until two types differ, for a constant would be solved without any state.
 
         Raises:
             ValueError: Reads of one type alone.
@@ -102,8 +105,10 @@ class Task:
                 "a control task needs reads of several types, but all of these reads have one; pass"
                 " types= (which entity, word or question each row is about), or control=False"
             )
-        drawn = torch.randint(len(self.values), (len(kinds),), generator=generator)
-        return replace(self, values=self.values[drawn][index])
+        while True:
+            drawn = self.values[torch.randint(len(self.values), (len(kinds),), generator=generator)]
+            if bool((drawn != drawn[0]).any()) or bool((self.values == drawn[0]).all()):
+                return replace(self, values=drawn[index])
 
 
 def types_of(states: ReadStates, types: Shaped[Tensor, ...] | None) -> Int[Tensor, " read"]:

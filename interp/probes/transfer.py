@@ -45,15 +45,19 @@ class TransferMatrix(OneScreen):
     n_test: int
 
     def kept(self) -> Float[Tensor, " block"]:
-        """The share of its score that a probe keeps at other iterations: (score - constant) over
-        the same of the probe that was fitted where it is tested, as a mean over pairs of unequal
-        iterations. It is 1 for one code throughout, and at most 0 where each iteration has a code
-        of its own.
+        """The share of their scores that probes keep at other iterations: score - constant, summed
+        over pairs of unequal iterations, over the same sum of the probes that were fitted where
+        they are tested. It is 1 for one code throughout, and at most 0 where each iteration has a
+        code of its own.
+
+        Iterations whose own probe is not above the constant have nothing to keep and are left out
+        as tested ones; NaN where that leaves none.
         """
         above = self.score - self.constant
-        at_home = above.diagonal(dim1=1, dim2=2)[:, None]
+        at_home = above.diagonal(dim1=1, dim2=2)[:, None].expand_as(above)
         apart = ~torch.eye(above.shape[1], dtype=torch.bool)
-        return torch.stack([row[apart].nanmean() for row in above / at_home])
+        counted = apart & (at_home > 0) & ~above.isnan()
+        return above.where(counted, 0).sum((1, 2)) / at_home.where(counted, 0).sum((1, 2))
 
     def frame(self) -> pd.DataFrame:
         """One row per block, fitted and tested iteration: block, fitted, tested, score,

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 PAD_ID, BLANK_ID = 0, 1  # padding never occurs on a board of full size
+FIRST_DIGIT_ID = 2  # of the digit 1
 SUDOKU_BLANKS = ".0"
 MAZE_CHARACTERS = "# SGo"  # wall, free cell, start, goal, and a cell of the path
 

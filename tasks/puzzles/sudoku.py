@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from loopscope.tasks.puzzles.boards import SUDOKU_BLANKS, Puzzle
 
 _HELD_OUT_SHARE = 10  # one class of puzzles in so many is held out
+_DRAWS = 2000  # without a new puzzle, after which no more are expected
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,11 @@ class Sudoku:
             most: Stop after so many solutions.
 
         Raises:
-            ValueError: Another number of cells, or a digit that the board does not have.
+            ValueError: Another number of cells, a digit that the board does not have, or a `most`
+                below 1.
         """
+        if most < 1:
+            raise ValueError(f"most must be at least 1 solution, got {most}")
         search = _Search(self)
         found = []
         for solution in search.from_masks(self._masks(board)):
@@ -201,13 +205,23 @@ def make_sudokus(
     Args:
         seed: The same puzzles for the same seed; a longer list begins with the shorter one.
         clues: As in `Sudoku.make`, one of these drawn for each puzzle.
+
+    Raises:
+        ValueError: Fewer such puzzles than asked for, as it seems after many draws in vain.
     """
     rng = np.random.default_rng((seed, rules.side, int(held_out)))
     found: dict[str, Puzzle] = {}
+    in_vain = 0
     while len(found) < count:
         puzzle = rules.make(rng, clues[int(rng.integers(len(clues)))])
+        in_vain += 1
         if puzzle.question not in found and rules.is_held_out(puzzle.question) == held_out:
-            found[puzzle.question] = puzzle
+            found[puzzle.question], in_vain = puzzle, 0
+        if in_vain == _DRAWS:
+            raise ValueError(
+                f"{count} distinct puzzles are asked for, but {_DRAWS} draws after the"
+                f" {len(found)} found ones gave no new one; ask for fewer puzzles or fewer clues"
+            )
     return list(found.values())
 
 

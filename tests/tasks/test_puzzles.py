@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loopscope.tasks.puzzles import sudoku
 from loopscope.tasks.puzzles.boards import (
     Puzzle,
     maze_tokens,
@@ -98,6 +99,13 @@ def test_no_training_puzzle_is_a_copy_of_a_held_out_one() -> None:
     assert make_sudokus(SMALL, 20, 0, held_out=False, clues=clues) == train[:20]
 
 
+def test_more_puzzles_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full board of 4 rows is one of 288."""
+    monkeypatch.setattr(sudoku, "_DRAWS", 30)
+    with pytest.raises(ValueError, match="289 distinct puzzles are asked for, but 30 draws after"):
+        make_sudokus(SMALL, 289, 0, held_out=False, clues=(16,))
+
+
 def test_boards_are_tokens_as_the_public_data_sets_write_them() -> None:
     assert sudoku_tokens(["1.30", "4321"]).tolist() == [[2, 1, 4, 1], [5, 4, 3, 2]]
     assert maze_tokens(["# SGo"]).tolist() == [[1, 2, 3, 4, 5]]
@@ -121,6 +129,8 @@ def test_what_is_no_board_is_refused() -> None:
         Sudoku.of_side(5)
     with pytest.raises(ValueError, match="no fewer columns than rows"):
         Sudoku(3, 2)
+    with pytest.raises(ValueError, match="most must be at least 1 solution, got 0"):
+        SMALL.solve("." * 16, most=0)
     with pytest.raises(ValueError, match="too many to be listed"):
         _ = Sudoku.of_side(9).symmetries
 

@@ -55,6 +55,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_tasks_that_cannot_be_trained_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"side must be 4 or 6 .* got 9"):
+        SudokuTask(side=9)
+    for clues in ((0, 4), (8, 6), (4, 17)):
+        with pytest.raises(ValueError, match="from 1 to 16, got"):
+            SudokuTask(clues=clues)
+
+
 def test_stable_max_is_the_share_of_a_piecewise_size() -> None:
     logits = torch.tensor([[1.0, 0.0, -1.0], [-3.0, 2.0, 5.0]])
     found = stable_max_cross_entropy(logits, torch.tensor([2, -100]))

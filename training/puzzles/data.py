@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from loopscope.tasks.puzzles.boards import Puzzle, sudoku_tokens
+from loopscope.tasks.puzzles.boards import FIRST_DIGIT_ID, Puzzle, sudoku_tokens
 from loopscope.tasks.puzzles.sudoku import Sudoku, make_sudokus
 from loopscope.training.puzzles.recipes import SudokuTask
 from loopscope.training.puzzles.supervision import Examples
-
-_FIRST_DIGIT = 2  # the token of the digit 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +32,8 @@ class Copies:
         """Random puzzles, each with its cells moved by a symmetry and its digits renamed."""
         rows = rng.integers(len(self.questions), size=count)
         moved = self.rules.symmetries[rng.integers(len(self.rules.symmetries), size=count)]
-        digits = np.tile(np.arange(_FIRST_DIGIT, _FIRST_DIGIT + self.rules.side), (count, 1))
-        kept = np.tile(np.arange(_FIRST_DIGIT), (count, 1))
+        digits = np.tile(np.arange(FIRST_DIGIT_ID, FIRST_DIGIT_ID + self.rules.side), (count, 1))
+        kept = np.tile(np.arange(FIRST_DIGIT_ID), (count, 1))
         names = np.concatenate([kept, rng.permuted(digits, axis=1)], axis=1)
 
         def copied(boards: Int64[np.ndarray, "puzzle cell"]) -> torch.Tensor:

@@ -19,12 +19,15 @@ class SudokuTask:
     """Random Sudoku puzzles with one solution, shown in random symmetric copies.
 
     Attributes:
-        side: Rows of a board: 4, 6 or 9.
+        side: Rows of a board: 4 or 6, whose symmetries can be listed.
         puzzles, held_out: Distinct puzzles to train on, and others to test on, of which no
             symmetric copy is trained on.
         clues: Fewest and most clues that a puzzle may be left with; it keeps more where it needs
             them.
         seed: The seed of the puzzles.
+
+    Raises:
+        ValueError: Another side, or clues out of order or out of 1 to side squared.
     """
 
     side: int = 4
@@ -32,6 +35,14 @@ class SudokuTask:
     held_out: int = 300
     clues: tuple[int, int] = (4, 8)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.side not in (4, 6):
+            raise ValueError(f"side must be 4 or 6 to train on symmetric copies, got {self.side}")
+        if not 1 <= self.clues[0] <= self.clues[1] <= self.side**2:
+            raise ValueError(
+                f"clues must be the fewest and the most, from 1 to {self.side**2}, got {self.clues}"
+            )
 
     def __str__(self) -> str:
         return f"Sudoku puzzles of {self.side} x {self.side} cells with one solution"

@@ -131,8 +131,8 @@ def run(config: RealignmentConfig) -> Realignment:
     """Realign every checkpoint's states at the first relation.
 
     Raises:
-        ValueError: No checkpoint is named, or one has no graph, no two-hop questions of a group,
-            blocks outside the loop, or a single iteration.
+        ValueError: No checkpoint is named, or one has no graph, no two-hop questions of a group or
+            only one, blocks outside the loop, or a single iteration.
     """
     stages, outcomes = [], []
     for source in tqdm(config.sources(), desc="checkpoints", leave=False):
@@ -154,8 +154,17 @@ def run(config: RealignmentConfig) -> Realignment:
 
 
 def measure(subject: Subject, asked: TwoHopQuestions, n_loops: int, seed: int) -> Outcome:
-    """Choose on each half of the questions, and report on the other."""
+    """Choose on each half of the questions, and report on the other.
+
+    Raises:
+        ValueError: Fewer than two questions.
+    """
     model, count = subject.model, len(asked.questions)
+    if count < 2:
+        raise ValueError(
+            "a realignment is chosen on one half of a group's questions and reported on the"
+            f" other, which takes at least 2, got {count}; pass a larger per_group"
+        )
     generator = torch.Generator().manual_seed(seed)
     first = torch.zeros(count, dtype=torch.bool)
     first[torch.randperm(count, generator=generator)[: count // 2]] = True

@@ -18,10 +18,10 @@ from loopscope.analyses.puzzles.solver import Solver, SolverConfig, open_solver
 from loopscope.interp.common.precision import widened
 from loopscope.interp.drawing.look import CATEGORIES, styled
 from loopscope.models.core.state import checked_loops
+from loopscope.tasks.puzzles.boards import FIRST_DIGIT_ID
 from loopscope.tasks.puzzles.sudoku import Sudoku
 
 RELATIONS = ("self", "box", "row", "column", "none")
-_FIRST_DIGIT = 2  # the token of the digit 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def run(config: CellPatchConfig) -> CellPatch:
     related = _relations(side).to(solver.answers.device)
     plain = solver.tokens
     renamed = torch.where(
-        plain >= _FIRST_DIGIT, (plain - _FIRST_DIGIT + 1) % side.side + _FIRST_DIGIT, plain
+        plain >= FIRST_DIGIT_ID, (plain - FIRST_DIGIT_ID + 1) % side.side + FIRST_DIGIT_ID, plain
     )
     states = [solver.model.begin(tokens, n_loops=n_loops) for tokens in (plain, renamed)]
     found = []
@@ -107,7 +107,7 @@ def _effects(
 
     def next_step(high: Tensor, low: Tensor) -> Tensor:
         state = model.begin(solver.tokens, n_loops=1, high=high, low=low)
-        logits = model.readout(model.advance(state))[:, solver.cells, _FIRST_DIGIT:]
+        logits = model.readout(model.advance(state))[:, solver.cells, FIRST_DIGIT_ID:]
         return widened(logits).log_softmax(-1)
 
     before, patched = next_step(*own), []

@@ -43,7 +43,7 @@ class FixedPointsConfig(SolverConfig):
 
 
 @dataclass(frozen=True)
-class FixedPoints(Record):
+class BoardFates(Record):
     """The fate of boards of several kinds.
 
     Attributes:
@@ -78,7 +78,7 @@ class FixedPoints(Record):
         )
 
 
-def run(config: FixedPointsConfig) -> FixedPoints:
+def run(config: FixedPointsConfig) -> BoardFates:
     """Run every kind of board.
 
     Raises:
@@ -100,12 +100,12 @@ def run(config: FixedPointsConfig) -> FixedPoints:
     return measure(solver, runs, config.rest)
 
 
-def measure(solver: Solver, runs: Sequence[Cycles], rest: float) -> FixedPoints:
+def measure(solver: Solver, runs: Sequence[Cycles], rest: float) -> BoardFates:
     """The record of runs that were made already, one for each kind."""
     exact = torch.stack([(each.boards == solver.answers).all(-1) for each in runs])
     wrong = ~exact[:, -1]
     still = torch.stack([each.moved[-1] < rest for each in runs])
-    return FixedPoints(
+    return BoardFates(
         exact.float().mean(-1),
         (exact.any(1) & wrong).float().mean(-1),
         (wrong & still).float().mean(-1),
@@ -137,7 +137,7 @@ def _disturbed(solver: Solver, config: FixedPointsConfig, generator: torch.Gener
     return run_cycles(solver, config.n_loops, high, low)
 
 
-def figure(record: FixedPoints) -> go.Figure:
+def figure(record: BoardFates) -> go.Figure:
     """One line per kind of board."""
     plot = go.Figure()
     for i, (kind, shares) in enumerate(zip(KINDS, record.exact.tolist(), strict=True)):

@@ -154,8 +154,11 @@ class PuzzleSolver(LoopedModel):
         return f"cycles.{self.cfg.n_cycles - 1}"
 
     def initialize(self) -> None:
-        """Draw the weights as the reference does (truncated normal, variance one over the inputs),
-        name the modules and make the hook points.
+        """Draw the weights, name the modules and make the hook points.
+
+        Weights are normal with the variance one over the inputs, cut at two standard deviations.
+        The reference widens its draws so that they have this variance after the cut; these do not,
+        so their standard deviation is 0.88 of the reference's.
         """
         for name, parameter in self.named_parameters():
             if parameter.is_meta or name == "puzzles":

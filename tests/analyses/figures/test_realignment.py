@@ -71,3 +71,8 @@ def test_the_record_and_its_picture() -> None:
 def test_one_iteration_leaves_nothing_to_realign() -> None:
     with pytest.raises(ValueError, match="runs one iteration"):
         run(RealignmentConfig(checkpoints=("mini/systematicity/r1_l8/id",), per_group=3))
+
+
+def test_one_question_cannot_be_halved() -> None:
+    with pytest.raises(ValueError, match="at least 2, got 1; pass a larger per_group"):
+        run(RealignmentConfig(checkpoints=(OOD,), per_group=1))

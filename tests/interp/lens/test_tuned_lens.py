@@ -17,7 +17,7 @@ from loopscope.interp.lens import tuned_training
 from loopscope.interp.lens.lens import logit_lens
 from loopscope.interp.lens.record import Lens
 from loopscope.interp.lens.tuned_lens import TunedLens
-from loopscope.interp.lens.tuned_training import train_tuned_lens
+from loopscope.interp.lens.tuned_training import train_tuned_lens, tuned_lens_kl
 from loopscope.models.basis.tokens import Batch, pad_right
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -233,6 +233,18 @@ def test_seed_decides_the_lens(plain: RecurrentDepth) -> None:
 def test_training_that_cannot_be_is_refused(options: dict, plain: RecurrentDepth) -> None:
     with pytest.raises(ValueError, match="steps and batch_size must be at least 1 and lr positive"):
         train_tuned_lens(plain, padded(), LOOPS, **options)
+
+
+def test_a_kl_that_cannot_be_is_refused(plain: RecurrentDepth) -> None:
+    tuned = TunedLens.identity(plain, LOOPS)
+    with pytest.raises(ValueError, match=f"here {LOOPS}, got n_loops={LOOPS + 1}; leave it out"):
+        tuned_lens_kl(plain, padded(), tuned, LOOPS + 1)
+    kl = tuned_lens_kl(plain, padded(), tuned, LOOPS)
+    assert torch.equal(kl, tuned_lens_kl(plain, padded(), tuned))
+    with torch.no_grad():
+        plain.W_E.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"the residuals at visit loops\.0"):
+        tuned_lens_kl(plain, padded(), n_loops=LOOPS)
 
 
 def test_frame_holds_the_losses(plain: RecurrentDepth) -> None:

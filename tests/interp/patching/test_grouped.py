@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
-from toy import BATCH, LAYERS, POS, assert_close, padded, toy
+from toy import BATCH, LAYERS, LENGTHS, POS, assert_close, padded, toy
 
 pytestmark = pytest.mark.shapes
 LOOPS = 3
@@ -56,6 +57,31 @@ def test_a_label_per_column_gives_back_the_cells(swept: Sweep) -> None:
     assert torch.equal(found.places, swept.examples()[cells])
     by_tensor = swept.by_group(torch.arange(POS), level=0.9, resamples=50, seed=3)
     assert_close(by_tensor.value, found.value)
+
+
+def test_rows_of_labels_may_be_of_any_kind(swept: Sweep) -> None:
+    numbers = [[0, 1, 1, 2, 0, 2, 2], [0, 0, 0, 1, 2, 1, 1], [2] * POS]
+    expected = swept.by_group(numbers, resamples=9)
+    kinds = (
+        tuple(map(tuple, numbers)), np.array(numbers), list(np.array(numbers)),
+        list(torch.tensor(numbers)),
+    )  # fmt: skip
+    for labels in kinds:
+        found = swept.by_group(labels, resamples=9)
+        assert found.labels == expected.labels
+        assert torch.equal(found.value, expected.value)
+    words = np.array(["a", "b", "c", "d", "e", "f", "g"])
+    assert set(swept.by_group(words).labels) == set("abcdefg")
+
+
+def test_a_label_of_absent_places_alone_is_left_out(swept: Sweep) -> None:
+    """The last column is padding of the second example."""
+    labels = [["a"] * POS, ["a"] * (POS - 1) + ["gone"], ["a"] * POS]
+    assert LENGTHS[1] < POS
+    found = swept.by_group(labels)
+    assert set(found.labels) == {"a"}
+    with pytest.raises(ValueError, match="other than None"):
+        swept.by_group([[None] * POS, [None] * (POS - 1) + ["gone"], [None] * POS])
 
 
 def test_the_frame_and_the_picture(swept: Sweep) -> None:

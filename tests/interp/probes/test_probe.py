@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -15,6 +17,7 @@ from loopscope.interp.probes.logistic import description_length
 from loopscope.interp.probes.probe import Kind, Probe, probe
 from loopscope.interp.probes.ridge import RidgeSums
 from loopscope.interp.probes.states import split_rows
+from loopscope.interp.probes.tasks import Task
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import D_MODEL, D_VOCAB, LAYERS, hook_count, toy
@@ -141,6 +144,34 @@ def test_permutations_tell_a_property_from_noise() -> None:
     assert none.p_value().min().item() > 1 / 20
     by_hand = (1 + (none.permuted[:, 2] >= none.score[2]).sum().item()) / 20
     assert none.p_value()[2].item() == by_hand
+
+
+def test_scores_that_are_nan_are_no_evidence() -> None:
+    nan = torch.nan
+    record = replace(
+        found("ridge", classes(), places="loops.0.blocks.*.hook_resid_post"),
+        score=torch.tensor([nan, 0.7]),
+        permuted=torch.tensor([[0.1, nan], [nan, 0.9], [0.2, 0.3]]),
+    )
+    assert record.p_value()[0].isnan()
+    assert record.p_value()[1].item() == 3 / 4
+
+
+def test_equal_numbers_have_no_variance() -> None:
+    task = Task(torch.tensor([0.1, 0.1, 0.1, 0.4], dtype=torch.float64), None)
+    answers, held = torch.tensor([0.2, 0.0, 0.4]), torch.arange(3)
+    assert math.isnan(task.score(answers, held))
+    assert math.isnan(task.constant(torch.tensor([3]), held))
+
+
+def test_a_control_task_has_more_than_one_value() -> None:
+    values, types = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 0])
+    task = Task(values, torch.tensor([0, 1]))
+    for seed in range(9):
+        drawn = task.control(types, torch.Generator().manual_seed(seed)).values
+        assert drawn[0] == drawn[3] != drawn[1] == drawn[2]
+    same = Task(torch.full((4,), 0.5), None)
+    assert torch.equal(same.control(types, torch.Generator()).values, same.values)
 
 
 def test_the_description_length_of_a_known_code() -> None:

@@ -62,6 +62,22 @@ def test_a_code_that_stays_is_read_everywhere() -> None:
     assert found.kept().item() == 1.0
 
 
+def test_iterations_whose_own_probe_tells_nothing_are_not_divided_by() -> None:
+    nan = torch.nan
+    score = torch.tensor(
+        [
+            [[0.8, 0.9, 0.4], [0.6, 0.2, 0.1], [0.5, 0.7, 0.4]],  # above 0.2: iterations 0 and 2
+            [[0.1, 0.9, 0.9], [0.9, 0.2, 0.9], [0.9, 0.9, 0.0]],
+            [[0.8, nan, 0.3], [nan, nan, nan], [0.5, nan, 0.4]],
+        ],
+        dtype=torch.float64,
+    )
+    kept = TransferMatrix(("a", "b", "c"), score, "accuracy", 0.2, 3, 3).kept().tolist()
+    assert kept[0] == pytest.approx((0.4 + 0.3 + 0.2 - 0.1) / (2 * 0.6 + 2 * 0.2))
+    assert kept[1] != kept[1]
+    assert kept[2] == pytest.approx((0.3 + 0.1) / (0.6 + 0.2))
+
+
 def subject() -> tuple[LoopedModel, Batch, Tensor]:
     tokens = torch.randint(1, 29, (ROWS, 5), generator=torch.Generator().manual_seed(1))
     batch = Batch(tokens, torch.ones_like(tokens), torch.full((ROWS,), 4))
