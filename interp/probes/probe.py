@@ -136,7 +136,8 @@ def probe(
         places: Hook points by name, pattern or list; None means the residual after every visit.
         n_loops: Iterations; None means what the checkpoint records.
         kind: "ridge" regression (of +1 and -1 for classes), or "logistic" regression.
-        positions: Columns to read instead of the readout; "all" for every one.
+        positions: Columns to read instead of the readout; "all" for every token that is
+            not padding.
         types: Integers in the form of `targets`, the types to which the control task gives random
             values; None means the token that is read.
         control: Whether to fit the control task too.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from loopscope.interp.common.collecting import collect
@@ -27,11 +27,13 @@ States = dict[str, Float[Tensor, "read _d"]]
 class ReadStates:
     """The activations of a batch at some places, at some columns of each row.
 
-    A read is one column of one example; reads are counted example by example.
+    A read is one column of one example; reads are counted example by example, and those of padding
+    are counted but left out where "all" columns are asked for.
 
     Attributes:
         places: The places, in the order of the run.
         columns: Int[Tensor, "batch k"].
+        shown: Bool[Tensor, "batch k"], the reads that are not left out.
         n_loops: Iterations.
         batch_size: Rows run at a time; all at once where rows depend on each other.
     """
@@ -40,6 +42,7 @@ class ReadStates:
     batch: Batch
     places: tuple[Place, ...]
     columns: Int[Tensor, "batch k"]
+    shown: Bool[Tensor, "batch k"]
     n_loops: int
     batch_size: int
 
@@ -70,7 +73,9 @@ class ReadStates:
                 " places in the visits"
             )
         columns = read_columns(batch, positions)
-        return cls(model, batch, places, columns, n_loops, checked_batch_size(batch_size))
+        every = isinstance(positions, str) and positions == "all"
+        shown = batch.mask.bool() if every else torch.ones_like(columns, dtype=torch.bool)
+        return cls(model, batch, places, columns, shown, n_loops, checked_batch_size(batch_size))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,7 +85,16 @@ class ReadStates:
     def reads(self, rows: Int[Tensor, " row"]) -> Int[Tensor, " read"]:
         """The reads of some rows."""
         count = self.columns.shape[1]
-        return (rows[:, None] * count + torch.arange(count, device=rows.device)).flatten()
+        reads = rows[:, None] * count + torch.arange(count, device=rows.device)
+        return reads[self.shown.to(rows.device)[rows]]
+
+    def filled(self, values: Shaped[Tensor, "batch k"]) -> Shaped[Tensor, " read"]:
+        """Values of all reads, in which those that are left out repeat the others of their row, so
+        that they add no value of their own.
+        """
+        lengths = self.shown.sum(1, keepdim=True).to(values.device)
+        turns = torch.arange(values.shape[1], device=values.device)
+        return values.gather(1, turns % lengths).flatten()
 
     def chunks(self, rows: Int[Tensor, " row"]) -> Iterator[tuple[Int[Tensor, " read"], States]]:
         """Some rows in pieces: which reads, and their states at each place, in float32 or wider.
@@ -99,7 +113,7 @@ class ReadStates:
         def kept(value: Tensor, name: str) -> Tensor:
             by_column = value.movedim(position_axis(name), 1)
             read = at_positions(by_column.reshape(*by_column.shape[:2], -1), columns)
-            found = widened(read if alone else read[rows]).flatten(0, 1)
+            found = widened(read if alone else read[rows])[self.shown[rows]]
             refuse_nonfinite(f"the states at {name}", found)
             return found
 

@@ -40,7 +40,7 @@ class Task:
                 f"one target per row or per column that is read is needed, {[rows]} or"
                 f" {[rows, columns]}, got the shape {list(targets.shape)}"
             )
-        values = targets.view(rows, -1).expand(rows, columns).flatten()
+        values = states.filled(targets.view(rows, -1).expand(rows, columns))
         if values.is_floating_point():
             if not bool(values.isfinite().all()):
                 raise ValueError("the targets of a probe must be finite, got NaN or infinity")
@@ -114,7 +114,7 @@ class Task:
 def types_of(states: ReadStates, types: Shaped[Tensor, ...] | None) -> Int[Tensor, " read"]:
     """The type of each read: as given for each row or read, by default the token that is read."""
     if types is None:
-        return states.batch.tokens.gather(1, states.columns).flatten().cpu()
+        return states.filled(states.batch.tokens.gather(1, states.columns)).cpu()
     given = torch.as_tensor(types).cpu()
     rows, columns = states.columns.shape
     if given.shape not in ((rows,), (rows, columns)) or given.is_floating_point():
@@ -122,4 +122,4 @@ def types_of(states: ReadStates, types: Shaped[Tensor, ...] | None) -> Int[Tenso
             f"types must be integers, one per row or per column that is read, {[rows]} or"
             f" {[rows, columns]}, got {given.dtype} of the shape {list(given.shape)}"
         )
-    return given.view(rows, -1).expand(rows, columns).flatten()
+    return states.filled(given.view(rows, -1).expand(rows, columns))

@@ -122,6 +122,23 @@ def test_every_column_is_a_read() -> None:
     assert one.n_test == 15
 
 
+def test_padding_is_no_read() -> None:
+    """What stands in the padding, and what is said of it, changes nothing."""
+    model, batch = subject()
+    lengths = torch.arange(ROWS)[:, None] % WIDTH + 1
+    mask = (torch.arange(WIDTH) < lengths).long()
+    ragged, targets = Batch(batch.tokens, mask, mask.sum(1) - 1), batch.tokens % 3
+    how = {"n_loops": LOOPS, "positions": "all", "permutations": 2, "batch_size": 17}
+    one, other = (
+        probe(model, ragged, targets.where(mask > 0, pad), "hook_embed", **how) for pad in (0, -100)
+    )
+    assert one.n_train + one.n_test == mask.sum()
+    assert one.classes is not None
+    assert one.classes.tolist() == [0, 1, 2] == other.classes.tolist()
+    assert torch.equal(one.score, other.score)
+    assert torch.equal(one.permuted, other.permuted)
+
+
 def test_random_values_of_types_have_no_selectivity() -> None:
     """Targets that are themselves a control task: drawn at random for each token."""
     drawn = torch.randint(3, (D_VOCAB,), generator=torch.Generator().manual_seed(3))
