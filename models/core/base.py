@@ -366,7 +366,9 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return [ends[loop] for loop in range(n_loops)]
 
     def grow(self, n_loops: int) -> None:
-        """Have the hook points of calls of up to `n_loops` iterations; they never go away."""
+        """Allow hooks at the iterations of calls of up to `n_loops`; a point is made when a hook or
+        a look at the tree needs it.
+        """
         self._schedules.refresh()
         self._points.grow(n_loops)
 

@@ -124,6 +124,8 @@ class LoopHookPoint(HookPoint):
 class PointTree(nn.Module):
     """A place in a tree of hook points, reachable as `model.loops[3].blocks[0].attn.hook_q`.
 
+    `children` and `apply` reach only the points that were made so far.
+
     Args:
         name: The full name of the place.
         training: The model's mode.
@@ -142,6 +144,10 @@ class PointTree(nn.Module):
     def __getitem__(self, index: int) -> nn.Module:
         self._complete()
         return self.get_submodule(str(index))
+
+    def __repr__(self) -> str:
+        self._complete()
+        return super().__repr__()
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         self._complete()

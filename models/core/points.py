@@ -6,6 +6,7 @@ is attached, and all of them where somebody looks at the model's tree of points.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from loopscope.models.basis.names import NamesFilter, is_pattern, loop_of, resol
 from loopscope.models.core.hooks import HookWatch, PointTree, add_point, is_hooked, new_point
 from loopscope.models.core.state import Slot, checked_loops
 
+_WALK = threading.local()  # whether this thread looks only for weights
+_MAKING = threading.RLock()  # one for all models, since a lock of its own could not be copied
 SHOWN = 64  # iterations; hook points of later ones are made only where a hook is attached
 
 
@@ -42,7 +45,7 @@ class HookPoints:
         self._made: dict[str, HookPoint] = {}
         self._hung: dict[str, HookPoint] = {}
         self._shown: int | None = None
-        self._hidden = self._planted = False
+        self._planted = False
         self.longest = 0
         self.watch = HookWatch()
         self._by_loop: list[tuple[int, HookPoint]] = []
@@ -154,10 +157,11 @@ class HookPoints:
         """
         if self._edited is not None:
             self._foreign.add(name)
-        if name not in self._made:
-            self._make(name, self._place_of(name))
-            if self._shown is not None:
-                self._hang(name)
+        with _MAKING:
+            if name not in self._made:
+                self._make(name, self._place_of(name))
+                if self._shown is not None:
+                    self._hang(name)
         return self._made[name]
 
     def _place_of(self, name: str) -> str:
@@ -173,30 +177,31 @@ class HookPoints:
         that were made.
         """
         length = min(self.longest, SHOWN)
-        if self._shown is None or self._shown < length:
-            self._shown = length
-            edited = {} if self._edited is None else self._edited[1]
-            names = {**self._own_names(length), **edited, **self.aside()}
-            for name, prefix in names.items():
-                if name not in self._made:
-                    self._make(name, prefix)
-            for name in self._made:
-                self._hang(name)
+        with _MAKING:
+            if self._shown is None or self._shown < length:
+                self._shown = length
+                edited = {} if self._edited is None else self._edited[1]
+                names = {**self._own_names(length), **edited, **self.aside()}
+                for name, prefix in names.items():
+                    if name not in self._made:
+                        self._make(name, prefix)
+                for name in self._made:
+                    self._hang(name)
         return self._hung
 
     def show(self) -> None:
         """Hang all points in the model's tree, unless only weights are looked for there."""
-        if not self._hidden:
+        if not getattr(_WALK, "hidden", False):
             self.all()
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Inside the `with` block a walk through the model's tree makes no points."""
-        before, self._hidden = self._hidden, True
+        """Inside the `with` block no walk of this thread through a tree makes points."""
+        before, _WALK.hidden = getattr(_WALK, "hidden", False), True
         try:
             yield
         finally:
-            self._hidden = before
+            _WALK.hidden = before
 
     def _plant(self) -> None:
         """Open a tree for each stage of the schedule that has no modules of its own, and make the

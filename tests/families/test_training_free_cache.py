@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopscope.interp.edit.schedule import schedule_edit
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.registry import build
 from loopscope.models.families.training_free.cache import decode_bypass, decode_looped, prefill
@@ -318,3 +319,15 @@ def test_tokens_beyond_the_longest_input_are_refused() -> None:
     _, cache = prefill(model, random_tokens(11), n_loops=1)
     with pytest.raises(ValueError, match="at most n_ctx=11 positions in this model, got 12"):
         decode_bypass(model, random_tokens(1), cache)
+
+
+def test_a_cache_of_an_edited_schedule_is_refused() -> None:
+    model = windowed()
+    _, cache = prefill(model, random_tokens(4), n_loops=2)
+    with schedule_edit(model, ["loops.0", "loops.1"], 2):
+        for call in (
+            lambda: prefill(model, random_tokens(4), n_loops=2),
+            lambda: decode_bypass(model, random_tokens(1), cache),
+        ):
+            with pytest.raises(ValueError, match="there is none inside schedule_edit"):
+                call()

@@ -18,7 +18,11 @@ from torch import Tensor
 from loopscope.models.core.attention import KeyValues, KeyValueStore
 from loopscope.models.core.hooks import NO_TAPS, live
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.families.training_free.model import WindowLoops, advance_stashing
+from loopscope.models.families.training_free.model import (
+    WindowLoops,
+    advance_stashing,
+    refuse_edited,
+)
 
 
 def prefill(
@@ -88,6 +92,7 @@ def joined(cache: Mapping[str, KeyValues], new: Mapping[str, KeyValues]) -> dict
 
 def _begin_after(model: WindowLoops, tokens: Tensor, cache: KeyValueStore, n_loops: int) -> State:
     """The state of tokens that follow the cached ones."""
+    refuse_edited(model)
     tokens, real, n_loops = model.checked_inputs(tokens, None, n_loops)
     model.refuse_late_hooks(n_loops)
     past = next(iter(cache.values())).mask.sum(1, keepdim=True)

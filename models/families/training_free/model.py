@@ -166,6 +166,15 @@ class WindowLoops(LoopedModel):
         return super().forward(*inputs, **options)
 
 
+def refuse_edited(model: WindowLoops) -> None:
+    """Refuse an edited schedule, whose window has other visits than a cache counts on."""
+    if model.edited is not None:
+        raise ValueError(
+            "a cache of one entry per layer is made by the model's own schedule, so there is none"
+            " inside schedule_edit; call the model, or leave schedule_edit"
+        )
+
+
 def advance_stashing(
     model: WindowLoops,
     state: State,
@@ -189,6 +198,7 @@ def advance_stashing(
     starts = [
         visit.index for visit in model.schedule(state.n_loops) if visit.opening and visit.loop == 0
     ]
+    refuse_edited(model)
     if state.visit > starts[0]:
         raise ValueError(
             f"the state must stand at or before the window (visit {starts[0]}), got one before"

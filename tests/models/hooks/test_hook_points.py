@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.models.core.hooks import LoopHookPoint, existing_modules
 from loopscope.models.families.recurrent_depth import RecurrentDepth
-from toy import LOOPS, Calls, nothing, random_tokens
+from toy import LOOPS, Calls, nothing, random_tokens, toy
 
 # Nothing is ever silently the last iteration.
 
@@ -197,3 +198,15 @@ def test_a_point_is_as_its_constructors_make_it(plain: RecurrentDepth) -> None:
         if isinstance(value, dict | list | set):
             assert getattr(made, attribute) == value
             assert getattr(made, attribute) is not getattr(other, attribute)
+
+
+def test_points_are_one_for_all_threads_that_ask() -> None:
+    model, names = toy(), toy().hook_names(4)
+    model.grow(4)
+    with ThreadPoolExecutor(6) as pool:
+        walks = [pool.submit(lambda: list(model.parameters())) for _ in range(20)]
+        asked = [pool.submit(model.hook_point, name) for name in names for _ in range(3)]
+        points = [each.result() for each in asked]
+        assert all(len(each.result()) == len(list(model.parameters())) for each in walks)
+    assert all(point is model.hook_dict[str(point.name)] for point in points)
+    assert "hook_state_out" in repr(model.loops)
