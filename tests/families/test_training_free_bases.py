@@ -118,6 +118,9 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3, no cap": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SIZES, **HEADS, query_pre_attn_scalar=5, sliding_window=3)
     ),
+    "gemma3, all layers full": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, **HEADS, **GEMMA3, layer_types=["full_attention"] * 4)
+    ),
     "gemma3, linear rope": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
             **SIZES, **HEADS, **GEMMA3, rope_scaling={"rope_type": "linear", "factor": 8.0}

@@ -31,6 +31,4 @@ def reach(fields: ConfigFields, n_layers: int, usually_full: Sequence[int]) -> d
                 f" {' or '.join(map(repr, _KINDS))}, got {shown(kinds)}"
             )
         full = tuple(layer for layer, kind in enumerate(kinds) if kind == _KINDS[0])
-    if len(full) == n_layers or window is None:
-        return {"sliding_window": None, "full_layers": ()}
-    return {"sliding_window": window, "full_layers": full}
+    return {"sliding_window": None if len(full) == n_layers else window, "full_layers": full}
