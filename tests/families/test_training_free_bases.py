@@ -210,6 +210,22 @@ def test_one_pass_is_the_base_model_and_three_are_its_layers_repeated(
         assert (ours(tokens, n_loops=n_loops) - expected).abs().max() < near * expected.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen3, last layers slide", "gemma2", "gemma3"])
+def test_a_window_that_is_absent_is_transformers_default_and_null_is_none(
+    kind: str, tmp_path: Path
+) -> None:
+    released(BASES[kind], tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "sliding_window": None}))
+    assert load(tmp_path, window=(1, 2)).cfg.sliding_window is None
+    path.write_text(json.dumps({**config, "sliding_window": 4096}))
+    stated = load(tmp_path, window=(1, 2)).cfg
+    del config["sliding_window"]
+    path.write_text(json.dumps(config))
+    assert load(tmp_path, window=(1, 2)).cfg == stated
+
+
 def test_a_capped_head_has_no_direct_logit_attribution(tmp_path: Path) -> None:
     released(BASES["gemma2"], tmp_path)
     model = load(tmp_path, window=(1, 2), rule="naive")
