@@ -226,6 +226,21 @@ def test_a_window_that_is_absent_is_transformers_default_and_null_is_none(
     assert load(tmp_path, window=(1, 2)).cfg == stated
 
 
+@torch.no_grad()
+def test_olmo2s_norms_round_once_in_bfloat16(tmp_path: Path) -> None:
+    theirs = released(BASES["olmo2"], tmp_path).bfloat16()
+    ours = load(tmp_path, window=(1, 2), dtype="bfloat16")
+    block, layer = ours.blocks[1], theirs.model.layers[1]
+    for norm, other in (
+        (ours.final_norm, theirs.model.norm),
+        (block.ln1_post, layer.post_attention_layernorm),
+        (block.attn.q_norm, layer.self_attn.q_norm),
+        (block.attn.k_norm, layer.self_attn.k_norm),
+    ):
+        x = torch.randn(5, 7, len(norm.w), generator=torch.Generator().manual_seed(2)).bfloat16()
+        assert torch.equal(norm(x, {}), other(x))
+
+
 def test_a_capped_head_has_no_direct_logit_attribution(tmp_path: Path) -> None:
     released(BASES["gemma2"], tmp_path)
     model = load(tmp_path, window=(1, 2), rule="naive")
