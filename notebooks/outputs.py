@@ -76,7 +76,7 @@ def _is_bar(output: NotebookNode) -> bool:
 
 
 def lighter(picture: str) -> str:
-    """A picture in base64 with so many colours as a figure needs, at a third of the size."""
+    """A picture in base64 reduced to 128 colours, at a third of the size."""
     small = io.BytesIO()
     full = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     full.quantize(_COLOURS).save(small, "PNG", optimize=True)
