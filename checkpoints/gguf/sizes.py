@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.gguf.reader import GgufFile
 
@@ -13,7 +15,9 @@ def check_sizes(file: GgufFile) -> None:
         CheckpointError: A count that is absent or no whole number above 0, heads that do not divide
             what they share, or a turn of some channels of a head only.
     """
-    sizes = {name: file.fields.get(name) for name in ("embedding_length", "attention.head_count")}
+    sizes: dict[str, Any] = {
+        name: file.fields.get(name) for name in ("embedding_length", "attention.head_count")
+    }
     sizes["attention.head_count_kv"] = file.fields.get(
         "attention.head_count_kv", sizes["attention.head_count"]
     )
