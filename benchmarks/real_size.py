@@ -2,9 +2,9 @@
 loaded, read by the lens and patched, with plain hooks and nnsight beside.
 
 `python -m benchmarks.real_size` makes the folders in a temporary place (3 and 7 GB), and needs
-about 12 GB of memory. A peak leaves out what the process had freed before and takes again. Where a
-sweep would take more than `PATIENCE` seconds, some of its cells are patched, spread over the whole,
-and the line says how many.
+about 12 GB of memory. Memory that the process reuses after freeing it is not counted in a peak.
+Where a sweep would take more than `PATIENCE` seconds, some of its cells are patched, spread over
+the whole, and the line says how many.
 """
 
 from __future__ import annotations

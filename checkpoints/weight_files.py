@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError, shown
+from loopscope.checkpoints.gguf.reader import SUFFIX
 from loopscope.checkpoints.jsons import read_object
 from loopscope.checkpoints.pickles import read_pickle
 
@@ -44,7 +45,7 @@ def config_file(weights: Path) -> Path:
     """The file of a checkpoint's config: config.json beside the weights, or the one file that holds
     both.
     """
-    return weights if weights.suffix == ".gguf" else weights.with_name("config.json")
+    return weights if weights.suffix == SUFFIX else weights.with_name("config.json")
 
 
 def plain_weights(tensors: Mapping[Any, Tensor], path: Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def executed(name: str, pictures: bool) -> NotebookNode:
     notebook.metadata.language_info = {"name": "python"}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
+            cell.outputs = [output for output in cell.outputs if _without_bars(output)]
         for figure in figures(cell):
             if PICTURE in figure:
                 figure[PICTURE] = lighter(figure[PICTURE])
@@ -70,13 +71,18 @@ def figures(cell: NotebookNode) -> list[NotebookNode]:
     return [data for data in outputs if FIGURE in data]
 
 
-def _is_bar(output: NotebookNode) -> bool:
-    """Whether an output is a step of a progress bar, which draws itself over its own line."""
-    return output.get("name") == "stderr" and output.text.startswith("\r")
+def _without_bars(output: NotebookNode) -> bool:
+    """Cut the steps of progress bars, which draw themselves over their own line, out of an output;
+    whether anything is left.
+    """
+    if output.get("name") != "stderr" or "\r" not in output.text:
+        return True
+    output.text = re.sub(r"\r[^\r\n]*", "", output.text)
+    return bool(output.text.strip())
 
 
 def lighter(picture: str) -> str:
-    """A picture in base64 with so many colours as a figure needs, at a third of the size."""
+    """A picture in base64 reduced to 128 colours, at a third of the size."""
     small = io.BytesIO()
     full = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     full.quantize(_COLOURS).save(small, "PNG", optimize=True)

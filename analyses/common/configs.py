@@ -5,6 +5,7 @@ This file imports nothing heavy, because the command line reads it to print its 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -60,7 +61,9 @@ def as_flags(error: Exception) -> str:
 def _flag(argument: Argument) -> str:
     value = argument.value
     words = value if isinstance(value, tuple | list) else () if value is None else (value,)
-    return " ".join(["--" + argument.name.replace("_", "-"), *map(str, words)])
+    return " ".join(
+        ["--" + argument.name.replace("_", "-"), *(shlex.quote(str(word)) for word in words)]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +99,8 @@ class FilesConfig(RunConfig):
     readout: str | None = None
     """Where answers are read: last_real, first_pad or column:K."""
     window: tuple[int, int] | None = None
-    """First and last layer to loop, from 0, where the checkpoint is an ordinary Llama, Qwen3 or
-    GPT-2.
+    """First and last layer to loop, from 0, where the checkpoint is an ordinary model (Llama,
+    Mistral, Qwen2, Qwen3, Gemma 2 or 3, OLMo-2, Pythia or GPT-2).
     """
     ignore: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD ...")] = ()
     """Fields of a release's config.json to read as if they were not there."""

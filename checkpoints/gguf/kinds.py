@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.gguf.reader import GgufFile
+from loopscope.checkpoints.gguf.sizes import check_sizes
 from loopscope.models.blocks.rotary import Rotary
 
 _FREQUENCIES = "rope_freqs.weight"
@@ -64,7 +65,7 @@ _GPT2_SIZES = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
-_ELSEWHERE = (  # repeated by a tensor's shape, or read by `_scaling` and `_checked_width`
+_ELSEWHERE = (  # repeated by a tensor's shape, or read by `_scaling` and `check_sizes`
     "vocab_size",
     "attention.value_length",
     "rope.dimension_count",
@@ -82,7 +83,8 @@ class Kind:
     """How one architecture is read.
 
     Attributes:
-        config: The fields that the file does not say, by transformers' names.
+        config: Config fields that have no field of their own in the file, by transformers'
+            names.
         sizes: transformers' name of each field.
         block: transformers' name of each part of a block.
         edges, layers: The names of the other tensors, and of the list of blocks.
@@ -123,6 +125,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         )
     if "token_embd.weight" not in file.names:
         raise CheckpointError(f"{file.path} lacks the tensor 'token_embd.weight'")
+    check_sizes(file)
     return {
         "vocab_size": file.shape("token_embd.weight")[0],
         "tie_word_embeddings": "output.weight" not in file.names,
@@ -132,8 +135,8 @@ def config_of(file: GgufFile) -> dict[str, Any]:
 
 
 def tensors_of(file: GgufFile) -> dict[str, Tensor]:
-    """The tensors of a file under transformers' names, in float32; one that has none keeps its
-    name.
+    """The tensors of a file under transformers' names, in float32; a tensor without a
+    transformers name keeps the file's name.
     """
     kind = kind_of_file(file)
     names = [name for name in file.names if name != _FREQUENCIES]
@@ -141,7 +144,7 @@ def tensors_of(file: GgufFile) -> dict[str, Tensor]:
 
 
 def keys_of(file: GgufFile) -> list[str]:
-    """The keys of `tensors_of`, without the tensors."""
+    """The keys of `tensors_of`, without the tensors, and that of the divisors of angles."""
     kind = kind_of_file(file)
     return [kind.key(name) or name for name in file.names]
 
@@ -158,12 +161,18 @@ def kind_of_file(file: GgufFile) -> Kind:
 
 def _scaling(file: GgufFile) -> dict[str, Any]:
     """The scaling of angles: a kind with its numbers, or Llama 3's as a tensor of divisors."""
-    kind = file.fields.get("rope.scaling.type", "none")
+    usual = "linear" if "rope.scaling.factor" in file.fields else "none"  # as in llama.cpp
+    kind = file.fields.get("rope.scaling.type", usual)
     numbers = {
         "factor": file.fields.get("rope.scaling.factor"),
         "original_max_position_embeddings": file.fields.get("rope.scaling.original_context_length"),
     }
     if _FREQUENCIES in file.names:
+        if kind != "none":
+            raise CheckpointError(
+                f"{file.path} must scale angles by {_FREQUENCIES!r} or by a scaling of its fields,"
+                f" got both, the second of the type {shown(kind)}"
+            )
         return {"rope_scaling": _llama3(file)}
     if kind == "none":
         return {}

@@ -73,19 +73,27 @@ class RMSNorm(nn.Module):
         return normalized if self.w is None else self.w * normalized
 
 
-class OffsetRMSNorm(RMSNorm):
-    """RMSNorm times 1 + weight, cast to the input's type after the product (Gemma)."""
+class LateCastRMSNorm(RMSNorm):
+    """RMSNorm cast to the input's type after the product with the weight (OLMo-2)."""
 
-    def __init__(self, width: int, eps: float | int, site: str) -> None:
-        super().__init__(width, eps, site)
-        self.w = nn.Parameter(torch.zeros(width))
+    offset: ClassVar[float] = 0.0
 
     def weighted(
         self, wide: Float[Tensor, "*rows width"], kind: torch.dtype, taps: Taps
     ) -> Float[Tensor, "*rows width"]:
         assert self.w is not None, "made with one"
         normalized = tap(taps, self.normalized_site, wide)
-        return (normalized * (1.0 + self.w.to(wide.dtype))).to(kind)
+        return (normalized * (self.offset + self.w.to(wide.dtype))).to(kind)
+
+
+class OffsetRMSNorm(LateCastRMSNorm):
+    """The same times 1 + weight (Gemma)."""
+
+    offset: ClassVar[float] = 1.0
+
+    def __init__(self, width: int, eps: float | int, site: str) -> None:
+        super().__init__(width, eps, site)
+        self.w = nn.Parameter(torch.zeros(width))
 
 
 Norm = LayerNorm | RMSNorm

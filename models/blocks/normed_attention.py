@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from loopscope.models.blocks.components import OffsetRMSNorm, RMSNorm, norm_sites
+from loopscope.models.blocks.components import RMSNorm, norm_sites
 from loopscope.models.blocks.decoder_block import Attention, Heads, KeyHeads
 from loopscope.models.core.hooks import Taps
 
@@ -37,7 +37,7 @@ class HeadNormedAttention(Attention):
         *sizes: Any,
         eps: float,
         bias: bool | Literal["qkv"] = False,
-        norm: type[RMSNorm | OffsetRMSNorm] = RMSNorm,
+        norm: type[RMSNorm] = RMSNorm,
     ) -> None:
         super().__init__(*sizes, bias=bias)
         self.q_norm, self.k_norm = (
@@ -56,14 +56,22 @@ class WholeNormedAttention(Attention):
         sizes: The positional arguments of `Attention`.
         eps: Of both norms.
         bias, fused: As for `Attention`.
+        norm: Their class.
     """
 
     sites: ClassVar[tuple[str, ...]] = _SITES
 
-    def __init__(self, *sizes: Any, eps: float, bias: bool = False, fused: bool = False) -> None:
+    def __init__(
+        self,
+        *sizes: Any,
+        eps: float,
+        bias: bool = False,
+        fused: bool = False,
+        norm: type[RMSNorm] = RMSNorm,
+    ) -> None:
         super().__init__(*sizes, bias=bias, fused=fused)
-        self.q_norm = RMSNorm(self.widths[0], eps, "attn.q_norm")
-        self.k_norm = RMSNorm(self.widths[1], eps, "attn.k_norm")
+        self.q_norm = norm(self.widths[0], eps, "attn.q_norm")
+        self.k_norm = norm(self.widths[1], eps, "attn.k_norm")
 
     def normed(self, q: Heads, k: KeyHeads, taps: Taps) -> tuple[Tensor, Tensor]:
         q, k = self.q_norm(q.flatten(-2), taps), self.k_norm(k.flatten(-2), taps)

@@ -275,6 +275,8 @@ def test_arguments_of_a_call_are_spelled_as_flags() -> None:
     )
     quoted = ArgumentError("row 3: ", *parts_of(ArgumentError(*parts)))
     assert as_flags(quoted) == "row 3: " + as_flags(ArgumentError(*parts))
+    spaced = ArgumentError("pass ", Argument("columns", ("my text", "b")))
+    assert as_flags(spaced) == "pass --columns 'my text' b"
     assert as_flags(KeyError("no 'x'")) == "no 'x'"
     assert parts_of(ValueError("plain")) == ("plain",)
 

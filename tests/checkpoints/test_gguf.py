@@ -249,6 +249,33 @@ def test_fields_that_are_not_computed_are_refused(
         load(tmp_path, **WINDOW)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention.head_count": 0}, "head_count must be a whole number above 0, got 0"),
+        ({"attention.head_count": 4.0}, r"head_count must be a whole number above 0, got 4\.0"),
+        ({"attention.head_count_kv": 3}, "3 heads of keys must divide 4 heads"),
+        ({"rope.dimension_count": 6}, "rope.dimension_count must be the width of a head, 8, got 6"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write("llama", tmp_path / "a.gguf", fields=fields)
+    with pytest.raises(CheckpointError, match=rf"a\.gguf.*{message}"):
+        load(tmp_path, **WINDOW)
+
+
+def test_a_factor_without_a_type_is_linear_and_beside_divisors_refused(tmp_path: Path) -> None:
+    write("llama", tmp_path / "a.gguf", fields={"rope.scaling.factor": 8.0})
+    found = load(tmp_path, **WINDOW)(TOKENS, n_loops=1)
+    write("llama", tmp_path / "a.gguf", fields=LINEAR)
+    assert torch.equal(found, load(tmp_path, **WINDOW)(TOKENS, n_loops=1))
+    write("llama3, tied", tmp_path / "a.gguf", fields=LINEAR, divisors=divisors_of(LLAMA3))
+    with pytest.raises(CheckpointError, match="got both, the second of the type 'linear'"):
+        load(tmp_path, **WINDOW)
+
+
 def test_divisors_that_are_not_llama_3s_are_refused(tmp_path: Path) -> None:
     write("llama", tmp_path / "a.gguf", divisors=torch.tensor([1.0, 2.0, 3.0, 4.0]))
     with pytest.raises(CheckpointError, match="must hold the divisors of Llama 3's releases"):

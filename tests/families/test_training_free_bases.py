@@ -118,6 +118,9 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3, no cap": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SIZES, **HEADS, query_pre_attn_scalar=5, sliding_window=3)
     ),
+    "gemma3, all layers full": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, **HEADS, **GEMMA3, layer_types=["full_attention"] * 4)
+    ),
     "gemma3, linear rope": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
             **SIZES, **HEADS, **GEMMA3, rope_scaling={"rope_type": "linear", "factor": 8.0}
@@ -205,6 +208,37 @@ def test_one_pass_is_the_base_model_and_three_are_its_layers_repeated(
     assert (looped - plain).norm() > 0.05 * plain.norm()
     for n_loops, expected in ((1, plain), (3, looped)):
         assert (ours(tokens, n_loops=n_loops) - expected).abs().max() < near * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3, last layers slide", "gemma2", "gemma3"])
+def test_a_window_that_is_absent_is_transformers_default_and_null_is_none(
+    kind: str, tmp_path: Path
+) -> None:
+    released(BASES[kind], tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "sliding_window": None}))
+    assert load(tmp_path, window=(1, 2)).cfg.sliding_window is None
+    path.write_text(json.dumps({**config, "sliding_window": 4096}))
+    stated = load(tmp_path, window=(1, 2)).cfg
+    del config["sliding_window"]
+    path.write_text(json.dumps(config))
+    assert load(tmp_path, window=(1, 2)).cfg == stated
+
+
+@torch.no_grad()
+def test_olmo2s_norms_round_once_in_bfloat16(tmp_path: Path) -> None:
+    theirs = released(BASES["olmo2"], tmp_path).bfloat16()
+    ours = load(tmp_path, window=(1, 2), dtype="bfloat16")
+    block, layer = ours.blocks[1], theirs.model.layers[1]
+    for norm, other in (
+        (ours.final_norm, theirs.model.norm),
+        (block.ln1_post, layer.post_attention_layernorm),
+        (block.attn.q_norm, layer.self_attn.q_norm),
+        (block.attn.k_norm, layer.self_attn.k_norm),
+    ):
+        x = torch.randn(5, 7, len(norm.w), generator=torch.Generator().manual_seed(2)).bfloat16()
+        assert torch.equal(norm(x, {}), other(x))
 
 
 def test_a_capped_head_has_no_direct_logit_attribution(tmp_path: Path) -> None:

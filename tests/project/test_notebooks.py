@@ -22,6 +22,16 @@ def code(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 @pytest.mark.slow
+def test_a_warning_after_a_progress_bar_is_kept() -> None:
+    text = "\r 10%\r100%\nUserWarning: odd\n"
+    warned, bar = (
+        outputs.NotebookNode(output_type="stream", name="stderr", text=each)
+        for each in (text, "\r 10%\r100%\n")
+    )
+    kept = [each for each in (warned, bar) if outputs._without_bars(each)]
+    assert [each.text.strip() for each in kept] == ["UserWarning: odd"]
+
+
 @pytest.mark.parametrize("name", outputs.names())
 def test_a_fresh_run_gives_the_stored_outputs(name: str) -> None:
     with warnings.catch_warnings():

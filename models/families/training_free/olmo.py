@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from loopscope.models.blocks.components import LateCastRMSNorm, Norm
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder
 from loopscope.models.blocks.decoder_block import Block, GatedMLP
 from loopscope.models.blocks.normed_attention import WholeNormedAttention
@@ -30,8 +31,8 @@ class TrainingFreeOlmoConfig(WindowConfig, DecoderConfig):
 
 @family(TrainingFreeOlmoConfig)
 class TrainingFreeOlmo(WindowLoops, LoopedDecoder):
-    """A frozen OLMo-2 with a window of its layers looped; see `WindowLoops`. Norms are of what
-    attention and MLP add, and of queries and keys over all heads.
+    """A frozen OLMo-2 with a window of its layers looped; see `WindowLoops`. Attention and MLP
+    have a norm after them and none before; queries and keys are normed over all heads together.
 
     Source:
         arXiv 2605.23872; the base model is that of arXiv 2501.00656.
@@ -41,13 +42,19 @@ class TrainingFreeOlmo(WindowLoops, LoopedDecoder):
 
     def __init__(self, cfg: TrainingFreeOlmoConfig) -> None:
         super().__init__(cfg)
+        self.final_norm = self.norm("ln_final")
         self.rotary = Rotary(cfg.d_head, cfg.rope_theta, cfg.rope_scaling, wide=True)
         self.blocks = nn.ModuleList(self.make_block() for _ in range(cfg.n_layers))
         self.initialize()
+
+    def norm(self, site: str) -> Norm:
+        return LateCastRMSNorm(self.cfg.d_model, self.cfg.eps, site)
 
     def make_block(self) -> Block:
         """One layer of the ordinary model."""
         cfg = self.cfg
         sizes: tuple[Any, ...] = (cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.d_head, self.rotary)
-        attn = WholeNormedAttention(*sizes, eps=cfg.eps, bias=cfg.attention_bias)
+        attn = WholeNormedAttention(
+            *sizes, eps=cfg.eps, bias=cfg.attention_bias, norm=LateCastRMSNorm
+        )
         return Block(attn, GatedMLP(cfg.d_model, cfg.d_mlp), self.norm, ("output",))

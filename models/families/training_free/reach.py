@@ -17,7 +17,8 @@ class ReachConfig(DecoderConfig):
     Attributes:
         sliding_window: Positions that a row of such a layer sees, its own included; None where all
             layers see all earlier positions.
-        full_layers: The layers that see all earlier positions all the same, in increasing order.
+        full_layers: The layers that see all earlier positions although `sliding_window` is set, in
+            increasing order.
     """
 
     sliding_window: int | None = None
