@@ -111,7 +111,9 @@ def grouped(
     values, ends, places = [], [], []
     for effect, whole, shown in sums.values():
         values.append(effect.sum() / whole.sum())
-        ends.append(((drawn @ effect) / (drawn @ whole)).nanquantile(edges))
+        shares = (drawn @ effect) / (drawn @ whole)
+        shares = shares.masked_fill(~shares.isfinite(), torch.nan)  # draws without any difference
+        ends.append(shares.nanquantile(edges))
         places.append(shown.sum().long())
     keys, names = zip(*sums, strict=True)
     low, high = torch.stack(ends, dim=1)

@@ -117,7 +117,8 @@ class Sweep(OneScreen):
 
     def bootstrap(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Interval:
         """Percentile intervals of `normalized`, over examples drawn again with replacement (pairs
-        stay together).
+        stay together). A draw in which clean and corrupted do not differ has no share and is left
+        out.
 
         Raises:
             ValueError: A level outside 0 to 1, one example, or no scale.
@@ -130,7 +131,8 @@ class Sweep(OneScreen):
         found = []
         for part, own in zip(effect.split(_TOGETHER), shown.split(_TOGETHER), strict=True):
             ratio = drawn @ (part * own).T / (drawn @ (whole * own).T)
-            found.append(ratio.nanquantile(edges, dim=0))
+            finite = ratio.masked_fill(~ratio.isfinite(), torch.nan)
+            found.append(finite.nanquantile(edges, dim=0))
         low, high = torch.cat(found, dim=1)
         return Interval(low, high)
 

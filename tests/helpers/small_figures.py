@@ -12,6 +12,7 @@ from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import Record
 
 ONE = ("mini/multi_hop/r2",)
+SOLVER = "mini/sudoku/trm"
 LOOPED = ("mini/systematicity/r4_l2/ood",)
 ROWS: dict[str, Any] = {"n_loops": 5, "per_hop": 3}
 SMALL: dict[str, dict[str, Any]] = {
@@ -42,9 +43,9 @@ SMALL: dict[str, dict[str, Any]] = {
         "tokens": (5, 7, 11),
         "readout": "last_real",
     },
-    "cell-patch": {"puzzles": 2},
-    "fixed-points": {"puzzles": 5},
-    "sudoku": {"puzzles": 5, "restarts": 2},
+    "cell-patch": {"checkpoint": SOLVER, "puzzles": 2},
+    "fixed-points": {"checkpoint": SOLVER, "puzzles": 5},
+    "sudoku": {"checkpoint": SOLVER, "puzzles": 5, "restarts": 2},
     "grokking": {},
     "hop-updates": {},
 }

@@ -165,11 +165,24 @@ METHODS: dict[str, Callable[[Case], pd.DataFrame]] = {
     "interventions": edited,
     "swap_input": swapped,
 }
+
+
+def without_a_middle(model: LoopedModel) -> bool:
+    """Whether attention and MLP of some block read the same stream."""
+    return any("hook_resid_mid" not in slot.sites for slot in model.plan(LOOPS))
+
+
 # A method refuses a family for what the family is, in every format alike
 NOT_ADDITIVE = r"needs a residual stream that is the sum of its components' outputs"
 REFUSALS: dict[str, tuple[Callable[[LoopedModel], bool], str]] = {
-    "edge_attribution": (lambda model: not model.additive_residual, NOT_ADDITIVE),
-    "direct_logit_attribution": (lambda model: not model.additive_residual, NOT_ADDITIVE),
+    "edge_attribution": (
+        lambda model: not model.additive_residual or without_a_middle(model),
+        f"{NOT_ADDITIVE}|every block must have the site 'hook_resid_mid'",
+    ),
+    "direct_logit_attribution": (
+        lambda model: not (model.additive_residual and model.linear_head),
+        f"{NOT_ADDITIVE}|needs logits that are linear in the normalised stream",
+    ),
     "swap_input": (
         lambda model: not any("hook_input" in slot.opening for slot in model.plan(LOOPS)),
         "nothing is injected into this model's iterations",
