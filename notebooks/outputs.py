@@ -75,7 +75,7 @@ def _without_bars(output: NotebookNode) -> bool:
     """Cut the steps of progress bars, which draw themselves over their own line, out of an output;
     whether anything is left.
     """
-    if output.get("name") != "stderr" or "\r" not in output.text:
+    if output.get("name") != "stderr":
         return True
     output.text = re.sub(r"\r[^\r\n]*", "", output.text)
     return bool(output.text.strip())
