@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Label = str | int | float
-Labels = Sequence[Label | None] | Sequence[Sequence[Label | None]] | Tensor | np.ndarray
+Labels = (
+    Sequence[Label | None]
+    | Sequence[Sequence[Label | None]]
+    | Sequence[Tensor]
+    | Sequence[np.ndarray]
+    | Tensor
+    | np.ndarray
+)
 Key = tuple[str, str, int | None, int | None, int | None]
 Terms = tuple[Float[Tensor, "cell batch"], Float[Tensor, "cell batch"], Float[Tensor, "cell batch"]]
 
