@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +124,30 @@ def fresh_model(recipe: Recipe) -> RecurrentDepth:
         nn.init.zeros_(block.mlp.W_out)
     model.vocab, model.read_at = words, readout_of(recipe)
     return model
+
+
+def finite_loss(loss: Float[Tensor, ""], update: int) -> float:
+    """The number of a loss; FloatingPointError where it is none, before anything is changed."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the loss became {value} at update {update}; resume with a lower learning rate"
+        )
+    return value
+
+
+def descend(
+    loss: Float[Tensor, ""],
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    clip: float | None,
+) -> None:
+    """One step down the gradient of a loss, whose norm over all parameters is cut at `clip`."""
+    optimizer.zero_grad()
+    loss.backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
 
 
 def fresh_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import shutil
 import time
@@ -29,7 +28,14 @@ from loopscope.training.puzzles.recipes import PUZZLE_RECIPES
 from loopscope.training.puzzles.trainer import train_solver
 from loopscope.training.questions import questions_of
 from loopscope.training.recipes import Recipe, Stage
-from loopscope.training.setup import Answering, TrainingBatch, fresh_model, fresh_optimizer, pack
+from loopscope.training.setup import (
+    Answering,
+    TrainingBatch,
+    finite_loss,
+    fresh_model,
+    fresh_optimizer,
+    pack,
+)
 from loopscope.training.shared_gradients import SharedGradients
 from loopscope.training.state import Progress, load_state, save_state
 
@@ -218,12 +224,7 @@ class Trainer:
         with shared:
             logits = self.answering(batch)
         loss = F.cross_entropy(logits, batch.answers, label_smoothing=self.recipe.label_smoothing)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss became {value} at update {self.progress.update}; resume with a lower"
-                " learning rate"
-            )
+        value = finite_loss(loss, self.progress.update)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if isinstance(shared, SharedGradients):

@@ -18,6 +18,7 @@ from loopscope.interp.common.ranking import top_token
 from loopscope.models.core.state import checked_loops
 from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.tasks.puzzles.boards import Puzzle, sudoku_tokens
+from loopscope.training.puzzles.supervision import with_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +98,7 @@ def solver_of(model: PuzzleSolver, puzzles: Sequence[Puzzle]) -> Solver:
             [puzzle.answer for puzzle in puzzles],
         )
     )
-    prefix = questions.new_zeros(len(questions), model.cfg.n_prefix)
-    return Solver(model, tuple(puzzles), torch.cat([prefix, questions], dim=1), answers)
+    return Solver(model, tuple(puzzles), with_prefix(model, questions), answers)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -110,26 +110,9 @@ def readout_lens(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-
-    def heads_input(examples: Batch) -> Float[Tensor, "visit read d_model"]:
-        collected = []
-        for part in in_chunks(examples, batch_size, "iterations"):
-            state = begin_batch(model, part, n_loops)
-            seen = []
-            for end in model.iteration_ends(n_loops):
-                state = model.advance(state, end)
-                seen.append(_read(model, model.finish(state), part, positions))
-            collected.append(torch.stack(seen))
-        return torch.cat(collected, dim=1)
-
     places: list[ReadVisit] = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
-    return Lens.of(
-        model,
-        over_ranks(model, batch, heads_input, dim=1),
-        places,
-        read_columns(batch, positions),
-        keep_logits,
-    )
+    stops = dict(zip(model.iteration_ends(n_loops), places, strict=True))
+    return _read_through(model, batch, n_loops, stops, positions, keep_logits, batch_size)
 
 
 @torch.no_grad()
@@ -160,15 +143,33 @@ def coda_lens(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    visits = [visit for visit in model.schedule(n_loops) if visit.loop is not None]
+    inside = [visit for visit in model.schedule(n_loops) if visit.loop is not None]
+    stops = {visit.index + 1: (visit.loop, visit.layer, visit.name) for visit in inside}
+    return _read_through(model, batch, n_loops, stops, positions, keep_logits, batch_size)
+
+
+def _read_through(
+    model: LoopedModel,
+    batch: Batch,
+    n_loops: int,
+    stops: Mapping[int, ReadVisit],
+    positions: Literal["all"] | Sequence[int] | None,
+    keep_logits: bool,
+    batch_size: int,
+) -> Lens:
+    """A lens of one run that stops at some visits, each of them read through what follows the loop.
+
+    Args:
+        stops: What is read before each visit's index, in order.
+    """
 
     def heads_input(examples: Batch) -> Float[Tensor, "visit read d_model"]:
         collected = []
-        for part in in_chunks(examples, batch_size, "visits"):
+        for part in in_chunks(examples, batch_size, "readouts"):
             state = begin_batch(model, part, n_loops)
             seen = []
-            for visit in visits:
-                state = model.advance(state, visit.index + 1)
+            for stop in stops:
+                state = model.advance(state, stop)
                 seen.append(_read(model, model.finish(state), part, positions))
             collected.append(torch.stack(seen))
         return torch.cat(collected, dim=1)
@@ -176,7 +177,7 @@ def coda_lens(
     return Lens.of(
         model,
         over_ranks(model, batch, heads_input, dim=1),
-        [(visit.loop, visit.layer, visit.name) for visit in visits],
+        list(stops.values()),
         read_columns(batch, positions),
         keep_logits,
     )

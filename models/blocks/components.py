@@ -168,11 +168,6 @@ def wide(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def softcapped(x: Float[Tensor, "*axes"], cap: float | int) -> Float[Tensor, "*axes"]:
-    """cap * tanh(x / cap)."""
-    return cap * torch.tanh(x / cap)
-
-
 def linear(
     x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_in d_out"], bias: Tensor
 ) -> Float[Tensor, "... d_out"]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import softcapped, wide
+from loopscope.models.blocks.components import wide
+from loopscope.models.core.attention import softcapped
 from loopscope.models.core.hooks import Taps, tap
 
 Stream = Float[Tensor, "batch pos d_model"]

@@ -88,6 +88,11 @@ class Scoring(NamedTuple):
     cap: float | None = None
 
 
+def softcapped(x: Float[Tensor, "*axes"], cap: float | int) -> Float[Tensor, "*axes"]:
+    """cap * tanh(x / cap), of scores, gates or logits."""
+    return cap * torch.tanh(x / cap)
+
+
 PLAIN = Scoring()
 KeyValueStore = MutableMapping[str, KeyValues]
 BiasAt = Callable[[Int[Tensor, "batch query key"]], Float[Tensor, "batch head query key"]]
@@ -300,7 +305,7 @@ class Rows:
         scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
         scores = q @ k.transpose(-1, -2) * scale
         if scoring.cap is not None:
-            scores = scoring.cap * torch.tanh(scores / scoring.cap)
+            scores = softcapped(scores, scoring.cap)
         scores = tap(taps, "attn.hook_attn_scores", scores.masked_fill(~allowed, -torch.inf))
         return (
             F.dropout(

@@ -28,7 +28,7 @@ from loopscope.models.blocks.parcae_block import (
 )
 from loopscope.models.blocks.random_state import initial_state
 from loopscope.models.blocks.rotary import Rotary, RotationTable, StoredRotary
-from loopscope.models.core.attention import Rows
+from loopscope.models.core.attention import Rows, softcapped
 from loopscope.models.core.hooks import Taps, tap
 from loopscope.models.core.registry import family
 from loopscope.models.core.state import Slot, Visit
@@ -302,7 +302,7 @@ class Parcae(CodaDecoder):
             logits if logits.dtype == torch.float64 else logits.float(),
             self.cfg.logit_softcap,
         )
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else softcapped(logits, cap)
 
 
 def _into_loop(output: Stream, parts: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -20,7 +20,7 @@ from loopscope.models.blocks.decoder import stack
 from loopscope.models.blocks.decoder_block import Stream
 from loopscope.models.blocks.rotary import Rotary, rotate_pairs
 from loopscope.models.blocks.spiral_block import SpectralLinear, SpiralBlock
-from loopscope.models.core.attention import Rows
+from loopscope.models.core.attention import Rows, softcapped
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.hooks import Taps, tap
@@ -111,7 +111,7 @@ class Modulation(nn.Module):
         cap, leak = self.cfg.gate_cap, self.cfg.gate_leak
         if cap == 0:
             return gate
-        capped = cap * torch.tanh(gate / cap)
+        capped = softcapped(gate, cap)
         return capped + leak * (gate - capped)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from dataclasses import asdict
@@ -11,7 +10,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import nn
 from tqdm.auto import tqdm
 
 from loopscope.checkpoints.load import save
@@ -24,7 +22,7 @@ from loopscope.training.language.data import PAD_ID, Batches, corpus_in
 from loopscope.training.language.recipes import LANGUAGE_RECIPES, LanguageRecipe, config_of
 from loopscope.training.language.scores import next_token_loss, sample_strings, score_passes, shares
 from loopscope.training.log import Log
-from loopscope.training.setup import fresh_optimizer
+from loopscope.training.setup import descend, finite_loss, fresh_optimizer
 from loopscope.training.state import Progress, load_state, save_state
 
 _SAMPLES, _EXAMPLES = 200, 200
@@ -98,16 +96,8 @@ class LanguageTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.stages[0].rate(update)
         loss = next_token_loss(self.model, self.batches(update))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss became {value} at update {update}; resume with a lower learning rate"
-            )
-        self.optimizer.zero_grad()
-        loss.backward()
-        if self.recipe.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.optimizer.step()
+        value = finite_loss(loss, update)
+        descend(loss, self.optimizer, self.model.parameters(), self.recipe.clip)
         self.progress.update += 1
         self.progress.stage_update += 1
         return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from copy import deepcopy
@@ -27,7 +26,7 @@ from loopscope.training.puzzles.recipes import PuzzleRecipe, config_of
 from loopscope.training.puzzles.scores import by_rating, score
 from loopscope.training.puzzles.supervision import Carry, Draws, supervise
 from loopscope.training.recipes import Stage
-from loopscope.training.setup import fresh_optimizer
+from loopscope.training.setup import descend, finite_loss, fresh_optimizer
 from loopscope.training.state import Progress, load_state, save_state
 
 
@@ -150,16 +149,8 @@ class PuzzleTrainer:
             exploration=recipe.exploration,
         )
         loss = done.loss / recipe.batch_size
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss became {value} at update {update}; resume with a lower learning rate"
-            )
-        self.optimizer.zero_grad()
-        loss.backward()
-        if recipe.clip is not None:
-            nn.utils.clip_grad_norm_(self.trained, recipe.clip)
-        self.optimizer.step()
+        value = finite_loss(loss, update)
+        descend(loss, self.optimizer, self.trained, recipe.clip)
         self.learner.follow(min(recipe.average, (1 + update) / (10 + update)))
         self.learner.rows = rows
         self.progress.update += 1

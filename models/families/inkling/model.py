@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import RMSNorm, norm_sites, softcapped
+from loopscope.models.blocks.components import RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import stack
-from loopscope.models.core.attention import Rows
+from loopscope.models.core.attention import Rows, softcapped
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.hooks import NO_TAPS, Taps, live, tap
 from loopscope.models.core.registry import family

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import BASE_OF_ANGLES, limits
-from loopscope.models.blocks.components import Norm, OffsetRMSNorm, softcapped
+from loopscope.models.blocks.components import Norm, OffsetRMSNorm
 from loopscope.models.blocks.decoder import LoopedDecoder
 from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
 from loopscope.models.blocks.normed_attention import HeadNormedAttention
 from loopscope.models.blocks.rotary import Rotary
-from loopscope.models.core.attention import Scoring
+from loopscope.models.core.attention import Scoring, softcapped
 from loopscope.models.core.registry import family
 from loopscope.models.families.training_free.model import WindowLoops
 from loopscope.models.families.training_free.reach import ReachConfig
