@@ -18,6 +18,7 @@ from loopscope.models.core.state import State, checked_tokens
 Inputs = Batch | str | Sequence[str] | Sequence[Sequence[int]] | Tensor
 Metric = Callable[[Float[Tensor, "batch d_vocab"]], Float[Tensor, " batch"]]
 ReadoutColumn = int | Sequence[int] | Int[Tensor, " batch"] | None
+LOGITS_AT_ONCE = 1 << 22  # numbers held at a time where logits are made in pieces
 
 
 def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) -> Batch:

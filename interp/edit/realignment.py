@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.columns import at_columns_of, checked_columns
+from loopscope.interp.common.inputs import LOGITS_AT_ONCE
 from loopscope.interp.common.places import Picked, in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_tokens
@@ -19,7 +20,6 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
 Realigned = Literal["replace", "rescale", "blend"]
-_CHUNK = 1 << 22  # logits held at a time
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def _lens_tokens(
     model: LoopedModel, state: Float[Tensor, "batch pos d_model"], rank: int
 ) -> Int[Tensor, "batch pos"]:
     """The token of a rank that the logit lens reads in every state, a few rows at a time."""
-    rows = max(1, _CHUNK // (state.shape[1] * model.cfg.d_vocab))
+    rows = max(1, LOGITS_AT_ONCE // (state.shape[1] * model.cfg.d_vocab))
     parts = [
         top_tokens(widened(model.unembed(model.normalize(part))), rank + 1)[..., rank]
         for part in state.split(rows)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopscope.interp.common.inputs import LOGITS_AT_ONCE
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import rank_of, top_tokens
@@ -20,7 +21,6 @@ from loopscope.models.core.base import LoopedModel
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_CHUNK = 1 << 22  # logits held at a time
 ReadVisit = tuple[int | None, int | None, str]
 Targets = Int[Tensor, " read"] | Sequence[int]
 
@@ -243,7 +243,7 @@ class Lens(OneScreen):
         return widened(logits)
 
     def _row_chunks(self) -> list[slice]:
-        size = max(1, _CHUNK // self.model.cfg.d_vocab)
+        size = max(1, LOGITS_AT_ONCE // self.model.cfg.d_vocab)
         return [slice(start, start + size) for start in range(0, len(self.example), size)]
 
     def _each(self, statistic: Statistic) -> Tensor:

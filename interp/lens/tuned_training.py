@@ -12,14 +12,19 @@ from tqdm.auto import tqdm
 
 from loopscope.interp.common.columns import Shown, at_positions, shown_columns
 from loopscope.interp.common.finite import refuse_nonfinite
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, in_chunks
+from loopscope.interp.common.inputs import (
+    LOGITS_AT_ONCE,
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    in_chunks,
+)
 from loopscope.interp.common.modes import differentiated, evaluated
 from loopscope.interp.lens.lens import residuals
 from loopscope.interp.lens.tuned_lens import TunedLens, translated
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
-_CHUNK = 1 << 22  # logits held at a time while training
 _ROWS = 512  # inputs run at a time before training
 # nats; a visit that answers as the run does is left alone, else Adam would scale up the rounding of
 # its gradient
@@ -186,7 +191,7 @@ def _set_gradients(
     losses = []
     for param in params:
         param.grad = torch.zeros_like(param)
-    size = max(1, _CHUNK // target.numel())
+    size = max(1, LOGITS_AT_ONCE // target.numel())
     for visits in (slice(first, first + size) for first in range(0, len(resids), size)):
         own = [param[owner[visits]].requires_grad_() for param in params]
         with torch.enable_grad():

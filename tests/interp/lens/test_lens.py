@@ -229,7 +229,7 @@ def test_statistics_in_chunks_give_the_same(lens: Lens, monkeypatch: pytest.Monk
         lens.top(3).probs,
         lens.prob(ANSWERS),
     )
-    monkeypatch.setattr(lens_module, "_CHUNK", 2 * D_VOCAB)
+    monkeypatch.setattr(lens_module, "LOGITS_AT_ONCE", 2 * D_VOCAB)
     chunked = (
         lens.margin(ANSWERS),
         lens.rank(ANSWERS),

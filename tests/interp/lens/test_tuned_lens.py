@@ -167,7 +167,7 @@ def test_gradients_are_those_of_one_visit_at_a_time(
     plain: RecurrentDepth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_tuned_lens(plain, padded(), LOOPS, **QUICK)
-    monkeypatch.setattr(tuned_training, "_CHUNK", 1)
+    monkeypatch.setattr(tuned_training, "LOGITS_AT_ONCE", 1)
     monkeypatch.setattr(tuned_training, "_ROWS", 2)
     chunked = train_tuned_lens(plain, padded(), LOOPS, **QUICK)
     assert_close(chunked.losses, whole.losses)
