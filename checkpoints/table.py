@@ -23,6 +23,14 @@ from loopscope.models.core.config import LoopedConfig
 Release = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
 
+Recognizes = Callable[[Mapping[str, Any], frozenset[str]], bool]
+
+
+def of_type(model_type: str) -> Recognizes:
+    """A table's `recognizes` by the config's field model_type alone."""
+    return lambda values, keys: values.get("model_type") == model_type
+
+
 @dataclass(frozen=True)
 class Table:
     """How one family's releases are read.
@@ -52,7 +60,7 @@ class Table:
     """
 
     family: str
-    recognizes: Callable[[Mapping[str, Any], frozenset[str]], bool]
+    recognizes: Recognizes
     config: Callable[[ConfigFields, Mapping[str, Tensor], dict[str, Any]], LoopedConfig]
     names: Callable[[Any], Mapping[str, str]]
     harmless: Reasons = field(default_factory=dict)

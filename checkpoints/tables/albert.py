@@ -10,7 +10,7 @@ from torch import Tensor
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fill import same_values
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.models.families.albert import AlbertConfig
 
 _EMBEDDING = "albert.embeddings.word_embeddings.weight"
@@ -121,7 +121,7 @@ def _names(cfg: AlbertConfig) -> dict[str, str]:
 
 TABLE = Table(
     family="albert",
-    recognizes=lambda values, keys: values.get("model_type") == "albert",
+    recognizes=of_type("albert"),
     config=_config,
     names=_names,
     harmless=_HARMLESS,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.fields.config_fields import ConfigFields
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import MLP
 from loopscope.models.families.dory import DoryConfig
 
@@ -265,7 +265,7 @@ def _layer(block: str, attention: str, mlp: str) -> dict[str, str]:
 
 TABLE = Table(
     family="dory",
-    recognizes=lambda values, keys: values.get("model_type") == "dory",
+    recognizes=of_type("dory"),
     config=_config,
     names=_names,
     tied=("lm_head.weight", "backbone.embeddings.weight"),

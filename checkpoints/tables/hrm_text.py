@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.rotary import rotary
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names
 from loopscope.models.families.hrm_text import HrmTextConfig
 
@@ -88,7 +88,7 @@ def _names(cfg: HrmTextConfig) -> dict[str, str]:
 
 TABLE = Table(
     family="hrm_text",
-    recognizes=lambda values, keys: values.get("model_type") == "hrm_text",
+    recognizes=of_type("hrm_text"),
     config=_config,
     names=_names,
     harmless={"says through which low runs gradients flow in training": ("L_bp_cycles",)},

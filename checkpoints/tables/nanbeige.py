@@ -10,7 +10,7 @@ from torch import Tensor
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.rotary import rotary
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.models.families.nanbeige import NanbeigeConfig
 
@@ -134,7 +134,7 @@ def _names(cfg: NanbeigeConfig) -> dict[str, str]:
 
 TABLE = Table(
     family="nanbeige",
-    recognizes=lambda values, keys: values.get("model_type") == "nanbeige",
+    recognizes=of_type("nanbeige"),
     config=_config,
     names=_names,
     harmless=_HARMLESS,

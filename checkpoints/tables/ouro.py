@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.rotary import rotary
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
 from loopscope.models.families.ouro import OuroConfig
 
@@ -68,7 +68,7 @@ def _names(cfg: OuroConfig) -> dict[str, str]:
 
 TABLE = Table(
     family="ouro",
-    recognizes=lambda values, keys: values.get("model_type") == "ouro",
+    recognizes=of_type("ouro"),
     config=_config,
     names=_names,
     harmless=_HARMLESS,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.rotary import rotary, rotary_by_kind
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
 from loopscope.checkpoints.tables.ordinary.llama import HEAD_NORMS, sizes
 from loopscope.checkpoints.tables.ordinary.looping import OPTIONS
@@ -78,14 +78,14 @@ def _names(cfg: TrainingFreeGemmaConfig) -> dict[str, str]:
 
 GEMMA2 = Table(
     "training_free_gemma",
-    lambda values, keys: values.get("model_type") == "gemma2",
+    of_type("gemma2"),
     _gemma2,
     _names,
     options=OPTIONS,
 )
 GEMMA3 = Table(
     "training_free_gemma",
-    lambda values, keys: values.get("model_type") == "gemma3_text",
+    of_type("gemma3_text"),
     _gemma3,
     _names,
     options=OPTIONS,

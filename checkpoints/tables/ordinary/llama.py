@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.rotary import rotary
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, PRE_NORMS, block_names, edge_names
 from loopscope.checkpoints.tables.ordinary.looping import OPTIONS, looping
 from loopscope.checkpoints.tables.ordinary.reach import reach
@@ -120,7 +120,7 @@ def biases(matrices: Mapping[str, str]) -> dict[str, str]:
 
 LLAMA = Table(
     "training_free",
-    lambda values, keys: values.get("model_type") == "llama",
+    of_type("llama"),
     _llama,
     _names,
     harmless={"says in how many slices the same products were computed": ("pretraining_tp",)},
@@ -128,21 +128,21 @@ LLAMA = Table(
 )
 MISTRAL = Table(
     "training_free",
-    lambda values, keys: values.get("model_type") == "mistral",
+    of_type("mistral"),
     _mistral,
     _names,
     options=OPTIONS,
 )
 QWEN2 = Table(
     "training_free",
-    lambda values, keys: values.get("model_type") == "qwen2",
+    of_type("qwen2"),
     _qwen2,
     _names,
     options=OPTIONS,
 )
 QWEN3 = Table(
     "training_free",
-    lambda values, keys: values.get("model_type") == "qwen3",
+    of_type("qwen3"),
     _qwen3,
     _names,
     options=OPTIONS,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.rotary import rotary, turned_share
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import block_names
 from loopscope.checkpoints.tables.ordinary.looping import OPTIONS, looping
 from loopscope.models.families.training_free.neox import TrainingFreeNeoXConfig
@@ -70,7 +70,7 @@ def _names(cfg: TrainingFreeNeoXConfig) -> dict[str, str]:
 
 NEOX = Table(
     "training_free_neox",
-    lambda values, keys: values.get("model_type") == "gpt_neox",
+    of_type("gpt_neox"),
     _config,
     _names,
     skipped=r"gpt_neox\.layers\.\d+\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)",

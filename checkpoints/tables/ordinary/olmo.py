@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.fields.rotary import rotary
-from loopscope.checkpoints.table import Table
+from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import ATTENTION, MLP, block_names, edge_names
 from loopscope.checkpoints.tables.ordinary.llama import HEAD_NORMS, biases, sizes
 from loopscope.checkpoints.tables.ordinary.looping import OPTIONS
@@ -41,7 +41,7 @@ def _names(cfg: TrainingFreeOlmoConfig) -> dict[str, str]:
 
 OLMO2 = Table(
     "training_free_olmo",
-    lambda values, keys: values.get("model_type") == "olmo2",
+    of_type("olmo2"),
     _config,
     _names,
     options=OPTIONS,
