@@ -1,8 +1,11 @@
-"""How the records of methods show themselves: on one screen, in a terminal and in a notebook."""
+"""How the records of methods show themselves: as a tidy frame, and on one screen, in a terminal and
+in a notebook.
+"""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +13,18 @@ import pandas as pd
 from torch import Tensor, nn
 
 _WIDTH, _ITEMS, _ROWS = 88, 4, 16
+
+
+def tidy(columns: Mapping[str, Tensor], **axes: Iterable[object]) -> pd.DataFrame:
+    """A frame with one row per entry of tensors of one shape.
+
+    Args:
+        columns: The tensors by the names of their columns.
+        axes: The coordinates along each axis, by the names of the first columns.
+    """
+    rows = pd.MultiIndex.from_product([*axes.values()], names=[*axes])
+    values = {name: value.flatten().cpu().numpy() for name, value in columns.items()}
+    return pd.DataFrame(values, index=rows).reset_index()
 
 
 class OneScreen:

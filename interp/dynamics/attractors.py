@@ -13,10 +13,9 @@ from torch import Tensor
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dynamics.changes import Space, checked_space
 from loopscope.interp.dynamics.growth import auc
-from loopscope.interp.dynamics.starts import by_example
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.interp.dynamics.statistics import median_of, norm_of
 from loopscope.interp.lens.lens import readout_lens
@@ -64,7 +63,7 @@ class FixedPoints(OneScreen):
             "iterations": self.iterations,
             "residual": self.residual[-1],
         }
-        return by_example(columns)
+        return tidy(columns, example=range(len(self.period)))
 
     def by_answer(self, answers: Targets) -> pd.DataFrame:
         """Right and wrong answers side by side: answer, examples, settled (their share), iterations

@@ -25,9 +25,9 @@ from loopscope.interp.common.inputs import (
 )
 from loopscope.interp.common.metrics import Answers
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dynamics.changes import Space, checked_space, varying
-from loopscope.interp.dynamics.starts import apart, by_example, changed_start, ended, starts
+from loopscope.interp.dynamics.starts import apart, changed_start, ended, starts
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import norm_of
 from loopscope.models.core.base import LoopedModel
@@ -62,7 +62,7 @@ class RestartVote(OneScreen):
             "steadiest": self.steadiest,
             "share": self.share,
         }
-        return by_example(columns)
+        return tidy(columns, example=range(len(self.single)))
 
     def accuracy(self, answers: Answers) -> pd.DataFrame:
         """How often each rule is right: rule, accuracy, gained and lost (examples against the
@@ -141,7 +141,6 @@ class Basins(OneScreen):
         (the token).
         """
         runs, batch = self.answers.shape
-        rows = pd.MultiIndex.from_product([range(runs), range(batch)], names=["start", "example"])
         columns = {
             "moved": self.moved,
             "distance": self.distance,
@@ -149,8 +148,7 @@ class Basins(OneScreen):
             "residual": self.residual,
             "answer": self.answers,
         }
-        values = {name: value.flatten().cpu().numpy() for name, value in columns.items()}
-        return pd.DataFrame(values, index=rows).reset_index()
+        return tidy(columns, start=range(runs), example=range(batch))
 
     def plot(self, title: str = "") -> go.Figure:
         """A picture: which starts of each example end in the same state, and in the same answer."""

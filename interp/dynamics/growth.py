@@ -24,7 +24,7 @@ from loopscope.interp.common.inputs import (
 )
 from loopscope.interp.common.modes import differentiated, evaluated
 from loopscope.interp.common.precision import widened
-from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dynamics.changes import (
     Space,
     added,
@@ -148,14 +148,8 @@ class FiniteTimeExponent(OneScreen):
         loops, batch = self.growth.shape
         counts = torch.arange(1, loops + 1, device=self.growth.device)[:, None]
         mean = self.growth.cumsum(0) / counts
-        return pd.DataFrame(
-            {
-                "loop": [self.start + t for t in range(loops) for _ in range(batch)],
-                "example": list(range(batch)) * loops,
-                "growth": self.growth.flatten().cpu().numpy(),
-                "exponent": mean.flatten().cpu().numpy(),
-            }
-        )
+        counted = range(self.start, self.start + loops)
+        return tidy({"growth": self.growth, "exponent": mean}, loop=counted, example=range(batch))
 
     def plot(self, title: str = "") -> go.Figure:
         """A picture: the sum of the growth over iterations."""
@@ -224,12 +218,8 @@ class PerturbationGrowth(OneScreen):
         direction, distance, growth (nats).
         """
         points, batch, k = self.distance.shape
-        rows = pd.MultiIndex.from_product(
-            [range(points), range(batch), range(k)], names=["iterations", "example", "direction"]
-        )
         columns = {"distance": self.distance, "growth": self.growth}
-        values = {name: value.flatten().cpu().numpy() for name, value in columns.items()}
-        return pd.DataFrame(values, index=rows).reset_index()
+        return tidy(columns, iterations=range(points), example=range(batch), direction=range(k))
 
     def plot(self, title: str = "") -> go.Figure:
         """A picture: the growth over iterations, mean over directions."""

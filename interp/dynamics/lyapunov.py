@@ -25,7 +25,7 @@ from loopscope.interp.common.inputs import (
     in_chunks,
 )
 from loopscope.interp.common.modes import differentiated
-from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dynamics.changes import Space, checked_space, checked_start, varying
 from loopscope.interp.dynamics.followed import Followed
 from loopscope.models.core.base import LoopedModel
@@ -102,14 +102,10 @@ class LyapunovSpectrum(OneScreen):
         exponent), exponent, and one column for the share of each sublayer, in nats.
         """
         loops, batch, k = self.exponents.shape
-        rows = pd.MultiIndex.from_product(
-            [range(self.start, self.start + loops), range(batch), range(k)],
-            names=["loop", "example", "rank"],
-        )
-        columns = {"exponent": self.exponents.flatten()}
-        columns |= {name: self.shares[:, i].flatten() for i, name in enumerate(self.sublayers)}
-        values = {name: value.cpu().numpy() for name, value in columns.items()}
-        return pd.DataFrame(values, index=rows).reset_index()
+        columns = {"exponent": self.exponents}
+        columns |= {name: self.shares[:, i] for i, name in enumerate(self.sublayers)}
+        counted = range(self.start, self.start + loops)
+        return tidy(columns, loop=counted, example=range(batch), rank=range(k))
 
     def plot(self, title: str = "") -> go.Figure:
         """A picture: the spectrum, and the share of each sublayer in the first exponent."""

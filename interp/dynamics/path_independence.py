@@ -21,9 +21,9 @@ from loopscope.interp.common.inputs import (
     in_chunks,
 )
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dynamics.changes import checked_start, floating, varying
-from loopscope.interp.dynamics.starts import RunEnd, apart, by_example, ended
+from loopscope.interp.dynamics.starts import RunEnd, apart, ended
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import cosine_of
 from loopscope.models.basis.tokens import Batch
@@ -59,7 +59,7 @@ class PathIndependence(OneScreen):
             "distance": self.distance,
             "same_answer": self.same_answer,
         }
-        return by_example(columns)
+        return tidy(columns, example=range(len(self.other)))
 
     def plot(self, title: str = "") -> go.Figure:
         """A picture: the cosine of each example's last states."""

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -101,10 +100,3 @@ def apart(
 ) -> Float[Tensor, "start batch"]:
     """The distance of each state from the reference, as a share of the reference's norm."""
     return norm_of(states - reference) / norm_of(reference)
-
-
-def by_example(columns: Mapping[str, Tensor]) -> pd.DataFrame:
-    """A frame with one row per example."""
-    frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
-    frame.insert(0, "example", range(len(frame)))
-    return frame

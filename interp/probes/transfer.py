@@ -13,7 +13,7 @@ from torch import Tensor
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import Picked, at_site, places_of, points_by_block
-from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.probes.ridge import check_strength, ridge_maps
 from loopscope.interp.probes.states import ReadStates, split_rows
 from loopscope.interp.probes.tasks import Task
@@ -64,11 +64,9 @@ class TransferMatrix(OneScreen):
         constant.
         """
         loops = self.score.shape[1]
-        index = pd.MultiIndex.from_product(
-            [self.blocks, range(loops), range(loops)], names=["block", "fitted", "tested"]
-        )
-        frame = index.to_frame(index=False)
-        return frame.assign(score=self.score.flatten().numpy(), constant=self.constant)
+        columns = {"score": self.score}
+        frame = tidy(columns, block=self.blocks, fitted=range(loops), tested=range(loops))
+        return frame.assign(constant=self.constant)
 
     def plot(self, title: str = "") -> go.Figure:
         """A picture: one map per block, fitted iterations by tested ones."""
