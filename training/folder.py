@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 from collections.abc import Iterable
@@ -33,6 +34,12 @@ def claim(folder: Path, names: Iterable[str]) -> None:
         path = folder / name
         for draft in path.parent.glob(f".{path.name}.*"):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+
+
+@atexit.register
+def _release() -> None:
+    for file in _HELD.values():
+        file.close()
 
 
 def refuse_unless_resumed(state: Path, resume: bool) -> None:

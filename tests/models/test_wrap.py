@@ -47,7 +47,10 @@ def drawn(theirs: nn.Module, spread: float) -> nn.Module:
     return theirs.eval()
 
 
-def hrm_text(folder: Path) -> Case:
+def hrm_text(folder: Path, spread: float = 0.15) -> Case:
+    """The default spread is small: the class's norms round to float32 in a double-precision model
+    too, and large weights magnify that.
+    """
     from transformers import HrmTextConfig, HrmTextForCausalLM
 
     config = HrmTextConfig(
@@ -55,7 +58,7 @@ def hrm_text(folder: Path) -> Case:
         num_attention_heads=5, head_dim=4, max_position_embeddings=16, H_cycles=2, L_cycles=3,
         L_bp_cycles=[3, 3],
     )  # fmt: skip
-    theirs = drawn(HrmTextForCausalLM(config), 0.15)
+    theirs = drawn(HrmTextForCausalLM(config), spread)
     theirs.save_pretrained(folder)
     wrapped = loopscope.wrap(
         theirs.double(),
@@ -137,15 +140,25 @@ def test_every_iteration_s_streams_are_the_family_s(case: Case) -> None:
 def test_every_cell_of_a_sweep_is_the_family_s(case: Case) -> None:
     clean, corrupted = case.tokens
     ours, theirs = (
-        loopscope.activation_patch(
-            model, clean, corrupted, case.metric, sites=SITES, readout=-1, positions=[1, 4]
-        )
+        loopscope.activation_patch(model, clean, corrupted, case.metric, sites=SITES, readout=-1)
         for model in (case.wrapped, case.family)
     )
     assert [cell.name for cell in ours.cells] == [cell.name for cell in theirs.cells]
     assert len(ours.cells) >= 2 * 2 * 6
     close(ours.values, theirs.values)
     assert float(theirs.values.std()) > 1e-3
+
+
+def test_norms_in_float32_are_all_that_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.hrm_text.modeling_hrm_text import HrmTextRMSNorm
+
+    monkeypatch.setattr(HrmTextRMSNorm, "forward", HrmTextRMSNorm._norm)
+    case = hrm_text(tmp_path, 0.4)
+    with torch.no_grad():
+        ours, theirs = (model(case.tokens[0]) for model in (case.wrapped, case.family))
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-10, check_dtype=False)
 
 
 def test_padding_changes_what_it_changes_in_the_family(case: Case) -> None:
