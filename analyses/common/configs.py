@@ -60,7 +60,7 @@ def as_flags(error: Exception) -> str:
 
 def _flag(argument: Argument) -> str:
     value = argument.value
-    words = value if isinstance(value, tuple | list) else () if value is None else (value,)
+    words = value if isinstance(value, tuple | list) else () if value in (None, True) else (value,)
     return " ".join(
         ["--" + argument.name.replace("_", "-"), *(shlex.quote(str(word)) for word in words)]
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.config_files import MADE_WITH, settings
 from loopscope.analyses.common.configs import OutputConfig, RunConfig
+from loopscope.models.basis.arguments import Argument, ArgumentError
 from loopscope.models.basis.files import atomic_path
 
 
@@ -45,8 +46,22 @@ _PICTURES = ("png", "svg", "pdf")
 
 
 def files_of(name: str, output: OutputConfig) -> list[Path]:
-    """The files that an analysis writes for an output config."""
-    kinds = [kind for kind in ("csv", "json", "html", *_PICTURES) if getattr(output, kind)]
+    """The files that an analysis writes for an output config.
+
+    Raises:
+        ArgumentError: The folder's name ends as a file's does (`--out lens.pdf`).
+    """
+    known = ("csv", "json", "html", *_PICTURES)
+    asked = output.out.suffix.removeprefix(".").lower()
+    if asked in known:
+        raise ArgumentError(
+            Argument("out"),
+            f" names a folder, got {output.out}; for {name}.{asked} in it pass ",
+            Argument("out", str(output.out.with_suffix(""))),
+            " and ",
+            Argument(asked, True),
+        )
+    kinds = [kind for kind in known if getattr(output, kind)]
     return [output.out / f"{name}.{kind}" for kind in kinds] + [
         output.out / f"{name}.settings.json"
     ]

@@ -272,10 +272,7 @@ def page(support: Support) -> str:
     some.columns = [name if name == "family" else f"`{name}`" for name in some.columns]
     grouped: dict[tuple[str, str], list[str]] = {}
     for (method, family), why in support.reasons.items():
-        sentence = why.replace(f"{method} needs", "it needs").replace(
-            FAMILIES[family][1].__name__, "model"
-        )
-        grouped.setdefault((sentence, family), []).append(method)
+        grouped.setdefault((sentence(why, method, family), family), []).append(method)
     shared: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (why, family), methods in grouped.items():
         shared.setdefault((why, tuple(methods)), []).append(family)
@@ -294,6 +291,11 @@ def page(support: Support) -> str:
         methods=markdown_table(some),
         reasons="\n".join(reasons),
     )
+
+
+def sentence(why: str, method: str, family: str) -> str:
+    """A refusal as the page says it: for several methods and families alike."""
+    return why.replace(f"{method} needs", "it needs").replace(FAMILIES[family][1].__name__, "model")
 
 
 def _options(table: Table) -> str:

@@ -12,9 +12,9 @@ import tyro
 
 from loopscope.analyses import cli
 from loopscope.analyses.cli import main
-from loopscope.analyses.common.configs import as_flags
+from loopscope.analyses.common.configs import OutputConfig, as_flags
 from loopscope.analyses.common.figures import FIGURES
-from loopscope.analyses.common.records import refuse_unwritable
+from loopscope.analyses.common.records import files_of, refuse_unwritable
 from loopscope.analyses.figures.circuit import lens
 from loopscope.analyses.pages import families
 from loopscope.analyses.report import page as report
@@ -305,6 +305,14 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: 
     (tmp_path / "x.csv").mkdir()
     with pytest.raises(FileExistsError, match=r"x\.csv is a folder; pass --out"):
         refuse_unwritable([tmp_path / "x.csv"], overwrite=True)
+
+
+def test_a_folder_named_like_a_file_says_the_flag(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="names a folder") as caught:
+        files_of("lens", OutputConfig(out=tmp_path / "a.pdf"))
+    said = as_flags(caught.value)
+    assert said.endswith(f"for lens.pdf in it pass --out {tmp_path / 'a'} and --pdf")
+    assert not (tmp_path / "a.pdf").exists()
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -5,8 +5,6 @@ text says of them.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
+from families_page import PAGE, shipped
 from loopscope.analyses.common.claims import verdict
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.common.subject import open_subject
-from loopscope.analyses.pages import findings, replication
+from loopscope.analyses.pages import families, findings, replication
 from loopscope.analyses.pages.findings import HOPS, Pairs
 from loopscope.models.core.registry import FAMILIES
 from paths import DOCS
@@ -48,55 +47,22 @@ def test_claims_are_what_the_command_writes(tmp_path: Path) -> None:
     assert_same_page(path.read_text(), (DOCS / "replication.md").read_text())
 
 
-@pytest.fixture(scope="module")
-def families_page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Written by the command itself, where shapes are not checked, which takes several times
-    longer.
-    """
-    path = tmp_path_factory.mktemp("pages") / "families.md"
-    subprocess.run(
-        [sys.executable, "-m", "loopscope", "families", "--out", str(path)],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    return path.read_text()
+def test_the_page_of_families_is_what_its_own_table_and_facts_make() -> None:
+    """What the table says is compared with a run of every method in tests/shapes."""
+    assert families.page(shipped()) == PAGE.read_text()
 
 
-@pytest.mark.slow
-def test_families_are_what_the_command_writes(families_page: str) -> None:
-    assert_same_page(families_page, (DOCS / "families.md").read_text())
-
-
-@pytest.mark.slow
-def test_every_family_runs_or_refuses_with_a_reason(families_page: str) -> None:
-    lines = [
-        line.strip("| ").split(" | ") for line in families_page.splitlines() if line.startswith("|")
-    ]
-    facts = {line[0]: line[1:] for line in lines[2:] if len(line) == 7}
-    header = next(line for line in lines if "`gate_logits`" in line)
-    runs = {
-        line[0]: dict(zip(header[1:], line[1:], strict=True))
-        for line in lines
-        if len(line) == len(header) and line[0] in FAMILIES
-    }
-    assert set(facts) == set(runs) == set(FAMILIES)
-    assert {family for family, row in runs.items() if row["`gate_logits`"] == "yes"} == {
-        "ouro",
-        "melt",
-    }
-    assert {family for family, row in runs.items() if row["`generate`"] == "no"} == {
-        "albert",
-        "trm",
-        "hrm",
-    }
-    additive = {family for family, row in facts.items() if row[2] == "yes"}
-    assert {
-        family for family, row in runs.items() if row["`direct_logit_attribution`"] == "yes"
-    } == additive
-    everywhere = next(
-        line for line in families_page.splitlines() if line.startswith("On every family")
-    )
+def test_every_family_runs_or_refuses_with_a_reason() -> None:
+    support = shipped()
+    runs = support.methods.set_index("method")
+    assert set(runs.index) == set(families.methods())
+    assert set(runs.columns) == set(support.facts["family"]) == set(FAMILIES)
+    assert {key for key, said in runs.stack().items() if said == "no"} == set(support.reasons)
+    of = {method: set(row.index[row == "yes"]) for method, row in runs.iterrows()}
+    assert of["gate_logits"] == {"ouro", "melt"}
+    assert set(FAMILIES) - of["generate"] == {"albert", "trm", "hrm"}
+    additive = support.facts.set_index("family")["additive_residual"]
+    assert of["direct_logit_attribution"] == set(additive.index[additive == "yes"])
     for method in (
         "logit_lens",
         "readout_lens",
@@ -106,17 +72,7 @@ def test_every_family_runs_or_refuses_with_a_reason(families_page: str) -> None:
         "dynamics",
         "untied",
     ):
-        assert f"`{method}`" in everywhere
-    reasons = families_page.partition("## Why not")[2].strip().splitlines()
-    for method in header[1:]:
-        for family in FAMILIES:
-            said = [
-                line
-                for line in reasons
-                if method in line.partition(" on ")[0]
-                and re.search(rf"\b{family}\b", line.partition(":")[0])
-            ]
-            assert len(said) == (runs[family][method] == "no"), (method, family)
+        assert of[method] == set(FAMILIES)
 
 
 def test_a_verdict_is_yes_partly_or_no() -> None:
