@@ -51,12 +51,13 @@ class PlainOuro(nn.Module):
         cfg = model.cfg
         self.n_loops, self.theta, self.eps = cfg.n_loops, theta, cfg.eps
         self.d_head = cfg.d_model // cfg.n_heads
-        self.embedding, self.head = model.embedding, model.head
+        self.embedding = nn.Embedding.from_pretrained(model.embedding)
+        self.head = model.head
         self.final_norm = model.final_norm
         self.blocks = nn.ModuleList(PlainBlock(b, cfg.n_heads, cfg.eps) for b in model.blocks)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding[tokens]
+        x = self.embedding(tokens)
         turns = self.theta ** (-torch.arange(0, self.d_head, 2).float() / self.d_head)
         angles = torch.arange(tokens.shape[1]).float()[:, None] * torch.cat([turns, turns])
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
