@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +34,39 @@ class Claim:
 def verdict(shown: bool, partly: bool) -> Verdict:
     """Yes, partly or no."""
     return "yes" if shown else "partly" if partly else "no"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """When one measured number counts as shown, and when as partly shown.
+
+    Attributes:
+        number: What is measured.
+        sense: Whether the number must be at least the limit, or at most.
+        shown, partly: The two limits.
+    """
+
+    number: str
+    sense: Literal["at least", "at most"]
+    shown: float
+    partly: float
+
+    def verdict(self, value: float) -> Verdict:
+        """By this bound alone; a number that could not be measured shows nothing."""
+        if math.isnan(value):
+            return "no"
+        over = [value - self.shown, value - self.partly]
+        signed = over if self.sense == "at least" else [-x for x in over]
+        return verdict(signed[0] >= 0, signed[1] >= 0)
+
+    def __str__(self) -> str:
+        return f"{self.number}: {self.sense} {self.shown:g} (partly: {self.partly:g})"
+
+
+def judged(bounds: Sequence[Bound], numbers: Mapping[str, float]) -> Verdict:
+    """Yes where every bound says so, no where any says no, partly between them."""
+    found = {bound.verdict(numbers[bound.number]) for bound in bounds}
+    return verdict(found == {"yes"}, "no" not in found)
 
 
 def read_log(name: str) -> list[dict[str, Any]]:

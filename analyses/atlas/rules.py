@@ -1,0 +1,328 @@
+"""What the atlas asks of the miniatures for each paper, and when it counts as shown.
+
+The limits were fixed before the numbers of the atlas were measured. Where an earlier page of this
+project had shown a number already, `known` says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loopscope.analyses.common.claims import Bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One claim of a paper, as it is asked of the miniatures.
+
+    Attributes:
+        name: A short name, the same as that of the measurement.
+        paper: Its number on arXiv, or where else it is found.
+        title: Its title.
+        claim: What the paper says.
+        asked: What is measured, and on what.
+        calls: The public calls that give the numbers.
+        figure: The command that draws the picture; empty where there is none.
+        bounds: The rule. All of them must hold.
+        control: The numbers that are controls.
+        differs: How miniature and paper differ, and what of the paper cannot be asked here.
+        known: What was known of the numbers when the limits were written.
+    """
+
+    name: str
+    paper: str
+    title: str
+    claim: str
+    asked: str
+    calls: tuple[str, ...]
+    figure: str = ""
+    bounds: tuple[Bound, ...]
+    control: tuple[str, ...]
+    differs: str
+    known: str = "nothing"
+
+
+QUESTIONS: tuple[Question, ...] = (
+    Question(
+        name="deeper",
+        paper="2604.07822",
+        title="Loop, Think, & Generalize",
+        claim="More iterations at inference answer questions of more hops than were trained.",
+        asked="`mini/multi_hop/r_dyn`, 50 questions of each hop count: hop counts beyond training"
+        " that are answered (0.6 right) at the best of 1 to 24 iterations.",
+        calls=("readout_lens",),
+        figure="loopscope recurrence mini/multi_hop/r_dyn",
+        bounds=(
+            Bound("hop counts beyond training", "at least", 2, 1),
+            Bound("the same with at most 4 iterations", "at most", 0, 1),
+        ),
+        control=("the same with at most 4 iterations",),
+        differs="104 thousand weights and 40 entities, where the paper has 28 million and 200.",
+        known="the first number, from the page of claims of this paper",
+    ),
+    Question(
+        name="cycle",
+        paper="2604.11791",
+        title="A Mechanistic Analysis of Looped Reasoning Language Models",
+        claim="Each block of the loop reaches a fixed point of its own, so that an iteration runs"
+        " through one cycle, and attention stops changing.",
+        asked="`mini/multi_hop/r_dyn`, 50 questions of 5 hops, 24 iterations, all tokens: the"
+        " direction of each block's output (medians over tokens) and every head's attention.",
+        calls=("layer_dynamics", "attention_dynamics"),
+        figure="loopscope layers mini/multi_hop/r_dyn --hops 5 --n-loops 24",
+        bounds=(
+            Bound("last step of the blocks' directions, the larger", "at most", 0.01, 0.05),
+            Bound("distance of the two ends over that step", "at least", 10, 3),
+            Bound("last change of attention, the largest of all heads", "at most", 0.01, 0.05),
+            Bound("last step over that of untrained weights", "at most", 0.5, 1),
+        ),
+        control=("last step of untrained weights", "last step over that of untrained weights"),
+        differs="Two blocks without prelude, coda or injection, and no norm between iterations, so"
+        " directions are compared; the paper's models are language models.",
+    ),
+    Question(
+        name="two_scales",
+        paper="2509.23314",
+        title="Two-Scale Latent Dynamics for Recurrent-Depth Transformers",
+        claim="Steps within a loop become small and nearly orthogonal to one another.",
+        asked="`mini/multi_hop/r_dyn`, 50 questions of 5 hops, 8 iterations, all tokens: the last"
+        " step over the first (median), and the mean cosine of consecutive steps in the second"
+        " half.",
+        calls=("dynamics",),
+        figure="loopscope steps mini/multi_hop/r_dyn --hops 5",
+        bounds=(
+            Bound("last step over the first", "at most", 0.5, 0.9),
+            Bound("cosine of consecutive steps, without its sign", "at most", 0.3, 0.6),
+            Bound("cosine with untrained weights minus cosine", "at least", 0.2, 0.05),
+        ),
+        control=("cosine with untrained weights", "cosine with untrained weights minus cosine"),
+        differs="One looped stack, so the larger drift from one looped block to the next cannot be"
+        " asked.",
+    ),
+    Question(
+        name="latent_chain",
+        paper="2507.02199",
+        title="Latent Chain-of-Thought? Decoding the Depth-Recurrent Transformer",
+        claim="Where the answer is read, intermediate results do not come up before it: there is"
+        " little sign of a latent chain of thought.",
+        asked="`mini/multi_hop/r_dyn`, 50 questions of 4 hops, 8 iterations: the share of questions"
+        " for which the entity one hop before the answer is on top of the logit lens at the"
+        " answer's position at some visit before the answer is.",
+        calls=("logit_lens", "rank_trajectory"),
+        figure="loopscope ranks mini/multi_hop/r_dyn --hops 4",
+        bounds=(
+            Bound("previous entity first, at the answer's position", "at most", 0.25, 0.5),
+            Bound("previous entity first, one position earlier", "at least", 0.9, 0.6),
+            Bound("a random entity first, at the answer's position", "at most", 0.1, 0.25),
+        ),
+        control=(
+            "previous entity first, one position earlier",
+            "a random entity first, at the answer's position",
+        ),
+        differs="Arithmetic of Huginn in the paper. No shipped miniature has a coda, so that"
+        " readings depend on the decoding method (logit lens or coda lens) cannot be asked.",
+    ),
+    Question(
+        name="recall",
+        paper="2604.15259",
+        title="Stability and Generalization in Looped Transformers",
+        claim="With the input given again at every iteration and a norm on the stream, a run"
+        " reaches the end of its input from any state; without it the end depends on the state"
+        " alone.",
+        asked="Runs of 50 puzzles that go on from another puzzle's state after the first"
+        " iteration, on `mini/sudoku/trm` (input given again, 8 more iterations); beside them 50"
+        " questions of 5 hops on `mini/multi_hop/r_dyn` (input given once).",
+        calls=("input_dependence",),
+        bounds=(
+            Bound("dependence on the input, given again", "at least", 0.9, 0.6),
+            Bound("distance to the end of the own input", "at most", 0.1, 0.3),
+            Bound("dependence on the input, given once", "at most", 0.1, 0.3),
+        ),
+        control=("dependence on the input, given once",),
+        differs="The control is 0 by construction: what an iteration hands on is all that the run"
+        " has. The paper trains one architecture with and without recall; these are two models of"
+        " two tasks.",
+    ),
+    Question(
+        name="stability",
+        paper="2605.26733",
+        title="Stabilizing Recurrent Dynamics (STARS)",
+        claim="Accuracy rises with iterations and then collapses where an iteration is not stable"
+        " (a large spectral radius), and stays where it is.",
+        asked="Questions of 4 hops on `mini/multi_hop/r2` (trained with 2 iterations) and"
+        " `mini/multi_hop/r_dyn` (2 to 8): the fall of accuracy from the best of 1 to 24 iterations"
+        " to the last (50 questions), and the median spectral radius of the Jacobian of iteration"
+        " 12 (24 questions).",
+        calls=("readout_lens", "jacobian_spectrum"),
+        figure="loopscope overthinking mini/multi_hop/r2",
+        bounds=(
+            Bound("fall of r2", "at least", 0.2, 0.1),
+            Bound("radius of r2 minus radius of r_dyn", "at least", 0.05, 0),
+            Bound("fall of r_dyn", "at most", 0.02, 0.05),
+        ),
+        control=("fall of r_dyn", "radius of r_dyn"),
+        differs="r_dyn is stable because its number of iterations was drawn in training, which is"
+        " half of the paper's method; no miniature was trained with its penalty on the radius.",
+        known="both falls, from the page of claims of 2604.07822",
+    ),
+    Question(
+        name="realignment",
+        paper="2607.00341",
+        title="DiscoLoop",
+        claim="The bridge entity can be decoded after the first iterations, but its state is not"
+        " aligned with the entity's embedding; putting the embedding in its place, without"
+        " training, closes most of the gap out of distribution.",
+        asked="`mini/systematicity/r4_l2/ood`, 168 two-hop questions out of distribution;"
+        " iteration and variant chosen on one half and reported on the other.",
+        calls=("realign",),
+        figure="loopscope realignment mini/systematicity/r4_l2/ood",
+        bounds=(
+            Bound("realigned", "at least", 0.85, 0.75),
+            Bound("realigned minus base", "at least", 0.1, 0.05),
+            Bound("random entity", "at most", 0.1, 0.2),
+            Bound("second-best token", "at most", 0.1, 0.2),
+            Bound("rescaled minus base, without its sign", "at most", 0.03, 0.06),
+        ),
+        control=("random entity", "second-best token", "rescaled minus base, without its sign"),
+        differs="One checkpoint. Of the other numbers of iterations only training logs are shipped,"
+        " so whether the gain grows with them cannot be asked.",
+        known="all numbers of this figure, from the gallery",
+    ),
+    Question(
+        name="wandering",
+        paper="OpenReview enDyNuSD3L, and the exponents of TRM and HRM after it",
+        title="Lyapunov exponents of looped models",
+        claim="Runs that fail wander and runs that succeed contract: the finite-time exponent"
+        " tells them apart.",
+        asked="`mini/multi_hop/r_dyn`, 250 questions of 12 to 16 hops, 24 iterations: the exponent"
+        " of the state's direction, for right and wrong answers.",
+        calls=("finite_time_exponent", "lyapunov_spectrum"),
+        figure="loopscope lyapunov mini/multi_hop/r_dyn",
+        bounds=(
+            Bound("AUC of the exponent", "at least", 0.85, 0.7),
+            Bound("AUC within one hop count", "at least", 0.75, 0.6),
+            Bound("median exponent of wrong answers", "at least", 0.02, 0),
+            Bound("median exponent of right answers", "at most", -0.02, 0),
+            Bound("AUC minus that of the margin at half depth", "at least", -0.01, -0.2),
+        ),
+        control=(
+            "AUC within one hop count",
+            "AUC of the margin at half depth",
+            "AUC minus that of the margin at half depth",
+        ),
+        differs="Models of the paper are Ouro, Huginn, TRM and HRM; here the wrong answers are"
+        " those of questions deeper than trained.",
+        known="both AUCs and both medians, from the figure of exponents",
+    ),
+    Question(
+        name="locality",
+        paper="2605.20784",
+        title="Interaction Locality in Hierarchical Recursive Reasoning",
+        claim="What a cell's state writes in one step goes to cells that the task relates to it.",
+        asked="`mini/sudoku/trm`, 50 puzzles: the divergence of a cell's digits one step after"
+        " another cell's states are replaced; mean over cells in one box, row or column, over the"
+        " mean over unrelated cells.",
+        calls=("plots.cell_patch",),
+        figure="loopscope cell-patch",
+        bounds=(
+            Bound("related over unrelated", "at least", 2, 1.2),
+            Bound("related over unrelated with untrained weights", "at most", 1.2, 1.5),
+        ),
+        control=("related over unrelated with untrained weights",),
+        differs="Boards of 4 x 4 cells; the paper's mazes, ARC and dictionary features are not"
+        " asked.",
+    ),
+    Question(
+        name="relational",
+        paper="2604.09870",
+        title="Relational Preference Encoding in Looped Transformer Internal States",
+        claim="Loop states hold a preference between two inputs relationally: a linear probe of"
+        " their difference finds it and a probe of each alone does not.",
+        asked="`mini/multi_hop/r_dyn`, 350 pairs of questions of 2 to 8 hops with the same"
+        " relations and two heads; preferred is the one whose answer has the larger number."
+        " Probes at the last visit, a quarter of the pairs held out.",
+        calls=("difference_probe",),
+        bounds=(
+            Bound("difference of two states", "at least", 0.8, 0.65),
+            Bound("difference minus comparing two single probes", "at least", 0.1, 0.03),
+            Bound("scores that flip with the pair", "at least", 0.95, 0.8),
+            Bound("difference with shuffled preferences", "at most", 0.6, 0.65),
+        ),
+        control=(
+            "comparing two single probes",
+            "a single probe alone",
+            "difference with shuffled preferences",
+        ),
+        differs="No miniature was trained on preferences. An order of entities is a property of"
+        " each entity, so a probe of single states may well find it too.",
+    ),
+    Question(
+        name="depth_and_breadth",
+        paper="2605.21488",
+        title="Equilibrium Reasoners",
+        claim="More iterations (depth) and more first states (breadth) solve more, and runs that"
+        " have converged are those that are right.",
+        asked="`mini/sudoku/trm`, 300 puzzles from 8 random first states: whole boards right after"
+        " 1 and after 16 steps; after 1 step the run with the smallest residual against a run at"
+        " random; and the residual of wrong against right boards after 1 step.",
+        calls=("plots.sudoku",),
+        figure="loopscope sudoku",
+        bounds=(
+            Bound("right after 16 steps minus after 1", "at least", 0.1, 0.03),
+            Bound("smallest residual minus a run at random", "at least", 0.02, 0.005),
+            Bound("AUC of the residual", "at least", 0.8, 0.65),
+        ),
+        control=("a run at random, after 1 step",),
+        differs="Boards of 4 x 4 cells that need no guess; the model was trained from one first"
+        " state and without noise, where the paper trains from random ones.",
+        known="that the model solves 0.81 after 1 step and 0.99 after 8, from its card",
+    ),
+    Question(
+        name="trivial_puzzles",
+        paper="2601.10679",
+        title="Are Your Reasoning Models Reasoning or Guessing?",
+        claim="A solver of hard puzzles fails on trivial ones, because a solved board is no fixed"
+        " point.",
+        asked="`mini/sudoku/trm`, 300 solved boards with one cell blank again, 8 steps.",
+        calls=("plots.fixed_points",),
+        figure="loopscope fixed-points",
+        bounds=(
+            Bound("one blank, wrong at the end", "at least", 0.05, 0.01),
+            Bound("as given, right at the end", "at least", 0.5, 0.3),
+        ),
+        control=("as given, right at the end", "nothing blank, wrong at the end"),
+        differs="TRM on 4 x 4 boards, where the paper has HRM on 9 x 9 ones.",
+        known="that the model solves 0.99 of the puzzles as given, from its card",
+    ),
+    Question(
+        name="spurious_ends",
+        paper="2601.10679",
+        title="Are Your Reasoning Models Reasoning or Guessing?",
+        claim="A run that reaches a wrong fixed point stays there.",
+        asked="`mini/sudoku/trm`, 300 puzzles from 8 random first states, 8 steps: the share of the"
+        " wrong boards whose last cycle moves the state by less than 0.05 of its norm; not asked"
+        " with fewer than 10 wrong boards.",
+        calls=("plots.fixed_points", "fixed_points"),
+        figure="loopscope fixed-points",
+        bounds=(Bound("wrong boards at rest", "at least", 0.5, 0.2),),
+        control=("right boards at rest", "wrong boards"),
+        differs="TRM on 4 x 4 boards, where the paper has HRM on 9 x 9 ones.",
+    ),
+    Question(
+        name="vote",
+        paper="2601.10679",
+        title="Are Your Reasoning Models Reasoning or Guessing?",
+        claim="Several guesses help: a vote of runs on changed inputs solves more than one run.",
+        asked="`mini/sudoku/trm`, 300 puzzles after 1 step, where a fifth is still wrong: the"
+        " majority of 8 renamings of the digits, cell by cell, against one run.",
+        calls=("plots.sudoku",),
+        bounds=(
+            Bound("majority minus one run", "at least", 0.02, 0.005),
+            Bound("one renamed run minus one run, without its sign", "at most", 0.02, 0.05),
+        ),
+        control=("one renamed run minus one run, without its sign",),
+        differs="Renamed digits are one of the paper's changes of the input; its augmented training"
+        " and its several trained models are not asked.",
+        known="that the model solves 0.81 after 1 step, from its card",
+    ),
+)
