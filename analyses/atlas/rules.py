@@ -1,7 +1,8 @@
 """What the atlas asks of the miniatures for each paper, and when it counts as shown.
 
 The limits were fixed before the numbers of the atlas were measured. Where an earlier page of this
-project had shown a number already, `known` says which.
+project had shown a number already, `known` says which. Shuffled weights are those of the model with
+the entries of each matrix in random order: as large, and without what was learned.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ QUESTIONS: tuple[Question, ...] = (
             Bound("last step of the blocks' directions, the larger", "at most", 0.01, 0.05),
             Bound("distance of the two ends over that step", "at least", 10, 3),
             Bound("last change of attention, the largest of all heads", "at most", 0.01, 0.05),
-            Bound("last step over that of untrained weights", "at most", 0.5, 1),
+            Bound("last step over that of shuffled weights", "at most", 0.5, 1),
         ),
-        control=("last step of untrained weights", "last step over that of untrained weights"),
+        control=("last step of shuffled weights", "last step over that of shuffled weights"),
         differs="Two blocks without prelude, coda or injection, and no norm between iterations, so"
         " directions are compared; the paper's models are language models.",
     ),
@@ -93,9 +94,9 @@ QUESTIONS: tuple[Question, ...] = (
         bounds=(
             Bound("last step over the first", "at most", 0.5, 0.9),
             Bound("cosine of consecutive steps, without its sign", "at most", 0.3, 0.6),
-            Bound("cosine with untrained weights minus cosine", "at least", 0.2, 0.05),
+            Bound("cosine with shuffled weights minus cosine", "at least", 0.2, 0.05),
         ),
-        control=("cosine with untrained weights", "cosine with untrained weights minus cosine"),
+        control=("cosine with shuffled weights", "cosine with shuffled weights minus cosine"),
         differs="One looped stack, so the larger drift from one looped block to the next cannot be"
         " asked.",
     ),
@@ -220,15 +221,15 @@ QUESTIONS: tuple[Question, ...] = (
         title="Interaction Locality in Hierarchical Recursive Reasoning",
         claim="What a cell's state writes in one step goes to cells that the task relates to it.",
         asked="`mini/sudoku/trm`, 50 puzzles: the divergence of a cell's digits one step after"
-        " another cell's states are replaced; mean over cells in one box, row or column, over the"
-        " mean over unrelated cells.",
+        " another cell's states are replaced; the mean of the three kinds of related cells (box, row,"
+        " column) over unrelated ones.",
         calls=("plots.cell_patch",),
         figure="loopscope cell-patch",
         bounds=(
             Bound("related over unrelated", "at least", 2, 1.2),
-            Bound("related over unrelated with untrained weights", "at most", 1.2, 1.5),
+            Bound("related over unrelated with shuffled weights", "at most", 1.2, 1.5),
         ),
-        control=("related over unrelated with untrained weights",),
+        control=("related over unrelated with shuffled weights",),
         differs="Boards of 4 x 4 cells; the paper's mazes, ARC and dictionary features are not"
         " asked.",
     ),

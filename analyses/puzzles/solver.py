@@ -129,6 +129,19 @@ def run_cycles(
     return Cycles(torch.stack(boards), torch.stack(halting), torch.stack(moved))
 
 
+def first_states(solver: Solver, seed: int, restart: int) -> tuple[Tensor | None, Tensor | None]:
+    """The high and the low state of a restart: one random vector for each position, the same for
+    every puzzle; None for the checkpoint's own, with which restart 0 begins.
+    """
+    if restart == 0:
+        return None, None
+    generator = torch.Generator().manual_seed(1_000_003 * seed + restart)
+    shape = (2, solver.tokens.shape[1], solver.model.cfg.d_model)
+    high, low = torch.randn(shape, generator=generator).to(solver.model.embedding)
+    rows = len(solver.tokens)
+    return high.expand(rows, -1, -1), low.expand(rows, -1, -1)
+
+
 def _ends_cycle(name: str, model: PuzzleSolver) -> bool:
     """Whether a visit is the last one of a high run."""
     return name.endswith(f".high.blocks.{len(model.stacks['high']) - 1}")

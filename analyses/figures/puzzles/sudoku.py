@@ -19,6 +19,7 @@ from loopscope.analyses.puzzles.solver import (
     Cycles,
     Solver,
     SolverConfig,
+    first_states,
     open_solver,
     run_cycles,
 )
@@ -129,7 +130,7 @@ def run(config: SudokuConfig) -> SudokuRecord:
             f"restarts and boards must be at least 1, got {config.restarts} and {config.boards}"
         )
     runs = [
-        run_cycles(solver, config.n_loops, *_beginning(solver, config.seed, restart))
+        run_cycles(solver, config.n_loops, *first_states(solver, config.seed, restart))
         for restart in range(config.restarts)
     ]
     return measure(solver, runs, config)
@@ -150,19 +151,6 @@ def measure(solver: Solver, runs: list[Cycles], config: SudokuConfig) -> SudokuR
         answer=shown.answer,
         boards=tuple(map(sudoku_text, boards)),
     )
-
-
-def _beginning(solver: Solver, seed: int, restart: int) -> tuple[Tensor | None, Tensor | None]:
-    """The high and the low state of a restart: one random vector for each position, the same for
-    every puzzle.
-    """
-    if restart == 0:
-        return None, None
-    generator = torch.Generator().manual_seed(1_000_003 * seed + restart)
-    shape = (2, solver.tokens.shape[1], solver.model.cfg.d_model)
-    high, low = torch.randn(shape, generator=generator).to(solver.model.embedding)
-    rows = len(solver.tokens)
-    return high.expand(rows, -1, -1), low.expand(rows, -1, -1)
 
 
 def figure(record: SudokuRecord) -> go.Figure:
