@@ -83,6 +83,22 @@ class Replication:
 
 
 @dataclass(frozen=True)
+class Atlas:
+    """Ask the shipped miniatures the claims of twelve papers about looped models, each with its
+    rule and its control, and write the answers as a page of Markdown.
+    """
+
+    papers: tuple[str, ...] = ()
+    """Papers by their number on arXiv, such as 2607.00341, or claims by their name, such as
+    realignment; by default all.
+    """
+    out: Path = Path("out/atlas.md")
+    """The page to write."""
+    overwrite: bool = False
+    """Replace a page that is there."""
+
+
+@dataclass(frozen=True)
 class Findings:
     """Measure the circuit that carries the answer through the default miniature, and write it as a
     page of Markdown.
@@ -149,6 +165,7 @@ def _listed(figure: FigureFile) -> type:
 
 _PAGES = {
     Replication: "replication",
+    Atlas: "atlas",
     Findings: "findings",
     Families: "families",
     Methods: "methods",
@@ -183,6 +200,7 @@ def _commands() -> dict[str, Callable[..., Any]]:
         "explore": Explore,
         **{name: _listed(figure) for name, figure in FIGURES.items()},
         "replication": Replication,
+        "atlas": Atlas,
         "findings": Findings,
         "families": Families,
         "methods": Methods,
@@ -220,7 +238,8 @@ def _data(command: Data) -> None:
 def _page(command: Any) -> None:
     _ready([command.out], command.overwrite, threads=1)
     page = import_module(f"loopscope.analyses.pages.{_PAGES[type(command)]}")
-    print(f"wrote {page.write(command.out)}")
+    chosen = (command.papers,) if isinstance(command, Atlas) else ()
+    print(f"wrote {page.write(command.out, *chosen)}")
 
 
 def _train(command: Train) -> None:

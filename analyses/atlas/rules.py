@@ -28,6 +28,7 @@ class Question:
         control: The numbers that are controls.
         differs: How miniature and paper differ, and what of the paper cannot be asked here.
         known: What was known of the numbers when the limits were written.
+        reason: Why the claim is not shown, in words; written after the run.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Question:
     control: tuple[str, ...]
     differs: str
     known: str = "nothing"
+    reason: str = ""
 
 
 QUESTIONS: tuple[Question, ...] = (
@@ -221,8 +223,8 @@ QUESTIONS: tuple[Question, ...] = (
         title="Interaction Locality in Hierarchical Recursive Reasoning",
         claim="What a cell's state writes in one step goes to cells that the task relates to it.",
         asked="`mini/sudoku/trm`, 50 puzzles: the divergence of a cell's digits one step after"
-        " another cell's states are replaced; the mean of the three kinds of related cells (box, row,"
-        " column) over unrelated ones.",
+        " another cell's states are replaced; the mean of the three kinds of related cells (box,"
+        " row, column) over unrelated ones.",
         calls=("plots.cell_patch",),
         figure="loopscope cell-patch",
         bounds=(

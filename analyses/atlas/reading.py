@@ -1,0 +1,122 @@
+"""Measurements of what can be read from states, and of what the answers do."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from loopscope.analyses.atlas.material import Numbers, asked, opened
+from loopscope.analyses.common.claims import EXTRAPOLATES
+from loopscope.analyses.common.configs import DEFAULT_CHECKPOINT
+from loopscope.analyses.figures.answers.recurrence_grids import leading
+from loopscope.analyses.figures.circuit import realignment
+from loopscope.analyses.pages import multi_hop_claims
+from loopscope.interp.lens.decoding import rank_trajectory
+from loopscope.interp.lens.lens import logit_lens
+from loopscope.interp.probes.differences import difference_probe
+
+_HOPS = 4
+_SHUFFLES = 10
+
+
+def deeper() -> Numbers:
+    """Hop counts beyond training that are answered."""
+    record = multi_hop_claims.grid(DEFAULT_CHECKPOINT)
+    assert record.trained_hops is not None, "the card says how many hops were trained"
+    reached = [
+        leading(record.accuracy[:, :most].amax(1).tolist(), EXTRAPOLATES) - record.trained_hops
+        for most in (record.accuracy.shape[1], 4)
+    ]
+    return dict(
+        zip(
+            ("hop counts beyond training", "the same with at most 4 iterations"),
+            map(float, reached),
+            strict=True,
+        )
+    )
+
+
+def latent_chain() -> Numbers:
+    """Whether the entity before the answer comes up before it."""
+    subject = opened()
+    assert subject.graph is not None, "the shipped checkpoints have their graphs"
+    (batch, answers), generator = asked(_HOPS), torch.Generator().manual_seed(0)
+    walks = [subject.graph.walk(question.text) for question in subject.of_hops(_HOPS)]
+    ids = torch.tensor([list(map(subject.model.to_single_token, walk)) for walk in walks])
+    first = subject.model.to_single_token("<e_0>")
+    steps = torch.randint(1, subject.graph.n_entities, answers.shape, generator=generator)
+    other = (ids[:, -2] - first + steps) % subject.graph.n_entities + first
+    at_answer = rank_trajectory(
+        logit_lens(subject.model, batch), torch.stack([ids[:, -2], other, answers], dim=1)
+    ).rank
+    earlier = rank_trajectory(
+        logit_lens(subject.model, batch, positions=[_HOPS - 1]), ids[:, -2:-1]
+    ).rank
+    before = (at_answer[..., 2] == 0).cumsum(0) == 0  # the answer has not been on top yet
+    return {
+        "previous entity first, at the answer's position": _share(before, at_answer[..., 0]),
+        "previous entity first, one position earlier": _share(before, earlier[..., 0]),
+        "a random entity first, at the answer's position": _share(before, at_answer[..., 1]),
+    }
+
+
+def _share(before: Bool[Tensor, "visit read"], rank: Tensor) -> float:
+    """The share of reads in which a token is on top at a visit before the answer is."""
+    return float((before & (rank == 0)).any(0).double().mean())
+
+
+def relational() -> Numbers:
+    """Probes of the difference of two states, and of each alone."""
+    subject = opened()
+    graph, model = subject.graph, subject.model
+    assert graph is not None, "the shipped checkpoints have their graphs"
+    texts = [question.text for hops in range(2, 9) for question in subject.of_hops(hops)]
+    others = [_with_next_head(text, graph.n_entities) for text in texts]
+    answers = [
+        torch.tensor([model.to_single_token(graph.walk(text)[-1]) for text in side])
+        for side in (texts, others)
+    ]
+    preferred = answers[0] > answers[1]
+    place = f"{model.schedule()[-1].name}.{model.lens_site}"
+    first, second = model.encode(texts), model.encode(others)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(texts), generator=generator) for _ in range(_SHUFFLES)]
+    records = [
+        difference_probe(model, first, second, wanted, place)
+        for wanted in (preferred, *(preferred[order] for order in orders))
+    ]
+    score, alone = float(records[0].accuracy()), float(records[0].accuracy_alone())
+    return {
+        "difference of two states": score,
+        "comparing two single probes": alone,
+        "difference minus comparing two single probes": score - alone,
+        "a single probe alone": float(records[0].separate),
+        "scores that flip with the pair": float(records[0].flips()),
+        "difference with shuffled preferences": sum(float(x.accuracy()) for x in records[1:])
+        / _SHUFFLES,
+    }
+
+
+def _with_next_head(text: str, n_entities: int) -> str:
+    """A question with the next entity of the graph as its head."""
+    head, relations = text.split(">", 1)
+    return f"<e_{(int(head.removeprefix('<e_')) + 1) % n_entities}>{relations}"
+
+
+def realigned() -> Numbers:
+    """The realignment of the bridge's state."""
+    config = realignment.RealignmentConfig(checkpoints=("mini/systematicity/r4_l2/ood",))
+    frame = realignment.run(config).frame()
+    rows = frame[frame["group"] == "OOD"].set_index("bar")
+    score = {bar: float(rows.loc[bar, "accuracy"]) for bar in realignment.BARS}
+    return {
+        "base": score["base"],
+        "realigned": score["realigned"],
+        "realigned, low end of the 95 % interval": float(rows.loc["realigned", "low"]),
+        "realigned, high end": float(rows.loc["realigned", "high"]),
+        "realigned minus base": score["realigned"] - score["base"],
+        "random entity": score["random entity"],
+        "second-best token": score["second-best token"],
+        "rescaled minus base, without its sign": abs(score["rescaled"] - score["base"]),
+    }

@@ -1,0 +1,131 @@
+"""The claims of twelve papers about looped models on the shipped miniatures, each with its rule, its
+numbers and its control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from loopscope.analyses.atlas import motion, puzzles, reading
+from loopscope.analyses.atlas.material import Numbers
+from loopscope.analyses.atlas.rules import QUESTIONS, Question
+from loopscope.analyses.common.claims import Claim, judged
+from loopscope.analyses.common.records import markdown_table, write_text
+
+_MEASURES: dict[str, Callable[[], Numbers]] = {
+    "deeper": reading.deeper,
+    "cycle": motion.cycle,
+    "two_scales": motion.two_scales,
+    "latent_chain": reading.latent_chain,
+    "recall": motion.recall,
+    "stability": motion.stability,
+    "realignment": reading.realigned,
+    "wandering": motion.wandering,
+    "locality": puzzles.locality,
+    "relational": reading.relational,
+    "depth_and_breadth": puzzles.depth_and_breadth,
+    "trivial_puzzles": puzzles.trivial_puzzles,
+    "spurious_ends": puzzles.spurious_ends,
+    "vote": puzzles.vote,
+}
+_HEAD = """# An atlas of claims about looped models
+
+Written by `loopscope atlas` from the shipped checkpoints. Each claim of a paper is put as a
+question that a miniature of 0.1 to 1 million weights can answer, with a control. The rule (yes,
+partly, no) was fixed before the numbers were measured, in a commit of its own; what was known of a
+number then is said. A yes says that the phenomenon appears at this size. A no may need the paper's
+models, or data that no miniature was trained on, and its reason is given. Shuffled weights are
+those of the model with the entries of each matrix in random order."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with its numbers."""
+
+    question: Question
+    numbers: Numbers
+
+    @property
+    def claim(self) -> Claim:
+        """The claim with its verdict."""
+        bounds = self.question.bounds
+        found = "; ".join(f"{name}: {value:.3g}" for name, value in self.numbers.items())
+        verdict = judged(bounds, self.numbers)
+        return Claim(self.question.claim, found, "; ".join(map(str, bounds)), verdict)
+
+
+def chosen(papers: Sequence[str]) -> tuple[Question, ...]:
+    """The questions of some papers, given by number or by the name of the question; all by default.
+
+    Raises:
+        ValueError: No question has that paper or name.
+    """
+    unknown = [each for each in papers if not any(each in (q.paper, q.name) for q in QUESTIONS)]
+    if unknown:
+        known = ", ".join(dict.fromkeys(question.paper for question in QUESTIONS))
+        raise ValueError(
+            f"the atlas has no paper {unknown[0]!r}; its papers are {known}, and its questions"
+            f" {', '.join(question.name for question in QUESTIONS)}"
+        )
+    return tuple(q for q in QUESTIONS if not papers or q.paper in papers or q.name in papers)
+
+
+def answers(questions: Iterable[Question]) -> list[Answer]:
+    """Every question, measured on the shipped checkpoints."""
+    return [Answer(q, _MEASURES[q.name]()) for q in tqdm(list(questions), desc="atlas")]
+
+
+def page(found: Sequence[Answer]) -> str:
+    """A table of verdicts, and a section for each question, as Markdown."""
+    rows = pd.DataFrame(
+        [(answer.question.paper, answer.claim.paper, answer.claim.verdict) for answer in found],
+        columns=["paper", "claim", "shown?"],
+    )
+    return "\n\n".join([_HEAD, markdown_table(rows), *map(section, found)]) + "\n"
+
+
+def section(answer: Answer) -> str:
+    """One question: what is asked, every number with its rule, calls and picture, differences."""
+    question, claim = answer.question, answer.claim
+    bounds = {bound.number: bound for bound in question.bounds}
+    rows = []
+    for name, value in answer.numbers.items():
+        bound = bounds.get(name)
+        rule = "" if bound is None else f"{bound.sense} {bound.shown:g} (partly: {bound.partly:g})"
+        role = "control" if name in question.control else ""
+        rows.append((name, f"{value:.3g}", rule, bound.verdict(value) if bound else "", role))
+    table = pd.DataFrame(rows, columns=["number", "found", "rule", "holds?", "role"])
+    calls = ", ".join(f"`{call}`" for call in question.calls)
+    picture = f" Picture: `{question.figure}`." if question.figure else ""
+    parts = [
+        f"## {question.paper}: {question.name.replace('_', ' ')}",
+        f"{question.title}. {question.claim} **{claim.verdict.capitalize()}.**",
+        question.asked,
+        markdown_table(table),
+        f"Calls: {calls}.{picture} How it differs: {question.differs}"
+        f" Known when the rule was written: {question.known}.",
+    ]
+    if claim.verdict == "no":
+        parts.insert(2, _reason(answer))
+    return "\n\n".join(parts)
+
+
+def _reason(answer: Answer) -> str:
+    """Why a claim is not shown."""
+    failed = [b for b in answer.question.bounds if b.verdict(answer.numbers[b.number]) == "no"]
+    told = "; ".join(
+        f"{bound.number} is {answer.numbers[bound.number]:.3g}, where {bound.sense}"
+        f" {bound.partly:g} was needed"
+        for bound in failed
+    )
+    return f"Why not: {told}. {answer.question.reason}".strip()
+
+
+def write(path: Path, papers: Sequence[str] = ()) -> Path:
+    """Measure the questions of some papers, or all, and write the page, whole or not at all."""
+    return write_text(path, page(answers(chosen(papers))))
