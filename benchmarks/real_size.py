@@ -10,7 +10,6 @@ the whole, and the line says how many.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from benchmarks import results
 from benchmarks.flops import causal_cone
 from benchmarks.plain_ouro import PlainOuro
+from benchmarks.timing import GIB, Measured, measured
 from loopscope.checkpoints.fields.config_fields import ConfigFields
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.table import Table
@@ -39,7 +39,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
 
 LENGTH, LOOPS, PATIENCE = 12, 4, 600.0
-_GIB, _SHARD = 2**30, 2**31
+_SHARD = 2**31
 _METRIC = logit_diff(torch.tensor([3]), torch.tensor([5]))
 
 _OURO = {
@@ -114,31 +114,6 @@ SETTINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a call returns, its seconds, and the GiB that it held at most beyond the start."""
-
-    result: Any
-    seconds: float
-    peak: float
-
-
-def measured(job: Callable[[], object]) -> Measured:
-    """Run a call; the peak is that of the process's resident memory, as Linux counts it."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    start, started = _resident("VmRSS"), time.perf_counter()
-    result = job()
-    seconds = time.perf_counter() - started
-    return Measured(result, seconds, _resident("VmHWM") - start)
-
-
-def _resident(field: str) -> float:
-    """A field of the process's status in GiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [each for each in lines if each.startswith(f"{field}:")]
-    return int(line.split()[1]) * 1024 / _GIB
-
-
 def make(setting: Setting, folder: Path) -> float:
     """Write the folder of a release with random weights, in shards; give their size in GiB."""
     config = folder / "config.json"
@@ -161,7 +136,7 @@ def make(setting: Setting, folder: Path) -> float:
             shard.clear()
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
-    return total / _GIB
+    return total / GIB
 
 
 def _weight(shape: torch.Size, random: torch.Generator) -> Tensor:

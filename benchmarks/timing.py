@@ -1,15 +1,22 @@
-"""Fair timing on a noisy machine: candidates take turns, and the minimum counts."""
+"""Fair timing on a noisy machine, where candidates take turns and the minimum counts; and the most
+memory that a call holds.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
 from loopscope.models.families.recurrent_depth import RecurrentDepthConfig
+
+GIB = 2**30
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -35,3 +42,28 @@ def paper_size(
             n_layers=n_layers, d_model=d_model, n_heads=n_heads, d_mlp=4 * d_model, d_vocab=d_vocab
         )
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a call returns, its seconds, and the GiB that it held at most beyond the start."""
+
+    result: Any
+    seconds: float
+    peak: float
+
+
+def measured(job: Callable[[], object]) -> Measured:
+    """Run a call; the peak is that of the process's resident memory, as Linux counts it."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    start, started = _resident("VmRSS"), time.perf_counter()
+    result = job()
+    seconds = time.perf_counter() - started
+    return Measured(result, seconds, _resident("VmHWM") - start)
+
+
+def _resident(field: str) -> float:
+    """A field of the process's status in GiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [each for each in lines if each.startswith(f"{field}:")]
+    return int(line.split()[1]) * 1024 / GIB

@@ -1,5 +1,5 @@
-"""The claims of twelve papers about looped models on the shipped miniatures, each with its rule, its
-numbers and its control.
+"""The claims of twelve papers about looped models on the shipped miniatures, each with its rule,
+its numbers and its control.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loopscope.interp.lens.decoding import Decodability, RankTrajectory
     from loopscope.interp.lens.record import Lens, Targets
     from loopscope.interp.lens.tuned_lens import TunedLens
+    from loopscope.interp.lens.tuned_training import TunedLensKL
 
 
 def lens(record: Lens, answers: Targets | None, title: str) -> go.Figure:
@@ -109,6 +110,14 @@ def tuned_lens(record: TunedLens, title: str) -> go.Figure:
     rows = record.losses.double().T.tolist()
     names = list(map(tick, record.names))
     panel = _per_name("KL from the final answers (nats)", names, steps, rows, "step")
+    return curves([panel], title)
+
+
+def tuned_kl(record: TunedLensKL, title: str) -> go.Figure:
+    """The KL over visits, one curve per lens."""
+    rows = list(map(tick, record.names))
+    values = record.kl.double().tolist()
+    panel = _per_name("KL from the final answers (nats)", record.lenses, rows, values, AXIS)
     return curves([panel], title)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,10 +23,16 @@ from loopscope.interp.common.inputs import (
     in_chunks,
 )
 from loopscope.interp.common.modes import differentiated, evaluated
+from loopscope.interp.common.places import loop_and_layer
+from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.lens.lens import residuals
+from loopscope.interp.lens.record import visit_table
 from loopscope.interp.lens.tuned_lens import TunedLens, translated
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _ROWS = 512  # inputs run at a time before training
 # nats; a visit that answers as the run does is left alone, else Adam would scale up the rounding of
@@ -105,44 +114,96 @@ def _owners(model: LoopedModel, n_loops: int, shared: bool) -> Int[Tensor, " vis
     return torch.tensor([numbers[block] for block in blocks], device=model.device)
 
 
+@dataclass(frozen=True)
+class TunedLensKL(OneScreen):
+    """How far the answers of some lenses are from the model's, visit by visit.
+
+    Attributes:
+        names: The name of each visit, e.g. "loops.3.blocks.0".
+        lenses: What each lens is called.
+        kl: Float[Tensor, "lens visit"], KL(final || lens) in nats, a mean over reads.
+    """
+
+    names: tuple[str, ...]
+    lenses: tuple[str, ...]
+    kl: Float[Tensor, "lens visit"]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per lens and visit: lens, visit, loop, layer, kl (nats)."""
+        loops, layers = zip(*map(loop_and_layer, self.names), strict=True)
+        table = pd.concat([visit_table(self.names, loops, layers, 1)] * len(self.lenses))
+        table.insert(0, "lens", [name for name in self.lenses for _ in self.names])
+        return table.reset_index(drop=True).assign(kl=self.kl.flatten().cpu().numpy())
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the KL over visits, one curve per lens."""
+        from loopscope.interp.drawing.lenses import tuned_kl
+
+        return tuned_kl(self, title)
+
+
 @torch.no_grad()
 @evaluated
 def tuned_lens_kl(
     model: LoopedModel,
     inputs: Inputs,
-    tuned: TunedLens | None = None,
+    tuned: TunedLens | Mapping[str, TunedLens | None] | None = None,
     n_loops: int | None = None,
     *,
     readout: ReadoutColumn = None,
     positions: Shown = "readout",
-) -> Float[Tensor, " visit"]:
-    """KL(final || lens) of a tuned lens at every visit, in nats, as a mean over reads of inputs
-    that it was not trained on.
+) -> TunedLensKL:
+    """KL(final || lens) at every visit, in nats, as a mean over reads of inputs that the lens was
+    not trained on; of several lenses beside one another, from one run.
 
     Args:
         inputs, readout, positions: As for `train_tuned_lens`.
-        tuned: The lens; None means the logit lens.
+        tuned: A lens, or lenses of one number of iterations by name, such as one translator for all
+            iterations against one per visit; None stands for the logit lens.
         n_loops: Iterations of the logit lens; a tuned lens has its own.
 
     Raises:
-        ValueError: A model that the lens was not made for, another n_loops than the lens has, or
-            runs that are not finite.
+        ValueError: A model that a lens was not made for, another n_loops than a lens has, no lens,
+            or runs that are not finite.
     """
-    if tuned is not None and n_loops not in (None, tuned.n_loops):
-        raise ValueError(
-            f"a tuned lens has its own n_loops, here {tuned.n_loops}, got n_loops={n_loops}; leave"
-            " it out"
-        )
-    tuned = TunedLens.identity(model, n_loops) if tuned is None else tuned
-    tuned.check(model)
-    resids, finals = _material(model, as_batch(model, inputs, readout), positions, tuned.n_loops)
+    asked = tuned if isinstance(tuned, Mapping) else {_word(tuned): tuned}
+    n_loops = _loops_of([lens for lens in asked.values() if lens is not None], n_loops)
+    if not asked:
+        raise ValueError("at least one lens is needed, got an empty mapping")
+    plain = TunedLens.identity(model, n_loops)
+    lenses = [plain if lens is None else lens for lens in asked.values()]
+    for lens in lenses:
+        lens.check(model)
+    batch = as_batch(model, inputs, readout)
+    resids, finals = _material(model, batch, positions, plain.n_loops)
     target = _log_probs(model, finals[None])
     found = []
-    for i, resid in enumerate(resids):
-        own = [x[i : i + 1].to(model.device) for x in (tuned.weights, tuned.biases)]
-        log_probs = _log_probs(model, model.normalize(translated(resid[None], *own)))
-        found.append((target.exp() * (target - log_probs)).sum(-1).mean())
-    return torch.stack(found)
+    for lens in lenses:
+        for i, resid in enumerate(resids):
+            own = [x[i : i + 1].to(model.device) for x in (lens.weights, lens.biases)]
+            log_probs = _log_probs(model, model.normalize(translated(resid[None], *own)))
+            found.append((target.exp() * (target - log_probs)).sum(-1).mean())
+    return TunedLensKL(plain.names, tuple(asked), torch.stack(found).view(len(lenses), -1))
+
+
+def _word(tuned: TunedLens | None) -> str:
+    return "logit lens" if tuned is None else "tuned lens"
+
+
+def _loops_of(lenses: Sequence[TunedLens], n_loops: int | None) -> int | None:
+    """The iterations that all lenses have.
+
+    Raises:
+        ValueError: They differ, or are others than n_loops.
+    """
+    own = sorted({lens.n_loops for lens in lenses})
+    if len(own) > 1:
+        raise ValueError(f"lenses are compared on one run, but theirs have {own} iterations")
+    if own and n_loops not in (None, own[0]):
+        raise ValueError(
+            f"a tuned lens has its own n_loops, here {own[0]}, got n_loops={n_loops}; leave it out"
+        )
+    return own[0] if own else n_loops
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ METHODS: Mapping[str, Callable[[LoopedModel, Batch], Found]] = {
     "exits": lambda m, b: pictured(exits(m, b, TopStable(hits=2), LOOPS), ANSWERS),
     "exits of states": lambda m, b: pictured(exits(m, b, AccelerationBelow(1.0), LOOPS), ANSWERS),
     "coda_lens": lambda m, b: pictured(coda_lens(m, b, LOOPS), ANSWERS),
-    "tuned_lens_kl": lambda m, b: tuned_lens_kl(m, b, n_loops=LOOPS),
+    "tuned_lens_kl": lambda m, b: pictured(tuned_lens_kl(m, b, n_loops=LOOPS)),
     "embedding_alignment": lambda m, b: pictured(embedding_alignment(m, b, LOOPS)),
     "probe": lambda m, b: pictured(
         probe(m, b, ANSWERS, n_loops=LOOPS, types=ANSWERS, permutations=2)

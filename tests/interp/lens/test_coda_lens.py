@@ -80,9 +80,39 @@ def test_the_kl_is_that_of_the_lenses_distributions() -> None:
     final = model.readout(model.advance(model.begin(batch, n_loops=3)), batch.readout)
     p, q = final.log_softmax(-1), lens.logits.log_softmax(-1)
     by_hand = (p.exp() * (p - q)).sum(-1).mean(1)
-    assert_close(tuned_lens_kl(model, batch, n_loops=3), by_hand)
-    assert_close(tuned_lens_kl(model, batch, TunedLens.identity(model, 3)), by_hand)
+    assert_close(tuned_lens_kl(model, batch, n_loops=3).kl[0], by_hand)
+    assert_close(tuned_lens_kl(model, batch, TunedLens.identity(model, 3)).kl[0], by_hand)
     trained = train_tuned_lens(model, batch, 3, steps=1)
-    assert_close(tuned_lens_kl(model, batch, trained)[-1:], torch.zeros(1).double())
+    assert_close(tuned_lens_kl(model, batch, trained).kl[:, -1], torch.zeros(1).double())
     with pytest.raises(ValueError, match="train one for this model"):
         tuned_lens_kl(toy("learned"), batch, trained)
+
+
+def test_several_lenses_are_compared_on_one_run() -> None:
+    model, batch = toy(), padded_toy()
+    lenses = {
+        "logit lens": None,
+        "shared": train_tuned_lens(model, batch, 3, steps=2, shared=True),
+        "per visit": train_tuned_lens(model, batch, 3, steps=2),
+    }
+    both = tuned_lens_kl(model, batch, lenses)
+    for row, lens in zip(both.kl, lenses.values(), strict=True):
+        assert_close(row, tuned_lens_kl(model, batch, lens, 3).kl[0])
+    frame = both.frame()
+    assert list(frame.columns) == ["lens", "visit", "loop", "layer", "kl"]
+    row = frame[(frame.lens == "shared") & (frame.loop == 1) & (frame.layer == 0)]
+    assert row["kl"].tolist() == [both.kl[1, 2].item()]
+    picture = both.plot()
+    assert [trace.name for trace in picture.data] == list(lenses)
+    assert picture.data[1].y[2] == pytest.approx(both.kl[1, 2].item())
+
+
+def test_lenses_that_cannot_be_compared_are_refused() -> None:
+    model, batch = toy(), padded_toy()
+    lenses = {"three": TunedLens.identity(model, 3), "two": TunedLens.identity(model, 2)}
+    with pytest.raises(
+        ValueError, match=r"compared on one run, but theirs have \[2, 3\] iterations"
+    ):
+        tuned_lens_kl(model, batch, lenses)
+    with pytest.raises(ValueError, match="at least one lens is needed, got an empty mapping"):
+        tuned_lens_kl(model, batch, {}, 3)
