@@ -7,43 +7,8 @@ the entries of each matrix in random order: as large, and without what was learn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from loopscope.analyses.atlas.question import Question
 from loopscope.analyses.common.claims import Bound
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One claim of a paper, as it is asked of the miniatures.
-
-    Attributes:
-        name: A short name, the same as that of the measurement.
-        paper: Its number on arXiv, or where else it is found.
-        title: Its title.
-        claim: What the paper says.
-        asked: What is measured, and on what.
-        calls: The public calls that give the numbers.
-        figure: The command that draws the picture; empty where there is none.
-        bounds: The rule. All of them must hold.
-        control: The numbers that are controls.
-        differs: How miniature and paper differ, and what of the paper cannot be asked here.
-        known: What was known of the numbers when the limits were written.
-        reason: Why the claim is not shown, in words; written after the run.
-    """
-
-    name: str
-    paper: str
-    title: str
-    claim: str
-    asked: str
-    calls: tuple[str, ...]
-    figure: str = ""
-    bounds: tuple[Bound, ...]
-    control: tuple[str, ...]
-    differs: str
-    known: str = "nothing"
-    reason: str = ""
-
 
 QUESTIONS: tuple[Question, ...] = (
     Question(
@@ -101,6 +66,10 @@ QUESTIONS: tuple[Question, ...] = (
         control=("cosine with shuffled weights", "cosine with shuffled weights minus cosine"),
         differs="One looped stack, so the larger drift from one looped block to the next cannot be"
         " asked.",
+        note="The stream of this model has no norm between iterations and grows along one"
+        " direction: late steps are as large as early ones and parallel, with shuffled weights"
+        " too. Small steps are found where the size is taken away: see the directions of"
+        " `cycle`.",
     ),
     Question(
         name="latent_chain",
@@ -167,6 +136,8 @@ QUESTIONS: tuple[Question, ...] = (
         differs="r_dyn is stable because its number of iterations was drawn in training, which is"
         " half of the paper's method; no miniature was trained with its penalty on the radius.",
         known="both falls, from the page of claims of 2604.07822",
+        note="Both radii are above 1, as a stream without a norm grows: the radius tells which of"
+        " the two models is less stable, and not that r_dyn contracts.",
     ),
     Question(
         name="realignment",
@@ -216,6 +187,8 @@ QUESTIONS: tuple[Question, ...] = (
         differs="Models of the paper are Ouro, Huginn, TRM and HRM; here the wrong answers are"
         " those of questions deeper than trained.",
         known="both AUCs and both medians, from the figure of exponents",
+        note="The margin at half depth tells wrong answers better than the exponent, so the"
+        " exponent describes failures and does not foretell them.",
     ),
     Question(
         name="locality",
@@ -258,6 +231,9 @@ QUESTIONS: tuple[Question, ...] = (
         ),
         differs="No miniature was trained on preferences. An order of entities is a property of"
         " each entity, so a probe of single states may well find it too.",
+        note="Two single probes, compared, do as well: an order of entities is a property of each"
+        " entity, which one state holds. Only a single probe that does not see the other input"
+        " is worse. A preference that no state holds alone would be needed.",
     ),
     Question(
         name="depth_and_breadth",
@@ -279,6 +255,9 @@ QUESTIONS: tuple[Question, ...] = (
         differs="Boards of 4 x 4 cells that need no guess; the model was trained from one first"
         " state and without noise, where the paper trains from random ones.",
         known="that the model solves 0.81 after 1 step and 0.99 after 8, from its card",
+        note="Depth alone is shown. After one step from a random first state hardly any board is"
+        " right, so there is nothing to choose among, and the residual tells nothing: the"
+        " model was trained from one first state.",
     ),
     Question(
         name="trivial_puzzles",
@@ -296,6 +275,8 @@ QUESTIONS: tuple[Question, ...] = (
         control=("as given, right at the end", "nothing blank, wrong at the end"),
         differs="TRM on 4 x 4 boards, where the paper has HRM on 9 x 9 ones.",
         known="that the model solves 0.99 of the puzzles as given, from its card",
+        note="As many boards are wrong with one blank or none as among the puzzles as given:"
+        " trivial boards are no harder here.",
     ),
     Question(
         name="spurious_ends",

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from loopscope.analyses.atlas import motion, puzzles, reading
 from loopscope.analyses.atlas.material import Numbers
-from loopscope.analyses.atlas.rules import QUESTIONS, Question
+from loopscope.analyses.atlas.question import Question
+from loopscope.analyses.atlas.rules import QUESTIONS
 from loopscope.analyses.common.claims import Claim, judged
 from loopscope.analyses.common.records import markdown_table, write_text
 
@@ -86,7 +87,10 @@ def page(found: Sequence[Answer]) -> str:
         [(answer.question.paper, answer.claim.paper, answer.claim.verdict) for answer in found],
         columns=["paper", "claim", "shown?"],
     )
-    return "\n\n".join([_HEAD, markdown_table(rows), *map(section, found)]) + "\n"
+    shown = {answer.question.paper for answer in found if answer.claim.verdict != "no"}
+    papers = {answer.question.paper for answer in found}
+    count = f"{len(shown)} of {len(papers)} papers have a claim that is shown, or partly."
+    return "\n\n".join([_HEAD, markdown_table(rows), count, *map(section, found)]) + "\n"
 
 
 def section(answer: Answer) -> str:
@@ -110,20 +114,19 @@ def section(answer: Answer) -> str:
         f"Calls: {calls}.{picture} How it differs: {question.differs}"
         f" Known when the rule was written: {question.known}.",
     ]
-    if claim.verdict == "no":
-        parts.insert(2, _reason(answer))
-    return "\n\n".join(parts)
+    said = " ".join(filter(None, [_failed(answer), question.note]))
+    return "\n\n".join([*parts[:2], *filter(None, [said]), *parts[2:]])
 
 
-def _reason(answer: Answer) -> str:
-    """Why a claim is not shown."""
-    failed = [b for b in answer.question.bounds if b.verdict(answer.numbers[b.number]) == "no"]
+def _failed(answer: Answer) -> str:
+    """Which bounds a claim that is not shown has missed."""
+    missed = [b for b in answer.question.bounds if b.verdict(answer.numbers[b.number]) == "no"]
     told = "; ".join(
         f"{bound.number} is {answer.numbers[bound.number]:.3g}, where {bound.sense}"
         f" {bound.partly:g} was needed"
-        for bound in failed
+        for bound in missed
     )
-    return f"Why not: {told}. {answer.question.reason}".strip()
+    return f"Why not: {told}." if missed else ""
 
 
 def write(path: Path, papers: Sequence[str] = ()) -> Path:
