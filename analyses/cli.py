@@ -164,12 +164,12 @@ def _listed(figure: FigureFile) -> type:
 
 
 _PAGES = {
-    Replication: "replication",
-    Atlas: "atlas",
-    Findings: "findings",
-    Families: "families",
-    Methods: "methods",
-    Gallery: "gallery",
+    Replication: "pages.replication",
+    Atlas: "atlas.page",
+    Findings: "pages.findings",
+    Families: "pages.families",
+    Methods: "pages.methods",
+    Gallery: "pages.gallery",
 }
 _DESCRIPTION = f"""Mechanistic interpretability of looped transformers. A figure takes its settings
 from flags, and with {FROM} SETTINGS.json from a file as well, where flags win."""
@@ -237,7 +237,7 @@ def _data(command: Data) -> None:
 
 def _page(command: Any) -> None:
     _ready([command.out], command.overwrite, threads=1)
-    page = import_module(f"loopscope.analyses.pages.{_PAGES[type(command)]}")
+    page = import_module(f"loopscope.analyses.{_PAGES[type(command)]}")
     chosen = (command.papers,) if isinstance(command, Atlas) else ()
     print(f"wrote {page.write(command.out, *chosen)}")
 

@@ -18,7 +18,7 @@ from loopscope.analyses.atlas.rules import QUESTIONS
 from loopscope.analyses.common.claims import Claim, judged
 from loopscope.analyses.common.records import markdown_table, write_text
 
-_MEASURES: dict[str, Callable[[], Numbers]] = {
+MEASURES: dict[str, Callable[[], Numbers]] = {
     "deeper": reading.deeper,
     "cycle": motion.cycle,
     "two_scales": motion.two_scales,
@@ -78,7 +78,7 @@ def chosen(papers: Sequence[str]) -> tuple[Question, ...]:
 
 def answers(questions: Iterable[Question]) -> list[Answer]:
     """Every question, measured on the shipped checkpoints."""
-    return [Answer(q, _MEASURES[q.name]()) for q in tqdm(list(questions), desc="atlas")]
+    return [Answer(q, MEASURES[q.name]()) for q in tqdm(list(questions), desc="atlas")]
 
 
 def page(found: Sequence[Answer]) -> str:
