@@ -19,7 +19,7 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.wrapped.wrap import wrap
 
 D_MODEL, VISITS, STATES, CLASSES, ROWS = 2048, 96, 20_000, 8, 256
-SIZES = (512, 1024)  # states that are run
+SIZES = (1024, 2048)  # states that are run
 
 
 class Turning(nn.Module):

@@ -1,4 +1,4 @@
-"""What several measurements of the atlas share: opened checkpoints, their questions, controls."""
+"""Material of several measurements of the atlas: checkpoints, their questions, controls."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from loopscope.interp.dynamics.growth import auc
 from loopscope.interp.dynamics.input_dependence import InputDependence, input_dependence
 from loopscope.interp.dynamics.jacobian import jacobian_spectrum
 from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
+from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.interp.dynamics.statistics import median_of, norm_of
 from loopscope.models.basis.tokens import Batch
@@ -94,6 +95,24 @@ def stability() -> Numbers:
         found[f"radius of {name}"] = median_of(radius)
     both = found["radius of r2"], found["radius of r_dyn"]
     return found | {"radius of r2 minus radius of r_dyn": both[0] - both[1]}
+
+
+def cancellation() -> Numbers:
+    """Shares of sublayers against the exponent that they sum to."""
+    model, batch = opened().model, asked(_HOPS)[0]
+    own, without = _cancelled(model, batch), _cancelled(shuffled(model), batch)
+    return {
+        "sizes of the shares over the exponent's": own,
+        "the same with shuffled weights": without,
+        "the same over that of shuffled weights": own / without,
+    }
+
+
+def _cancelled(model: LoopedModel, batch: Batch) -> float:
+    """The sizes of the shares over that of the exponent, in the second half of a run."""
+    found = lyapunov_spectrum(model, batch, 1, _LONG, space="direction")
+    late = found.shares[len(found.shares) // 2 :]
+    return float(late.abs().sum(1).mean() / late.sum(1).mean().abs())
 
 
 def wandering() -> Numbers:

@@ -27,6 +27,7 @@ MEASURES: dict[str, Callable[[], Numbers]] = {
     "stability": motion.stability,
     "realignment": reading.realigned,
     "wandering": motion.wandering,
+    "cancellation": motion.cancellation,
     "locality": puzzles.locality,
     "relational": reading.relational,
     "depth_and_breadth": puzzles.depth_and_breadth,
@@ -66,14 +67,13 @@ def chosen(papers: Sequence[str]) -> tuple[Question, ...]:
     Raises:
         ValueError: No question has that paper or name.
     """
-    unknown = [each for each in papers if not any(each in (q.paper, q.name) for q in QUESTIONS)]
+    known = dict.fromkeys([q.paper for q in QUESTIONS] + [q.name for q in QUESTIONS])
+    unknown = [each for each in papers if each not in known]
     if unknown:
-        known = ", ".join(dict.fromkeys(question.paper for question in QUESTIONS))
         raise ValueError(
-            f"the atlas has no paper {unknown[0]!r}; its papers are {known}, and its questions"
-            f" {', '.join(question.name for question in QUESTIONS)}"
+            f"the atlas has no paper or question {unknown[0]!r}; it has {', '.join(known)}"
         )
-    return tuple(q for q in QUESTIONS if not papers or q.paper in papers or q.name in papers)
+    return tuple(q for q in QUESTIONS if not papers or {q.paper, q.name} & set(papers))
 
 
 def answers(questions: Iterable[Question]) -> list[Answer]:
@@ -108,10 +108,10 @@ def section(answer: Answer) -> str:
     picture = f" Picture: `{question.figure}`." if question.figure else ""
     parts = [
         f"## {question.paper}: {question.name.replace('_', ' ')}",
-        f"{question.title}. {question.claim} **{claim.verdict.capitalize()}.**",
+        f"*{question.title}*: {question.claim} **{claim.verdict.capitalize()}.**",
         question.asked,
         markdown_table(table),
-        f"Calls: {calls}.{picture} How it differs: {question.differs}"
+        f"Again: `loopscope atlas --papers {question.name}`, by {calls}.{picture} How it differs: {question.differs}"
         f" Known when the rule was written: {question.known}.",
     ]
     said = " ".join(filter(None, [_failed(answer), question.note]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopscope.analyses.atlas.material import Numbers, asked, opened
 from loopscope.analyses.common.claims import EXTRAPOLATES
 from loopscope.analyses.common.configs import DEFAULT_CHECKPOINT
+from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.figures.answers.recurrence_grids import leading
 from loopscope.analyses.figures.circuit import realignment
 from loopscope.analyses.pages import multi_hop_claims
@@ -73,11 +74,7 @@ def relational() -> Numbers:
     assert graph is not None, "the shipped checkpoints have their graphs"
     texts = [question.text for hops in range(2, 9) for question in subject.of_hops(hops)]
     others = [_with_next_head(text, graph.n_entities) for text in texts]
-    answers = [
-        torch.tensor([model.to_single_token(graph.walk(text)[-1]) for text in side])
-        for side in (texts, others)
-    ]
-    preferred = answers[0] > answers[1]
+    preferred = _answers(subject, texts) > _answers(subject, others)
     place = f"{model.schedule()[-1].name}.{model.lens_site}"
     first, second = model.encode(texts), model.encode(others)
     generator = torch.Generator().manual_seed(0)
@@ -96,6 +93,11 @@ def relational() -> Numbers:
         "difference with shuffled preferences": sum(float(x.accuracy()) for x in records[1:])
         / _SHUFFLES,
     }
+
+
+def _answers(subject: Subject, texts: list[str]) -> Int[Tensor, " text"]:
+    """The answers' ids."""
+    return torch.tensor([subject.model.to_single_token(subject.answer_of(text)) for text in texts])
 
 
 def _with_next_head(text: str, n_entities: int) -> str:

@@ -1,4 +1,4 @@
-"""What the atlas asks of the miniatures for each paper, and when it counts as shown.
+"""Questions of the atlas: what of each paper is asked, and when it counts as shown.
 
 The limits were fixed before the numbers of the atlas were measured. Where an earlier page of this
 project had shown a number already, `known` says which. Shuffled weights are those of the model with
@@ -119,8 +119,8 @@ QUESTIONS: tuple[Question, ...] = (
         name="stability",
         paper="2605.26733",
         title="Stabilizing Recurrent Dynamics (STARS)",
-        claim="Accuracy rises with iterations and then collapses where an iteration is not stable"
-        " (a large spectral radius), and stays where it is.",
+        claim="Accuracy rises with iterations and then collapses where an iteration is unstable (a"
+        " large spectral radius); where it is stable, accuracy stays.",
         asked="Questions of 4 hops on `mini/multi_hop/r2` (trained with 2 iterations) and"
         " `mini/multi_hop/r_dyn` (2 to 8): the fall of accuracy from the best of 1 to 24 iterations"
         " to the last (50 questions), and the median spectral radius of the Jacobian of iteration"
@@ -164,8 +164,9 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         name="wandering",
-        paper="OpenReview enDyNuSD3L, and the exponents of TRM and HRM after it",
-        title="Lyapunov exponents of looped models",
+        paper="enDyNuSD3L",
+        title="Lyapunov analysis of loop transformers (OpenReview), and exponents of TRM and HRM"
+        " after it",
         claim="Runs that fail wander and runs that succeed contract: the finite-time exponent"
         " tells them apart.",
         asked="`mini/multi_hop/r_dyn`, 250 questions of 12 to 16 hops, 24 iterations: the exponent"
@@ -189,6 +190,25 @@ QUESTIONS: tuple[Question, ...] = (
         known="both AUCs and both medians, from the figure of exponents",
         note="The margin at half depth tells wrong answers better than the exponent, so the"
         " exponent describes failures and does not foretell them.",
+    ),
+    Question(
+        name="cancellation",
+        paper="enDyNuSD3L",
+        title="Lyapunov analysis of loop transformers (OpenReview)",
+        claim="Sublayers expand and compress much more than an iteration does as a whole: large"
+        " contributions nearly cancel.",
+        asked="`mini/multi_hop/r_dyn`, 50 questions of 5 hops, 24 iterations: the sum of the sizes"
+        " of the sublayers' shares in the leading exponent of the state's direction, over the size"
+        " of the exponent, both as means over the second half of the run.",
+        calls=("lyapunov_spectrum",),
+        figure="loopscope lyapunov mini/multi_hop/r_dyn --hops 5",
+        bounds=(
+            Bound("sizes of the shares over the exponent's", "at least", 5, 2),
+            Bound("the same over that of shuffled weights", "at least", 1.5, 1),
+        ),
+        control=("the same with shuffled weights", "the same over that of shuffled weights"),
+        differs="Two blocks of attention and MLP; the paper has 25 sublayers in Ouro and an adapter"
+        " of the injected input in Huginn, which no shipped miniature has.",
     ),
     Question(
         name="locality",
@@ -244,7 +264,7 @@ QUESTIONS: tuple[Question, ...] = (
         asked="`mini/sudoku/trm`, 300 puzzles from 8 random first states: whole boards right after"
         " 1 and after 16 steps; after 1 step the run with the smallest residual against a run at"
         " random; and the residual of wrong against right boards after 1 step.",
-        calls=("plots.sudoku",),
+        calls=("analyses.puzzles.solver.run_cycles",),
         figure="loopscope sudoku",
         bounds=(
             Bound("right after 16 steps minus after 1", "at least", 0.1, 0.03),
@@ -286,7 +306,7 @@ QUESTIONS: tuple[Question, ...] = (
         asked="`mini/sudoku/trm`, 300 puzzles from 8 random first states, 8 steps: the share of the"
         " wrong boards whose last cycle moves the state by less than 0.05 of its norm; not asked"
         " with fewer than 10 wrong boards.",
-        calls=("plots.fixed_points", "fixed_points"),
+        calls=("analyses.puzzles.solver.run_cycles",),
         figure="loopscope fixed-points",
         bounds=(Bound("wrong boards at rest", "at least", 0.5, 0.2),),
         control=("right boards at rest", "wrong boards"),
@@ -299,7 +319,7 @@ QUESTIONS: tuple[Question, ...] = (
         claim="Several guesses help: a vote of runs on changed inputs solves more than one run.",
         asked="`mini/sudoku/trm`, 300 puzzles after 1 step, where a fifth is still wrong: the"
         " majority of 8 renamings of the digits, cell by cell, against one run.",
-        calls=("plots.sudoku",),
+        calls=("analyses.puzzles.solver.run_cycles",),
         bounds=(
             Bound("majority minus one run", "at least", 0.02, 0.005),
             Bound("one renamed run minus one run, without its sign", "at most", 0.02, 0.05),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -167,11 +167,10 @@ def tuned_lens_kl(
             or runs that are not finite.
     """
     asked = tuned if isinstance(tuned, Mapping) else {_word(tuned): tuned}
-    n_loops = _loops_of([lens for lens in asked.values() if lens is not None], n_loops)
     if not asked:
         raise ValueError("at least one lens is needed, got an empty mapping")
-    plain = TunedLens.identity(model, n_loops)
-    lenses = [plain if lens is None else lens for lens in asked.values()]
+    plain = TunedLens.identity(model, _loops_of(asked.values(), n_loops))
+    lenses = [lens or plain for lens in asked.values()]
     for lens in lenses:
         lens.check(model)
     batch = as_batch(model, inputs, readout)
@@ -190,13 +189,13 @@ def _word(tuned: TunedLens | None) -> str:
     return "logit lens" if tuned is None else "tuned lens"
 
 
-def _loops_of(lenses: Sequence[TunedLens], n_loops: int | None) -> int | None:
+def _loops_of(lenses: Iterable[TunedLens | None], n_loops: int | None) -> int | None:
     """The iterations that all lenses have.
 
     Raises:
         ValueError: They differ, or are others than n_loops.
     """
-    own = sorted({lens.n_loops for lens in lenses})
+    own = sorted({lens.n_loops for lens in lenses if lens is not None})
     if len(own) > 1:
         raise ValueError(f"lenses are compared on one run, but theirs have {own} iterations")
     if own and n_loops not in (None, own[0]):

@@ -38,7 +38,7 @@ def test_papers_are_chosen_by_number_or_by_name() -> None:
         "spurious_ends",
         "vote",
     ]
-    with pytest.raises(ValueError, match=r"no paper 'DiscoLoop'; its papers are 2604\.07822, "):
+    with pytest.raises(ValueError, match=r"no paper or question 'DiscoLoop'; it has 2604\.07822, "):
         chosen(["DiscoLoop"])
 
 
@@ -91,7 +91,7 @@ def test_the_command_refuses_a_paper_that_it_does_not_know(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["atlas", "--papers", "9999.00000", "--out", f"{tmp_path}/atlas.md"])
-    assert "the atlas has no paper '9999.00000'" in capsys.readouterr().err
+    assert "the atlas has no paper or question '9999.00000'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
