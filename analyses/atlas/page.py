@@ -111,7 +111,8 @@ def section(answer: Answer) -> str:
         f"*{question.title}*: {question.claim} **{claim.verdict.capitalize()}.**",
         question.asked,
         markdown_table(table),
-        f"Again: `loopscope atlas --papers {question.name}`, by {calls}.{picture} How it differs: {question.differs}"
+        f"Again: `loopscope atlas --papers {question.name}`, by {calls}.{picture}"
+        f" How it differs: {question.differs}"
         f" Known when the rule was written: {question.known}.",
     ]
     said = " ".join(filter(None, [_failed(answer), question.note]))
