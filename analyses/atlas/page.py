@@ -99,10 +99,9 @@ def section(answer: Answer) -> str:
     bounds = {bound.number: bound for bound in question.bounds}
     rows = []
     for name, value in answer.numbers.items():
-        bound = bounds.get(name)
-        rule = "" if bound is None else f"{bound.sense} {bound.shown:g} (partly: {bound.partly:g})"
-        role = "control" if name in question.control else ""
-        rows.append((name, f"{value:.3g}", rule, bound.verdict(value) if bound else "", role))
+        bound, role = bounds.get(name), "control" if name in question.control else ""
+        told = ("", "") if bound is None else (bound.rule, bound.verdict(value))
+        rows.append((name, f"{value:.3g}", *told, role))
     table = pd.DataFrame(rows, columns=["number", "found", "rule", "holds?", "role"])
     calls = ", ".join(f"`{call}`" for call in question.calls)
     picture = f" Picture: `{question.figure}`." if question.figure else ""

@@ -110,13 +110,16 @@ def realigned() -> Numbers:
     """The realignment of the bridge's state."""
     config = realignment.RealignmentConfig(checkpoints=("mini/systematicity/r4_l2/ood",))
     frame = realignment.run(config).frame()
-    rows = frame[frame["group"] == "OOD"].set_index("bar")
-    score = {bar: float(rows.loc[bar, "accuracy"]) for bar in realignment.BARS}
+    table = frame[frame["group"] == "OOD"]
+    score, low, high = (
+        dict(zip(table["bar"], table[name].tolist(), strict=True))
+        for name in ("accuracy", "low", "high")
+    )
     return {
         "base": score["base"],
         "realigned": score["realigned"],
-        "realigned, low end of the 95 % interval": float(rows.loc["realigned", "low"]),
-        "realigned, high end": float(rows.loc["realigned", "high"]),
+        "realigned, low end of the 95 % interval": low["realigned"],
+        "realigned, high end": high["realigned"],
         "realigned minus base": score["realigned"] - score["base"],
         "random entity": score["random entity"],
         "second-best token": score["second-best token"],

@@ -59,8 +59,13 @@ class Bound:
         signed = over if self.sense == "at least" else [-x for x in over]
         return verdict(signed[0] >= 0, signed[1] >= 0)
 
+    @property
+    def rule(self) -> str:
+        """Both limits in words."""
+        return f"{self.sense} {self.shown:g} (partly: {self.partly:g})"
+
     def __str__(self) -> str:
-        return f"{self.number}: {self.sense} {self.shown:g} (partly: {self.partly:g})"
+        return f"{self.number}: {self.rule}"
 
 
 def judged(bounds: Sequence[Bound], numbers: Mapping[str, float]) -> Verdict:

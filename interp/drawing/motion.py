@@ -153,7 +153,7 @@ def dependence(record: InputDependence, title: str) -> go.Figure:
     rows = [Curve(name, record.iterations, x.mean(1).tolist()) for name, x in shown.items()]
     share = Curve("dependence", record.iterations, record.dependence().nanmean(1).tolist())
     panels = [
-        CurvePanel("distance of the states (1 = at the exchange)", rows),
-        CurvePanel("dependence (1 = input, 0 = starting state)", [share], span=(-0.02, 1.05)),
+        CurvePanel("distance (1 = at the exchange)", rows),
+        CurvePanel("dependence (1 = own input)", [share], span=(-0.02, 1.05)),
     ]
     return curves(panels, title)
