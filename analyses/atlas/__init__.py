@@ -1,6 +1,7 @@
 """The atlas: claims of papers about looped models, asked of the shipped miniatures.
 
-Start with `rules.py`, which holds what is asked and when it counts as shown. `motion.py`,
+Start with `rules.py`, which holds what is asked and when it counts as shown (of puzzles in
+`puzzle_rules.py`). `motion.py`,
 `reading.py` and `puzzles.py` measure, and `page.py` writes docs/atlas.md. Imports `pages`, whose
 claims it shares.
 """
