@@ -46,7 +46,7 @@ def paper_size(
 
 @dataclass(frozen=True)
 class Measured:
-    """What a call returns, its seconds, and the GiB that it held at most beyond the start."""
+    """The result of a call, its seconds, and the GiB that it held at most beyond the start."""
 
     result: Any
     seconds: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from loopscope.analyses.atlas.material import Numbers, asked, opened
@@ -95,8 +95,8 @@ def relational() -> Numbers:
     }
 
 
-def _answers(subject: Subject, texts: list[str]) -> Int[Tensor, " text"]:
-    """The answers' ids."""
+def _answers(subject: Subject, texts: list[str]) -> Tensor:
+    """The answers' ids, one per text."""
     return torch.tensor([subject.model.to_single_token(subject.answer_of(text)) for text in texts])
 
 

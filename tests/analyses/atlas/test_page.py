@@ -94,6 +94,14 @@ def test_the_command_refuses_a_paper_that_it_does_not_know(
     assert "the atlas has no paper or question '9999.00000'" in capsys.readouterr().err
 
 
+@pytest.mark.shapes
+def test_a_measurement_gives_every_number_of_its_rule() -> None:
+    (question,) = chosen(["latent_chain"])
+    numbers = MEASURES["latent_chain"]()
+    assert set(numbers) == {bound.number for bound in question.bounds}
+    assert all(0 <= value <= 1 for value in numbers.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHEAP)
 def test_numbers_are_what_the_command_writes(name: str) -> None:
