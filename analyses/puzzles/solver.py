@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,6 +19,8 @@ from loopscope.interp.common.ranking import top_token
 from loopscope.models.core.state import checked_loops
 from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.tasks.puzzles.boards import Puzzle, sudoku_tokens
+from loopscope.tasks.puzzles.grades import Grade, grade
+from loopscope.tasks.puzzles.sudoku import Sudoku
 from loopscope.training.puzzles.supervision import with_prefix
 
 
@@ -51,6 +54,16 @@ class Solver:
     def cells(self) -> slice:
         """The columns of the cells."""
         return slice(self.model.cfg.n_prefix, None)
+
+    @property
+    def rules(self) -> Sudoku:
+        """The rules of the board."""
+        return Sudoku.of_side(math.isqrt(self.answers.shape[1]))
+
+    @property
+    def grades(self) -> tuple[Grade, ...]:
+        """How hard each puzzle is."""
+        return tuple(grade(self.rules, puzzle.question) for puzzle in self.puzzles)
 
 
 @dataclass(frozen=True)
