@@ -13,7 +13,8 @@ import pytest
 
 from browser import Tab, opened, require_chromium
 from language_toys import CAT, DOG, ouro_folder
-from loopscope.analyses.explorer.app import ExploreConfig, make_explorer
+from loopscope.analyses.common.configs import ExploreConfig
+from loopscope.analyses.explorer.app import make_explorer
 
 PARTS = ("lens", "margin", "attention", "map")
 FIRST, SECOND = "<e_3><r_1><r_4>", "<e_8><r_1><r_4>"
