@@ -117,7 +117,7 @@ def _patch_section(table: Table) -> Component:
         html.P(text),
         html.Div(pickers, className="controls"),
         html.P(id="patched", className="found"),
-        html.Div([graph("effects", 440), html.Div(id="related", className="said")],
+        html.Div([graph("effects", 60), html.Div(id="related", className="said")],
                  className="two map", id="of-patch"),
     ]  # fmt: skip
     return section("patch-section", "Patching one cell from the unchanged puzzle", parts)

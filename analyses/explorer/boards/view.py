@@ -177,7 +177,7 @@ def _lines(rules: Sudoku, key: str) -> list[Figure]:
     )
     down = [{**ends, "x0": x - 0.5, "x1": x - 0.5} for x in range(0, side + 1, rules.box_columns)]
     across = [{**ends, "y0": y - 0.5, "y1": y - 0.5} for y in range(0, side + 1, rules.box_rows)]
-    look = {"type": "line", "xref": f"x{key}", "yref": f"y{key}"}
+    look = {"type": "line", "xref": f"x{key}", "yref": f"y{key}", "opacity": 1}
     return [{**look, **each, "line": {"color": SOFT, "width": 1.5}} for each in (*down, *across)]
 
 
@@ -185,7 +185,8 @@ def _frame(cell: int, side: int) -> Figure:
     """The frame around a cell of the first board."""
     x, y = cell % side, cell // side
     corners = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
-    return {"type": "rect", "xref": "x", "yref": "y", **corners, "line": {"color": INK, "width": 3}}
+    look = {"fillcolor": "rgba(0,0,0,0)", "opacity": 1, "line": {"color": INK, "width": 3}}
+    return {"type": "rect", "xref": "x", "yref": "y", **corners, **look}
 
 
 def halting_figure(run: BoardRun, question: str, answer: str | None) -> Figure:
@@ -206,7 +207,18 @@ def halting_figure(run: BoardRun, question: str, answer: str | None) -> Figure:
     ]  # fmt: skip
     axes: dict[str, Figure] = {
         "xaxis": {"title": {"text": "loop"}, "tickformat": "d"},
-        "yaxis": {"title": {"text": "share"}, "range": [-0.03, 1.05], "showgrid": True},
+        "yaxis": {
+            "title": {"text": "probability, share"},
+            "range": [-0.03, 1.05],
+            "showgrid": True,
+        },
     }
     legend = {"orientation": "h", "y": 1.1, "yanchor": "bottom"}
-    return drawn(traces, 240, axes, legend=legend, margin={"l": 56, "r": 12, "t": 46, "b": 44})
+    return drawn(
+        traces,
+        240,
+        axes,
+        showlegend=True,
+        legend=legend,
+        margin={"l": 56, "r": 12, "t": 46, "b": 44},
+    )

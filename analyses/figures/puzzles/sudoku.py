@@ -90,14 +90,18 @@ class SudokuRecord(Record):
         return pd.DataFrame(rows, columns=["cycles", "restarts", "any", "chosen"])
 
     def by_grade(self) -> dict[str, Bool[Tensor, " puzzle"]]:
-        """The puzzles of each grade, the easiest first."""
+        """The puzzles of each kind, the easiest first: by what they need, or where all need the
+        same by their rounds too.
+        """
+        alike = len({grade.level for grade in self.grades}) == 1
+        named = {grade: str(grade) if alike else grade.needs for grade in sorted(set(self.grades))}
         return {
-            str(grade): torch.tensor([each == grade for each in self.grades])
-            for grade in sorted(set(self.grades))
+            name: torch.tensor([named[grade] == name for grade in self.grades])
+            for name in named.values()
         }
 
     def summary(self) -> pd.DataFrame:
-        """One row per grade: puzzles, their mean number of blank cells, and the share solved after
+        """One row per kind of `by_grade`: puzzles, their mean number of blank cells, and the share solved after
         the first cycle and at the end.
         """
         first, last = self.exact[0, 0], self.exact[0, -1]
@@ -220,14 +224,8 @@ def _draw_map(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
 
 
 def _draw_grades(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
-    """The share solved over cycles: by what the puzzles need, or where all need the same by their
-    rounds.
-    """
-    alike = len({grade.level for grade in record.grades}) == 1
-    named = [str(grade) if alike else grade.needs for grade in record.grades]
-    names = [name for _, name in sorted(set(zip(record.grades, named, strict=True)))]
-    for i, name in enumerate(dict.fromkeys(names)):
-        of = torch.tensor([each == name for each in named])
+    """The share solved over cycles, by what the puzzles need."""
+    for i, (name, of) in enumerate(record.by_grade().items()):
         label = f"{name} ({int(of.sum())})"
         solved = record.exact[0][:, of].float().mean(1).tolist()
         draw_line(plot, 2, label, CATEGORIES[i % len(CATEGORIES)], solved, **place)
