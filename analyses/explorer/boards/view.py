@@ -16,7 +16,7 @@ from loopscope.tasks.puzzles.boards import SUDOKU_BLANKS
 from loopscope.tasks.puzzles.sudoku import Sudoku
 
 ACROSS, HEIGHT, GAP = 4, 150, 42  # boards of a row; pixels of a board, and between two rows
-SOFT = "#52606d"
+_BORDER = "#52606d"
 _CLUE = 2.0  # the colour of a clue, well beyond that of the surest right cell
 _FILLED_SCALE = [
     [0, "#e8590c"],
@@ -178,7 +178,7 @@ def _lines(rules: Sudoku, key: str) -> list[Figure]:
     down = [{**ends, "x0": x - 0.5, "x1": x - 0.5} for x in range(0, side + 1, rules.box_columns)]
     across = [{**ends, "y0": y - 0.5, "y1": y - 0.5} for y in range(0, side + 1, rules.box_rows)]
     look = {"type": "line", "xref": f"x{key}", "yref": f"y{key}", "opacity": 1}
-    return [{**look, **each, "line": {"color": SOFT, "width": 1.5}} for each in (*down, *across)]
+    return [{**look, **each, "line": {"color": _BORDER, "width": 1.5}} for each in (*down, *across)]
 
 
 def _frame(cell: int, side: int) -> Figure:

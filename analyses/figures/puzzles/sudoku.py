@@ -101,8 +101,8 @@ class SudokuRecord(Record):
         }
 
     def summary(self) -> pd.DataFrame:
-        """One row per kind of `by_grade`: puzzles, their mean number of blank cells, and the share solved after
-        the first cycle and at the end.
+        """One row per kind of `by_grade`: puzzles, their mean number of blank cells, and the share
+        solved after the first cycle and at the end.
         """
         first, last = self.exact[0, 0], self.exact[0, -1]
         rows = []
