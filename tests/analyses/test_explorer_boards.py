@@ -1,19 +1,15 @@
-"""The explorer's page of boards: its computations, its callbacks, and the page in a browser."""
+"""The explorer's page of boards: its computations, its figures and its callbacks."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import plotly.graph_objects as go
 import pytest
 import torch
 
-from browser import Tab, opened, require_chromium
-from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
+from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import Subject, open_subject
-from loopscope.analyses.explorer.app import make_explorer
 from loopscope.analyses.explorer.boards.app import BoardExplorer, make_board_app, wires_of
 from loopscope.analyses.explorer.boards.model import (
     Table,
@@ -259,79 +255,3 @@ def test_the_page_has_a_field_for_each_cell(made: BoardExplorer) -> None:
     assert {key for key in ends if f"id='{key}'" not in layout} == set()
     with pytest.raises(ValueError, match="got 3 cells"):
         make_board_app(subject, made.table, LOOPS, LOOPS, "123")
-
-
-# The page
-
-
-@pytest.fixture(scope="module")
-def tab() -> Iterator[Tab]:
-    require_chromium()
-    server = make_explorer(ExploreConfig(checkpoint="mini/sudoku/trm", port=0))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        with opened(f"http://127.0.0.1:{server.port}/") as page:
-            page.resize(1400, 900)
-            page.wait(f"{text_of('boards-took')}")
-            yield page
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def text_of(key: str) -> str:
-    return f"document.getElementById('{key}')?.innerText"
-
-
-def plot(key: str) -> str:
-    return f"document.querySelector('#{key} .js-plotly-plot')"
-
-
-def place_of(cell: tuple[int, int]) -> str:
-    """The middle of a cell of the first board, in the window."""
-    return (
-        f"(() => {{ const g = {plot('boards')}, l = g._fullLayout, r = g.getBoundingClientRect();"
-        f" return [r.x + l.xaxis._offset + l.xaxis.c2p({cell[1]}), r.y + l.yaxis._offset +"
-        f" l.yaxis.c2p({cell[0]})]; }})()"
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.browser
-def test_a_clue_is_changed_and_a_cell_patched_in_the_browser(tab: Tab) -> None:
-    digits = f"{plot('boards')}.data.map(t => t.text.flat().join(''))"
-    assert tab.value(digits)[-1] == SOLVED
-    assert tab.value(text_of("finding")).startswith("One solution")
-    tab.type_into("#cell-0", "1")
-    tab.wait(f"{plot('boards')}.data[7].text[0][0] === '1'")
-    changed = tab.value(digits)
-    answer = judged(SMALL, CHANGED).answer
-    assert changed[-1] == answer != SOLVED
-    tab.value(f"{plot('boards')}.scrollIntoView({{block: 'center'}})")
-    tab.click(*tab.value(place_of((0, 0))))
-    tab.wait(f"{text_of('patched')}?.includes('After loop 0 the states of row 0, column 0')")
-    tab.wait(f"{plot('effects')}.data.length === 8")
-    assert tab.value(f"{plot('effects')}.data[0].hovertext[0][1]").startswith(
-        "row 0, column 1<br>same box"
-    )
-    tab.type_into("#cell-1", "1")
-    tab.wait(f"{text_of('finding')}.includes('1 stands twice in a box')")
-    tab.type_into("#cell-1", "9")
-    tab.wait(f"{text_of('wrong')}.includes(\"and '9'\")")
-    assert tab.value("document.getElementById('of-boards').className") == "stale"
-    tab.click_on("#reset")
-    tab.wait(f"{text_of('wrong')} === '' && {digits}[7] === '{SOLVED}'")
-
-
-@pytest.mark.slow
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [1400, 700])
-def test_nothing_is_wider_than_the_window(tab: Tab, width: int) -> None:
-    tab.resize(width, 900)
-    tab.wait(f"window.innerWidth === {width} && {plot('boards')}._fullLayout.width < {width}")
-    assert tab.value("document.documentElement.scrollWidth") <= width
-    unnamed = "[...document.querySelectorAll('.board input')].filter(e => !e.labels?.length).length"
-    assert tab.value(unnamed) == 0
-    assert tab.page.errors == []
