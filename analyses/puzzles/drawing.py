@@ -79,20 +79,8 @@ def draw_line(
 def draw_board(plot: go.Figure, board: str, question: str, answer: str, **place: int) -> None:
     """One board: clues grey, right cells blue, wrong ones red."""
     side = math.isqrt(len(board))
-    colors = [
-        INK if clue != "." else RIGHT if cell == right else MARK
-        for cell, clue, right in zip(board, question, answer, strict=True)
-    ]
-    fills = [
-        GRID
-        if clue != "."
-        else "#ffffff"
-        if cell == "."
-        else "#dcebf7"
-        if cell == right
-        else "#fbe1d3"
-        for cell, clue, right in zip(board, question, answer, strict=True)
-    ]
+    looks = [_look(*each) for each in zip(board, question, answer, strict=True)]
+    colors, fills = map(list, zip(*looks, strict=True))
     plot.add_scatter(
         x=[i % side for i in range(len(board))],
         y=[i // side for i in range(len(board))],
@@ -112,3 +100,12 @@ def draw_board(plot: go.Figure, board: str, question: str, answer: str, **place:
     ends = [-0.6, side - 0.4]
     plot.update_xaxes(visible=False, range=ends, **place)
     plot.update_yaxes(visible=False, range=ends[::-1], **place)
+
+
+def _look(cell: str, clue: str, right: str) -> tuple[str, str]:
+    """The colours of a cell's text and of its ground."""
+    if clue != ".":
+        return INK, GRID
+    if cell == ".":
+        return RIGHT, "#ffffff"
+    return (RIGHT, "#dcebf7") if cell == right else (MARK, "#fbe1d3")

@@ -72,13 +72,22 @@ def _singles(rules: Sudoku, masks: list[int], *, hidden: bool) -> dict[int, int]
         if not _is_filled(mask)
     }
     found = {cell: mask for cell, mask in left.items() if _is_filled(mask)}
-    if hidden:
-        for unit in rules.houses:
-            blank = [cell for cell in unit if cell in left]
-            for cell in blank:
-                others = _union(left[other] for other in blank if other != cell)
-                if _is_filled(only := left[cell] & ~others):
-                    found[cell] = only
+    return found | _hidden_singles(rules, left) if hidden else found
+
+
+def _hidden_singles(rules: Sudoku, left: dict[int, int]) -> dict[int, int]:
+    """The digit of each blank cell that alone can hold it in a row, a column or a box.
+
+    Args:
+        left: The candidates of the blank cells.
+    """
+    found = {}
+    for house in rules.houses:
+        blank = [cell for cell in house if cell in left]
+        for cell in blank:
+            only = left[cell] & ~_union(left[other] for other in blank if other != cell)
+            if _is_filled(only):
+                found[cell] = only
     return found
 
 

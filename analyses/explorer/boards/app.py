@@ -60,7 +60,7 @@ class BoardExplorer:
         return max(REACH * self.trained, self.start)
 
     def fill(self, puzzle: int, resets: int | None) -> tuple[str, ...]:
-        """What each field holds when a puzzle is chosen, or its changes are undone."""
+        """The value of each field when a puzzle is chosen, or its changes are undone."""
         board = self.table.puzzles[puzzle].question
         if self.first is not None and puzzle == 0 and not resets:
             board = self.first

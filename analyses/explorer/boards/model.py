@@ -68,7 +68,7 @@ class BoardRun:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the clues of a board allow.
+    """The boards that the clues of a board allow.
 
     Attributes:
         sentence: The finding.
@@ -100,7 +100,7 @@ def _made(rules: Sudoku) -> list[Puzzle]:
 
 
 def judged(rules: Sudoku, board: str) -> Judged:
-    """What the clues of a board allow: one solution, several, none, or not even themselves.
+    """How many solutions the clues of a board allow, and whether they contradict each other.
 
     Raises:
         ValueError: Another number of cells, or a digit that the board does not have.
@@ -193,7 +193,7 @@ def _tokens(model: PuzzleSolver, question: str) -> Tensor:
 
 
 def _read(model: PuzzleSolver, state: State, ends: Sequence[int]) -> BoardRun:
-    """What a run of one board says at each of some visits."""
+    """The answers of a run of one board, read at some visits."""
     boards, confidence, digits, halting, states = [], [], [], [], []
     for end in ends:
         state = model.advance(state, end)

@@ -12,7 +12,7 @@ from loopscope.tasks.puzzles.sudoku import Sudoku
 
 
 def patch_sentence(rules: Sudoku, own: BoardRun, after: BoardRun, loop: int, cell: int) -> str:
-    """What a patch did to the last board.
+    """The sentence about a patch and the last board.
 
     Args:
         own, after: The runs without and with it.

@@ -131,7 +131,7 @@ def _grid(
     axes: dict[str, Figure] = {}
     traces, titles = [], []
     for i, board in enumerate(shown.boards):
-        key, loop = str(i + 1) if i else "", shown.first + i
+        key, loop = _key(i), shown.first + i
         left, top = i % ACROSS / ACROSS, 1 - i // ACROSS * (HEIGHT + GAP) / tall
         wide, high = [left, left + 0.92 / ACROSS], [top - HEIGHT / tall, top]
         axes[f"xaxis{key}"] = {"domain": wide, "anchor": f"y{key}", **_hidden(side)}
@@ -152,12 +152,17 @@ def _grid(
         })  # fmt: skip
         place = {"x": 0.5, "y": 1, "xref": f"x{key} domain", "yref": f"y{key} domain"}
         titles.append({**place, "text": f"loop {loop}", "yanchor": "bottom", "showarrow": False})
-    lines = [line for i in range(len(traces)) for line in _lines(rules, str(i + 1) if i else "")]
+    lines = [line for i in range(len(traces)) for line in _lines(rules, _key(i))]
     frames = [] if marked is None else [_frame(marked, side)]
     return drawn(
         traces, tall + 40, axes, annotations=titles, shapes=[*lines, *frames],
         margin={"l": 6, "r": 6, "t": 26, "b": 6},
     )  # fmt: skip
+
+
+def _key(board: int) -> str:
+    """The end of the name of a board's axes."""
+    return str(board + 1) if board else ""
 
 
 def _rows(values: Sequence[Any], side: int) -> list[Sequence[Any]]:
@@ -213,12 +218,12 @@ def halting_figure(run: BoardRun, question: str, answer: str | None) -> Figure:
             "showgrid": True,
         },
     }
-    legend = {"orientation": "h", "y": 1.1, "yanchor": "bottom"}
+    legend = {"orientation": "h", "y": 1.2, "yanchor": "bottom"}
     return drawn(
         traces,
         240,
         axes,
         showlegend=True,
         legend=legend,
-        margin={"l": 56, "r": 12, "t": 46, "b": 44},
+        margin={"l": 56, "r": 12, "t": 62, "b": 44},
     )

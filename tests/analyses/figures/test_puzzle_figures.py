@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from loopscope.analyses.figures.puzzles import cell_patch, fixed_points, sudoku
 from loopscope.analyses.puzzles.solver import open_solver, run_cycles
 from loopscope.checkpoints.locate import SHIPPED
+from loopscope.tasks.puzzles.files import write_csv
 from loopscope.tasks.puzzles.grades import Grade
 from loopscope.training.puzzles.scores import examined, score
 
@@ -126,6 +128,16 @@ def test_boards_at_rest_and_boards_that_are_left() -> None:
     assert worked.exact[0].tolist() == pytest.approx([1, 1, 1, 1 / 3])
     assert worked.left.tolist() == pytest.approx([2 / 3] * 4)
     assert worked.spurious.tolist() == pytest.approx([1 / 3] * 4)
+
+
+def test_puzzles_may_come_from_a_file(tmp_path: Path) -> None:
+    own = open_solver(sudoku.SudokuConfig(), 3)
+    write_csv(own.puzzles[1:], tmp_path / "some.csv")
+    given = open_solver(sudoku.SudokuConfig(data=tmp_path / "some.csv"), 9)
+    assert given.puzzles == own.puzzles[1:]
+    assert torch.equal(given.tokens, own.tokens[1:])
+    with pytest.raises(ValueError, match="trm6 solves boards of 36 cells, got puzzles of 16"):
+        sudoku.run(sudoku.SudokuConfig(checkpoint="mini/sudoku/trm6", data=tmp_path / "some.csv"))
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
