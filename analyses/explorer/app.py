@@ -19,6 +19,7 @@ from loopscope.analyses.explorer.boards.model import table_of
 from loopscope.analyses.explorer.callbacks import Explorer, make_app
 from loopscope.analyses.explorer.questions import ask, beginning
 from loopscope.analyses.explorer.requests import LOOPBACK, QuietHandler
+from loopscope.models.basis.arguments import Argument, ArgumentError
 from loopscope.models.core.state import checked_loops
 
 
@@ -76,6 +77,11 @@ def _page_of(subject: Subject, config: ExploreConfig) -> Dash:
     start = checked_loops(config.n_loops, recorded)
     table = table_of(subject)
     if table is not None:
+        if config.second is not None:
+            raise ArgumentError(
+                "a Sudoku solver's page has one board, whose clues are changed there; leave out ",
+                Argument("second", config.second),
+            )
         return make_board_app(subject, table, recorded or start, start, config.text)
     texts = beginning(subject, config.text, config.second)
     ask(subject, texts[0], recorded or start)  # refused here, before a page that cannot be used

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import plotly.graph_objects as go
 from dash import dcc, html
 from dash.development.base_component import Component
 
@@ -89,20 +88,18 @@ def button(key: str, text: str) -> Component:
     return html.Button(text, id=key, className="do", type="button")
 
 
+def blank(height: int) -> dict[str, Any]:
+    """An empty figure of a height in pixels."""
+    hidden = {"visible": False}
+    return {"data": [], "layout": {"height": height, "xaxis": hidden, "yaxis": hidden}}
+
+
 def graph(key: str, height: int) -> Component:
     """The place of a figure that is still empty, as high as the figure will be."""
-    blank = go.Figure(
-        layout={
-            "height": height,
-            "xaxis": {"visible": False},
-            "yaxis": {"visible": False},
-            "template": "simple_white",
-        }
-    )
     config: Any = {
         **FIGURE_CONFIG,
         "responsive": False,
         "modeBarButtons": [["toImage"]],
         "displayModeBar": "hover",
     }
-    return html.Div(dcc.Graph(id=key, figure=blank, config=config), className="figure")
+    return html.Div(dcc.Graph(id=key, figure=blank(height), config=config), className="figure")

@@ -8,8 +8,9 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
 from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.explorer.app import make_explorer
 from loopscope.analyses.explorer.boards.app import BoardExplorer, make_board_app, wires_of
 from loopscope.analyses.explorer.boards.model import (
     Table,
@@ -142,7 +143,7 @@ def test_wrong_cells_are_not_clues() -> None:
     board = "1" + SOLVED[1:15] + "3"
     assert wrong_cells(SMALL, "." * 16, board, SOLVED) == {0, 15}
     assert wrong_cells(SMALL, "1" + "." * 15, board, SOLVED) == {15}
-    assert wrong_cells(SMALL, "." * 16, "1..1" + "." * 12, None) == {0, 3}
+    assert wrong_cells(SMALL, "." * 16, "1..1" + "." * 8 + "??..", None) == {0, 3}
 
 
 def test_a_solver_is_known_by_its_sizes_and_its_card() -> None:
@@ -242,6 +243,7 @@ def test_answers_and_patches_are_drawn_and_timed(made: BoardExplorer) -> None:
     assert table is not None
     same = made.show_patch(1, 5, {"puzzle": 0, "board": PUZZLE}, LOOPS)
     assert "change a clue" in same[1]
+    assert same[0]["data"] == []
     assert made.show_patch(None, 5, asked, LOOPS)[1] == ""
     click = {"points": [{"customdata": "1 5"}]}
     assert made.choose(click) == (1, 5, None)
@@ -253,5 +255,7 @@ def test_the_page_has_a_field_for_each_cell(made: BoardExplorer) -> None:
     layout = str(make_board_app(subject, made.table, LOOPS, LOOPS, CHANGED).layout)
     ends = {end.split(".")[0] for wire in wires_of(16) for end in wire.outputs.split()}
     assert {key for key in ends if f"id='{key}'" not in layout} == set()
+    with pytest.raises(ValueError, match=r"one board.*leave out second='<w_1>'"):
+        make_explorer(ExploreConfig(checkpoint="mini/sudoku/trm", port=0, second="<w_1>"))
     with pytest.raises(ValueError, match="got 3 cells"):
         make_board_app(subject, made.table, LOOPS, LOOPS, "123")

@@ -82,7 +82,7 @@ def test_a_clue_is_changed_and_a_cell_patched_in_the_browser(tab: Tab) -> None:
 def test_nothing_is_wider_than_the_window(tab: Tab, width: int) -> None:
     tab.resize(width, 900)
     tab.wait(f"window.innerWidth === {width} && {plot('boards')}._fullLayout.width < {width}")
-    assert tab.value("document.documentElement.scrollWidth") <= width
+    tab.wait(f"document.documentElement.scrollWidth <= {width}")
     unnamed = "[...document.querySelectorAll('.board input')].filter(e => !e.labels?.length).length"
     assert tab.value(unnamed) == 0
     assert tab.page.errors == []

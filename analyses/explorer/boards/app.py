@@ -19,7 +19,7 @@ from loopscope.analyses.explorer.boards.model import (
     patched,
     run_board,
 )
-from loopscope.analyses.explorer.boards.page import BUSY, cell_key, page
+from loopscope.analyses.explorer.boards.page import BUSY, NO_PATCH, cell_key, page
 from loopscope.analyses.explorer.boards.sentences import patch_sentence, relation_table
 from loopscope.analyses.explorer.boards.view import (
     boards_figure,
@@ -27,6 +27,7 @@ from loopscope.analyses.explorer.boards.view import (
     halting_figure,
     relation_means,
 )
+from loopscope.analyses.explorer.controls import blank
 from loopscope.analyses.explorer.view import Figure
 from loopscope.analyses.explorer.wiring import Wire, connect, new_app
 from loopscope.tasks.puzzles.boards import SUDOKU_BLANKS
@@ -117,10 +118,10 @@ class BoardExplorer:
         board = asked["board"]
         unchanged = self.table.puzzles[asked["puzzle"]].question
         if loop is None or cell is None or loop >= self._loops(n_loops):
-            return no_update, "", None, ""
+            return blank(NO_PATCH), "", None, ""
         if board == unchanged:
             same = "The board is the unchanged puzzle, so that a patch does nothing: change a clue."
-            return no_update, same, None, ""
+            return blank(NO_PATCH), same, None, ""
 
         def work() -> tuple[BoardRun, BoardRun]:
             own, other = (

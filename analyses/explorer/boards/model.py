@@ -129,7 +129,7 @@ def twice(rules: Sudoku, board: str) -> list[tuple[int, int]]:
         (cell, peer)
         for cell, digit in enumerate(board)
         for peer in rules.peers[cell]
-        if cell < peer and digit == board[peer] and digit not in SUDOKU_BLANKS
+        if cell < peer and digit == board[peer] and digit.isdigit() and digit != "0"
     ]
 
 

@@ -17,6 +17,7 @@ from loopscope.analyses.explorer.controls import (
 )
 from loopscope.tasks.puzzles.sudoku import Sudoku
 
+NO_PATCH = 60  # pixels of the place of the patched boards before there are any
 BUSY = {"boards": "the boards", "patch": "the patch"}
 
 
@@ -117,7 +118,7 @@ def _patch_section(table: Table) -> Component:
         html.P(text),
         html.Div(pickers, className="controls"),
         html.P(id="patched", className="found"),
-        html.Div([graph("effects", 60), html.Div(id="related", className="said")],
+        html.Div([graph("effects", NO_PATCH), html.Div(id="related", className="said")],
                  className="two map", id="of-patch"),
     ]  # fmt: skip
     return section("patch-section", "Patching one cell from the unchanged puzzle", parts)
