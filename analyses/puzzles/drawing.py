@@ -52,18 +52,17 @@ def draw_line(
     name: str,
     color: str,
     values: Sequence[float],
-    *,
-    start: int = 1,
-    unit: str = "cycles",
+    axis: tuple[str, int] = ("cycles", 1),
+    /,
     **place: int,
 ) -> None:
     """A named line of one panel; a value that is not a number is left out.
 
     Args:
         panel: The panel's place from 1, whose legend names the line.
-        start: The first value's place on the axis.
-        unit: The axis' word.
+        axis: The axis' word, and the first value's place on it.
     """
+    unit, start = axis
     plot.add_scatter(
         x=list(range(start, start + len(values))),
         y=[None if math.isnan(value) else value for value in values],

@@ -253,7 +253,7 @@ def _draw_halting(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
         ("halting probability", MARK, "halting"),
         ("solved of those that halt", INK, "right"),
     ):
-        draw_line(plot, 4, name, color, table[column].tolist(), start=0, unit="loop", **place)
+        draw_line(plot, 4, name, color, table[column].tolist(), ("loop", 0), **place)
     plot.update_xaxes(title="loop", **place)
     plot.update_yaxes(title="share, or probability", range=[-0.02, 1.05], **place)
 
