@@ -50,11 +50,11 @@ def score(model: PuzzleSolver, puzzles: Sequence[Puzzle], n_loops: int) -> Puzzl
 
 def by_grade(
     exact: Bool[Tensor, " puzzle"], puzzles: Sequence[Puzzle]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, int | float]]:
     """For each grade, the easiest first, the number of Sudoku puzzles and the share solved."""
     rules = Sudoku.of_side(math.isqrt(len(puzzles[0].answer)))
     grades = [grade(rules, puzzle.question) for puzzle in puzzles]
-    found = {}
+    found: dict[str, dict[str, int | float]] = {}
     for each in sorted(set(grades)):
         of = exact[torch.tensor([one == each for one in grades])]
         found[str(each)] = {"puzzles": len(of), "exact": round(float(of.float().mean()), 4)}
@@ -63,7 +63,7 @@ def by_grade(
 
 def examined(
     model: PuzzleSolver, puzzles: Sequence[Puzzle], n_loops: int
-) -> dict[str, list[float] | dict[str, dict[str, float]]]:
+) -> dict[str, list[float] | dict[str, dict[str, int | float]]]:
     """The scores that a card holds: the share of puzzles solved after each supervision step, and
     after the last one by grade.
     """
