@@ -31,7 +31,8 @@ def check_family(model: LoopedModel, n_loops: int | None = None) -> None:
         ValueError: One sentence for each declaration that does not hold.
     """
     n_loops = n_loops or model.cfg.n_loops or _LOOPS
-    width = min(_WIDTH, model.cfg.n_ctx or _WIDTH)
+    longest = model.cfg.n_ctx or _WIDTH
+    width = longest if model.fixed_length else min(_WIDTH, longest)
     generator = torch.Generator().manual_seed(0)
     size = (_ROWS, width)
     tokens = torch.randint(1, model.cfg.d_vocab, size, generator=generator).to(model.device)

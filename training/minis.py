@@ -26,6 +26,7 @@ PLACES: dict[str, dict[str, str]] = {
     "mini/systematicity/r8_l2": {},
     "mini/smiles": _LAST,
     "mini/sudoku/trm": _LAST | {"first": "first"},
+    "mini/sudoku/trm6": _LAST | {"first": "first"},
 }
 
 

@@ -276,13 +276,15 @@ class ReportConfig(PairConfig):
 @dataclass(frozen=True, kw_only=True)
 class ExploreConfig(SourceConfig):
     """A local page to explore a checkpoint: lens, margins, attention and patching of any question,
-    while you change it.
+    while you change it; of a Sudoku solver the boards, while you change clues.
     """
 
     n_loops: int | None = None
     """Iterations to start with; by default what the checkpoint records."""
     text: str | None = None
-    """Text A to start with; by default a question beside the weights."""
+    """Text A to start with; by default a question beside the weights. Of a Sudoku solver a board,
+    row by row, with "." for a blank cell.
+    """
     second: str | None = None
     """Text B to start with, with as many tokens; by default another question, or text A."""
     port: int = 8050

@@ -1,62 +1,26 @@
 """A local page on which a looped model is explored: ask, watch the iterations, look at attention,
-patch one cell with a click.
+patch one cell with a click; of a Sudoku solver, change a clue and watch the boards.
 
 The page is served to this machine alone. It reads a checkpoint and writes nothing.
 """
 
 from __future__ import annotations
 
-import math
 import socket
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
 
-from dash import Dash, Input, Output, Patch, State, ctx, html, no_update, set_props
+from dash import Dash
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from loopscope.analyses.common.configs import ExploreConfig
 from loopscope.analyses.common.subject import Subject, open_subject
-from loopscope.analyses.explorer.model import (
-    SWEEP_BUDGET,
-    PatchGrid,
-    heads_of,
-    lens_table,
-    loops_of,
-    margins,
-    patch_cell,
-    patch_grid,
-)
-from loopscope.analyses.explorer.page import BUSY, page
-from loopscope.analyses.explorer.questions import (
-    Query,
-    ask,
-    ask_beside,
-    beginning,
-    contrast,
-)
-from loopscope.analyses.explorer.requests import LOOPBACK, QuietHandler, guard
-from loopscope.analyses.explorer.sentences import map_caption, said, top_table, verdict
-from loopscope.analyses.explorer.view import (
-    Figure,
-    attention_figure,
-    cell_mark,
-    lens_figure,
-    margin_figure,
-    patch_figure,
-)
-from loopscope.interp.drawing.labels import spoken, tick
+from loopscope.analyses.explorer.boards.app import make_board_app
+from loopscope.analyses.explorer.boards.model import table_of
+from loopscope.analyses.explorer.callbacks import Explorer, make_app
+from loopscope.analyses.explorer.questions import ask, beginning
+from loopscope.analyses.explorer.requests import LOOPBACK, QuietHandler
+from loopscope.models.basis.arguments import Argument, ArgumentError
 from loopscope.models.core.state import checked_loops
-
-STALE, STALE_MAP, FRESH_MAP = "stale", "two map stale", "two map"
-REACH = 3  # the slider goes to so many times the trained number of iterations
-_HERE = Path(__file__).parent
-_Result = TypeVar("_Result")
 
 
 def explore(config: ExploreConfig) -> None:
@@ -88,11 +52,7 @@ def make_explorer(config: ExploreConfig) -> BaseWSGIServer:
     if not 0 <= config.port <= 65535:
         raise ValueError(f"a port is between 0 (take a free one) and 65535, got {config.port}")
     subject = open_subject(config, needs_questions=False)
-    recorded = subject.model.cfg.n_loops
-    start = checked_loops(config.n_loops, recorded)
-    texts = beginning(subject, config.text, config.second)
-    ask(subject, texts[0], recorded or start)  # refused here, before a page that cannot be used
-    app = make_app(Explorer(subject, recorded or start, start), texts)
+    app = _page_of(subject, config)
     try:
         listening = socket.create_server((LOOPBACK, config.port))
     except OSError as error:
@@ -111,301 +71,18 @@ def make_explorer(config: ExploreConfig) -> BaseWSGIServer:
         )
 
 
-@dataclass(frozen=True)
-class Explorer:
-    """The page's callbacks for one checkpoint.
-
-    Attributes:
-        subject: The checkpoint.
-        trained: Its number of iterations, with which others are compared.
-        start: The number of iterations that the page starts with.
-        lock: Held around every computation, because hooks live on the model.
-    """
-
-    subject: Subject
-    trained: int
-    start: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def most(self) -> int:
-        """The most iterations that the page shows."""
-        return max(REACH * self.trained, self.start)
-
-    def suggest(
-        self, next_a: int | None, hops: int, next_b: int | None, a_text: str | None
-    ) -> tuple[Any, Any]:
-        """Texts for A and B: another question of the chosen hops with a B for it, or another B for
-        the present A.
-        """
-        if ctx.triggered_id == "next-b":
-            return no_update, contrast(self.subject, a_text or "", next_b or 0)
-        group = self.subject.questions[hops]
-        chosen = group[(next_a or 0) % len(group)].text
-        return chosen, contrast(self.subject, chosen)
-
-    def check(
-        self, a_text: str | None, b_text: str | None, asked: str | None
-    ) -> tuple[Any, Any, str, Any, str, str, str]:
-        """A and the pair where they can be asked; a sentence for what is wrong with A, and with B;
-        no old problem; and how the parts about A and about the pair look: grey while they show an
-        older text.
-        """
-        with self.lock:
-            try:
-                a = ask(self.subject, a_text or "", self.trained)
-            except ValueError as error:
-                return no_update, no_update, f"A: {error}.", no_update, "", STALE, STALE_MAP
-            shown = no_update if a.text == asked else a.text
-            try:
-                b = ask_beside(self.subject, b_text or "", a, self.trained)
-            except ValueError as error:
-                return shown, no_update, "", f"B: {error}.", "", "", STALE_MAP
-        return shown, {"a": a.text, "b": b.text}, "", "", "", "", FRESH_MAP
-
-    def reads(self, text: str, read: int | None) -> tuple[Any, Any]:
-        """The columns at which the answer of A may be read, and the chosen one where A has it."""
-        query = ask(self.subject, text, self.trained)
-        options = [{"value": i, "label": name} for i, name in enumerate(query.columns)]
-        kept = read is None or read < len(options)
-        return options, no_update if kept else None
-
-    def limit(self, n_loops: int | None, loop: int | None) -> tuple[int, int]:
-        """The last loop whose attention can be shown, and the loop that is shown."""
-        last = self._loops(n_loops) - 1
-        return last, min(loop or 0, last)
-
-    def show_lens(
-        self, text: str, n_loops: int | None, rows: str, read: int | None = None
-    ) -> tuple[Figure, str]:
-        """The lens of A, and how long it took."""
-
-        def work(loops: int) -> Figure:
-            query = ask(self.subject, text, self.trained, read)
-            return lens_figure(
-                lens_table(self.subject.model, query, loops), query, rows == "blocks"
+def _page_of(subject: Subject, config: ExploreConfig) -> Dash:
+    """The page of boards for a Sudoku solver, and the page of texts for other checkpoints."""
+    recorded = subject.model.cfg.n_loops
+    start = checked_loops(config.n_loops, recorded)
+    table = table_of(subject)
+    if table is not None:
+        if config.second is not None:
+            raise ArgumentError(
+                "a Sudoku solver's page has one board, whose clues are changed there; leave out ",
+                Argument("second", config.second),
             )
-
-        return self._timed("lens", n_loops, work)
-
-    def show_margin(
-        self, text: str, n_loops: int | None, read: int | None = None
-    ) -> tuple[Figure, str, Any, str]:
-        """The margin over iterations, what it says, the top tokens after each, and how long it
-        took.
-        """
-
-        def work(loops: int) -> tuple[Figure, str, Any]:
-            query = ask(self.subject, text, self.trained, read)
-            record = margins(self.subject.model, query, self.most)
-            return (
-                margin_figure(record, loops, self.trained),
-                verdict(query, record, loops, self.trained),
-                top_table(query, record, loops),
-            )
-
-        found, took = self._timed("margin", n_loops, work)
-        return *found, took
-
-    def show_attention(
-        self, text: str, n_loops: int | None, view: str, loop: int | None, block: int, head: int
-    ) -> tuple[Figure, bool, bool, str]:
-        """Attention patterns, which pickers do not matter, and how long it took."""
-
-        def work(loops: int) -> Figure:
-            query, model = ask(self.subject, text, self.trained), self.subject.model
-            if view == "heads":
-                return attention_figure(
-                    heads_of(model, query, loops, min(loop or 0, loops - 1), block), query
-                )
-            return attention_figure(loops_of(model, query, loops, block, head), query)
-
-        figure, took = self._timed("attention", n_loops, work)
-        return figure, view != "heads", view == "heads", took
-
-    def show_map(
-        self,
-        pair: dict[str, str],
-        n_loops: int | None,
-        extent: str,
-        block: str | None,
-        position: int | None,
-        read: int | None = None,
-    ) -> tuple[Any, ...]:
-        """The patching map, what it is of, the choices of a cell, and how long it took."""
-
-        def work(loops: int) -> tuple[PatchGrid, Query, Query, Figure, dict[str, str]]:
-            a, b = self._pair({**pair, "read": read})
-            grid = patch_grid(
-                self.subject.model, a, b, loops, SWEEP_BUDGET if extent == "quick" else math.inf
-            )
-            return grid, a, b, patch_figure(grid, a, b), self._labels(loops)
-
-        (grid, a, b, figure, labels), took = self._timed("patching map", n_loops, work)
-        loops = self._loops(n_loops)
-        shown = {**pair, "read": read, "n_loops": loops, "blocks": list(grid.blocks)}
-        blocks = [{"value": name, "label": label} for name, label in labels.items()]
-        positions = [{"value": i, "label": name} for i, name in enumerate(a.columns)]
-        kept = (
-            block if block in labels else None,
-            position if position is not None and position < len(positions) else None,
-        )
-        return figure, shown, map_caption(grid, a, b, loops), blocks, positions, *kept, took
-
-    def show_cell(
-        self, block: str | None, position: int | None, shown: dict[str, Any]
-    ) -> tuple[Any, Any, str]:
-        """The answers before and after one patch, the frame around its cell, and how long it
-        took.
-        """
-        frame = Patch()
-        if block is None or position is None:
-            frame["layout"]["shapes"] = []
-            return (
-                html.P(
-                    "Click a cell of the map, or choose one here, to see the answer before and"
-                    " after that patch."
-                ),
-                frame,
-                "",
-            )
-
-        def work(loops: int) -> Any:
-            a, b = self._pair(shown)
-            label = f"{spoken(block)} at {a.columns[position]}"
-            return said(*patch_cell(self.subject.model, a, b, loops, block, position), a, label)
-
-        table, took = self._timed("patch", shown["n_loops"], work)
-        frame["layout"]["shapes"] = cell_mark(shown["blocks"], block, position)
-        return table, frame, took
-
-    def _labels(self, n_loops: int) -> dict[str, str]:
-        """The short name of each visit, by its full name."""
-        return {visit.name: tick(visit.name) for visit in self.subject.model.schedule(n_loops)}
-
-    def _loops(self, n_loops: int | None) -> int:
-        return min(max(int(n_loops or self.start), 1), self.most)
-
-    def _pair(self, pair: dict[str, Any]) -> tuple[Query, Query]:
-        read = pair.get("read")
-        a = ask(self.subject, pair["a"], self.trained, read)
-        return a, ask_beside(self.subject, pair["b"], a, self.trained, read)
-
-    def _timed(
-        self, what: str, n_loops: int | None, work: Callable[[int], _Result]
-    ) -> tuple[_Result, str]:
-        with self.lock:
-            start = time.perf_counter()
-            result = work(self._loops(n_loops))
-        return result, f"{what} {1000 * (time.perf_counter() - start):.0f} ms"
-
-
-def choose(click: dict[str, Any] | None, shown: dict[str, Any]) -> tuple[Any, Any, None]:
-    """The block and position that were clicked; the click is forgotten, so that the same cell can
-    be clicked again.
-    """
-    if not click:
-        return no_update, no_update, None
-    point = click["points"][0]
-    return (
-        shown["blocks"][[tick(block) for block in shown["blocks"]].index(point["y"])],
-        int(point["x"].partition(" ")[0]),
-        None,
-    )
-
-
-def make_app(explorer: Explorer, texts: tuple[str, str]) -> Dash:
-    """The page of an explorer, with the texts A and B to start with."""
-    app = Dash(
-        __name__, assets_folder=str(_HERE / "assets"), serve_locally=True, update_title="",
-        title=f"loopscope: {explorer.subject.name}", index_string=_index(), on_error=_report,
-    )  # fmt: skip
-    app.layout = page(explorer.subject, explorer.trained, explorer.start, explorer.most, texts)
-    guard(app.server)
-    _wire(app, explorer)
-    return app
-
-
-def _index() -> str:
-    style = (_HERE.parent / "report" / "report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html><html lang="en"><head>{%metas%}<title>{%title%}</title><link rel="icon"'
-        ' href="data:,">'
-        f"<style>{style}</style>{{%css%}}</head><body>{{%app_entry%}}{{%config%}}{{%scripts%}}{{%renderer%}}</body></html>"
-    )
-
-
-def _report(error: Exception) -> None:
-    """An error that no check foresaw: one line in the terminal, a sentence on the page."""
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    line = " ".join(f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})".split())
-    print(f"could not be computed: {line}", file=sys.stderr, flush=True)
-    set_props("problem", {"children": f"This could not be computed: {error}"})
-
-
-@dataclass(frozen=True)
-class Wire:
-    """One callback of the page; its ends are written "control.property".
-
-    Attributes:
-        method: The explorer's method, or `choose`.
-        outputs: Where the results go; with a "!" where another wire writes there too.
-        inputs: Whose change calls the method; their values are its arguments.
-        states: Further arguments.
-        busy: The key of what the status line says meanwhile; empty for nothing.
-        at_once: Whether the method is called when the page opens.
-    """
-
-    method: str
-    outputs: str
-    inputs: str
-    states: str = ""
-    busy: str = ""
-    at_once: bool = True
-
-
-WIRES = (
-    Wire("suggest", "a.value b.value", "next-a.n_clicks hops.value next-b.n_clicks", "a.value",
-         at_once=False),
-    Wire("check", "asked.data pair.data a-wrong.children b-wrong.children problem.children"
-         " of-a.className patched.className", "a.value b.value", "asked.data"),
-    Wire("reads", "read.options read.value", "asked.data", "read.value"),
-    Wire("limit", "loop.max loop.value", "loops.value", "loop.value"),
-    Wire("show_lens", "lens.figure lens-took.children",
-         "asked.data loops.value rows.value read.value", busy="lens"),
-    Wire("show_margin", "margin.figure verdict.children tops.children margin-took.children",
-         "asked.data loops.drag_value read.value", busy="margin"),
-    Wire("show_attention", "attention.figure loop.disabled head.disabled attention-took.children",
-         "asked.data loops.value view.value loop.value layer.value head.value", busy="attention"),
-    Wire("show_map", "map.figure shown.data map-caption.children block.options position.options"
-         " block.value position.value map-took.children", "pair.data loops.value extent.value",
-         "block.value position.value read.value", busy="map"),
-    Wire("choose", "block.value! position.value! map.clickData", "map.clickData", "shown.data",
-         at_once=False),
-    Wire("show_cell", "said.children map.figure! cell-took.children",
-         "block.value position.value shown.data", busy="cell", at_once=False),
-)  # fmt: skip
-
-
-def _wire(app: Dash, explorer: Explorer) -> None:
-    """Tie the explorer's methods to the controls that the page has."""
-    for wire in WIRES if explorer.subject.questions else WIRES[1:]:
-        method = choose if wire.method == "choose" else getattr(explorer, wire.method)
-        said = f"computing {BUSY.get(wire.busy)} …"
-        running = [(Output(f"{wire.busy}-busy", "children"), said, "")] if wire.busy else None
-        ends = [
-            *(_output(end) for end in wire.outputs.split()),
-            *(Input(*_end(end)) for end in wire.inputs.split()),
-            *(State(*_end(end)) for end in wire.states.split()),
-        ]
-        app.callback(*ends, running=running, prevent_initial_call=not wire.at_once)(method)
-
-
-def _output(end: str) -> Output:
-    return Output(*_end(end.removesuffix("!")), allow_duplicate=end.endswith("!"))
-
-
-def _end(end: str) -> tuple[str, str]:
-    """The control and its property in "control.property"."""
-    control, _, name = end.partition(".")
-    return control, name
+        return make_board_app(subject, table, recorded or start, start, config.text)
+    texts = beginning(subject, config.text, config.second)
+    ask(subject, texts[0], recorded or start)  # refused here, before a page that cannot be used
+    return make_app(Explorer(subject, recorded or start, start), texts)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import plotly.graph_objects as go
 from dash import dcc, html
 from dash.development.base_component import Component
 
-from loopscope.analyses.common.records import FIGURE_CONFIG
 from loopscope.analyses.common.subject import Subject
+from loopscope.analyses.explorer.controls import (
+    button,
+    control,
+    counted,
+    graph,
+    radio,
+    section,
+    slider,
+    status,
+    typed,
+)
 from loopscope.analyses.explorer.model import blocks_per_loop
 from loopscope.analyses.explorer.questions import MAX_TOKENS, hint
 from loopscope.interp.drawing.labels import AXIS
@@ -45,7 +52,7 @@ def page(
         html.H1(subject.name),
         html.P(f"{task.rstrip('.')}; {facts}", className="lead"),
     ]
-    loops = _slider("loops", start, most, (1, *range(trained, most + 1, trained)))
+    loops = slider("loops", start, most, (1, *range(trained, most + 1, trained)))
     stores = [dcc.Store(id=name) for name in ("asked", "pair", "shown")]
     sections = [
         _ask_section(subject, loops, texts[0]),
@@ -54,12 +61,12 @@ def page(
         _patch_section(subject, texts[1]),
     ]
     of_a = html.Div(sections[:-1], id="of-a")
-    return html.Div([html.Header(header), html.Main([*stores, of_a, sections[-1]]), _status()])
+    return html.Div([html.Header(header), html.Main([*stores, of_a, sections[-1]]), status(BUSY)])
 
 
 def _ask_section(subject: Subject, loops: Component, text: str) -> Component:
     word = "Question" if subject.questions else "Text"
-    asked = [_typed("a", f"{word} A", text), *_choices(subject)]
+    asked = [typed("a", f"{word} A", text), *_choices(subject)]
     read = dcc.Dropdown([], None, id="read", searchable=False, placeholder="as the checkpoint says")
     known = f"Tokens: {hint(subject)}; at" if subject.questions else "At"
     note = f"{known} most {MAX_TOKENS} tokens. Press Enter, or leave the field."
@@ -67,13 +74,13 @@ def _ask_section(subject: Subject, loops: Component, text: str) -> Component:
         html.Div(asked, className="controls"),
         html.P(note, className="hint"),
         html.P(id="a-wrong", className="wrong", role="alert"),
-        html.Div([_control("read", "Answer read at", read)], className="controls"),
-        _control("loops", "Number of iterations", loops),
+        html.Div([control("read", "Answer read at", read)], className="controls"),
+        control("loops", "Number of iterations", loops),
         html.P(id="verdict", className="found"),
     ]
     title = f"{word}, and its margin over iterations"
-    sides = [html.Div(left), _graph("margin", 290)]
-    return _section(
+    sides = [html.Div(left), graph("margin", 290)]
+    return section(
         "question", title, [html.Div(sides, className="two"), html.Div(id="tops", className="said")]
     )
 
@@ -86,7 +93,7 @@ def _choices(subject: Subject) -> list[Component]:
         list(subject.questions), subject.example().hops, id="hops", clearable=False,
         searchable=False,
     )  # fmt: skip
-    return [_control("hops", "Hops", hops), _button("next-a", "Another question")]
+    return [control("hops", "Hops", hops), button("next-a", "Another question")]
 
 
 def _lens_section() -> Component:
@@ -95,28 +102,28 @@ def _lens_section() -> Component:
         "What the model would answer at every position, read through its own final norm and head;"
         " colour is the probability of the top token. Hover for the top five."
     )
-    return _section(
+    return section(
         "lens-section",
         "Logit lens",
-        [html.P(text), _radio("rows", "Rows", choices), _graph("lens", 500)],
+        [html.P(text), radio("rows", "Rows", choices), graph("lens", 500)],
     )
 
 
 def _attention_section(subject: Subject, start: int) -> Component:
     views = {"heads": "all heads of one loop", "loops": "all loops of one head"}
     pickers = [
-        _radio("view", "Show", views),
-        _control("loop", "Loop", _slider("loop", 0, start - 1, least=0), wide=True),
-        _control("layer", "Block", _counted("layer", blocks_per_loop(subject.model))),
-        _control("head", "Head", _counted("head", subject.model.cfg.n_heads)),
+        radio("view", "Show", views),
+        control("loop", "Loop", slider("loop", 0, start - 1, least=0), wide=True),
+        control("layer", "Block", counted("layer", blocks_per_loop(subject.model))),
+        control("head", "Head", counted("head", subject.model.cfg.n_heads)),
     ]
     text = (
         "Each row is a position that looks, each column one that is looked at; a row sums to one."
     )
-    return _section(
+    return section(
         "attention-section",
         "Attention patterns",
-        [html.P(text), html.Div(pickers, className="controls"), _graph("attention", 400)],
+        [html.P(text), html.Div(pickers, className="controls"), graph("attention", 400)],
     )
 
 
@@ -124,14 +131,14 @@ def _patch_section(subject: Subject, text: str) -> Component:
     word = "Question" if subject.questions else "Text"
     asked = html.Div(
         [
-            _typed("b", f"{word} B, with as many tokens as A", text),
-            *([_button("next-b", "Another B")] if subject.questions else []),
+            typed("b", f"{word} B, with as many tokens as A", text),
+            *([button("next-b", "Another B")] if subject.questions else []),
         ],
         className="controls",
     )
     names = {"block": f"After block ({AXIS})", "position": "At position"}
     pickers = [
-        _control(key, name, dcc.Dropdown([], None, id=key, searchable=False))
+        control(key, name, dcc.Dropdown([], None, id=key, searchable=False))
         for key, name in names.items()
     ]
     extent = {"quick": "as many loops as are quick", "all": "every loop"}
@@ -141,93 +148,8 @@ def _patch_section(subject: Subject, text: str) -> Component:
     parts = [
         asked,
         html.P(id="b-wrong", className="wrong", role="alert"),
-        _radio("extent", "Map", extent),
+        radio("extent", "Map", extent),
         html.P(id="map-caption"),
-        html.Div([_graph("map", 500), cell], className="two map", id="patched"),
+        html.Div([graph("map", 500), cell], className="two map", id="patched"),
     ]
-    return _section("patch-section", "Patching B into A", parts)
-
-
-def _status() -> Component:
-    parts: list[Component] = [html.Span(id="problem", className="busy")]
-    for name in BUSY:
-        parts += [html.Span(id=f"{name}-busy", className="busy"), html.Span(id=f"{name}-took")]
-    return html.P(parts, className="status", id="status", role="status")
-
-
-def _section(key: str, title: str, parts: list[Component]) -> Component:
-    return html.Section([html.H2(title), *parts], id=key)
-
-
-def _control(key: str, name: str, control: Component, wide: bool = False) -> Component:
-    """A control under its name, which is also what a screen reader says of it."""
-    named: dict[str, Any] = {"role": "group", "aria-labelledby": f"{key}-name"}
-    return html.Div(
-        [html.Span(name, className="name", id=f"{key}-name"), control],
-        className="control wide" if wide else "control",
-        **named,
-    )
-
-
-def _typed(key: str, name: str, text: str) -> Component:
-    field = dcc.Input(
-        id=key, value=text, type="text", debounce=True, spellCheck=False, autoComplete="off"
-    )
-    return html.Div([html.Label(name, htmlFor=key), field], className="control wide typed")
-
-
-def _radio(key: str, name: str, choices: dict[str, str]) -> Component:
-    options = [{"value": value, "label": label} for value, label in choices.items()]
-    return html.Fieldset(
-        [html.Legend(name), dcc.RadioItems(options, next(iter(choices)), id=key, inline=True)],
-        className="control",
-    )
-
-
-def _slider(
-    key: str, value: int, most: int, marks: tuple[int, ...] = (), least: int = 1
-) -> Component:
-    """A slider over whole numbers; the arrow keys move it too."""
-    named = {loop: str(loop) for loop in marks} or None
-    return dcc.Slider(
-        least,
-        most,
-        1,
-        value=value,
-        marks=named,
-        tooltip={"placement": "top"},
-        allow_direct_input=False,
-        id=key,
-    )
-
-
-def _counted(key: str, count: int) -> Component:
-    return dcc.Dropdown(
-        [{"value": i, "label": f"{i}"} for i in range(count)],
-        0,
-        id=key,
-        clearable=False,
-        searchable=False,
-    )
-
-
-def _button(key: str, text: str) -> Component:
-    return html.Button(text, id=key, className="do", type="button")
-
-
-def _graph(key: str, height: int) -> Component:
-    blank = go.Figure(
-        layout={
-            "height": height,
-            "xaxis": {"visible": False},
-            "yaxis": {"visible": False},
-            "template": "simple_white",
-        }
-    )
-    config: Any = {
-        **FIGURE_CONFIG,
-        "responsive": False,
-        "modeBarButtons": [["toImage"]],
-        "displayModeBar": "hover",
-    }
-    return html.Div(dcc.Graph(id=key, figure=blank, config=config), className="figure")
+    return section("patch-section", "Patching B into A", parts)

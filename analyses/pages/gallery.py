@@ -79,7 +79,8 @@ def entries(toy: Path) -> list[Entry]:
         " form of the figure means something.",
     )
     text = Entry("readouts", {"checkpoint": "mini/smiles", "text": "CC(=O)Nc1ccc(O)cc"})
-    others = {gate.name: gate, text.name: text}
+    board = Entry("sudoku", {"checkpoint": "mini/sudoku/trm6"})
+    others = {each.name: each for each in (gate, text, board)}
     return [others.get(name) or Entry(name, {}) for name in FIGURES]
 
 

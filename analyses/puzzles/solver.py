@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -18,6 +20,9 @@ from loopscope.interp.common.ranking import top_token
 from loopscope.models.core.state import checked_loops
 from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.tasks.puzzles.boards import Puzzle, sudoku_tokens
+from loopscope.tasks.puzzles.files import read_csv
+from loopscope.tasks.puzzles.grades import Grade, grade
+from loopscope.tasks.puzzles.sudoku import Sudoku
 from loopscope.training.puzzles.supervision import with_prefix
 
 
@@ -27,6 +32,10 @@ class SolverConfig(SourceConfig):
 
     checkpoint: Annotated[str, tyro.conf.Positional] = "mini/sudoku/trm"
     """A puzzle solver whose card.json holds Sudoku puzzles: a name, a file or a folder."""
+    data: Path | None = None
+    """Sudoku puzzles to solve instead: a CSV file with the columns source, question, answer and
+    rating, as the data set Sudoku-Extreme has them.
+    """
     n_loops: int | None = None
     """Supervision steps; by default what the checkpoint records."""
 
@@ -52,6 +61,16 @@ class Solver:
         """The columns of the cells."""
         return slice(self.model.cfg.n_prefix, None)
 
+    @property
+    def rules(self) -> Sudoku:
+        """The rules of the board."""
+        return Sudoku.of_side(math.isqrt(self.answers.shape[1]))
+
+    @property
+    def grades(self) -> tuple[Grade, ...]:
+        """How hard each puzzle is."""
+        return tuple(grade(self.rules, puzzle.question) for puzzle in self.puzzles)
+
 
 @dataclass(frozen=True)
 class Cycles:
@@ -70,23 +89,30 @@ class Cycles:
 
 
 def open_solver(config: SolverConfig, count: int) -> Solver:
-    """The checkpoint that a config names, with its first `count` held-out Sudoku puzzles.
+    """The checkpoint that a config names, with its first `count` held-out Sudoku puzzles, or those
+    of the config's CSV file.
 
     Raises:
-        ValueError: It is no puzzle solver, or its card has no held-out puzzles.
+        ValueError: It is no puzzle solver, there are no puzzles, or they are of another size.
     """
-    subject = open_subject(config, needs_questions=False)
-    model, stored = subject.model, subject.card.get("held_out_puzzles")
-    if not isinstance(model, PuzzleSolver) or not stored:
+    subject = open_subject(replace(config, data=None), needs_questions=False)
+    model, stored = subject.model, subject.card.get("held_out_puzzles") or ()
+    puzzles = read_csv(config.data) if config.data else [Puzzle(**each) for each in stored]
+    if not isinstance(model, PuzzleSolver) or not puzzles:
         raise ValueError(
             f"{config.checkpoint} must be a puzzle solver with held_out_puzzles in its card.json,"
-            f" got a {model.cfg.family} model {'with' if stored else 'without'} them; take"
-            " mini/sudoku/trm"
+            f" or with puzzles in --data, got a {model.cfg.family} model"
+            f" {'with' if puzzles else 'without'} them; take mini/sudoku/trm"
         )
     if count < 1:
         raise ValueError(f"at least one puzzle is needed, got {count}")
-    puzzles = tuple(Puzzle(**each) for each in stored[:count])
-    return solver_of(model, puzzles)
+    cells, known = len(puzzles[0].question), model.cfg.n_ctx
+    if known is not None and cells != known - model.cfg.n_prefix:
+        raise ValueError(
+            f"{config.checkpoint} solves boards of {known - model.cfg.n_prefix} cells, got puzzles"
+            f" of {cells}"
+        )
+    return solver_of(model, puzzles[:count])
 
 
 def solver_of(model: PuzzleSolver, puzzles: Sequence[Puzzle]) -> Solver:

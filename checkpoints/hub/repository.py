@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
-_BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*all_config.yaml")
+_OF_SOLVERS = ("checkpoint", "*/checkpoint", "step_*", "*/step_*")  # files without suffix
 _TRAINING_STATE = ("*optimizer*", "*scheduler*", "*rng_state*", "*training_args*")
 _BELOW_ROOT = "*/*"
 _Choice = tuple[
@@ -23,6 +24,7 @@ _CHOICES: tuple[_Choice, ...] = (
     (("*.safetensors",), (_BELOW_ROOT,)),
     (("*.safetensors",), ()),
     (("*.pt", "*.bin"), ()),
+    (_OF_SOLVERS, ()),
 )
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -38,8 +40,8 @@ def from_hub(repository: str, revision: str | None, cache: str | Path | None) ->
             _check_shards(folder / _index_of(choice), where)
             return folder
     raise FileNotFoundError(
-        f"{where} holds no weights: neither .safetensors nor .pt nor .bin; name a repository that"
-        " does"
+        f"{where} holds no weights: neither .safetensors nor .pt nor .bin, nor a puzzle solver's"
+        " step_<N> or checkpoint; name a repository that does"
     )
 
 

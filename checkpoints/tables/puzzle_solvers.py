@@ -32,6 +32,14 @@ TRM = Table(
     names=lambda cfg: names({"L": ("blocks", cfg.n_layers)}),
     harmless=HARMLESS,
     readout=None,
+    releases=(
+        ("Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-mlp", "81 cells; an MLP along positions"),
+        ("Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-att", "81 cells; attention"),
+        ("Sanjin2024/TinyRecursiveModel-Maze-Hard", "mazes of 30 x 30 cells"),
+        ("Sanjin2024/TinyRecursiveModels-ARC-AGI-1", "1.8 GB, most of it puzzle vectors"),
+        ("Sanjin2024/TinyRecursiveModels-ARC-AGI-2", "2.5 GB, most of it puzzle vectors"),
+        ("arcprize/trm_arc_prize_verification", "folders arc_v1_public and arc_v2_public"),
+    ),
 )
 HRM = Table(
     family="hrm",
@@ -40,4 +48,9 @@ HRM = Table(
     names=lambda cfg: names({"L": ("low", cfg.n_layers), "H": ("high", cfg.n_high_layers)}),
     harmless=HARMLESS,
     readout=None,
+    releases=(
+        ("sapientinc/HRM-checkpoint-sudoku-extreme", "81 cells"),
+        ("sapientinc/HRM-checkpoint-maze-30x30-hard", "mazes of 30 x 30 cells"),
+        ("sapientinc/HRM-checkpoint-ARC-2", "grids of ARC-AGI-2"),
+    ),
 )

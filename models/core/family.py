@@ -26,8 +26,6 @@ class Family(nn.Module):
         prefix_readout: Stopping after t iterations and reading out equals a call with n_loops=t.
         additive_residual: The residual stream is a plain sum of component outputs.
         batch_independent: A row's result does not depend on the other rows.
-        rowwise: Outside attention each (batch, position) is computed on its own, and every part of
-            the state is "batch pos ...", so that any rows can be run side by side.
         heads_read_stream: A head's queries, keys and values are made of the residual stream at
             their own visit.
         runs_visits: A run goes through the schedule visit by visit, so that another schedule can be
@@ -42,7 +40,6 @@ class Family(nn.Module):
     causal: ClassVar[bool] = True
     prefix_readout: ClassVar[bool] = True
     batch_independent: ClassVar[bool] = True
-    rowwise: ClassVar[bool] = True
     heads_read_stream: ClassVar[bool] = True
     runs_visits: ClassVar[bool] = True
     visible: ClassVar[Visible] = staticmethod(causal_keys)
@@ -52,6 +49,13 @@ class Family(nn.Module):
     @property
     def additive_residual(self) -> bool:
         """Whether the residual stream is a plain sum of component outputs."""
+        return True
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether each (batch, position) is computed on its own outside attention, and every part
+        of the state is "batch pos ...", so that any rows can be run side by side.
+        """
         return True
 
     @property

@@ -67,7 +67,6 @@ class Wrapped(LoopedModel):
         module: The wrapped module.
     """
 
-    rowwise: ClassVar[bool] = False
     prefix_readout: ClassVar[bool] = False
     heads_read_stream: ClassVar[bool] = False
     runs_visits: ClassVar[bool] = False
@@ -83,6 +82,10 @@ class Wrapped(LoopedModel):
 
     @property
     def additive_residual(self) -> bool:
+        return False
+
+    @property
+    def rowwise(self) -> bool:
         return False
 
     def plan(self, n_loops: int) -> list[Slot]:

@@ -77,6 +77,15 @@ class Sudoku:
         return np.stack([row, column, box])
 
     @cached_property
+    def houses(self) -> tuple[tuple[int, ...], ...]:
+        """The cells of every row, every column and every box."""
+        return tuple(
+            tuple(np.flatnonzero(kind == i).tolist())
+            for kind in self.units
+            for i in range(self.side)
+        )
+
+    @cached_property
     def peers(self) -> tuple[tuple[int, ...], ...]:
         """For each cell the other cells of its row, column and box."""
         same = (self.units[:, :, None] == self.units[:, None, :]).any(0)
@@ -108,7 +117,7 @@ class Sudoku:
             raise ValueError(f"most must be at least 1 solution, got {most}")
         search = _Search(self)
         found = []
-        for solution in search.from_masks(self._masks(board)):
+        for solution in search.from_masks(self.masks(board)):
             found.append(solution)
             if len(found) == most:
                 break
@@ -179,8 +188,8 @@ class Sudoku:
         search = _Search(self, rng)
         return next(search.from_masks([(1 << self.side) - 1] * self.side**2))
 
-    def _masks(self, board: str) -> list[int]:
-        """The candidates of each cell as bits."""
+    def masks(self, board: str) -> list[int]:
+        """The digits that each cell may hold, as bits: one for a clue, all for a blank."""
         known = {**dict.fromkeys(SUDOKU_BLANKS, (1 << self.side) - 1)}
         known |= {str(k + 1): 1 << k for k in range(self.side)}
         wrong = sorted(set(board) - set(known))

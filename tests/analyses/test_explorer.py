@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from language_toys import CAT, DOG, ouro_folder
-from loopscope.analyses.common.configs import SourceConfig
+from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
 from loopscope.analyses.common.subject import Subject, answer_logits, open_subject
 from loopscope.analyses.explorer import app as explorer
-from loopscope.analyses.explorer.app import ExploreConfig, Explorer, choose, make_explorer
+from loopscope.analyses.explorer import callbacks, wiring
+from loopscope.analyses.explorer.app import make_explorer
+from loopscope.analyses.explorer.callbacks import Explorer, choose
 from loopscope.analyses.explorer.model import (
     MarginCurve,
     PatchGrid,
@@ -467,7 +469,7 @@ def made(subject: Subject) -> Explorer:
 
 
 def test_what_can_be_asked_is_passed_on_and_what_cannot_is_explained(made: Explorer) -> None:
-    keep = explorer.no_update
+    keep = callbacks.no_update
     assert made.check("<w_1> <w_2>", "<w_3><w_2>", None) == (
         "<w_1><w_2>",
         {"a": "<w_1><w_2>", "b": "<w_3><w_2>"},
@@ -475,18 +477,18 @@ def test_what_can_be_asked_is_passed_on_and_what_cannot_is_explained(made: Explo
         "",
         "",
         "",
-        explorer.FRESH_MAP,
+        callbacks.FRESH_MAP,
     )
     assert made.check("<w_1><w_2>", "<w_3><w_2>", "<w_1><w_2>")[0] is keep
     wrong = made.check("<x>", "<w_3><w_2>", "<w_1><w_2>")
     assert wrong[:2] == (keep, keep)
     assert wrong[2].startswith("A: '<x>' is not one of the 29 tokens")
-    assert wrong[5:] == (explorer.STALE, explorer.STALE_MAP)
+    assert wrong[5:] == (callbacks.STALE, callbacks.STALE_MAP)
     assert made.check(None, "<w_1>", None)[2].startswith("A: a text must hold at least one token")
     longer = made.check("<w_1><w_2>", "<w_3>", "<w_1><w_2>")
     assert longer[1:3] == (keep, "")
     assert longer[3].startswith("B: B must have as many tokens as A, which has 2, got 1; nothing")
-    assert longer[5:] == ("", explorer.STALE_MAP)
+    assert longer[5:] == ("", callbacks.STALE_MAP)
 
 
 @pytest.mark.shapes
@@ -495,13 +497,13 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
 ) -> None:
     held = []
     for name in ("lens_table", "margins", "heads_of", "loops_of", "patch_grid", "patch_cell"):
-        real = getattr(explorer, name)
+        real = getattr(callbacks, name)
 
         def watched(*args: Any, real: Any = real, **options: Any) -> Any:
             held.append(made.lock.locked())
             return real(*args, **options)
 
-        monkeypatch.setattr(explorer, name, watched)
+        monkeypatch.setattr(callbacks, name, watched)
     asked = {"a": A_TEXT, "b": B_TEXT}
     assert valid(made.show_lens(A_TEXT, 3, "iterations")[0]).data[0].y == ("0.1", "1.1", "2.1")
     assert len(valid(made.show_margin(A_TEXT, 3)[0]).data[0].x) == made.most == 12
@@ -525,7 +527,7 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
 def test_the_answer_is_read_at_the_chosen_position_of_both_texts(made: Explorer) -> None:
     options, kept = made.reads(A_TEXT, 2)
     assert [each["label"] for each in options][2:4] == ["2 <w_2>", "3 <w_20>"]
-    assert kept is explorer.no_update
+    assert kept is callbacks.no_update
     assert made.reads("<w_1><w_2>", 5)[1] is None
     query = ask(made.subject, A_TEXT, LOOPS, 2)
     model = made.subject.model
@@ -625,11 +627,11 @@ def test_an_error_inside_a_callback_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(explorer, "set_props", lambda key, props: said.append(props["children"]))
+    monkeypatch.setattr(wiring, "set_props", lambda key, props: said.append(props["children"]))
     try:
         ask(None, "<e_1>", 1)  # type: ignore[arg-type]
     except Exception as error:
-        explorer._report(error)
+        wiring._report(error)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.match(r"could not be computed: \w+: .* \(.*\.py:\d+\)$", line)
     assert said[0].startswith("This could not be computed: ")

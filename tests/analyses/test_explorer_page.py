@@ -13,7 +13,8 @@ import pytest
 
 from browser import Tab, opened, require_chromium
 from language_toys import CAT, DOG, ouro_folder
-from loopscope.analyses.explorer.app import ExploreConfig, make_explorer
+from loopscope.analyses.common.configs import ExploreConfig
+from loopscope.analyses.explorer.app import make_explorer
 
 PARTS = ("lens", "margin", "attention", "map")
 FIRST, SECOND = "<e_3><r_1><r_4>", "<e_8><r_1><r_4>"
@@ -80,7 +81,7 @@ def test_every_part_is_drawn_and_says_how_long_it_took(tab: Tab) -> None:
 def test_nothing_is_wider_than_the_window_and_no_parts_overlap(tab: Tab, width: int) -> None:
     tab.resize(width, 900)
     tab.wait(f"window.innerWidth === {width} && {plot('lens')}._fullLayout.width < {width}")
-    assert tab.value("document.documentElement.scrollWidth") <= width
+    tab.wait(f"document.documentElement.scrollWidth <= {width}")  # each figure is fitted in turn
     boxes = tab.value(
         "[...document.querySelectorAll('section')].map(s => [s.getBoundingClientRect().top,"
         " s.getBoundingClientRect().bottom])"

@@ -67,6 +67,8 @@ def test_the_table_is_frozen_and_names_each_release_once() -> None:
         "inkling2_loop",
         "huginn",
         "hrm_text",
+        "hrm",
+        "trm",
         "nanbeige",
         "parcae",
         "albert",
@@ -235,8 +237,12 @@ SHARDS: Files = {
             {"config.json": b"{}", "model.pt": b"1", "seed_0/model.bin": b"2"},
             ("optimizer.pt", "training_args.bin", "rng_state.bin", "x.h5"),
         ),
+        (
+            {"all_config.yaml": b"arch: {}", "checkpoint": b"1", "a/step_12": b"2"},
+            ("losses.py", "optimizer_checkpoint", "README.md"),
+        ),
     ],
-    ids=["sharded", "safetensors-below", "pickles"],
+    ids=["sharded", "safetensors-below", "pickles", "puzzle-solvers"],
 )
 def test_pickles_come_only_where_there_are_no_safetensors(
     hub: Hub, files: Files, left_out: tuple[str, ...]

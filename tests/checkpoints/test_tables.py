@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from loopscope.checkpoints.remote import remote_releases
 from loopscope.checkpoints.table import recognize
 from loopscope.checkpoints.tables import TABLES, tables_in
 from loopscope.models.core.registry import FAMILIES
-from paths import GOLDEN
+from paths import DOCS, GOLDEN
 
 RELEASED = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 # Folders that are not named after their family; the weights of deepseek_v4_mhc are one part of a
@@ -59,6 +60,9 @@ def test_the_known_releases_are_those_of_the_tables() -> None:
     hub = [(each.at, each.family) for each in remote_releases() if not each.on_drive]
     assert hub == [(at, table.family) for table in TABLES for at, _ in table.releases]
     assert ("ByteDance/Ouro-1.4B", "ouro") in hub
+    solvers = {each.at for each in remote_releases() if each.family in ("trm", "hrm")}
+    told = (DOCS / "releases.md").read_text(encoding="utf-8")
+    assert solvers == set(re.findall(r"^\| (\S+/\S+) \| [th]rm \|", told, re.MULTILINE))
 
 
 NEW_TABLE = """

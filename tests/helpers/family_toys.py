@@ -58,11 +58,12 @@ def golden(name: str, **options: Any) -> Callable[[], LoopedModel]:
     return lambda: load(GOLDEN / name, **options).double()
 
 
-def position_solver() -> LoopedModel:
-    """A solver whose blocks have an MLP along the positions, so that it needs all five."""
+def position_solver(n_ctx: int = 5) -> LoopedModel:
+    """A solver whose blocks have an MLP along the positions, so that it needs all of them."""
     cfg = TrmConfig(
         n_layers=1, n_loops=LOOPS, n_cycles=1, n_low_loops=1, d_model=6, n_heads=1, d_mlp=256,
-        d_vocab=11, n_prefix=2, d_puzzle=6, n_puzzles=1, positions="none", d_pos_mlp=256, n_ctx=5,
+        d_vocab=11, n_prefix=2, d_puzzle=6, n_puzzles=1, positions="none", d_pos_mlp=256,
+        n_ctx=n_ctx,
     )  # fmt: skip
     return randomize_(build(cfg)).double()
 

@@ -42,6 +42,25 @@ tensors and tokenizer are read with the extra `loopscope[gguf]`; its codes becom
 A tokenizer that cannot be used is one warning with the reason, and the weights load. A file that
 mixes number formats of 16 and 32 bits loads in float32 with a warning, unless `dtype=` is given.
 
+A puzzle solver's release is one pickle without a suffix, `step_<N>` or `checkpoint`, beside
+`all_config.yaml`; `load` reads it safely. Tests load folders made in this layout; the files below
+are too large for them.
+
+| release | family | what it solves |
+|---|---|---|
+| sapientinc/HRM-checkpoint-sudoku-extreme | hrm | Sudoku, 81 cells |
+| sapientinc/HRM-checkpoint-maze-30x30-hard | hrm | mazes of 30 x 30 cells |
+| sapientinc/HRM-checkpoint-ARC-2 | hrm | ARC-AGI-2 |
+| Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-mlp | trm | Sudoku, an MLP along positions |
+| Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-att | trm | Sudoku, attention |
+| Sanjin2024/TinyRecursiveModel-Maze-Hard | trm | mazes of 30 x 30 cells |
+| Sanjin2024/TinyRecursiveModels-ARC-AGI-1 | trm | ARC-AGI-1 |
+| Sanjin2024/TinyRecursiveModels-ARC-AGI-2 | trm | ARC-AGI-2 |
+| arcprize/trm_arc_prize_verification | trm | ARC-AGI-1 and 2, each in a folder of its own |
+
+HRM's are its authors' own. TRM's authors have published none that is known here; these are of
+others who ran their code.
+
 ## Fields of config.json, and reference classes
 
 The config fields of each release below are kept at reduced width in `tests/configs/`: those of

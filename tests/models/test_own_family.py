@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import loopscope
+from family_toys import position_solver
 from loopscope.analyses.pages.families import tiny
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
@@ -159,6 +160,12 @@ def test_a_declaration_that_does_not_hold_is_one_sentence(
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_of_the_project_is_what_it_declares(name: str) -> None:
     loopscope.check_family(tiny(name))
+
+
+def test_a_solver_with_an_mlp_along_positions_is_what_it_declares() -> None:
+    model = position_solver(n_ctx=7)
+    assert (tiny("trm").rowwise, model.rowwise) == (True, False)
+    loopscope.check_family(model)
 
 
 @pytest.mark.usefixtures("registry")

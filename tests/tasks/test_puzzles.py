@@ -18,6 +18,7 @@ from loopscope.tasks.puzzles.boards import (
     sudoku_words_of,
 )
 from loopscope.tasks.puzzles.files import read_arrays, read_csv, write_arrays, write_csv
+from loopscope.tasks.puzzles.grades import Grade, grade
 from loopscope.tasks.puzzles.mazes import make_maze, solve_maze
 from loopscope.tasks.puzzles.sudoku import Sudoku, make_sudokus
 
@@ -64,9 +65,57 @@ def test_more_clues_are_left_where_more_are_asked_for() -> None:
     assert 36 - puzzle.question.count(".") == 20
 
 
+def test_houses_are_rows_columns_and_boxes() -> None:
+    assert WIDE.houses[0] == (0, 1, 2, 3, 4, 5)
+    assert WIDE.houses[7] == (1, 7, 13, 19, 25, 31)
+    assert WIDE.houses[13] == (3, 4, 5, 9, 10, 11)
+    assert len(WIDE.houses) == 18
+
+
 def test_relations_name_the_box_before_the_line() -> None:
     names = {0: "self", 1: "box", 2: "box", 3: "row", 6: "box", 8: "box", 12: "column", 13: "none"}
     assert {cell: WIDE.relation(0, cell) for cell in names} == names
+
+
+def test_a_grade_says_what_a_puzzle_needs_and_for_how_many_rounds() -> None:
+    solved = "2413132442313142"
+    assert grade(SMALL, solved) == Grade(0, 0)
+    one_round = f"{solved[:5]}..{solved[7:]}"
+    assert str(grade(SMALL, one_round)) == "naked singles, 1 round"
+    assert str(grade(SMALL, "2......4.23.3..2")) == "naked singles, 3 rounds"
+    found = [
+        grade(WIDE, board)
+        for board in (
+            ".....3.45.1..1.2...2...4........6..5",
+            "21.........5..3........66..4..1...5.",
+            "3......26..32.........6..153.....4..",
+        )
+    ]
+    assert found == [Grade(0, 6), Grade(1, 5), Grade(2, 2)] == sorted(found)
+    assert [each.needs for each in found] == ["naked singles", "hidden singles", "guesses"]
+    assert WIDE.solve("21.........5..3........66..4..1...5.").guesses == 1
+    with pytest.raises(ValueError, match="got 15 cells"):
+        grade(SMALL, "." * 15)
+
+
+def test_every_puzzle_of_4_rows_with_one_solution_needs_naked_singles_alone() -> None:
+    """A clue more never takes a naked single away, so it is enough to grade the puzzles of which no
+    clue can be spared; and symmetries leave two solved boards.
+    """
+    grids = SMALL.solve("." * 16, most=300).boards
+    classes = [SMALL.canonical(grid) for grid in grids]
+    subsets, copies = np.arange(1 << 16), 0
+    for kind, board in dict(zip(classes, grids, strict=True)).items():
+        is_one = np.ones(1 << 16, dtype=bool)
+        for other in grids:
+            differs = sum(1 << i for i in range(16) if board[i] != other[i])
+            is_one &= (subsets & differs != 0) | (differs == 0)
+        spare = [(subsets >> i & 1 == 1) & is_one[subsets & ~(1 << i)] for i in range(16)]
+        for kept in np.flatnonzero(is_one & ~np.any(spare, axis=0)).tolist():
+            clues = "".join(digit if kept >> i & 1 else "." for i, digit in enumerate(board))
+            assert grade(SMALL, clues).level == 0, clues
+            copies += classes.count(kind)
+    assert copies == 85_632, "as others have counted them"
 
 
 @pytest.mark.parametrize("rules", [SMALL, WIDE], ids=["4", "6"])

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from loopscope.checkpoints.load import load
 from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
+from loopscope.tasks.puzzles.boards import Puzzle
 from loopscope.training.puzzles.data import copies_of
 from loopscope.training.puzzles.recipes import PUZZLE_RECIPES, PuzzleRecipe, SudokuTask
-from loopscope.training.puzzles.scores import by_rating, score
+from loopscope.training.puzzles.scores import by_grade, examined
 from loopscope.training.puzzles.supervision import (
     Carry,
     Draws,
@@ -152,12 +153,22 @@ def test_a_run_writes_both_checkpoints_with_the_averaged_weights(finished: Path)
     for name, tensor in last.state_dict().items():
         assert torch.equal(tensor, average[name]), name
     card = json.loads((finished / "final" / "card.json").read_text())
-    scores = score(last, trainer.held_out, RECIPE.n_loops)
-    assert card["exact"] == [round(x, 4) for x in scores.exact.float().mean(1).tolist()]
-    assert card["exact_by_rating"] == by_rating(scores.exact[-1], trainer.held_out)
+    told = examined(last, trainer.held_out, RECIPE.n_loops)
+    assert {name: card[name] for name in told} == told
+    assert sum(each["puzzles"] for each in card["exact_by_grade"].values()) == 5
     assert load(finished / "first").cfg == last.cfg
     text = "<pad>" + "<.>" * 16
     assert last.encode([text]).tokens.shape == (1, 17)
+
+
+def test_scores_are_counted_by_grade() -> None:
+    easy, hard = (
+        Puzzle("2413132442313.42", "2413132442313142"),
+        Puzzle("2......4.23.3..2", "2413132442313142"),
+    )
+    found = by_grade(torch.tensor([True, True, False]), [hard, easy, easy])
+    assert list(found) == ["naked singles, 1 round", "naked singles, 3 rounds"]
+    assert found["naked singles, 1 round"] == {"puzzles": 2, "exact": 0.5}
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:

@@ -130,6 +130,13 @@ PUZZLE_RECIPES: dict[str, PuzzleRecipe] = {
     recipe.name: recipe
     for recipe in (
         PuzzleRecipe(name="mini/sudoku/trm", task=SudokuTask(), first=400, updates=1600),
+        PuzzleRecipe(
+            name="mini/sudoku/trm6",
+            task=SudokuTask(side=6, clues=(8, 20)),
+            mixing="mlp",  # with attention the loss was still at 1.0 after 1400 updates
+            first=400,
+            updates=1600,
+        ),
     )
 }
 

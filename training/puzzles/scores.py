@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from loopscope.interp.common.ranking import top_token
 from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.tasks.puzzles.boards import Puzzle
+from loopscope.tasks.puzzles.grades import grade
+from loopscope.tasks.puzzles.sudoku import Sudoku
 from loopscope.training.puzzles.data import as_tokens
 from loopscope.training.puzzles.supervision import with_prefix
 
@@ -45,10 +48,25 @@ def score(model: PuzzleSolver, puzzles: Sequence[Puzzle], n_loops: int) -> Puzzl
     return PuzzleScores(found.float().mean(-1), found.all(-1), torch.stack(halting))
 
 
-def by_rating(exact: Bool[Tensor, " puzzle"], puzzles: Sequence[Puzzle]) -> dict[str, float]:
-    """The share of puzzles of each rating that are solved."""
-    ratings = torch.tensor([puzzle.rating for puzzle in puzzles])
-    return {
-        str(rating): round(float(exact[ratings == rating].float().mean()), 4)
-        for rating in sorted(set(ratings.tolist()))
-    }
+def by_grade(
+    exact: Bool[Tensor, " puzzle"], puzzles: Sequence[Puzzle]
+) -> dict[str, dict[str, int | float]]:
+    """For each grade, the easiest first, the number of Sudoku puzzles and the share solved."""
+    rules = Sudoku.of_side(math.isqrt(len(puzzles[0].answer)))
+    grades = [grade(rules, puzzle.question) for puzzle in puzzles]
+    found: dict[str, dict[str, int | float]] = {}
+    for each in sorted(set(grades)):
+        of = exact[torch.tensor([one == each for one in grades])]
+        found[str(each)] = {"puzzles": len(of), "exact": round(float(of.float().mean()), 4)}
+    return found
+
+
+def examined(
+    model: PuzzleSolver, puzzles: Sequence[Puzzle], n_loops: int
+) -> dict[str, list[float] | dict[str, dict[str, int | float]]]:
+    """The scores that a card holds: the share of puzzles solved after each supervision step, and
+    after the last one by grade.
+    """
+    exact = score(model, puzzles, n_loops).exact
+    shares = [round(share, 4) for share in exact.float().mean(1).tolist()]
+    return {"exact": shares, "exact_by_grade": by_grade(exact[-1], puzzles)}

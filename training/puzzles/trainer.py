@@ -23,7 +23,7 @@ from loopscope.training.folder import claim, drafts_of, refuse_unless_resumed
 from loopscope.training.log import Log
 from loopscope.training.puzzles.data import copies_of, puzzles_of
 from loopscope.training.puzzles.recipes import PuzzleRecipe, config_of
-from loopscope.training.puzzles.scores import by_rating, score
+from loopscope.training.puzzles.scores import examined, score
 from loopscope.training.puzzles.supervision import Carry, Draws, supervise
 from loopscope.training.recipes import Stage
 from loopscope.training.setup import descend, finite_loss, fresh_optimizer
@@ -161,10 +161,9 @@ class PuzzleTrainer:
         puzzles = self.held_out[: self.recipe.eval_questions]
         scores = score(self.learner.average, puzzles, self.recipe.n_loops)
         exact = round(float(scores.exact[-1].float().mean()), 4)
-        found = {"exact": exact, **by_rating(scores.exact[-1], puzzles)}
         cells = round(float(scores.cells[-1].mean()), 4)
         rate = self.optimizer.param_groups[0]["lr"]
-        self.log.write(self.progress, found, loss=round(loss, 5), cells=cells, lr=rate)
+        self.log.write(self.progress, {"exact": exact}, loss=round(loss, 5), cells=cells, lr=rate)
         return exact
 
     def save(self) -> None:
@@ -181,7 +180,6 @@ class PuzzleTrainer:
 
     def _card(self, stage: Stage) -> dict[str, Any]:
         recipe = self.recipe
-        scores = score(self.learner.average, self.held_out, recipe.n_loops)
         return {
             "task": str(recipe.task),
             "n_loops": recipe.n_loops,
@@ -190,8 +188,7 @@ class PuzzleTrainer:
             "updates": self.progress.update,
             "seconds": round(self.progress.seconds),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "exact": [round(x, 4) for x in scores.exact.float().mean(1).tolist()],
-            "exact_by_rating": by_rating(scores.exact[-1], self.held_out),
+            **examined(self.learner.average, self.held_out, recipe.n_loops),
             "held_out_puzzles": [asdict(puzzle) for puzzle in self.held_out],
         }
 

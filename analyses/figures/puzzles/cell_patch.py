@@ -74,7 +74,7 @@ def run(config: CellPatchConfig) -> CellPatch:
         raise ValueError(
             f"a patch is read one step later, so n_loops must be above 1, got {n_loops}"
         )
-    side = Sudoku.of_side(round(solver.answers.shape[1] ** 0.5))
+    side = solver.rules
     related = _relations(side).to(solver.answers.device)
     plain = solver.tokens
     renamed = torch.where(

@@ -1,20 +1,25 @@
 """Which cells are filled when, and do more cycles or more beginnings help? Boards over cycles, a
-map of depth and breadth, the motion of the state, and the halting head.
+map of depth and breadth, the puzzles of each grade, the motion of the state, and the halting head.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.analyses.common.records import Record
+from loopscope.analyses.puzzles.drawing import (
+    BOARD_SPAN,
+    RIGHT,
+    draw_board,
+    draw_line,
+    grid_of,
+)
 from loopscope.analyses.puzzles.solver import (
     Cycles,
     Solver,
@@ -23,16 +28,16 @@ from loopscope.analyses.puzzles.solver import (
     open_solver,
     run_cycles,
 )
-from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, GRID, INK, MARK, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, MARK, styled
 from loopscope.tasks.puzzles.boards import BLANK_ID, sudoku_text
-
-_BINS = 5
-_RIGHT = "#0b4f8a"
+from loopscope.tasks.puzzles.grades import Grade
 
 
 @dataclass(frozen=True, kw_only=True)
 class SudokuConfig(SolverConfig):
-    """Boards over cycles, accuracy by cycles and restarts, and the halting head's calibration."""
+    """Boards over cycles, accuracy by cycles, restarts and grades, and the halting head's
+    calibration.
+    """
 
     puzzles: int = 100
     """Held-out puzzles to solve."""
@@ -56,7 +61,7 @@ class SudokuRecord(Record):
         halting: Float[Tensor, "restart cycle puzzle"], the halting logit.
         moved: Float[Tensor, "cycle puzzle"], the distance that the high state moved in the cycle,
             as a share of its norm, from the checkpoint's own states.
-        ratings: Int[Tensor, " puzzle"], the guesses that each puzzle needs.
+        grades: The grade of each puzzle.
         blanks: Int[Tensor, " puzzle"], its blank cells.
         n_cycles: Cycles of one supervision step.
         question, answer: The puzzle that is shown.
@@ -66,7 +71,7 @@ class SudokuRecord(Record):
     exact: Bool[Tensor, "restart cycle puzzle"]
     halting: Float[Tensor, "restart cycle puzzle"]
     moved: Float[Tensor, "cycle puzzle"]
-    ratings: Int[Tensor, " puzzle"]
+    grades: tuple[Grade, ...]
     blanks: Int[Tensor, " puzzle"]
     n_cycles: int
     question: str
@@ -85,33 +90,51 @@ class SudokuRecord(Record):
             rows += [(cycle + 1, made, found[cycle], chosen[cycle]) for cycle in range(len(found))]
         return pd.DataFrame(rows, columns=["cycles", "restarts", "any", "chosen"])
 
+    def by_grade(self) -> dict[str, Bool[Tensor, " puzzle"]]:
+        """The puzzles of each kind, the easiest first: by what they need, or where all need the
+        same by their rounds too.
+        """
+        alike = len({grade.level for grade in self.grades}) == 1
+        named = {grade: str(grade) if alike else grade.needs for grade in sorted(set(self.grades))}
+        return {
+            name: torch.tensor([named[grade] == name for grade in self.grades])
+            for name in named.values()
+        }
+
     def summary(self) -> pd.DataFrame:
-        """One row per number of blank cells: puzzles, the guesses that they need, and the share
+        """One row per kind of `by_grade`: puzzles, their mean number of blank cells, and the share
         solved after the first cycle and at the end.
         """
         first, last = self.exact[0, 0], self.exact[0, -1]
         rows = []
-        for blanks in sorted(set(self.blanks.tolist())):
-            of = self.blanks == blanks
-            means = [float(x[of].float().mean()) for x in (self.ratings, first, last)]
-            rows.append((blanks, int(of.sum()), *means))
-        names = ["blanks", "puzzles", "mean guesses", "solved after one cycle", "solved at the end"]
+        for grade, of in self.by_grade().items():
+            means = [float(x[of].float().mean()) for x in (self.blanks, first, last)]
+            rows.append((grade, int(of.sum()), *means))
+        names = ["needs", "puzzles", "mean blanks", "solved after one cycle", "solved at the end"]
         return pd.DataFrame(rows, columns=names)
 
     def calibration(self) -> pd.DataFrame:
-        """confidence (mean of the halting probability in a bin), solved (share), count; over all
-        supervision steps of the runs from the checkpoint's own states.
+        """The halting head after each supervision step, in the runs from the checkpoint's own
+        states.
+
+        Returns:
+            loop, halting (mean probability), solved (share of puzzles), error (mean square of the
+            difference between the probability and whether the puzzle is solved), halted (share of
+            puzzles whose probability is above a half), right (share of those that are solved; NaN
+            where none is).
         """
         ends = slice(self.n_cycles - 1, None, self.n_cycles)
-        confidence = self.halting[0, ends].sigmoid().flatten()
-        exact = self.exact[0, ends].flatten()
-        bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
-        rows = [
-            (float(confidence[bins == i].mean()), float(exact[bins == i].float().mean()), int(n))
-            for i, n in enumerate(torch.bincount(bins, minlength=_BINS).tolist())
-            if n
-        ]
-        return pd.DataFrame(rows, columns=["confidence", "solved", "count"])
+        halting, exact = self.halting[0, ends].sigmoid(), self.exact[0, ends].float()
+        halts = halting > 0.5
+        columns = {
+            "halting": halting.mean(1),
+            "solved": exact.mean(1),
+            "error": (halting - exact).square().mean(1),
+            "halted": halts.float().mean(1),
+            "right": (exact * halts).sum(1) / halts.sum(1),
+        }
+        named = {name: values.tolist() for name, values in columns.items()}
+        return pd.DataFrame({"loop": range(len(exact)), **named})
 
 
 def run(config: SudokuConfig) -> SudokuRecord:
@@ -144,7 +167,7 @@ def measure(solver: Solver, runs: list[Cycles], config: SudokuConfig) -> SudokuR
         exact=torch.stack([(each.boards == solver.answers).all(-1) for each in runs]),
         halting=torch.stack([each.halting for each in runs]),
         moved=runs[0].moved,
-        ratings=torch.tensor([puzzle.rating for puzzle in solver.puzzles]),
+        grades=solver.grades,
         blanks=(solver.tokens[:, solver.cells] == BLANK_ID).sum(1),
         n_cycles=solver.model.cfg.n_cycles,
         question=shown.question,
@@ -154,71 +177,21 @@ def measure(solver: Solver, runs: list[Cycles], config: SudokuConfig) -> SudokuR
 
 
 def figure(record: SudokuRecord) -> go.Figure:
-    """Above the boards of one puzzle; below the map, the motion and the calibration."""
+    """Above the boards of one puzzle; below the map, the grades, the motion and the halting
+    head.
+    """
     shown = [record.question, *record.boards]
-    part = max(4, len(shown))
-    columns = 3 * part
-    below: list[dict[str, int] | None] = [None] * columns
-    for i in range(3):
-        below[i * part] = {"colspan": part - 2}
-    above: list[dict[str, int] | None] = [None] * columns
-    for i in range(len(shown)):
-        above[3 * i] = {"colspan": 3}
-    specs = [above, below]
-    titles = [
-        "puzzle",
-        *(f"after {i} cycle{'s' * (i > 1)}" for i in range(1, len(record.boards) + 1)),
-    ]
-    lower = ("share solved by any restart", "motion of the high state", "halting head")
-    plot = make_subplots(
-        rows=2, cols=columns, specs=specs, subplot_titles=(*titles, *lower),
-        row_heights=[0.34, 0.66], vertical_spacing=0.16, horizontal_spacing=0.004,
-    )  # fmt: skip
+    titles = ["puzzle", *(f"after {_cycles(i)}" for i in range(1, len(record.boards) + 1))]
+    plot, first_columns = grid_of(titles, [name for name, _ in PANELS])
     for i, board in enumerate(shown):
-        _draw_board(plot, board, record, row=1, col=3 * i + 1)
-    _draw_map(plot, record, row=2, col=1)
-    _draw_motion(plot, record, row=2, col=part + 1)
-    _draw_calibration(plot, record, row=2, col=2 * part + 1)
-    plot.update_layout(legend={"orientation": "h", "y": -0.14, "x": 0.5, "xanchor": "center"})
-    return styled(plot, 620).update_layout(margin_b=90)
+        draw_board(plot, board, record.question, record.answer, row=1, col=BOARD_SPAN * i + 1)
+    for (_, draw), column in zip(PANELS, first_columns, strict=True):
+        draw(plot, record, row=2, col=column)
+    return styled(plot, 660).update_layout(margin_b=130)
 
 
-def _draw_board(plot: go.Figure, board: str, record: SudokuRecord, **place: int) -> None:
-    """One board: clues grey, right cells blue, wrong ones red."""
-    side = math.isqrt(len(board))
-    colors = [
-        INK if clue != "." else _RIGHT if cell == right else MARK
-        for cell, clue, right in zip(board, record.question, record.answer, strict=True)
-    ]
-    fills = [
-        GRID
-        if clue != "."
-        else "#ffffff"
-        if cell == "."
-        else "#dcebf7"
-        if cell == right
-        else "#fbe1d3"
-        for cell, clue, right in zip(board, record.question, record.answer, strict=True)
-    ]
-    plot.add_scatter(
-        x=[i % side for i in range(len(board))],
-        y=[i // side for i in range(len(board))],
-        mode="markers+text",
-        text=["" if cell == "." else cell for cell in board],
-        textfont={"color": colors, "size": 13},
-        marker={
-            "symbol": "square",
-            "size": 24,
-            "color": fills,
-            "line": {"color": FAINT, "width": 1},
-        },
-        showlegend=False,
-        hovertemplate="row %{y}, column %{x}: %{text}<extra></extra>",
-        **place,
-    )
-    ends = [-0.6, side - 0.4]
-    plot.update_xaxes(visible=False, range=ends, **place)
-    plot.update_yaxes(visible=False, range=ends[::-1], **place)
+def _cycles(count: int) -> str:
+    return f"{count} cycle{'s' * (count > 1)}"
 
 
 def _draw_map(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
@@ -238,45 +211,47 @@ def _draw_map(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
     plot.update_yaxes(title="restarts", dtick=1, **place)
 
 
+def _draw_grades(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
+    """The share solved over cycles, by what the puzzles need."""
+    for i, (name, of) in enumerate(record.by_grade().items()):
+        label = f"{name} ({int(of.sum())})"
+        solved = record.exact[0][:, of].float().mean(1).tolist()
+        draw_line(plot, 2, label, CATEGORIES[i % len(CATEGORIES)], solved, **place)
+    plot.update_xaxes(title="cycles", **place)
+    plot.update_yaxes(title="share solved", range=[-0.02, 1.05], **place)
+
+
 def _draw_motion(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
     """The mean motion of the boards that are right after a cycle and of those that are not."""
     for name, color, kept in (
-        ("solved", _RIGHT, record.exact[0]),
+        ("solved", RIGHT, record.exact[0]),
         ("not solved", MARK, ~record.exact[0]),
     ):
         means = [float(m[k].mean()) for m, k in zip(record.moved, kept, strict=True)]
-        plot.add_scatter(
-            x=list(range(1, len(means) + 1)),
-            y=[None if math.isnan(mean) else mean for mean in means],
-            mode="lines+markers",
-            name=name,
-            line={"color": color, "width": 2},
-            hovertemplate=f"{name}<br>%{{x}} cycles<br>%{{y:.3f}}<extra></extra>",
-            **place,
-        )
+        draw_line(plot, 3, name, color, means, **place)
     plot.update_xaxes(title="cycles", **place)
     plot.update_yaxes(title="share of its norm", rangemode="tozero", **place)
 
 
-def _draw_calibration(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
-    """The share of solved boards by the probability that the halting head gives."""
+def _draw_halting(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
+    """The halting probability beside the share solved, after each supervision step."""
     table = record.calibration()
-    plot.add_scatter(
-        x=[0, 1], y=[0, 1], mode="lines", line={"color": FAINT, "dash": "dot"},
-        showlegend=False, hoverinfo="skip", **place,
-    )  # fmt: skip
-    plot.add_scatter(
-        x=table["confidence"].tolist(),
-        y=table["solved"].tolist(),
-        text=table["count"].tolist(),
-        mode="lines+markers",
-        line={"color": INK, "width": 2},
-        showlegend=False,
-        hovertemplate="halting %{x:.2f}<br>solved %{y:.2f}<br>%{text} boards<extra></extra>",
-        **place,
-    )
-    plot.update_xaxes(title="halting probability", range=[-0.02, 1.02], **place)
-    plot.update_yaxes(title="share solved", range=[-0.02, 1.05], **place)
+    for name, color, column in (
+        ("solved", RIGHT, "solved"),
+        ("halting probability", MARK, "halting"),
+        ("solved of those that halt", INK, "right"),
+    ):
+        draw_line(plot, 4, name, color, table[column].tolist(), ("loop", 0), **place)
+    plot.update_xaxes(title="loop", **place)
+    plot.update_yaxes(title="share, or probability", range=[-0.02, 1.05], **place)
+
+
+PANELS = (
+    ("share solved by any restart", _draw_map),
+    ("share solved by grade", _draw_grades),
+    ("motion of the high state", _draw_motion),
+    ("halting head", _draw_halting),
+)
 
 
 EXAMPLE = 'plots.sudoku("mini/sudoku/trm", puzzles=9, restarts=2, n_loops=2)'

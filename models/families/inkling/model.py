@@ -61,7 +61,6 @@ class Inkling(LoopedModel):
         The class Inkling2Loop of transformers 5.24, text part.
     """
 
-    rowwise: ClassVar[bool] = False  # convolutions read neighbouring positions
     heads_read_stream: ClassVar[bool] = False  # heads read mixes and messages
     lens_site: ClassVar[str] = _MIXED
     wide_weights: ClassVar[str] = (
@@ -97,6 +96,11 @@ class Inkling(LoopedModel):
 
     @property
     def additive_residual(self) -> bool:
+        return False
+
+    @property
+    def rowwise(self) -> bool:
+        """False: convolutions read neighbouring positions."""
         return False
 
     def edge_sites(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

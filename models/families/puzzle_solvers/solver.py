@@ -187,6 +187,11 @@ class PuzzleSolver(LoopedModel):
         return False
 
     @property
+    def rowwise(self) -> bool:
+        """Whether positions meet in attention alone, and in no MLP along them."""
+        return not self.cfg.d_pos_mlp
+
+    @property
     def loop_parts(self) -> tuple[str, ...]:
         return ("resid", "low")
 
