@@ -327,7 +327,12 @@ def pyvene(case: Case) -> Tensor:
     """`IntervenableModel` with a `VanillaIntervention` at the block's output."""
     import pyvene as pv
 
-    case.module.config = SimpleNamespace(to_dict=dict, name_or_path="")  # type: ignore[assignment]
+    needed = {
+        "config": SimpleNamespace(to_dict=dict, name_or_path=""),
+        "device": torch.device("cpu"),
+    }
+    for name, value in needed.items():
+        setattr(case.module, name, value)
     found = []
     for path, _, position in case.cells:
         written = pv.VanillaIntervention(embed_dim=D_MODEL)
