@@ -41,14 +41,22 @@ def facts_of(
     model: LoopedModel, cells: Sequence[Cell], batches: Sequence[Batch], options: tuple[object, ...]
 ) -> tuple[object, ...]:
     """All that decides a result; the arguments are those of `fingerprint`."""
-    inputs = [(batch.tokens, batch.mask, batch.readout, dict(batch.options)) for batch in batches]
+    return repr(tuple(cells)), options, facts_of_inputs(batches), facts_of_model(model)
+
+
+def facts_of_inputs(batches: Sequence[Batch]) -> list[object]:
+    """All that inputs hold."""
+    return [(batch.tokens, batch.mask, batch.readout, dict(batch.options)) for batch in batches]
+
+
+def facts_of_model(model: LoopedModel) -> tuple[object, ...]:
+    """All that a model computes with: configuration, hooks, weights and edited schedule."""
     hooks = {
         name: [*point._forward_hooks.values(), *point._forward_pre_hooks.values()]
         for name, point in sorted(model.hooked_points().items())
     }
-    weights = list(model.state_dict().values())
     schedule = () if model.edited is None else (model.edited.order,)
-    return repr(model.cfg), repr(tuple(cells)), options, inputs, hooks, weights, *schedule
+    return repr(model.cfg), hooks, list(model.state_dict().values()), *schedule
 
 
 def described(value: object, longest: int | None = None) -> str:
