@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -119,16 +120,18 @@ class _Hashes:
             return value.func, value.args, value.keywords
         if isinstance(value, types.MethodType):
             return value.__func__, value.__self__
-        if callable(value) and hasattr(value, "__qualname__"):  # of a library, or a class
+        if isinstance(value, type):
+            return value.__module__, value.__qualname__, _members(value)
+        if callable(value) and hasattr(value, "__qualname__"):  # of a library
             return getattr(value, "__module__", ""), value.__qualname__
         if isinstance(value, types.ModuleType):
             return (value.__name__,)
         if isinstance(value, nn.Module):
-            return list(value.state_dict().values())
+            return type(value), list(value.state_dict().values())
         if hasattr(value, "__array__"):
             return (torch.as_tensor(value),)
         if hasattr(value, "__dict__"):
-            return (vars(value),)
+            return type(value), vars(value)
         raise ValueError(
             "save_to= needs metrics and hooks that can be told from others, but a"
             f" {type(value).__name__} that one of them holds cannot; leave save_to out"
@@ -141,9 +144,37 @@ class _Hashes:
         yield [cell.cell_contents for cell in function.__closure__ or ()]
         for name in sorted(_global_names(function.__code__)):
             value = function.__globals__.get(name)
-            if isinstance(value, types.FunctionType) and value.__module__ != function.__module__:
-                value = value.__code__  # a library's, whose own globals are no part of this
+            if isinstance(value, types.FunctionType) and _of_library(value.__module__):
+                value = value.__code__  # whose own globals are no part of this
             yield value
+
+
+def _members(kind: type) -> list[object]:
+    """The code and the plain values of a class and of those that it is made from, as far as they
+    are the user's own; the version of a library counts elsewhere.
+    """
+    own = [each for each in kind.__mro__ if not _of_library(each.__module__)]
+    members = [
+        (name, getattr(value, "__func__", value))
+        for each in own
+        for name, value in vars(each).items()
+    ]
+    wanted = (types.FunctionType, property, *_PLAIN)
+    return [(name, _read(value)) for name, value in members if isinstance(value, wanted)]
+
+
+def _read(member: object) -> object:
+    """The function behind a property, and anything else as it is."""
+    return member.fget if isinstance(member, property) else member
+
+
+def _of_library(module: str) -> bool:
+    """Whether a module belongs to an installed package or to Python."""
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names and root != "__main__":
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return root in ("loopscope", "builtins") or "site-packages" in file
 
 
 def _global_names(code: types.CodeType) -> set[str]:

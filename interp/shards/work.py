@@ -1,8 +1,8 @@
 """Results of the work items of one call, kept in a folder.
 
-The folder holds `manifest.json`, the tensors that all shards share (`common.safetensors`), and parts:
-files with the results of some items. A part appears whole or not at all, and an item that is there
-is never computed again. So a process may be killed at any time, and any division into shards goes
+The folder holds `manifest.json`, the tensors that all shards share (`common.safetensors`), and
+parts: files with the results of some items. A part appears whole or not at all, and an item that is
+there is never computed again. So a process may be killed at any time, and any division into shards goes
 on where another one stopped.
 """
 
@@ -58,9 +58,13 @@ class Work:
         items = own(range(self.manifest.items), self.shard)
         return [item for item in items if item not in self._found]
 
+    def has_common(self) -> bool:
+        """Whether the tensors that all shards have in common are there."""
+        return (self.folder / _COMMON).exists()
+
     def share(self, tensors: Results) -> None:
         """Write the tensors that all shards have in common, where they are not there yet."""
-        if not (self.folder / _COMMON).exists():
+        if not self.has_common():
             write_tensors(self.folder / _COMMON, tensors, self.manifest)
 
     def add(self, item: int, results: Results) -> None:
@@ -107,7 +111,7 @@ class Work:
     def refuse_missing(self, wanted: Sequence[int]) -> None:
         """Raise where the results of some items are not there."""
         missing = [item for item in wanted if item not in self._found]
-        if missing or not (self.folder / _COMMON).exists():
+        if missing or not self.has_common():
             raise ValueError(
                 f"{self.folder} is not complete: {len(missing)} of {self.manifest.items} work items"
                 f" are missing, such as {missing[:3]}; run the same call into it again, with or"
