@@ -120,10 +120,9 @@ class _Hashes:
             return value.func, value.args, value.keywords
         if isinstance(value, types.MethodType):
             return value.__func__, value.__self__
-        if isinstance(value, type):
-            return value.__module__, value.__qualname__, _members(value)
-        if callable(value) and hasattr(value, "__qualname__"):  # of a library
-            return getattr(value, "__module__", ""), value.__qualname__
+        if callable(value) and hasattr(value, "__qualname__"):  # a class, or of a library
+            own = _members(value) if isinstance(value, type) else []
+            return getattr(value, "__module__", ""), value.__qualname__, own
         if isinstance(value, types.ModuleType):
             return (value.__name__,)
         if isinstance(value, nn.Module):

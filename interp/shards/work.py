@@ -2,8 +2,8 @@
 
 The folder holds `manifest.json`, the tensors that all shards share (`common.safetensors`), and
 parts: files with the results of some items. A part appears whole or not at all, and an item that is
-there is never computed again. So a process may be killed at any time, and any division into shards goes
-on where another one stopped.
+there is never computed again. So a process may be killed at any time, and any division into shards
+goes on where another one stopped.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Work:
             known = hashlib.sha256(repr(items).encode()).hexdigest()[:8]
             path = self.folder / f"part-{items[0]:07d}-{known}.safetensors"
             tensors = {
-                f"{item}.{name}": value.contiguous()
+                f"{item}.{name}": value
                 for item, results in self._waiting.items()
                 for name, value in results.items()
             }
@@ -173,8 +173,9 @@ def parts_in(folder: Path) -> dict[int, Path]:
 
 def write_tensors(path: Path, tensors: Results, manifest: Manifest) -> None:
     """Write tensors of a call, whole or not at all."""
+    plain = {name: value.contiguous() for name, value in tensors.items()}
     with enough_disk(path), atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"call": manifest.call})
+        save_file(plain, temporary, metadata={"call": manifest.call})
         to_disk(temporary)
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,6 @@ from loopscope.interp.attribution.direct_logit import direct_logit_attribution
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.fingerprint import fingerprint
-from loopscope.interp.common.inputs import Metric
-from loopscope.interp.common.metrics import logit_diff, logit_margin
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.packed import packable
 from loopscope.interp.patching.path_ends import Receiver

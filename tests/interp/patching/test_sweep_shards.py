@@ -1,5 +1,5 @@
-"""A sweep in shards: whoever computes which cells, and however often it stops, the record is that of
-one run, to the last bit.
+"""A sweep in shards: whoever computes which cells, and however often it stops, the record is that
+of one run, to the last bit.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
     monkeypatch.setattr(Work, "add", counted)
     with pytest.raises(KeyboardInterrupt):
         patched(plain, save_to=tmp_path)
-    with pytest.raises(ValueError, match="is not complete: .* work items are missing"):
+    with pytest.raises(ValueError, match=r"is not complete: .* work items are missing"):
         merge(tmp_path)
     found = patched(plain, save_to=tmp_path)
     last = added[-1]
@@ -123,14 +123,14 @@ def test_an_interrupted_sweep_goes_on_where_it_was(
 def test_results_of_another_call_are_refused(plain: RecurrentDepth, tmp_path: Path) -> None:
     patched(plain, save_to=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="results of another call.*direction"):
+    with pytest.raises(ValueError, match=r"results of another call.*direction"):
         patched(plain, save_to=tmp_path, direction="noise")
     other = toy("learned")
     with torch.no_grad():
         other.embedding.add_(1.0)
-    with pytest.raises(ValueError, match="results of another call.*weights"):
+    with pytest.raises(ValueError, match=r"results of another call.*weights"):
         patched(other, save_to=tmp_path)
-    with pytest.raises(ValueError, match="results of another call.*inputs"):
+    with pytest.raises(ValueError, match=r"results of another call.*inputs"):
         activation_patch(plain, CORRUPTED, CLEAN, projection(), 3, save_to=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     (tmp_path / "file").write_text("something else")
@@ -185,7 +185,7 @@ def test_another_metric_of_the_same_name_is_refused_also_where_its_code_is_in_a_
     patched(plain, First(), **options)
     patched(plain, First(), **options)
     monkeypatch.setattr(First, "column", lambda self, logits: logits[:, 4])
-    with pytest.raises(ValueError, match="results of another call.*metric First"):
+    with pytest.raises(ValueError, match=r"results of another call.*metric First"):
         patched(plain, First(), **options)
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -51,9 +52,8 @@ def test_every_visit_is_that_of_a_run(model: RecurrentDepth, store: ActivationSt
     _, cache = model.run_with_cache(batch.tokens, n_loops=LOOPS, mask=batch.mask)
     expected = cache.stack("resid_post").movedim((2, 3), (0, 1))[batch.mask.bool()]
     found = store.read()
-    assert found.values.shape == (sum(LENGTHS), LOOPS, LAYERS, D_MODEL) and len(store) == sum(
-        LENGTHS
-    )
+    assert found.values.shape == (sum(LENGTHS), LOOPS, LAYERS, D_MODEL)
+    assert len(store) == sum(LENGTHS)
     assert_close(found.values, expected)
     assert_close(store.visit(NAME), expected[:, 2, 1])
     assert torch.equal(store.tokens, batch.tokens[batch.mask.bool()].int())
@@ -82,7 +82,8 @@ def test_batches_hold_every_token_once_with_all_its_iterations(store: Activation
             values, whole.values[[places.index(p) for p in seen]][:, [3, 1]][:, :, :1]
         )
         orders.append(seen)
-    assert orders[0] == places and orders[1] == orders[2] != orders[3] != places
+    assert orders[0] == places
+    assert orders[1] == orders[2] != orders[3] != places
 
 
 def test_shards_an_interruption_and_a_restart_give_the_files_of_one_run(
@@ -106,7 +107,8 @@ def test_shards_an_interruption_and_a_restart_give_the_files_of_one_run(
     whole = collect(model, TEXTS, to=tmp_path / "two", **options)
     assert (tmp_path / "two" / "0000001.tokens.safetensors").stat().st_mtime_ns == written
     assert stored_bytes(tmp_path / "two") == stored_bytes(tmp_path / "one")
-    assert len(whole) == 12 and not list((tmp_path / "two").glob(".0*"))
+    assert len(whole) == 12
+    assert not list((tmp_path / "two").glob(".0*"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "ids", "dataset"])
@@ -155,8 +157,9 @@ def test_exports_hold_the_same_numbers(store: ActivationStore, tmp_path: Path) -
     folder = export_dataset(store, tmp_path / "set", 4, loop=2, layer=1)
     rows = load_from_disk(str(folder))
     assert rows.column_names == [NAME, "token_ids"]
-    assert torch.equal(torch.tensor(rows[:][NAME], dtype=torch.float64).flatten(0, 1), store.visit(NAME))
-    assert sum(rows[:]["token_ids"], []) == store.tokens.tolist()
+    found = torch.tensor(np.array(rows[:][NAME])).flatten(0, 1)
+    assert torch.equal(found, store.visit(NAME))
+    assert torch.tensor(rows[:]["token_ids"]).flatten().tolist() == store.tokens.tolist()
     frame = pd.read_parquet(export_parquet(store, tmp_path / "all.parquet"))
     here = frame[frame.loop.eq(2) & frame.layer.eq(1)]
     assert torch.equal(torch.tensor(here.activation.tolist()).double(), store.visit(NAME))
@@ -182,9 +185,9 @@ def test_a_folder_of_another_call_is_refused(model: RecurrentDepth, tmp_path: Pa
         ("dtype", {"n_loops": 2, "dtype": torch.float32}),
         ("positions", {"n_loops": 2, "positions": [0]}),
     ):
-        with pytest.raises(ValueError, match=f"results of another call.*{differs}"):
+        with pytest.raises(ValueError, match=rf"results of another call.*{differs}"):
             collect(model, TEXTS, to=tmp_path, **other)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="results of another call.*weights"):
+    with pytest.raises(ValueError, match=r"results of another call.*weights"):
         collect(toy(), padded(), n_loops=2, to=tmp_path)
     assert stored_bytes(tmp_path) == before
 
@@ -210,7 +213,8 @@ def test_a_truncated_file_and_a_full_disk_are_one_sentence(
         patched.setattr("loopscope.interp.store.files.Slab.write", full_disk)
         with pytest.raises(OSError, match="the disk is full; what was finished before is kept"):
             collect(model, TEXTS, n_loops=2, to=tmp_path)
-    assert not stored_bytes(tmp_path) and not list(tmp_path.glob(".0*"))
+    assert not stored_bytes(tmp_path)
+    assert not list(tmp_path.glob(".0*"))
     store = collect(model, TEXTS, n_loops=2, to=tmp_path)
     path = tmp_path / "0000000.resid_post.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
@@ -256,12 +260,12 @@ def test_two_writers_of_one_shard_and_a_foreign_folder_are_refused(
         collect(model, TEXTS, n_loops=2, to=tmp_path / "store")
     with pytest.raises(ValueError, match="holds other files and no manifest"):
         collect(model, TEXTS, n_loops=2, to=tmp_path)
-    with pytest.raises(FileNotFoundError, match="has no manifest.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
         ActivationStore(tmp_path)
-    with pytest.raises(KeyError, match="column= names the column"):
-        from datasets import Dataset
+    from datasets import Dataset
 
-        table = Dataset.from_dict({"a": TEXTS, "b": TEXTS})
+    table = Dataset.from_dict({"a": TEXTS, "b": TEXTS})
+    with pytest.raises(KeyError, match="column= names the column"):
         collect(model, table, n_loops=2, to=tmp_path / "other")
 
 

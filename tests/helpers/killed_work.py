@@ -1,0 +1,46 @@
+"""A sharded sweep and a collection as a process of their own, which a test kills: `python
+killed_work.py FOLDER i n`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from loopscope import Batch, activation_patch, collect
+from loopscope.interp.patching import packed
+from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.shards import work
+from loopscope.interp.store.reading import ActivationStore
+from toy import padded, projection, toy
+
+LOOPS = 6
+
+
+def texts(seed: int) -> Batch:
+    """Rows enough for several files."""
+    return padded(seed).repeat(8)
+
+
+def sweep(folder: Path | None = None, shard: tuple[int, int] | None = None) -> Sweep:
+    """The sweep; its results are written one group at a time."""
+    packed._LEAST, work._EVERY = 200, 0.0
+    return activation_patch(
+        toy("learned"), texts(1), texts(2), projection(), LOOPS, save_to=folder, shard=shard
+    )
+
+
+def collection(folder: Path, shard: tuple[int, int] | None = None) -> ActivationStore:
+    """The collection, in files of one example."""
+    return collect(toy("learned"), texts(3), n_loops=LOOPS, to=folder, per_file=1, shard=shard)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, shard = Path(sys.argv[1]), (int(sys.argv[2]), int(sys.argv[3]))
+    print("ready", flush=True)
+    sweep(folder / "sweep", shard)
+    collection(folder / "store", shard)
+    print("done", flush=True)
