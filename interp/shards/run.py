@@ -12,7 +12,7 @@ from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.share import Shard, checked_shard, own
 from loopscope.interp.shards.work import Results, Work, locked
 
-_INTO: ContextVar[tuple[Path, Shard] | None] = ContextVar("_INTO", default=None)
+_INTO: ContextVar[tuple[Path, Shard | None] | None] = ContextVar("_INTO", default=None)
 Compute = Callable[[list[int]], tuple[Results, Iterable[Results]]]
 
 
@@ -21,14 +21,18 @@ class ShardWritten(Exception):  # it ends a run that did what it was asked for
 
 
 @contextmanager
-def into(folder: str | Path, shard: Shard = (0, 1)) -> Iterator[None]:
+def into(folder: str | Path, shard: Shard | None = (0, 1)) -> Iterator[None]:
     """Inside the `with` block every call that has work items does its shard of them into a folder
     below `folder`, and goes on with the whole record once all shards are there.
 
+    Args:
+        shard: None computes nothing: all results must be there.
+
     Raises:
         ShardWritten: From a call whose other shards are missing.
+        ValueError: Without a shard, from a call of which results are missing.
     """
-    token = _INTO.set((Path(folder), checked_shard(shard)))
+    token = _INTO.set((Path(folder), None if shard is None else checked_shard(shard)))
     try:
         yield
     finally:
@@ -94,13 +98,15 @@ def _done(work: Work, compute: Compute) -> Work:
 
 
 def _run_into(
-    n_items: int, compute: Compute, manifest: Manifest, folder: Path, shard: Shard
+    n_items: int, compute: Compute, manifest: Manifest, folder: Path, shard: Shard | None
 ) -> tuple[list[int], Results, list[Results]]:
     """As `run_items`, for a shard that goes on with the whole record where that is complete."""
     here = folder / f"{manifest.method}-{manifest.call[:12]}"
-    work = Work(_done(Work(here, manifest, shard), compute).folder, manifest)
+    if shard is not None:
+        _done(Work(here, manifest, shard), compute)
+    work = Work(here, manifest)
     missing = len(work.missing())
-    if missing:
+    if missing and shard is not None:
         raise ShardWritten(
             f"wrote shard {shard[0]}/{shard[1]} of {manifest.method} into {here}; {missing} of"
             f" {n_items} work items are still missing"

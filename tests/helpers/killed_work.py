@@ -1,10 +1,7 @@
-"""A sharded sweep and a collection as a process of their own, which a test kills: `python
-killed_work.py FOLDER i n`.
-"""
+"""A sharded sweep and a collection for processes of their own, which a test kills."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -37,10 +34,8 @@ def collection(folder: Path, shard: tuple[int, int] | None = None) -> Activation
     return collect(toy("learned"), texts(3), n_loops=LOOPS, to=folder, per_file=1, shard=shard)
 
 
-if __name__ == "__main__":
+def both(folder: Path, shard: tuple[int, int]) -> None:
+    """A shard of the sweep and of the collection."""
     torch.set_num_threads(1)
-    folder, shard = Path(sys.argv[1]), (int(sys.argv[2]), int(sys.argv[3]))
-    print("ready", flush=True)
     sweep(folder / "sweep", shard)
     collection(folder / "store", shard)
-    print("done", flush=True)

@@ -157,12 +157,12 @@ def test_exports_hold_the_same_numbers(store: ActivationStore, tmp_path: Path) -
     folder = export_dataset(store, tmp_path / "set", 4, loop=2, layer=1)
     rows = load_from_disk(str(folder))
     assert rows.column_names == [NAME, "token_ids"]
-    found = torch.tensor(np.array(rows[:][NAME])).flatten(0, 1)
+    found = torch.tensor(rows[:][NAME], dtype=torch.float64).flatten(0, 1)
     assert torch.equal(found, store.visit(NAME))
     assert torch.tensor(rows[:]["token_ids"]).flatten().tolist() == store.tokens.tolist()
     frame = pd.read_parquet(export_parquet(store, tmp_path / "all.parquet"))
     here = frame[frame.loop.eq(2) & frame.layer.eq(1)]
-    assert torch.equal(torch.tensor(here.activation.tolist()).double(), store.visit(NAME))
+    assert torch.equal(torch.tensor(np.stack(here.activation)), store.visit(NAME))
     assert here.position.tolist() == store.position.tolist()
 
 
