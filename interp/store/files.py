@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,10 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.shards.manifest import Manifest
+from loopscope.models.basis.tensor_files import entry, header_bytes, plain_bytes
 
 ACTIVATIONS = "activations"
-FLOATS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def file_of(folder: Path, item: int, label: str) -> Path:
@@ -39,21 +34,12 @@ class Slab:
     def __init__(
         self, file: BinaryIO, shape: Sequence[int], dtype: torch.dtype, manifest: Manifest
     ) -> None:
-        self.file, self.shape, self.dtype = file, tuple(shape), dtype
+        self.file, self.shape = file, tuple(shape)
         self._read = dtype.itemsize * math.prod(shape[3:])
         size = self._read * math.prod(shape[:3])
-        header = json.dumps(
-            {
-                "__metadata__": {"call": manifest.call},
-                ACTIVATIONS: {
-                    "dtype": FLOATS[dtype],
-                    "shape": list(shape),
-                    "data_offsets": [0, size],
-                },
-            }
-        ).encode()
-        header += b" " * (-len(header) % 8)
-        file.write(len(header).to_bytes(8, "little") + header)
+        about = {"call": manifest.call}
+        content = {"__metadata__": about, ACTIVATIONS: entry(dtype, self.shape, 0, size)}
+        file.write(header_bytes(content))
         self._start = file.tell()
         file.truncate(self._start + size)
 
@@ -61,4 +47,4 @@ class Slab:
         """Write the activations of some reads, "read ...", from read `first` on."""
         place = (loop * self.shape[1] + layer) * self.shape[2] + first
         self.file.seek(self._start + place * self._read)
-        self.file.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self.file.write(plain_bytes(values))

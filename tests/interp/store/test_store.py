@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.scale import collection
 from loopscope import (
     ActivationStore,
     Batch,
@@ -279,3 +280,11 @@ def test_padding_of_a_batch_is_not_stored(model: RecurrentDepth, tmp_path: Path)
         return collect(model, inputs, n_loops=2, to=tmp_path / name).read().values
 
     assert_close(values(wide, "wide"), values(batch, "narrow"))
+
+
+@pytest.mark.slow
+def test_a_collection_holds_no_more_than_max_bytes() -> None:
+    """160 MB of activations, of which 8 MiB may be held."""
+    found = collection(0.16, max_bytes=8 << 20)
+    assert found["bytes"] > 150e6
+    assert found["over"] < 60
