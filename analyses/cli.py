@@ -289,13 +289,17 @@ def _draw(figure: FigureFile, args: list[str], merging: bool = False) -> None:
     standalone = import_module("loopscope.analyses.standalone")
     files = records.files_of(figure.name, command.output)
     output = replace(command.output, overwrite=True) if merging else command.output
-    _ready(files, output.overwrite, command.config.threads)
+    divided = output.shard is not None and not merging
+    _ready([] if divided else files, output.overwrite, command.config.threads)
     written = import_module("loopscope.interp.shards.run").ShardWritten
     try:
         with sharing(output, figure.name, given, merging):
             made = standalone.make(figure, command.config)
     except written as part:
         print(part)
+        return
+    if divided:
+        print(f"all work items are there; loopscope merge {output.work} draws the figure")
         return
     print(made.record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     for path in records.write(

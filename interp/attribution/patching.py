@@ -174,12 +174,13 @@ class _Estimates:
             effects = _by_place(widened(change) * widened(grad), name)
             yield {"values": (start + torch.stack([_of_cell(effects, c) for c in cells]))[None]}
 
-    def _shares(self) -> Sequence[Tensor]:
+    def _shares(self) -> list[Tensor]:
         """The midpoints of the parts of the line, as many at a time as run side by side."""
         if not self.steps:
-            return ()
+            return []
         together = runs_side_by_side(self.model, self.base, self.batch_size)
-        return ((torch.arange(self.steps, dtype=torch.float64) + 0.5) / self.steps).split(together)
+        middle = (torch.arange(self.steps, dtype=torch.float64) + 0.5) / self.steps
+        return list(middle.split(together))
 
 
 def _line_gradient(

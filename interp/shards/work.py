@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -195,7 +196,7 @@ def read_tensors(path: Path, manifest: Manifest) -> Results:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[safe_open]:
+def opened(path: Path) -> Iterator[Any]:
     """A safetensors file; ValueError where it is cut or something else."""
     try:
         with safe_open(str(path), "pt") as file:

@@ -85,7 +85,7 @@ def source_of(
         )
     if not isinstance(inputs, str) and hasattr(inputs, "column_names"):
         return _of_table(model, inputs, column, context)
-    rows: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)  # type: ignore[arg-type]  # a table was handled above
+    rows: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
     return _of_rows(model, len(rows), lambda at: rows[at.start : at.stop], context)
 
 

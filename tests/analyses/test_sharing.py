@@ -27,6 +27,8 @@ def test_a_figure_in_shards_is_the_figure_of_one_run(
         main([*PATCH[:-1], "3", "--work", work])
     assert "holds the work of another command, loopscope patch" in capsys.readouterr().err
     main([*PATCH, *out, "--work", work, "--shard=0/2"])
+    assert f"all work items are there; loopscope merge {work}" in capsys.readouterr().out
+    assert not (tmp_path / "shards").exists()
     main(["merge", work])
     main([*PATCH, "--out", str(tmp_path / "one")])
     found, expected = (
