@@ -145,12 +145,9 @@ def activation_patch(
         len(groups), checked_shard(shard), job.compute, save_to, manifest
     )
     mine = [index for item in items for index in groups[item]]
-    here = {name: value.to(base.tokens.device) for name, value in common.items()}
-    here["present"] = here["present"][mine]
-    results = [{"values": each["values"].to(base.tokens.device)} for each in found]
-    return sweep_of(
-        [cells[index] for index in mine], list(metrics), direction, here, results, group_by
-    )
+    here = job.on_device({**common, "present": common["present"][mine]})
+    own = [cells[index] for index in mine]
+    return sweep_of(own, list(metrics), direction, here, list(map(job.on_device, found)), group_by)
 
 
 def _named(metric: Metric, also: Mapping[str, Metric]) -> dict[str, Metric]:
@@ -180,6 +177,10 @@ class _Job:
         if packable(self.model, self.base):
             return packed_groups(self.model, self.base, self.cells, self.n_loops, self.memory_gb)
         return continued_groups(self.model, self.base, self.cells, self.memory_gb)
+
+    def on_device(self, results: Results) -> Results:
+        """Results that may come from a file, where the inputs are."""
+        return {name: value.to(self.base.tokens.device) for name, value in results.items()}
 
     def compute(self, items: list[int]) -> tuple[Results, Iterator[Results]]:
         """The metrics of the two runs without a patch, and of some groups of cells."""

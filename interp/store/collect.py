@@ -159,7 +159,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Job:
-    """What `collect` writes."""
+    """The work of one `collect`."""
 
     model: LoopedModel
     source: Source

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.precision import widened
-from loopscope.interp.store.reading import ActivationStore, Reads
+from loopscope.interp.store.reading import ActivationStore, StoredReads
 from loopscope.models.basis.files import atomic_path, usual_mode
 
 _NUMPY = {torch.float16: "float16", torch.float64: "float64"}  # all else is widened to float32
@@ -129,11 +129,11 @@ def export_parquet(store: ActivationStore, path: str | Path, site: str | None = 
 
 def _contexts(
     store: ActivationStore, context: int, site: str | None, loop: int | None, layer: int | None
-) -> Iterator[Reads]:
+) -> Iterator[StoredReads]:
     """The tokens of all examples, so many at a time."""
     for part in store.batches(context, site, loops=loop, layers=layer, buffer=context):
         if len(part) == context:
-            yield Reads(_plain(part.values), part.tokens, part.example, part.position)
+            yield StoredReads(_plain(part.values), part.tokens, part.example, part.position)
 
 
 def _plain(values: Tensor) -> Tensor:

@@ -71,11 +71,7 @@ def groups_of(
             are no grid of loops and layers.
     """
     every = places_of(model, n_loops)
-    wanted = {
-        place.name
-        for site in ([sites] if isinstance(sites, str) else sites)
-        for place in at_site(every, site)
-    }
+    wanted = _at_sites(every, [sites] if isinstance(sites, str) else sites)
     places = where.among([place for place in every if place.name in wanted], n_loops)
     if not places:
         raise ValueError(f"no place is left: the sites {sites!r} do not occur at {where}")
@@ -88,6 +84,11 @@ def groups_of(
         _group(f"{stage}.{site}" if stage else site, members, shapes)
         for (stage, site), members in found.items()
     ]
+
+
+def _at_sites(every: Sequence[Place], sites: Sequence[str]) -> set[str]:
+    """The hook points at any of some sites."""
+    return {place.name for site in sites for place in at_site(every, site)}
 
 
 def _refuse(model: LoopedModel, places: Sequence[Place]) -> None:
@@ -121,7 +122,8 @@ def _group(label: str, places: Sequence[Place], shapes: Mapping[str, tuple[int, 
     layers = tuple(dict.fromkeys(place.layer for place in places))
     at = {(place.loop, place.layer): place.name for place in places}
     sizes = {shapes[place.name] for place in places}
-    if len(at) != len(loops) * len(layers) or len(at) != len(places) or len(sizes) > 1:
+    whole = {len(at), len(loops) * len(layers), len(places)}
+    if len(whole) + len(sizes) > 2:
         raise ValueError(
             f"the visits of {label!r} must be a grid of loops and layers with activations of one"
             f" size, got {[place.visit for place in places][:6]}; choose fewer with loops=, layers="

@@ -28,7 +28,7 @@ TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
-class Reads:
+class StoredReads:
     """Activations of some reads; a read is one token of one example.
 
     Attributes:
@@ -44,13 +44,13 @@ class Reads:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, reads: slice | Tensor) -> Reads:
-        return Reads(
+    def __getitem__(self, reads: slice | Tensor) -> StoredReads:
+        return StoredReads(
             self.values[reads], self.tokens[reads], self.example[reads], self.position[reads]
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[Reads]) -> Reads:
+    def joined(cls, parts: Sequence[StoredReads]) -> StoredReads:
         """Several parts one after the other."""
         return cls(
             torch.cat([part.values for part in parts]),
@@ -173,16 +173,16 @@ class ActivationStore:
         site: str | None = None,
         loops: Picked | int | None = None,
         layers: Picked | int | None = None,
-    ) -> Reads:
+    ) -> StoredReads:
         """All reads at once, in the order of the examples; the arguments are those of `batches`."""
-        return Reads.joined(list(self.files(site, loops, layers)))
+        return StoredReads.joined(list(self.files(site, loops, layers)))
 
     def files(
         self,
         site: str | None = None,
         loops: Picked | int | None = None,
         layers: Picked | int | None = None,
-    ) -> Iterator[Reads]:
+    ) -> Iterator[StoredReads]:
         """The reads of one file after the other; the arguments are those of `batches`."""
         group = self.group(site)
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
@@ -198,19 +198,19 @@ class ActivationStore:
         layers: Picked | int | None = None,
         seed: int | None = None,
         buffer: int = 1 << 16,
-    ) -> Iterator[Reads]:
+    ) -> Iterator[StoredReads]:
         """Every read once, in batches.
 
         Args:
-            size: Reads per batch; the last one may be smaller.
+            size: StoredReads per batch; the last one may be smaller.
             site: The label of a group; None where there is only one.
             loops, layers: Which coordinates, as the model counts them; None means all.
             seed: Shuffles: files are taken in a random order, and the reads of as many files as
                 fill the buffer are mixed. None keeps the order of the examples.
-            buffer: Reads that are held in memory at a time, about.
+            buffer: StoredReads that are held in memory at a time, about.
 
         Yields:
-            `Reads`, each with all chosen iterations of its tokens.
+            `StoredReads`, each with all chosen iterations of its tokens.
         """
         size, group = checked_batch_size(size), self.group(site)
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
@@ -218,24 +218,24 @@ class ActivationStore:
         order = torch.arange(len(self.items))
         if draw is not None:
             order = torch.randperm(len(self.items), generator=draw)
-        held: list[Reads] = []
+        held: list[StoredReads] = []
         for turn, index in enumerate(order.tolist()):
             held.append(self._file(index, group, *chosen))
             last = turn == len(order) - 1
             if sum(map(len, held)) < max(buffer, size) and not last:
                 continue
-            mixed = Reads.joined(held)
+            mixed = StoredReads.joined(held)
             if draw is not None:
                 mixed = mixed[torch.randperm(len(mixed), generator=draw)]
             whole = len(mixed) if last else len(mixed) // size * size
             yield from (mixed[slice(at, min(at + size, whole))] for at in range(0, whole, size))
             held = [mixed[slice(whole, None)]]
 
-    def _file(self, turn: int, group: Group, loops: list[int], layers: list[int]) -> Reads:
+    def _file(self, turn: int, group: Group, loops: list[int], layers: list[int]) -> StoredReads:
         first = sum(self.counts[:turn])
         rows = slice(first, first + self.counts[turn])
         values = self._slab(self.items[turn], group, loops, layers).movedim(2, 0)
-        return Reads(values, self.tokens[rows], self.example[rows], self.position[rows])
+        return StoredReads(values, self.tokens[rows], self.example[rows], self.position[rows])
 
     def _slab(
         self, item: int, group: Group, loops: list[int], layers: list[int]

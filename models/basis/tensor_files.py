@@ -26,7 +26,7 @@ _DTYPES = {
 
 
 def entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, size: int) -> dict[str, object]:
-    """What the header says of one tensor, whose `size` bytes begin at `start` of the data."""
+    """The header's entry of one tensor, whose `size` bytes begin at `start` of the data."""
     return {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, start + size]}
 
 
@@ -75,8 +75,8 @@ class TensorFile(dict[str, Tensor]):
 def kept_in(
     to: str | Path | None, names: int, about: Mapping[str, str]
 ) -> Iterator[dict[str, Tensor]]:
-    """What keeps the activations of one run: a dictionary, or, where `to` is a path, a file that
-    appears whole when the `with` block ends without an error.
+    """A dictionary for the activations of one run; where `to` is a path, it writes them to a file
+    that appears whole when the `with` block ends without an error.
 
     Args:
         names: How many activations come at most.
