@@ -74,7 +74,8 @@ def sweep_of(
             "present", Bool[Tensor, "cell batch"], of these cells.
         found: For each item "values", Float[Tensor, "metric cell batch"].
     """
-    values = torch.cat([each["values"] for each in found], dim=1)
+    none = common["base"][:, None][:, :0]  # of a shard without cells
+    values = torch.cat([none, *(each["values"] for each in found)], dim=1)
     high, low = common["source"], common["base"]
     if direction == "noise":
         high, low = low, high

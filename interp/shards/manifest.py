@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from loopscope.models.basis.files import atomic_path
 
 MANIFEST = "manifest.json"
 _FORMAT = "loopscope work 1"
@@ -46,10 +46,17 @@ class Manifest:
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write the manifest, whole or not at all."""
+        """Write the manifest, whole or not at all, unless another process was faster."""
         content = {"format": _FORMAT, "call": self.call, **asdict(self)}
-        with atomic_path(folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as drafts:
+            draft = Path(drafts, MANIFEST)
+            draft.write_text(json.dumps(content, indent=1) + "\n")
+            try:
+                os.link(draft, folder / MANIFEST)
+            except FileExistsError:
+                return
+            except OSError:  # a file system without links
+                os.replace(draft, folder / MANIFEST)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loopscope.interp.shards.manifest import Manifest
+from loopscope.interp.shards.manifest import MANIFEST, Manifest
 from loopscope.interp.shards.share import Shard, checked_shard, own
 from loopscope.models.basis.files import atomic_path
 
@@ -146,15 +146,12 @@ def open_folder(folder: Path, manifest: Manifest) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"results are kept in a folder, but {folder} is a file; name another one")
     folder.mkdir(exist_ok=True)
-    try:
-        found = Manifest.read(folder)
-    except FileNotFoundError:
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise ValueError(
-                f"{folder} holds other files and no manifest; choose an empty folder"
-            ) from None
+    if not (folder / MANIFEST).exists():
+        others = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        if others and others != [folder / MANIFEST]:
+            raise ValueError(f"{folder} holds other files and no manifest; choose an empty folder")
         manifest.write(folder)
-        return
+    found = Manifest.read(folder)
     if found.call != manifest.call:
         raise ValueError(
             f"{folder} holds the results of another call ({found.method}; what differs:"

@@ -5,6 +5,7 @@ of one run, to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from loopscope import activation_patch, attribution_patch, logit_diff, logit_margin, merge
 from loopscope.interp.common.inputs import Metric
 from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.work import Work
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -82,6 +84,24 @@ def test_shards_in_any_order_merge_into_the_record_of_one_run(
     assert_equal(merged, whole)
     assert merged.groups == options["group_by"]
     assert_equal(patched(model, save_to=tmp_path, **options), whole)
+
+
+def test_a_shard_without_items_is_an_empty_record(plain: RecurrentDepth, tmp_path: Path) -> None:
+    found = patched(plain, save_to=tmp_path, shard=(998, 999))
+    assert (found.cells, len(found.frame())) == ((), 0)
+
+
+def test_a_manifest_that_another_process_wrote_first_counts(
+    plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(self: Manifest, folder: Path) -> None:
+        write(replace(self, inputs="others"), folder)
+        write(self, folder)
+
+    write = Manifest.write
+    monkeypatch.setattr(Manifest, "write", late)
+    with pytest.raises(ValueError, match=r"results of another call.*inputs"):
+        patched(plain, save_to=tmp_path)
 
 
 def test_estimates_in_shards_merge_into_those_of_one_run(
