@@ -122,7 +122,7 @@ def test_a_store_and_its_exports(tmp_path: Path) -> None:
 
 
 def test_work_in_shards(tmp_path: Path) -> None:
-    model, clean, corrupted = toy(), full(), padded()
+    model, clean, corrupted = toy(), padded(1), padded(2)
     for i in range(2):
         logit_lens(model, clean, 2, batch_size=2, save_to=tmp_path / "lens", shard=(i, 2))
         activation_patch(
