@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -24,6 +24,7 @@ from loopscope.analyses.common.configs import (
 from loopscope.analyses.common.figures import FIGURES, FigureFile
 from loopscope.analyses.fetching import Fetch
 from loopscope.analyses.fetching import run as _fetch
+from loopscope.analyses.sharing import Collect, Merge, command_in, run_collect, run_merge, sharing
 
 Flat = tyro.conf.arg(name="")
 FROM = "--from-file"
@@ -205,6 +206,8 @@ def _commands() -> dict[str, Callable[..., Any]]:
         "families": Families,
         "methods": Methods,
         "gallery": Gallery,
+        "collect": Collect,
+        "merge": Merge,
         "data": Data,
         "train": Train,
     }
@@ -262,6 +265,14 @@ def _report(command: Report) -> None:
     print(f"Open {report.write_report(command.config, command.out).resolve()}")
 
 
+def _merge(command: Merge) -> None:
+    drawn = command_in(command.folder)
+    if drawn is None:
+        run_merge(command)
+    else:
+        _draw(FIGURES[drawn[0]], drawn[1:], merging=True)
+
+
 _RUNS: dict[type, Callable[[Any], None]] = {
     List: _list,
     Fetch: _fetch,
@@ -269,6 +280,8 @@ _RUNS: dict[type, Callable[[Any], None]] = {
     Train: _train,
     Explore: _explore,
     Report: _report,
+    Collect: run_collect,
+    Merge: _merge,
     **dict.fromkeys(_PAGES, _page),
 }
 
@@ -279,9 +292,13 @@ def _ready(files: Sequence[Path], overwrite: bool, threads: int) -> None:
     import_module("torch").set_num_threads(threads)
 
 
-def _draw(figure: FigureFile, args: list[str]) -> None:
-    """Parse a figure's flags, run it, print its numbers and write its files."""
-    kind, default = _command(figure), cast(Any, None)
+def _draw(figure: FigureFile, args: list[str], merging: bool = False) -> None:
+    """Parse a figure's flags, run it, print its numbers and write its files.
+
+    Args:
+        merging: Compute nothing that shards compute; what is missing is an error.
+    """
+    kind, default, given = _command(figure), cast(Any, None), args
     if FROM in args[:-1]:
         place = args.index(FROM)
         default = defaults_from_file(kind, figure.config(), Path(args[place + 1]))
@@ -290,10 +307,21 @@ def _draw(figure: FigureFile, args: list[str]) -> None:
     records = import_module("loopscope.analyses.common.records")
     standalone = import_module("loopscope.analyses.standalone")
     files = records.files_of(figure.name, command.output)
-    _ready(files, command.output.overwrite, command.config.threads)
-    made = standalone.make(figure, command.config)
+    output = replace(command.output, overwrite=True) if merging else command.output
+    divided = output.shard is not None and not merging
+    _ready([] if divided else files, output.overwrite, command.config.threads)
+    written = import_module("loopscope.interp.shards.run").ShardWritten
+    try:
+        with sharing(output, figure.name, given, merging):
+            made = standalone.make(figure, command.config)
+    except written as part:
+        print(part)
+        return
+    if divided:
+        print(f"all work items are there; loopscope merge {output.work} draws the figure")
+        return
     print(made.record.summary().to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     for path in records.write(
-        figure.name, made.record, made.figure, command.output, command.config, made.made_with
+        figure.name, made.record, made.figure, output, command.config, made.made_with
     ):
         print(f"wrote {path}")

@@ -158,6 +158,7 @@ from .interp.lens.tuned_training import (
 from .interp.lens.tuned_training import (
     tuned_lens_kl as tuned_lens_kl,
 )
+from .interp.merging import merge as merge
 from .interp.patching.activation import activation_patch as activation_patch
 from .interp.patching.path_ends import (
     Receiver as Receiver,
@@ -184,6 +185,14 @@ from .interp.patching.tracing import (
 from .interp.probes.differences import difference_probe as difference_probe
 from .interp.probes.probe import probe as probe
 from .interp.probes.transfer import transfer_matrix as transfer_matrix
+from .interp.store.collect import collect as collect
+from .interp.store.export import (
+    export_dataset as export_dataset,
+)
+from .interp.store.export import (
+    export_parquet as export_parquet,
+)
+from .interp.store.reading import ActivationStore as ActivationStore
 from .interp.weights.circuits import (
     composition_scores as composition_scores,
 )

@@ -385,3 +385,9 @@ class OutputConfig:
     """Write the figure for print (needs the same)."""
     overwrite: bool = False
     """Replace files that are there."""
+    work: Path | None = None
+    """Folder for partial results: a command that was interrupted goes on from there, and `loopscope
+    merge FOLDER` draws the figure once all shards are there.
+    """
+    shard: str | None = None
+    """i/n: do the i-th of n shares of the sweeps, estimates and lenses into --work (0/8 to 7/8)."""

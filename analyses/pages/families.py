@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -143,6 +144,9 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
     known, parameters = _arguments(x), inspect.signature(method).parameters
     if "kind" in parameters and parameters["kind"].default is not inspect.Parameter.empty:
         del known["kind"]  # of a probe
+    if "to" in parameters:
+        with TemporaryDirectory() as folder:
+            return method(**{n: known[n] for n in parameters if n in known}, to=folder)
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
     made = method(**{name: known[name] for name in parameters if name in known})

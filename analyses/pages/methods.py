@@ -23,7 +23,8 @@ which family](families.md). [Examples](examples.md) of the main ones run in the 
 
 Under `accelerate launch`, `activation_patch` shares its cells among the processes, and
 `logit_lens` and `readout_lens` (and what is built on them) their examples; each process returns
-the whole result, so all of them must make the same calls."""
+the whole result, so all of them must make the same calls. Processes that know nothing of each other
+take `shard=(i, n)` and meet in a folder: [work that outgrows one process](scale.md)."""
 
 
 def run() -> dict[str, pd.DataFrame]:

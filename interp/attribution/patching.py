@@ -6,8 +6,10 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -28,7 +30,12 @@ from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.common.precision import widened
+from loopscope.interp.patching.kept import sweep_manifest, sweep_of
 from loopscope.interp.patching.sweep import Sweep, present
+from loopscope.interp.shards.manifest import Manifest
+from loopscope.interp.shards.run import run_items
+from loopscope.interp.shards.share import Shard, checked_shard
+from loopscope.interp.shards.work import Results
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
@@ -55,6 +62,8 @@ def attribution_patch(
     readout: ReadoutColumn = None,
     steps: int = 0,
     batch_size: int = 256,
+    save_to: str | Path | None = None,
+    shard: Shard | None = None,
 ) -> Sweep:
     """Estimate every cell of `activation_patch`: (source - base activation) times the metric's
     gradient, summed over the cell.
@@ -67,6 +76,8 @@ def attribution_patch(
             gradients), a hook point being moved along its line at all positions at once; every hook
             point then needs runs of its own.
         batch_size: Rows run side by side with steps.
+        save_to, shard: As for `activation_patch`; the cells of one hook point are computed
+            together.
 
     Returns:
         The record of `activation_patch`; a value is the base run's metric plus the estimated
@@ -94,27 +105,82 @@ def attribution_patch(
         sites=sites, where=Where(loops, layers, visits), positions=positions, heads=heads
     )
     cells = choose(model, n_loops, base.tokens.shape[1], selection)
-    names = list(dict.fromkeys(cell.name for cell in cells))
-    source_values, source_metric = activations_with_metric(model, source, metric, names, n_loops)
-    base_values, grads, base_metric = gradients_with_metric(model, base, metric, names, n_loops)
-    together = runs_side_by_side(model, base, batch_size)
-    shares = (
-        ((torch.arange(steps, dtype=torch.float64) + 0.5) / steps).split(together) if steps else ()
+    job = _Estimates(model, base, source, metric, n_loops, cells, steps, batch_size)
+
+    def manifest() -> Manifest:
+        settings = {"n_loops": n_loops, "steps": steps, "batch_size": batch_size}
+        named = {metric_name(metric): metric}
+        return sweep_manifest(
+            "attribution_patch", model, pair, cells, job.items, named, settings, direction
+        )
+
+    items, common, found = run_items(
+        len(job.items), checked_shard(shard), job.compute, save_to, manifest
     )
-    effects: Values = {}
-    for name in tqdm(names, desc="attribution", leave=False, disable=len(shares) * len(names) < 16):
-        change, grad = _change(source_values[name], base_values[name]), grads[name]
-        if shares:
-            grad = _line_gradient(
-                model, base, metric, name, (base_values[name], change), n_loops, shares
-            )
-        effects[name] = _by_place(widened(change) * widened(grad), name)
-    values = base_metric + torch.stack([_of_cell(effects[cell.name], cell) for cell in cells])
-    unpatched = (
-        (source_metric, base_metric) if direction == "denoise" else (base_metric, source_metric)
-    )
-    shown = present(model, base, cells)
-    return Sweep(tuple(cells), values, *unpatched, metric_name(metric), direction, present=shown)
+    mine = [index for item in items for index in job.items[item]]
+    here = {**common, "present": common["present"][mine]}
+    return sweep_of([cells[index] for index in mine], [metric_name(metric)], direction, here, found)
+
+
+@dataclass(frozen=True)
+class _Estimates:
+    """The estimates of some cells, hook point by hook point."""
+
+    model: LoopedModel
+    base: Batch
+    source: Batch
+    metric: Metric
+    n_loops: int
+    cells: list[Cell]
+    steps: int
+    batch_size: int
+
+    @cached_property
+    def items(self) -> list[list[int]]:
+        """The cells, by their index, of each hook point."""
+        found: dict[str, list[int]] = {}
+        for index, cell in enumerate(self.cells):
+            found.setdefault(cell.name, []).append(index)
+        return list(found.values())
+
+    def compute(self, items: list[int]) -> tuple[Results, Iterator[Results]]:
+        """The metric of the two runs, and the values at some hook points."""
+        names = list(dict.fromkeys(cell.name for cell in self.cells))
+        given = self.metric, names, self.n_loops
+        source, source_metric = activations_with_metric(self.model, self.source, *given)
+        base, grads, base_metric = gradients_with_metric(self.model, self.base, *given)
+        common = {
+            "source": source_metric[None],
+            "base": base_metric[None],
+            "present": present(self.model, self.base, self.cells),
+        }
+        return common, self._values(items, source, base, grads, base_metric)
+
+    def _values(
+        self, items: list[int], source: Values, base: Values, grads: Values, start: Tensor
+    ) -> Iterator[Results]:
+        """The base run's metric plus the effects, hook point by hook point."""
+        shares = self._shares()
+        quiet = len(shares) * len(items) < 16
+        for item in tqdm(items, desc="attribution", leave=False, disable=quiet):
+            cells = [self.cells[index] for index in self.items[item]]
+            name = cells[0].name
+            change, grad = _change(source[name], base[name]), grads[name]
+            if shares:
+                line = base[name], change
+                grad = _line_gradient(
+                    self.model, self.base, self.metric, name, line, self.n_loops, shares
+                )
+            effects = _by_place(widened(change) * widened(grad), name)
+            yield {"values": (start + torch.stack([_of_cell(effects, c) for c in cells]))[None]}
+
+    def _shares(self) -> list[Tensor]:
+        """The midpoints of the parts of the line, as many at a time as run side by side."""
+        if not self.steps:
+            return []
+        together = runs_side_by_side(self.model, self.base, self.batch_size)
+        middle = (torch.arange(self.steps, dtype=torch.float64) + 0.5) / self.steps
+        return list(middle.split(together))
 
 
 def _line_gradient(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -41,14 +42,22 @@ def facts_of(
     model: LoopedModel, cells: Sequence[Cell], batches: Sequence[Batch], options: tuple[object, ...]
 ) -> tuple[object, ...]:
     """All that decides a result; the arguments are those of `fingerprint`."""
-    inputs = [(batch.tokens, batch.mask, batch.readout, dict(batch.options)) for batch in batches]
+    return repr(tuple(cells)), options, facts_of_inputs(batches), facts_of_model(model)
+
+
+def facts_of_inputs(batches: Sequence[Batch]) -> list[object]:
+    """All that inputs hold."""
+    return [(batch.tokens, batch.mask, batch.readout, dict(batch.options)) for batch in batches]
+
+
+def facts_of_model(model: LoopedModel) -> tuple[object, ...]:
+    """All that a model computes with: configuration, hooks, weights and edited schedule."""
     hooks = {
         name: [*point._forward_hooks.values(), *point._forward_pre_hooks.values()]
         for name, point in sorted(model.hooked_points().items())
     }
-    weights = list(model.state_dict().values())
     schedule = () if model.edited is None else (model.edited.order,)
-    return repr(model.cfg), repr(tuple(cells)), options, inputs, hooks, weights, *schedule
+    return repr(model.cfg), hooks, list(model.state_dict().values()), *schedule
 
 
 def described(value: object, longest: int | None = None) -> str:
@@ -111,16 +120,17 @@ class _Hashes:
             return value.func, value.args, value.keywords
         if isinstance(value, types.MethodType):
             return value.__func__, value.__self__
-        if callable(value) and hasattr(value, "__qualname__"):  # of a library, or a class
-            return getattr(value, "__module__", ""), value.__qualname__
+        if callable(value) and hasattr(value, "__qualname__"):  # a class, or of a library
+            own = _members(value) if isinstance(value, type) else []
+            return getattr(value, "__module__", ""), value.__qualname__, own
         if isinstance(value, types.ModuleType):
             return (value.__name__,)
         if isinstance(value, nn.Module):
-            return list(value.state_dict().values())
+            return type(value), list(value.state_dict().values())
         if hasattr(value, "__array__"):
             return (torch.as_tensor(value),)
         if hasattr(value, "__dict__"):
-            return (vars(value),)
+            return type(value), vars(value)
         raise ValueError(
             "save_to= needs metrics and hooks that can be told from others, but a"
             f" {type(value).__name__} that one of them holds cannot; leave save_to out"
@@ -133,9 +143,37 @@ class _Hashes:
         yield [cell.cell_contents for cell in function.__closure__ or ()]
         for name in sorted(_global_names(function.__code__)):
             value = function.__globals__.get(name)
-            if isinstance(value, types.FunctionType) and value.__module__ != function.__module__:
-                value = value.__code__  # a library's, whose own globals are no part of this
+            if isinstance(value, types.FunctionType) and _of_library(value.__module__):
+                value = value.__code__  # whose own globals are no part of this
             yield value
+
+
+def _members(kind: type) -> list[object]:
+    """The code and the plain values of a class and of those that it is made from, as far as they
+    are the user's own; the version of a library counts elsewhere.
+    """
+    own = [each for each in kind.__mro__ if not _of_library(each.__module__)]
+    members = [
+        (name, getattr(value, "__func__", value))
+        for each in own
+        for name, value in vars(each).items()
+    ]
+    wanted = (types.FunctionType, property, *_PLAIN)
+    return [(name, _read(value)) for name, value in members if isinstance(value, wanted)]
+
+
+def _read(member: object) -> object:
+    """The function behind a property, and anything else as it is."""
+    return member.fget if isinstance(member, property) else member
+
+
+def _of_library(module: str) -> bool:
+    """Whether a module belongs to an installed package or to Python."""
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names and root != "__main__":
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return root in ("loopscope", "builtins") or "site-packages" in file
 
 
 def _global_names(code: types.CodeType) -> set[str]:

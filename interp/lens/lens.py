@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from loopscope.interp.common.collecting import Collected, collect
 from loopscope.interp.common.columns import at_positions, read_columns
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.common.processes import over_ranks
+from loopscope.interp.lens.kept import LensJob
 from loopscope.interp.lens.record import Lens, ReadVisit, visits_of
+from loopscope.interp.shards.share import Shard
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
@@ -31,6 +33,8 @@ def logit_lens(
     positions: Literal["all"] | Sequence[int] | None = None,
     keep_logits: bool = False,
     batch_size: int = 512,
+    save_to: str | Path | None = None,
+    shard: Shard | None = None,
 ) -> Lens:
     """Final norm and head of the running residual after every visit.
 
@@ -43,6 +47,10 @@ def logit_lens(
         positions: Columns to show instead of the readout; "all" for every one.
         keep_logits: Keep all logits on the record.
         batch_size: Rows run at a time.
+        save_to: A folder in which results are kept: a lens that was interrupted and is called again
+            goes on from there, and `merge` makes one record of all shards.
+        shard: (i, n) reads the i-th of n shares of the pieces of `batch_size` examples; None reads
+            all.
 
     Returns:
         A `Lens` with one entry per visit.
@@ -52,22 +60,24 @@ def logit_lens(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    columns = read_columns(batch, positions)
 
-    def heads_input(examples: Batch) -> Float[Tensor, "visit read d_model"]:
-        collected = []
-        for part in in_chunks(examples, batch_size, "lens"):
-            run = residuals(model, part, read_columns(part, positions), n_loops)
-            collected.append(model.normalize(torch.stack(list(run.values.values()))))
-        return torch.cat(collected, dim=1)
+    def heads_input(part: Batch) -> Float[Tensor, "visit read d_model"]:
+        run = residuals(model, part, read_columns(part, positions), n_loops)
+        return model.normalize(torch.stack(list(run.values.values())))
 
-    return Lens.of(
+    places = visits_of(model, n_loops)
+    return LensJob(
+        "logit_lens",
         model,
-        over_ranks(model, batch, heads_input, dim=1),
-        visits_of(model, n_loops),
-        columns,
-        keep_logits,
-    )
+        batch,
+        n_loops,
+        places,
+        positions,
+        batch_size,
+        heads_input,
+        save_to,
+        shard,
+    ).lens(keep_logits)
 
 
 def residuals(
@@ -93,6 +103,8 @@ def readout_lens(
     positions: Literal["all"] | Sequence[int] | None = None,
     keep_logits: bool = False,
     batch_size: int = 512,
+    save_to: str | Path | None = None,
+    shard: Shard | None = None,
 ) -> Lens:
     """The family's own readout after each iteration, from one run.
 
@@ -103,7 +115,8 @@ def readout_lens(
     whole lens.
 
     Args:
-        inputs, n_loops, readout, positions, keep_logits, batch_size: As for `logit_lens`.
+        inputs, n_loops, readout, positions, keep_logits, batch_size, save_to, shard: As for
+            `logit_lens`.
 
     Returns:
         A `Lens` with one entry per iteration.
@@ -112,7 +125,18 @@ def readout_lens(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     places: list[ReadVisit] = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
     stops = dict(zip(model.iteration_ends(n_loops), places, strict=True))
-    return _read_through(model, batch, n_loops, stops, positions, keep_logits, batch_size)
+    return LensJob(
+        "readout_lens",
+        model,
+        batch,
+        n_loops,
+        list(stops.values()),
+        positions,
+        batch_size,
+        _through(model, n_loops, stops, positions),
+        save_to,
+        shard,
+    ).lens(keep_logits)
 
 
 @torch.no_grad()
@@ -126,6 +150,8 @@ def coda_lens(
     positions: Literal["all"] | Sequence[int] | None = None,
     keep_logits: bool = False,
     batch_size: int = 512,
+    save_to: str | Path | None = None,
+    shard: Shard | None = None,
 ) -> Lens:
     """The state after every visit of the loop, run through the coda, the final norm and the head.
 
@@ -133,7 +159,8 @@ def coda_lens(
     it is the `logit_lens` of what the iteration hands on.
 
     Args:
-        inputs, n_loops, readout, positions, keep_logits, batch_size: As for `logit_lens`.
+        inputs, n_loops, readout, positions, keep_logits, batch_size, save_to, shard: As for
+            `logit_lens`.
 
     Returns:
         A `Lens` with one entry per visit of the loop.
@@ -145,42 +172,42 @@ def coda_lens(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     inside = [visit for visit in model.schedule(n_loops) if visit.loop is not None]
     stops = {visit.index + 1: (visit.loop, visit.layer, visit.name) for visit in inside}
-    return _read_through(model, batch, n_loops, stops, positions, keep_logits, batch_size)
+    return LensJob(
+        "coda_lens",
+        model,
+        batch,
+        n_loops,
+        list(stops.values()),
+        positions,
+        batch_size,
+        _through(model, n_loops, stops, positions),
+        save_to,
+        shard,
+    ).lens(keep_logits)
 
 
-def _read_through(
+def _through(
     model: LoopedModel,
-    batch: Batch,
     n_loops: int,
     stops: Mapping[int, ReadVisit],
     positions: Literal["all"] | Sequence[int] | None,
-    keep_logits: bool,
-    batch_size: int,
-) -> Lens:
-    """A lens of one run that stops at some visits, each of them read through what follows the loop.
+) -> Callable[[Batch], Float[Tensor, "visit read d_model"]]:
+    """The head's input of a run that stops at some visits, each of them read through what follows
+    the loop.
 
     Args:
         stops: What is read before each visit's index, in order.
     """
 
-    def heads_input(examples: Batch) -> Float[Tensor, "visit read d_model"]:
-        collected = []
-        for part in in_chunks(examples, batch_size, "readouts"):
-            state = begin_batch(model, part, n_loops)
-            seen = []
-            for stop in stops:
-                state = model.advance(state, stop)
-                seen.append(_read(model, model.finish(state), part, positions))
-            collected.append(torch.stack(seen))
-        return torch.cat(collected, dim=1)
+    def heads_input(part: Batch) -> Float[Tensor, "visit read d_model"]:
+        state = begin_batch(model, part, n_loops)
+        seen = []
+        for stop in stops:
+            state = model.advance(state, stop)
+            seen.append(_read(model, model.finish(state), part, positions))
+        return torch.stack(seen)
 
-    return Lens.of(
-        model,
-        over_ranks(model, batch, heads_input, dim=1),
-        list(stops.values()),
-        read_columns(batch, positions),
-        keep_logits,
-    )
+    return heads_input
 
 
 def _read(

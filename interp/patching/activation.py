@@ -7,7 +7,7 @@ instead (`interp.continued`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,18 +17,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.interp.common.cells import Cell, Selection, Together, choose
-from loopscope.interp.common.fingerprint import described, facts_of
+from loopscope.interp.common.fingerprint import facts_of
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
 from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.common.processes import Team, team
-from loopscope.interp.patching.continued import continued_logits
+from loopscope.interp.patching.continued import continued_groups, continued_logits
 from loopscope.interp.patching.grouped import Labels, checked_labels
-from loopscope.interp.patching.packed import packable, packed_logits
+from loopscope.interp.patching.kept import sweep_manifest, sweep_of
+from loopscope.interp.patching.packed import packable, packed_groups, packed_logits
 from loopscope.interp.patching.sweep import Sweep, present
-from loopscope.interp.patching.unfinished import Unfinished
+from loopscope.interp.shards.manifest import Manifest
+from loopscope.interp.shards.run import run_items
+from loopscope.interp.shards.share import Shard, checked_shard
+from loopscope.interp.shards.work import Results
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -59,6 +63,7 @@ def activation_patch(
     readout: ReadoutColumn = None,
     memory_gb: float = 0.1,
     save_to: str | Path | None = None,
+    shard: Shard | None = None,
 ) -> Sweep:
     """Patch every chosen cell on its own and measure the answer (arXiv 2604.07822, figures 11 and
     21).
@@ -93,13 +98,17 @@ def activation_patch(
             label. None as a label leaves the place out.
         memory_gb: About how much memory the patched runs may take, in GiB; it decides how many run
             side by side.
-        save_to: A file for partial results: a sweep that was interrupted and is called again goes
-            on from there.
+        save_to: A folder in which results are kept: a sweep that was interrupted and is called
+            again goes on from there, and `merge` makes one record of all shards.
+        shard: (i, n) does the i-th of n shares of the cells; None does all.
+
+    Returns:
+        The record; of a shard, that of its cells.
 
     Raises:
         KeyError: A site or a visit that this model does not have.
-        ValueError: Inputs that do not match, a position, head, loop or layer out of range, or
-            partial results of another sweep.
+        ValueError: Inputs that do not match, a position, head, loop or layer out of range, or a
+            folder with results of another call.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     if not memory_gb > 0:
@@ -119,25 +128,26 @@ def activation_patch(
         checked_labels(group_by, tuple(base.tokens.shape))
     metrics = _named(metric, also or {})
     facts = facts_of(model, cells, (base, source), (n_loops, direction, metrics))
-    key = "" if save_to is None else described(facts)
-    job = _Job(model, cells, base, n_loops, metrics, memory_gb, team(lambda: facts))
-    values, unpatched = job.run(source, Unfinished(save_to, key, len(metrics), len(base)))
-    shown = present(model, base, cells)
-    low, high = unpatched if direction == "denoise" else reversed(unpatched)
-    first, *others = (
-        Sweep(
-            tuple(cells),
-            values[i],
-            high[i],
-            low[i],
-            name,
-            direction,
-            present=shown,
-            groups=group_by,
+    job = _Job(model, cells, base, source, n_loops, metrics, memory_gb)
+    ours = team(lambda: (facts, shard)) if save_to is None else Team()
+    if ours.size > 1:
+        common, found = job.shared(ours)
+        return sweep_of(cells, list(metrics), direction, common, found, group_by)
+    groups = job.groups()
+
+    def manifest() -> Manifest:
+        settings = {"n_loops": n_loops, "memory_gb": memory_gb}
+        return sweep_manifest(
+            "activation_patch", model, pair, cells, groups, metrics, settings, direction, group_by
         )
-        for i, name in enumerate(metrics)
+
+    items, common, found = run_items(
+        len(groups), checked_shard(shard), job.compute, save_to, manifest
     )
-    return replace(first, also={sweep.metric: sweep for sweep in others})
+    mine = [index for item in items for index in groups[item]]
+    here = job.on_device({**common, "present": common["present"][mine]})
+    own = [cells[index] for index in mine]
+    return sweep_of(own, list(metrics), direction, here, list(map(job.on_device, found)), group_by)
 
 
 def _named(metric: Metric, also: Mapping[str, Metric]) -> dict[str, Metric]:
@@ -152,54 +162,85 @@ def _named(metric: Metric, also: Mapping[str, Metric]) -> dict[str, Metric]:
 
 @dataclass(frozen=True)
 class _Job:
-    """A sweep to compute."""
+    """A sweep to compute, in groups of cells that are run side by side."""
 
     model: LoopedModel
     cells: list[Cell]
     base: Batch
+    source: Batch
     n_loops: int
     metrics: Mapping[str, Metric]
     memory_gb: float
-    team: Team
 
-    def run(
-        self, source: Batch, unfinished: Unfinished
-    ) -> tuple[Float[Tensor, "metric cell batch"], tuple[Tensor, Tensor]]:
-        """The metrics of every cell, and those of the base and the source run; what was saved
-        already is not computed again.
-        """
-        missing = self.team.share([i for i in range(len(self.cells)) if i not in unfinished.done])
-        names = sorted({name for index in missing for name in self.cells[index].names})
-        cache = self._activations(source, names) if names else {}
-        state = self.model.advance(begin_batch(self.model, source, self.n_loops))
+    def groups(self) -> list[list[int]]:
+        """The cells, by their index, of each group."""
+        if packable(self.model, self.base):
+            return packed_groups(self.model, self.base, self.cells, self.n_loops, self.memory_gb)
+        return continued_groups(self.model, self.base, self.cells, self.memory_gb)
+
+    def on_device(self, results: Results) -> Results:
+        """Results that may come from a file, where the inputs are."""
+        return {name: value.to(self.base.tokens.device) for name, value in results.items()}
+
+    def compute(self, items: list[int]) -> tuple[Results, Iterator[Results]]:
+        """The metrics of the two runs without a patch, and of some groups of cells."""
+        every = self.groups()
+        groups = [[self.cells[index] for index in every[item]] for item in items]
+        # of all cells, since what is cached may change how a visit is computed
+        names = sorted({name for cell in self.cells for name in cell.names}) if items else []
+        cache = self._activations(names) if names else {}
+        state = self.model.advance(begin_batch(self.model, self.source, self.n_loops))
         logits = self.model.readout(
-            state, source.readout
+            state, self.source.readout
         )  # by the kernels of the base run, which caching may switch
-        engine = packed_logits if packable(self.model, self.base) else continued_logits
-        cells = [self.cells[index] for index in missing]
-        patched = engine(self.model, self.base, cells, cache, self.n_loops, self.memory_gb)
-        unpatched = self._measure(next(patched)), self._measure(logits)
-        found: dict[int, Tensor] = {}
-        short = len(missing) * len(self.base) < _BAR_FROM
-        for index, row in zip(
-            missing,
-            tqdm(patched, desc="patching", leave=False, disable=short, total=len(missing)),
-            strict=True,
-        ):
-            found[index] = self._measure(row)
-            unfinished.add(index, found[index])
-        everything = unfinished.done | self.team.gathered(found)
-        unfinished.forget()
-        return (
-            torch.stack(
-                [everything[index].to(logits.device) for index in range(len(self.cells))], dim=1
-            ),
-            unpatched,
-        )
+        patched = self._patched(groups, cache)
+        common = {
+            "base": self._measure(next(patched)),
+            "source": self._measure(logits),
+            "present": present(self.model, self.base, self.cells),
+        }
+        return common, self._rows(groups, patched)
 
-    def _activations(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+    def shared(self, ours: Team) -> tuple[Results, list[Results]]:
+        """All cells, of which each process of a team computes its share."""
+        mine = ours.share(list(range(len(self.cells))))
+        part = replace(self, cells=[self.cells[index] for index in mine])
+        common, found = part.compute(list(range(len(part.groups()))))
+        values = torch.cat([each["values"] for each in found], dim=1).unbind(1)
+        everything = ours.gathered(dict(zip(mine, values, strict=True)))
+        device = self.base.tokens.device
+        whole = [everything[index].to(device)[:, None] for index in range(len(self.cells))]
+        common["present"] = present(self.model, self.base, self.cells)
+        return common, [{"values": torch.cat(whole, dim=1)}]
+
+    def _patched(
+        self, groups: Sequence[Sequence[Cell]], cache: Mapping[str, Tensor]
+    ) -> Iterator[Float[Tensor, "batch d_vocab"]]:
+        """Logits of the base run and of every patched one."""
+        given = self.model, self.base, groups, cache, self.n_loops
+        if packable(self.model, self.base):
+            return packed_logits(*given, self.memory_gb)
+        return continued_logits(*given)
+
+    def _rows(
+        self, groups: Sequence[Sequence[Cell]], patched: Iterator[Tensor]
+    ) -> Iterator[Results]:
+        """The metrics of each group."""
+        total = sum(map(len, groups))
+        short = total * len(self.base) < _BAR_FROM
+        with tqdm(desc="patching", leave=False, disable=short, total=total) as bar:
+            for group in groups:
+                rows = [self._measure(next(patched)) for _ in group]
+                bar.update(len(group))
+                yield {"values": torch.stack(rows, dim=1)}
+
+    def _activations(self, names: list[str]) -> dict[str, Tensor]:
         run = self.model.run_with_cache(
-            batch.tokens, n_loops=self.n_loops, mask=batch.mask, names_filter=names, **batch.options
+            self.source.tokens,
+            n_loops=self.n_loops,
+            mask=self.source.mask,
+            names_filter=names,
+            **self.source.options,
         )
         return dict(run[1])
 

@@ -21,29 +21,38 @@ from loopscope.models.core.cache import site_of
 from loopscope.models.core.state import State
 
 
-def continued_logits(
-    model: LoopedModel,
-    base: Batch,
-    cells: Sequence[Cell],
-    source: Mapping[str, Tensor],
-    n_loops: int,
-    memory_gb: float,
-) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-    """The logits at the readout of the base run, and then with each cell patched, in the order of
-    the cells (the schedule's).
-
-    Args:
-        source: The values that are put in, by hook name, with the whole batch.
-        memory_gb: About how much memory the runs may take; it decides how many run side by side.
+def continued_groups(
+    model: LoopedModel, base: Batch, cells: Sequence[Cell], memory_gb: float
+) -> list[list[int]]:
+    """The cells, by their index, that are run side by side: those of one hook point, as many as the
+    memory holds.
     """
     per_run = 4 * base.tokens.numel() * (3 * model.cfg.d_mlp + 16 * model.cfg.d_model)
     size = max(1, int(memory_gb * 2**30 / per_run)) if model.batch_independent else 1
+    names = groupby(range(len(cells)), key=lambda index: cells[index].name)
+    at_once = [list(group) for _, group in names]
+    return [group[at : at + size] for group in at_once for at in range(0, len(group), size)]
+
+
+def continued_logits(
+    model: LoopedModel,
+    base: Batch,
+    groups: Sequence[Sequence[Cell]],
+    source: Mapping[str, Tensor],
+    n_loops: int,
+) -> Iterator[Float[Tensor, "batch d_vocab"]]:
+    """The logits at the readout of the base run, and then with each cell patched, group by group.
+
+    Args:
+        groups: Cells of one hook point each, in the order of the schedule; those of one group are
+            run side by side.
+        source: The values that are put in, by hook name, with the whole batch.
+    """
     yield model.readout(model.advance(begin_batch(model, base, n_loops)), base.readout)
-    groups = {name: list(group) for name, group in groupby(cells, key=lambda cell: cell.name)}
-    for name, before in _starts(model, base, n_loops, list(groups)):
-        for first in range(0, len(groups[name]), size):
-            packed = groups[name][first : first + size]
-            yield from _continue(model, before, base, n_loops, packed, source).split(len(base))
+    by_name = {name: list(own) for name, own in groupby(groups, key=lambda group: group[0].name)}
+    for name, before in _starts(model, base, n_loops, list(by_name)):
+        for cells in by_name[name]:
+            yield from _continue(model, before, base, n_loops, cells, source).split(len(base))
 
 
 def _starts(
@@ -68,7 +77,7 @@ def _continue(
     before: State | None,
     base: Batch,
     n_loops: int,
-    cells: list[Cell],
+    cells: Sequence[Cell],
     source: Mapping[str, Tensor],
 ) -> Float[Tensor, "row d_vocab"]:
     """Logits at the readout of the base run with each cell patched; rows are (cell, batch)."""
@@ -86,7 +95,9 @@ def _continue(
         return at_columns(model.readout(model.advance(state)), columns)
 
 
-def _put(value: Tensor, hook: HookPoint, name: str, cells: list[Cell], source: Tensor) -> Tensor:
+def _put(
+    value: Tensor, hook: HookPoint, name: str, cells: Sequence[Cell], source: Tensor
+) -> Tensor:
     """The value with the part of each cell that patches this point taken from the source run."""
     head_axis = HEAD_AXIS.get(site_of(name))
     patched = rearrange(value.clone(), "(cell batch) ... -> cell batch ...", cell=len(cells))

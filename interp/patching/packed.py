@@ -28,6 +28,9 @@ from loopscope.models.core.cache import site_of
 from loopscope.models.core.hooks import live
 from loopscope.models.core.packed_rows import PackedRows, RowPlaces
 
+_GROUPS = 32  # groups that a sweep is cut into, where each still has
+_LEAST = 512  # so many rows
+
 
 def packable(model: LoopedModel, batch: Batch) -> bool:
     """Whether rows of this batch can be run side by side: causal, row by row, and nothing hooked
@@ -41,35 +44,59 @@ def packable(model: LoopedModel, batch: Batch) -> bool:
     return begin_batch(model, batch[:1], 1).tags is None
 
 
+def packed_groups(
+    model: LoopedModel, base: Batch, cells: Sequence[Cell], n_loops: int, memory_gb: float
+) -> list[list[int]]:
+    """The cells, by their index, that are run side by side: neighbours in the order of the
+    schedule, as many as the memory holds, but not so many that nothing is left to share.
+
+    A cell's logits depend to the last bit on the cells of its group, and on no other.
+    """
+    lanes = lanes_of(model, base, cells, n_loops)
+    rows = lanes.lengths.new_zeros(len(cells)).index_add(0, lanes.cell, lanes.lengths).tolist()
+    most = min(_rows_at_once(model, memory_gb), max(_LEAST, sum(rows) // _GROUPS))
+    groups: list[list[int]] = [[]]
+    held = 0
+    for index, count in enumerate(rows):
+        if groups[-1] and held + count > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(index)
+        held += count
+    return groups
+
+
 def packed_logits(
     model: LoopedModel,
     base: Batch,
-    cells: Sequence[Cell],
+    groups: Sequence[Sequence[Cell]],
     source: Mapping[str, Tensor],
     n_loops: int,
     memory_gb: float,
 ) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-    """The logits at the readout of the base run, and then with each cell patched, in the order of
-    the cells (the schedule's).
+    """The logits at the readout of the base run, and then with each cell patched, group by group.
 
     Args:
+        groups: Cells in the order of the schedule; those of one group are run side by side.
         source: The values that are put in, by hook name, with the whole batch.
-        memory_gb: About how much memory the patched runs may take; it decides how many run side by
-            side.
+        memory_gb: About how much memory the patched runs may take; a group that takes more is cut.
     """
-    lanes = lanes_of(model, base, cells, n_loops)
-    run = BaseRun.of(model, base, n_loops, set(lanes.visit.tolist()))
-    per_row = run.logits.element_size() * (3 * model.cfg.d_mlp + 24 * model.cfg.d_model)
+    packed = [lanes_of(model, base, cells, n_loops) for cells in groups]
+    joins = {visit for lanes in packed for visit in lanes.visit.tolist()}
+    run = BaseRun.of(model, base, n_loops, joins)
     yield run.logits
-    first, carried = 0, run.logits
-    for chunk in lanes.chunks(max(1, int(memory_gb * 2**30 / per_row))):
-        last = int(chunk.cell[-1])
-        logits = run.logits.repeat(last - first + 1, 1, 1)
-        logits[0] = carried
-        logits[chunk.cell - first, chunk.example] = run_lanes(run, cells, source, chunk)
-        yield from logits[:-1]
-        first, carried = last, logits[-1]
-    yield from torch.cat([carried[None], run.logits.repeat(len(cells), 1, 1)])[: len(cells) - first]
+    for cells, lanes in zip(groups, packed, strict=True):
+        logits = run.logits.repeat(len(cells), 1, 1)
+        for chunk in lanes.chunks(_rows_at_once(model, memory_gb)):
+            logits[chunk.cell, chunk.example] = run_lanes(run, cells, source, chunk)
+        yield from logits
+
+
+def _rows_at_once(model: LoopedModel, memory_gb: float) -> int:
+    """How many rows fit the memory."""
+    size = next(model.parameters()).element_size()
+    per_row = size * (3 * model.cfg.d_mlp + 24 * model.cfg.d_model)
+    return max(1, int(memory_gb * 2**30 / per_row))
 
 
 def run_lanes(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
@@ -20,6 +21,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.models.basis.names import NamesFilter, is_pattern
+from loopscope.models.basis.tensor_files import TensorFile, kept_in
 from loopscope.models.basis.tokens import Batch, Readout, Words
 from loopscope.models.core import describe
 from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
@@ -527,6 +529,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         pos_slice: PosSlice = None,
+        to: str | Path | None = None,
         **model_kwargs: Any,
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], LoopCache]:
         """Run the model and keep activations, each under the name of its own iteration.
@@ -540,23 +543,44 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
             reset_hooks_end, clear_contexts: As in `hooks`.
             pos_slice: Positions to keep (for scores and patterns: query positions), in any form of
                 TransformerLens's Slice; an int keeps an axis of one.
+            to: "cpu", or a file: each activation is written there as it is computed, and the cache
+                reads the file memory-mapped, so that it may be larger than memory. `LoopCache.load`
+                opens the file again.
 
         Returns:
             The logits and a `LoopCache`.
 
         Raises:
             KeyError: The filter matches nothing in this call.
-            ValueError: `remove_batch_dim` with a batch of more than one, or `incl_bwd`.
+            ValueError: `remove_batch_dim` with a batch of more than one, `incl_bwd`, or both `to`
+                and `device`.
         """
         n_loops = loops_of_call(model_args, model_kwargs, self.cfg.n_loops)
         if remove_batch_dim:
             check_one_row(model_args, model_kwargs)
-        store, fwd, _ = self.get_caching_hooks(
-            names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, n_loops=n_loops
+        if to is not None and device is not None:
+            raise ValueError(
+                f"to= says where the cache is kept already, so leave device={device} out"
+            )
+        wanted = self.resolve_names(
+            RESIDUAL_STREAM if names_filter is None else names_filter, n_loops
         )
-        with self.hooks(fwd, [], reset_hooks_end, clear_contexts, n_loops):
-            logits = self(*model_args, **model_kwargs)
-        return logits, LoopCache(store, n_loops, has_batch_dim=not remove_batch_dim)
+        about = {"n_loops": str(n_loops), "has_batch_dim": str(not remove_batch_dim)}
+        with kept_in(to, len(wanted), about) as held:
+            _, fwd, _ = self.get_caching_hooks(
+                wanted,
+                incl_bwd,
+                "cpu" if to == "cpu" else device,
+                remove_batch_dim,
+                held,
+                pos_slice,
+                n_loops,
+            )
+            with self.hooks(fwd, [], reset_hooks_end, clear_contexts, n_loops):
+                logits = self(*model_args, **model_kwargs)
+        if isinstance(held, TensorFile):
+            return logits, LoopCache.load(str(to))
+        return logits, LoopCache(held, n_loops, has_batch_dim=not remove_batch_dim)
 
     # Texts
 

@@ -95,7 +95,7 @@ class TextInputs:
             raise ValueError("a Batch and texts have a mask of their own; leave mask out")
         if isinstance(inputs, Batch):
             return Given(inputs.tokens, inputs.mask, {**inputs.options, **options})
-        batch = self._padded(self._ids(inputs, prepend_bos))  # type: ignore[arg-type]
+        batch = self.padded(self.ids(inputs, prepend_bos))  # type: ignore[arg-type]
         return Given(batch.tokens, batch.mask, options)
 
     def encode(self, texts: Texts, prepend_bos: bool | None = None) -> Batch:
@@ -106,9 +106,9 @@ class TextInputs:
                 Argument("readout", "last_real"),
                 ", 'first_pad' or 'column:K'",
             )
-        return self._padded(self._ids(texts, prepend_bos))
+        return self.padded(self.ids(texts, prepend_bos))
 
-    def _padded(self, rows: list[list[int]]) -> Batch:
+    def padded(self, rows: list[list[int]]) -> Batch:
         """Rows of ids with the padding that the readout needs; where the checkpoint does not say
         where answers are read, the column is that of the last token.
         """
@@ -119,7 +119,7 @@ class TextInputs:
 
     def to_tokens(self, texts: Texts, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
         """Token ids of some texts, padded on the right with id 0."""
-        rows = self._ids(texts, prepend_bos)
+        rows = self.ids(texts, prepend_bos)
         return pad_right(rows, max(map(len, rows)))[0].to(self.device)
 
     def to_single_token(self, text: str) -> int:
@@ -161,7 +161,8 @@ class TextInputs:
             raise ValueError(f"token ids must be in 0..{size - 1}, got {wrong[0]}")
         return row
 
-    def _ids(self, texts: Texts, prepend_bos: bool | None) -> list[list[int]]:
+    def ids(self, texts: Texts, prepend_bos: bool | None = None) -> list[list[int]]:
+        """Token ids of some texts; `prepend_bos` as in `LoopedModel.encode`."""
         words = self._words()
         several = [texts] if isinstance(texts, str) else texts
         rows = [words.ids(text, prepend_bos) for text in several]

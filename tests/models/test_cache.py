@@ -375,3 +375,31 @@ def test_what_a_cache_says_of_itself(plain: RecurrentDepth) -> None:
         repr(plain.run_with_cache(random_tokens(), n_loops=3)[1])
         == "LoopCache(19 activations of 3 iterations)"
     )
+
+
+# Caches on disk
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cache_in_a_file_is_the_one_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, path = toy("learned").to(dtype), tmp_path / "run.safetensors"
+    logits, cache = model.run_with_cache(random_tokens(), n_loops=3, names_filter="**", to=path)
+    expected, memory = model.run_with_cache(random_tokens(), n_loops=3, names_filter="**", to="cpu")
+    assert torch.equal(logits, expected)
+    assert set(cache) == set(memory)
+    for found in (cache, LoopCache.load(path)):
+        assert all(torch.equal(found[name], memory[name]) for name in memory)
+        assert (found.n_loops, found.has_batch_dim) == (3, True)
+    assert cache.stack("q").shape == (3, LAYERS, BATCH, POS, HEADS, D_HEAD)
+
+
+def test_a_run_that_fails_leaves_no_file(plain: RecurrentDepth, tmp_path: Path) -> None:
+    def fail(value: torch.Tensor, hook: object) -> None:
+        raise OSError("the disk is full")
+
+    late = "loops.2.blocks.1.hook_resid_post"
+    with plain.hooks([(late, fail)], n_loops=3), pytest.raises(OSError, match="the disk is full"):
+        plain.run_with_cache(random_tokens(), n_loops=3, to=tmp_path / "run.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="leave device=cpu out"):
+        plain.run_with_cache(random_tokens(), n_loops=3, to="cpu", device="cpu")

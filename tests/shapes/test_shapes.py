@@ -9,19 +9,33 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 
 from families_page import shipped
-from loopscope import generate, logit_lens, wrap
+from loopscope import (
+    ActivationStore,
+    Sweep,
+    activation_patch,
+    collect,
+    export_dataset,
+    export_parquet,
+    generate,
+    logit_lens,
+    merge,
+    wrap,
+)
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.pages import families
 from loopscope.analyses.pages.findings import Pairs
+from loopscope.interp.lens.record import Lens
 from loopscope.models.core.registry import FAMILIES
-from toy import full, toy
+from toy import full, padded, projection, toy
 
 pytestmark = pytest.mark.shapes
 
@@ -92,6 +106,30 @@ def test_a_wrapped_module() -> None:
     assert model.W_E.shape == (19, 6)
     assert model.W_U.shape == (6, 19)
     assert model.b_U.shape == (19,)
+
+
+def test_a_store_and_its_exports(tmp_path: Path) -> None:
+    model = toy()
+    options: dict[str, Any] = {"n_loops": 2, "per_file": 2}
+    collect(model, full(), to=tmp_path / "store", shard=(0, 2), **options)
+    collect(model, full(), to=tmp_path / "store", shard=(1, 2), **options)
+    store = merge(tmp_path / "store")
+    assert isinstance(store, ActivationStore)
+    assert sum(map(len, store.batches(4, seed=0))) == len(store.read()) == len(store)
+    assert store.visit("loops.1.blocks.0.hook_resid_post").shape[0] == len(store)
+    export_dataset(store, tmp_path / "set", 3, loop=0, layer=1)
+    export_parquet(store, tmp_path / "all.parquet")
+
+
+def test_work_in_shards(tmp_path: Path) -> None:
+    model, clean, corrupted = toy(), padded(1), padded(2)
+    for i in range(2):
+        logit_lens(model, clean, 2, batch_size=2, save_to=tmp_path / "lens", shard=(i, 2))
+        activation_patch(
+            model, clean, corrupted, projection(), 2, save_to=tmp_path / "sweep", shard=(i, 2)
+        )
+    assert isinstance(merge(tmp_path / "lens", model), Lens)
+    assert isinstance(merge(tmp_path / "sweep"), Sweep)
 
 
 def test_the_answers_that_the_findings_count() -> None:

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +17,11 @@ from loopscope.interp.attribution.direct_logit import direct_logit_attribution
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.fingerprint import fingerprint
-from loopscope.interp.common.inputs import Metric
-from loopscope.interp.common.metrics import logit_diff, logit_margin
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.packed import packable
 from loopscope.interp.patching.path_ends import Receiver
 from loopscope.interp.patching.paths import path_patch_sweep
 from loopscope.interp.patching.sweep import Sweep
-from loopscope.interp.patching.unfinished import Unfinished
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
@@ -376,106 +371,6 @@ def test_models_whose_rows_are_not_alone_are_continued_whole(odd_model: LoopedMo
 def test_gradients_can_be_on_outside_and_nothing_escapes(plain: RecurrentDepth) -> None:
     assert not activation_patch(plain, CLEAN, CORRUPTED, projection(), 2).values.requires_grad
     assert torch.is_grad_enabled()
-
-
-# Partial results
-
-
-def test_an_interrupted_sweep_goes_on_where_it_was(
-    plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loopscope.interp.patching.unfinished._EVERY", 0.0)
-    file, added, add = tmp_path / "sweep.safetensors", [], Unfinished.add
-
-    def counted(self: Unfinished, index: int, values: Tensor) -> None:
-        if len(added) == 28:
-            added.append(-1)
-            raise KeyboardInterrupt
-        added.append(index)
-        add(self, index, values)
-
-    monkeypatch.setattr(Unfinished, "add", counted)
-    with pytest.raises(KeyboardInterrupt):
-        activation_patch(plain, CLEAN, CORRUPTED, projection(), 3, save_to=file)
-    assert file.is_file()
-    done = activation_patch(plain, CLEAN, CORRUPTED, projection(), 3, save_to=file)
-    assert added == [*range(28), -1, *range(28, 3 * LAYERS * POS)]  # only what was missing
-    assert_close(done.values, activation_patch(plain, CLEAN, CORRUPTED, projection(), 3).values)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_sweep_stopped_after_its_last_cell_only_reads_its_file(
-    plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "sweep.safetensors"
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            "loopscope.interp.patching.unfinished.Unfinished.forget", lambda self: self.write()
-        )
-        whole = activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file)
-    again = activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file)
-    assert torch.equal(again.values, whole.values)
-    assert_close(again.clean, whole.clean)
-    assert not file.exists()
-
-
-def test_partial_results_of_another_sweep_are_refused(
-    plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "loopscope.interp.patching.unfinished.Unfinished.forget", lambda self: self.write()
-    )
-    file = tmp_path / "sweep.safetensors"
-    activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file)
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match="holds partial results of another sweep"):
-        activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file, direction="noise")
-    with torch.no_grad():
-        plain.embedding.add_(1.0)
-    with pytest.raises(ValueError, match="holds partial results of another sweep"):
-        activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file)
-    assert file.read_bytes() == before
-    file.write_text("something else")
-    with pytest.raises(ValueError, match="does not hold partial results of a sweep"):
-        activation_patch(plain, CLEAN, CORRUPTED, projection(), 2, save_to=file)
-
-
-def doubled(value: Tensor, hook: object) -> Tensor:
-    return 2.0 * value
-
-
-def halved(value: Tensor, hook: object) -> Tensor:
-    return 0.5 * value
-
-
-def test_partial_results_belong_to_a_metric_its_answers_and_the_hooks(
-    plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "loopscope.interp.patching.unfinished.Unfinished.forget", lambda self: self.write()
-    )
-    file, answers = tmp_path / "sweep.safetensors", torch.tensor([3, 5, 7])
-
-    def sweep(metric: Metric, hook: Any = doubled, **options: Any) -> Sweep:
-        with plain.hooks([("loops.0.blocks.0.hook_mlp_out", hook)], n_loops=2):
-            return activation_patch(plain, CLEAN, CORRUPTED, metric, 2, save_to=file, **options)
-
-    first = sweep(logit_margin(answers), also={"other": logit_diff(answers, 2)})
-    again = sweep(logit_margin(answers.clone()), also={"other": logit_diff(answers, 2)})
-    assert torch.equal(first.values, again.values)
-    for metric, options in (
-        (logit_margin(torch.tensor([3, 5, 8])), {"also": {"other": logit_diff(answers, 2)}}),
-        (logit_margin(answers), {"also": {"other": logit_diff(answers, 4)}}),
-        (logit_margin(answers), {"also": {"other": logit_diff(answers, 2)}, "hook": halved}),
-        (
-            partial(torch.Tensor.mean, dim=-1),
-            {"also": {"other": logit_diff(answers, 2)}},
-        ),
-    ):
-        with pytest.raises(ValueError, match="holds partial results of another sweep"):
-            sweep(metric, **options)
-    with pytest.raises(ValueError, match="a generator that one of them holds cannot"):
-        sweep(logit_margin(answers), hook=partial(doubled, hook=(i for i in range(2))))
 
 
 def test_a_function_counts_with_the_globals_that_it_reads(

@@ -1,0 +1,42 @@
+"""One record of all shards of a call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loopscope.interp.lens.kept import kept_lens
+from loopscope.interp.lens.record import Lens
+from loopscope.interp.patching.kept import kept_sweep
+from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.shards.manifest import Manifest
+from loopscope.interp.shards.work import Work
+from loopscope.interp.store.reading import ActivationStore
+from loopscope.models.core.base import LoopedModel
+
+
+def merge(folder: str | Path, model: LoopedModel | None = None) -> Sweep | Lens | ActivationStore:
+    """Make the record of a whole call from the folder that its shards wrote.
+
+    The record is the one that the undivided call returns, to the last bit on machines that compute
+    alike.
+
+    Args:
+        folder: The `save_to=` of a sweep or a lens, or the `to=` of `collect`.
+        model: The model of a lens, whose record reads through the model's head; not needed else.
+
+    Raises:
+        FileNotFoundError: The folder holds no results.
+        ValueError: Work items are missing, a file is cut off, or a lens without its model.
+    """
+    manifest = Manifest.read(Path(folder))
+    if manifest.method == "collect":
+        return ActivationStore(folder)
+    common, found = Work(folder, manifest).read()
+    if manifest.method in ("activation_patch", "attribution_patch"):
+        return kept_sweep(manifest, common, found)
+    if model is None:
+        raise ValueError(
+            f"the record of {manifest.method} reads through the model's head; pass the model, as in"
+            " merge(folder, model)"
+        )
+    return kept_lens(model, manifest, common, found)

@@ -1,0 +1,45 @@
+"""A shard: which of a call's work items one process does."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+Shard = tuple[int, int]
+_Item = TypeVar("_Item")
+
+
+def checked_shard(shard: Sequence[int] | None) -> Shard:
+    """The index of a shard and the number of shards; None is the one shard of an undivided call.
+
+    Raises:
+        TypeError: Something else than two integers.
+        ValueError: An index outside of 0..n - 1.
+    """
+    if shard is None:
+        return 0, 1
+    try:
+        index, count = map(operator.index, shard)
+    except (TypeError, ValueError):
+        raise TypeError(f"shard must be two integers (i, n), got {shard!r}") from None
+    if not 0 <= index < count:
+        raise ValueError(
+            f"shard=(i, n) is one of n shards, with i in 0..n - 1, got ({index}, {count})"
+        )
+    return index, count
+
+
+def parse_shard(text: str) -> Shard:
+    """A shard written as "i/n"; shards count from 0."""
+    if not re.fullmatch(r"[0-9]+/[0-9]+", text):
+        raise ValueError(f"a shard is written i/n, such as 0/8 to 7/8, got {text!r}")
+    index, count = map(int, text.split("/"))
+    return checked_shard((index, count))
+
+
+def own(items: Sequence[_Item], shard: Shard) -> list[_Item]:
+    """The items of a shard: every n-th one, since neighbours cost about the same."""
+    index, count = shard
+    return list(items[index::count])

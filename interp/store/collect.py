@@ -1,0 +1,268 @@
+"""Activations of any number of texts, written to a folder as they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopscope.interp.common import collecting
+from loopscope.interp.common.columns import read_columns
+from loopscope.interp.common.fingerprint import described, facts_of_model
+from loopscope.interp.common.inputs import ReadoutColumn, checked_batch_size
+from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.places import Picked, VisitNames, Where
+from loopscope.interp.shards.manifest import Manifest
+from loopscope.interp.shards.share import Shard, checked_shard, own
+from loopscope.interp.shards.work import (
+    enough_disk,
+    locked,
+    open_folder,
+    settings_of,
+    to_disk,
+    write_tensors,
+)
+from loopscope.interp.store.files import FLOATS, Slab, file_of
+from loopscope.interp.store.groups import Group, groups_of
+from loopscope.interp.store.reading import TOKENS, ActivationStore
+from loopscope.interp.store.texts import Source, Sources, source_of
+from loopscope.models.basis.files import atomic_path
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+
+
+@evaluated
+def collect(
+    model: LoopedModel,
+    inputs: Sources,
+    sites: str | Sequence[str] = "resid_post",
+    n_loops: int | None = None,
+    *,
+    to: str | Path,
+    loops: Picked | int | None = None,
+    layers: Picked | int | None = None,
+    visits: VisitNames | None = None,
+    positions: Picked | int | None = "all",
+    dtype: torch.dtype | None = None,
+    max_bytes: int = 1 << 28,
+    batch_size: int = 32,
+    per_file: int = 256,
+    column: str | None = None,
+    context: int | None = None,
+    readout: ReadoutColumn = None,
+    shard: Shard | None = None,
+) -> ActivationStore:
+    """Write the activations of many texts into a folder, which may be larger than memory.
+
+    A call that was interrupted goes on where it was when it is made again. A folder of another
+    call is refused.
+
+    Args:
+        inputs: A `Batch`, texts, tokens, a data set of `datasets`, or the path of a file with one
+            example a line (JSON where its name ends with .jsonl, else text).
+        sites: Site names ("resid_post", "z", "mlp_out", "state_out", ...).
+        n_loops: Iterations; None means what the checkpoint records.
+        to: The folder.
+        loops, layers, visits: Restrict the visits, as for `activation_patch`.
+        positions: "all" for every token that is not padding, columns, or None for the readout.
+        dtype: Of the stored numbers; None means that of the model.
+        max_bytes: Activations held in memory at a time, in bytes; longer runs are cut into fewer
+            rows.
+        batch_size: Rows run at a time, at most.
+        per_file: Examples whose activations share a file.
+        column: The column of a data set, or the field of a line of JSON; None where there is one.
+        context: Cuts texts and rows of ids after so many tokens; None leaves them whole.
+        readout: The column at which answers are read, for a tensor of tokens; None is the last.
+        shard: (i, n) writes the i-th of n shares of the files; None writes all.
+
+    Returns:
+        The store; of a shard, with what the folder holds so far.
+
+    Raises:
+        KeyError: A site, a visit or a column that is not there.
+        ValueError: A folder of another call, `max_bytes` below one example, or visits that are no
+            grid of loops and layers.
+        OSError: A full disk; what was finished before is kept.
+    """
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    part = checked_shard(shard)
+    source = source_of(model, inputs, readout, column, context)
+    with torch.no_grad():
+        groups = groups_of(
+            model, source.batches(range(1)), sites, Where(loops, layers, visits), n_loops
+        )
+    kind = next(model.parameters()).dtype if dtype is None else dtype
+    if kind not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {kind}")
+    per_file, batch_size = checked_batch_size(per_file), checked_batch_size(batch_size)
+    settings = {
+        "sites": [group.names for group in groups],
+        "n_loops": n_loops,
+        "positions": positions,
+        "dtype": str(kind).removeprefix("torch."),
+        "max_bytes": max_bytes,
+        "batch_size": batch_size,
+        "per_file": per_file,
+    }
+    manifest = Manifest(
+        method="collect",
+        weights=described(facts_of_model(model)),
+        inputs=source.digest,
+        settings=settings_of(settings),
+        items=-(-source.count // per_file),
+        about={
+            "groups": [group.to_json() for group in groups],
+            "examples": source.count,
+            "n_loops": n_loops,
+            "vocabulary": described(None if model.vocab is None else tuple(model.vocab.words)),
+        },
+    )
+    job = _Job(model, source, groups, n_loops, positions, kind, max_bytes, batch_size, per_file)
+    folder = Path(to)
+    open_folder(folder, manifest)
+    with locked(folder, part):
+        items = own(range(manifest.items), part)
+        todo = [item for item in items if not file_of(folder, item, TOKENS).exists()]
+        for item in tqdm(todo, desc="collecting", leave=False, disable=len(todo) < 8):
+            job.write(folder, item, manifest)
+    return ActivationStore(folder, partial=shard is not None)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows that are run at once.
+
+    Attributes:
+        first: The first of their reads among those of the file.
+        example: The first row's example.
+        shown: Bool[Tensor, "batch k"], the reads at `columns` that are stored.
+    """
+
+    batch: Batch
+    columns: Int[Tensor, "batch k"]
+    shown: Bool[Tensor, "batch k"]
+    first: int
+    example: int
+
+    def at_reads(self, value: Tensor) -> Tensor:
+        """The entries "batch pos ..." of the reads, example by example."""
+        row, k = self.shown.nonzero(as_tuple=True)
+        return value[row, self.columns[row, k]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The work of one `collect`."""
+
+    model: LoopedModel
+    source: Source
+    groups: list[Group]
+    n_loops: int
+    positions: Picked | int | None
+    dtype: torch.dtype
+    max_bytes: int
+    batch_size: int
+    per_file: int
+
+    @torch.inference_mode()
+    def write(self, folder: Path, item: int, manifest: Manifest) -> None:
+        """Write the files of one range of examples; that of the tokens comes last, so that a range
+        whose tokens are there is complete.
+        """
+        pieces = list(self._pieces(item))
+        count = sum(int(piece.shown.sum()) for piece in pieces)
+        with ExitStack() as stack:
+            slabs = []
+            for group in self.groups:
+                path = file_of(folder, item, group.label)
+                stack.enter_context(enough_disk(path))
+                temporary = stack.enter_context(atomic_path(path))
+                stack.callback(to_disk, temporary)
+                file = stack.enter_context(temporary.open("wb"))
+                shape = (len(group.loops), len(group.layers), count, *group.shape)
+                slabs.append(Slab(file, shape, self.dtype, manifest))
+            for piece in pieces:
+                self._run(piece, slabs)
+        write_tensors(file_of(folder, item, TOKENS), self._tokens(pieces), manifest)
+
+    def _run(self, piece: _Piece, slabs: list[Slab]) -> None:
+        """Run a piece and write what passes its hook points."""
+        names = [name for group in self.groups for name in group.points]
+        wanted = set(names)
+        schedule = self.model.schedule(self.n_loops)
+        last = max(
+            (visit.index for visit in schedule if wanted & set(visit.hook_names())), default=-1
+        )
+        values = collecting.collect(
+            self.model,
+            piece.batch,
+            names,
+            self.n_loops,
+            reduce=lambda value, name: self._kept(piece.at_reads(value)),
+            until=last + 1,
+        ).values
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # the copies below were only begun
+        for group, slab in zip(self.groups, slabs, strict=True):
+            for loop, row in enumerate(group.names):
+                for layer, name in enumerate(row):
+                    slab.write(loop, layer, piece.first, values.pop(name))
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """A value on the CPU in the stored dtype; from a GPU it is only on its way there."""
+        value = value.to(self.dtype)
+        if value.device.type == "cpu":
+            return value
+        pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return pinned.copy_(value, non_blocking=True)
+
+    def _pieces(self, item: int) -> Iterator[_Piece]:
+        """The examples of a file, cut so that no piece holds more than `max_bytes`."""
+        first = item * self.per_file
+        end, read = min(first + self.per_file, self.source.count), 0
+        per_read = self.dtype.itemsize * sum(
+            len(group.points) * torch.Size(group.shape).numel() for group in self.groups
+        )
+        for start in range(first, end, self.batch_size):
+            batch = self.source.batches(range(start, min(start + self.batch_size, end)))
+            columns = read_columns(batch, self.positions)
+            every = isinstance(self.positions, str)
+            shown = batch.mask.bool() if every else torch.ones_like(columns, dtype=torch.bool)
+            for rows in self._cut((shown.sum(1) * per_read).tolist(), start):
+                piece = _Piece(batch[rows], columns[rows], shown[rows], read, start + rows.start)
+                read += int(piece.shown.sum())
+                yield piece
+
+    def _cut(self, sizes: list[int], start: int) -> Iterator[slice]:
+        """Runs of rows whose sizes add up to at most `max_bytes`."""
+        if max(sizes) > self.max_bytes:
+            example = start + sizes.index(max(sizes))
+            raise ValueError(
+                f"max_bytes must hold the activations of one example, but example {example} has"
+                f" {max(sizes)} bytes, got {self.max_bytes}; store fewer sites or visits, cut texts"
+                " with context=, or allow more"
+            )
+        first, held = 0, 0
+        for row, size in enumerate(sizes):
+            if held + size > self.max_bytes:
+                yield slice(first, row)
+                first, held = row, 0
+            held += size
+        yield slice(first, len(sizes))
+
+    def _tokens(self, pieces: list[_Piece]) -> dict[str, Tensor]:
+        """Token, example and position of every read."""
+        found: dict[str, list[Tensor]] = {"tokens": [], "example": [], "position": []}
+        for piece in pieces:
+            row, k = piece.shown.nonzero(as_tuple=True)
+            found["tokens"].append(piece.at_reads(piece.batch.tokens))
+            found["example"].append(piece.example + row)
+            found["position"].append(piece.columns[row, k])
+        return {name: torch.cat(each).int().cpu() for name, each in found.items()}

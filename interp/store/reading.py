@@ -1,0 +1,261 @@
+"""Reading a store: by visit, by iteration, all iterations of a token together, in shuffled batches.
+
+Files are memory-mapped: what is read of a file is what is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.fingerprint import described, facts_of_model
+from loopscope.interp.common.inputs import checked_batch_size
+from loopscope.interp.common.places import Picked, whole_numbers
+from loopscope.interp.shards.manifest import Manifest
+from loopscope.interp.shards.work import opened, read_tensors
+from loopscope.interp.store.files import ACTIVATIONS, file_of
+from loopscope.interp.store.groups import Group
+from loopscope.models.core.base import LoopedModel
+
+TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class StoredReads:
+    """Activations of some reads; a read is one token of one example.
+
+    Attributes:
+        values: Float[Tensor, "read loop layer ..."], all chosen iterations of a token together.
+        tokens, example, position: Int[Tensor, " read"].
+    """
+
+    values: Float[Tensor, "read loop layer ..."]
+    tokens: Int[Tensor, " read"]
+    example: Int[Tensor, " read"]
+    position: Int[Tensor, " read"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, reads: slice | Tensor) -> StoredReads:
+        return StoredReads(
+            self.values[reads], self.tokens[reads], self.example[reads], self.position[reads]
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[StoredReads]) -> StoredReads:
+        """Several parts one after the other."""
+        return cls(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.example for part in parts]),
+            torch.cat([part.position for part in parts]),
+        )
+
+
+class ActivationStore:
+    """The activations that `collect` wrote into a folder.
+
+    Args:
+        folder: The folder.
+        partial: Also open a store of which ranges of examples are missing, with what is there.
+
+    Raises:
+        FileNotFoundError: The folder holds no store.
+        ValueError: Ranges of examples are missing, or a file is cut off.
+    """
+
+    def __init__(self, folder: str | Path, *, partial: bool = False) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder)
+        if self.manifest.method != "collect":
+            raise ValueError(
+                f"{folder} holds the results of {self.manifest.method}, no store of activations"
+            )
+        self.groups = tuple(map(Group.from_json, self.manifest.about["groups"]))
+        self.n_loops: int = self.manifest.about["n_loops"]
+        self.items = [
+            item
+            for item in range(self.manifest.items)
+            if file_of(self.folder, item, TOKENS).exists()
+        ]
+        if len(self.items) < self.manifest.items and not partial:
+            raise ValueError(
+                f"{folder} is not complete: {self.manifest.items - len(self.items)} of"
+                f" {self.manifest.items} ranges of examples are missing; make the same call of"
+                " collect again, which computes only these, or open it with partial=True"
+            )
+        tokens = [
+            read_tensors(file_of(self.folder, item, TOKENS), self.manifest) for item in self.items
+        ]
+        self.counts = [len(each["tokens"]) for each in tokens]
+        empty = torch.zeros(0, dtype=torch.int32)
+        self.tokens, self.example, self.position = (
+            torch.cat([empty, *(each[name] for each in tokens)])
+            for name in ("tokens", "example", "position")
+        )
+
+    def __len__(self) -> int:
+        """How many reads (tokens) the store has."""
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStore({str(self.folder)!r}: {len(self)} tokens of"
+            f" {self.manifest.about['examples']} examples, {', '.join(self.sites)})"
+        )
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The labels of the groups, such as "resid_post" and "prelude.resid_post"."""
+        return tuple(group.label for group in self.groups)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the stored numbers."""
+        found: torch.dtype = getattr(torch, self.manifest.settings["dtype"])
+        return found
+
+    def group(self, site: str | None = None) -> Group:
+        """The group of a site by its label; None where there is only one."""
+        found = [group for group in self.groups if site in (None, group.label)]
+        if len(found) != 1:
+            raise KeyError(f"this store has the sites {', '.join(self.sites)}; got {site!r}")
+        return found[0]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per read: example, position, token."""
+        return pd.DataFrame(
+            {
+                "example": self.example.numpy(),
+                "position": self.position.numpy(),
+                "token": self.tokens.numpy(),
+            }
+        )
+
+    def check(self, model: LoopedModel) -> None:
+        """Raise ValueError unless this model, with these weights and this vocabulary, made the
+        store.
+        """
+        words = described(None if model.vocab is None else tuple(model.vocab.words))
+        for what, mine, theirs in (
+            ("tokenizer", words, self.manifest.about["vocabulary"]),
+            ("model", described(facts_of_model(model)), self.manifest.weights),
+        ):
+            if mine != theirs:
+                raise ValueError(
+                    f"{self.folder} was made with another {what} than this model's; collect again,"
+                    f" or load the {what} that it was made with"
+                )
+
+    def visit(self, name: str) -> Float[Tensor, "read ..."]:
+        """The activations of all reads at one hook point, such as
+        "loops.2.blocks.0.hook_resid_post".
+        """
+        for group in self.groups:
+            for loop, row in enumerate(group.names):
+                if name in row:
+                    at = [loop], [row.index(name)]
+                    parts = [self._slab(item, group, *at)[0, 0] for item in self.items]
+                    return torch.cat(parts)
+        known = [name for group in self.groups for name in group.points]
+        raise KeyError(f"{name!r} is not in this store, which has {', '.join(known[:4])}, ...")
+
+    def read(
+        self,
+        site: str | None = None,
+        loops: Picked | int | None = None,
+        layers: Picked | int | None = None,
+    ) -> StoredReads:
+        """All reads at once, in the order of the examples; the arguments are those of `batches`."""
+        return StoredReads.joined(list(self.files(site, loops, layers)))
+
+    def files(
+        self,
+        site: str | None = None,
+        loops: Picked | int | None = None,
+        layers: Picked | int | None = None,
+    ) -> Iterator[StoredReads]:
+        """The reads of one file after the other; the arguments are those of `batches`."""
+        group = self.group(site)
+        chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
+        for turn in range(len(self.items)):
+            yield self._file(turn, group, *chosen)
+
+    def batches(
+        self,
+        size: int,
+        site: str | None = None,
+        *,
+        loops: Picked | int | None = None,
+        layers: Picked | int | None = None,
+        seed: int | None = None,
+        buffer: int = 1 << 16,
+    ) -> Iterator[StoredReads]:
+        """Every read once, in batches.
+
+        Args:
+            size: StoredReads per batch; the last one may be smaller.
+            site: The label of a group; None where there is only one.
+            loops, layers: Which coordinates, as the model counts them; None means all.
+            seed: Shuffles: files are taken in a random order, and the reads of as many files as
+                fill the buffer are mixed. None keeps the order of the examples.
+            buffer: StoredReads that are held in memory at a time, about.
+
+        Yields:
+            `StoredReads`, each with all chosen iterations of its tokens.
+        """
+        size, group = checked_batch_size(size), self.group(site)
+        chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
+        draw = None if seed is None else torch.Generator().manual_seed(seed)
+        order = torch.arange(len(self.items))
+        if draw is not None:
+            order = torch.randperm(len(self.items), generator=draw)
+        held: list[StoredReads] = []
+        for turn, index in enumerate(order.tolist()):
+            held.append(self._file(index, group, *chosen))
+            last = turn == len(order) - 1
+            if sum(map(len, held)) < max(buffer, size) and not last:
+                continue
+            mixed = StoredReads.joined(held)
+            if draw is not None:
+                mixed = mixed[torch.randperm(len(mixed), generator=draw)]
+            whole = len(mixed) if last else len(mixed) // size * size
+            yield from (mixed[slice(at, min(at + size, whole))] for at in range(0, whole, size))
+            held = [mixed[slice(whole, None)]]
+
+    def _file(self, turn: int, group: Group, loops: list[int], layers: list[int]) -> StoredReads:
+        first = sum(self.counts[:turn])
+        rows = slice(first, first + self.counts[turn])
+        values = self._slab(self.items[turn], group, loops, layers).movedim(2, 0)
+        return StoredReads(values, self.tokens[rows], self.example[rows], self.position[rows])
+
+    def _slab(
+        self, item: int, group: Group, loops: list[int], layers: list[int]
+    ) -> Float[Tensor, "loop layer read ..."]:
+        """Some iterations and layers of one file."""
+        path = file_of(self.folder, item, group.label)
+        with opened(path) as file:
+            if (file.metadata() or {}).get("call") != self.manifest.call:
+                raise ValueError(f"{path} belongs to another store than the manifest beside it")
+            found = file.get_slice(ACTIVATIONS)
+            rows = [torch.stack([found[loop, layer] for layer in layers]) for loop in loops]
+        return torch.stack(rows)
+
+
+def _index(wanted: Picked | int | None, has: Sequence[int | None], what: str) -> list[int]:
+    """Where the chosen coordinates are on an axis."""
+    if wanted is None or (isinstance(wanted, str) and wanted == "all"):
+        return list(range(len(has)))
+    chosen = whole_numbers(what, wanted)
+    absent = [each for each in chosen if each not in has]
+    if absent:
+        raise ValueError(f"{what} of this site are {list(has)} in the store, got {absent[0]}")
+    return [list(has).index(each) for each in chosen]

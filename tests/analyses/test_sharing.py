@@ -1,0 +1,53 @@
+"""Commands whose work several processes share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loopscope import ActivationStore
+from loopscope.analyses.cli import main
+
+PATCH = ["patch", "--per-hop", "1", "--n-loops", "2"]
+
+
+def test_a_figure_in_shards_is_the_figure_of_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("loopscope.interp.patching.packed._LEAST", 10)
+    work, out = str(tmp_path / "work"), ["--out", str(tmp_path / "shards")]
+    main([*PATCH, *out, "--work", work, "--shard", "1/2"])
+    assert "wrote shard 1/2 of activation_patch" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["merge", work])
+    assert "is not complete" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*PATCH[:-1], "3", "--work", work])
+    assert "holds the work of another command, loopscope patch" in capsys.readouterr().err
+    main([*PATCH, *out, "--work", work, "--shard=0/2"])
+    assert f"all work items are there; loopscope merge {work}" in capsys.readouterr().out
+    assert not (tmp_path / "shards").exists()
+    main(["merge", work])
+    main([*PATCH, "--out", str(tmp_path / "one")])
+    found, expected = (
+        json.loads((tmp_path / name / "patch.json").read_text()) for name in ("shards", "one")
+    )
+    assert found == expected
+    with pytest.raises(SystemExit):
+        main([*PATCH, "--shard", "0/2"])
+    assert "add --work" in capsys.readouterr().err
+
+
+def test_a_store_is_collected_and_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collect = ["collect", "--to", str(tmp_path), "--per-hop", "2", "--n-loops", "3"]
+    for shard in ("0/2", "1/2"):
+        main([*collect, "--per-file", "2", "--stored", "bfloat16", "--shard", shard])
+    main(["merge", str(tmp_path)])
+    assert "wrote" in capsys.readouterr().out
+    store = ActivationStore(tmp_path)
+    lines = (tmp_path / "merged.csv").read_text().splitlines()
+    assert (lines[0], len(lines)) == ("example,position,token", len(store) + 1)

@@ -1,0 +1,71 @@
+"""The recipes of docs/scale.md run, and what they write is the record of one run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loopscope import merge
+from loopscope.interp.patching.sweep import Sweep
+from paths import HELPERS, ROOT
+
+RECIPE = ROOT / "docs" / "recipes" / "sweep.py"
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "PATH": f"{HELPERS}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+PATCH = f"{sys.executable} -m loopscope patch --per-hop 2 --n-loops 3 --no-html"
+
+
+def run(command: str, folder: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["submitit", "ray"])
+def test_a_launcher_gives_the_sweep_of_one_process(launcher: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(launcher) is None:
+        pytest.skip(f"{launcher} is not installed (the extra [scale])")
+    run(f"{sys.executable} {RECIPE} {tmp_path}/two 2 {launcher}", tmp_path)
+    run(
+        f'{sys.executable} -c \'import sys; sys.path.insert(0, "{RECIPE.parent}"); import sweep;'
+        f' from pathlib import Path; sweep.shard(Path("{tmp_path}/one"), 0, 1)\'',
+        tmp_path,
+    )
+    two, one = merge(tmp_path / "two"), merge(tmp_path / "one")
+    assert isinstance(two, Sweep)
+    assert isinstance(one, Sweep)
+    assert two.cells == one.cells
+    assert torch.equal(two.values, one.values)
+
+
+@pytest.mark.slow
+def test_xargs_and_an_array_job_give_the_figure_of_one_run(tmp_path: Path) -> None:
+    run(f"seq 0 1 | xargs -P 2 -I@ {PATCH} --out x --work wx --shard @/2", tmp_path)
+    run("loopscope merge wx", tmp_path)
+    array = ROOT / "docs" / "recipes" / "array.sbatch"
+    flags = PATCH.partition("loopscope ")[2]
+    run(f"sbatch --array=0-1 {array} wa {flags} --out a", tmp_path)
+    run("loopscope merge wa", tmp_path)
+    run(f"{PATCH} --out one", tmp_path)
+    records = [json.loads((tmp_path / name / "patch.json").read_text()) for name in "xa"]
+    assert records == [json.loads((tmp_path / "one" / "patch.json").read_text())] * 2
