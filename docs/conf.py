@@ -25,7 +25,6 @@ include_patterns = ["docs/**", "notebooks/*.ipynb", "*.md", "benchmarks/RESULTS.
 exclude_patterns = ["README.md", ".*", "out", "build", "dist", "loopscope", "tests", "**/__pycache__"]
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence"]
 nb_execution_mode = "off"
 nb_mime_priority_overrides = [("html", "image/png", 0)]  # a figure's picture, before its script
 
