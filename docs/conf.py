@@ -22,7 +22,16 @@ version = release = loopscope.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "site_pages"]
 root_doc = "docs/index"
 include_patterns = ["docs/**", "notebooks/*.ipynb", "*.md", "benchmarks/RESULTS.md"]
-exclude_patterns = ["README.md", ".*", "out", "build", "dist", "loopscope", "tests", "**/__pycache__"]
+exclude_patterns = [
+    "README.md",
+    ".*",
+    "out",
+    "build",
+    "dist",
+    "loopscope",
+    "tests",
+    "**/__pycache__",
+]
 
 myst_heading_anchors = 3
 nb_execution_mode = "off"
@@ -33,7 +42,9 @@ autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Source", "notes_style"), ("Sources", "notes_style")]
-suppress_warnings = ["mystnb.unknown_mime_type"]  # plotly's own form of a figure; its picture is shown
+suppress_warnings = [
+    "mystnb.unknown_mime_type"
+]  # plotly's own form of a figure; its picture is shown
 default_role = "code"
 
 html_theme = "furo"

@@ -1,7 +1,10 @@
-"""Two files that the build adds to the pages: a door at the site's root, and `llms.txt`."""
+"""What the build adds to Sphinx: docstrings whose signs are taken as they are, a door at the site's
+root, and `llms.txt`.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,29 @@ def llms_txt(app: Any) -> str:
         The text of the file.
     """
     env = app.builder.env
-    lines = [f"# {app.config.project}", "", f"> {_first_paragraph(env.get_doctree(app.config.root_doc))}"]
+    lines = [
+        f"# {app.config.project}",
+        "",
+        f"> {_first_paragraph(env.get_doctree(app.config.root_doc))}",
+    ]
     for name in sorted(env.found_docs - {app.config.root_doc}):
         about = _first_paragraph(env.get_doctree(name)).partition(". ")[0].rstrip(".:")
         lines.append(f"- [{env.titles[name].astext()}]({name}.html): {about}")
     return "\n".join(lines[:3] + ["", "## Pages", ""] + lines[3:]) + "\n"
+
+
+def as_written(line: str) -> str:
+    """A line of a docstring in which `|`, `*` and a closing `_` outside backticks are no markup."""
+    parts = re.split(r"(`[^`]*`)", line)
+    plain = (re.sub(r"[|*](?! )|(?<=\w)_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2])
+    quoted = [*parts[1::2], ""]
+    return "".join(text + code for text, code in zip(plain, quoted, strict=True))
+
+
+def _docstring(
+    _app: Any, _what: str, _name: str, _of: Any, _options: Any, lines: list[str]
+) -> None:
+    lines[:] = map(as_written, lines)
 
 
 def _finish(app: Any, failure: Exception | None) -> None:
@@ -48,5 +69,6 @@ def _finish(app: Any, failure: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Join the build."""
+    app.connect("autodoc-process-docstring", _docstring, priority=400)  # before napoleon's
     app.connect("build-finished", _finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
