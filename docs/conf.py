@@ -1,7 +1,7 @@
 """How Sphinx builds the pages: `make docs` runs it from the repository's root, without network.
 
-The source folder is the repository, so a link between two files leads to the same place on the site,
-in a checkout and on a forge. Notebooks are shown with their stored outputs.
+The source folder is the repository, so a link between two files leads to the same place on the
+site, in a checkout and on a forge. Notebooks are shown with their stored outputs.
 """
 
 from __future__ import annotations

@@ -35,15 +35,12 @@ def llms_txt(app: Any) -> str:
         The text of the file.
     """
     env = app.builder.env
-    lines = [
-        f"# {app.config.project}",
-        "",
-        f"> {_first_paragraph(env.get_doctree(app.config.root_doc))}",
-    ]
+    about = _first_paragraph(env.get_doctree(app.config.root_doc))
+    lines = [f"# {app.config.project}", "", f"> {about}", "", "## Pages", ""]
     for name in sorted(env.found_docs - {app.config.root_doc}):
         about = _first_paragraph(env.get_doctree(name)).partition(". ")[0].rstrip(".:")
         lines.append(f"- [{env.titles[name].astext()}]({name}.html): {about}")
-    return "\n".join(lines[:3] + ["", "## Pages", ""] + lines[3:]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def as_written(line: str) -> str:
