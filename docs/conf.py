@@ -49,5 +49,6 @@ default_role = "code"
 
 html_theme = "furo"
 html_title = f"loopscope {release}"
-html_copy_source = False
+html_copy_source = html_show_copyright = False
+toc_object_entries = False  # each public call has a heading of its own
 html_theme_options: dict[str, Any] = {"navigation_with_keys": True}

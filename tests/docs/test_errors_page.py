@@ -43,8 +43,9 @@ def made() -> dict[str, list[str]]:
     own = {n.name for n in nodes if isinstance(n, ast.ClassDef) and _is_public_error(n)}
     found: dict[str, list[str]] = {}
     for node in nodes:
-        if isinstance(node, ast.Call) and is_error(name := ast.unparse(node.func), own):
-            found.setdefault(name, []).append("".join(map(text_of, node.args)))
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Name) and is_error(called.id, own):
+            found.setdefault(called.id, []).append("".join(map(text_of, node.args)))
     return found
 
 
