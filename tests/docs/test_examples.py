@@ -13,7 +13,7 @@ from paths import DOCS
 
 REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 HOWTO = sorted((DOCS / "howto").glob("*/*.md"))
-SLOW = {"dynamics", "training", "use_the_command_line", "compare_checkpoints"}
+SLOW = {"training", "use_the_command_line", "compare_checkpoints"}
 
 
 def pages() -> list[object]:
