@@ -48,6 +48,8 @@ suppress_warnings = [
 default_role = "code"
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
+html_static_path, html_css_files = ["site.css"], ["site.css"]
 html_title = f"loopscope {release}"
 html_copy_source = html_show_copyright = False
 toc_object_entries = False  # each public call has a heading of its own
