@@ -42,9 +42,8 @@ autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Source", "notes_style"), ("Sources", "notes_style")]
-suppress_warnings = [
-    "mystnb.unknown_mime_type"
-]  # plotly's own form of a figure; its picture is shown
+# plotly's own form of a figure is left out, as its picture is shown
+suppress_warnings = ["mystnb.unknown_mime_type"]
 default_role = "code"
 
 html_theme = "furo"
