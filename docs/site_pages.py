@@ -46,7 +46,7 @@ def llms_txt(app: Any) -> str:
 def as_written(line: str) -> str:
     """A line of a docstring in which `|`, `*` and a closing `_` outside backticks are no markup."""
     parts = re.split(r"(`[^`]*`)", line)
-    plain = (re.sub(r"[|*](?! )|(?<=\w)_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2])
+    plain = (re.sub(r"\||\*(?! )|(?<=\w)_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2])
     quoted = [*parts[1::2], ""]
     return "".join(text + code for text, code in zip(plain, quoted, strict=True))
 
