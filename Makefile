@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: report test lint fast shapes slow browser bench minis real install dev clean
+.PHONY: report test lint fast shapes slow docs browser bench minis real install dev clean
 
 report: install
 	$(BIN)/loopscope report --out out/report.html --overwrite
@@ -34,6 +34,11 @@ browser:
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq chromium >/dev/null || true; fi
 
+# the site, without network: out/docs/index.html; a warning is an error
+docs: dev
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . out/docs
+	@echo out/docs/index.html
+
 bench: install
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
@@ -58,7 +63,7 @@ dev: .venv/.installed-dev
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:

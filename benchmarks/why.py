@@ -65,9 +65,23 @@ whose blocks are visited once; and the largest change over all visits here (0 is
 {moved}
 
 Patching by such a name is patching every visit at once, with a value that belongs to the last one.
-A hook on the bridge can count its own calls, and nnsight can address the n-th call of a module;
-what neither has is a name for the visit that caches, filters, sweeps, lenses and gradients share.
-Here that name is `loops.{{h}}.low.{{l}}.blocks.{{i}}`.
+
+## Other tools
+
+A hook on the bridge can count its own calls, and nnsight 0.8 can address the n-th call of a module.
+TorchLens 2.36 has a name for every pass of a module (`blocks.0:2`, counted from 1). It refuses the
+bare name of a module with several calls, and the one self-patch that was tried on it, of one site
+at one pass, changed nothing. So a name for the visit is not ours alone.
+
+What is left here is what follows from the name `loops.{{h}}.low.{{l}}.blocks.{{i}}`:
+
+* The iteration is an axis of caches and records, and a column of every table.
+* Lenses, exits, dynamics, probes, path patching and gradients ask by iteration, in one call each.
+* A sweep runs many patches side by side, and each of them only from the patched visit on.
+* What is injected, what closes an iteration, nested cycles and exit gates belong to the model: a
+  family declares its facts, and a method that they rule out says so.
+
+[Coming from another tool](migration/index.md) puts the same lines side by side.
 """
 
 

@@ -19,7 +19,8 @@ is a function of a model, imported from `loopscope`. Inputs are texts, a `Batch`
 `model.encode`, or tokens with `readout=` (the column at which the answer is read). `n_loops` is
 the number of iterations; None means what the checkpoint records. Records have a `frame()`
 (pandas). A method that cannot serve a family raises a ValueError that says why: [what runs on
-which family](families.md). [Examples](examples.md) of the main ones run in the tests.
+which family](families.md). The [reference](reference/index.md) has all arguments and an example of
+each call.
 
 Under `accelerate launch`, `activation_patch` shares its cells among the processes, and
 `logit_lens` and `readout_lens` (and what is built on them) their examples; each process returns
@@ -44,13 +45,22 @@ def page() -> str:
         about = (inspect.getdoc(import_module(f"loopscope.interp.{room}")) or "").partition("\n\n")[
             0
         ]
-        parts += [f"## {room}", " ".join(about.split()), markdown_table(rows)]
+        parts += [f"## {room}", " ".join(about.split()), _linked(markdown_table(rows), room)]
     return "\n\n".join(parts) + "\n"
 
 
 def write(path: Path) -> Path:
     """Write the page."""
     return write_text(path, page())
+
+
+def _linked(table: str, room: str) -> str:
+    """A table whose calls are links to their sections of the reference."""
+
+    def link(row: re.Match[str]) -> str:
+        return f"| [`{row[1]}`](reference/{room}.md#{row[1].lower()}) |"
+
+    return re.sub(r"^\| `(\w+)` \|", link, table, flags=re.M)
 
 
 def _row(name: str) -> tuple[str, str, str, str]:

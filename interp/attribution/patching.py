@@ -69,8 +69,8 @@ def attribution_patch(
     gradient, summed over the cell.
 
     Args:
-        clean, corrupted, metric, n_loops, sites, positions, heads, loops, layers, visits,
-            direction, readout: As for `activation_patch`.
+        clean, corrupted, metric, n_loops, readout: As for `activation_patch`.
+        sites, positions, heads, loops, layers, visits, direction: As for `activation_patch`.
         steps: 0 takes the gradient of the base run. More average the gradients at the midpoints of
             this many parts of the straight line from the base to the source activation (integrated
             gradients), a hook point being moved along its line at all positions at once; every hook
