@@ -131,8 +131,8 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Dictionaries:
-    """Train sparse dictionaries of a multi-hop checkpoint's states over the iterations, measure them
-    against its graph, and write it as a page of Markdown.
+    """Train sparse dictionaries of a multi-hop checkpoint's states over the iterations, measure
+    them against its graph, and write it as a page of Markdown.
     """
 
     checkpoint: tyro.conf.Positional[str] = DEFAULT_CHECKPOINT

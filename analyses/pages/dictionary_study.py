@@ -1,4 +1,4 @@
-"""Dictionaries of a multi-hop checkpoint, against what its graph says: the entity after each hop."""
+"""A multi-hop checkpoint and what its graph says of dictionaries: the entity after each hop."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from loopscope.tasks.graphs import PermutationGraph, TableGraph
 from loopscope.tasks.multi_hop import sample_facts
 
 TRAIN, HELD, SWAPS = 250, 30, 40  # facts of each hop count
+ALL, FIRST = "all that follow", "its first"
 ARRIVED = 0.9  # the share of facts whose entity is the top answer of a position that has it
 
 
@@ -108,7 +109,7 @@ class Study:
     @cached_property
     def held(self) -> Asked:
         """Facts held out in the checkpoint's training; all numbers are of them."""
-        return self.asked(self.model, HELD, held_out=True, seed=1)
+        return self.asked(self.model, HELD, held_out=True, seed=11)
 
     def asked(self, model: LoopedModel, count: int, held_out: bool, seed: int) -> Asked:
         """Facts of every hop count, with the states of a model."""
@@ -204,7 +205,7 @@ def swaps(study: Study, whole: bool) -> list[Swap]:
     for hops in range(2, study.hops + 1):
         way = [p for p in range(1, hops // 2 + 1) if first[p + 1] > first[p]]
         for position in [hops] if whole else way[-1:]:
-            facts = study.draw(hops, SWAPS, held_out=True, seed=2)
+            facts = study.draw(hops, SWAPS, held_out=True, seed=12)
             own = facts.path[:, position]
             other = (own + rng.integers(1, entities, len(own))) % entities
             relations = facts.tokens[:, 1 + position :] - 1 - entities
@@ -251,9 +252,7 @@ def causal(study: Study, named: dict[str, tuple[Dictionary, FeatureLabels]]) -> 
         live = labels.feature.new_tensor(live_features(study, dictionary))
         generator = torch.Generator().manual_seed(3)
 
-        def some(
-            swap: Swap, live: Tensor = live, generator: torch.Generator = generator
-        ) -> Tensor:
+        def some(swap: Swap, live: Tensor = live, generator: torch.Generator = generator) -> Tensor:
             return live[torch.randint(len(live), swap.own.shape, generator=generator)]
 
         def of(entities: Tensor, loop: int, labels: FeatureLabels = labels) -> Tensor:
@@ -274,7 +273,7 @@ def causal(study: Study, named: dict[str, tuple[Dictionary, FeatureLabels]]) -> 
                 ]
             ).mean(0)
             changed = float(found[3, 1])
-            place = "all that follow" if every else "its first"
+            place = ALL if every else FIRST
             rows.append((name, what, place, *found[:3, 0].tolist(), changed))
     columns = ["dictionary", "swapped", "at iterations", "entity's features"]
     columns += ["into a random feature", "random features", "ablation changes"]

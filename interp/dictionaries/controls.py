@@ -12,9 +12,7 @@ from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import Reading
 
 
-def pca_dictionary(
-    states: Float[Tensor, "read loop d_in"], reading: Reading, k: int
-) -> Dictionary:
+def pca_dictionary(states: Float[Tensor, "read loop d_in"], reading: Reading, k: int) -> Dictionary:
     """The principal components of the states of all iterations, each in both directions, as a
     dictionary of 2 * d_in features of which the k largest are on.
 

@@ -111,9 +111,7 @@ def feature_labels(
     return FeatureLabels(*map(torch.stack, zip(*found, strict=True)), dictionary.same_features)
 
 
-def _best(
-    codes: Float[Tensor, "read feature"], labels: Int[Tensor, " read"], count: int
-) -> Best:
+def _best(codes: Float[Tensor, "read feature"], labels: Int[Tensor, " read"], count: int) -> Best:
     """For each label the feature and the threshold with the largest F1."""
     right, most = _hot(labels, count), codes.amax(0) if len(codes) else codes.new_zeros(0)
     best = codes.new_full((codes.shape[1], count), -1.0)

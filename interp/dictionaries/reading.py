@@ -1,4 +1,4 @@
-"""Where a dictionary reads and writes: one site of a visit at every iteration; and the states there.
+"""Where a dictionary reads and writes: a site of every iteration; and the states there.
 
 Axes: read (a token of an example), loop, d_in.
 """

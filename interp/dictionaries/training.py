@@ -155,8 +155,7 @@ def fit_dictionary(
             even = _evenly(y) if even is None else even
             parts = [_by_coder(part, kind) for part in (x, y, even.expand_as(y))]
             trainers = trainers or [
-                _Trainer(a, b, targets is None, training)
-                for a, b, _ in zip(*parts, strict=True)
+                _Trainer(a, b, targets is None, training) for a, b, _ in zip(*parts, strict=True)
             ]
             for trainer, *own in zip(trainers, *parts, strict=True):
                 trainer.step(*own)
@@ -207,10 +206,11 @@ def _batches(
             drawn = torch.randint(len(states), (training.batch_size,), generator=generator)
             yield states[drawn.to(states.device)], written[drawn.to(written.device)]
     while True:
-        count = -1
-        for count, x in enumerate(zip(states, *([] if targets is None else [targets]), strict=True)):
-            yield x[0], x[-1]
-        if count < 0:
+        found = False
+        for pair in zip(states, *([] if targets is None else [targets]), strict=True):
+            found = True
+            yield pair[0], pair[-1]
+        if not found:
             raise ValueError(
                 "the batches of states came to an end before the steps did; pass an iterable that"
                 " can be gone through again (a list or a store), no generator"
