@@ -64,13 +64,13 @@ class Measured:
     @cached_property
     def transcoder(self) -> Dictionary:
         """From what the last block's MLP reads to what it adds, one coder for all iterations."""
-        block = self.study.reading.site.rpartition(".")[0]
+        block = self.study.reading.hook.rpartition(".")[0]
         return train_dictionary(
             self.study.model,
             self.study.train.batch,
             self.study.n_loops,
             kind="transcoder",
-            site=f"{block}.hook_resid_mid",
+            hook=f"{block}.hook_resid_mid",
             target=f"{block}.hook_mlp_out",
             training=replace(TRAINING, activation="batch_topk"),
         )
@@ -98,7 +98,7 @@ class Measured:
             study.asked(model, TRAIN, held_out=False, seed=0).states,
             study.asked(model, HELD, held_out=True, seed=11).states,
         )
-        reading = Reading.of(model, study.n_loops, study.reading.site)
+        reading = Reading.of(model, study.n_loops, study.reading.hook)
         return study.named(fit_dictionary(states[0], reading, "shared", _SHORTER), states)
 
     @cached_property
@@ -198,7 +198,7 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
     }
     text = _TEXT.format(
         checkpoint=checkpoint,
-        site=study.reading.site,
+        hook=study.reading.hook,
         loops=study.n_loops,
         hops=study.hops,
         train=len(study.train.batch),
@@ -222,7 +222,7 @@ def write(path: Path, checkpoint: str = DEFAULT_CHECKPOINT) -> Path:
 _TEXT = """# Sparse dictionaries over the iterations: `{checkpoint}`
 
 Written by `loopscope dictionaries`, which trains every dictionary of this page. The states are
-those at `{site}` after each of {loops} iterations, of {train} questions of 2 to
+those at `{hook}` after each of {loops} iterations, of {train} questions of 2 to
 {hops} hops that the checkpoint was trained on ({reads} tokens). Every number is of {held} other
 questions, which were held out when the checkpoint was trained, and on which nothing was chosen.
 Each dictionary has {features} features, of which {k} are on for a token. Loops count from 0.

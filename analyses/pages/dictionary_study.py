@@ -122,7 +122,7 @@ class Study:
             row += len(part)
         shown = batch.mask.bool()
         columns = torch.arange(entities.shape[1]).expand_as(entities)
-        states = loop_states(model, batch, self.n_loops, site=self.reading.site)
+        states = loop_states(model, batch, self.n_loops, hook=self.reading.hook)
         return Asked(batch, entities, states, columns[shown], entities[shown])
 
     @cached_property

@@ -29,7 +29,7 @@ KINDS: tuple[Kind, ...] = ("per_iteration", "shared", "crosscoder", "transcoder"
 
 @dataclass(frozen=True)
 class Dictionary(OneScreen):
-    """Sparse features of one site over the iterations.
+    """Sparse features of one hook over the iterations.
 
     Attributes:
         kind: "per_iteration" has a coder for each iteration, so that a feature belongs to one of
@@ -56,6 +56,12 @@ class Dictionary(OneScreen):
             raise ValueError(
                 f"a {self.kind} dictionary of {self.n_loops} iterations has {needed} coders, got"
                 f" {len(self.coders)}"
+            )
+
+        if self.kind == "transcoder" and self.coders[0].centred:
+            raise ValueError(
+                "a transcoder's b_dec belongs to what is written, so its coder must have"
+                " centred=False"
             )
 
     @property

@@ -93,7 +93,7 @@ def top_examples(
     dictionary.check(model)
     batch, reading = as_batch(model, inputs, readout), dictionary.reading
     chosen = in_range("features", features, dictionary.n_features)
-    states = loop_states(model, batch, reading.n_loops, site=reading.site)
+    states = loop_states(model, batch, reading.n_loops, hook=reading.hook)
     codes = dictionary.encode(states)[..., chosen]
     if not 1 <= k <= codes[..., 0].numel():
         raise ValueError(

@@ -145,11 +145,11 @@ def dictionary_quality(
     """
     dictionary.check(model)
     batch, reading = as_batch(model, inputs, readout), dictionary.reading
-    site, n_loops = reading.site, reading.n_loops
-    states = loop_states(model, batch, n_loops, site=site, positions=positions)
+    hook, n_loops = reading.hook, reading.n_loops
+    states = loop_states(model, batch, n_loops, hook=hook, positions=positions)
     targets = states
-    if reading.target != site:
-        targets = loop_states(model, batch, n_loops, site=reading.target, positions=positions)
+    if reading.target != hook:
+        targets = loop_states(model, batch, n_loops, hook=reading.target, positions=positions)
     left, on, first = _sums(dictionary, states, targets)
     spread = (targets - targets.mean(0)).square().sum((0, 2))
     whole = (targets - targets.mean((0, 1))).square().sum()

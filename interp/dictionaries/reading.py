@@ -1,4 +1,4 @@
-"""Where a dictionary reads and writes: a site of every iteration; and the states there.
+"""Where a dictionary reads and writes: a hook of every iteration; and the states there.
 
 Axes: read (a token of an example), loop, d_in.
 """
@@ -28,14 +28,14 @@ class Reading:
     """The hook points that a dictionary reads and writes, and the model that they belong to.
 
     Attributes:
-        site: The hook that is read, within an iteration, e.g. "blocks.1.hook_resid_post".
-        target: The hook that is written; `site` itself except for a transcoder.
+        hook: The hook that is read, within an iteration, e.g. "blocks.1.hook_resid_post".
+        target: The hook that is written; `hook` itself except for a transcoder.
         n_loops: Iterations of the runs.
         family: The model's family.
         mark: A hash of the model's weights and configuration.
     """
 
-    site: str
+    hook: str
     target: str
     n_loops: int
     family: str = ""
@@ -46,29 +46,29 @@ class Reading:
         cls,
         model: LoopedModel,
         n_loops: int | None = None,
-        site: str | None = None,
+        hook: str | None = None,
         target: str | None = None,
     ) -> Reading:
         """The places of a model.
 
         Args:
-            site: None means the residual after the last block of every iteration.
-            target: None means the site.
+            hook: None means the residual after the last block of every iteration.
+            target: None means the same hook.
 
         Raises:
-            KeyError: A site that an iteration does not have.
+            KeyError: A hook that an iteration does not have.
         """
         n_loops = checked_loops(n_loops, model.cfg.n_loops)
-        site = _last_residual(model, n_loops) if site is None else site
+        hook = _last_residual(model, n_loops) if hook is None else hook
         mark = described((repr(model.cfg), list(model.state_dict().items())))
-        found = cls(site, target or site, n_loops, model.cfg.family, mark)
+        found = cls(hook, target or hook, n_loops, model.cfg.family, mark)
         model.resolve_names([*found.names, *found.written], n_loops)
         return found
 
     @cached_property
     def names(self) -> list[str]:
         """The hook points that are read, one for each iteration."""
-        return [f"loops.{loop}.{self.site}" for loop in range(self.n_loops)]
+        return [f"loops.{loop}.{self.hook}" for loop in range(self.n_loops)]
 
     @cached_property
     def written(self) -> list[str]:
@@ -77,14 +77,14 @@ class Reading:
 
     def check(self, model: LoopedModel) -> None:
         """Refuse a model that a dictionary was not trained on; one without a mark takes any that
-        has its sites.
+        has its hooks.
 
         Raises:
-            KeyError: A site that the model does not have.
+            KeyError: A hook that the model does not have.
             ValueError: Other weights, or another configuration.
         """
         if self.mark:
-            own = Reading.of(model, self.n_loops, self.site, self.target)
+            own = Reading.of(model, self.n_loops, self.hook, self.target)
             if own.mark != self.mark:
                 raise ValueError(
                     f"this dictionary was trained on a {self.family} model with other weights or"
@@ -99,7 +99,7 @@ def _last_residual(model: LoopedModel, n_loops: int) -> str:
     blocks = points_by_block(model, n_loops, model.lens_site)
     whole = [name for name, points in blocks.items() if len(points) == n_loops]
     if not whole:
-        raise ValueError("no block is visited at every iteration; pass site=")
+        raise ValueError("no block is visited at every iteration; pass hook=")
     return f"{whole[-1]}.{model.lens_site}"
 
 
@@ -110,17 +110,17 @@ def loop_states(
     inputs: Inputs,
     n_loops: int | None = None,
     *,
-    site: str | None = None,
+    hook: str | None = None,
     positions: Picked | int | None = "all",
     readout: ReadoutColumn = None,
     batch_size: int = 512,
 ) -> Float[Tensor, "read loop d_in"]:
-    """The states of tokens at one site, all iterations of a token together.
+    """The states of tokens at one hook, all iterations of a token together.
 
     Args:
         inputs: A batch, texts, or tokens with `readout`.
         n_loops: Iterations; None means what the checkpoint records.
-        site: A hook within an iteration, e.g. "blocks.1.hook_mlp_out"; None means the residual
+        hook: A hook within an iteration, e.g. "blocks.1.hook_mlp_out"; None means the residual
             after the last block.
         positions: "all" tokens that are not padding, columns, or None for the readout.
         batch_size: Rows run at a time.
@@ -129,11 +129,11 @@ def loop_states(
         One row per token, example by example, in float32 or wider.
 
     Raises:
-        KeyError: A site that an iteration does not have.
+        KeyError: A hook that an iteration does not have.
         ValueError: States that are not finite, or a column out of range.
     """
     batch = as_batch(model, inputs, readout)
-    reading = Reading.of(model, n_loops, site)
+    reading = Reading.of(model, n_loops, hook)
     states = ReadStates.of(model, batch, reading.names, positions, reading.n_loops, batch_size)
     rows = torch.arange(len(batch), device=model.device)
     parts = [torch.stack([part[n] for n in reading.names], 1) for _, part in states.chunks(rows)]

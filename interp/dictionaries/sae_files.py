@@ -92,7 +92,7 @@ def _config(dictionary: Dictionary, coder: Coder) -> dict[str, Any]:
         "metadata": {
             "sae_lens_version": _FORMAT,
             "sae_lens_training_version": None,
-            "hook_name": reading.site,
+            "hook_name": reading.hook,
             "model_name": reading.family,
             "loopscope": {"kind": dictionary.kind, "reading": asdict(reading)},
         },

@@ -104,7 +104,7 @@ def splice(
             context is entered.
 
     Raises:
-        KeyError: A site that the model does not have.
+        KeyError: A hook that the model does not have.
         ValueError: A dictionary of another model or width, a feature or place out of range, a
             reference that is missing or not needed; and from the runs inside: another n_loops, or
             another shape than the reference's.

@@ -80,27 +80,27 @@ def train_dictionary(
     n_loops: int | None = None,
     *,
     kind: Kind = "shared",
-    site: str | None = None,
+    hook: str | None = None,
     target: str | None = None,
     positions: Picked | int | None = "all",
     readout: ReadoutColumn = None,
     training: DictionaryTraining | None = None,
 ) -> Dictionary:
-    """Train a sparse dictionary of the states at one site over the iterations; the model itself
+    """Train a sparse dictionary of the states at one hook over the iterations; the model itself
     stays as it is.
 
     Args:
         inputs: A batch, texts, or tokens with `readout`.
         n_loops: Iterations; None means what the checkpoint records.
         kind: "per_iteration", "shared", "crosscoder" or "transcoder", as `Dictionary` says.
-        site: The hook that is read, within an iteration; None means the residual after the last
+        hook: The hook that is read, within an iteration; None means the residual after the last
             block.
         target: The hook that is written, for a transcoder only.
         positions: "all" tokens that are not padding, columns, or None for the readout.
         training: The settings; None means their defaults.
 
     Raises:
-        KeyError: A site that an iteration does not have.
+        KeyError: A hook that an iteration does not have.
         ValueError: A target without a transcoder or the reverse, or states that are not finite.
 
     Source:
@@ -113,15 +113,15 @@ def train_dictionary(
             "target= (what is written) must be given for a transcoder and only then, got"
             f" kind={kind!r}, target={target!r}"
         )
-    reading = Reading.of(model, n_loops, site, target)
+    reading = Reading.of(model, n_loops, hook, target)
 
-    def states(site: str) -> Tensor:
+    def states(hook: str) -> Tensor:
         return loop_states(
-            model, inputs, reading.n_loops, site=site, positions=positions, readout=readout
+            model, inputs, reading.n_loops, hook=hook, positions=positions, readout=readout
         )
 
     targets = None if target is None else states(target)
-    return fit_dictionary(states(reading.site), reading, kind, training, targets)
+    return fit_dictionary(states(reading.hook), reading, kind, training, targets)
 
 
 def fit_dictionary(

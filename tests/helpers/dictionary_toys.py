@@ -24,21 +24,21 @@ def model() -> RecurrentDepth:
 
 
 @cache
-def states(site: str | None = None) -> Tensor:
+def states(hook: str | None = None) -> Tensor:
     """The states of the toy's padded batch, "read loop d_model"."""
-    return loop_states(model(), padded(), LOOPS, site=site)
+    return loop_states(model(), padded(), LOOPS, hook=hook)
 
 
-def coder(d_in: int, d_out: int, seed: int, k: int | None = K) -> Coder:
+def coder(width: int, seed: int, k: int | None = K, centred: bool = True) -> Coder:
     """A coder of random weights, by k or by a threshold."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).double()
 
-    weights = (drawn(d_in, FEATURES), drawn(FEATURES), drawn(FEATURES, d_out), drawn(d_out))
+    weights = (drawn(width, FEATURES), drawn(FEATURES), drawn(FEATURES, width), drawn(width))
     threshold = drawn(FEATURES).abs() if k is None else None
-    return Coder(*weights, k=k, threshold=threshold, centred=d_in == d_out)
+    return Coder(*weights, k=k, threshold=threshold, centred=centred)
 
 
 @cache
@@ -48,5 +48,5 @@ def dictionary(kind: Kind, k: int | None = K) -> Dictionary:
     count = LOOPS if kind == "per_iteration" else 1
     sites = (MLP_IN, MLP_OUT) if kind == "transcoder" else (None, None)
     reading = Reading.of(model(), LOOPS, *sites)
-    coders = tuple(coder(width, width, seed, k) for seed in range(count))
+    coders = tuple(coder(width, seed, k, kind != "transcoder") for seed in range(count))
     return Dictionary(kind, coders, reading, torch.zeros(count, 0))

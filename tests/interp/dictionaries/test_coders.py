@@ -80,6 +80,8 @@ def test_what_does_not_fit_is_refused() -> None:
         dictionary("crosscoder").encode(states()[..., :-1])
     with pytest.raises(ValueError, match="per_iteration dictionary of 4 iterations has 4 coders"):
         Dictionary("per_iteration", shared.coders, shared.reading, shared.losses)
+    with pytest.raises(ValueError, match="its coder must have centred=False"):
+        Dictionary("transcoder", shared.coders, shared.reading, shared.losses)
     with pytest.raises(ValueError, match="kind must be one of per_iteration, shared"):
         Dictionary("both", shared.coders, shared.reading, shared.losses)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match=r"blocks\.7\.hook_resid_post"):

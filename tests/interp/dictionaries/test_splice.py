@@ -139,8 +139,8 @@ def test_an_attention_is_run_between_reading_and_writing_of_a_block() -> None:
 
 def test_a_state_of_heads_is_no_vector() -> None:
     own = dictionary("shared")
-    site = "blocks.1.attn.hook_z"
-    heads = replace(own, reading=replace(own.reading, site=site, target=site, mark=""))
+    hook = "blocks.1.attn.hook_z"
+    heads = replace(own, reading=replace(own.reading, hook=hook, target=hook, mark=""))
     with (
         pytest.raises(ValueError, match=r"reads vectors \[batch, pos, width\]"),
         splice(model(), heads),
