@@ -114,7 +114,8 @@ class Dictionary(OneScreen):
     def decode(self, codes: Float[Tensor, "read code feature"]) -> Float[Tensor, "read loop d_out"]:
         """The states that codes stand for."""
         if self.kind == "crosscoder":
-            return self.coders[0].decode(codes[:, 0]).unflatten(1, (self.n_loops, -1))
+            whole = self.coders[0].decode(codes[:, 0])
+            return whole.view(len(whole), self.n_loops, -1)
         if self.kind != "per_iteration":
             return self.coders[0].decode(codes)
         each = [coder.decode(x) for coder, x in zip(self.coders, codes.unbind(1), strict=True)]

@@ -108,7 +108,8 @@ def feature_labels(
         on = (held[tested, loop][:, feature] > threshold).float()
         f1 = _f1((on * right).sum(0), on.sum(0), right.sum(0))
         found.append((feature, threshold, chosen, f1.where(~chosen.isnan(), torch.nan)))
-    return FeatureLabels(*map(torch.stack, zip(*found, strict=True)), dictionary.same_features)
+    parts = [torch.stack(part) for part in zip(*found, strict=True)]
+    return FeatureLabels(parts[0], parts[1], parts[2], parts[3], dictionary.same_features)
 
 
 def _best(codes: Float[Tensor, "read feature"], labels: Int[Tensor, " read"], count: int) -> Best:

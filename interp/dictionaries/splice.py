@@ -179,4 +179,5 @@ def _codes_of(
     with evaluating(model):
         run = recorded(model, batch, names, dictionary.n_loops)
     states = torch.stack([run[name] for name in names], dim=2)
-    return dictionary.encode(states.flatten(0, 1))[:, 0].unflatten(0, states.shape[:2])
+    codes = dictionary.encode(states.flatten(0, 1))
+    return codes[:, 0].view(*states.shape[:2], -1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -226,10 +227,10 @@ class _Trainer:
         self.size = (x - x.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
         generator = torch.Generator().manual_seed(training.seed)
         drawn = torch.randn(training.n_features, y.shape[1], generator=generator).to(y)
-        self.W_dec = _unit(drawn).requires_grad_()
+        self.W_dec = F.normalize(drawn, dim=1).requires_grad_()
         if not centred:
             drawn = torch.randn(training.n_features, x.shape[1], generator=generator).to(x)
-        self.W_enc = _unit(drawn).T.contiguous().requires_grad_()
+        self.W_enc = F.normalize(drawn, dim=1).T.contiguous().requires_grad_()
         self.b_enc = x.new_zeros(training.n_features)
         if not centred:
             self.b_enc -= (x.mean(0) / self.size) @ self.W_enc.detach()
@@ -252,10 +253,10 @@ class _Trainer:
         left = y - code @ self.W_dec - self.b_dec
         loss = (left.square() * weight * self.spread**2).sum(1).mean()
         self.optimizer.zero_grad()
-        (loss + penalty).backward()  # type: ignore[no-untyped-call]
+        (loss + penalty).backward()
         self.optimizer.step()
         with torch.no_grad():
-            self.W_dec.copy_(_unit(self.W_dec))
+            self.W_dec.copy_(F.normalize(self.W_dec, dim=1))
         self.losses.append(loss.detach())
 
     def _code(self, before: Float[Tensor, "read feature"]) -> tuple[Tensor, Tensor]:
@@ -286,10 +287,6 @@ class _Trainer:
                 threshold=None if by_k else self.threshold.detach().clamp(min=0) * self.spread,
                 centred=self.centred,
             )
-
-
-def _unit(rows: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def jump_relu(
