@@ -51,9 +51,7 @@ from .interp.dictionaries.splice import (
 from .interp.dictionaries.splice import (
     splice as splice,
 )
-from .interp.dictionaries.training import (
-    DictionaryTraining as DictionaryTraining,
-)
+from .interp.dictionaries.trainer import DictionaryTraining as DictionaryTraining
 from .interp.dictionaries.training import (
     fit_dictionary as fit_dictionary,
 )

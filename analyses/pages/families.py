@@ -22,7 +22,8 @@ from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables import TABLES
 from loopscope.interp.common.metrics import logit_diff
-from loopscope.interp.dictionaries.training import DictionaryTraining, train_dictionary
+from loopscope.interp.dictionaries.trainer import DictionaryTraining
+from loopscope.interp.dictionaries.training import train_dictionary
 from loopscope.interp.edit.ablation import Component
 from loopscope.interp.exits.exits import TopStable
 from loopscope.interp.patching.path_ends import Receiver, Sender

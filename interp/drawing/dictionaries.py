@@ -44,7 +44,9 @@ def quality(record: DictionaryQuality, title: str) -> go.Figure:
     ]
     panels = [
         CurvePanel("share kept by the dictionary", shares, "loop"),
-        CurvePanel("features on per token", [Curve("features", loops, record.active.tolist())], "loop"),
+        CurvePanel(
+            "features on per token", [Curve("features", loops, record.active.tolist())], "loop"
+        ),
         CurvePanel("features", counts, "loop"),
     ]
     return curves(panels, title)

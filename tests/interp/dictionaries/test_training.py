@@ -11,12 +11,8 @@ from torch import Tensor
 from dictionary_toys import MLP_IN, MLP_OUT, model, states
 from loopscope.interp.dictionaries.dictionary import KINDS, Dictionary, Kind
 from loopscope.interp.dictionaries.reading import Reading
-from loopscope.interp.dictionaries.training import (
-    DictionaryTraining,
-    fit_dictionary,
-    jump_relu,
-    train_dictionary,
-)
+from loopscope.interp.dictionaries.trainer import DictionaryTraining, jump_relu
+from loopscope.interp.dictionaries.training import fit_dictionary, train_dictionary
 from toy import LOOPS, padded, toy
 
 pytestmark = pytest.mark.shapes
