@@ -45,6 +45,12 @@ from .interp.dictionaries.reading import (
 from .interp.dictionaries.reading import (
     loop_states as loop_states,
 )
+from .interp.dictionaries.sae_files import (
+    load_dictionary as load_dictionary,
+)
+from .interp.dictionaries.sae_files import (
+    save_dictionary as save_dictionary,
+)
 from .interp.dictionaries.splice import (
     FeatureEdit as FeatureEdit,
 )

@@ -35,7 +35,7 @@ _ENTITIES = (0, 1, 2)  # whose features are shown
 _UNTRAINED = "shared, model with random weights"
 
 
-class Measured:
+class MeasuredDictionaries:
     """Everything that the page shows, each part worked out when it is first asked for."""
 
     def __init__(self, study: Study) -> None:
@@ -155,7 +155,7 @@ def by_loop(labels: Mapping[str, FeatureLabels]) -> pd.DataFrame:
     return frame.add_prefix("loop ").reset_index()
 
 
-def shows(measured: Measured) -> pd.DataFrame:
+def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
     """The numbers that were aimed at, for every trained dictionary and for random directions."""
     names = [*SETTINGS, "random directions"]
     quality, labels, causes = measured.quality, measured.labels, measured.causes
@@ -185,7 +185,7 @@ def shows(measured: Measured) -> pd.DataFrame:
 def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
     """Everything, as Markdown."""
     study = Study.of(checkpoint)
-    measured = Measured(study)
+    measured = MeasuredDictionaries(study)
     tables = {
         "SHOWS": shows(measured),
         "OVERVIEW": overview(measured.quality),

@@ -33,7 +33,7 @@ ARRIVED = 0.9  # the share of facts whose entity is the top answer of a position
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedFacts:
     """Facts of one side of the split, as inputs.
 
     Attributes:
@@ -102,16 +102,16 @@ class Study:
         return self.subject.batch(_texts(self.graph, facts))
 
     @cached_property
-    def train(self) -> Asked:
+    def train(self) -> AskedFacts:
         """Facts that the checkpoint was trained on; features are trained and chosen on them."""
         return self.asked(self.model, TRAIN, held_out=False, seed=0)
 
     @cached_property
-    def held(self) -> Asked:
+    def held(self) -> AskedFacts:
         """Facts held out in the checkpoint's training; all numbers are of them."""
         return self.asked(self.model, HELD, held_out=True, seed=11)
 
-    def asked(self, model: LoopedModel, count: int, held_out: bool, seed: int) -> Asked:
+    def asked(self, model: LoopedModel, count: int, held_out: bool, seed: int) -> AskedFacts:
         """Facts of every hop count, with the states of a model."""
         facts = [self.draw(hops, count, held_out, seed) for hops in range(2, self.hops + 1)]
         batch = self.subject.batch([text for part in facts for text in _texts(self.graph, part)])
@@ -123,7 +123,7 @@ class Study:
         shown = batch.mask.bool()
         columns = torch.arange(entities.shape[1]).expand_as(entities)
         states = loop_states(model, batch, self.n_loops, hook=self.reading.hook)
-        return Asked(batch, entities, states, columns[shown], entities[shown])
+        return AskedFacts(batch, entities, states, columns[shown], entities[shown])
 
     @cached_property
     def arrived(self) -> Tensor:
@@ -141,7 +141,7 @@ class Study:
             found[position] = right.flatten() >= ARRIVED
         return found
 
-    def labels(self, asked: Asked) -> Tensor:
+    def labels(self, asked: AskedFacts) -> Tensor:
         """Int[Tensor, "read loop"]: the entity of each token where it has arrived, else -1."""
         there = self.arrived[asked.position]
         return asked.entity[:, None].where(there, -1)

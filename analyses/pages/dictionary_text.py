@@ -88,9 +88,9 @@ with splice(model, dictionary, FeatureEdit(17, loops=[3, 4], scale=0)):
     logits = model(model.to_tokens(texts[0]), n_loops=dictionary.n_loops)
 ```
 
-`dictionary.save(folder)` writes SAELens's format (cfg.json and sae_weights.safetensors; one folder
+`save_dictionary(dictionary, folder)` writes SAELens's format (cfg.json and sae_weights.safetensors; one folder
 per iteration for `per_iteration`; a crosscoder is an autoencoder of all iterations side by side),
-and `Dictionary.load` reads it. Neither SAELens nor dictionary_learning is a dependency: SAELens
+and `load_dictionary` reads it. Neither SAELens nor dictionary_learning is a dependency: SAELens
 6.54 needs transformer-lens below 4 and dictionary_learning 0.1 needs nnsight below 0.4, and this
 project needs transformer-lens 4.3 or later; both train on one place of a run, without an axis of
 iterations. `SAE_LENS_FOLDER=FOLDER make slow`, with SAELens and its transformer-lens installed in a

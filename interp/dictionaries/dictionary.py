@@ -7,7 +7,6 @@ for each iteration, or one for all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
@@ -142,34 +141,6 @@ class Dictionary(OneScreen):
             KeyError, ValueError: As for `Reading.check`.
         """
         self.reading.check(model)
-
-    def save(self, folder: str | Path) -> None:
-        """Write a new folder in SAELens's format (cfg.json and sae_weights.safetensors), whole or
-        not at all; one folder per iteration inside it where there are several coders.
-
-        Raises:
-            FileExistsError: The folder is there.
-            ValueError: SAELens has no such coder (a transcoder by k).
-        """
-        from loopscope.interp.dictionaries.sae_files import save
-
-        save(self, folder)
-
-    @classmethod
-    def load(cls, folder: str | Path, reading: Reading | None = None) -> Dictionary:
-        """Read what `save` or SAELens wrote.
-
-        Args:
-            reading: The hook points, for a folder that SAELens wrote; its one coder is then shared
-                by all iterations.
-
-        Raises:
-            ValueError: A file that is not of the format, an architecture that is not known here, or
-                no reading where the files have none.
-        """
-        from loopscope.interp.dictionaries.sae_files import load
-
-        return load(folder, reading)
 
     def frame(self) -> pd.DataFrame:
         """One row per coder and training step: coder, step, unexplained."""

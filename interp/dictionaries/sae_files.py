@@ -32,8 +32,17 @@ _BY_THRESHOLD = ("jumprelu", "standard", "transcoder", "jumprelu_transcoder")
 _KNOWN = ("topk", *_BY_THRESHOLD)
 
 
-def save(dictionary: Dictionary, folder: str | Path) -> None:
-    """Write a new folder; the arguments and errors are those of `Dictionary.save`."""
+def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
+    """Write a dictionary as a new folder in SAELens's format, whole or not at all.
+
+    Args:
+        folder: Holds cfg.json and sae_weights.safetensors, or one such folder for each iteration
+            (loop_0, loop_1, ...) where there are several coders.
+
+    Raises:
+        FileExistsError: The folder is there.
+        ValueError: SAELens has no such coder (a transcoder by k).
+    """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; give the name of a new folder")
@@ -52,8 +61,17 @@ def save(dictionary: Dictionary, folder: str | Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load(folder: str | Path, reading: Reading | None = None) -> Dictionary:
-    """Read a folder; the arguments and errors are those of `Dictionary.load`."""
+def load_dictionary(folder: str | Path, reading: Reading | None = None) -> Dictionary:
+    """Read a dictionary that `save_dictionary` or SAELens wrote.
+
+    Args:
+        reading: The hook points, for a folder that SAELens wrote; its one coder is then shared by
+            all iterations.
+
+    Raises:
+        ValueError: A file that is not of the format, an architecture that is not known here, or no
+            reading where the files have none.
+    """
     folder = Path(folder)
     inside = sorted(folder.glob("loop_*"), key=lambda path: int(path.name.removeprefix("loop_")))
     several = bool(inside) and not (folder / CONFIG).exists()

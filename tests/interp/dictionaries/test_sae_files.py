@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dictionary_toys import dictionary, states
-from loopscope.interp.dictionaries.dictionary import KINDS, Dictionary, Kind
+from loopscope.interp.dictionaries.dictionary import KINDS, Kind
 from loopscope.interp.dictionaries.reading import Reading
+from loopscope.interp.dictionaries.sae_files import load_dictionary, save_dictionary
 
 WRITTEN = Path(__file__).parent / "sae_lens"  # by SAELens 6.54.12
 READING = Reading("blocks.0.hook_resid_post", "blocks.0.hook_resid_post", 1)
@@ -46,7 +47,7 @@ def config(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "standard", "jumprelu_transcoder"])
 def test_what_sae_lens_wrote_opens_here(kind: str) -> None:
     golden = load_file(WRITTEN / kind / "golden.safetensors")
-    own = Dictionary.load(WRITTEN / kind, READING)
+    own = load_dictionary(WRITTEN / kind, READING)
     codes = own.encode(golden["x"][:, None])
     torch.testing.assert_close(codes[:, 0], golden["codes"], rtol=0, atol=1e-5)
     torch.testing.assert_close(own.decode(codes)[:, 0], golden["decoded"], rtol=0, atol=1e-5)
@@ -59,16 +60,16 @@ def test_a_saved_dictionary_is_read_back(kind: Kind, k: int | None, tmp_path: Pa
     own = dictionary(kind, k)
     if kind == "transcoder" and k is not None:
         with pytest.raises(ValueError, match="SAELens has no transcoder that keeps the k largest"):
-            own.save(tmp_path / "saved")
+            save_dictionary(own, tmp_path / "saved")
         assert list(tmp_path.iterdir()) == []
         return
-    own.save(tmp_path / "saved")
-    back = Dictionary.load(tmp_path / "saved")
+    save_dictionary(own, tmp_path / "saved")
+    back = load_dictionary(tmp_path / "saved")
     assert (back.kind, back.reading) == (own.kind, own.reading)
     assert torch.equal(back.encode(states()), own.encode(states()))
     assert torch.equal(back.decode(back.encode(states())), own.decode(own.encode(states())))
     with pytest.raises(FileExistsError, match="is there already"):
-        own.save(tmp_path / "saved")
+        save_dictionary(own, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -81,7 +82,7 @@ def test_files_have_the_fields_of_sae_lens(
     kind: Kind, k: int | None, theirs: str, tmp_path: Path
 ) -> None:
     own = dictionary(kind, k)
-    own.save(tmp_path / "saved")
+    save_dictionary(own, tmp_path / "saved")
     ours, golden = config(tmp_path / "saved"), config(WRITTEN / theirs)
     assert set(ours) == set(golden)
     assert ours["architecture"] == golden["architecture"] == theirs
@@ -103,19 +104,19 @@ def changed(tmp_path: Path, **fields: Any) -> Path:
 
 def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not say which hook points"):
-        Dictionary.load(WRITTEN / "topk")
+        load_dictionary(WRITTEN / "topk")
     with pytest.raises(ValueError, match=r"architecture must be one of topk, .* got 'gated'"):
-        Dictionary.load(changed(tmp_path, architecture="gated"), READING)
+        load_dictionary(changed(tmp_path, architecture="gated"), READING)
     with pytest.raises(ValueError, match="normalize_activations must be 'none', got 'layer_norm'"):
-        Dictionary.load(changed(tmp_path, normalize_activations="layer_norm"), READING)
+        load_dictionary(changed(tmp_path, normalize_activations="layer_norm"), READING)
     with pytest.raises(ValueError, match=r"must hold .*'W_enc': \[8, 13\]"):
-        Dictionary.load(changed(tmp_path, d_in=8), READING)
+        load_dictionary(changed(tmp_path, d_in=8), READING)
     cut = changed(tmp_path) / "sae_weights.safetensors"
     cut.write_bytes(cut.read_bytes()[:100])
     with pytest.raises(ValueError, match="is no dictionary in SAELens's format"):
-        Dictionary.load(cut.parent, READING)
+        load_dictionary(cut.parent, READING)
     with pytest.raises(ValueError, match="is no dictionary in SAELens's format"):
-        Dictionary.load(tmp_path / "absent", READING)
+        load_dictionary(tmp_path / "absent", READING)
 
 
 @pytest.mark.slow
@@ -137,7 +138,7 @@ def test_sae_lens_encodes_to_the_same_numbers(kind: Kind, tmp_path: Path) -> Non
             for each in own.coders
         ),
     )
-    single.save(tmp_path / "ours")
+    save_dictionary(single, tmp_path / "ours")
     x = torch.randn(9, own.coders[0].d_in, generator=torch.Generator().manual_seed(0))
     save_file({"x": x}, tmp_path / "x")
     arguments = [THEIRS, str(tmp_path / "ours"), str(tmp_path / "x"), str(tmp_path / "found")]
