@@ -5,8 +5,10 @@ TEXT = """# Sparse dictionaries over the iterations: `{checkpoint}`
 Written by `loopscope dictionaries`, which trains every dictionary of this page. The states are
 those at `{hook}` after each of {loops} iterations, of {train} questions of 2 to
 {hops} hops that the checkpoint was trained on ({reads} tokens). Every number is of {held} other
-questions, which were held out when the checkpoint was trained, and on which nothing was chosen.
-Each dictionary has {features} features, of which {k} are on for a token. Loops count from 0.
+questions, which were held out when the checkpoint was trained. Features and thresholds are chosen
+on training questions alone; the settings of training were settled on another draw of held-out
+questions. Each dictionary has {features} features, of which {k} are on for a token. Loops count
+from 0.
 
 `shared` is one dictionary for all iterations, `per_iteration` one for each, `crosscoder` one that
 reads all iterations of a token at once and writes all of them with one code. `transcoder` reads
@@ -88,8 +90,9 @@ with splice(model, dictionary, FeatureEdit(17, loops=[3, 4], scale=0)):
     logits = model(model.to_tokens(texts[0]), n_loops=dictionary.n_loops)
 ```
 
-`save_dictionary(dictionary, folder)` writes SAELens's format (cfg.json and sae_weights.safetensors; one folder
-per iteration for `per_iteration`; a crosscoder is an autoencoder of all iterations side by side),
+`save_dictionary(dictionary, folder)` writes SAELens's format (cfg.json and
+sae_weights.safetensors; one folder per iteration for `per_iteration`; a crosscoder is an
+autoencoder of all iterations side by side),
 and `load_dictionary` reads it. Neither SAELens nor dictionary_learning is a dependency: SAELens
 6.54 needs transformer-lens below 4 and dictionary_learning 0.1 needs nnsight below 0.4, and this
 project needs transformer-lens 4.3 or later; both train on one place of a run, without an axis of

@@ -148,8 +148,7 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
         del known["kind"]  # of a probe
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
-    if "dictionary" in parameters:
-        known["dictionary"] = train_dictionary(model=x.model, **_shared(known))
+    known |= _dictionary(known, "dictionary" in parameters)
     made = method(**{name: known[name] for name in parameters if name in known})
     if isinstance(made, AbstractContextManager):
         with made as model:
@@ -157,9 +156,12 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
     return made(x.clean.tokens) if isinstance(made, nn.Module) else made
 
 
-def _shared(known: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a shared dictionary of the residual."""
-    return {name: known[name] for name in ("inputs", "n_loops", "training")}
+def _dictionary(known: dict[str, Any], wanted: bool) -> dict[str, Any]:
+    """A dictionary of the residual as an argument, where a method takes one."""
+    if not wanted:
+        return {}
+    names = ("model", "inputs", "n_loops", "training")
+    return {"dictionary": train_dictionary(**{name: known[name] for name in names})}
 
 
 def _patched(model: LoopedModel) -> list[str]:

@@ -138,10 +138,7 @@ def splice(
         new = codes
         for change in changes:
             new = change.apply(new, loop, dictionary.n_loops)
-        directions = dictionary.directions(loop).to(codes.dtype)
-        if error:
-            return value + ((new - codes) @ directions).to(value.dtype)
-        return (new @ directions + dictionary.bias(loop).to(codes.dtype)).to(value.dtype)
+        return _written(value, codes if error else None, new, dictionary, loop)
 
     # predicates, so that another n_loops is refused; what is read is read before it is written
     hooks = [(writing.__contains__, write)]
@@ -149,6 +146,18 @@ def splice(
         hooks.insert(0, (reading.__contains__, read))  # type: ignore[arg-type]
     with model.hooks(hooks, n_loops=dictionary.n_loops):
         yield model
+
+
+def _written(
+    value: Tensor, codes: Tensor | None, new: Tensor, dictionary: Dictionary, loop: int
+) -> Tensor:
+    """The value with its new codes in place of its own ones; without own ones, the sum of the new
+    ones alone.
+    """
+    directions = dictionary.directions(loop).to(new.dtype)
+    if codes is not None:
+        return value + ((new - codes) @ directions).to(value.dtype)
+    return (new @ directions + dictionary.bias(loop).to(new.dtype)).to(value.dtype)
 
 
 def _checked_state(value: Tensor, hook: HookPoint, dictionary: Dictionary) -> Tensor:

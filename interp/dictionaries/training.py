@@ -97,21 +97,29 @@ def fit_dictionary(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     trainers: list[Trainer] = []
-    even: Tensor | None = None
-    batches = _batches(states, targets, training)
+    batches = _vectors(_batches(states, targets, training), kind, reading.n_loops)
     with torch.inference_mode(False), torch.enable_grad():
         for _ in tqdm(range(training.steps), desc=kind, leave=False, disable=training.steps < 100):
-            x, y = (_checked(part, reading.n_loops) for part in next(batches))
-            even = _evenly(y) if even is None else even
-            parts = [_by_coder(part, kind) for part in (x, y, even.expand_as(y))]
-            trainers = trainers or [
-                Trainer(a, b, targets is None, training) for a, b, _ in zip(*parts, strict=True)
-            ]
-            for trainer, *own in zip(trainers, *parts, strict=True):
+            vectors = next(batches)
+            if not trainers:
+                trainers = [Trainer(x, y, targets is None, training) for x, y, _ in vectors]
+            for trainer, own in zip(trainers, vectors, strict=True):
                 trainer.step(*own)
     losses = torch.stack([torch.stack(trainer.losses) for trainer in trainers])
     shares = losses / reading.n_loops if kind == "crosscoder" else losses
     return Dictionary(kind, tuple(trainer.coder() for trainer in trainers), reading, shares)
+
+
+def _vectors(
+    batches: Iterator[tuple[Tensor, Tensor]], kind: Kind, n_loops: int
+) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """For each coder what it reads, what it writes, and the weight of each entry of that."""
+    even: Tensor | None = None
+    for pair in batches:
+        x, y = (_checked(part, n_loops) for part in pair)
+        even = _evenly(y) if even is None else even
+        parts = [_by_coder(part, kind) for part in (x, y, even.expand_as(y))]
+        yield list(zip(*parts, strict=True))
 
 
 def _checked(states: Tensor, n_loops: int) -> Float[Tensor, "read loop d"]:

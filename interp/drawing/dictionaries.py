@@ -31,7 +31,7 @@ def training(record: Dictionary, title: str) -> go.Figure:
 
 
 def quality(record: DictionaryQuality, title: str) -> go.Figure:
-    """What is explained and recovered, how many features are on, and how many turn on."""
+    """The shares explained and recovered, how many features are on, and how many turn on."""
     loops = list(range(len(record.explained)))
     frame = record.frame()
     shares = [
