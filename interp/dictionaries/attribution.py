@@ -103,8 +103,14 @@ def feature_attribution(
     """
     dictionary.check(model)
     batch, reading = as_batch(model, inputs, readout), dictionary.reading
-    names = list(dict.fromkeys([*reading.names, *reading.written]))
+    first = model.edge_sites()[0][:1]  # which the answers depend on where they depend on no other
+    names = list(dict.fromkeys([*first, *reading.names, *reading.written]))
     values, grads = gradients(model, batch, metric, names, reading.n_loops)
+    if not any(bool(grads[name].any()) for name in reading.written):
+        raise ValueError(
+            f"the metric does not depend on {reading.target!r}, so features written there have no"
+            " effect; train a dictionary of a hook that the run goes on from"
+        )
     columns = read_columns(batch, positions)
 
     def stacked(found: dict[str, Tensor], sites: list[str]) -> Tensor:
