@@ -77,15 +77,15 @@ class FeatureLabels(OneScreen):
 def feature_labels(
     dictionary: Dictionary,
     states: Float[Tensor, "read loop d_in"],
-    labels: Int[Tensor, "read loop"],
+    labels: Int[Tensor, "_read _loop"],
     held_states: Float[Tensor, "held loop d_in"],
-    held_labels: Int[Tensor, "held loop"],
+    held_labels: Int[Tensor, "_held _loop"],
 ) -> FeatureLabels:
     """Find the best feature of each label on some reads, and its F1 on others.
 
     Args:
         states: To choose features and thresholds on.
-        labels: From 0; -1 leaves a read out at that iteration.
+        labels: One per read and iteration, from 0; -1 leaves a read out at that iteration.
         held_states, held_labels: To measure F1 on.
 
     Raises:
