@@ -13,6 +13,7 @@ import tyro
 
 from loopscope.analyses.common.config_files import defaults_from_file
 from loopscope.analyses.common.configs import (
+    DEFAULT_CHECKPOINT,
     ExploreConfig,
     MultiHopDataConfig,
     OutputConfig,
@@ -146,6 +147,20 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Dictionaries:
+    """Train sparse dictionaries of a multi-hop checkpoint's states over the iterations, measure
+    them against its graph, and write it as a page of Markdown.
+    """
+
+    checkpoint: tyro.conf.Positional[str] = DEFAULT_CHECKPOINT
+    """A checkpoint of the multi-hop task, by a name from `loopscope list` or as a folder."""
+    out: Path = Path("out/dictionaries.md")
+    """The page to write."""
+    overwrite: bool = False
+    """Replace a page that is there."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model by a named recipe."""
 
@@ -208,6 +223,7 @@ def _commands() -> dict[str, Callable[..., Any]]:
         "gallery": Gallery,
         "collect": Collect,
         "merge": Merge,
+        "dictionaries": Dictionaries,
         "data": Data,
         "train": Train,
     }
@@ -245,6 +261,12 @@ def _page(command: Any) -> None:
     print(f"wrote {page.write(command.out, *chosen)}")
 
 
+def _dictionaries(command: Dictionaries) -> None:
+    _ready([command.out], command.overwrite, threads=1)
+    page = import_module("loopscope.analyses.pages.dictionaries")
+    print(f"wrote {page.write(command.out, command.checkpoint)}")
+
+
 def _train(command: Train) -> None:
     config = command.config
     import_module("torch").set_num_threads(config.threads)
@@ -277,6 +299,7 @@ _RUNS: dict[type, Callable[[Any], None]] = {
     List: _list,
     Fetch: _fetch,
     Data: _data,
+    Dictionaries: _dictionaries,
     Train: _train,
     Explore: _explore,
     Report: _report,

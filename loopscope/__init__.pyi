@@ -28,6 +28,42 @@ from .interp.common.metrics import (
 from .interp.common.metrics import (
     logit_margin as logit_margin,
 )
+from .interp.dictionaries.attribution import feature_attribution as feature_attribution
+from .interp.dictionaries.controls import (
+    pca_dictionary as pca_dictionary,
+)
+from .interp.dictionaries.controls import (
+    random_dictionary as random_dictionary,
+)
+from .interp.dictionaries.dictionary import Dictionary as Dictionary
+from .interp.dictionaries.examples import top_examples as top_examples
+from .interp.dictionaries.labels import feature_labels as feature_labels
+from .interp.dictionaries.quality import dictionary_quality as dictionary_quality
+from .interp.dictionaries.reading import (
+    Reading as Reading,
+)
+from .interp.dictionaries.reading import (
+    loop_states as loop_states,
+)
+from .interp.dictionaries.sae_files import (
+    load_dictionary as load_dictionary,
+)
+from .interp.dictionaries.sae_files import (
+    save_dictionary as save_dictionary,
+)
+from .interp.dictionaries.splice import (
+    FeatureEdit as FeatureEdit,
+)
+from .interp.dictionaries.splice import (
+    splice as splice,
+)
+from .interp.dictionaries.trainer import DictionaryTraining as DictionaryTraining
+from .interp.dictionaries.training import (
+    fit_dictionary as fit_dictionary,
+)
+from .interp.dictionaries.training import (
+    train_dictionary as train_dictionary,
+)
 from .interp.dynamics.attractors import fixed_points as fixed_points
 from .interp.dynamics.basins import (
     basins as basins,

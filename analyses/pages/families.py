@@ -23,6 +23,8 @@ from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables import TABLES
 from loopscope.interp.common.metrics import logit_diff
+from loopscope.interp.dictionaries.trainer import DictionaryTraining
+from loopscope.interp.dictionaries.training import train_dictionary
 from loopscope.interp.edit.ablation import Component
 from loopscope.interp.exits.exits import TopStable
 from loopscope.interp.patching.path_ends import Receiver, Sender
@@ -119,7 +121,8 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "threshold": 0.5, "max_new_tokens": 2, "kind": "V", "k": 2, "n_starts": 2,
         "order": ["loops.0", "loops.0"],
         "first": x.clean, "at": 0, "second": x.corrupted,
-        "preferred": torch.tensor([True, False, True]),
+        "preferred": torch.tensor([True, False, True]), "features": [0],
+        "training": DictionaryTraining(n_features=7, k=2, steps=2, batch_size=5),
     }  # fmt: skip
 
 
@@ -149,11 +152,20 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
             return method(**{n: known[n] for n in parameters if n in known}, to=folder)
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
+    known |= _dictionary(known, "dictionary" in parameters)
     made = method(**{name: known[name] for name in parameters if name in known})
     if isinstance(made, AbstractContextManager):
         with made as model:
             return model(x.clean.tokens, n_loops=_LOOPS)
     return made(x.clean.tokens) if isinstance(made, nn.Module) else made
+
+
+def _dictionary(known: dict[str, Any], wanted: bool) -> dict[str, Any]:
+    """A dictionary of the residual as an argument, where a method takes one."""
+    if not wanted:
+        return {}
+    names = ("model", "inputs", "n_loops", "training")
+    return {"dictionary": train_dictionary(**{name: known[name] for name in names})}
 
 
 def _patched(model: LoopedModel) -> list[str]:

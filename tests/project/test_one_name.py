@@ -24,6 +24,7 @@ COMMANDS = (
     "findings",
     "families",
     "gallery",
+    "dictionaries",
     "data",
     "train",
 )

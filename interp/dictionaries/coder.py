@@ -1,0 +1,100 @@
+"""A coder: vectors as sparse sums of features.
+
+Axes: d_in (of what is read), feature, d_out (of what is written).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.interp.common.shown import OneScreen
+
+
+@dataclass(frozen=True)
+class Coder(OneScreen):
+    """A sparse autoencoder, or a transcoder where what it writes is not what it reads.
+
+    A code is c(W_enc^T (x - b_dec) + b_enc), and the sum that it stands for W_dec^T code + b_dec. c
+    keeps the `k` largest entries where they are positive, or those above the threshold.
+
+    Attributes:
+        W_enc: Float[Tensor, "d_in feature"].
+        b_enc: Float[Tensor, " feature"].
+        W_dec: Float[Tensor, "feature d_out"].
+        b_dec: Float[Tensor, " d_out"].
+        k: Features of a code; None where a threshold decides.
+        threshold: Float[Tensor, " feature"], above which a feature is on; None where k decides.
+        centred: Whether b_dec is taken from x before it is read.
+    """
+
+    W_enc: Float[Tensor, "d_in feature"]
+    b_enc: Float[Tensor, " feature"]
+    W_dec: Float[Tensor, "feature d_out"]
+    b_dec: Float[Tensor, " d_out"]
+    k: int | None = None
+    threshold: Float[Tensor, " feature"] | None = None
+    centred: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.k is None) == (self.threshold is None):
+            raise ValueError("a coder needs k or a threshold, and not both")
+        if self.k is not None and not 1 <= self.k <= self.n_features:
+            raise ValueError(
+                f"k must be in 1..{self.n_features}, the number of features, got {self.k}"
+            )
+        if self.centred and self.d_in != self.d_out:
+            raise ValueError(
+                f"b_dec can be taken from the input only where both are as wide, got d_in="
+                f"{self.d_in} and d_out={self.d_out}; pass centred=False"
+            )
+
+    @property
+    def d_in(self) -> int:
+        """The width of what is read."""
+        return int(self.W_enc.shape[0])
+
+    @property
+    def n_features(self) -> int:
+        """Features."""
+        return int(self.W_enc.shape[1])
+
+    @property
+    def d_out(self) -> int:
+        """The width of what is written."""
+        return int(self.W_dec.shape[1])
+
+    def encode(self, x: Float[Tensor, "*any d_in"]) -> Float[Tensor, "*any feature"]:
+        """The sparse code of each vector, in float32 or wider.
+
+        Raises:
+            ValueError: Vectors of another width.
+        """
+        if x.shape[-1] != self.d_in:
+            raise ValueError(
+                f"this dictionary reads vectors of width {self.d_in}, got width {x.shape[-1]}"
+            )
+        shift = self.b_dec if self.centred else 0.0
+        W_enc, b_enc, x = self._as_wide(x - shift)
+        return self._sparse(x @ W_enc + b_enc)
+
+    def _as_wide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, self.W_enc.dtype)
+        return self.W_enc.to(dtype), self.b_enc.to(dtype), x.to(dtype)
+
+    def _sparse(self, before: Tensor) -> Tensor:
+        if self.threshold is not None:
+            return before.relu() * (before > self.threshold)
+        values, features = before.topk(int(self.k or 0), dim=-1)
+        return torch.zeros_like(before).scatter(-1, features, values.relu())
+
+    def written(self, code: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_out"]:
+        """The sum of the features of a code, without the bias."""
+        return code @ self.W_dec.to(code.dtype)
+
+    def decode(self, code: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_out"]:
+        """The vector that a code stands for."""
+        return self.written(code) + self.b_dec.to(code.dtype)

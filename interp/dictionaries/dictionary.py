@@ -1,0 +1,158 @@
+"""A dictionary: sparse codes of the states of a token at every iteration.
+
+Axes: read (a token of an example), loop, d_in, feature. `code` is the axis of a token's codes: one
+for each iteration, or one for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.dictionaries.coder import Coder
+from loopscope.interp.dictionaries.reading import Reading
+from loopscope.models.core.base import LoopedModel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Kind = Literal["per_iteration", "shared", "crosscoder", "transcoder"]
+KINDS: tuple[Kind, ...] = ("per_iteration", "shared", "crosscoder", "transcoder")
+
+
+@dataclass(frozen=True)
+class Dictionary(OneScreen):
+    """Sparse features of one hook over the iterations.
+
+    Attributes:
+        kind: "per_iteration" has a coder for each iteration, so that a feature belongs to one of
+            them. "shared" reads every iteration with one coder. "crosscoder" reads and writes all
+            iterations of a token with one code: its coder is as wide as all of them together,
+            iteration by iteration. "transcoder" reads a block's input and writes its output with
+            one coder for all iterations.
+        coders: One, or one for each iteration.
+        reading: The hook points and the model.
+        losses: Float[Tensor, "coder step"], the share of the variance that each training step's
+            batch leaves unexplained; no steps where the dictionary was not trained here.
+    """
+
+    kind: Kind
+    coders: tuple[Coder, ...]
+    reading: Reading
+    losses: Float[Tensor, "coder step"]
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        needed = self.n_loops if self.kind == "per_iteration" else 1
+        if len(self.coders) != needed:
+            raise ValueError(
+                f"a {self.kind} dictionary of {self.n_loops} iterations has {needed} coders, got"
+                f" {len(self.coders)}"
+            )
+
+        if self.kind == "transcoder" and self.coders[0].centred:
+            raise ValueError(
+                "a transcoder's b_dec belongs to what is written, so its coder must have"
+                " centred=False"
+            )
+
+    @property
+    def n_loops(self) -> int:
+        """Iterations that the dictionary reads."""
+        return self.reading.n_loops
+
+    @property
+    def n_features(self) -> int:
+        """Features of a code."""
+        return self.coders[0].n_features
+
+    @property
+    def d_in(self) -> int:
+        """The width of one state."""
+        whole = self.coders[0].d_in
+        return whole // self.n_loops if self.kind == "crosscoder" else whole
+
+    @property
+    def same_features(self) -> bool:
+        """Whether a feature is the same at every iteration."""
+        return self.kind != "per_iteration"
+
+    def coder(self, loop: int) -> Coder:
+        """The coder of one iteration."""
+        return self.coders[loop if self.kind == "per_iteration" else 0]
+
+    def encode(self, states: Float[Tensor, "read loop d_in"]) -> Float[Tensor, "read code feature"]:
+        """The codes of tokens: one for each iteration, or one alone of a crosscoder.
+
+        Raises:
+            ValueError: States of another width, or of another number of iterations.
+        """
+        if states.shape[1] != self.n_loops:
+            raise ValueError(
+                f"this dictionary reads {self.n_loops} iterations of each token, got"
+                f" {states.shape[1]}"
+            )
+        if states.shape[2] != self.d_in:
+            raise ValueError(
+                f"this dictionary reads states of width {self.d_in}, got width {states.shape[2]}"
+            )
+        if self.kind == "crosscoder":
+            return self.coders[0].encode(states.flatten(1))[:, None]
+        if self.kind != "per_iteration":
+            return self.coders[0].encode(states)
+        each = [coder.encode(x) for coder, x in zip(self.coders, states.unbind(1), strict=True)]
+        return torch.stack(each, 1)
+
+    def decode(self, codes: Float[Tensor, "read code feature"]) -> Float[Tensor, "read loop d_out"]:
+        """The states that codes stand for."""
+        if self.kind == "crosscoder":
+            whole = self.coders[0].decode(codes[:, 0])
+            return whole.view(len(whole), self.n_loops, -1)
+        if self.kind != "per_iteration":
+            return self.coders[0].decode(codes)
+        each = [coder.decode(x) for coder, x in zip(self.coders, codes.unbind(1), strict=True)]
+        return torch.stack(each, 1)
+
+    def directions(self, loop: int) -> Float[Tensor, "feature d_out"]:
+        """The vector that each feature writes at one iteration."""
+        W_dec = self.coder(loop).W_dec
+        return W_dec.unflatten(1, (self.n_loops, -1))[:, loop] if self._all_at_once else W_dec
+
+    def bias(self, loop: int) -> Float[Tensor, " d_out"]:
+        """The bias that is written at one iteration."""
+        b_dec = self.coder(loop).b_dec
+        return b_dec.unflatten(0, (self.n_loops, -1))[loop] if self._all_at_once else b_dec
+
+    @property
+    def _all_at_once(self) -> bool:
+        return self.kind == "crosscoder"
+
+    def check(self, model: LoopedModel) -> None:
+        """Refuse a model that the dictionary does not fit.
+
+        Raises:
+            KeyError, ValueError: As for `Reading.check`.
+        """
+        self.reading.check(model)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per coder and training step: coder, step, unexplained."""
+        rows = [
+            (coder, step, loss)
+            for coder, losses in enumerate(self.losses.tolist())
+            for step, loss in enumerate(losses)
+        ]
+        return pd.DataFrame(rows, columns=["coder", "step", "unexplained"])
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the share of the variance left unexplained over training."""
+        from loopscope.interp.drawing.dictionaries import training
+
+        return training(self, title)

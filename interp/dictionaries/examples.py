@@ -1,0 +1,126 @@
+"""The tokens in which features are strongest, and their profile over the iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.columns import read_columns
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.places import in_range
+from loopscope.interp.common.shown import OneScreen
+from loopscope.interp.dictionaries.dictionary import Dictionary
+from loopscope.interp.dictionaries.reading import loop_states
+from loopscope.models.core.base import LoopedModel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class TopExamples(OneScreen):
+    """The strongest activations of some features, over tokens and iterations.
+
+    Attributes:
+        features: The features.
+        example, position, loop: Int[Tensor, "feature k"], where each activation is; the loop is 0
+            for a crosscoder, whose code belongs to all iterations.
+        activation: Float[Tensor, "feature k"], falling; 0 where a feature is on in fewer places.
+        profile: Float[Tensor, "feature loop"], the mean length over tokens of what each feature
+            writes at each iteration.
+        texts: The input of each example in words, where the model has words.
+    """
+
+    features: tuple[int, ...]
+    example: Int[Tensor, "feature k"]
+    position: Int[Tensor, "feature k"]
+    loop: Int[Tensor, "feature k"]
+    activation: Float[Tensor, "feature k"]
+    profile: Float[Tensor, "feature loop"]
+    texts: tuple[str, ...]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per activation: feature, rank, example, position, loop, activation, text."""
+        k = self.example.shape[1]
+        columns = {
+            "feature": [feature for feature in self.features for _ in range(k)],
+            "rank": list(range(k)) * len(self.features),
+            "example": self.example.flatten().tolist(),
+            "position": self.position.flatten().tolist(),
+            "loop": self.loop.flatten().tolist(),
+            "activation": self.activation.flatten().tolist(),
+        }
+        frame = pd.DataFrame(columns)
+        return frame.assign(text=[self.texts[i] for i in frame.example])
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the profile of each feature over the iterations."""
+        from loopscope.interp.drawing.dictionaries import profiles
+
+        return profiles(self, title)
+
+
+@torch.no_grad()
+@evaluated
+def top_examples(
+    model: LoopedModel,
+    dictionary: Dictionary,
+    inputs: Inputs,
+    features: Sequence[int],
+    k: int = 5,
+    *,
+    readout: ReadoutColumn = None,
+) -> TopExamples:
+    """Find the tokens in which some features are strongest.
+
+    Args:
+        dictionary: Of this model.
+        inputs: A batch, texts, or tokens with `readout`.
+        features: Which, from 0.
+        k: Activations of each feature.
+
+    Raises:
+        ValueError: A feature out of range, more activations than there are, or a dictionary of
+            another model.
+    """
+    dictionary.check(model)
+    batch, reading = as_batch(model, inputs, readout), dictionary.reading
+    chosen = in_range("features", features, dictionary.n_features)
+    states = loop_states(model, batch, reading.n_loops, hook=reading.hook)
+    codes = dictionary.encode(states)[..., chosen]
+    if not 1 <= k <= codes[..., 0].numel():
+        raise ValueError(
+            f"k must be in 1..{codes[..., 0].numel()}, the number of activations, got {k}"
+        )
+    values, places = codes.flatten(0, 1).T.topk(k, dim=1)
+    read, loop = places // codes.shape[1], places % codes.shape[1]
+    columns, shown = read_columns(batch, "all"), batch.mask.bool()
+    rows = torch.arange(len(batch), device=columns.device)[:, None].expand_as(columns)
+    loops = range(reading.n_loops)
+    lengths = [dictionary.directions(loop)[chosen].norm(dim=1) for loop in loops]
+    return TopExamples(
+        features=tuple(chosen),
+        example=rows[shown][read],
+        position=columns[shown][read],
+        loop=loop,
+        activation=values,
+        profile=(codes.mean(0) * torch.stack(lengths)).T,
+        texts=tuple(
+            _text(model, tokens[mask.bool()])
+            for tokens, mask in zip(batch.tokens, batch.mask, strict=True)
+        ),
+    )
+
+
+def _text(model: LoopedModel, tokens: Int[Tensor, " pos"]) -> str:
+    """An input in words, or by ids where there is no vocabulary."""
+    if model.vocab is None:
+        return " ".join(f"#{token}" for token in tokens.tolist())
+    return "".join(model.to_str_tokens(tokens))

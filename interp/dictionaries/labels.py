@@ -1,0 +1,137 @@
+"""Features against labels that are known: which feature says what, and how well.
+
+Axes: read (a token of an example), loop, feature, label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loopscope.interp.common.shown import OneScreen, tidy
+from loopscope.interp.dictionaries.dictionary import Dictionary
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_LEVELS = 10  # thresholds tried for each feature, from 0 to its largest activation
+Best = tuple[Int[Tensor, " label"], Float[Tensor, " label"], Float[Tensor, " label"]]
+
+
+@dataclass(frozen=True)
+class FeatureLabels(OneScreen):
+    """The feature that tells each label from the others best, at every iteration.
+
+    A feature says a label where its activation is above a threshold. Feature and threshold are
+    chosen on other reads than F1 is measured on.
+
+    Attributes:
+        feature: Int[Tensor, "loop label"].
+        threshold: Float[Tensor, "loop label"].
+        chosen: Float[Tensor, "loop label"], F1 on the reads that feature and threshold were chosen
+            on; NaN for a label that they do not hold.
+        f1: Float[Tensor, "loop label"], F1 on the other reads; NaN for a label that they, or those
+            of the choice, do not hold.
+        same_features: Whether a feature is the same at every iteration.
+    """
+
+    feature: Int[Tensor, "loop label"]
+    threshold: Float[Tensor, "loop label"]
+    chosen: Float[Tensor, "loop label"]
+    f1: Float[Tensor, "loop label"]
+    same_features: bool
+
+    def mean(self) -> Float[Tensor, " loop"]:
+        """The mean F1 over labels, at each iteration."""
+        return self.f1.nanmean(1)
+
+    def kept(self, first: int, second: int) -> float:
+        """The share of labels that have the same feature at two iterations; NaN where iterations
+        have features of their own.
+        """
+        if not self.same_features:
+            return float("nan")
+        return float((self.feature[first] == self.feature[second]).double().mean())
+
+    def frame(self) -> pd.DataFrame:
+        """One row per iteration and label: loop, label, feature, threshold, chosen, f1."""
+        names = ("feature", "threshold", "chosen", "f1")
+        loops, labels = self.f1.shape
+        columns = {name: getattr(self, name) for name in names}
+        return tidy(columns, loop=range(loops), label=range(labels))
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: F1 of each label at each iteration."""
+        from loopscope.interp.drawing.dictionaries import labels
+
+        return labels(self, title)
+
+
+@torch.no_grad()
+def feature_labels(
+    dictionary: Dictionary,
+    states: Float[Tensor, "read loop d_in"],
+    labels: Int[Tensor, "_read _loop"],
+    held_states: Float[Tensor, "held loop d_in"],
+    held_labels: Int[Tensor, "_held _loop"],
+) -> FeatureLabels:
+    """Find the best feature of each label on some reads, and its F1 on others.
+
+    Args:
+        states: To choose features and thresholds on.
+        labels: One per read and iteration, from 0; -1 leaves a read out at that iteration.
+        held_states, held_labels: To measure F1 on.
+
+    Raises:
+        ValueError: Labels that are not one per read and iteration, or none at all.
+    """
+    for x, y in ((states, labels), (held_states, held_labels)):
+        if y.shape != x.shape[:2] or not bool((y >= 0).any()):
+            raise ValueError(
+                f"labels must be one per read and iteration, {list(x.shape[:2])}, and not all -1,"
+                f" got the shape {list(y.shape)}"
+            )
+    count = int(torch.stack([labels.max(), held_labels.max()]).max()) + 1
+    codes = dictionary.encode(states).expand(-1, dictionary.n_loops, -1)
+    held = dictionary.encode(held_states).expand(-1, dictionary.n_loops, -1)
+    found = []
+    for loop in range(dictionary.n_loops):
+        known, tested = labels[:, loop] >= 0, held_labels[:, loop] >= 0
+        feature, threshold, chosen = _best(codes[known, loop], labels[known, loop], count)
+        right = _hot(held_labels[tested, loop], count)
+        on = (held[tested, loop][:, feature] > threshold).float()
+        f1 = _f1((on * right).sum(0), on.sum(0), right.sum(0))
+        found.append((feature, threshold, chosen, f1.where(~chosen.isnan(), torch.nan)))
+    parts = [torch.stack(part) for part in zip(*found, strict=True)]
+    return FeatureLabels(parts[0], parts[1], parts[2], parts[3], dictionary.same_features)
+
+
+def _best(codes: Float[Tensor, "read feature"], labels: Int[Tensor, " read"], count: int) -> Best:
+    """For each label the feature and the threshold with the largest F1."""
+    right, most = _hot(labels, count), codes.amax(0) if len(codes) else codes.new_zeros(0)
+    best = codes.new_full((codes.shape[1], count), -1.0)
+    level = torch.zeros_like(best)
+    for share in (torch.arange(_LEVELS) / _LEVELS).tolist() if len(codes) else ():
+        threshold = share * most
+        on = (codes > threshold).float()
+        f1 = _f1((on.T @ right), on.sum(0)[:, None], right.sum(0)).nan_to_num(-1.0)
+        better = f1 > best
+        best, level = f1.where(better, best), threshold[:, None].where(better, level)
+    value, feature = best.max(0)
+    threshold = level.gather(0, feature[None])[0]
+    return feature, threshold, value.where(right.sum(0) > 0, torch.nan)
+
+
+def _hot(labels: Int[Tensor, " read"], count: int) -> Float[Tensor, "read label"]:
+    return F.one_hot(labels.long(), count).float()
+
+
+def _f1(both: Tensor, said: Tensor, right: Tensor) -> Tensor:
+    """F1 from counts; NaN where a label does not occur."""
+    return (2 * both / (said + right)).where(right > 0, torch.nan)

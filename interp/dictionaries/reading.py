@@ -1,0 +1,140 @@
+"""Where a dictionary reads and writes: a hook of every iteration; and the states there.
+
+Axes: read (a token of an example), loop, d_in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopscope.interp.common.fingerprint import described
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.places import Picked, points_by_block
+from loopscope.interp.probes.states import ReadStates
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+
+States = Float[Tensor, "read loop d_in"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The hook points that a dictionary reads and writes, and the model that they belong to.
+
+    Attributes:
+        hook: The hook that is read, within an iteration, e.g. "blocks.1.hook_resid_post".
+        target: The hook that is written; `hook` itself except for a transcoder.
+        n_loops: Iterations of the runs.
+        family: The model's family.
+        mark: A hash of the model's weights and configuration.
+    """
+
+    hook: str
+    target: str
+    n_loops: int
+    family: str = ""
+    mark: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        model: LoopedModel,
+        n_loops: int | None = None,
+        hook: str | None = None,
+        target: str | None = None,
+    ) -> Reading:
+        """The places of a model.
+
+        Args:
+            hook: None means the residual after the last block of every iteration.
+            target: None means the same hook.
+
+        Raises:
+            KeyError: A hook that an iteration does not have.
+        """
+        n_loops = checked_loops(n_loops, model.cfg.n_loops)
+        hook = _last_residual(model, n_loops) if hook is None else hook
+        mark = described((repr(model.cfg), list(model.state_dict().items())))
+        found = cls(hook, target or hook, n_loops, model.cfg.family, mark)
+        model.resolve_names([*found.names, *found.written], n_loops)
+        return found
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The hook points that are read, one for each iteration."""
+        return [f"loops.{loop}.{self.hook}" for loop in range(self.n_loops)]
+
+    @cached_property
+    def written(self) -> list[str]:
+        """The hook points that are written, one for each iteration."""
+        return [f"loops.{loop}.{self.target}" for loop in range(self.n_loops)]
+
+    def check(self, model: LoopedModel) -> None:
+        """Refuse a model that a dictionary was not trained on; one without a mark takes any that
+        has its hooks.
+
+        Raises:
+            KeyError: A hook that the model does not have.
+            ValueError: Other weights, or another configuration.
+        """
+        if self.mark:
+            own = Reading.of(model, self.n_loops, self.hook, self.target)
+            if own.mark != self.mark:
+                raise ValueError(
+                    f"this dictionary was trained on a {self.family} model with other weights or"
+                    " another configuration; train one on this model, or clear the mark of its"
+                    " reading"
+                )
+        model.resolve_names([*self.names, *self.written], self.n_loops)
+
+
+def _last_residual(model: LoopedModel, n_loops: int) -> str:
+    """The residual after the last block that every iteration visits."""
+    blocks = points_by_block(model, n_loops, model.lens_site)
+    whole = [name for name, points in blocks.items() if len(points) == n_loops]
+    if not whole:
+        raise ValueError("no block is visited at every iteration; pass hook=")
+    return f"{whole[-1]}.{model.lens_site}"
+
+
+@torch.no_grad()
+@evaluated
+def loop_states(
+    model: LoopedModel,
+    inputs: Inputs,
+    n_loops: int | None = None,
+    *,
+    hook: str | None = None,
+    positions: Picked | int | None = "all",
+    readout: ReadoutColumn = None,
+    batch_size: int = 512,
+) -> Float[Tensor, "read loop d_in"]:
+    """The states of tokens at one hook, all iterations of a token together.
+
+    Args:
+        inputs: A batch, texts, or tokens with `readout`.
+        n_loops: Iterations; None means what the checkpoint records.
+        hook: A hook within an iteration, e.g. "blocks.1.hook_mlp_out"; None means the residual
+            after the last block.
+        positions: "all" tokens that are not padding, columns, or None for the readout.
+        batch_size: Rows run at a time.
+
+    Returns:
+        One row per token, example by example, in float32 or wider.
+
+    Raises:
+        KeyError: A hook that an iteration does not have.
+        ValueError: States that are not finite, or a column out of range.
+    """
+    batch = as_batch(model, inputs, readout)
+    reading = Reading.of(model, n_loops, hook)
+    states = ReadStates.of(model, batch, reading.names, positions, reading.n_loops, batch_size)
+    rows = torch.arange(len(batch), device=model.device)
+    parts = [torch.stack([part[n] for n in reading.names], 1) for _, part in states.chunks(rows)]
+    return torch.cat(parts)

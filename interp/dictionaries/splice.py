@@ -1,0 +1,192 @@
+"""Dictionaries inside a run: the codes take the place of the states, and features are changed.
+
+Axes: batch pos d_model feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.common.collecting import recorded
+from loopscope.interp.common.columns import at_columns_of, checked_columns
+from loopscope.interp.common.inputs import Inputs, reference_batch
+from loopscope.interp.common.modes import evaluating
+from loopscope.interp.common.places import Picked, in_range
+from loopscope.interp.dictionaries.dictionary import Dictionary
+from loopscope.models.core.base import LoopedModel
+
+Features = int | Sequence[int] | Int[Tensor, "batch some"]
+
+
+@dataclass(frozen=True)
+class FeatureEdit:
+    """A change of some features of a dictionary that is spliced into runs.
+
+    Attributes:
+        features: One feature, several, or for each row its own: Int[Tensor, "batch some"].
+        loops: Iterations, from 0; "all" for every one.
+        positions: Columns of the text; "all" for every one.
+        scale: Multiplies the activations; 0 takes the features out.
+        add: Is added to them afterwards, in units of the states.
+        into: Features, as many as `features`, that are given the activations in addition to their
+            own; with scale=0 they take them over.
+    """
+
+    features: Features
+    loops: Picked | int = "all"
+    positions: Picked | int = "all"
+    scale: float = 0.0
+    add: float = 0.0
+    into: Features | None = None
+
+    def apply(
+        self, codes: Float[Tensor, "batch pos feature"], loop: int, n_loops: int
+    ) -> Float[Tensor, "batch pos feature"]:
+        """The codes of one iteration with the features changed.
+
+        Raises:
+            ValueError: A feature, an iteration or a column out of range, or another number of rows.
+        """
+        if loop not in in_range("loops", self.loops, n_loops):
+            return codes
+        index = _index(self.features, codes)
+        old = codes.gather(-1, index)
+        new = codes.scatter(-1, index, self.scale * old + self.add)
+        if self.into is not None:
+            new = new.scatter_add(-1, _index(self.into, codes), old)
+        return at_columns_of(codes, new, checked_columns(self.positions))
+
+
+def _index(features: Features, codes: Tensor) -> Int[Tensor, "batch pos some"]:
+    """The features of each row and column."""
+    rows, columns, count = codes.shape
+    given = torch.as_tensor(features, device=codes.device)
+    given = given if given.ndim == 2 else given.reshape(1, -1)
+    if given.is_floating_point() or not bool(((given >= 0) & (given < count)).all()):
+        raise ValueError(f"features must be integers in 0..{count - 1}, got {features}")
+    if len(given) not in (1, rows):
+        raise ValueError(
+            f"features must be the same for all rows or given for each of the {rows} rows, got"
+            f" {len(given)}"
+        )
+    return given.long()[:, None].expand(rows, columns, -1)
+
+
+@contextmanager
+def splice(
+    model: LoopedModel,
+    dictionary: Dictionary,
+    edits: FeatureEdit | Sequence[FeatureEdit] = (),
+    *,
+    loops: Picked | int = "all",
+    error: bool = True,
+    reference: Inputs | None = None,
+) -> Iterator[LoopedModel]:
+    """Inside the `with` block every run of the model passes through a dictionary; afterwards, also
+    after an error, none does.
+
+    Runs inside must have the dictionary's number of iterations. Gradients reach the states.
+
+    Args:
+        edits: Changes of features, one after another.
+        loops: Iterations at which the dictionary is in place, from 0; "all" for every one.
+        error: Keep what the dictionary leaves out of each state: without edits, runs are then
+            exactly as they were. False leaves the sum of the features alone.
+        reference: For a crosscoder only: the inputs of the runs inside. Its code of a token needs
+            the states of all iterations, which are taken from one run of these inputs when the
+            context is entered.
+
+    Raises:
+        KeyError: A hook that the model does not have.
+        ValueError: A dictionary of another model or width, a feature or place out of range, a
+            reference that is missing or not needed; and from the runs inside: another n_loops, or
+            another shape than the reference's.
+    """
+    dictionary.check(model)
+    if (reference is None) == (dictionary.kind == "crosscoder"):
+        raise ValueError(
+            "reference= (the inputs of the runs inside) must be given for a crosscoder and only"
+            f" then, got a {dictionary.kind} dictionary"
+        )
+    changes = [edits] if isinstance(edits, FeatureEdit) else list(edits)
+    chosen = in_range("loops", loops, dictionary.n_loops)
+    fixed = None if reference is None else _codes_of(model, dictionary, reference)
+    held: dict[int, Tensor] = {}
+    reading, writing = (
+        {names[loop]: loop for loop in chosen}
+        for names in (dictionary.reading.names, dictionary.reading.written)
+    )
+
+    def read(value: Tensor, hook: HookPoint) -> None:
+        held[reading[str(hook.name)]] = _checked_state(value, hook, dictionary)
+
+    def write(value: Tensor, hook: HookPoint) -> Tensor:
+        loop = writing[str(hook.name)]
+        codes = _taken(held, loop, dictionary) if fixed is None else fixed
+        if codes.shape[:2] != value.shape[:2]:
+            raise ValueError(
+                f"the codes are those of {list(codes.shape[:2])} rows and columns, but the run"
+                f" inside has {list(value.shape[:2])}; a reference must be the input of the run"
+            )
+        new = codes
+        for change in changes:
+            new = change.apply(new, loop, dictionary.n_loops)
+        return _written(value, codes if error else None, new, dictionary, loop)
+
+    # predicates, so that another n_loops is refused; what is read is read before it is written
+    hooks = [(writing.__contains__, write)]
+    if fixed is None:
+        hooks.insert(0, (reading.__contains__, read))  # type: ignore[arg-type]
+    with model.hooks(hooks, n_loops=dictionary.n_loops):
+        yield model
+
+
+def _written(
+    value: Tensor, codes: Tensor | None, new: Tensor, dictionary: Dictionary, loop: int
+) -> Tensor:
+    """The value with its new codes in place of its own ones; without own ones, the sum of the new
+    ones alone.
+    """
+    directions = dictionary.directions(loop).to(new.dtype)
+    if codes is not None:
+        return value + ((new - codes) @ directions).to(value.dtype)
+    return (new @ directions + dictionary.bias(loop).to(new.dtype)).to(value.dtype)
+
+
+def _checked_state(value: Tensor, hook: HookPoint, dictionary: Dictionary) -> Tensor:
+    if value.ndim != 3:
+        raise ValueError(
+            f"a dictionary reads vectors [batch, pos, width], but {hook.name} has the shape"
+            f" {list(value.shape)}"
+        )
+    return value
+
+
+def _taken(held: dict[int, Tensor], loop: int, dictionary: Dictionary) -> Tensor:
+    """The codes of what was read at an iteration of this run, once."""
+    if loop not in held:
+        raise ValueError(
+            "a spliced run must pass where the dictionary reads before it comes to where it writes,"
+            " but this one was continued in between; continue from a visit before it, or after it"
+        )
+    return dictionary.coder(loop).encode(held.pop(loop))
+
+
+@torch.no_grad()
+def _codes_of(
+    model: LoopedModel, dictionary: Dictionary, inputs: Inputs
+) -> Float[Tensor, "batch pos feature"]:
+    """A crosscoder's codes of all tokens of some inputs."""
+    batch, names = reference_batch(model, inputs), dictionary.reading.names
+    with evaluating(model):
+        run = recorded(model, batch, names, dictionary.n_loops)
+    states = torch.stack([run[name] for name in names], dim=2)
+    codes = dictionary.encode(states.flatten(0, 1))
+    return codes[:, 0].view(*states.shape[:2], -1)
