@@ -2,7 +2,7 @@
 
 A node is "embed", "final" (the final norm and the head), or a visit's name with a component behind
 it: "loops.2.blocks.0.mlp", "loops.2.blocks.0.attn", or one head, "loops.2.blocks.0.attn.3". Where
-several heads share their keys and values, "loops.2.blocks.0.attn.kv1" is the part that makes those.
+heads 2 and 3 share their keys and values, "loops.2.blocks.0.attn.2-3" is the part that makes those.
 A reader is a node, and for a head the node with the input that it reads: "….attn.3.q".
 """
 
@@ -49,7 +49,7 @@ class End(NamedTuple):
     Attributes:
         node: The node.
         visit: The visit's name; empty for "embed" and "final".
-        component: "embed", "final", "mlp", "attn", "attn.3" or "attn.kv1".
+        component: "embed", "final", "mlp", "attn", "attn.3" or "attn.2-3".
         input: "q", "k" or "v" for a reader at a head, else empty.
     """
 
@@ -57,6 +57,16 @@ class End(NamedTuple):
     visit: str
     component: str
     input: str
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The nodes whose outputs depend on what is read here: the node, or the heads that share
+        it.
+        """
+        first, _, last = self.component.removeprefix("attn.").partition("-")
+        if not last:
+            return (self.node,)
+        return tuple(f"{self.visit}.attn.{head}" for head in range(int(first), int(last) + 1))
 
 
 @cache
@@ -74,7 +84,7 @@ def end_of(name: str) -> End:
     first = len(steps) - (1 if steps[-1] in ("attn", "mlp") else 2)
     if first < 1 or steps[first] not in ("attn", "mlp"):
         raise ValueError(
-            f"a node is 'embed', 'final', or a visit's name with 'attn', 'attn.HEAD' or 'mlp' behind"
+            "a node is 'embed', 'final', or a visit's name with 'attn', 'attn.HEAD' or 'mlp' behind"
             f" it, got {name!r}"
         )
     return End(node, ".".join(steps[:first]), ".".join(steps[first:]), read)
