@@ -124,6 +124,10 @@ class Graph:
             for writer in self.writers[:count]
         )
 
+    def edge(self, reader: int, writer: int) -> Edge:
+        """The edge between two numbers."""
+        return Edge(self.writers[writer], self.readers[reader])
+
     @cached_property
     def every(self) -> Bool[Tensor, "reader writer"]:
         """Where there is an edge."""
@@ -235,6 +239,8 @@ def _heads_apart(model: LoopedModel, batch: Batch, visits: list[Visit], n_loops:
     stages = [stage for stage in _graph(visits, n_loops, False).stages if stage.kind == "attn"]
     stages = [Stage(s.visit, s.kind, s.readers, s.writers, True) for s in stages]
     for stage in stages:
+        if not hasattr(stage.visit.block, "norm_readers"):
+            return f"what reads the norms of {stage.visit.name} is not declared"
         missing = [site for site in HEAD_SITES if site not in stage.visit.sites]
         missing += [part for part in ("W_Q", "W_K", "W_V", "W_O", "b_Q")
                     if not hasattr(getattr(stage.visit.block, "attn", None), part)]

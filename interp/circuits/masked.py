@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
@@ -64,9 +64,11 @@ class MaskedRuns:
         return cls(model, graph, clean, Replacement(outputs, begin, kept), memory_gb)
 
     def logits(
-        self, masks: Bool[Tensor, "circuit reader writer"]
+        self, masks: Shaped[Tensor, "circuit reader writer"]
     ) -> Float[Tensor, "circuit batch d_vocab"]:
-        """The logits at the readout with only the masked edges kept."""
+        """The logits at the readout with only the masked edges kept; between 0 and 1 a reader is
+        given a mixture.
+        """
         found = []
         with tqdm(total=len(masks), desc="circuits", leave=False, delay=2) as bar:
             for part in masks.split(self._side_by_side()):
@@ -75,9 +77,9 @@ class MaskedRuns:
         return torch.cat(found)
 
     def _run(
-        self, masks: Bool[Tensor, "circuit reader writer"]
+        self, masks: Shaped[Tensor, "circuit reader writer"]
     ) -> Float[Tensor, "circuit batch d_vocab"]:
-        masks = masks.to(self.batch.tokens.device)
+        masks = masks.to(self.replacement.outputs)
         streams: Streams = (
             SummedStreams(self.graph, self.replacement, masks)
             if self.model.additive_residual

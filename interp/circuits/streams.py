@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -59,22 +59,20 @@ class SummedStreams:
     """
 
     def __init__(
-        self, graph: Graph, replacement: Replacement, masks: Bool[Tensor, "circuit reader writer"]
+        self, graph: Graph, replacement: Replacement, masks: Float[Tensor, "circuit reader writer"]
     ) -> None:
         self.graph, self.outputs = graph, replacement.outputs
         self.stream = replacement.begin.resid.to(self.outputs)
-        self.masks = masks.to(self.outputs)
-        n_writers, *self.shape = self.outputs.shape
-        self.changes = self.outputs.new_zeros(len(masks), n_writers, self.outputs[0].numel())
-        self.changes[:, 0] = (replacement.kept.resid - replacement.begin.resid).flatten()
+        self.masks = masks
+        embedded = (replacement.kept.resid - replacement.begin.resid).to(self.outputs)
+        self.changes = [embedded.flatten().expand(len(masks), 1, -1)]
 
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
         return self._at(stage.readers)
 
     def write(self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]) -> None:
         replaced = self.outputs[stage.writers]
-        change = outputs.to(replaced) - replaced[:, None]
-        self.changes[:, stage.writers] = change.transpose(0, 1).flatten(2)
+        self.changes.append((outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2))
         self.stream = self.stream + replaced.sum(0) + stage.constant(replaced)
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
@@ -82,8 +80,8 @@ class SummedStreams:
 
     def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
         before = self.graph.before[readers.start]
-        kept = self.masks[:, readers, :before] @ self.changes[:, :before]
-        return self.stream + kept.unflatten(-1, self.shape)
+        kept = self.masks[:, readers, :before] @ torch.cat(self.changes, dim=1)
+        return self.stream + kept.unflatten(-1, self.stream.shape)
 
 
 class CarriedStreams:
@@ -97,7 +95,7 @@ class CarriedStreams:
         self,
         model: LoopedModel,
         replacement: Replacement,
-        masks: Bool[Tensor, "circuit reader writer"],
+        masks: Float[Tensor, "circuit reader writer"],
     ) -> None:
         self.model, self.masks, self.outputs = model, masks, replacement.outputs
         kept, begin = replacement.kept, replacement.begin
@@ -123,7 +121,7 @@ class CarriedStreams:
     def write(self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]) -> None:
         replaced = self.outputs[stage.writers]
         change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2)
-        kept = self.masks[:, self.first :, stage.writers].to(change) @ change
+        kept = self.masks[:, self.first :, stage.writers] @ change
         total = kept.unflatten(-1, replaced.shape[1:]) + replaced.sum(0) + stage.constant(replaced)
         self.added[stage.kind] = total.flatten(0, 2).to(self.resid)
         if stage.kind == "mlp":
@@ -158,8 +156,9 @@ class CarriedStreams:
         reader's edge from the embedding is kept.
         """
         wanted = self.masks[:, :, :1].reshape(*self.masks.shape[:2], *[1] * kept.ndim)
-        both = torch.where(wanted, kept, replaced if kept.is_floating_point() else kept)
-        return both.flatten(0, 2)
+        if not kept.is_floating_point():
+            return kept.expand(*wanted.shape[:2], *kept.shape).flatten(0, 2)
+        return (replaced + wanted.to(kept) * (kept - replaced)).flatten(0, 2)
 
     def _lanes(self, rows: Tensor) -> Tensor:
         """Rows as "circuit reader batch ..."."""
