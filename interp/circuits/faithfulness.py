@@ -230,7 +230,9 @@ class Measured:
         chosen = minus_kl(own) if metric == "kl" else metric
         return cls(runs, chosen, measure(chosen, whole), measure(chosen, replaced))
 
-    def values(self, masks: Bool[Tensor, "circuit reader writer"]) -> Float[Tensor, "circuit batch"]:
+    def values(
+        self, masks: Bool[Tensor, "circuit reader writer"]
+    ) -> Float[Tensor, "circuit batch"]:
         """The metric with only the masked edges kept."""
         return torch.stack([measure(self.metric, logits) for logits in self.runs.logits(masks)])
 
@@ -244,7 +246,9 @@ def _with_least_loss(
         nodes = [node for node in circuit.nodes if node not in (EMBED, FINAL)]
         without = [
             measured.runs.graph.mask(
-                edge for edge in circuit.edges if node not in (edge.writer, end_of(edge.reader).node)
+                edge
+                for edge in circuit.edges
+                if node not in (edge.writer, end_of(edge.reader).node)
             )
             for node in nodes
         ]

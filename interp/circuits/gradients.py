@@ -159,9 +159,7 @@ class Skeleton:
             allow_unused=True,
             is_grads_batched=True,
         )
-        return [
-            torch.zeros_like(grads) if grad is None else widened(grad) for grad in found
-        ]
+        return [torch.zeros_like(grads) if grad is None else widened(grad) for grad in found]
 
 
 def integrated_readout(

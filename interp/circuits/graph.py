@@ -225,8 +225,10 @@ def _ends(visit: Visit, kind: str, by_head: bool) -> tuple[list[str], list[str]]
     attn: Any = visit.block.attn
     n_heads, n_kv = len(attn.W_Q), len(attn.W_K)
     group = n_heads // n_kv
-    shared = [f"{name}.{h}" if group == 1 else f"{name}.{group * h}-{group * (h + 1) - 1}"
-              for h in range(n_kv)]
+    shared = [
+        f"{name}.{h}" if group == 1 else f"{name}.{group * h}-{group * (h + 1) - 1}"
+        for h in range(n_kv)
+    ]
     heads = [f"{name}.{head}" for head in range(n_heads)]
     made = {"q": heads, "k": shared, "v": shared}
     return [f"{node}.{read}" for read in HEAD_INPUTS for node in made[read]], heads
@@ -242,8 +244,11 @@ def _heads_apart(model: LoopedModel, batch: Batch, visits: list[Visit], n_loops:
         if not hasattr(stage.visit.block, "norm_readers"):
             return f"what reads the norms of {stage.visit.name} is not declared"
         missing = [site for site in HEAD_SITES if site not in stage.visit.sites]
-        missing += [part for part in ("W_Q", "W_K", "W_V", "W_O", "b_Q")
-                    if not hasattr(getattr(stage.visit.block, "attn", None), part)]
+        missing += [
+            part
+            for part in ("W_Q", "W_K", "W_V", "W_O", "b_Q")
+            if not hasattr(getattr(stage.visit.block, "attn", None), part)
+        ]
         if missing:
             return f"{stage.visit.name} has no {missing[0]}"
     names = [name for s in stages for name in (s.stream, s.added, *s.head_names())]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -97,7 +96,9 @@ class MaskedRuns:
         if not self.model.batch_independent:
             return 1
         one = self.replacement.outputs
-        streams = len(self.graph.writers) if self.model.additive_residual else 4 * len(self.graph.readers)
+        streams = (
+            len(self.graph.writers) if self.model.additive_residual else 4 * len(self.graph.readers)
+        )
         size = streams * one[0].numel() * one.element_size()
         return max(1, int(self.memory_gb * 2**30 / size))
 
@@ -116,7 +117,9 @@ def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tens
         return mean, mean[0].to(embedding)
     if how == "resample":
         if not bool((batch.mask == batch.mask[:1]).all()):
-            raise ValueError("to resample, all inputs must have one length; use replace='corrupted'")
+            raise ValueError(
+                "to resample, all inputs must have one length; use replace='corrupted'"
+            )
         order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
         return outputs[:, order.to(outputs.device)], embedding[order.to(outputs.device)]
     return outputs, embedding

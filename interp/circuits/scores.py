@@ -17,7 +17,6 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.attribution.gradients import gradients_with_metric
 from loopscope.interp.circuits.gradients import (
     Skeleton,
-    Values,
     Written,
     by_stage,
     integrated_readout,
@@ -176,7 +175,9 @@ class _Job:
         graph, stages = self.graph, self.graph.stages
         held = [] if self.model.additive_residual else ["hook_embed", *(s.added for s in stages)]
         names = [*sites_of(stages[first:]), *held, self.last]
-        with self.model.hooks([(n, partial(_put, to=to)) for n, to in moved], n_loops=graph.n_loops):
+        with self.model.hooks(
+            [(n, partial(_put, to=to)) for n, to in moved], n_loops=graph.n_loops
+        ):
             values, grads, _ = gradients_with_metric(
                 self.model, batch, metric, list(dict.fromkeys(names)), graph.n_loops
             )
@@ -218,7 +219,9 @@ class _Job:
         self, scores: Float[Tensor, "reader writer"], method: Method, steps: int, name: str | None
     ) -> Circuit:
         """The record of all edges."""
-        clean, corrupted = (self._measured(run).mean().item() for run in (self.clean, self.corrupted))
+        clean, corrupted = (
+            self._measured(run).mean().item() for run in (self.clean, self.corrupted)
+        )
         settings = {"direction": self.direction} | ({} if method == "eap" else {"steps": steps})
         whole = clean - corrupted
         error = abs(scores[-1].sum().item() - whole) / abs(whole) if whole else None

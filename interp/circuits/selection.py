@@ -21,7 +21,9 @@ from loopscope.models.core.base import LoopedModel
 Rule = Literal["top", "greedy"]
 
 
-def select_circuit(scores: Circuit, n_edges: int, rule: Rule = "greedy", prune: bool = True) -> Circuit:
+def select_circuit(
+    scores: Circuit, n_edges: int, rule: Rule = "greedy", prune: bool = True
+) -> Circuit:
     """Choose the edges of largest absolute score.
 
     Args:

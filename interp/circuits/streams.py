@@ -46,7 +46,9 @@ class Streams(Protocol):
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
         """The streams of a stage's readers."""
 
-    def write(self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]) -> None:
+    def write(
+        self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
+    ) -> None:
         """Add what a stage's writers add in this run."""
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
@@ -70,7 +72,9 @@ class SummedStreams:
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
         return self._at(stage.readers)
 
-    def write(self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]) -> None:
+    def write(
+        self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
+    ) -> None:
         replaced = self.outputs[stage.writers]
         self.changes.append((outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2))
         self.stream = self.stream + replaced.sum(0) + stage.constant(replaced)
@@ -110,7 +114,9 @@ class CarriedStreams:
         visit, count = stage.visit, stage.readers.stop - stage.readers.start
         if stage.kind == "attn":
             if visit.opening:
-                self.resid, self.parts = self.model.enter(_own(visit), self.resid, self.parts, NO_TAPS)
+                self.resid, self.parts = self.model.enter(
+                    _own(visit), self.resid, self.parts, NO_TAPS
+                )
             mine = self.resid
         else:
             mine = self._between(visit, count)
@@ -118,7 +124,9 @@ class CarriedStreams:
         self._drop(count)
         return found
 
-    def write(self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]) -> None:
+    def write(
+        self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
+    ) -> None:
         replaced = self.outputs[stage.writers]
         change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2)
         kept = self.masks[:, self.first :, stage.writers] @ change
@@ -136,16 +144,16 @@ class CarriedStreams:
 
     def _between(self, visit: Visit, count: int) -> Tensor:
         """The streams of the next `count` readers between attention and MLP."""
-        resid, attn = (self._lanes(x)[:, :count].flatten(0, 2) for x in (self.resid, self.added["attn"]))
+        resid, attn = (
+            self._lanes(x)[:, :count].flatten(0, 2) for x in (self.resid, self.added["attn"])
+        )
         parts = {name: self._lanes(x)[:, :count].flatten(0, 2) for name, x in self.parts.items()}
         seen: list[Tensor] = []
         taps = {**held({"attn": attn}), READ["mlp"]: watched(READ["mlp"], seen.append)}
         self._block(_own(visit), resid, parts, taps)
         return seen[0]
 
-    def _block(
-        self, visit: Visit, resid: Tensor, parts: Parts, taps: Taps
-    ) -> tuple[Tensor, Parts]:
+    def _block(self, visit: Visit, resid: Tensor, parts: Parts, taps: Taps) -> tuple[Tensor, Parts]:
         times = len(resid) // len(self.begin.resid)
         state = self.begin.map(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
         rows = Rows.make(state, type(self.model).visible, None)
