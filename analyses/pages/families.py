@@ -21,6 +21,8 @@ import loopscope
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables import TABLES
+from loopscope.interp.circuits.scores import circuit_scores
+from loopscope.interp.circuits.selection import select_circuit
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.edit.ablation import Component
 from loopscope.interp.exits.exits import TopStable
@@ -143,6 +145,11 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
     known, parameters = _arguments(x), inspect.signature(method).parameters
     if "kind" in parameters and parameters["kind"].default is not inspect.Parameter.empty:
         del known["kind"]  # of a probe
+    named = [name for name in ("circuits", "scores") if name in parameters]
+    if named:  # a few edges
+        pair = (x.clean, x.corrupted, x.metric, _LOOPS)
+        scores = circuit_scores(x.model, *pair, method="eap", heads=False)
+        known |= dict.fromkeys(named, select_circuit(scores, 3)) | {"wanted": -1e6}
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
     made = method(**{name: known[name] for name in parameters if name in known})

@@ -93,9 +93,9 @@ class Faithfulness(OneScreen):
         """
         columns: dict[str, Any] = {
             "edges": self.edges,
-            "edge_share": self.edges / self.n_edges,
+            "edge_share": self.edges.double() / self.n_edges,
             "weights": self.weights,
-            "weight_share": self.weights / self.n_weights,
+            "weight_share": self.weights.double() / self.n_weights,
             "value": self.values.mean(1),
             "faithfulness": self.faithfulness,
             "completeness": self.completeness,

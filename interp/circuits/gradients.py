@@ -57,7 +57,8 @@ class Written:
 
 def last_stream(model: LoopedModel, n_loops: int) -> str:
     """The hook point of the stream that the readout reads."""
-    return model.schedule(n_loops)[-1].hook_names()[-1]
+    names = model.schedule(n_loops)[-1].hook_names()
+    return [name for name in names if not name.endswith("_logit")][-1]
 
 
 def sites_of(stages: Sequence[Stage]) -> list[str]:

@@ -265,7 +265,7 @@ def _heads_apart(model: LoopedModel, batch: Batch, visits: list[Visit], n_loops:
                     return (
                         f"the heads of {stage.visit.name} do not add up to its attention"
                         if what == "sum"
-                        else f"{stage.visit.name}.attn.hook_{what} is not made of the normed stream alone"
+                        else f"the {what} of {stage.visit.name} is not made of the normed stream alone"
                     )
     return ""
 

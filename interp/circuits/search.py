@@ -1,5 +1,5 @@
-"""The search for a circuit by exact patching, edge by edge, and the effect of every edge alone: what
-estimates are checked against.
+"""The search for a circuit by exact patching, and the effect of every edge alone: what estimates are
+checked against.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.interp.circuits.faithfulness import Measured
-from loopscope.interp.circuits.graph import Graph, graph_of
-from loopscope.interp.circuits.masked import MaskedRuns, Replace
+from loopscope.interp.circuits.faithfulness import Measured, masked_runs
+from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.circuits.selection import prune_circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
@@ -23,7 +22,6 @@ from loopscope.interp.common.metrics import metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Pair
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.state import checked_loops
 
 
 @torch.no_grad()
@@ -32,32 +30,33 @@ def exact_scores(
     model: LoopedModel,
     clean: Inputs,
     corrupted: Inputs,
+    scores: Circuit,
     metric: Metric | Literal["kl"],
-    n_loops: int | None = None,
     *,
-    heads: bool | None = None,
     readout: ReadoutColumn = None,
     memory_gb: float = 0.5,
 ) -> Circuit:
-    """Measure every edge: how far the metric falls when that edge alone is given what its writer
-    adds in the corrupted run.
+    """Measure edges one by one: how far the metric of the whole model falls when that edge alone is
+    given what its writer adds in the corrupted run.
 
     Args:
-        model, clean, corrupted, metric, n_loops, heads, readout: As for `circuit_scores`.
+        scores: The edges to measure, such as all those that `circuit_scores` gives.
+        model, clean, corrupted, metric, readout: As for `circuit_scores`.
         memory_gb: As for `evaluate_circuit`.
 
     Returns:
-        All edges with the mean fall over the batch; many edges are measured in one run.
+        The same edges with the mean fall over the batch; many edges are measured in one run.
 
     Raises:
         ValueError: As for `evaluate_circuit`.
     """
-    job = _Search.of(model, clean, corrupted, metric, n_loops, heads, readout, memory_gb)
-    numbers = job.graph.every.nonzero()
+    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
+    chosen = job.graph.mask(scores.edges)
+    numbers = chosen.nonzero()
     masks = job.graph.every.repeat(len(numbers), 1, 1)
     masks[torch.arange(len(numbers)), numbers[:, 0], numbers[:, 1]] = False
     falls = job.measured.whole.mean() - job.measured.values(masks).mean(1)
-    return job.circuit(job.graph.every, falls, {"replace": "corrupted"}, "")
+    return job.circuit(chosen, falls, {"replace": "corrupted"}, scores.call.selection)
 
 
 @torch.no_grad()
@@ -66,11 +65,10 @@ def search_circuit(
     model: LoopedModel,
     clean: Inputs,
     corrupted: Inputs,
+    scores: Circuit,
     metric: Metric | Literal["kl"],
     threshold: float,
-    n_loops: int | None = None,
     *,
-    heads: bool | None = None,
     readout: ReadoutColumn = None,
     together: int = 16,
     memory_gb: float = 0.5,
@@ -82,10 +80,11 @@ def search_circuit(
     stay; so the result is that of one run per edge.
 
     Args:
+        scores: The edges to begin with, such as all those that `circuit_scores` gives.
         threshold: In units of the metric; the change of the metric's mean that is too small to
             keep an edge.
         together: How many edges one run tries.
-        model, clean, corrupted, metric, n_loops, heads, readout: As for `circuit_scores`.
+        model, clean, corrupted, metric, readout: As for `circuit_scores`.
         memory_gb: As for `evaluate_circuit`.
 
     Returns:
@@ -101,10 +100,10 @@ def search_circuit(
         raise ValueError(
             f"threshold must be at least 0 and together at least 1, got {threshold} and {together}"
         )
-    job = _Search.of(model, clean, corrupted, metric, n_loops, heads, readout, memory_gb)
-    kept, scores = job.backwards(threshold, together)
+    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
+    kept, falls = job.backwards(job.graph.mask(scores.edges), threshold, together)
     settings = {"replace": "corrupted", "threshold": threshold}
-    found = job.circuit(kept, scores[kept], settings, f"exact search, threshold {threshold:g}")
+    found = job.circuit(kept, falls[kept], settings, f"exact search, threshold {threshold:g}")
     return prune_circuit(found)
 
 
@@ -119,27 +118,21 @@ class _Search:
     def of(
         cls,
         model: LoopedModel,
-        clean: Inputs,
-        corrupted: Inputs,
+        pair: Pair,
+        scores: Circuit,
         metric: Metric | Literal["kl"],
-        n_loops: int | None,
-        heads: bool | None,
-        readout: ReadoutColumn,
         memory_gb: float,
     ) -> _Search:
-        pair = Pair.of(model, clean, corrupted, readout)
-        graph = graph_of(model, pair.clean, checked_loops(n_loops, model.cfg.n_loops), heads)
-        how: Replace = "corrupted"
-        runs = MaskedRuns.of(model, graph, pair.clean, pair.corrupted, how, 0, memory_gb)
-        return cls(graph, Measured.of(runs, pair, metric))
+        runs = masked_runs(model, pair, [scores], "corrupted", 0, memory_gb)
+        return cls(runs.graph, Measured.of(runs, pair, metric))
 
     def backwards(
-        self, threshold: float, together: int
+        self, kept: Bool[Tensor, "reader writer"], threshold: float, together: int
     ) -> tuple[Bool[Tensor, "reader writer"], Float[Tensor, "reader writer"]]:
         """The edges that stay, and the change of the metric when each was tried."""
-        kept, value = self.graph.every.clone(), self.measured.whole.mean()
+        value = self.measured.values(kept[None]).mean()
         scores = torch.zeros(kept.shape, dtype=value.dtype)
-        order = self.graph.every.nonzero().flip(0)
+        order = kept.nonzero().flip(0)
         done = 0
         with tqdm(total=len(order), desc="exact search", leave=False, delay=2) as bar:
             while done < len(order):

@@ -1,7 +1,7 @@
 """A looped model with weights written by hand: it looks an entity up twice, one hop after another.
 
-The input is three facts, a question and a blank: "0>2 1>0 2>1 ask:1 ?". Every token is a sum of unit
-vectors of named parts of the stream, three directions each (one per entity):
+The input is three facts, a question and a blank: "0>2 1>0 2>1 ask:1 ?". Every token is a sum of
+unit vectors of named parts of the stream, three directions each (one per entity):
 
 * a fact x>y has x in `key` and y in `value`; the question has its entity in `now`;
 * each position has a unit vector of its own in `place`.

@@ -258,13 +258,13 @@ def test_the_written_circuit_is_found_by_every_estimate(method: Method) -> None:
 
 def test_the_written_circuit_is_found_by_exact_search() -> None:
     model, clean, corrupted, metric = two_hop_pair()
-    found = search_circuit(model, clean, corrupted, metric, 0.01)
+    scores = circuit_scores(model, clean, corrupted, metric)
+    found = search_circuit(model, clean, corrupted, scores, metric, 0.01)
     assert named(found) == EDGES
-    exact = exact_scores(model, clean, corrupted, metric)
+    exact = exact_scores(model, clean, corrupted, scores, metric)
     assert {
         tuple(e) for e, s in zip(exact.edges, exact.scores, strict=True) if abs(s) > 1e-9
     } == EDGES
-    scores = circuit_scores(model, clean, corrupted, metric)
     agreed = compare_scores(scores, exact, (4,))
     assert agreed["overlap"].tolist() == [1.0]
     with pytest.raises(ValueError, match="two scorings of the same edges are needed"):
@@ -273,8 +273,10 @@ def test_the_written_circuit_is_found_by_exact_search() -> None:
 
 def test_the_search_does_not_depend_on_how_many_edges_a_run_tries() -> None:
     model = toy("learned")
-    given = (model, full(1), full(2), projection(), 1.0, 1)
-    one, several = (search_circuit(*given, heads=False, together=n) for n in (1, 5))
+    pair = (model, full(1), full(2))
+    scores = circuit_scores(*pair, projection(), 1, heads=False)
+    given = (*pair, scores, projection(), 1.0)
+    one, several = (search_circuit(*given, together=n) for n in (1, 5))
     assert one.edges == several.edges
     assert_close(torch.tensor(one.scores), torch.tensor(several.scores))
     assert 0 < len(one) < one.n_possible
