@@ -262,11 +262,9 @@ def _heads_apart(model: LoopedModel, batch: Batch, visits: list[Visit], n_loops:
             pairs = zip((*made, summed), (q, k, v, seen[stage.added]), strict=True)
             for what, (ours, theirs) in zip(("q", "k", "v", "sum"), pairs, strict=True):
                 if not _close(ours, theirs):
-                    return (
-                        f"the heads of {stage.visit.name} do not add up to its attention"
-                        if what == "sum"
-                        else f"the {what} of {stage.visit.name} is not made of the normed stream alone"
-                    )
+                    wrong = "do not add up to its attention"
+                    made_of = f"have a {what} that is not made of the normed stream alone"
+                    return f"the heads of {stage.visit.name} {wrong if what == 'sum' else made_of}"
     return ""
 
 

@@ -1,5 +1,5 @@
-"""The search for a circuit by exact patching, and the effect of every edge alone: what estimates are
-checked against.
+"""The search for a circuit by exact patching, and the exact effect of single edges: what estimates
+are checked against.
 """
 
 from __future__ import annotations
