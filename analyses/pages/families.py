@@ -149,7 +149,7 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
     if named:  # a few edges
         pair = (x.clean, x.corrupted, x.metric, _LOOPS)
         scores = circuit_scores(x.model, *pair, method="eap", heads=False)
-        known |= dict.fromkeys(named, select_circuit(scores, 3)) | {"wanted": -1e6}
+        known |= dict.fromkeys(named, select_circuit(scores, 3, prune=False)) | {"wanted": -1e6}
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
     made = method(**{name: known[name] for name in parameters if name in known})

@@ -48,9 +48,11 @@ def exact_scores(
         The same edges with the mean fall over the batch; many edges are measured in one run.
 
     Raises:
-        ValueError: As for `evaluate_circuit`.
+        ValueError: As for `evaluate_circuit`, or no edge.
     """
     job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
+    if not scores.edges:
+        raise ValueError("at least one edge is needed to be measured, got none")
     chosen = job.graph.mask(scores.edges)
     numbers = chosen.nonzero()
     masks = job.graph.every.repeat(len(numbers), 1, 1)
