@@ -15,10 +15,31 @@ from .checkpoints.load import (
 )
 from .checkpoints.release import save_release as save_release
 from .interp.attribution.direct_logit import direct_logit_attribution as direct_logit_attribution
-from .interp.attribution.edges import edge_attribution as edge_attribution
 from .interp.attribution.gradients import gradients as gradients
 from .interp.attribution.patching import (
     attribution_patch as attribution_patch,
+)
+from .interp.circuits.edge_attribution import edge_attribution as edge_attribution
+from .interp.circuits.faithfulness import evaluate_circuit as evaluate_circuit
+from .interp.circuits.record import Circuit as Circuit
+from .interp.circuits.scores import circuit_scores as circuit_scores
+from .interp.circuits.search import (
+    compare_scores as compare_scores,
+)
+from .interp.circuits.search import (
+    exact_scores as exact_scores,
+)
+from .interp.circuits.search import (
+    search_circuit as search_circuit,
+)
+from .interp.circuits.selection import (
+    prune_circuit as prune_circuit,
+)
+from .interp.circuits.selection import (
+    select_circuit as select_circuit,
+)
+from .interp.circuits.selection import (
+    smallest_circuit as smallest_circuit,
 )
 from .interp.common.cells import Cell as Cell
 from .interp.common.finite import first_nonfinite as first_nonfinite

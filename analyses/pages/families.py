@@ -22,7 +22,11 @@ import loopscope
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.checkpoints.table import Table
 from loopscope.checkpoints.tables import TABLES
+from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.circuits.scores import circuit_scores
+from loopscope.interp.circuits.selection import select_circuit
 from loopscope.interp.common.metrics import logit_diff
+from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.trainer import DictionaryTraining
 from loopscope.interp.dictionaries.training import train_dictionary
 from loopscope.interp.edit.ablation import Component
@@ -35,6 +39,7 @@ from loopscope.models.core.registry import FAMILIES, build
 
 FACTS = ("causal", "prefix_readout", "additive_residual", "batch_independent")
 _LOOPS = 2
+_TRAINING = DictionaryTraining(n_features=7, k=2, steps=2, batch_size=5)
 
 _NORMS = ("ln1", "ln2", "ln1_post", "ln2_post", "ln_final", "ln_boundary")
 _LISTED = {
@@ -122,7 +127,7 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "order": ["loops.0", "loops.0"],
         "first": x.clean, "at": 0, "second": x.corrupted,
         "preferred": torch.tensor([True, False, True]), "features": [0],
-        "training": DictionaryTraining(n_features=7, k=2, steps=2, batch_size=5),
+        "training": _TRAINING, "wanted": -1e6,
     }  # fmt: skip
 
 
@@ -147,25 +152,31 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
     known, parameters = _arguments(x), inspect.signature(method).parameters
     if "kind" in parameters and parameters["kind"].default is not inspect.Parameter.empty:
         del known["kind"]  # of a probe
-    if "to" in parameters:
-        with TemporaryDirectory() as folder:
-            return method(**{n: known[n] for n in parameters if n in known}, to=folder)
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
-    known |= _dictionary(known, "dictionary" in parameters)
-    made = method(**{name: known[name] for name in parameters if name in known})
-    if isinstance(made, AbstractContextManager):
-        with made as model:
-            return model(x.clean.tokens, n_loops=_LOOPS)
-    return made(x.clean.tokens) if isinstance(made, nn.Module) else made
+    known |= {name: make(x) for name, make in _COMPUTED.items() if name in parameters}
+    with TemporaryDirectory() as folder:
+        known["to"] = folder
+        made = method(**{name: known[name] for name in parameters if name in known})
+        if isinstance(made, AbstractContextManager):
+            with made as model:
+                return model(x.clean.tokens, n_loops=_LOOPS)
+        return made(x.clean.tokens) if isinstance(made, nn.Module) else made
 
 
-def _dictionary(known: dict[str, Any], wanted: bool) -> dict[str, Any]:
-    """A dictionary of the residual as an argument, where a method takes one."""
-    if not wanted:
-        return {}
-    names = ("model", "inputs", "n_loops", "training")
-    return {"dictionary": train_dictionary(**{name: known[name] for name in names})}
+def _circuit(x: _Inputs) -> Circuit:
+    """A few edges."""
+    pair = (x.clean, x.corrupted, x.metric, _LOOPS)
+    scores = circuit_scores(x.model, *pair, method="eap", heads=False)
+    return select_circuit(scores, 3, prune=False)
+
+
+def _dictionary(x: _Inputs) -> Dictionary:
+    """A dictionary of the residual."""
+    return train_dictionary(x.model, x.clean, n_loops=_LOOPS, training=_TRAINING)
+
+
+_COMPUTED = {"circuits": _circuit, "scores": _circuit, "dictionary": _dictionary}
 
 
 def _patched(model: LoopedModel) -> list[str]:

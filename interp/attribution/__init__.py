@@ -1,4 +1,4 @@
-"""First-order estimates: gradients, attribution patching, edges, direct logit attribution.
+"""First-order estimates: gradients, attribution patching, direct logit attribution.
 
 Start with `gradients.py`. Imports `common` and `patching`, whose record of a sweep it returns.
 """

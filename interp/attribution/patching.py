@@ -25,7 +25,7 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     runs_side_by_side,
 )
-from loopscope.interp.common.metrics import measure, metric_name
+from loopscope.interp.common.metrics import metric_name, row_by_row
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
@@ -201,16 +201,10 @@ def _line_gradient(
         to = torch.cat([start + share * change for share in part.to(start)])
         with model.hooks([(name, partial(_move, to=to))], n_loops=n_loops):
             grad = gradients_with_metric(
-                model, packed, partial(_side_by_side, metric, len(base)), [name], n_loops
+                model, packed, partial(row_by_row, metric, len(base)), [name], n_loops
             )[1][name]
         total = total + grad.view(len(part), *start.shape).sum(0)
     return total / sum(map(len, shares))
-
-
-def _side_by_side(
-    metric: Metric, size: int, logits: Float[Tensor, "row d_vocab"]
-) -> Float[Tensor, " row"]:
-    return torch.cat([measure(metric, part) for part in logits.split(size)])
 
 
 def _move(value: Tensor, hook: HookPoint, to: Tensor) -> Tensor:

@@ -54,6 +54,20 @@ def logit_diff(right: Answers, wrong: Answers) -> Metric:
     return logit_diff
 
 
+def minus_kl(logits: Float[Tensor, "batch d_vocab"]) -> Metric:
+    """The metric "minus the divergence from a run's distribution", in nats; 0 for the run itself.
+
+    Args:
+        logits: Float[Tensor, "batch d_vocab"], of that run.
+    """
+    given = widened(logits).log_softmax(-1)
+
+    def minus_kl(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+        return -(given.exp() * (given - logits.log_softmax(-1))).sum(-1)
+
+    return minus_kl
+
+
 def _tokens_of(what: str, tokens: Answers, logits: Tensor) -> Int[Tensor, " batch"]:
     rows, d_vocab = logits.shape
     return one_per_row(what, tokens, rows, d_vocab, logits.device)
@@ -106,6 +120,13 @@ def measure(metric: Metric, logits: Float[Tensor, "batch d_vocab"]) -> Float[Ten
             " take no mean over the batch, and leave no axis of one"
         )
     return widened(values)
+
+
+def row_by_row(
+    metric: Metric, size: int, logits: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, " row"]:
+    """The metric of several batches side by side, each of `size` rows."""
+    return torch.cat([measure(metric, part) for part in logits.split(size)])
 
 
 def metric_name(metric: Metric) -> str:

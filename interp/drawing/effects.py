@@ -14,7 +14,7 @@ from loopscope.interp.drawing.shapes import CellMap, Curve, CurvePanel, bars, ce
 
 if TYPE_CHECKING:
     from loopscope.interp.attribution.direct_logit import DirectLogits
-    from loopscope.interp.attribution.edges import EdgeAttribution, End
+    from loopscope.interp.circuits.edge_attribution import ComponentEnd, EdgeAttribution
     from loopscope.interp.patching.grouped import GroupedEffects
     from loopscope.interp.patching.paths import PathPatch
     from loopscope.interp.patching.sweep import Grid, Sweep
@@ -112,7 +112,7 @@ def edges(record: EdgeAttribution, title: str) -> go.Figure:
     return cell_maps([_table(places, record.values.mean(1).tolist(), record.metric)], title)
 
 
-def _end(end: End) -> str:
+def _end(end: ComponentEnd) -> str:
     place = _coordinate((end.loop, end.layer))
     return end.kind if place == "all" else f"{place} {end.kind}"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loopscope.interp.attribution.direct_logit import direct_logit_attribution
-from loopscope.interp.attribution.edges import edge_attribution
+from loopscope.interp.circuits.edge_attribution import edge_attribution
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.drawing.look import titled
 from loopscope.interp.drawing.shapes import MOST, CellMap, Curve, CurvePanel, cell_maps, curves

@@ -15,8 +15,8 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.checkpoints.load import load
 from loopscope.checkpoints.locate import SHIPPED
-from loopscope.interp.attribution.edges import EdgeAttribution, edge_attribution
 from loopscope.interp.attribution.patching import attribution_patch
+from loopscope.interp.circuits.edge_attribution import EdgeAttribution, edge_attribution
 from loopscope.interp.common.metrics import logit_diff, logit_margin
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep

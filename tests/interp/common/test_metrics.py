@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopscope.interp.attribution.edges import edge_attribution
 from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.attribution.patching import attribution_patch
+from loopscope.interp.circuits.edge_attribution import edge_attribution
 from loopscope.interp.common.metrics import logit_diff, logit_margin, measure
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.path_ends import Receiver, Sender

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from loopscope.interp.attribution.direct_logit import direct_logit_attribution
-from loopscope.interp.attribution.edges import edge_attribution
 from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.attribution.patching import attribution_patch
+from loopscope.interp.circuits.edge_attribution import edge_attribution
 from loopscope.interp.common.modes import evaluating
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.edit.injection import swap_input

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from family_toys import TOYS, padded
 from loopscope.interp.attribution.direct_logit import direct_logit_attribution
-from loopscope.interp.attribution.edges import edge_attribution
 from loopscope.interp.attribution.patching import attribution_patch
+from loopscope.interp.circuits.edge_attribution import edge_attribution
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.edit.injection import swap_input

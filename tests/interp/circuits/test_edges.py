@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loopscope.interp.attribution.edges import EdgeAttribution, End, edge_attribution
+from compiled import NoNorm
 from loopscope.interp.attribution.patching import attribution_patch
+from loopscope.interp.circuits.edge_attribution import (
+    ComponentEnd,
+    EdgeAttribution,
+    edge_attribution,
+)
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.models.core.hooks import Taps
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -85,9 +90,9 @@ def test_each_edge_is_the_derivative_through_one_reader(additive: RecurrentDepth
         additive.run_with_cache(b.tokens, n_loops=SHORT, mask=b.mask, names_filter="**")[1]
         for b in (clean, corrupted)
     )
-    written = {End("embed", None, None): "hook_embed"}
+    written = {ComponentEnd("embed", None, None): "hook_embed"}
     written |= {
-        End(kind, t, i): f"loops.{t}.blocks.{i}.hook_{kind}_out"
+        ComponentEnd(kind, t, i): f"loops.{t}.blocks.{i}.hook_{kind}_out"
         for kind in ("attn", "mlp")
         for t in range(SHORT)
         for i in range(LAYERS)
@@ -122,19 +127,6 @@ def test_edges_of_one_position_sum_to_its_attribution(plain: RecurrentDepth) -> 
     embedded = attribution_patch(plain, padded(1), padded(2), projection(), SHORT, sites="embed")
     from_embedding = torch.tensor([edge.writer.kind == "embed" for edge in found.edges])
     assert_close(found.by_position[from_embedding].sum(0).T, embedded.values - embedded.corrupted)
-
-
-class NoNorm(nn.Module):
-    """Passes the stream on, through the hook points of a norm that are not its divisor."""
-
-    def __init__(self, site: str) -> None:
-        super().__init__()
-        self.sites = f"{site}.hook_normalized", f"{site}.hook_out"
-
-    def forward(self, x: Tensor, taps: Taps) -> Tensor:
-        for site in self.sites:
-            x = taps[site](x) if site in taps else x
-        return x
 
 
 class LinearMLP(nn.Module):

@@ -4,7 +4,6 @@ residual stream and the component that reads it, across iterations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,10 +12,12 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from loopscope.interp.attribution.direct_logit import check_sum, component_kind, require_additive
+from loopscope.interp.attribution.direct_logit import check_sum, require_additive
 from loopscope.interp.attribution.gradients import activations_with_metric, gradients_with_metric
+from loopscope.interp.circuits.gradients import by_stage, last_stream, sites_of
+from loopscope.interp.circuits.graph import Graph, graph_of
+from loopscope.interp.circuits.names import end_of
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import metric_name
 from loopscope.interp.common.modes import differentiated
@@ -24,17 +25,13 @@ from loopscope.interp.common.pairs import Pair
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.state import Visit, checked_loops
+from loopscope.models.core.state import checked_loops
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Values = dict[str, Tensor]
-_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
-_WRITTEN = ("hook_attn_out", "hook_mlp_out")
 
-
-class End(NamedTuple):
+class ComponentEnd(NamedTuple):
     """One end of an edge.
 
     Attributes:
@@ -48,11 +45,11 @@ class End(NamedTuple):
     layer: int | None
 
 
-class Edge(NamedTuple):
+class EndPair(NamedTuple):
     """A component's output as one later component reads it."""
 
-    writer: End
-    reader: End
+    writer: ComponentEnd
+    reader: ComponentEnd
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class EdgeAttribution(OneScreen):
         metric: The metric's name.
     """
 
-    edges: tuple[Edge, ...]
+    edges: tuple[EndPair, ...]
     by_position: Float[Tensor, "edge batch pos"]
     clean: Float[Tensor, " batch"]
     corrupted: Float[Tensor, " batch"]
@@ -130,78 +127,43 @@ def edge_attribution(
     require_additive(model, "edge_attribution")
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     pair = Pair.of(model, clean, corrupted, readout)
-    base, source = pair.corrupted, pair.clean
-    visits, before = model.schedule(n_loops), model.edge_sites()[0]
-    _require_stream(visits)
-    written = [*before, *(f"{visit.name}.{site}" for visit in visits for site in _WRITTEN)]
-    stream = [f"{visit.name}.{site}" for visit in visits for site in _RESIDUAL]
-    source_values, source_metric = activations_with_metric(model, source, metric, written, n_loops)
-    base_values, grads, base_metric = gradients_with_metric(
-        model, base, metric, [*written, *stream], n_loops
+    graph = graph_of(model, pair.clean, n_loops, heads=False)
+    last, before = last_stream(model, n_loops), model.edge_sites()[0]
+    written = [*before, *(stage.added for stage in graph.stages)]
+    source, source_metric = activations_with_metric(model, pair.clean, metric, written, n_loops)
+    names = dict.fromkeys([*written, *sites_of(graph.stages), last])
+    base, grads, base_metric = gradients_with_metric(
+        model, pair.corrupted, metric, list(names), n_loops
     )
     check_sum(
-        torch.stack([widened(base_values[name]) for name in written]),
-        widened(base_values[stream[-1]]),
+        torch.stack([widened(base[name]) for name in written]),
+        widened(base[last]),
         "the residual stream",
-        base_values[stream[-1]].dtype,
+        base[last].dtype,
     )
-    changes = {name: widened(source_values[name] - base_values[name]) for name in written}
-    writers = [
-        (End(name.removeprefix("hook_"), None, None), changes[name])
-        for name in before
-        if name != "hook_pos_embed"
+    read = ["hook_embed", *(stage.added for stage in graph.stages)]
+    change = torch.stack([widened(source[name] - base[name]) for name in read])
+    values = [
+        einsum(
+            through[0],
+            change[: number + 1],
+            "batch pos d_model, edge batch pos d_model -> edge batch pos",
+        )
+        for number, _, _, through in by_stage(graph, base, grads, last)
     ]
-    edges, values = _edges(visits, grads, changes, writers)
-    return EdgeAttribution(edges, values, source_metric, base_metric, metric_name(metric))
-
-
-def _edges(
-    visits: Sequence[Visit], grads: Values, changes: Values, writers: list[tuple[End, Tensor]]
-) -> tuple[tuple[Edge, ...], Float[Tensor, "edge batch pos"]]:
-    """Every edge with its effect at each position.
-
-    Args:
-        grads: Gradients of the base run at the residual stream, by hook name.
-        changes: What each component writes in the source run minus the base run, by hook name.
-        writers: The writers before the first visit with their changes.
-    """
-    edges: list[Edge] = []
-    values: list[Tensor] = []
-    last = f"{visits[-1].name}.{_RESIDUAL[-1]}"
-    writers = list(writers)
-    for visit in tqdm([*visits, None], desc="edges", leave=False, disable=len(visits) < 64):
-        for reader, grad, written_next in _readers(visit, grads, last):
-            earlier = torch.stack([change for _, change in writers])
-            edges += [Edge(writer, reader) for writer, _ in writers]
-            sums = "writer batch pos d_model, batch pos d_model -> writer batch pos"
-            values.append(einsum(earlier, widened(grad), sums))
-            if written_next is not None:
-                writers.append((reader, changes[written_next]))
-    return tuple(edges), torch.cat(values)
-
-
-def _readers(visit: Visit | None, grads: Values, last: str) -> list[tuple[End, Tensor, str | None]]:
-    """The readers of a visit with the gradient through each alone and what it writes; None stands
-    for the end of the run.
-
-    What flows past a branch is the gradient of the stream after it, so the branch's own is the
-    difference across it.
-    """
-    if visit is None:
-        return [(End("final", None, None), grads[last], None)]
-    pre, mid, post = (grads[f"{visit.name}.{site}"] for site in _RESIDUAL)
-    attn, mlp = (
-        End(component_kind(visit, what), visit.loop, visit.layer) for what in ("attn", "mlp")
+    edges = tuple(EndPair(*(_end(name, graph) for name in edge)) for edge in graph.edges)
+    return EdgeAttribution(
+        edges, torch.cat(values), source_metric, base_metric, metric_name(metric)
     )
-    attn_out, mlp_out = (f"{visit.name}.{site}" for site in _WRITTEN)
-    return [(attn, pre - mid, attn_out), (mlp, mid - post, mlp_out)]
 
 
-def _require_stream(visits: Sequence[Visit]) -> None:
-    for visit in visits:
-        for site in (*_RESIDUAL, *_WRITTEN):
-            if site not in visit.sites:
-                raise ValueError(
-                    f"every block must have the site {site!r} to tell its readers apart, but"
-                    f" {visit.name} has none"
-                )
+def _end(name: str, graph: Graph) -> ComponentEnd:
+    """A node by its coordinates."""
+    place = {place.name: place for place in graph.schedule}.get(end_of(name).visit)
+    if place is None:
+        return ComponentEnd(name, None, None)
+    kind = end_of(name).component
+    stage = place.name.partition(".")[0]
+    return ComponentEnd(
+        kind if place.loop is not None else f"{stage}.{kind}", place.loop, place.layer
+    )

@@ -1,0 +1,6 @@
+"""Circuits found by the machine: edges between components of all iterations that carry an answer.
+
+Start with `record.py`, the circuit as it is saved. `scores.py` scores all edges, `selection.py`
+chooses, `faithfulness.py` evaluates by `masked.py`, `search.py` is the exact search. Imports
+`common` and `attribution`.
+"""

@@ -1,0 +1,151 @@
+"""Runs in which only some edges are kept, many circuits side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.circuits.gradients import Written
+from loopscope.interp.circuits.graph import Graph, Stage
+from loopscope.interp.circuits.streams import CarriedStreams, Replacement, Streams, SummedStreams
+from loopscope.interp.common.inputs import begin_batch
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.base import LoopedModel
+
+Replace = Literal["corrupted", "mean", "zero", "resample"]
+
+
+@dataclass(frozen=True)
+class MaskedRuns:
+    """One batch of a model, run with any of the graph's edges excluded.
+
+    Attributes:
+        model, graph, batch: What runs.
+        replacement: What excluded edges carry.
+        memory_gb: About how much memory the runs side by side may take.
+    """
+
+    model: LoopedModel
+    graph: Graph
+    batch: Batch
+    replacement: Replacement
+    memory_gb: float
+
+    @classmethod
+    def of(
+        cls,
+        model: LoopedModel,
+        graph: Graph,
+        clean: Batch,
+        corrupted: Batch,
+        how: Replace,
+        seed: int,
+        memory_gb: float,
+    ) -> MaskedRuns:
+        """Prepare the runs of the clean batch.
+
+        Raises:
+            ValueError: No such replacement, or inputs of unequal length to resample from.
+        """
+        if not memory_gb > 0:
+            raise ValueError(f"memory_gb must be a size in GiB above 0, got {memory_gb}")
+        outputs, embedding = _replaced(Written.of(model, corrupted, graph), corrupted, how, seed)
+        with model.hooks([("hook_embed", lambda value, hook: embedding)], n_loops=graph.n_loops):
+            begin = begin_batch(model, clean, graph.n_loops)
+        kept = begin_batch(model, clean, graph.n_loops)
+        return cls(model, graph, clean, Replacement(outputs, begin, kept), memory_gb)
+
+    def logits(
+        self, masks: Shaped[Tensor, "circuit reader writer"]
+    ) -> Float[Tensor, "circuit batch d_vocab"]:
+        """The logits at the readout with only the masked edges kept; between 0 and 1 a reader is
+        given a mixture.
+        """
+        found = []
+        with tqdm(total=len(masks), desc="circuits", leave=False, delay=2) as bar:
+            for part in masks.split(self._side_by_side()):
+                found.append(self._run(part))
+                bar.update(len(part))
+        return torch.cat(found)
+
+    def _run(
+        self, masks: Shaped[Tensor, "circuit reader writer"]
+    ) -> Float[Tensor, "circuit batch d_vocab"]:
+        masks = masks.to(self.replacement.outputs)
+        streams: Streams = (
+            SummedStreams(self.graph, self.replacement, masks)
+            if self.model.additive_residual
+            else CarriedStreams(self.model, self.replacement, masks)
+        )
+        batch = self.batch.repeat(len(masks))
+        hooks = [pair for stage in self.graph.stages for pair in _hooks(stage, streams, len(masks))]
+        with self.model.hooks(hooks, n_loops=self.graph.n_loops):
+            end = self.model.advance(begin_batch(self.model, batch, self.graph.n_loops))
+        end = replace(end, resid=streams.last().flatten(0, 1).to(end.resid))
+        return self.model.readout(end, batch.readout).unflatten(0, (len(masks), -1))
+
+    def _side_by_side(self) -> int:
+        """How many circuits are run at once."""
+        if not self.model.batch_independent:
+            return 1
+        one = self.replacement.outputs
+        streams = (
+            len(self.graph.writers) if self.model.additive_residual else 4 * len(self.graph.readers)
+        )
+        size = streams * one[0].numel() * one.element_size()
+        return max(1, int(self.memory_gb * 2**30 / size))
+
+
+def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tensor, Tensor]:
+    """What excluded edges carry, and the embedding that belongs to it."""
+    if how not in get_args(Replace):
+        raise ValueError(f"replace must be one of {', '.join(get_args(Replace))}, got {how!r}")
+    outputs, embedding = run.outputs, run.added[0]
+    if how == "zero":
+        return torch.zeros_like(outputs), torch.zeros_like(embedding)
+    if how == "mean":
+        real = batch.mask.to(outputs)[:, :, None]
+        mean = (outputs * real).sum(1, keepdim=True) / real.sum(0).clamp(min=1)
+        mean = mean.expand_as(outputs)
+        return mean, mean[0].to(embedding)
+    if how == "resample":
+        if not bool((batch.mask == batch.mask[:1]).all()):
+            raise ValueError(
+                "to resample, all inputs must have one length; use replace='corrupted'"
+            )
+        order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
+        return outputs[:, order.to(outputs.device)], embedding[order.to(outputs.device)]
+    return outputs, embedding
+
+
+def _hooks(
+    stage: Stage, streams: Streams, n_circuits: int
+) -> Iterator[tuple[str, Callable[..., Tensor | None]]]:
+    """The hooks that give a stage what its readers read, and take what its writers write."""
+
+    def read(value: Tensor, hook: HookPoint) -> Tensor | None:
+        found = streams.read(stage)
+        if not stage.heads:
+            return found.flatten(0, 2).to(value)
+        by_reader = found.transpose(0, 1).flatten(1, 2).to(value)
+        given.extend(stage.projected(by_reader))
+        return None
+
+    def write(value: Tensor, hook: HookPoint) -> None:
+        streams.write(stage, stage.outputs(value).unflatten(1, (n_circuits, -1)))
+
+    def put(value: Tensor, hook: HookPoint) -> Tensor:
+        return given.pop(0)
+
+    given: list[Tensor] = []
+    yield stage.stream, read
+    if stage.heads:
+        yield from ((name, put) for name in stage.head_names()[:3])
+    yield stage.written, write

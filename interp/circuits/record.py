@@ -1,0 +1,242 @@
+"""The record of a circuit: named nodes, edges with a score each, and the call that found them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from loopscope.interp.circuits.names import FINAL, Edge, Place, end_of
+from loopscope.interp.common.shown import OneScreen
+from loopscope.models.basis.files import atomic_path
+
+_KIND, _VERSION = "loopscope circuit", 1
+Setting = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class CircuitCall:
+    """How a circuit was found.
+
+    Attributes:
+        method: How its edges were scored: "eap", "eap-ig-inputs", "eap-ig-activations", "exact", or
+            a word of the caller's.
+        metric: The metric's name.
+        clean, corrupted: The metric of the two runs, as means over the batch.
+        first_order_error: How far the scores of all edges into "final" are from the difference of
+            the two metrics, as a share of it; None where no such sum was made.
+        settings: What else was given to the scoring call, by name.
+        selection: How the edges were chosen, in words; empty for all edges.
+        checkpoint: The checkpoint's name, where it is known.
+    """
+
+    method: str
+    metric: str
+    clean: float | None = None
+    corrupted: float | None = None
+    first_order_error: float | None = None
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    selection: str = ""
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Circuit(OneScreen):
+    """Edges between components of all iterations.
+
+    Attributes:
+        edges: By reader, in the order in which readers read; see `Edge` for the names.
+        scores: One number per edge.
+        call: How it was found.
+        n_loops: Iterations of the runs.
+        schedule: The visits of the runs, in order.
+        n_possible: The edges of the whole graph.
+    """
+
+    edges: tuple[Edge, ...]
+    scores: tuple[float, ...]
+    call: CircuitCall
+    n_loops: int
+    schedule: tuple[Place, ...]
+    n_possible: int
+
+    def __post_init__(self) -> None:
+        if len(self.edges) != len(self.scores):
+            raise ValueError(
+                f"a circuit needs one score per edge, got {len(self.edges)} edges and"
+                f" {len(self.scores)} scores"
+            )
+        if len(set(self.edges)) != len(self.edges):
+            raise ValueError(
+                f"a circuit's edges must differ, got {len(self.edges) - len(set(self.edges))} twice"
+            )
+        known = {place.name for place in self.schedule} | {""}
+        for name in dict.fromkeys(name for edge in self.edges for name in edge):
+            if end_of(name).visit not in known:
+                raise ValueError(
+                    f"a node's visit must be one of the schedule with n_loops={self.n_loops}, but"
+                    f" {name!r} is at none"
+                )
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Every node at either end of an edge, in the order of the run."""
+        found = {end_of(name).node for edge in self.edges for name in edge}
+        return tuple(sorted(found, key=self._order))
+
+    @property
+    def share(self) -> float:
+        """The circuit's edges as a share of the whole graph's."""
+        return len(self.edges) / self.n_possible
+
+    def take(self, chosen: Sequence[int], selection: str) -> Circuit:
+        """The circuit of some of the edges.
+
+        Args:
+            chosen: The edges' numbers.
+            selection: How they were chosen, in words.
+        """
+        kept = sorted(chosen)
+        return replace(
+            self,
+            edges=tuple(self.edges[i] for i in kept),
+            scores=tuple(self.scores[i] for i in kept),
+            call=replace(self.call, selection=selection),
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """The same as `unrolled`."""
+        return self.unrolled()
+
+    def unrolled(self) -> pd.DataFrame:
+        """One row per edge: writer, writer_visit, writer_loop, writer_layer, writer_component, the
+        same of the reader, input ("q", "k", "v" of a head, else empty), distance (iterations from
+        writer to reader, missing outside the loop), score.
+        """
+        places = {place.name: place for place in self.schedule} | {"": Place("", None, None, "")}
+        parts = ("", "_visit", "_loop", "_layer", "_component")
+        sides = [f"{side}{part}" for side in ("writer", "reader") for part in parts]
+        rows = []
+        for edge in self.edges:
+            writer, reader = (end_of(name) for name in edge)
+            at = [(end, places[end.visit]) for end in (writer, reader)]
+            cells = [(e.node, e.visit, p.loop, p.layer, e.component) for e, p in at]
+            rows.append((*cells[0], *cells[1], reader.input))
+        frame = pd.DataFrame(rows, columns=[*sides, "input"])
+        whole = [column for column in frame if column.endswith(("_loop", "_layer"))]
+        frame = frame.astype(dict.fromkeys(whole, "Int64"))
+        frame["distance"] = frame["reader_loop"] - frame["writer_loop"]
+        return frame.assign(score=pd.Series(self.scores, dtype="float64"))
+
+    def folded(self) -> pd.DataFrame:
+        """One row per component of the shared blocks: component (the block's module with the
+        component behind it), loops (the iterations in which it acts), visits (how many times it
+        acts), edges_in, edges_out, score (the sum of the absolute scores of its edges out; for
+        "final" of its edges in).
+        """
+        frame = self.unrolled().assign(size=1)
+        frame["score"] = frame["score"].abs()
+        into, out = (frame.groupby(side)[["size", "score"]].sum() for side in ("reader", "writer"))
+        nodes = pd.DataFrame({"node": self.nodes})
+        loops = {p.name: p.loop for p in self.schedule}
+        nodes["component"] = [self.folded_name(node) for node in self.nodes]
+        nodes["loop"] = [loops.get(end_of(node).visit) for node in self.nodes]
+        for name, side in (("edges_in", into), ("edges_out", out)):
+            nodes[name] = nodes["node"].map(side["size"]).fillna(0).astype(int)
+        counted = nodes["node"].map(out["score"]).fillna(nodes["node"].map(into["score"]))
+        groups = nodes.assign(score=counted).groupby("component", sort=False)
+        return groups.agg(
+            loops=("loop", _loops),
+            visits=("node", "size"),
+            edges_in=("edges_in", "sum"),
+            edges_out=("edges_out", "sum"),
+            score=("score", "sum"),
+        ).reset_index()
+
+    def folded_edges(self) -> pd.DataFrame:
+        """One row per edge between components of the shared blocks and per distance: writer,
+        reader, input, distance (iterations), loops (of the reader), edges (how many were folded),
+        score (their sum).
+        """
+        frame = self.unrolled()
+        for side in ("writer", "reader"):
+            frame[side] = [self.folded_name(name) for name in frame[side]]
+        groups = frame.groupby(["writer", "reader", "input", "distance"], sort=False, dropna=False)
+        return groups.agg(
+            loops=("reader_loop", _loops), edges=("score", "size"), score=("score", "sum")
+        ).reset_index()
+
+    def folded_name(self, node: str) -> str:
+        """A node's component of the shared block: its name without the iteration."""
+        end = end_of(node)
+        return f"{self._blocks[end.visit]}.{end.component}" if end.visit else end.component
+
+    def save(self, path: str | Path) -> None:
+        """Write the circuit as JSON, whole or not at all."""
+        about = {"kind": _KIND, "version": _VERSION, "call": asdict(self.call)}
+        rows = [(*edge, score) for edge, score in zip(self.edges, self.scores, strict=True)]
+        about |= {"n_loops": self.n_loops, "n_possible": self.n_possible}
+        about |= {"schedule": self.schedule, "edges": rows}
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(about, separators=(",", ":")) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: The file holds no circuit, or lacks a field.
+        """
+        try:
+            about: Any = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"a circuit is a JSON file, but {path} is none: {error}") from None
+        if not isinstance(about, dict) or about.get("kind") != _KIND:
+            raise ValueError(f"{path} holds no circuit that Circuit.save wrote")
+        if about.get("version") != _VERSION:
+            raise ValueError(
+                f"circuits of version {_VERSION} can be read, but {path} has version"
+                f" {about.get('version')!r}"
+            )
+        try:
+            rows = about["edges"]
+            return cls(
+                tuple(Edge(writer, reader) for writer, reader, _ in rows),
+                tuple(float(score) for *_, score in rows),
+                CircuitCall(**about["call"]),
+                int(about["n_loops"]),
+                tuple(Place(*place) for place in about["schedule"]),
+                int(about["n_possible"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"the circuit in {path} lacks a field or has another: {error}"
+            ) from None
+
+    @cached_property
+    def _blocks(self) -> dict[str, str]:
+        return {place.name: place.block for place in self.schedule}
+
+    @cached_property
+    def _visits(self) -> dict[str, int]:
+        return {place.name: index for index, place in enumerate(self.schedule)}
+
+    def _order(self, node: str) -> tuple[int, int, str]:
+        """When a node of the circuit runs."""
+        end = end_of(node)
+        if not end.visit:
+            return (len(self.schedule) if node == FINAL else -1, 0, node)
+        return (self._visits[end.visit], int(end.component == "mlp"), node)
+
+
+def _loops(values: pd.Series) -> tuple[int, ...]:
+    """The iterations in a column, each once."""
+    return tuple(sorted({int(value) for value in values if not pd.isna(value)}))

@@ -1,0 +1,254 @@
+"""Edge scores: the first-order effect of every edge between components of all iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.attribution.gradients import gradients_with_metric
+from loopscope.interp.circuits.gradients import (
+    Skeleton,
+    Written,
+    by_stage,
+    integrated_readout,
+    last_stream,
+    sites_of,
+)
+from loopscope.interp.circuits.graph import Graph, graph_of
+from loopscope.interp.circuits.record import Circuit, CircuitCall
+from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
+from loopscope.interp.common.metrics import measure, metric_name, minus_kl, row_by_row
+from loopscope.interp.common.modes import differentiated
+from loopscope.interp.common.pairs import Direction, Pair, base_and_source
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
+
+Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations"]
+
+
+@differentiated
+def circuit_scores(
+    model: LoopedModel,
+    clean: Inputs,
+    corrupted: Inputs,
+    metric: Metric | Literal["kl"],
+    n_loops: int | None = None,
+    *,
+    method: Method = "eap-ig-inputs",
+    steps: int = 5,
+    direction: Direction = "denoise",
+    heads: bool | None = None,
+    readout: ReadoutColumn = None,
+    checkpoint: str | None = None,
+) -> Circuit:
+    """Score every edge between the components of all iterations: (clean - corrupted output of the
+    writer) times the gradient of the metric through the reader alone.
+
+    Writers are the embedding, every head (or attention) and every MLP of every visit; readers are
+    the queries, keys and values of every later head (or attention), every later MLP, and the final
+    norm with the head. Where a norm, an injected input or another map stands between a writer and a
+    reader, the gradient is taken back through it. All edges come from one forward and backward pass
+    per step. With integrated gradients the gradient at the readout is the mean along the straight
+    line between its two inputs, so that in a family with an additive residual stream the edges into
+    "final" sum to the difference of the metrics.
+
+    Args:
+        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or tokens
+            with `readout`.
+        metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
+            batch"]; "kl" for minus the divergence in nats from the clean run's distribution.
+        n_loops: Iterations; None means what the checkpoint records.
+        method: "eap" takes the gradient of the base run; "eap-ig-inputs" the mean over runs whose
+            embeddings lie between the two; "eap-ig-activations" for each writer the mean over runs
+            in which what its attention or MLP adds lies between the two.
+        steps: Of integrated gradients: midpoints of so many equal parts of the line.
+        direction: The base run: "denoise" the corrupted one, "noise" the clean one.
+        heads: Whether heads are nodes; None where a family lets them be told apart.
+        checkpoint: The checkpoint's name, for the record.
+
+    Returns:
+        All edges with the mean score over the batch; positive for what moves the metric towards the
+        clean run's.
+
+    Raises:
+        ValueError: Inputs that do not match, a method or a number of steps that does not exist, or
+            a model whose stream is not made of what its attentions and MLPs add.
+
+    Source:
+        Syed et al. 2023 (arXiv 2310.10348); Hanna et al. 2024 (arXiv 2403.17806), integrated
+        gradients of inputs; Marks et al. 2024 (arXiv 2403.19647), of activations.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    pair = Pair.of(model, clean, corrupted, readout)
+    job = _Job.of(model, pair, metric, n_loops, heads, direction)
+    found = {"eap": job.plain, "eap-ig-inputs": job.inputs, "eap-ig-activations": job.activations}
+    scores = found[method](*(() if method == "eap" else (steps,)))
+    return job.circuit(scores, method, steps, checkpoint)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All edges of a model on one pair of inputs."""
+
+    model: LoopedModel
+    graph: Graph
+    base: Batch
+    metric: Metric
+    direction: Direction
+    clean: Written
+    corrupted: Written
+
+    @classmethod
+    def of(
+        cls,
+        model: LoopedModel,
+        pair: Pair,
+        metric: Metric | Literal["kl"],
+        n_loops: int,
+        heads: bool | None,
+        direction: Direction,
+    ) -> _Job:
+        base, _ = base_and_source(direction, pair.clean, pair.corrupted)
+        graph = graph_of(model, pair.clean, n_loops, heads)
+        runs = [Written.of(model, batch, graph) for batch in (pair.clean, pair.corrupted)]
+        chosen = metric_of(metric, model, runs[0], pair.clean)
+        return cls(model, graph, base, chosen, direction, *runs)
+
+    @property
+    def change(self) -> Float[Tensor, "writer batch pos d_model"]:
+        return self.clean.outputs - self.corrupted.outputs
+
+    @property
+    def last(self) -> str:
+        return last_stream(self.model, self.graph.n_loops)
+
+    def plain(self) -> Float[Tensor, "reader writer"]:
+        """EAP: one gradient, of the base run."""
+        return self._scored(self.base, self.metric, ())
+
+    def inputs(self, steps: int) -> Float[Tensor, "reader writer"]:
+        """EAP-IG of inputs."""
+        total = self._zeros()
+        for share in _midpoints(steps):
+            moved = torch.lerp(self.corrupted.added[0], self.clean.added[0], share)
+            total += self._scored(self.base, self.metric, [("hook_embed", moved)]) / steps
+        return self._with_readout(total)
+
+    def activations(self, steps: int) -> Float[Tensor, "reader writer"]:
+        """EAP-IG of activations; the steps of one stage are run side by side."""
+        total = self._zeros()
+        metric = partial(row_by_row, self.metric, len(self.base))
+        batch, shares = self.base.repeat(steps), _midpoints(steps)
+        places = [("hook_embed", slice(0, 1)), *((s.added, s.writers) for s in self.graph.stages)]
+        lines = zip(places, self.corrupted.added, self.clean.added, strict=True)
+        with tqdm(total=len(places), desc="circuit scores", leave=False, delay=2) as bar:
+            for number, ((name, own), low, high) in enumerate(lines):
+                moved = torch.cat([torch.lerp(low, high, share) for share in shares])
+                found = self._scored(batch, metric, [(name, moved)], number)
+                total[:, own] = found[:, own]
+                bar.update()
+        return self._with_readout(total)
+
+    def _scored(
+        self, batch: Batch, metric: Metric, moved: Sequence[tuple[str, Tensor]], first: int = 0
+    ) -> Float[Tensor, "reader writer"]:
+        """The scores by the gradient of one run.
+
+        Args:
+            moved: What the run is given at some hook points.
+            first: The first stage whose readers are scored.
+        """
+        graph, stages = self.graph, self.graph.stages
+        held = [] if self.model.additive_residual else ["hook_embed", *(s.added for s in stages)]
+        names = [*sites_of(stages[first:]), *held, self.last]
+        with self.model.hooks(
+            [(n, partial(_put, to=to)) for n, to in moved], n_loops=graph.n_loops
+        ):
+            values, grads, _ = gradients_with_metric(
+                self.model, batch, metric, list(dict.fromkeys(names)), graph.n_loops
+            )
+        skeleton = Skeleton.of(self.model, batch, graph, values) if held else None
+        change = self.change.repeat(1, len(batch) // len(self.base), 1, 1)
+        total = self._zeros()
+        for number, readers, stream, through in by_stage(graph, values, grads, self.last):
+            before = graph.before[readers.start]
+            form = "reader batch pos d_model, writer batch pos d_model -> reader writer"
+            if skeleton is None:
+                total[readers, :before] = einsum(through, change[:before], form)
+                continue
+            at = [slice(0, 1), *(s.writers for s in stages[:number])]
+            for writers, pulled in zip(at, skeleton.pulled(stream, number, through), strict=True):
+                total[readers, writers] = einsum(pulled, change[writers], form)
+        return total / len(batch)
+
+    def _with_readout(self, scores: Tensor) -> Float[Tensor, "reader writer"]:
+        """Scores whose edges into the readout are those of the integrated gradient."""
+        through = integrated_readout(
+            self.model, self.base, self.metric, self.corrupted.end, self.clean.end
+        )[None]
+        stages, n_stages = self.graph.stages, len(self.graph.stages)
+        pulled = [through] * (n_stages + 1)
+        if not self.model.additive_residual:
+            names = ["hook_embed", *(s.added for s in stages)]
+            values = dict(zip(names, self.corrupted.added, strict=True))
+            skeleton = Skeleton.of(self.model, self.base, self.graph, values)
+            pulled = skeleton.pulled(self.last, n_stages, through)
+        form = "reader batch pos d_model, writer batch pos d_model -> reader writer"
+        for writers, grad in zip([slice(0, 1), *(s.writers for s in stages)], pulled, strict=True):
+            scores[-1:, writers] = einsum(grad, self.change[writers], form) / len(self.base)
+        return scores
+
+    def _zeros(self) -> Float[Tensor, "reader writer"]:
+        return self.change.new_zeros(len(self.graph.readers), len(self.graph.writers))
+
+    def circuit(
+        self, scores: Float[Tensor, "reader writer"], method: Method, steps: int, name: str | None
+    ) -> Circuit:
+        """The record of all edges."""
+        clean, corrupted = (
+            self._measured(run).mean().item() for run in (self.clean, self.corrupted)
+        )
+        settings = {"direction": self.direction} | ({} if method == "eap" else {"steps": steps})
+        whole = clean - corrupted
+        error = abs(scores[-1].sum().item() - whole) / abs(whole) if whole else None
+        call = CircuitCall(
+            method, metric_name(self.metric), clean, corrupted, error, settings, checkpoint=name
+        )
+        every, values = self.graph.edges, tuple(scores[self.graph.every.to(scores.device)].tolist())
+        return Circuit(every, values, call, self.graph.n_loops, self.graph.schedule, len(every))
+
+    def _measured(self, run: Written) -> Tensor:
+        with torch.no_grad():
+            return measure(self.metric, self.model.readout(run.end, self.base.readout))
+
+
+def metric_of(
+    metric: Metric | Literal["kl"], model: LoopedModel, clean: Written, batch: Batch
+) -> Metric:
+    """The metric; "kl" by the distribution of the clean run."""
+    if metric != "kl":
+        return metric
+    with torch.no_grad():
+        return minus_kl(model.readout(clean.end, batch.readout))
+
+
+def _midpoints(steps: int) -> list[float]:
+    return [(step + 0.5) / steps for step in range(steps)]
+
+
+def _put(value: Tensor, hook: HookPoint, to: Tensor) -> Tensor:
+    return to.to(value)

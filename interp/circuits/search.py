@@ -1,0 +1,208 @@
+"""The search for a circuit by exact patching, and the exact effect of single edges: what estimates
+are checked against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopscope.interp.circuits.faithfulness import Measured, masked_runs
+from loopscope.interp.circuits.graph import Graph
+from loopscope.interp.circuits.record import Circuit, CircuitCall
+from loopscope.interp.circuits.selection import prune_circuit
+from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
+from loopscope.interp.common.metrics import metric_name
+from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.pairs import Pair
+from loopscope.models.core.base import LoopedModel
+
+
+@torch.no_grad()
+@evaluated
+def exact_scores(
+    model: LoopedModel,
+    clean: Inputs,
+    corrupted: Inputs,
+    scores: Circuit,
+    metric: Metric | Literal["kl"],
+    *,
+    readout: ReadoutColumn = None,
+    memory_gb: float = 0.5,
+) -> Circuit:
+    """Measure edges one by one: how far the metric of the whole model falls when that edge alone is
+    given what its writer adds in the corrupted run.
+
+    Args:
+        scores: The edges to measure, such as all those that `circuit_scores` gives.
+        model, clean, corrupted, metric, readout: As for `circuit_scores`.
+        memory_gb: As for `evaluate_circuit`.
+
+    Returns:
+        The same edges with the mean fall over the batch; many edges are measured in one run.
+
+    Raises:
+        ValueError: As for `evaluate_circuit`, or no edge.
+    """
+    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
+    if not scores.edges:
+        raise ValueError("at least one edge is needed to be measured, got none")
+    chosen = job.graph.mask(scores.edges)
+    numbers = chosen.nonzero()
+    masks = job.graph.every.repeat(len(numbers), 1, 1)
+    masks[torch.arange(len(numbers)), numbers[:, 0], numbers[:, 1]] = False
+    falls = job.measured.whole.mean() - job.measured.values(masks).mean(1)
+    return job.circuit(chosen, falls, {"replace": "corrupted"}, scores.call.selection)
+
+
+@torch.no_grad()
+@evaluated
+def search_circuit(
+    model: LoopedModel,
+    clean: Inputs,
+    corrupted: Inputs,
+    scores: Circuit,
+    metric: Metric | Literal["kl"],
+    threshold: float,
+    *,
+    readout: ReadoutColumn = None,
+    together: int = 16,
+    memory_gb: float = 0.5,
+) -> Circuit:
+    """Find a circuit by exact patching: from the readout backwards, every edge whose exclusion
+    changes the metric by less than a threshold is excluded for good.
+
+    A run measures the next `together` edges excluded one after the other, up to the first that must
+    stay; so the result is that of one run per edge.
+
+    Args:
+        scores: The edges to begin with, such as all those that `circuit_scores` gives.
+        threshold: In units of the metric; the change of the metric's mean that is too small to
+            keep an edge.
+        together: How many edges one run tries.
+        model, clean, corrupted, metric, readout: As for `circuit_scores`.
+        memory_gb: As for `evaluate_circuit`.
+
+    Returns:
+        The pruned circuit; an edge's score is the change when it was tried.
+
+    Raises:
+        ValueError: As for `evaluate_circuit`, or a threshold below 0.
+
+    Source:
+        Conmy et al. 2023 (arXiv 2304.14997), algorithm 1 (ACDC).
+    """
+    if threshold < 0 or together < 1:
+        raise ValueError(
+            f"threshold must be at least 0 and together at least 1, got {threshold} and {together}"
+        )
+    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
+    kept, falls = job.backwards(job.graph.mask(scores.edges), threshold, together)
+    settings = {"replace": "corrupted", "threshold": threshold}
+    found = job.circuit(kept, falls[kept], settings, f"exact search, threshold {threshold:g}")
+    return prune_circuit(found)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Exact runs of one model on one pair of inputs."""
+
+    graph: Graph
+    measured: Measured
+
+    @classmethod
+    def of(
+        cls,
+        model: LoopedModel,
+        pair: Pair,
+        scores: Circuit,
+        metric: Metric | Literal["kl"],
+        memory_gb: float,
+    ) -> _Search:
+        runs = masked_runs(model, pair, [scores], "corrupted", 0, memory_gb)
+        return cls(runs.graph, Measured.of(runs, pair, metric))
+
+    def backwards(
+        self, kept: Bool[Tensor, "reader writer"], threshold: float, together: int
+    ) -> tuple[Bool[Tensor, "reader writer"], Float[Tensor, "reader writer"]]:
+        """The edges that stay, and the change of the metric when each was tried."""
+        value = self.measured.values(kept[None]).mean()
+        scores = torch.zeros(kept.shape, dtype=value.dtype)
+        order = kept.nonzero().flip(0)
+        done = 0
+        with tqdm(total=len(order), desc="exact search", leave=False, delay=2) as bar:
+            while done < len(order):
+                tried = order[done : done + together]
+                masks = kept.repeat(len(tried), 1, 1)
+                for number, (reader, writer) in enumerate(tried.tolist()):
+                    masks[number:, reader, writer] = False
+                values = self.measured.values(masks).mean(1)
+                falls = torch.cat([value[None], values[:-1]]) - values
+                stays = (falls.abs() >= threshold).nonzero()
+                count = int(stays[0]) + 1 if len(stays) else len(tried)
+                scores[tried[:count, 0], tried[:count, 1]] = falls[:count].to(scores)
+                out = tried[: count - 1] if len(stays) else tried
+                kept[out[:, 0], out[:, 1]] = False
+                value = values[len(out) - 1] if len(out) else value
+                done += count
+                bar.update(count)
+        return kept, scores
+
+    def circuit(
+        self,
+        kept: Bool[Tensor, "reader writer"],
+        scores: Float[Tensor, " edge"],
+        settings: dict[str, str | float],
+        selection: str,
+    ) -> Circuit:
+        """The record of some edges."""
+        graph, measured = self.graph, self.measured
+        edges = [graph.edge(reader, writer) for reader, writer in kept.nonzero().tolist()]
+        ends = (measured.whole.mean().item(), measured.replaced.mean().item())
+        call = CircuitCall(
+            "exact", metric_name(measured.metric), *ends, None, dict(settings), selection
+        )
+        return Circuit(
+            tuple(edges),
+            tuple(scores.tolist()),
+            call,
+            graph.n_loops,
+            graph.schedule,
+            len(graph.edges),
+        )
+
+
+def compare_scores(
+    estimate: Circuit, exact: Circuit, sizes: tuple[int, ...] = (10, 30, 100)
+) -> pd.DataFrame:
+    """How well one scoring of the edges agrees with another.
+
+    Args:
+        estimate, exact: The same edges with two scores.
+        sizes: Numbers of edges of largest absolute score.
+
+    Returns:
+        One row per size: edges, overlap (the share of the top edges that both have), rank
+        correlation (Spearman's, of the absolute scores of all edges).
+
+    Raises:
+        ValueError: They do not have the same edges.
+    """
+    if estimate.edges != exact.edges:
+        raise ValueError(
+            f"two scorings of the same edges are needed, got {len(estimate)} and {len(exact)} edges"
+            " that are not the same"
+        )
+    frame = pd.DataFrame({"estimate": estimate.scores, "exact": exact.scores}).abs()
+    correlation = frame["estimate"].rank().corr(frame["exact"].rank())
+    rows = []
+    for size in sorted({min(size, len(frame)) for size in sizes}):
+        first, second = (set(frame[side].nlargest(size).index) for side in frame)
+        rows.append((size, len(first & second) / size, correlation))
+    return pd.DataFrame(rows, columns=["edges", "overlap", "rank correlation"])

@@ -1,0 +1,194 @@
+"""The stream of every reader in a run of which only some edges are kept: along a kept edge comes
+what the writer adds in this run, along any other what it adds in the run that replaces it.
+
+Axes: circuit reader writer batch pos d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from loopscope.interp.circuits.graph import ADDED, READ, Graph, Stage
+from loopscope.interp.common.frozen_norm import watching
+from loopscope.models.core.attention import Rows
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import NO_TAPS, Taps
+from loopscope.models.core.state import State, Visit
+
+Parts = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The run that excluded edges carry.
+
+    Attributes:
+        outputs: Float[Tensor, "writer batch pos d_model"], what each writer adds.
+        begin: The state before the first visit, with its embedding.
+        kept: The state before the first visit of the run that kept edges carry.
+    """
+
+    outputs: Float[Tensor, "writer batch pos d_model"]
+    begin: State
+    kept: State
+
+
+class Streams(Protocol):
+    """What readers read, stage by stage in the order of the run."""
+
+    def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
+        """The streams of a stage's readers."""
+
+    def write(
+        self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
+    ) -> None:
+        """Add what a stage's writers add in this run."""
+
+    def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
+        """The stream of the readout."""
+
+
+class SummedStreams:
+    """Streams of a model whose residual stream is a plain sum: the replacing run's stream plus the
+    differences of the kept writers, as one matrix product per stage.
+    """
+
+    def __init__(
+        self, graph: Graph, replacement: Replacement, masks: Float[Tensor, "circuit reader writer"]
+    ) -> None:
+        self.graph, self.outputs = graph, replacement.outputs
+        self.stream = replacement.begin.resid.to(self.outputs)
+        self.masks = masks
+        embedded = (replacement.kept.resid - replacement.begin.resid).to(self.outputs)
+        self.changes = [embedded.flatten().expand(len(masks), 1, -1)]
+
+    def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
+        return self._at(stage.readers)
+
+    def write(
+        self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
+    ) -> None:
+        replaced = self.outputs[stage.writers]
+        self.changes.append((outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2))
+        self.stream = self.stream + replaced.sum(0) + stage.constant(replaced)
+
+    def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
+        return self._at(slice(-1, None))[:, 0]
+
+    def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
+        before = self.graph.before[readers.start]
+        kept = self.masks[:, readers, :before] @ torch.cat(self.changes, dim=1)
+        return self.stream + kept.unflatten(-1, self.stream.shape)
+
+
+class CarriedStreams:
+    """Streams of any other model: each later reader's own stream is carried through the norms,
+    injections and other maps between components, with what components add held.
+
+    Rows are (circuit, reader, batch).
+    """
+
+    def __init__(
+        self,
+        model: LoopedModel,
+        replacement: Replacement,
+        masks: Float[Tensor, "circuit reader writer"],
+    ) -> None:
+        self.model, self.masks, self.outputs = model, masks, replacement.outputs
+        kept, begin = replacement.kept, replacement.begin
+        self.begin, self.first = begin, 0
+        self.resid = self._chosen(kept.resid, begin.resid)
+        self.parts: Parts = {
+            name: self._chosen(kept.parts[name], part) for name, part in begin.parts.items()
+        }
+        self.added: dict[str, Tensor] = {}
+
+    def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
+        visit, count = stage.visit, stage.readers.stop - stage.readers.start
+        if stage.kind == "attn":
+            if visit.opening:
+                self.resid, self.parts = self.model.enter(
+                    _own(visit), self.resid, self.parts, NO_TAPS
+                )
+            mine = self.resid
+        else:
+            mine = self._between(visit, count)
+        found = self._lanes(mine)[:, :count]
+        self._drop(count)
+        return found
+
+    def write(
+        self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
+    ) -> None:
+        replaced = self.outputs[stage.writers]
+        change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2)
+        kept = self.masks[:, self.first :, stage.writers] @ change
+        total = kept.unflatten(-1, replaced.shape[1:]) + replaced.sum(0) + stage.constant(replaced)
+        self.added[stage.kind] = total.flatten(0, 2).to(self.resid)
+        if stage.kind == "mlp":
+            visit = _own(stage.visit)
+            self.resid, self.parts = self._block(visit, self.resid, self.parts, held(self.added))
+            if visit.closing:
+                self.resid, self.parts = self.model.leave(visit, self.resid, self.parts, NO_TAPS)
+            self.added = {}
+
+    def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
+        return self._lanes(self.resid)[:, 0]
+
+    def _between(self, visit: Visit, count: int) -> Tensor:
+        """The streams of the next `count` readers between attention and MLP."""
+        resid, attn = (
+            self._lanes(x)[:, :count].flatten(0, 2) for x in (self.resid, self.added["attn"])
+        )
+        parts = {name: self._lanes(x)[:, :count].flatten(0, 2) for name, x in self.parts.items()}
+        seen: list[Tensor] = []
+        taps = {**held({"attn": attn}), READ["mlp"]: watched(READ["mlp"], seen.append)}
+        self._block(_own(visit), resid, parts, taps)
+        return seen[0]
+
+    def _block(self, visit: Visit, resid: Tensor, parts: Parts, taps: Taps) -> tuple[Tensor, Parts]:
+        times = len(resid) // len(self.begin.resid)
+        state = self.begin.map(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
+        rows = Rows.make(state, type(self.model).visible, None)
+        return self.model.visit_block(visit, resid, parts, rows, taps)
+
+    def _chosen(self, kept: Tensor, replaced: Tensor) -> Tensor:
+        """A part of the first state for every stream: of the one run or the other, by whether the
+        reader's edge from the embedding is kept.
+        """
+        wanted = self.masks[:, :, :1].reshape(*self.masks.shape[:2], *[1] * kept.ndim)
+        if not kept.is_floating_point():
+            return kept.expand(*wanted.shape[:2], *kept.shape).flatten(0, 2)
+        return (replaced + wanted.to(kept) * (kept - replaced)).flatten(0, 2)
+
+    def _lanes(self, rows: Tensor) -> Tensor:
+        """Rows as "circuit reader batch ..."."""
+        return rows.view(len(self.masks), -1, *self.begin.resid.shape[:1], *rows.shape[1:])
+
+    def _drop(self, count: int) -> None:
+        """Leave out the streams of readers that have read."""
+        self.first += count
+        self.resid = self._lanes(self.resid)[:, count:].flatten(0, 2)
+        self.parts = {n: self._lanes(x)[:, count:].flatten(0, 2) for n, x in self.parts.items()}
+        self.added = {n: self._lanes(x)[:, count:].flatten(0, 2) for n, x in self.added.items()}
+
+
+def _own(visit: Visit) -> Visit:
+    return visit.acts_as or visit
+
+
+def held(added: Parts) -> dict[str, HookPoint]:
+    """Hook points of our own that hold what attention ("attn") and MLP ("mlp") add."""
+    return {ADDED[kind]: watched(ADDED[kind], lambda _, to=to: to) for kind, to in added.items()}
+
+
+def watched(site: str, react: Callable[[Tensor], Tensor | None]) -> HookPoint:
+    """A hook point of our own."""
+    return watching(site, lambda value, hook: react(value))[site]

@@ -1,0 +1,340 @@
+"""Circuits: scores are finite differences of single edges, masked runs are patches by hand, and a
+circuit that is known is found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compiled import ANSWER, EDGES, asked, two_hops
+from family_toys import TOYS
+from family_toys import full as full_of
+from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.graph import Graph, graph_of
+from loopscope.interp.circuits.masked import MaskedRuns
+from loopscope.interp.circuits.names import Edge, end_of
+from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.circuits.scores import Method, circuit_scores
+from loopscope.interp.circuits.search import compare_scores, exact_scores, search_circuit
+from loopscope.interp.circuits.selection import prune_circuit, select_circuit, smallest_circuit
+from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.metrics import logit_diff
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.base import LoopedModel
+from toy import assert_close, full, hook_count, projection, toy
+
+SHORT = 2
+METHODS: tuple[Method, ...] = ("eap", "eap-ig-inputs", "eap-ig-activations")
+difference = logit_diff(1, 2)
+Values = dict[str, Tensor]
+
+
+def logits_of(model: LoopedModel, batch: Batch) -> Tensor:
+    return model.readout(model.advance(begin_batch(model, batch, SHORT)), batch.readout)
+
+
+def recorded(model: LoopedModel, batch: Batch, graph: Graph) -> Values:
+    """Everything by hand that the tests need of one run."""
+    values: Values = {}
+    sites = ("embed", "resid_pre", "resid_mid", "attn_out", "mlp_out", "q", "k", "v", "z")
+    names = [n for n in model.hook_names(SHORT) if n.rpartition("hook_")[2] in sites]
+    names.append(model.schedule(SHORT)[-1].hook_names()[-1])
+
+    def keep(value: Tensor, hook: object) -> None:
+        values[hook.name] = value  # type: ignore[attr-defined]
+
+    with model.hooks([(names, keep)], n_loops=SHORT):
+        model.advance(begin_batch(model, batch, SHORT))
+    return values
+
+
+def added_by(graph: Graph, values: Values, writer: str) -> tuple[str, Tensor]:
+    """Where a writer adds to the stream, and what."""
+    end = end_of(writer)
+    if writer == "embed":
+        return "hook_embed", values["hook_embed"]
+    kind, _, head = end.component.partition(".")
+    at = f"{end.visit}.hook_{kind}_out"
+    if not head:
+        return at, values[at]
+    stage = next(s for s in graph.stages if s.visit.name == end.visit)
+    weights = stage.visit.block.attn.W_O  # type: ignore[union-attr]
+    return at, values[f"{end.visit}.attn.hook_z"][:, :, int(head)] @ weights[int(head)]
+
+
+def stream_by_hand(
+    model: LoopedModel, batch: Batch, base: Values, moved: Values, site: str
+) -> Tensor:
+    """The stream at a site when components add what they do in a run, but for what is moved."""
+    seen: list[Tensor] = []
+    added = [n for n in base if n.endswith(("hook_attn_out", "hook_mlp_out"))] + ["hook_embed"]
+    hooks = [(n, lambda v, hook, n=n: base[n] + moved.get(n, 0)) for n in added]
+    hooks.append((site, lambda v, hook: seen.append(v)))
+    with model.hooks(hooks, n_loops=SHORT):
+        model.advance(begin_batch(model, batch, SHORT))
+    return seen[0]
+
+
+def read_by_hand(
+    model: LoopedModel, batch: Batch, graph: Graph, base: Values, reader: str, stream: Tensor
+) -> Tensor:
+    """The metric when one reader alone reads a stream in a run that is free otherwise."""
+    end = end_of(reader)
+    if reader == "final":
+        state = model.advance(begin_batch(model, batch, SHORT))
+        return difference(model.readout(replace(state, resid=stream), batch.readout))
+    visit = next(v for v in model.schedule(SHORT) if v.name == end.visit)
+    kind, _, head = end.component.partition(".")
+    site = f"{end.visit}.hook_resid_{'pre' if kind == 'attn' else 'mid'}"
+    out = f"attn.hook_{end.input}" if end.input else f"hook_{kind}_out"
+    seen: list[Tensor] = []
+    state = model.advance(begin_batch(model, batch, SHORT), visit.index)
+    hooks = [(site, lambda v, hook: stream), (f"{end.visit}.{out}", lambda v, hook: seen.append(v))]
+    with model.hooks(hooks, n_loops=SHORT):
+        model.advance(state, visit.index + 1)
+
+    def put(value: Tensor, hook: object) -> Tensor:
+        if not end.input:
+            return seen[0]
+        heads = [int(h) for h in head.split("-")]
+        group = heads[0] // (len(heads) if len(heads) == 1 else heads[1] - heads[0] + 1)
+        patched = value.clone()
+        patched[:, :, group] = seen[0][:, :, group]
+        return patched
+
+    with model.hooks([(f"{end.visit}.{out}", put)], n_loops=SHORT):
+        return difference(logits_of(model, batch))
+
+
+SCORED = ["retrofit_llama", "huginn", "ouro", "hrm_text", "albert_groups", "smollm"]
+
+
+@pytest.mark.parametrize("name", SCORED)
+@torch.no_grad()
+def test_a_score_is_the_finite_difference_of_one_edge(name: str) -> None:
+    kind = TOYS[name]
+    model = kind.make()
+    clean, corrupted = full_of(kind, model, 1), full_of(kind, model, 2)
+    scores = circuit_scores(model, clean, corrupted, difference, SHORT, method="eap")
+    graph = graph_of(model, clean, SHORT, None)
+    assert scores.edges == graph.edges
+    there, base = (recorded(model, batch, graph) for batch in (clean, corrupted))
+    last = model.schedule(SHORT)[-1].hook_names()[-1]
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0))[:4]
+    for number in [*order.tolist(), len(scores) - 1]:
+        writer, reader = scores.edges[number]
+        end, sides = end_of(reader), []
+        at, new = added_by(graph, there, writer)
+        change = new - added_by(graph, base, writer)[1]
+        kind_of = end.component.partition(".")[0]
+        site = f"{end.visit}.hook_resid_{'pre' if kind_of == 'attn' else 'mid'}"
+        site = site if end.visit else last
+        for share in (1e-4, -1e-4):
+            stream = stream_by_hand(model, corrupted, base, {at: share * change}, site)
+            sides.append(read_by_hand(model, corrupted, graph, base, reader, stream).mean())
+        expected = (sides[0] - sides[1]) / 2e-4
+        assert abs(scores.scores[number] - expected) <= 1e-6 * max(1, abs(expected))
+    assert hook_count(model) == 0
+
+
+def by_hand(
+    model: LoopedModel, graph: Graph, mask: Tensor, clean: Batch, corrupted: Batch
+) -> Tensor:
+    """The logits with every edge outside a mask patched by hand: each reader reads the stream of a
+    run of its own, in which every writer adds what it does now or in the corrupted run.
+    """
+    other = recorded(model, corrupted, graph)
+    now = {"hook_embed": recorded(model, clean, graph)["hook_embed"]}
+    written = {"embed": now["hook_embed"]}
+
+    def stream(reader: int, site: str) -> Tensor:
+        moved: Values = {}
+        for writer, value in written.items():
+            if mask[reader, graph.writers.index(writer)]:
+                at, old = added_by(graph, other, writer)
+                moved[at] = moved.get(at, 0) + value - old
+        return stream_by_hand(model, clean, other, moved, site)
+
+    for stage in graph.stages:
+        block = stage.visit.block
+        numbers = range(stage.readers.start, stage.readers.stop)
+        seen: Values = {}
+        hooks: list[tuple[str, Callable[..., object]]] = []
+        if stage.heads:
+            norm = block.ln1  # type: ignore[union-attr]
+            parts = iter(numbers)
+            for what in "qkv":
+                weights = getattr(block.attn, f"W_{what.upper()}")  # type: ignore[union-attr]
+                biases = getattr(block.attn, f"b_{what.upper()}")  # type: ignore[union-attr]
+                read = [
+                    (x if norm is None else norm(x, {})) @ w + b
+                    for w, b in zip(weights, biases, strict=True)
+                    for x in [stream(next(parts), stage.stream)]
+                ]
+                value = torch.stack(read, dim=2)
+                hooks.append(
+                    (f"{stage.visit.name}.attn.hook_{what}", lambda v, hook, value=value: value)
+                )
+        else:
+            value = stream(numbers[0], stage.stream)
+            hooks.append((stage.stream, lambda v, hook, value=value: value))
+        out = f"{stage.visit.name}.attn.hook_z" if stage.heads else stage.added
+        hooks.append((out, lambda v, hook, seen=seen: seen.update({hook.name: v})))
+        with model.hooks(hooks, n_loops=SHORT):
+            model.advance(begin_batch(model, clean, SHORT))
+        for writer in graph.writers[stage.writers]:
+            written[writer] = added_by(graph, seen, writer)[1]
+    last = model.schedule(SHORT)[-1].hook_names()[-1]
+    end = model.advance(begin_batch(model, clean, SHORT))
+    return model.readout(replace(end, resid=stream(len(mask) - 1, last)), clean.readout)
+
+
+@pytest.mark.parametrize(
+    "name", ["toy", "toy_injected", "retrofit_olmo", "huginn", "ouro", "nanbeige"]
+)
+@torch.no_grad()
+def test_a_masked_run_is_every_other_edge_patched_by_hand(name: str) -> None:
+    if name.startswith("toy"):
+        model: LoopedModel = toy("learned", name.endswith("injected"))
+        clean, corrupted = full(1), full(2)
+    else:
+        kind = TOYS[name]
+        model = kind.make()
+        clean, corrupted = full_of(kind, model, 1), full_of(kind, model, 2)
+    graph = graph_of(model, clean, SHORT, heads=None if name in ("toy", "huginn") else False)
+    runs = MaskedRuns.of(model, graph, clean, corrupted, "corrupted", 0, 0.5)
+    chances = torch.rand(graph.every.shape, generator=torch.Generator().manual_seed(1))
+    masks = torch.stack([graph.every, torch.zeros_like(graph.every), graph.every & (chances < 0.6)])
+    whole, replaced, mixed = runs.logits(masks)
+    assert_close(whole, logits_of(model, clean))
+    assert_close(replaced, logits_of(model, corrupted))
+    assert_close(mixed, by_hand(model, graph, masks[2], clean, corrupted))
+    assert not torch.allclose(mixed, whole)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_edges_into_the_readout_sum_to_the_difference(method: Method) -> None:
+    found = circuit_scores(toy("learned"), full(1), full(2), projection(), SHORT, method=method)
+    assert found.call.first_order_error is not None
+    assert found.call.first_order_error < 1e-9
+
+
+def two_hop_pair() -> tuple[LoopedModel, Batch, Batch, Callable[[Tensor], Tensor]]:
+    """The compiled model, its questions and the same ones about other entities."""
+    right, wrong = ([ANSWER + entity for entity in row] for row in ((1, 2, 0), (2, 0, 1)))
+    return two_hops(), asked([0, 1, 2]), asked([1, 2, 0]), logit_diff(right, wrong)
+
+
+def named(circuit: Circuit) -> set[tuple[str, str]]:
+    return {tuple(edge) for edge in circuit.edges}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_written_circuit_is_found_by_every_estimate(method: Method) -> None:
+    model, clean, corrupted, metric = two_hop_pair()
+    assert model(clean.tokens)[:, -1, ANSWER:].argmax(-1).tolist() == [1, 2, 0]
+    scores = circuit_scores(model, clean, corrupted, metric, method=method)
+    for rule in ("top", "greedy"):
+        assert named(select_circuit(scores, len(EDGES), rule)) == EDGES
+    found = smallest_circuit(model, clean, corrupted, scores, metric, 0.999)
+    assert named(found) == EDGES
+    said = evaluate_circuit(model, clean, corrupted, found, metric, minimality=True)
+    assert_close(said.faithfulness, torch.ones(1, dtype=torch.float64))
+    assert_close(said.completeness, torch.zeros(1, dtype=torch.float64))
+    assert said.least_loss is not None
+    assert_close(said.least_loss, torch.ones(1, dtype=torch.float64))
+    frame = found.folded().set_index("component")
+    assert frame.loc["blocks.0.attn.0", "loops"] == (0, 2)
+    assert frame.loc["blocks.0.attn.1", "loops"] == (1,)
+
+
+def test_the_written_circuit_is_found_by_exact_search() -> None:
+    model, clean, corrupted, metric = two_hop_pair()
+    scores = circuit_scores(model, clean, corrupted, metric)
+    found = search_circuit(model, clean, corrupted, scores, metric, 0.01)
+    assert named(found) == EDGES
+    exact = exact_scores(model, clean, corrupted, scores, metric)
+    assert {
+        tuple(e) for e, s in zip(exact.edges, exact.scores, strict=True) if abs(s) > 1e-9
+    } == EDGES
+    agreed = compare_scores(scores, exact, (4,))
+    assert agreed["overlap"].tolist() == [1.0]
+    with pytest.raises(ValueError, match="two scorings of the same edges are needed"):
+        compare_scores(found, exact)
+
+
+def test_the_search_does_not_depend_on_how_many_edges_a_run_tries() -> None:
+    model = toy("learned")
+    pair = (model, full(1), full(2))
+    scores = circuit_scores(*pair, projection(), 1, heads=False)
+    given = (*pair, scores, projection(), 1.0)
+    one, several = (search_circuit(*given, together=n) for n in (1, 5))
+    assert one.edges == several.edges
+    assert_close(torch.tensor(one.scores), torch.tensor(several.scores))
+    assert 0 < len(one) < one.n_possible
+
+
+def test_pruning_changes_nothing() -> None:
+    model, clean, corrupted = toy("learned"), full(1), full(2)
+    scores = circuit_scores(model, clean, corrupted, projection(), SHORT, method="eap")
+    loose = select_circuit(scores, 60, "top", prune=False)
+    tight = prune_circuit(loose)
+    assert len(tight) < len(loose) == 60
+    said = evaluate_circuit(model, clean, corrupted, [loose, tight], projection())
+    assert_close(said.values[0], said.values[1])
+
+
+@pytest.mark.parametrize("how", ["corrupted", "mean", "zero", "resample"])
+def test_the_curve_goes_from_nothing_to_the_whole_model(how: str) -> None:
+    model, clean, corrupted = toy("learned"), full(1), full(2)
+    scores = circuit_scores(model, clean, corrupted, projection(), SHORT, heads=False)
+    circuits = [select_circuit(scores, n) for n in (0, 9, len(scores))]
+    said = evaluate_circuit(model, clean, corrupted, circuits, projection(), replace=how)  # type: ignore[arg-type]
+    assert_close(said.values[0], said.replaced)
+    assert_close(said.values[-1], said.whole)
+    frame = said.frame()
+    assert frame["edge_share"].tolist() == [0.0, frame["edges"][1] / len(scores), 1.0]
+    x, y = frame["edge_share"], frame["faithfulness"]
+    area = sum(
+        (b - a) * (s + t) / 2 for (a, b), (s, t) in zip(pairwise(x), pairwise(y), strict=True)
+    )
+    assert said.cpr == pytest.approx(area)
+    assert frame["weight_share"].iloc[-1] == 1.0
+
+
+def test_a_saved_circuit_is_the_same(tmp_path: Path) -> None:
+    scores = circuit_scores(toy(), full(1), full(2), "kl", SHORT, checkpoint="toy")
+    scores.save(tmp_path / "circuit.json")
+    assert Circuit.load(tmp_path / "circuit.json") == scores
+    assert len(scores.frame()) == len(scores)
+    assert scores.folded_edges()["edges"].sum() == len(scores)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no circuit"):
+        Circuit.load(tmp_path / "other.json")
+
+
+def test_what_cannot_be_a_circuit_is_refused() -> None:
+    model, clean, corrupted = toy(), full(1), full(2)
+    with pytest.raises(ValueError, match="method must be one of eap"):
+        circuit_scores(model, clean, corrupted, projection(), method="acdc")  # type: ignore[arg-type]
+    scores = circuit_scores(model, clean, corrupted, projection(), SHORT, method="eap")
+    with pytest.raises(ValueError, match=re.escape(f"n_edges must be in 0..{len(scores)}")):
+        select_circuit(scores, len(scores) + 1)
+    with pytest.raises(ValueError, match="a node is 'embed', 'final'"):
+        replace(scores, edges=(Edge("embed", "nowhere"),), scores=(1.0,))
+    kind = TOYS["training_free_neox"]
+    other = kind.make()
+    with pytest.raises(ValueError, match="must have the site 'hook_resid_mid'"):
+        circuit_scores(other, full_of(kind, other, 1), full_of(kind, other, 2), difference)
+    ouro = TOYS["ouro"].make()
+    given = full_of(TOYS["ouro"], ouro, 1), full_of(TOYS["ouro"], ouro, 2)
+    with pytest.raises(ValueError, match=r"its heads cannot be nodes; pass heads=False"):
+        circuit_scores(ouro, *given, difference, heads=True)
