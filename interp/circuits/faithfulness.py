@@ -101,7 +101,9 @@ class Faithfulness(OneScreen):
             "completeness": self.completeness,
         }
         frame = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
-        return frame.assign(least_loss=None if self.least_loss is None else self.least_loss.cpu())
+        return frame.assign(
+            least_loss=None if self.least_loss is None else self.least_loss.tolist()
+        )
 
     def _share(self, values: Float[Tensor, "circuit batch"]) -> Float[Tensor, " circuit"]:
         low, high = self.replaced.mean(), self.whole.mean()

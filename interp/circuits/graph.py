@@ -197,7 +197,7 @@ def _graph(visits: list[Visit], n_loops: int, heads: bool) -> Graph:
             reads, writes = _ends(visit, kind, by_head)
             stage = Stage(
                 visit,
-                kind,  # type: ignore[arg-type]
+                kind,
                 slice(len(readers), len(readers) + len(reads)),
                 slice(len(writers), len(writers) + len(writes)),
                 by_head,

@@ -89,7 +89,8 @@ class MaskedRuns:
         with self.model.hooks(hooks, n_loops=self.graph.n_loops):
             end = self.model.advance(begin_batch(self.model, batch, self.graph.n_loops))
         end = replace(end, resid=streams.last().flatten(0, 1).to(end.resid))
-        return self.model.readout(end, batch.readout).unflatten(0, (len(masks), -1))
+        logits: Tensor = self.model.readout(end, batch.readout).unflatten(0, (len(masks), -1))
+        return logits
 
     def _side_by_side(self) -> int:
         """How many circuits are run at once."""

@@ -131,7 +131,7 @@ class Circuit(OneScreen):
             cells = [(e.node, e.visit, p.loop, p.layer, e.component) for e, p in at]
             rows.append((*cells[0], *cells[1], reader.input))
         frame = pd.DataFrame(rows, columns=[*sides, "input"])
-        whole = [column for column in frame if column.endswith(("_loop", "_layer"))]
+        whole = [column for column in sides if column.endswith(("_loop", "_layer"))]
         frame = frame.astype(dict.fromkeys(whole, "Int64"))
         frame["distance"] = frame["reader_loop"] - frame["writer_loop"]
         return frame.assign(score=pd.Series(self.scores, dtype="float64"))

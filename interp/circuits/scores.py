@@ -95,8 +95,10 @@ def circuit_scores(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     pair = Pair.of(model, clean, corrupted, readout)
     job = _Job.of(model, pair, metric, n_loops, heads, direction)
-    found = {"eap": job.plain, "eap-ig-inputs": job.inputs, "eap-ig-activations": job.activations}
-    scores = found[method](*(() if method == "eap" else (steps,)))
+    if method == "eap":
+        scores = job.plain()
+    else:
+        scores = job.inputs(steps) if method == "eap-ig-inputs" else job.activations(steps)
     return job.circuit(scores, method, steps, checkpoint)
 
 

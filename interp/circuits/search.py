@@ -104,7 +104,7 @@ def search_circuit(
         )
     job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
     kept, falls = job.backwards(job.graph.mask(scores.edges), threshold, together)
-    settings = {"replace": "corrupted", "threshold": threshold}
+    settings: dict[str, str | float] = {"replace": "corrupted", "threshold": threshold}
     found = job.circuit(kept, falls[kept], settings, f"exact search, threshold {threshold:g}")
     return prune_circuit(found)
 

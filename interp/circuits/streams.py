@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -84,8 +85,9 @@ class SummedStreams:
 
     def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
         before = self.graph.before[readers.start]
-        kept = self.masks[:, readers, :before] @ torch.cat(self.changes, dim=1)
-        return self.stream + kept.unflatten(-1, self.stream.shape)
+        kept: Tensor = self.masks[:, readers, :before] @ torch.cat(self.changes, dim=1)
+        found: Tensor = self.stream + kept.unflatten(-1, self.stream.shape)
+        return found
 
 
 class CarriedStreams:
@@ -186,7 +188,11 @@ def _own(visit: Visit) -> Visit:
 
 def held(added: Parts) -> dict[str, HookPoint]:
     """Hook points of our own that hold what attention ("attn") and MLP ("mlp") add."""
-    return {ADDED[kind]: watched(ADDED[kind], lambda _, to=to: to) for kind, to in added.items()}
+    return {ADDED[kind]: watched(ADDED[kind], partial(_to, to)) for kind, to in added.items()}
+
+
+def _to(to: Tensor, value: Tensor) -> Tensor:
+    return to
 
 
 def watched(site: str, react: Callable[[Tensor], Tensor | None]) -> HookPoint:
