@@ -60,6 +60,14 @@ def test_the_source_distribution_holds_one_package(built: Path) -> None:
     assert not any(member.issym() for member in members)
 
 
+def test_both_are_fit_for_an_index(built: Path) -> None:
+    tools, artefacts = Path(sys.executable).parent, sorted(built.iterdir())
+    said = run(tools / "twine", "check", "--strict", *artefacts, cwd=built)
+    assert said.count("PASSED") == len(artefacts) == 2
+    ignored = ("--ignore", "W002")  # each shipped checkpoint is whole, with its own test.json
+    run(tools / "check-wheel-contents", *ignored, *built.glob("*.whl"), cwd=built)
+
+
 @pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
 def installed(
     request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest.TempPathFactory
