@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -41,21 +40,6 @@ class Replacement:
     kept: State
 
 
-class Streams(Protocol):
-    """What readers read, stage by stage in the order of the run."""
-
-    def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
-        """The streams of a stage's readers."""
-
-    def write(
-        self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
-    ) -> None:
-        """Add what a stage's writers add in this run."""
-
-    def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
-        """The stream of the readout."""
-
-
 class SummedStreams:
     """Streams of a model whose residual stream is a plain sum: the replacing run's stream plus the
     differences of the kept writers, as one matrix product per stage.
@@ -71,16 +55,19 @@ class SummedStreams:
         self.changes = [embedded.flatten().expand(len(masks), 1, -1)]
 
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
+        """The streams of a stage's readers."""
         return self._at(stage.readers)
 
     def write(
         self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
     ) -> None:
+        """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
         self.changes.append((outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2))
         self.stream = self.stream + replaced.sum(0) + stage.constant(replaced)
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
+        """The stream of the readout."""
         return self._at(slice(-1, None))[:, 0]
 
     def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
@@ -113,6 +100,7 @@ class CarriedStreams:
         self.added: dict[str, Tensor] = {}
 
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
+        """The streams of a stage's readers."""
         visit, count = stage.visit, stage.readers.stop - stage.readers.start
         if stage.kind == "attn":
             if visit.opening:
@@ -129,6 +117,7 @@ class CarriedStreams:
     def write(
         self, stage: Stage, outputs: Float[Tensor, "writer circuit batch pos d_model"]
     ) -> None:
+        """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
         change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2)
         kept = self.masks[:, self.first :, stage.writers] @ change
@@ -142,6 +131,7 @@ class CarriedStreams:
             self.added = {}
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
+        """The stream of the readout."""
         return self._lanes(self.resid)[:, 0]
 
     def _between(self, visit: Visit, count: int) -> Tensor:
@@ -180,6 +170,9 @@ class CarriedStreams:
         self.resid = self._lanes(self.resid)[:, count:].flatten(0, 2)
         self.parts = {n: self._lanes(x)[:, count:].flatten(0, 2) for n, x in self.parts.items()}
         self.added = {n: self._lanes(x)[:, count:].flatten(0, 2) for n, x in self.added.items()}
+
+
+Streams = SummedStreams | CarriedStreams
 
 
 def _own(visit: Visit) -> Visit:

@@ -21,18 +21,22 @@ from loopscope import (
     ActivationStore,
     Sweep,
     activation_patch,
+    circuit_scores,
     collect,
+    evaluate_circuit,
     export_dataset,
     export_parquet,
     generate,
     logit_lens,
     merge,
+    select_circuit,
     wrap,
 )
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.pages import families
 from loopscope.analyses.pages.findings import Pairs
+from loopscope.interp.circuits.scores import Method
 from loopscope.interp.lens.record import Lens
 from loopscope.models.core.registry import FAMILIES
 from toy import full, padded, projection, toy
@@ -68,6 +72,16 @@ def test_every_view_of_the_weights(family: str) -> None:
     }
     assert {"W_E", "W_U", "b_U", "W_O"} <= {name for _, name in views}
     assert all(isinstance(view, torch.Tensor) for view in views.values())
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig-activations"])
+def test_circuits_by_the_divergence(method: Method) -> None:
+    model, clean, corrupted = toy(), full(1), full(2)
+    scores = circuit_scores(model, clean, corrupted, "kl", 1, method=method, steps=2)
+    chosen = select_circuit(scores, 9)
+    said = evaluate_circuit(model, clean, corrupted, chosen, "kl", minimality=True)
+    assert len(said.frame()) == 1
+    assert said.cmd >= abs(1 - said.cpr) - 1e-9
 
 
 def test_a_generation_without_order_is_refused() -> None:
