@@ -292,7 +292,7 @@ def _merge(command: Merge) -> None:
     if drawn is None:
         run_merge(command)
     else:
-        _draw(FIGURES[drawn[0]], drawn[1:], merging=True)
+        _draw(FIGURES[drawn[0]], drawn[1:], merging=command.folder)
 
 
 _RUNS: dict[type, Callable[[Any], None]] = {
@@ -315,11 +315,12 @@ def _ready(files: Sequence[Path], overwrite: bool, threads: int) -> None:
     import_module("torch").set_num_threads(threads)
 
 
-def _draw(figure: FigureFile, args: list[str], merging: bool = False) -> None:
+def _draw(figure: FigureFile, args: list[str], merging: Path | None = None) -> None:
     """Parse a figure's flags, run it, print its numbers and write its files.
 
     Args:
-        merging: Compute nothing that shards compute; what is missing is an error.
+        merging: The folder of the shards that are merged: compute nothing that shards compute;
+            what is missing is an error. None draws a figure as its flags say.
     """
     kind, default, given = _command(figure), cast(Any, None), args
     if FROM in args[:-1]:
@@ -330,12 +331,14 @@ def _draw(figure: FigureFile, args: list[str], merging: bool = False) -> None:
     records = import_module("loopscope.analyses.common.records")
     standalone = import_module("loopscope.analyses.standalone")
     files = records.files_of(figure.name, command.output)
-    output = replace(command.output, overwrite=True) if merging else command.output
-    divided = output.shard is not None and not merging
+    output = command.output
+    if merging is not None:
+        output = replace(output, overwrite=True, work=merging)
+    divided = output.shard is not None and merging is None
     _ready([] if divided else files, output.overwrite, command.config.threads)
     written = import_module("loopscope.interp.shards.run").ShardWritten
     try:
-        with sharing(output, figure.name, given, merging):
+        with sharing(output, figure.name, given, merging is not None):
             made = standalone.make(figure, command.config)
     except written as part:
         print(part)

@@ -30,7 +30,7 @@ from loopscope.interp.patching.kept import sweep_manifest, sweep_of
 from loopscope.interp.patching.packed import packable, packed_groups, packed_logits
 from loopscope.interp.patching.sweep import Sweep, present
 from loopscope.interp.shards.manifest import Manifest
-from loopscope.interp.shards.run import run_items
+from loopscope.interp.shards.run import in_pieces, run_items
 from loopscope.interp.shards.share import Shard, checked_shard
 from loopscope.interp.shards.work import Results
 from loopscope.models.basis.tokens import Batch
@@ -129,7 +129,7 @@ def activation_patch(
     metrics = _named(metric, also or {})
     facts = facts_of(model, cells, (base, source), (n_loops, direction, metrics))
     job = _Job(model, cells, base, source, n_loops, metrics, memory_gb)
-    ours = team(lambda: (facts, shard)) if save_to is None else Team()
+    ours = Team() if in_pieces(save_to, shard) else team(lambda: facts)
     if ours.size > 1:
         common, found = job.shared(ours)
         return sweep_of(cells, list(metrics), direction, common, found, group_by)

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from loopscope.interp.common.processes import n_ranks
-from loopscope.interp.shards.manifest import Manifest
+from loopscope.interp.shards.manifest import MANIFEST, Manifest
 from loopscope.interp.shards.share import Shard, checked_shard, own
 from loopscope.interp.shards.work import Results, Work, locked
 
@@ -68,18 +68,18 @@ def run_items(
             several processes of `accelerate launch` would write it.
         ShardWritten: Inside `into`, where other shards are missing.
     """
-    around = _INTO.get()
-    if around is not None and folder is None and shard == (0, 1):
-        return _run_into(n_items, compute, manifest(), *around)
+    around = _INTO.get() if folder is None and shard == (0, 1) else None
     items = own(range(n_items), shard)
-    if folder is None:
+    if folder is None and around is None:
         common, found = compute(items)
         return items, common, list(found)
     if n_ranks() > 1:
         raise ValueError(
-            "save_to is for one process, but `accelerate launch` started several, which share their"
-            " results in memory only; start processes of their own with shard=(i, n)"
+            "results are kept by one process, but `accelerate launch` started several, which share"
+            " theirs in memory only; start processes of their own with shard=(i, n)"
         )
+    if around is not None:
+        return _run_into(n_items, compute, manifest(), *around)
     work = _done(Work(folder, manifest(), shard), compute)
     return items, *work.read(items)
 
@@ -104,6 +104,11 @@ def _run_into(
     here = folder / f"{manifest.method}-{manifest.call[:12]}"
     if shard is not None:
         _done(Work(here, manifest, shard), compute)
+    elif not (here / MANIFEST).exists():
+        raise ValueError(
+            f"{folder} holds no results of this {manifest.method}; its shards must write theirs"
+            " before they are merged"
+        )
     work = Work(here, manifest)
     missing = len(work.missing())
     if missing and shard is not None:

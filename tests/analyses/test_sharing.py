@@ -17,7 +17,8 @@ def test_a_figure_in_shards_is_the_figure_of_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("loopscope.interp.patching.packed._LEAST", 10)
-    work, out = str(tmp_path / "work"), ["--out", str(tmp_path / "shards")]
+    monkeypatch.chdir(tmp_path)
+    work, out = "work", ["--out", str(tmp_path / "shards")]
     main([*PATCH, *out, "--work", work, "--shard", "1/2"])
     assert "wrote shard 1/2 of activation_patch" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -29,7 +30,11 @@ def test_a_figure_in_shards_is_the_figure_of_one_run(
     main([*PATCH, *out, "--work", work, "--shard=0/2"])
     assert f"all work items are there; loopscope merge {work}" in capsys.readouterr().out
     assert not (tmp_path / "shards").exists()
-    main(["merge", work])
+    (tmp_path / work).rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    main(["merge", str(tmp_path / "moved")])
+    assert not list((tmp_path / "elsewhere").iterdir())
     main([*PATCH, "--out", str(tmp_path / "one")])
     found, expected = (
         json.loads((tmp_path / name / "patch.json").read_text()) for name in ("shards", "one")

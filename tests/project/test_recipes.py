@@ -62,10 +62,14 @@ def test_a_launcher_gives_the_sweep_of_one_process(launcher: str, tmp_path: Path
 def test_xargs_and_an_array_job_give_the_figure_of_one_run(tmp_path: Path) -> None:
     run(f"seq 0 1 | xargs -P 2 -I@ {PATCH} --out x --work wx --shard @/2", tmp_path)
     run("loopscope merge wx", tmp_path)
-    array = ROOT / "docs" / "recipes" / "array.sbatch"
-    flags = PATCH.partition("loopscope ")[2]
-    run(f"sbatch --array=0-1 {array} wa {flags} --out a", tmp_path)
-    run("loopscope merge wa", tmp_path)
+    line = next(
+        line
+        for line in (ROOT / "docs" / "scale.md").read_text().splitlines()
+        if line.startswith("sbatch ")
+    ).replace("docs/recipes", str(ROOT / "docs" / "recipes"))
+    flags = PATCH.partition("loopscope patch")[2]
+    run(f"{line.replace('sbatch', 'sbatch --array=0-1', 1)} {flags} --out a", tmp_path)
+    run("loopscope merge w", tmp_path)
     run(f"{PATCH} --out one", tmp_path)
     records = [json.loads((tmp_path / name / "patch.json").read_text()) for name in "xa"]
     assert records == [json.loads((tmp_path / "one" / "patch.json").read_text())] * 2

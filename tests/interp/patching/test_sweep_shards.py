@@ -18,6 +18,7 @@ from loopscope import activation_patch, attribution_patch, logit_diff, logit_mar
 from loopscope.interp.common.inputs import Metric
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.interp.shards.manifest import Manifest
+from loopscope.interp.shards.run import into
 from loopscope.interp.shards.work import Work
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -227,3 +228,18 @@ def test_a_damaged_part_and_a_missing_shard_are_one_sentence(
     (tmp_path / "manifest.json").write_text(content.replace("denoise", "noise"))
     with pytest.raises(ValueError, match="or was changed"):
         merge(tmp_path)
+
+
+def test_a_shard_and_a_folder_are_of_one_process_in_a_team_too(
+    plain: RecurrentDepth, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    halves = [patched(plain, shard=(i, 2)) for i in range(2)]
+    monkeypatch.setattr(
+        "loopscope.interp.patching.activation.team", lambda facts: pytest.fail("a team")
+    )
+    monkeypatch.setattr("loopscope.interp.shards.run.n_ranks", lambda: 2)
+    for i, half in enumerate(halves):
+        assert_equal(patched(plain, shard=(i, 2)), half)
+    with into(tmp_path), pytest.raises(ValueError, match="results are kept by one process"):
+        patched(plain)
+    assert not list(tmp_path.iterdir())
