@@ -31,7 +31,7 @@ NODES = 32  # of the quadrature along the last stream; exact to rounding for smo
 
 @dataclass(frozen=True)
 class Written:
-    """What every writer adds to the stream in one run.
+    """The additions of every writer to the stream in one run.
 
     Attributes:
         outputs: Float[Tensor, "writer batch pos d_model"].

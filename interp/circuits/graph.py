@@ -12,7 +12,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from loopscope.interp.circuits.names import EMBED, FINAL, HEAD_INPUTS, Edge, Place
+from loopscope.interp.circuits.names import EMBED, FINAL, HEAD_INPUTS, Edge, ScheduleEntry
 from loopscope.interp.common.collecting import collect
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -78,7 +78,7 @@ class Stage:
     def outputs(
         self, value: Float[Tensor, "batch pos ..."]
     ) -> Float[Tensor, "writer batch pos d_model"]:
-        """What each writer adds to the stream, from `written`'s value."""
+        """The addition of each writer to the stream, from the value of `written`."""
         if not self.heads:
             return value[None]
         weights: Tensor = self.visit.block.attn.W_O  # type: ignore[union-attr, assignment]
@@ -91,7 +91,7 @@ class Stage:
         return self.head_names()[-1] if self.heads else self.added
 
     def constant(self, like: Tensor) -> Tensor:
-        """What it adds to the stream besides its writers: the bias of the heads' sum."""
+        """The part of the stream that no writer adds: the bias of the heads' sum."""
         bias = getattr(getattr(self.visit.block, "attn", None), "b_O", None) if self.heads else None
         return like.new_zeros(()) if bias is None else bias.to(like)
 
@@ -113,7 +113,7 @@ class Graph:
     readers: tuple[str, ...]
     before: tuple[int, ...]
     n_loops: int
-    schedule: tuple[Place, ...]
+    schedule: tuple[ScheduleEntry, ...]
 
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
@@ -206,7 +206,7 @@ def _graph(visits: list[Visit], n_loops: int, heads: bool) -> Graph:
             readers += reads
             writers += writes
             stages.append(stage)
-    places = tuple(Place(v.name, v.loop, v.layer, str(v.block.name)) for v in visits)
+    places = tuple(ScheduleEntry(v.name, v.loop, v.layer, str(v.block.name)) for v in visits)
     return Graph(
         tuple(stages),
         tuple(writers),

@@ -105,7 +105,7 @@ class MaskedRuns:
 
 
 def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tensor, Tensor]:
-    """What excluded edges carry, and the embedding that belongs to it."""
+    """The values that excluded edges carry, and the embedding that belongs to them."""
     if how not in get_args(Replace):
         raise ValueError(f"replace must be one of {', '.join(get_args(Replace))}, got {how!r}")
     outputs, embedding = run.outputs, run.added[0]

@@ -27,7 +27,7 @@ class Edge(NamedTuple):
     reader: str
 
 
-class Place(NamedTuple):
+class ScheduleEntry(NamedTuple):
     """One visit of the schedule that a circuit lies in.
 
     Attributes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from loopscope.interp.circuits.names import FINAL, Edge, Place, end_of
+from loopscope.interp.circuits.names import FINAL, Edge, ScheduleEntry, end_of
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.files import atomic_path
 
@@ -62,7 +62,7 @@ class Circuit(OneScreen):
     scores: tuple[float, ...]
     call: CircuitCall
     n_loops: int
-    schedule: tuple[Place, ...]
+    schedule: tuple[ScheduleEntry, ...]
     n_possible: int
 
     def __post_init__(self) -> None:
@@ -121,7 +121,9 @@ class Circuit(OneScreen):
         same of the reader, input ("q", "k", "v" of a head, else empty), distance (iterations from
         writer to reader, missing outside the loop), score.
         """
-        places = {place.name: place for place in self.schedule} | {"": Place("", None, None, "")}
+        places = {place.name: place for place in self.schedule} | {
+            "": ScheduleEntry("", None, None, "")
+        }
         parts = ("", "_visit", "_loop", "_layer", "_component")
         sides = [f"{side}{part}" for side in ("writer", "reader") for part in parts]
         rows = []
@@ -213,7 +215,7 @@ class Circuit(OneScreen):
                 tuple(float(score) for *_, score in rows),
                 CircuitCall(**about["call"]),
                 int(about["n_loops"]),
-                tuple(Place(*place) for place in about["schedule"]),
+                tuple(ScheduleEntry(*place) for place in about["schedule"]),
                 int(about["n_possible"]),
             )
         except (KeyError, TypeError) as error:

@@ -42,7 +42,8 @@ def grade(rules: Sudoku, board: str) -> Grade:
     """The difficulty of a puzzle.
 
     Args:
-        board: One character for each cell, "." or "0" where it is blank.
+        board: One character for each cell, "." or "0" where it is blank; of a puzzle that has a
+            solution.
 
     Raises:
         ValueError: Another number of cells, or a digit that the board does not have.

@@ -33,6 +33,10 @@ class Solutions:
     guesses: int
 
 
+class SearchLimit(Exception):  # it ends a search that may take hours
+    """A search that was given up."""
+
+
 @dataclass(frozen=True)
 class Sudoku:
     """The rules of one size of board.
@@ -101,21 +105,23 @@ class Sudoku:
         row, column, box = self.units[:, cell] == self.units[:, other]
         return "box" if box else "row" if row else "column" if column else "none"
 
-    def solve(self, board: str, most: int = 2) -> Solutions:
+    def solve(self, board: str, most: int = 2, guesses: int | None = None) -> Solutions:
         """Search for solutions: a cell with one candidate is filled; where there is none, the cell
         with the fewest candidates is tried with each, the smallest first.
 
         Args:
             board: One character for each cell, "." or "0" where it is blank.
             most: Stop after so many solutions.
+            guesses: Give up after so many; None never does.
 
         Raises:
+            SearchLimit: The search took more guesses.
             ValueError: Another number of cells, a digit that the board does not have, or a `most`
                 below 1.
         """
         if most < 1:
             raise ValueError(f"most must be at least 1 solution, got {most}")
-        search = _Search(self)
+        search = _Search(self, limit=guesses)
         found = []
         for solution in search.from_masks(self.masks(board)):
             found.append(solution)
@@ -239,10 +245,13 @@ class _Search:
 
     Args:
         rng: Tries digits in random order; None in increasing order.
+        limit: The most guesses; None for any number.
     """
 
-    def __init__(self, rules: Sudoku, rng: np.random.Generator | None = None) -> None:
-        self.rules, self.rng = rules, rng
+    def __init__(
+        self, rules: Sudoku, rng: np.random.Generator | None = None, limit: int | None = None
+    ) -> None:
+        self.rules, self.rng, self.limit = rules, rng, limit
         self.guesses, self.guesses_at_first = 0, 0
         self._found_one = False
 
@@ -264,6 +273,8 @@ class _Search:
             self.rng.shuffle(digits)
         for k in digits:
             self.guesses += 1
+            if self.limit is not None and self.guesses > self.limit:
+                raise SearchLimit(f"no answer after {self.limit} guesses")
             tried = list(masks)
             tried[cell] = 1 << k
             if self._settle(tried, [cell]):

@@ -13,7 +13,9 @@ from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.explorer.app import make_explorer
 from loopscope.analyses.explorer.boards.app import BoardExplorer, make_board_app, wires_of
 from loopscope.analyses.explorer.boards.model import (
+    BoardRun,
     Table,
+    changed_clues,
     effect,
     judged,
     patched,
@@ -139,6 +141,20 @@ def test_what_clues_allow_is_said() -> None:
         judged(SMALL, "7" + "." * 15)
 
 
+def test_a_search_without_end_is_given_up() -> None:
+    hard = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
+    assert "Not decided after 5000 guesses" in judged(Sudoku.of_side(9), hard).sentence
+
+
+def test_a_changed_clue_is_shown_as_wrong() -> None:
+    board, sure = "4" + SOLVED[1:], torch.full((1, 16), 0.9)
+    run = BoardRun((board,), sure, torch.zeros(1, 16, 4), torch.zeros(1), torch.zeros(1, 1, 16, 8))
+    assert SOLVED[0] == "2"
+    (trace,) = boards_figure(SMALL, SOLVED[0] + "." * 15, SOLVED, run)["data"]
+    assert trace["z"][0][0] == pytest.approx(-0.9)
+    assert "changes the clue: says 4" in trace["hovertext"][0][0]
+
+
 def test_wrong_cells_are_not_clues() -> None:
     board = "1" + SOLVED[1:15] + "3"
     assert wrong_cells(SMALL, "." * 16, board, SOLVED) == {0, 15}
@@ -171,9 +187,10 @@ def test_boards_are_drawn_with_their_cells_and_relations(solver: PuzzleSolver) -
     for trace, board in zip(drawn.data, other.boards, strict=True):
         assert "".join(cell or "." for row in trace.text for cell in row) == board
         colors = [color for row in trace.z for color in row]
-        wrong = wrong_cells(SMALL, PUZZLE, board, SOLVED)
+        wrong = wrong_cells(SMALL, PUZZLE, board, SOLVED) | changed_clues(PUZZLE, board)
         assert {i for i, color in enumerate(colors) if color < 0} == wrong
-        assert [i for i, color in enumerate(colors) if color > 1] == [0, 7, 9, 10, 12, 15]
+        kept = {0, 7, 9, 10, 12, 15} - changed_clues(PUZZLE, board)
+        assert {i for i, color in enumerate(colors) if color > 1} == kept
     assert drawn.data[2].customdata[1][3] == "2 7"
     after = patched(solver, CHANGED, own, other, 1, 6)
     moved = effect(own, after)

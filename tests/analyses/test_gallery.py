@@ -15,7 +15,7 @@ from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.pages import gallery
 from loopscope.analyses.pages.gallery import Entry, Pictured
 from paths import DOCS
-from same_page import assert_same_page
+from shipped_pages import assert_same_page
 
 QUICK = ("hop-updates", "grokking", "patch", "lens")
 PNG = b"\x89PNG\r\n\x1a\n"

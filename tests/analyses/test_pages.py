@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 
-from families_page import PAGE, shipped
 from loopscope.analyses.common.claims import verdict
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.records import markdown_table
@@ -21,7 +20,7 @@ from loopscope.analyses.pages import families, findings, replication
 from loopscope.analyses.pages.findings import HOPS, Pairs
 from loopscope.models.core.registry import FAMILIES
 from paths import DOCS
-from same_page import assert_same_page
+from shipped_pages import PAGE, assert_same_page, shipped
 
 
 @pytest.fixture(scope="module")

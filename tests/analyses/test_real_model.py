@@ -14,7 +14,7 @@ from loopscope.analyses.pages import real_model
 from loopscope.analyses.pages.real_model import MIDDLE, PACKAGE, VERSION, RealModel, windows
 from loopscope.analyses.pages.real_model_page import facts
 from paths import DOCS
-from same_page import assert_same_page
+from shipped_pages import assert_same_page
 
 PAGE = DOCS / "real_model.md"
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from family_toys import TOYS
 from golden_cases import GOLDEN
+from language_toys import make_tokenizer
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load, save
 from mutants import Files, Mutant, draw
 from release_files import FACTS, toy_model, write_release
-from small_tokenizer import make_tokenizer
 
 MUTANTS = int(os.environ.get("LOOPSCOPE_MUTANTS", "1500"))
 SEED = int(os.environ.get("LOOPSCOPE_SEED", "0"))

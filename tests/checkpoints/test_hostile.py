@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from golden_cases import GOLDEN
+from language_toys import make_tokenizer
 from loopscope.checkpoints.errors import CheckpointError, MissingFacts
 from loopscope.checkpoints.load import load, save
 from loopscope.models.views import untied
@@ -28,7 +29,6 @@ from release_files import (
     toy_model,
     write_release,
 )
-from small_tokenizer import make_tokenizer
 
 TOKENS = torch.tensor([[1, 6, 7], [2, 8, 6]])
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -32,7 +32,12 @@ def options_of(stem: str) -> dict[str, Any]:
 
 
 def test_every_release_that_is_listed_has_its_fields_here() -> None:
-    listed = {each.name for each in remote_releases() if not each.on_drive}
+    """The puzzle solvers' fields, which stand in a YAML file, are in test_puzzle_solvers.py."""
+    listed = {
+        each.name
+        for each in remote_releases()
+        if not each.on_drive and each.family not in ("trm", "hrm")
+    }
     assert listed <= set(CONFIGS)
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from golden_cases import GOLDEN
+from language_toys import make_tokenizer
 from loopscope.checkpoints.load import load, save
 from loopscope.checkpoints.tokenizer import HubTokenizer
-from small_tokenizer import make_tokenizer
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from golden_cases import GOLDEN
+from language_toys import make_tokenizer
 from loopscope.checkpoints.load import load
 from loopscope.interp.generation import generate
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.models.basis.tokens import Batch, Vocabulary
 from loopscope.models.core.base import LoopedModel
-from small_tokenizer import make_tokenizer
 from toy import padded, toy
 
 TEXTS = ["the cat", "a dog sat on the mat"]

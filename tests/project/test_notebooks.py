@@ -8,7 +8,7 @@ import warnings
 import pytest
 from nbformat import NotebookNode
 
-from same_page import assert_same_page
+from shipped_pages import assert_same_page
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the Jupyter client's own, on import

@@ -21,7 +21,9 @@ ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
-    "PATH": f"{HELPERS}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PATH": os.pathsep.join(
+        (str(HELPERS / "slurm"), str(Path(sys.executable).parent), os.environ["PATH"])
+    ),
 }
 PATCH = f"{sys.executable} -m loopscope patch --per-hop 2 --n-loops 3 --no-html"
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from families_page import shipped
 from loopscope import (
     ActivationStore,
     Sweep,
@@ -39,6 +38,7 @@ from loopscope.analyses.pages.findings import Pairs
 from loopscope.interp.circuits.scores import Method
 from loopscope.interp.lens.record import Lens
 from loopscope.models.core.registry import FAMILIES
+from shipped_pages import shipped
 from toy import full, padded, projection, toy
 
 pytestmark = pytest.mark.shapes

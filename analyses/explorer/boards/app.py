@@ -33,7 +33,7 @@ from loopscope.analyses.explorer.wiring import Wire, connect, new_app
 from loopscope.tasks.puzzles.boards import SUDOKU_BLANKS
 
 REACH = 3  # the slider goes to so many times the trained number of iterations
-STALE = "stale"
+STALE, STALE_MAP = "stale", "two map stale"
 _Result = TypeVar("_Result")
 
 
@@ -81,7 +81,7 @@ class BoardExplorer:
         try:
             finding = judged(self.table.rules, board).sentence
         except ValueError as error:
-            return no_update, "", f"{error}.", STALE, STALE, *looks
+            return no_update, "", f"{error}.", STALE, STALE_MAP, *looks
         return {"puzzle": puzzle, "board": board}, finding, "", "", "two map", *looks
 
     def limit(self, n_loops: int | None, loop: int | None) -> tuple[Any, Any]:

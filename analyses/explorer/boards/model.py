@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -24,11 +25,12 @@ from loopscope.tasks.puzzles.boards import (
     sudoku_tokens,
 )
 from loopscope.tasks.puzzles.grades import grade
-from loopscope.tasks.puzzles.sudoku import Sudoku
+from loopscope.tasks.puzzles.sudoku import SearchLimit, Sudoku
 from loopscope.training.puzzles.supervision import with_prefix
 
 SIDES = (4, 6, 9)
 PUZZLES = 30  # to choose from
+GUESSES = 5000  # of the search for a board's solutions, about a second
 MADE, CLUES = 3, {4: 6, 6: 14, 9: 30}  # puzzles where the checkpoint has none, and their clues
 
 
@@ -99,6 +101,7 @@ def _made(rules: Sudoku) -> list[Puzzle]:
     return [rules.make(rng, CLUES[rules.side]) for _ in range(MADE)]
 
 
+@lru_cache(maxsize=64)
 def judged(rules: Sudoku, board: str) -> Judged:
     """How many solutions the clues of a board allow, and whether they contradict each other.
 
@@ -114,7 +117,14 @@ def judged(rules: Sudoku, board: str) -> Judged:
             f" ({spot(rules, a)} and {spot(rules, b)}), so there is nothing right to compare with.",
             None,
         )
-    found = rules.solve(board).boards
+    try:
+        found = rules.solve(board, guesses=GUESSES).boards
+    except SearchLimit:
+        return Judged(
+            f"Not decided after {GUESSES} guesses whether a board has these clues, so no answer"
+            " counts as wrong unless it breaks the rules.",
+            None,
+        )
     if len(found) == 1:
         return Judged(f"One solution, which needs {grade(rules, board)}.", found[0])
     if found:
@@ -143,6 +153,12 @@ def wrong_cells(rules: Sudoku, question: str, board: str, answer: str | None) ->
         else {cell for cell, digit in enumerate(board) if digit != answer[cell]}
     )
     return {cell for cell in wrong if question[cell] in SUDOKU_BLANKS}
+
+
+def changed_clues(question: str, board: str) -> set[int]:
+    """The clues of a question for which a board gives another digit."""
+    clues = [(cell, clue) for cell, clue in enumerate(question) if clue not in SUDOKU_BLANKS]
+    return {cell for cell, clue in clues if board[cell] != clue}
 
 
 def spot(rules: Sudoku, cell: int) -> str:

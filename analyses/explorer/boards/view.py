@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.analyses.explorer.boards.model import BoardRun, spot, wrong_cells
+from loopscope.analyses.explorer.boards.model import BoardRun, changed_clues, spot, wrong_cells
 from loopscope.analyses.explorer.view import ACCENT, WARM, Figure, drawn
 from loopscope.interp.drawing.look import INK
 from loopscope.tasks.puzzles.boards import SUDOKU_BLANKS
@@ -57,9 +57,10 @@ def boards_figure(rules: Sudoku, question: str, answer: str | None, run: BoardRu
     for board, sure in zip(run.boards, run.confidence.tolist(), strict=True):
         wrong = wrong_cells(rules, question, board, answer)
         clues = [clue not in SUDOKU_BLANKS for clue in question]
+        wrong |= changed_clues(question, board)
         colors.append(
             [
-                _CLUE if clues[cell] else -prob if cell in wrong else prob
+                -prob if cell in wrong else _CLUE if clues[cell] else prob
                 for cell, prob in enumerate(sure)
             ]
         )
@@ -76,7 +77,7 @@ def boards_figure(rules: Sudoku, question: str, answer: str | None, run: BoardRu
 
 def _kind(is_clue: bool, is_wrong: bool, answer: str | None) -> str:
     if is_clue:
-        return "clue"
+        return "changes the clue" if is_wrong else "clue"
     if answer is None:
         return "breaks a rule" if is_wrong else "filled"
     return "wrong" if is_wrong else "right"
@@ -201,7 +202,7 @@ def halting_figure(run: BoardRun, question: str, answer: str | None) -> Figure:
     blanks = [cell for cell, clue in enumerate(question) if clue in SUDOKU_BLANKS]
     if answer is not None and blanks:
         right = [sum(board[i] == answer[i] for i in blanks) / len(blanks) for board in run.boards]
-        curves.append(("right cells", ACCENT, right))
+        curves.append(("right blank cells", ACCENT, right))
     traces = [
         {
             "type": "scatter", "mode": "lines+markers", "name": name, "x": loops, "y": values,

@@ -13,7 +13,7 @@ from loopscope.analyses.atlas.page import MEASURES, Answer, answers, chosen, pag
 from loopscope.analyses.atlas.rules import QUESTIONS
 from loopscope.analyses.cli import main
 from paths import DOCS
-from same_page import assert_same_page
+from shipped_pages import assert_same_page
 
 CHEAP = ("cycle", "latent_chain", "realignment")
 SHIPPED = (DOCS / "atlas.md").read_text()

@@ -1,4 +1,6 @@
-"""Reading docs/families.md back, so that no test has to run every method on every family again."""
+"""Comparing a page that a command writes with the one that is shipped, and reading docs/families.md
+back, so that no test has to run every method on every family again.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,24 @@ import functools
 import re
 
 import pandas as pd
+import pytest
 
 from loopscope.analyses.pages.families import Support, facts
 from loopscope.models.core.registry import FAMILIES
 from paths import DOCS
 
 PAGE = DOCS / "families.md"
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def assert_same_page(written: str, shipped: str) -> None:
+    """The same text, with numbers that another machine's rounding may change a little."""
+    assert NUMBER.sub("#", written) == NUMBER.sub("#", shipped)
+    numbers = [
+        [float(number.replace(",", "")) for number in NUMBER.findall(page)]
+        for page in (written, shipped)
+    ]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.01, abs=0.03)
 
 
 @functools.cache
