@@ -39,10 +39,11 @@ _HEAD = """# An atlas of claims about looped models
 
 Written by `loopscope atlas` from the shipped checkpoints. Each claim of a paper is put as a
 question that a miniature of 0.1 to 1 million weights can answer, with a control. The rule (yes,
-partly, no) was fixed before the numbers were measured, in a commit of its own; what was known of a
-number then is said. A yes says that the phenomenon appears at this size. A no may need the paper's
-models, or data that no miniature was trained on, and its reason is given. Shuffled weights are
-those of the model with the entries of each matrix in random order."""
+partly, no) was fixed before the atlas was first run, in a commit of its own. Some numbers could be
+known then from other pages of this project; each question says which. A yes says that the
+phenomenon appears at this size. A no may need the paper's models, or data that no miniature was
+trained on, and its reason is given. Shuffled weights are those of the model with the entries of
+each matrix in random order."""
 
 
 @dataclass(frozen=True)

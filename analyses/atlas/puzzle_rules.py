@@ -23,6 +23,8 @@ PUZZLE_QUESTIONS: tuple[Question, ...] = (
         control=("related over unrelated with shuffled weights",),
         differs="Boards of 4 x 4 cells; the paper's mazes, ARC and dictionary features are not"
         " asked.",
+        known="the effects of one patch by relation of cells on this checkpoint, from the"
+        " gallery: a ratio of about 4",
     ),
     Question(
         name="depth_and_breadth",
@@ -63,7 +65,8 @@ PUZZLE_QUESTIONS: tuple[Question, ...] = (
         ),
         control=("as given, right at the end", "nothing blank, wrong at the end"),
         differs="TRM on 4 x 4 boards, where the paper has HRM on 9 x 9 ones.",
-        known="that the model solves 0.99 of the puzzles as given, from its card",
+        known="that the model solves 0.99 of the puzzles as given, from its card, and the"
+        " shares for one blank and for none, from the gallery",
         note="As many boards are wrong with one blank or none as among the puzzles as given:"
         " trivial boards are no harder here.",
     ),
@@ -80,8 +83,9 @@ PUZZLE_QUESTIONS: tuple[Question, ...] = (
         bounds=(Bound("wrong boards at rest", "at least", 0.5, 0.2),),
         control=("right boards at rest", "wrong boards"),
         differs="TRM on 4 x 4 boards, where the paper has HRM on 9 x 9 ones.",
+        known="how many boards end wrong and at rest from changed first states, from the gallery",
         note="The wrong boards come from random first states, which the model was not trained on;"
-        " from its own first state 2 of 300 boards end wrong.",
+        " from its own first state very few boards end wrong.",
     ),
     Question(
         name="vote",

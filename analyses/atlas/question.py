@@ -36,5 +36,5 @@ class Question:
     bounds: tuple[Bound, ...]
     control: tuple[str, ...]
     differs: str
-    known: str = "nothing"
+    known: str
     note: str = ""

@@ -48,8 +48,9 @@ QUESTIONS: tuple[Question, ...] = (
         control=("last step of shuffled weights", "last step over that of shuffled weights"),
         differs="Two blocks without prelude, coda or injection, and no norm between iterations, so"
         " directions are compared; the paper's models are language models.",
-        note="The two ends are near one another on the unit sphere (their distance is 15 last"
-        " steps of 0.0015): the cycle is there and small.",
+        known="the lengths of the last steps, which the gallery's table of layers shows in another"
+        " unit",
+        note="The two ends are near one another on the unit sphere: the cycle is there and small.",
     ),
     Question(
         name="two_scales",
@@ -69,6 +70,7 @@ QUESTIONS: tuple[Question, ...] = (
         control=("cosine with shuffled weights", "cosine with shuffled weights minus cosine"),
         differs="One looped stack, so the larger drift from one looped block to the next cannot be"
         " asked.",
+        known="the cosine of the last steps, from the gallery's table of steps",
         note="The stream of this model has no norm between iterations and grows along one"
         " direction: late steps are as large as early ones and parallel, with shuffled weights"
         " too. Small steps are found where the size is taken away: see the directions of"
@@ -96,6 +98,7 @@ QUESTIONS: tuple[Question, ...] = (
         ),
         differs="Arithmetic of Huginn in the paper. No shipped miniature has a coda, so that"
         " readings depend on the decoding method (logit lens or coda lens) cannot be asked.",
+        known="nothing",
         note="There is a chain, but it runs along the positions of the relations, where the"
         " control finds it; at the answer's position few steps of it are seen.",
     ),
@@ -107,7 +110,8 @@ QUESTIONS: tuple[Question, ...] = (
         " reaches the end of its input from any state; without it the end depends on the state"
         " alone.",
         asked="Runs of 50 puzzles that go on from another puzzle's state after the first"
-        " iteration, on `mini/sudoku/trm` (input given again, 8 more iterations); beside them 50"
+        " iteration, at the state of the board's first cell, on `mini/sudoku/trm` (input given"
+        " again, 8 more iterations); beside them 50"
         " questions of 5 hops on `mini/multi_hop/r_dyn` (input given once).",
         calls=("input_dependence",),
         bounds=(
@@ -119,6 +123,7 @@ QUESTIONS: tuple[Question, ...] = (
         differs="The control is 0 by construction: what an iteration hands on is all that the run"
         " has. The paper trains one architecture with and without recall; these are two models of"
         " two tasks.",
+        known="nothing",
     ),
     Question(
         name="stability",
@@ -215,6 +220,7 @@ QUESTIONS: tuple[Question, ...] = (
         control=("the same with shuffled weights", "the same over that of shuffled weights"),
         differs="Two blocks of attention and MLP; the paper has 25 sublayers in Ouro and an adapter"
         " of the injected input in Huginn, which no shipped miniature has.",
+        known="nothing",
         note="The ratio is near 1: the shares of the sublayers have one sign, and hardly anything"
         " cancels. In the paper's Huginn the cancellation lies between the injection and the first"
         " block, and nothing is injected here.",
@@ -242,6 +248,7 @@ QUESTIONS: tuple[Question, ...] = (
         ),
         differs="No miniature was trained on preferences. An order of entities is a property of"
         " each entity, so a probe of single states may well find it too.",
+        known="nothing",
         note="Two single probes, compared, do as well: an order of entities is a property of each"
         " entity, which one state holds. Only a single probe that does not see the other input"
         " is worse. A preference that no state holds alone would be needed.",
