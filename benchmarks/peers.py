@@ -6,13 +6,14 @@ answers with plain hooks that count their calls, and writes docs/peers.md.
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,8 +44,8 @@ Ouro-like module ({blocks} blocks, {loops} iterations, d={d_model}, {length} tok
 transformers' own HRM-Text ({high} high cycles, {low} low cycles in each). What is right is measured
 by plain PyTorch hooks that count their calls. *off by* is the largest error of the difference
 between two logits over all cells, in standard deviations of that difference over the cells. Every
-tool runs in a process of its own, with one thread; *memory* is what its cells added to the largest
-size of its process.
+tool runs in a process of its own, with one thread; *a cell* is processor time for each cell, and
+*memory* is what the cells added to the largest size of the process.
 
 {tables}
 
@@ -102,7 +103,7 @@ class Answer:
 
     Attributes:
         effects: Float[Tensor, " cell"], the metric of each; None where it refuses.
-        seconds: Time for all cells.
+        seconds: Processor time for all cells.
         peak: Bytes that the process grew by.
         refusal: Why there is no answer.
     """
@@ -378,13 +379,21 @@ def ask(tool: str, case: str) -> Answer:
         except Exception as error:
             said = str(error).strip().splitlines() or [""]
             return Answer(None, refusal=f"{type(error).__name__}: {said[0][:160]}")
-        before, started = _peak(), time.perf_counter()
+        before, started = _peak(), time.process_time()
         effects = run(made)
-        return Answer(effects.float().clone(), time.perf_counter() - started, _peak() - before)
+        return Answer(effects.float().clone(), time.process_time() - started, _peak() - before)
 
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _BYTES
+
+
+def _apart(tool: str, case: str) -> Answer:
+    """The answer of a process that nothing else was imported into."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "answer.pt"
+        subprocess.run([sys.executable, "-m", "benchmarks.peers", tool, case, path], check=True)
+        return Answer(**torch.load(path, weights_only=True))
 
 
 def main() -> None:
@@ -393,8 +402,7 @@ def main() -> None:
     for case in CASES:
         answers = {}
         for tool in TOOLS:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                answers[tool] = pool.apply(ask, (tool, case))
+            answers[tool] = _apart(tool, case)
             print(case, tool, answers[tool].seconds, answers[tool].refusal, flush=True)
         tables.append(f"## {case}\n\n{table(answers)}")
     how = [f"* **{tool}**: {run.__doc__}" for tool, (_, run) in TOOLS.items()]
@@ -434,4 +442,7 @@ def table(answers: dict[str, Answer]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 4:
+        torch.save(asdict(ask(*sys.argv[1:3])), sys.argv[3])
+    else:
+        main()
