@@ -4,7 +4,9 @@ machine, against two controls.
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,12 +21,13 @@ from loopscope.analyses.common.configs import PairConfig
 from loopscope.analyses.common.pairs_of import TextPairs, open_pairs
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_pairs
-from loopscope.analyses.common.subject import Subject
+from loopscope.analyses.common.subject import Subject, words
 from loopscope.interp.circuits.changes import writer_changes
 from loopscope.interp.circuits.faithfulness import Faithfulness, evaluate_circuit
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import circuit_scores
 from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
+from loopscope.interp.circuits.viewer import viewer_graph
 from loopscope.interp.drawing.circuits import MOST, add_folded, add_unrolled
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, MARK, styled
 
@@ -64,6 +67,7 @@ class FoundCircuit(Record):
         circuit: The circuit.
         clean, corrupted: The texts, pair by pair.
         measured: The answer in words, with the token that it is compared with.
+        tokens: Of the first clean text.
         sizes: Numbers of edges.
         faithful: Float[Tensor, "ranking size"], the share of the margin's difference that is kept:
             by edges of largest score, by edges whose writers' output changes most between the two
@@ -75,6 +79,7 @@ class FoundCircuit(Record):
     clean: tuple[str, ...]
     corrupted: tuple[str, ...]
     measured: str
+    tokens: tuple[str, ...]
     sizes: tuple[int, ...]
     faithful: Float[Tensor, "ranking size"]
     left: Float[Tensor, " size"]
@@ -147,17 +152,22 @@ def measure(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> FoundC
     orders = _by_change(subject, pairs, scores), _at_random(len(scores))
     controls = [scores.take(order[:size], "control") for order in orders for size in sizes]
     found = evaluate_circuit(model, *both, [*circuits, *controls], metric)
-    return _record(pairs, chosen, sizes, found)
+    return _record(subject, pairs, chosen, sizes, found)
 
 
 def _record(
-    pairs: TextPairs, chosen: Circuit, sizes: Sequence[int], found: Faithfulness
+    subject: Subject,
+    pairs: TextPairs,
+    chosen: Circuit,
+    sizes: Sequence[int],
+    found: Faithfulness,
 ) -> FoundCircuit:
     return FoundCircuit(
         circuit=chosen,
         clean=pairs.clean,
         corrupted=pairs.corrupted,
         measured=pairs.measured,
+        tokens=words(subject.model, pairs.clean_batch.tokens[0][pairs.clean_batch.mask[0]]),
         sizes=tuple(sizes),
         faithful=found.faithfulness.view(len(RANKINGS), -1).double().cpu(),
         left=found.completeness[: len(sizes)].double().cpu(),
@@ -177,19 +187,37 @@ def _at_random(count: int) -> list[int]:
 
 def figure(record: FoundCircuit) -> go.Figure:
     """Above the edges between visits; below the folded view, and faithfulness over sizes."""
+    drawn = min(MOST, len(record.circuit))
     plot = make_subplots(
         2,
         2,
         specs=[[{"colspan": 2}, None], [{}, {}]],
         row_heights=[0.55, 0.45],
         horizontal_spacing=0.12,
-        vertical_spacing=0.15,
+        vertical_spacing=0.18,
+        subplot_titles=(
+            f"the {drawn} strongest of {len(record.circuit)} edges",
+            "what each component writes, by iteration",
+            "circuits of other sizes, and controls",
+        ),
     )
+    plot.update_annotations(font_size=13)
     add_unrolled(plot, record.circuit, 1, 1)
     add_folded(plot, record.circuit, 2, 1)
     _add_curves(plot, record)
-    legend = {"x": 1.0, "xanchor": "right", "y": 0.08, "yanchor": "bottom"}
+    legend = {"x": 0.57, "xanchor": "left", "y": 0.36, "yanchor": "top", "font": {"size": 11}}
     return styled(plot, 760).update_layout(legend=legend, margin={"l": 110})
+
+
+def _graph(record: FoundCircuit) -> bytes:
+    """The circuit for viewers of attribution graphs, on the tokens of the first clean text."""
+    slug = re.sub("[^a-z0-9]+", "-", f"loopscope-{record.circuit.call.checkpoint}".lower())
+    graph = viewer_graph(record.circuit, record.tokens, record.measured, slug)
+    return json.dumps(graph, separators=(",", ":")).encode()
+
+
+FILES = {"graph.json": _graph}
+"""What the command writes besides the files of every figure."""
 
 
 def _add_curves(plot: go.Figure, record: FoundCircuit) -> None:
@@ -258,4 +286,4 @@ SECTION = Section(
     serves=of_pairs,
 )
 
-EXAMPLE = 'plots.circuit("mini/multi_hop/r2", hops=2, per_hop=3)'
+EXAMPLE = 'plots.circuit("mini/multi_hop/r2", hops=2, per_hop=3, edges=20)'
