@@ -28,6 +28,7 @@ from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import circuit_scores
 from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
 from loopscope.interp.circuits.viewer import viewer_graph
+from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.interp.drawing.circuits import MOST, add_folded, add_unrolled
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, MARK, styled
 
@@ -216,7 +217,14 @@ def _graph(record: FoundCircuit) -> bytes:
     return json.dumps(graph, separators=(",", ":")).encode()
 
 
-FILES = {"graph.json": _graph}
+def _page(record: FoundCircuit) -> bytes:
+    """The circuit as a page to act on."""
+    name = record.circuit.call.checkpoint or "a model"
+    lead = f"{record.heading()}. {_found(record)}"
+    return circuit_page(record.circuit, name, lead).encode()
+
+
+FILES = {"graph.json": _graph, "page.html": _page}
 """What the command writes besides the files of every figure."""
 
 
