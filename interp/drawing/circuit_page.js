@@ -97,6 +97,8 @@ const axes = () => {
     made("text", { x: LEFT + x * spread(), y: bottom, "text-anchor": "middle" }, tick));
   const width = LEFT + (data.ticks[view].length + 1) * spread() + 60;
   graph.setAttribute("viewBox", `0 0 ${width} ${bottom + 20}`);
+  graph.style.minWidth = `${0.8 * width}px`;
+  graph.style.maxWidth = `${1.3 * width}px`;
 };
 
 const drawNodes = lines => {

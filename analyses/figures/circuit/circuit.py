@@ -168,7 +168,7 @@ def _record(
         clean=pairs.clean,
         corrupted=pairs.corrupted,
         measured=pairs.measured,
-        tokens=words(subject.model, pairs.clean_batch.tokens[0][pairs.clean_batch.mask[0]]),
+        tokens=words(subject.model, pairs.clean_batch.tokens[0][pairs.clean_batch.mask[0].bool()]),
         sizes=tuple(sizes),
         faithful=found.faithfulness.view(len(RANKINGS), -1).double().cpu(),
         left=found.completeness[: len(sizes)].double().cpu(),
@@ -267,16 +267,17 @@ def _found(record: FoundCircuit) -> str:
     heard = record.circuit.folded().query("visits > 1")
     most = heard.loc[heard["score"].idxmax()] if len(heard) else None
     again = (
-        f" {most['component']} carries most of it, in {most['visits']} iterations."
+        f" Of the components, {most['component']} has the largest score, in {most['visits']} visits."
         if most is not None
         else ""
     )
-    return (
+    said = (
         f"{len(record.circuit)} of {record.circuit.n_possible} edges"
         f" ({record.circuit.share:.1%}) keep {kept:.2f} of the difference between the margins of"
         f" the clean and the corrupted run; all others together keep {left:.2f}. As many edges by"
         f" the change of their writers keep {change:.2f}, random ones {chance:.2f}.{again}"
     )
+    return said.replace("-0.00", "0.00")
 
 
 SECTION = Section(
