@@ -1,4 +1,4 @@
-"""How much each writer's output changes between two runs: what scores without gradients would be."""
+"""How much each writer's output changes between two runs: scores that know no gradient."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class CircuitConfig(PairConfig):
     """Whether heads are nodes; by default where the family lets them be told apart."""
 
 
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Sizes of the curve, as shares of all edges; the circuit's own size is put among them."""
 RANKINGS = ("score", "change", "random")
 
@@ -267,7 +267,7 @@ def _found(record: FoundCircuit) -> str:
     heard = record.circuit.folded().query("visits > 1")
     most = heard.loc[heard["score"].idxmax()] if len(heard) else None
     again = (
-        f" Of the components, {most['component']} has the largest score, in {most['visits']} visits."
+        f" The component of largest score is {most['component']}, in {most['visits']} visits."
         if most is not None
         else ""
     )

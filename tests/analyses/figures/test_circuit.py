@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from loopscope.analyses.common.pairs_of import open_pairs
 from loopscope.analyses.figures.circuit import circuit as page
 from loopscope.analyses.figures.circuit.circuit import CircuitConfig, FoundCircuit
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.names import EMBED, FINAL
 from loopscope.interp.circuits.selection import prune_circuit
 from loopscope.interp.drawing.circuits import components, folded_scores, spots, strongest
-from loopscope.analyses.common.pairs_of import open_pairs
 from small_figures import small_config, small_figure
 
 

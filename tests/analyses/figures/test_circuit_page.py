@@ -60,7 +60,7 @@ def test_the_threshold_takes_edges_away_and_the_views_change(tmp_path: Path) -> 
         pairs = found.folded_edges().assign(later=lambda frame: frame["distance"].fillna(0) > 0)
         assert tab.value(EDGES) == len(pairs[["writer", "reader", "later"]].drop_duplicates())
         assert tab.value("document.querySelectorAll('circle').length") == len(found.folded())
-        assert "loops 0–1" in tab.value("graph.textContent")
+        assert "loops 0\N{EN DASH}1" in tab.value("graph.textContent")
         tab.resize(700, 900)
         assert tab.value("document.documentElement.scrollWidth - window.innerWidth") <= 0
         assert tab.page.errors == []
