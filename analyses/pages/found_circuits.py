@@ -221,10 +221,10 @@ HEADS
 
 `{folder}` was kept at three stages of training: when it had
 learnt its training facts, the held-out combinations of known facts (ID), and the combinations of
-facts that were never combined (OOD). For {questions} questions of each group, paired with another head entity and first relation:
-the smallest circuit that keeps {wanted} of the difference between the margins, and how much of it
-the circuit of the ID facts of the same stage keeps. Where a group is hardly answered, the
-difference is small, and a share of it says little.
+facts that were never combined (OOD). For {questions} questions of each group, paired with another
+head entity and first relation: the smallest circuit that keeps {wanted} of the difference between
+the margins, and how much of it the circuit of the ID facts of the same stage keeps. Where a group
+is hardly answered, the difference is small, and a share of it says little.
 
 STAGES
 

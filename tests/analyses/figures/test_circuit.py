@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from loopscope.analyses.common.configs import OutputConfig
 from loopscope.analyses.common.pairs_of import open_pairs
+from loopscope.analyses.common.records import files_of
 from loopscope.analyses.figures.circuit import circuit as page
 from loopscope.analyses.figures.circuit.circuit import CircuitConfig, FoundCircuit
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
@@ -86,3 +89,18 @@ def test_the_strongest_edges_are_drawn(record: FoundCircuit) -> None:
     figure = small_figure("circuit")[1]
     lines = [trace for trace in figure.data if trace.type == "scatter" and trace.mode == "lines"]
     assert sum(list(trace.x).count(None) for trace in lines) == len(record.circuit)
+
+
+def test_a_circuit_has_a_picture_of_its_own(record: FoundCircuit) -> None:
+    figure = record.circuit.plot(title="a circuit")
+    assert figure.layout.title.text == "a circuit"
+    (folded,) = [trace for trace in figure.data if trace.type == "heatmap"]
+    assert set(folded.y) <= set(record.circuit.folded()["component"])
+
+
+def test_the_page_and_the_graph_go_with_the_html_and_the_json(tmp_path: Path) -> None:
+    output = OutputConfig(out=tmp_path, csv=False, html=False)
+    names = [path.name for path in files_of("circuit", output)]
+    assert names == ["circuit.json", "circuit.graph.json", "circuit.settings.json"]
+    more = [path.name for path in files_of("circuit", replace(output, json=False, html=True))]
+    assert more == ["circuit.html", "circuit.page.html", "circuit.settings.json"]
