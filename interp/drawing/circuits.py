@@ -126,9 +126,8 @@ def add_folded(plot: go.Figure, record: Circuit, row: int, col: int) -> None:
         row=row,
         col=col,
     )
-    loops = [each for each in table.columns if each >= 0]
-    step = 1 + len(loops) // 12
-    shown = [-1] * outside + loops[::step]
+    step = 1 + record.n_loops // 12
+    shown = [-1] * outside + list(range(0, record.n_loops, step))
     plot.update_xaxes(
         title="loop", tickvals=shown, ticktext=["outside" if x < 0 else str(x) for x in shown],
         row=row, col=col,
