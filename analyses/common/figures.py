@@ -51,9 +51,8 @@ class FigureFile:
         return import_module(f"{_PACKAGE}.{self.room}.{self.stem}")
 
     def files(self) -> dict[str, Callable[[Any], bytes]]:
-        """What the figure writes besides the files of every figure: the content of each, made of
-        the record, by the ending of its name ("page.html" goes with the HTML, "graph.json" with the
-        JSON).
+        """The files that only this figure has: the content of each, made of the record, by the
+        ending of its name ("page.html" goes with the HTML, "graph.json" with the JSON).
         """
         return dict(getattr(self.module(), "FILES", {}))
 

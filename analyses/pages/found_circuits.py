@@ -95,7 +95,7 @@ def by_hand(circuit: Circuit, movers: pd.DataFrame) -> pd.DataFrame:
     scores = frame.groupby(["writer_loop", "writer_layer", "writer_component"])["size"].sum()
     rows = []
     for (hop, loop, block), heads in movers.groupby(["hop", "loop", "block"]):
-        best = int(heads.loc[heads["restores"].idxmax(), "head"])
+        best = int(heads.nlargest(1, "restores")["head"].tolist()[0])
         here = scores.get((loop, block))
         most = -1 if here is None else int(str(here.idxmax()).removeprefix("attn."))
         rows.append((hop, loop, block, best, most))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from loopscope.interp.circuits.names import FINAL, Edge, ScheduleEntry, end_of
+from loopscope.interp.circuits.names import FINAL, Edge, End, ScheduleEntry, end_of
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.files import atomic_path
 
@@ -183,6 +183,10 @@ class Circuit(OneScreen):
         """A node's component of the shared block: its name without the iteration."""
         end = end_of(node)
         return f"{self._blocks[end.visit]}.{end.component}" if end.visit else end.component
+
+    def end(self, name: str) -> End:
+        """A node or a reader of the circuit, taken apart."""
+        return end_of(name)
 
     def plot(self, title: str = "") -> go.Figure:
         """A picture: the strongest edges between visits, and the folded view."""

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopscope.interp.circuits.names import EMBED, FINAL, end_of
-from loopscope.interp.drawing.circuits import components, spots
+from loopscope.interp.drawing.circuits import EMBED, FINAL, components, spots
 from loopscope.interp.drawing.labels import tick
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def _data(circuit: Circuit) -> dict[str, Any]:
     middle = (len(rows) - 1) / 2
     nodes = []
     for node, spot in places.items():
-        end = end_of(node)
+        end = circuit.end(node)
         visit = schedule.get(end.visit)
         column = {EMBED: -1.0, FINAL: float(len(blocks))}.get(node)
         if visit is not None:
@@ -80,7 +79,7 @@ def _data(circuit: Circuit) -> dict[str, Any]:
         [number[edge.writer], number[end.node], end.input, circuit.scores[index]]
         for index in order
         for edge in [circuit.edges[index]]
-        for end in [end_of(edge.reader)]
+        for end in [circuit.end(edge.reader)]
     ]
     ticks = {"unrolled": [tick(place.name) for place in circuit.schedule], "folded": blocks}
     return {"nodes": nodes, "edges": edges, "rows": rows, "ticks": ticks}

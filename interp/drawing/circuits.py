@@ -13,15 +13,16 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.interp.circuits.names import EMBED, FINAL, end_of
 from loopscope.interp.drawing.labels import spoken, tick
 from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, styled, titled
 
 if TYPE_CHECKING:
+    from loopscope.interp.circuits.names import End
     from loopscope.interp.circuits.record import Circuit
 
 MOST = 150
 """Edges that are drawn; of more, those of largest absolute score."""
+EMBED, FINAL = "embed", "final"
 TOWARDS, AWAY = CATEGORIES[0], CATEGORIES[1]
 _WIDTHS = (0.6, 1.2, 2.2, 4.0)
 _STEPS = 12  # points of a curved line
@@ -42,7 +43,7 @@ class Spot:
 
 def components(circuit: Circuit) -> list[str]:
     """The components of any one visit: heads (or attention) first, then the MLP."""
-    found = {end_of(node).component for node in circuit.nodes} - {EMBED, FINAL}
+    found = {circuit.end(node).component for node in circuit.nodes} - {EMBED, FINAL}
     return sorted(found, key=lambda name: (name == "mlp", [len(name), name]))
 
 
@@ -55,7 +56,7 @@ def spots(circuit: Circuit) -> dict[str, Spot]:
     return {
         node: ends.get(node) or Spot(visits[end.visit] + 0.3 * (end.component == "mlp"), y)
         for node in circuit.nodes
-        for end in [end_of(node)]
+        for end in [circuit.end(node)]
         for y in [float(rows.get(end.component, 0))]
     }
 
@@ -91,7 +92,9 @@ def add_unrolled(plot: go.Figure, record: Circuit, row: int, col: int) -> None:
             "line": {"color": "white", "width": 1},
             "opacity": 1,
         },
-        customdata=[f"{node}<br>{_said(node)}<br>score {sums[node]:.3g}" for node in nodes],
+        customdata=[
+            f"{node}<br>{_said(record.end(node))}<br>score {sums[node]:.3g}" for node in nodes
+        ],
         hovertemplate="%{customdata}<extra></extra>",
         showlegend=False,
         **place,
@@ -162,7 +165,7 @@ def _sums(record: Circuit) -> dict[str, float]:
     out, into = dict.fromkeys(record.nodes, 0.0), dict.fromkeys(record.nodes, 0.0)
     for edge, score in zip(record.edges, record.scores, strict=True):
         out[edge.writer] += abs(score)
-        into[end_of(edge.reader).node] += abs(score)
+        into[record.end(edge.reader).node] += abs(score)
     return {node: out[node] or into[node] for node in out}
 
 
@@ -178,7 +181,7 @@ def _lines(
         level = min(len(_WIDTHS) - 1, int(len(_WIDTHS) * math.sqrt(abs(score) / most)))
         key = _WIDTHS[level], TOWARDS if score >= 0 else AWAY
         x, y = lines.setdefault(key, ([], []))
-        start, end = at[edge.writer], at[end_of(edge.reader).node]
+        start, end = at[edge.writer], at[record.end(edge.reader).node]
         bow = 0.12 * math.sqrt(abs(end.x - start.x)) * (1 if start.y == end.y else 0.5)
         for step in range(_STEPS + 1):
             share = step / _STEPS
@@ -190,7 +193,6 @@ def _lines(
         yield color, width, x, y
 
 
-def _said(node: str) -> str:
+def _said(end: End) -> str:
     """A node in a sentence."""
-    end = end_of(node)
     return f"{spoken(end.visit)}, {end.component}" if end.visit else end.component

@@ -225,7 +225,7 @@ def _page(record: FoundCircuit) -> bytes:
 
 
 FILES = {"graph.json": _graph, "page.html": _page}
-"""What the command writes besides the files of every figure."""
+"""The files that only this command writes."""
 
 
 def _add_curves(plot: go.Figure, record: FoundCircuit) -> None:
@@ -265,9 +265,9 @@ def _found(record: FoundCircuit) -> str:
     kept, left = float(record.faithful[0, record.own]), float(record.left[record.own])
     change, chance = record.faithful[1:, record.own].tolist()
     heard = record.circuit.folded().query("visits > 1")
-    most = heard.loc[heard["score"].idxmax()] if len(heard) else None
+    most = next(heard.nlargest(1, "score").itertuples(), None)
     again = (
-        f" The component of largest score is {most['component']}, in {most['visits']} visits."
+        f" The component of largest score is {most.component}, in {most.visits} visits."
         if most is not None
         else ""
     )

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from loopscope.interp.circuits.names import Edge, Place
+from loopscope.interp.circuits.names import Edge, ScheduleEntry
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.circuits.viewer import viewer_graph
 
-SCHEDULE = tuple(Place(f"loops.{t}.blocks.0", t, 0, "blocks.0") for t in range(2))
+SCHEDULE = tuple(ScheduleEntry(f"loops.{t}.blocks.0", t, 0, "blocks.0") for t in range(2))
 SCORES = {
     ("embed", "loops.0.blocks.0.attn.1.q"): 0.5,
     ("embed", "loops.0.blocks.0.attn.0-1.k"): -2.0,
