@@ -1,4 +1,4 @@
-"""What the search for circuits finds: the edges of a multi-hop miniature, and what they become over
+"""The circuits that a search finds: the edges of a multi-hop miniature, and what they become over
 the stages of training of a two-hop one.
 """
 
