@@ -44,7 +44,8 @@ def section(subject: Subject, hops: int, movers: pd.DataFrame) -> str:
     """
     pairs = make_pairs(subject, rows_of(subject, PairConfig(hops=hops)))
     found = measure(subject, pairs, CircuitConfig(wanted=WANTED))
-    stages = {(s, g): Stage.of(s, g) for s in STAGES for g in GROUPS[1:]}
+    opened = {s: open_subject(SourceConfig(checkpoint=f"{_FOLDER}/{s}")) for s in STAGES}
+    stages = {(s, g): Stage.of(opened[s], g) for s in STAGES for g in GROUPS[1:]}
     heads, changed = by_hand(found.circuit, movers), changes(stages)
     same = changed["first half at"] == changed["second half at"]
     text = _TEXT.format(
@@ -124,9 +125,8 @@ class Stage:
     answered: float
 
     @classmethod
-    def of(cls, stage: str, group: str) -> Stage:
+    def of(cls, subject: Subject, group: str) -> Stage:
         """Score one group of facts at one stage of training."""
-        subject = open_subject(SourceConfig(checkpoint=f"{_FOLDER}/{stage}"))
         asked = ask(subject, group, QUESTIONS)
         answers = asked.targets[:, 1]
         others = subject.model.encode(with_other_start(subject, asked.questions))
