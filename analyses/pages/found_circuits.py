@@ -29,7 +29,7 @@ from loopscope.interp.drawing.circuits import folded_scores
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.models.basis.tokens import Batch
 
-WANTED, TOP, QUESTIONS = 0.9, 50, 32
+WANTED, TOP, QUESTIONS = 0.9, 50, 24
 STAGES = ("train", "id", "ood")
 _FOLDER = "mini/systematicity/r4_l2"
 
