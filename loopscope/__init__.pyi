@@ -41,6 +41,7 @@ from .interp.circuits.selection import (
 from .interp.circuits.selection import (
     smallest_circuit as smallest_circuit,
 )
+from .interp.circuits.viewer import viewer_graph as viewer_graph
 from .interp.common.cells import Cell as Cell
 from .interp.common.finite import first_nonfinite as first_nonfinite
 from .interp.common.metrics import (

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _FOLDER = Path(__file__).parents[1] / "figures"
 _PACKAGE = "loopscope.analyses.figures"
@@ -47,6 +49,12 @@ class FigureFile:
     def module(self) -> ModuleType:
         """The figure's code, imported."""
         return import_module(f"{_PACKAGE}.{self.room}.{self.stem}")
+
+    def files(self) -> dict[str, Callable[[Any], bytes]]:
+        """The files that only this figure has: the content of each, made of the record, by the
+        ending of its name ("page.html" goes with the HTML, "graph.json" with the JSON).
+        """
+        return dict(getattr(self.module(), "FILES", {}))
 
     def config(self) -> type:
         """The class of the figure's settings; the figure's code is imported for it."""

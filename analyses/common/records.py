@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loopscope.analyses.common.config_files import MADE_WITH, settings
 from loopscope.analyses.common.configs import OutputConfig, RunConfig
+from loopscope.analyses.common.figures import FIGURES
 from loopscope.models.basis.arguments import Argument, ArgumentError
 from loopscope.models.basis.files import atomic_path
 
@@ -62,9 +63,15 @@ def files_of(name: str, output: OutputConfig) -> list[Path]:
             Argument(asked, True),
         )
     kinds = [kind for kind in known if getattr(output, kind)]
+    kinds += [each for each in _more(name) if getattr(output, each.rpartition(".")[2])]
     return [output.out / f"{name}.{kind}" for kind in kinds] + [
         output.out / f"{name}.settings.json"
     ]
+
+
+def _more(name: str) -> dict[str, Callable[[Any], bytes]]:
+    """The other files of a figure, by their ending; none for a name that is no figure's."""
+    return FIGURES[name].files() if name in FIGURES else {}
 
 
 def refuse_unwritable(files: Sequence[Path], overwrite: bool) -> None:
@@ -133,6 +140,7 @@ def write(
         ".html": lambda: pio.to_html(figure, include_plotlyjs=True, config=FIGURE_CONFIG).encode(),
         ".settings.json": lambda: (json.dumps(told, indent=1) + "\n").encode(),
         **{f".{kind}": partial(picture, figure, kind) for kind in _PICTURES},
+        **{f".{ending}": partial(make, record) for ending, make in _more(name).items()},
     }
     write_all({path: contents[path.name.removeprefix(name)]() for path in files})
     return files

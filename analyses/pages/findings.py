@@ -17,6 +17,7 @@ from torch import Tensor
 from loopscope.analyses.common.configs import DEFAULT_CHECKPOINT, SourceConfig
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.pages import found_circuits
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_margin
 from loopscope.interp.common.ranking import top_token
@@ -299,11 +300,12 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
         t: pairs.accuracy_without(Component("iteration", loops=(t,)), "zero")
         for t in range(pairs.n_loops)
     }
+    by_head = movers(pairs, front)
     tables = [
         table,
         restored(pairs, front),
         writers(pairs, front),
-        movers(pairs, front),
+        by_head,
         estimates(pairs),
     ]
     worst = min(skipped, key=lambda t: skipped[t])
@@ -322,7 +324,7 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
         ("FRONT", "RESTORED", "WRITERS", "MOVERS", "ESTIMATES"), tables, strict=True
     ):
         text = text.replace(mark, markdown_table(frame))
-    return text
+    return text + found_circuits.section(pairs.subject, HOPS, by_head)
 
 
 def write(path: Path) -> Path:

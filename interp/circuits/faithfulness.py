@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.interp.attribution.direct_logit import check_sum
-from loopscope.interp.circuits.graph import Graph, graph_of
+from loopscope.interp.circuits.graph import Graph, close, graph_with
 from loopscope.interp.circuits.masked import MaskedRuns, Replace
 from loopscope.interp.circuits.names import EMBED, FINAL, end_of
 from loopscope.interp.circuits.record import Circuit
@@ -21,7 +20,6 @@ from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_
 from loopscope.interp.common.metrics import measure, metric_name, minus_kl
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Pair
-from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.core.base import LoopedModel
 
@@ -196,9 +194,7 @@ def masked_runs(
     lengths = sorted({circuit.n_loops for circuit in circuits})
     if len(lengths) > 1:
         raise ValueError(f"all circuits must have the same iterations, got n_loops={lengths}")
-    graph = graph_of(model, pair.clean, lengths[0], None)
-    if len(graph.edges) != circuits[0].n_possible:
-        graph = graph_of(model, pair.clean, lengths[0], False)
+    graph = graph_with(model, pair.clean, lengths[0], circuits[0].n_possible)
     return MaskedRuns.of(model, graph, pair.clean, pair.corrupted, replace, seed, memory_gb)
 
 
@@ -228,7 +224,12 @@ class Measured:
         end = model.advance(begin_batch(model, pair.clean, runs.graph.n_loops))
         own = model.readout(end, pair.clean.readout)
         whole, replaced = runs.logits(torch.stack([every, torch.zeros_like(every)]))
-        check_sum(widened(whole)[None], widened(own), "the stream that is read", own.dtype)
+        if not close(whole, own):
+            raise ValueError(
+                "with all edges kept the logits must be the model's own, but are off by up to"
+                f" {float((whole - own).abs().max()):.3g}; something else writes to the residual"
+                " stream: a hook that is attached now, or the family itself"
+            )
         chosen = minus_kl(own) if metric == "kl" else metric
         return cls(runs, chosen, measure(chosen, whole), measure(chosen, replaced))
 

@@ -188,6 +188,12 @@ def graph_of(model: LoopedModel, batch: Batch, n_loops: int, heads: bool | None)
     return _graph(visits, n_loops, not reason)
 
 
+def graph_with(model: LoopedModel, batch: Batch, n_loops: int, n_edges: int) -> Graph:
+    """The graph of a circuit: with heads where it then has as many edges as the circuit's own."""
+    graph = graph_of(model, batch, n_loops, None)
+    return graph if len(graph.edges) == n_edges else graph_of(model, batch, n_loops, False)
+
+
 def _graph(visits: list[Visit], n_loops: int, heads: bool) -> Graph:
     stages: list[Stage] = []
     writers, readers, before = [EMBED], list[str](), list[int]()
@@ -261,13 +267,14 @@ def _heads_apart(model: LoopedModel, batch: Batch, visits: list[Visit], n_loops:
             summed = stage.outputs(z).sum(0) + stage.constant(z)
             pairs = zip((*made, summed), (q, k, v, seen[stage.added]), strict=True)
             for what, (ours, theirs) in zip(("q", "k", "v", "sum"), pairs, strict=True):
-                if not _close(ours, theirs):
+                if not close(ours, theirs):
                     wrong = "do not add up to its attention"
                     made_of = f"have a {what} that is not made of the normed stream alone"
                     return f"the heads of {stage.visit.name} {wrong if what == 'sum' else made_of}"
     return ""
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding, measured by the largest entry."""
     off, scale = (ours - theirs).abs().max(), theirs.abs().max()
     return ours.shape == theirs.shape and bool(off <= torch.finfo(ours.dtype).eps ** 0.5 * scale)

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from loopscope.interp.circuits.names import FINAL, Edge, ScheduleEntry, end_of
+from loopscope.interp.circuits.names import FINAL, Edge, End, ScheduleEntry, end_of
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.files import atomic_path
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 _KIND, _VERSION = "loopscope circuit", 1
 Setting = str | int | float | bool | None
@@ -180,6 +183,16 @@ class Circuit(OneScreen):
         """A node's component of the shared block: its name without the iteration."""
         end = end_of(node)
         return f"{self._blocks[end.visit]}.{end.component}" if end.visit else end.component
+
+    def end(self, name: str) -> End:
+        """A node or a reader of the circuit, taken apart."""
+        return end_of(name)
+
+    def plot(self, title: str = "") -> go.Figure:
+        """A picture: the strongest edges between visits, and the folded view."""
+        from loopscope.interp.drawing.circuits import circuit
+
+        return circuit(self, title)
 
     def save(self, path: str | Path) -> None:
         """Write the circuit as JSON, whole or not at all."""

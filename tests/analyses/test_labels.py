@@ -90,6 +90,7 @@ def test_the_other_figures_show_no_words_of_the_users() -> None:
         "recurrence",
         "halting",
         "causal-graph",
+        "circuit",
         "attention-settling",
         "layers",
         "lyapunov",

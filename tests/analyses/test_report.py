@@ -22,7 +22,7 @@ from paths import SHIPPED
 
 TABS = {
     "Answers": ("overthinking", "recurrence", "halting", "flips"),
-    "Circuit": ("lens", "patch", "ranks"),
+    "Circuit": ("lens", "patch", "ranks", "circuit"),
     "Dynamics": (
         "orbits",
         "steps",
@@ -139,7 +139,7 @@ def test_a_figure_that_cannot_be_drawn_says_why_in_its_place(tmp_path: Path) -> 
     )
     opened, made = report.run(config)
     why = {each.name: each.why for inside in made.values() for each in inside if each.why}
-    assert why.keys() == {"patch"}
+    assert why.keys() == {"patch", "circuit"}
     assert "no other head entity with a known, different answer was found" in why["patch"]
     text = report.page(opened, made, 1.0)
     place = text.partition('<section id="patch">')[2].partition("</section>")[0]
@@ -193,7 +193,7 @@ def of_a_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OF_A_TEXT = {
     "Answers": ["readouts", "exit-gate", "overthinking"],
-    "Circuit": ["lens", "patch", "ranks"],
+    "Circuit": ["lens", "patch", "ranks", "circuit"],
     "Dynamics": [
         *("orbits", "steps", "attention-settling", "layers"),
         *("lyapunov", "attractors", "schedule-edit"),
@@ -210,7 +210,7 @@ def test_the_report_of_a_language_model_shows_what_serves_a_text(of_a_text: Path
         " d.id)]})"
     )
     drawn = "document.querySelectorAll('.js-plotly-plot .main-svg').length"
-    page = visit(of_a_text, [shown], ready=f"{drawn} >= {3 * 13}")
+    page = visit(of_a_text, [shown], ready=f"{drawn} >= {3 * 14}")
     found = {tab: [key.removeprefix("figure-") for key in keys] for tab, keys in page.values[0]}
     assert found == OF_A_TEXT
     assert page.errors == []

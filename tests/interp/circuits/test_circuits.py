@@ -18,7 +18,7 @@ from compiled import ANSWER, EDGES, asked, two_hops
 from family_toys import TOYS
 from family_toys import full as full_of
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
-from loopscope.interp.circuits.graph import Graph, graph_of
+from loopscope.interp.circuits.graph import Graph, close, graph_of
 from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.circuits.names import Edge, end_of
 from loopscope.interp.circuits.record import Circuit
@@ -338,3 +338,10 @@ def test_what_cannot_be_a_circuit_is_refused() -> None:
     given = full_of(TOYS["ouro"], ouro, 1), full_of(TOYS["ouro"], ouro, 2)
     with pytest.raises(ValueError, match=r"its heads cannot be nodes; pass heads=False"):
         circuit_scores(ouro, *given, difference, heads=True)
+
+
+def test_tensors_are_close_by_their_largest_entry() -> None:
+    logits = torch.tensor([0.0, 8.0, -3.0])
+    assert close(logits + 1e-5, logits)
+    assert not close(logits + 1e-2, logits)
+    assert not close(logits + torch.nan, logits)

@@ -1,0 +1,238 @@
+"""The circuits that a search finds: the edges of a multi-hop miniature, and what they become over
+the stages of training of a two-hop one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import pandas as pd
+
+from loopscope.analyses.common.configs import PairConfig, SourceConfig
+from loopscope.analyses.common.look import GROUP_NAMES
+from loopscope.analyses.common.pairs_of import make_pairs, rows_of
+from loopscope.analyses.common.records import markdown_table
+from loopscope.analyses.common.subject import Subject, open_subject
+from loopscope.analyses.common.two_hop import GROUPS, ask, with_other_start
+from loopscope.analyses.figures.circuit.circuit import CircuitConfig, FoundCircuit, measure
+from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.circuits.scores import circuit_scores
+from loopscope.interp.circuits.search import compare_scores
+from loopscope.interp.circuits.selection import smallest_circuit
+from loopscope.interp.common.inputs import Metric
+from loopscope.interp.common.metrics import logit_margin
+from loopscope.interp.drawing.circuits import folded_scores
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.models.basis.tokens import Batch
+
+WANTED, TOP, QUESTIONS = 0.9, 50, 24
+STAGES = ("train", "id", "ood")
+_FOLDER = "mini/systematicity/r4_l2"
+
+
+def section(subject: Subject, hops: int, movers: pd.DataFrame) -> str:
+    """The section of the page of findings.
+
+    Args:
+        subject: The multi-hop checkpoint.
+        hops: Hop count of its questions.
+        movers: What single heads restore, found by hand: hop, loop, block, head, restores.
+    """
+    pairs = make_pairs(subject, rows_of(subject, PairConfig(hops=hops)))
+    found = measure(subject, pairs, CircuitConfig(wanted=WANTED))
+    opened = {s: open_subject(SourceConfig(checkpoint=f"{_FOLDER}/{s}")) for s in STAGES}
+    stages = {(s, g): Stage.of(opened[s], g) for s in STAGES for g in GROUPS[1:]}
+    heads, changed = by_hand(found.circuit, movers), changes(stages)
+    same = changed["first half at"] == changed["second half at"]
+    text = _TEXT.format(
+        hops=hops,
+        possible=found.circuit.n_possible,
+        wanted=WANTED,
+        share=f"{found.circuit.share:.2f}",
+        same=int((heads["most by hand"] == heads["most in the circuit"]).sum()),
+        steps=len(heads),
+        top=TOP,
+        left=f"{float(found.left[found.own]):.2f}".replace("-0.00", "0.00"),
+        between=f"{changed.loc[~same, 'overlap'].mean():.2f}",
+        within=f"{changed.loc[same, 'overlap'].mean():.2f}",
+        folder=_FOLDER,
+        questions=QUESTIONS,
+    )
+    tables = {
+        "SIZES": sizes(found),
+        "FOLDED": folded(found.circuit),
+        "HEADS": heads,
+        "STAGES": by_stage(stages),
+        "CHANGES": changed,
+    }
+    for mark, table in tables.items():
+        text = text.replace(mark, markdown_table(table))
+    return text
+
+
+def sizes(found: FoundCircuit) -> pd.DataFrame:
+    """Faithfulness over sizes, with the controls."""
+    table = found.summary()
+    return table[["share", *list(table.columns)[2:6]]].rename(columns={"share": "share of edges"})
+
+
+def folded(circuit: Circuit) -> pd.DataFrame:
+    """The share of the score that each component writes in each loop."""
+    table = folded_scores(circuit).fillna(0.0)
+    return table.rename(columns=lambda loop: f"loop {loop}").reset_index()
+
+
+def by_hand(circuit: Circuit, movers: pd.DataFrame) -> pd.DataFrame:
+    """For each step the head whose clean output restores most, and the one with the largest score
+    in the circuit.
+    """
+    frame = circuit.unrolled()
+    frame = frame[frame["writer_component"].str.startswith("attn.")]
+    frame = frame.assign(size=frame["score"].abs())
+    scores = frame.groupby(["writer_loop", "writer_layer", "writer_component"])["size"].sum()
+    rows = []
+    for (hop, loop, block), heads in movers.groupby(["hop", "loop", "block"]):
+        best = int(heads.nlargest(1, "restores")["head"].tolist()[0])
+        here = scores.get((loop, block))
+        most = -1 if here is None else int(str(here.idxmax()).removeprefix("attn."))
+        rows.append((hop, loop, block, best, most))
+    columns = ["hop", "loop", "block", "most by hand", "most in the circuit"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A two-hop checkpoint on one group of facts.
+
+    Attributes:
+        subject: The checkpoint.
+        clean, corrupted: The questions, and the same ones with another head entity and first
+            relation.
+        metric: The answer's margin.
+        halves: The scores of all edges by the first and by the second half of the questions.
+        answered: The share of right answers.
+    """
+
+    subject: Subject
+    clean: Batch
+    corrupted: Batch
+    metric: Metric
+    halves: tuple[Circuit, Circuit]
+    answered: float
+
+    @classmethod
+    def of(cls, subject: Subject, group: str) -> Stage:
+        """Score one group of facts at one stage of training."""
+        asked = ask(subject, group, QUESTIONS)
+        answers = asked.targets[:, 1]
+        others = subject.model.encode(with_other_start(subject, asked.questions))
+        half = len(answers) // 2
+        first, second = (
+            circuit_scores(
+                subject.model,
+                asked.batch[rows],
+                others[rows],
+                logit_margin(answers[rows]),
+            )
+            for rows in (slice(0, half), slice(half, None))
+        )
+        right = readout_lens(subject.model, asked.batch).correct(answers)[-1].float().mean()
+        metric = logit_margin(answers)
+        return cls(subject, asked.batch, others, metric, (first, second), float(right))
+
+    @cached_property
+    def scores(self) -> Circuit:
+        """The scores by all questions."""
+        return circuit_scores(self.subject.model, self.clean, self.corrupted, self.metric)
+
+    @cached_property
+    def circuit(self) -> Circuit:
+        """The smallest circuit that is faithful enough."""
+        both = self.clean, self.corrupted
+        return smallest_circuit(self.subject.model, *both, self.scores, self.metric, WANTED)
+
+    def measured(self, circuit: Circuit) -> tuple[float, float]:
+        """A circuit's faithfulness here, and what is left without it."""
+        both = self.clean, self.corrupted
+        found = evaluate_circuit(self.subject.model, *both, circuit, self.metric)
+        return float(found.faithfulness[0]), float(found.completeness[0])
+
+
+Stages = Mapping[tuple[str, str], Stage]
+
+
+def by_stage(stages: Stages) -> pd.DataFrame:
+    """The circuit of each group at each stage, and that of the ID facts on the group."""
+    rows = []
+    for (name, group), stage in stages.items():
+        other = stages[name, GROUPS[1]].circuit
+        circuit, (kept, left) = stage.circuit, stage.measured(stage.circuit)
+        carried = stage.measured(other)[0] if other is not circuit else kept
+        call = stage.scores.call
+        margins = (float(call.clean or 0), float(call.corrupted or 0))
+        row = (name, GROUP_NAMES[group], stage.answered, *margins)
+        rows.append((*row, circuit.share, kept, left, carried))
+    columns = ["stage", "facts", "answered", "margin", "corrupted", "share of edges"]
+    return pd.DataFrame(rows, columns=[*columns, "kept", "left without", "kept by the ID circuit"])
+
+
+def changes(stages: Stages) -> pd.DataFrame:
+    """How alike the scores of two stages are; the same stage twice is the control."""
+    pairs = [*((stage, stage) for stage in STAGES), *pairwise(STAGES)]
+    rows = []
+    for group in GROUPS[1:]:
+        for before, after in pairs:
+            first, second = stages[before, group].halves[0], stages[after, group].halves[1]
+            found = compare_scores(first, second, (TOP,)).iloc[0]
+            likeness = float(found["overlap"]), float(found["rank correlation"])
+            rows.append((GROUP_NAMES[group], before, after, *likeness))
+    columns = ["facts", "first half at", "second half at", "overlap", "rank correlation"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+_TEXT = """
+## The circuit that a search finds
+
+`loopscope circuit --hops {hops}` scores all {possible} edges between heads and MLPs of all
+iterations, by integrated gradients between the two runs of each pair, and takes edges from the
+readout backwards, the largest first, until they alone keep {wanted} of the difference between the
+margins; everything else is given the corrupted run. That takes {share} of the edges, and {left} is
+left without them: the circuit lacks nothing, but it is not small. The controls are as many edges
+whose writers change most between the two runs, and random ones.
+
+SIZES
+
+Folded over the iterations: the share of the circuit's score that each component of the two blocks
+writes in each loop.
+
+FOLDED
+
+By hand and by search: for each step above, the head whose clean output alone restores most, and
+the head with the largest score there. They are the same in {same} of {steps} steps. A score also
+counts what a head does at other positions and for later iterations.
+
+HEADS
+
+## Does the circuit change when a model begins to generalise?
+
+`{folder}` was kept at three stages of training: when it had
+learnt its training facts, the held-out combinations of known facts (ID), and the combinations of
+facts that were never combined (OOD). For {questions} questions of each group, paired with another
+head entity and first relation: the smallest circuit that keeps {wanted} of the difference between
+the margins, and how much of it the circuit of the ID facts of the same stage keeps. Where a group
+is hardly answered, the difference is small, and a share of it says little.
+
+STAGES
+
+The scores of one half of the questions at one stage, compared with those of the other half at the
+same stage (the control) and at the next one: the overlap of the {top} edges of largest score, and
+Spearman's rank correlation over all edges. The mean overlap is {between} between stages and
+{within} within one: most of what differs between two stages differs between two halves of the
+questions too. What these scores show of a stage is rather how many edges the ID facts need.
+
+CHANGES
+"""

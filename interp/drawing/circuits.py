@@ -1,0 +1,198 @@
+"""The picture of a circuit: its edges between visits, and the iterations in which the components of
+the shared blocks act.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from loopscope.interp.drawing.labels import spoken, tick
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, styled, titled
+
+if TYPE_CHECKING:
+    from loopscope.interp.circuits.names import End
+    from loopscope.interp.circuits.record import Circuit
+
+MOST = 150
+"""Edges that are drawn; of more, those of largest absolute score."""
+EMBED, FINAL = "embed", "final"
+TOWARDS, AWAY = CATEGORIES[0], CATEGORIES[1]
+_WIDTHS = (0.6, 1.2, 2.2, 4.0)
+_STEPS = 12  # points of a curved line
+
+
+@dataclass(frozen=True)
+class Spot:
+    """The place of a node in the unrolled view.
+
+    Attributes:
+        x: The visit's number, with an MLP a little behind its attention; -1 for "embed".
+        y: The component's row.
+    """
+
+    x: float
+    y: float
+
+
+def components(circuit: Circuit) -> list[str]:
+    """The components of any one visit: heads (or attention) first, then the MLP."""
+    found = {circuit.end(node).component for node in circuit.nodes} - {EMBED, FINAL}
+    return sorted(found, key=lambda name: (name == "mlp", [len(name), name]))
+
+
+def spots(circuit: Circuit) -> dict[str, Spot]:
+    """The place of every node."""
+    rows = {name: row for row, name in enumerate(components(circuit))}
+    visits = {place.name: number for number, place in enumerate(circuit.schedule)}
+    middle = (len(rows) - 1) / 2
+    ends = {EMBED: Spot(-1.0, middle), FINAL: Spot(float(len(visits)), middle)}
+    return {
+        node: ends.get(node) or Spot(visits[end.visit] + 0.3 * (end.component == "mlp"), y)
+        for node in circuit.nodes
+        for end in [circuit.end(node)]
+        for y in [float(rows.get(end.component, 0))]
+    }
+
+
+def circuit(record: Circuit, title: str) -> go.Figure:
+    """The edges between visits, and beside them the folded view."""
+    plot = make_subplots(1, 2, column_widths=[0.72, 0.28], horizontal_spacing=0.13)
+    add_unrolled(plot, record, 1, 1)
+    add_folded(plot, record, 1, 2)
+    return titled(styled(plot, 460).update_layout(showlegend=False), title)
+
+
+def add_unrolled(plot: go.Figure, record: Circuit, row: int, col: int) -> None:
+    """Columns are visits, rows are components; blue edges move the metric towards the clean run,
+    orange ones away from it.
+    """
+    at, place = spots(record), {"row": row, "col": col}
+    for color, width, x, y in _lines(record, at):
+        line = {"color": color, "width": width}
+        plot.add_scatter(
+            x=x, y=y, mode="lines", line=line, opacity=0.5, hoverinfo="skip", showlegend=False,
+            **place,
+        )  # fmt: skip
+    nodes, sums = list(at), _sums(record)
+    most = max(sums.values(), default=0.0) or 1.0
+    plot.add_scatter(
+        x=[at[node].x for node in nodes],
+        y=[at[node].y for node in nodes],
+        mode="markers",
+        marker={
+            "size": [6 + 14 * math.sqrt(sums[node] / most) for node in nodes],
+            "color": INK,
+            "line": {"color": "white", "width": 1},
+            "opacity": 1,
+        },
+        customdata=[
+            f"{node}<br>{_said(record.end(node))}<br>score {sums[node]:.3g}" for node in nodes
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
+        showlegend=False,
+        **place,
+    )
+    names = components(record)
+    ticks = ["embed", *(tick(place.name) for place in record.schedule), "final"]
+    plot.update_xaxes(
+        title="visit (loop.block)", tickvals=list(range(-1, len(ticks) - 1)), ticktext=ticks,
+        range=[-1.5, len(ticks) - 1.5], **place,
+    )  # fmt: skip
+    plot.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=names, range=[-0.6, len(names) - 0.4], **place
+    )
+
+
+def add_folded(plot: go.Figure, record: Circuit, row: int, col: int) -> None:
+    """One row for each component of the shared blocks, one column for each iteration: the share of
+    the circuit's score that its edges carry out of it there.
+    """
+    table = folded_scores(record)
+    outside = -1 in table.columns
+    plot.add_heatmap(
+        x=list(table.columns),
+        y=list(table.index),
+        z=table.to_numpy().tolist(),
+        zmin=0,
+        colorscale=ACCURACY_SCALE,
+        xgap=1,
+        ygap=1,
+        showscale=False,
+        hovertemplate="%{y}<br>loop %{x}<br>share of the score %{z:.3f}<extra></extra>",
+        row=row,
+        col=col,
+    )
+    step = 1 + record.n_loops // 12
+    shown = [-1] * outside + list(range(0, record.n_loops, step))
+    plot.update_xaxes(
+        title="loop", tickvals=shown, ticktext=["outside" if x < 0 else str(x) for x in shown],
+        row=row, col=col,
+    )  # fmt: skip
+    plot.update_yaxes(type="category", row=row, col=col)
+
+
+def folded_scores(record: Circuit) -> pd.DataFrame:
+    """The share of the absolute scores that leave each component of the shared blocks in each
+    iteration (-1 for what lies outside the loop), components by loops; empty cells are missing.
+    """
+    frame = record.unrolled()
+    frame = frame[frame["writer"] != EMBED]
+    frame = frame.assign(
+        component=[record.folded_name(node) for node in frame["writer"]],
+        loop=frame["writer_loop"].fillna(-1).astype(int),
+        size=frame["score"].abs() / (frame["score"].abs().sum() or 1.0),
+    )
+    table = frame.pivot_table(index="component", columns="loop", values="size", aggfunc="sum")
+    loops = ([-1] if -1 in table.columns else []) + list(range(record.n_loops))
+    return table.reindex(columns=loops)
+
+
+def strongest(record: Circuit, most: int) -> list[int]:
+    """The numbers of the edges of largest absolute score, smallest first."""
+    order = sorted(range(len(record)), key=lambda number: abs(record.scores[number]))
+    return order[-most:]
+
+
+def _sums(record: Circuit) -> dict[str, float]:
+    """The absolute scores that leave each node; for one that nothing leaves those that enter it."""
+    out, into = dict.fromkeys(record.nodes, 0.0), dict.fromkeys(record.nodes, 0.0)
+    for edge, score in zip(record.edges, record.scores, strict=True):
+        out[edge.writer] += abs(score)
+        into[record.end(edge.reader).node] += abs(score)
+    return {node: out[node] or into[node] for node in out}
+
+
+def _lines(
+    record: Circuit, at: dict[str, Spot]
+) -> Iterator[tuple[str, float, list[float | None], list[float | None]]]:
+    """Curved lines of one colour and width together: colour, width, x and y."""
+    drawn = strongest(record, MOST)
+    most = max((abs(record.scores[number]) for number in drawn), default=0.0) or 1.0
+    lines: dict[tuple[float, str], tuple[list[float | None], list[float | None]]] = {}
+    for number in drawn:
+        edge, score = record.edges[number], record.scores[number]
+        level = min(len(_WIDTHS) - 1, int(len(_WIDTHS) * math.sqrt(abs(score) / most)))
+        key = _WIDTHS[level], TOWARDS if score >= 0 else AWAY
+        x, y = lines.setdefault(key, ([], []))
+        start, end = at[edge.writer], at[record.end(edge.reader).node]
+        bow = 0.12 * math.sqrt(abs(end.x - start.x)) * (1 if start.y == end.y else 0.5)
+        for step in range(_STEPS + 1):
+            share = step / _STEPS
+            x.append(start.x + share * (end.x - start.x))
+            y.append(start.y + share * (end.y - start.y) + 4 * bow * share * (1 - share))
+        x.append(None)
+        y.append(None)
+    for (width, color), (x, y) in sorted(lines.items()):
+        yield color, width, x, y
+
+
+def _said(end: End) -> str:
+    """A node in a sentence."""
+    return f"{spoken(end.visit)}, {end.component}" if end.visit else end.component

@@ -1,0 +1,106 @@
+"""The circuit's figure: what its record says, and what is drawn of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loopscope.analyses.common.configs import OutputConfig
+from loopscope.analyses.common.pairs_of import open_pairs
+from loopscope.analyses.common.records import files_of
+from loopscope.analyses.figures.circuit import circuit as page
+from loopscope.analyses.figures.circuit.circuit import CircuitConfig, FoundCircuit
+from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.names import EMBED, FINAL
+from loopscope.interp.circuits.selection import prune_circuit
+from loopscope.interp.drawing.circuits import components, folded_scores, spots, strongest
+from small_figures import small_config, small_figure
+
+
+@pytest.fixture(scope="module")
+def record() -> FoundCircuit:
+    found = small_figure("circuit")[0]
+    assert isinstance(found, FoundCircuit)
+    return found
+
+
+def test_the_record_says_what_a_measurement_of_its_circuit_says(record: FoundCircuit) -> None:
+    config: CircuitConfig = small_config("circuit")
+    subject, pairs = open_pairs(config, config.n_loops)
+    both = pairs.clean_batch, pairs.corrupted_batch
+    found = evaluate_circuit(subject.model, *both, record.circuit, pairs.metric())
+    row = record.summary().query("circuit == 'yes'").iloc[0]
+    assert row["edges"] == len(record.circuit) == int(found.edges[0])
+    assert row["faithfulness"] == pytest.approx(float(found.faithfulness[0]), abs=1e-5)
+    assert row["left without them"] == pytest.approx(float(found.completeness[0]), abs=1e-5)
+    assert prune_circuit(record.circuit) == record.circuit
+
+
+def test_sizes_are_the_shares_and_the_circuits_own(record: FoundCircuit) -> None:
+    shares = {max(1, round(share * record.circuit.n_possible)) for share in page.SHARES}
+    assert set(record.sizes) == shares | {len(record.circuit)}
+    assert record.faithful.shape == (len(page.RANKINGS), len(record.sizes))
+    assert record.summary()["circuit"].tolist().count("yes") == 1
+    assert len(record.frame()) == len(record.circuit)
+
+
+def test_the_finding_says_edges_faithfulness_and_controls(record: FoundCircuit) -> None:
+    faithful = torch.tensor([[0.5], [0.25], [-0.125]], dtype=torch.float64)
+    small = replace(
+        record,
+        sizes=(len(record.circuit),),
+        faithful=faithful,
+        left=torch.tensor([0.0625], dtype=torch.float64),
+    )
+    said = page._found(small)
+    assert said.startswith(f"{len(record.circuit)} of {record.circuit.n_possible} edges")
+    assert "keep 0.50 of the difference" in said
+    assert "all others together keep 0.06" in said
+    assert "the change of their writers keep 0.25, random ones -0.12" in said
+
+
+def test_every_node_has_a_place_of_its_own(record: FoundCircuit) -> None:
+    places = spots(record.circuit)
+    assert set(places) == set(record.circuit.nodes)
+    assert len(set(places.values())) == len(places)
+    assert places[EMBED].x < min(spot.x for node, spot in places.items() if node != EMBED)
+    assert places[FINAL].x == len(record.circuit.schedule)
+    assert components(record.circuit)[-1] == "mlp"
+
+
+def test_the_folded_view_shares_out_all_scores_but_the_embeddings(record: FoundCircuit) -> None:
+    table = folded_scores(record.circuit)
+    assert float(table.sum().sum()) == pytest.approx(1.0)
+    assert list(table.columns) == list(range(record.circuit.n_loops))
+    frame = record.frame()
+    own = frame[frame["writer"] != EMBED]
+    first = own[own["writer"].str.startswith("loops.0.")]
+    expected = first["score"].abs().sum() / own["score"].abs().sum()
+    assert float(table[0].sum()) == pytest.approx(expected)
+
+
+def test_the_strongest_edges_are_drawn(record: FoundCircuit) -> None:
+    kept = strongest(record.circuit, 3)
+    sizes = sorted(map(abs, record.circuit.scores))
+    assert sorted(abs(record.circuit.scores[number]) for number in kept) == sizes[-3:]
+    figure = small_figure("circuit")[1]
+    lines = [trace for trace in figure.data if trace.type == "scatter" and trace.mode == "lines"]
+    assert sum(list(trace.x).count(None) for trace in lines) == len(record.circuit)
+
+
+def test_a_circuit_has_a_picture_of_its_own(record: FoundCircuit) -> None:
+    figure = record.circuit.plot(title="a circuit")
+    assert figure.layout.title.text == "a circuit"
+    (folded,) = [trace for trace in figure.data if trace.type == "heatmap"]
+    assert set(folded.y) <= set(record.circuit.folded()["component"])
+
+
+def test_the_page_and_the_graph_go_with_the_html_and_the_json(tmp_path: Path) -> None:
+    output = OutputConfig(out=tmp_path, csv=False, html=False)
+    names = [path.name for path in files_of("circuit", output)]
+    assert names == ["circuit.json", "circuit.graph.json", "circuit.settings.json"]
+    more = [path.name for path in files_of("circuit", replace(output, json=False, html=True))]
+    assert more == ["circuit.html", "circuit.page.html", "circuit.settings.json"]
