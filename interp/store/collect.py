@@ -110,6 +110,8 @@ def collect(
         "max_bytes": max_bytes,
         "batch_size": batch_size,
         "per_file": per_file,
+        "vocabulary": described(None if model.vocab is None else tuple(model.vocab.words)),
+        "read_at": None if isinstance(inputs, Batch | Tensor) else model.read_at,
     }
     manifest = Manifest(
         method="collect",
@@ -121,7 +123,6 @@ def collect(
             "groups": [group.to_json() for group in groups],
             "examples": source.count,
             "n_loops": n_loops,
-            "vocabulary": described(None if model.vocab is None else tuple(model.vocab.words)),
         },
     )
     job = _Job(model, source, groups, n_loops, positions, kind, max_bytes, batch_size, per_file)

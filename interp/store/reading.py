@@ -146,7 +146,7 @@ class ActivationStore:
         """
         words = described(None if model.vocab is None else tuple(model.vocab.words))
         for what, mine, theirs in (
-            ("tokenizer", words, self.manifest.about["vocabulary"]),
+            ("tokenizer", words, self.manifest.settings["vocabulary"]),
             ("model", described(facts_of_model(model)), self.manifest.weights),
         ):
             if mine != theirs:

@@ -193,6 +193,20 @@ def test_a_folder_of_another_call_is_refused(model: RecurrentDepth, tmp_path: Pa
     assert stored_bytes(tmp_path) == before
 
 
+def test_another_tokenizer_or_readout_rule_is_another_call(
+    model: RecurrentDepth, tmp_path: Path
+) -> None:
+    other = toy(injection=True)
+    for words, read_at, differs in (
+        (model.vocab.words[:0:-1], model.read_at, "vocabulary"),  # type: ignore[union-attr]
+        (model.vocab.words, Readout("first_pad"), "read_at"),  # type: ignore[union-attr]
+    ):
+        other.vocab, other.read_at = Vocabulary(words), read_at
+        collect(model, TEXTS, n_loops=1, to=tmp_path, positions=None)
+        with pytest.raises(ValueError, match=rf"results of another call.*{differs}\)"):
+            collect(other, TEXTS, n_loops=1, to=tmp_path, positions=None)
+
+
 def test_a_store_of_another_model_or_tokenizer_is_refused(
     model: RecurrentDepth, store: ActivationStore
 ) -> None:
