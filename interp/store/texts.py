@@ -105,7 +105,8 @@ def _of_rows(
     digest = hashlib.sha256(repr(context).encode())
     for start in range(0, count, _ROWS):
         for row in read(range(start, min(start + _ROWS, count))):
-            digest.update(hashlib.sha256(repr(row).encode()).digest())
+            plain = row if isinstance(row, str) else [int(token) for token in row]
+            digest.update(hashlib.sha256(repr(plain).encode()).digest())
     return Source(count, digest.hexdigest(), batches)
 
 

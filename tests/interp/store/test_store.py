@@ -23,6 +23,7 @@ from loopscope import (
     gradients,
     logit_margin,
 )
+from loopscope.interp.store.texts import source_of
 from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import BATCH, D_MODEL, D_VOCAB, HEADS, LAYERS, LENGTHS, LOOPS, assert_close, padded, toy
@@ -205,6 +206,17 @@ def test_another_tokenizer_or_readout_rule_is_another_call(
         collect(model, TEXTS, n_loops=1, to=tmp_path, positions=None)
         with pytest.raises(ValueError, match=rf"results of another call.*{differs}\)"):
             collect(other, TEXTS, n_loops=1, to=tmp_path, positions=None)
+
+
+def test_the_hash_of_rows_of_ids_takes_in_every_id(model: RecurrentDepth) -> None:
+    ids = np.arange(3001) % 7
+    other = ids.copy()
+    other[1500] += 1
+    kinds = (ids, torch.tensor(ids), ids.tolist())
+    assert len({source_of(model, [kind]).digest for kind in kinds}) == 1  # type: ignore[list-item]
+    digests = {source_of(model, [row]).digest for row in (ids, other)}  # type: ignore[list-item]
+    digests.add(source_of(model, [str(ids.tolist())]).digest)
+    assert len(digests) == 3
 
 
 def test_a_store_of_another_model_or_tokenizer_is_refused(
