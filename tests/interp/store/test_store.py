@@ -153,6 +153,22 @@ def test_sites_positions_and_number_formats(model: RecurrentDepth, tmp_path: Pat
     assert torch.equal(z.position.long(), batch.readout)
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_picked_column_is_stored_for_the_examples_that_have_it(
+    model: RecurrentDepth, tmp_path: Path, batch_size: int
+) -> None:
+    options: dict[str, Any] = {"positions": [3, 1], "per_file": 2, "batch_size": batch_size}
+    store = collect(model, TEXTS, n_loops=2, to=tmp_path / "some", **options)
+    every = collect(model, TEXTS, n_loops=2, to=tmp_path / "all")
+    kept = (every.position == 1) | (every.position == 3)
+    assert store.example.tolist() == [0, 2, 3, 3, 4]
+    assert store.position.tolist() == [1, 1, 1, 3, 1]
+    assert_close(store.read().values, every.read().values[kept])
+    last = collect(model, TEXTS, n_loops=2, to=tmp_path / "last", **{**options, "positions": 3})
+    assert last.counts == [0, 1, 0]
+    assert_close(last.read().values, store.read().values[3:4])
+
+
 def test_exports_hold_the_same_numbers(store: ActivationStore, tmp_path: Path) -> None:
     from datasets import load_from_disk
 
@@ -259,6 +275,8 @@ def test_a_truncated_file_and_a_full_disk_are_one_sentence(
         ({"dtype": torch.int32}, ValueError, "dtype must be one of"),
         ({"shard": (2, 2)}, ValueError, "one of n shards"),
         ({"shard": 2}, TypeError, "two integers"),
+        ({"positions": [1, 4]}, ValueError, r"positions must be in 0\.\.3, .* got 4"),
+        ({"positions": "readout"}, TypeError, "positions must be 'all', an integer or several"),
         ({"readout": 0}, ValueError, "goes with a tensor of tokens only"),
     ],
 )
