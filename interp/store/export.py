@@ -131,7 +131,7 @@ def _contexts(
     store: ActivationStore, context: int, site: str | None, loop: int | None, layer: int | None
 ) -> Iterator[StoredReads]:
     """The tokens of all examples, so many at a time."""
-    for part in store.batches(context, site, loops=loop, layers=layer, buffer=context):
+    for part in store.batches(context, site, loops=loop, layers=layer):
         if len(part) == context:
             yield StoredReads(_plain(part.values), part.tokens, part.example, part.position)
 

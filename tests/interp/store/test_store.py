@@ -23,6 +23,7 @@ from loopscope import (
     gradients,
     logit_margin,
 )
+from loopscope.interp.store.reading import StoredReads
 from loopscope.interp.store.texts import source_of
 from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -71,7 +72,9 @@ def test_batches_hold_every_token_once_with_all_its_iterations(store: Activation
     )
     orders = []
     for seed in (None, 0, 0, 1):
-        parts = list(store.batches(5, loops=[3, 1], layers=0, seed=seed, buffer=7))
+        parts = list(
+            store.batches(5, loops=[3, 1], layers=0, seed=seed, buffer=7 * 2 * D_MODEL * 8)
+        )
         assert [len(part) for part in parts] == [5, 5, 5, 1]
         seen = [
             place
@@ -86,6 +89,27 @@ def test_batches_hold_every_token_once_with_all_its_iterations(store: Activation
         orders.append(seen)
     assert orders[0] == places
     assert orders[1] == orders[2] != orders[3] != places
+
+
+def test_batches_hold_the_buffer_in_bytes_and_share_no_memory(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(self: ActivationStore, turn: int, *given: Any) -> StoredReads:
+        opened.append(turn)
+        return read(self, turn, *given)
+
+    read, opened = ActivationStore._file, list[int]()
+    monkeypatch.setattr(ActivationStore, "_file", counted)
+    per_read = LOOPS * LAYERS * D_MODEL * 8
+    for buffer, seed, files in (
+        (per_read * 3, 0, 1),
+        (per_read * 12, 0, 2),
+        (1 << 28, None, 1),
+    ):
+        opened.clear()
+        part = next(store.batches(2, seed=seed, buffer=buffer))
+        assert (len(part), len(opened)) == (2, files)
+        assert part.values.untyped_storage().nbytes() == 2 * per_read
 
 
 def test_shards_an_interruption_and_a_restart_give_the_files_of_one_run(
