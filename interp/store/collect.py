@@ -156,6 +156,7 @@ class _Job:
         """Write the files of one range of examples; that of the tokens comes last, so that a range
         whose tokens are there is complete.
         """
+        self._clear(folder, item)
         pieces = list(self._pieces(item))
         count = sum(int(piece.shown.sum()) for piece in pieces)
         with ExitStack() as stack:
@@ -171,6 +172,12 @@ class _Job:
             for piece in pieces:
                 self._run(piece, slabs)
         write_tensors(file_of(folder, item, TOKENS), self._tokens(pieces), manifest)
+
+    def _clear(self, folder: Path, item: int) -> None:
+        """Remove what runs that were killed left of the files of one range of examples."""
+        for label in (TOKENS, *(group.label for group in self.groups)):
+            for left in folder.glob(f".{file_of(folder, item, label).name}.*"):
+                left.unlink(missing_ok=True)
 
     def _run(self, piece: Piece, slabs: list[Slab]) -> None:
         """Run a piece and write what passes its hook points."""

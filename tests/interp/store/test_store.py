@@ -129,6 +129,8 @@ def test_shards_an_interruption_and_a_restart_give_the_files_of_one_run(
         patched.setattr("loopscope.interp.store.collect.write_tensors", stop)
         with pytest.raises(KeyboardInterrupt):
             collect(model, TEXTS, to=tmp_path / "two", shard=(0, 2), **options)
+    for name in ("0000000.resid_post", "0000002.tokens"):  # as a kill leaves them
+        (tmp_path / "two" / f".{name}.safetensors.x8_y").write_bytes(b"half")
     written = (tmp_path / "two" / "0000001.tokens.safetensors").stat().st_mtime_ns
     whole = collect(model, TEXTS, to=tmp_path / "two", **options)
     assert (tmp_path / "two" / "0000001.tokens.safetensors").stat().st_mtime_ns == written
