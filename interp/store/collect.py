@@ -98,11 +98,12 @@ def collect(
         groups = groups_of(
             model, source.batches(range(1)), sites, Where(loops, layers, visits), n_loops
         )
-    positions = checked_positions(source, positions, checked_batch_size(batch_size))
+    batch_size = checked_batch_size(batch_size)
+    positions = checked_positions(source, positions, batch_size)
     kind = next(model.parameters()).dtype if dtype is None else dtype
     if kind not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {kind}")
-    per_file, batch_size = checked_batch_size(per_file), checked_batch_size(batch_size)
+    per_file = checked_batch_size(per_file, "per_file")
     settings = {
         "sites": [group.names for group in groups],
         "n_loops": n_loops,

@@ -96,6 +96,7 @@ def export_parquet(store: ActivationStore, path: str | Path, site: str | None = 
 
     Raises:
         ImportError: `pyarrow` is not installed (the extra `[data]`).
+        ValueError: A store without any file.
     """
     import pyarrow as arrow
     from pyarrow import parquet

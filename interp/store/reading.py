@@ -160,6 +160,7 @@ class ActivationStore:
         """The activations of all reads at one hook point, such as
         "loops.2.blocks.0.hook_resid_post".
         """
+        self._refuse_empty()
         for group in self.groups:
             for loop, row in enumerate(group.names):
                 if name in row:
@@ -187,6 +188,7 @@ class ActivationStore:
         """The reads of one file after the other; the arguments are those of `batches`."""
         group = self.group(site)
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
+        self._refuse_empty()
         for turn in range(len(self.items)):
             yield self._file(turn, group, *chosen)
 
@@ -214,7 +216,8 @@ class ActivationStore:
             `StoredReads`, each with all chosen iterations of its tokens. A batch shares no memory
             with the others.
         """
-        size, group = checked_batch_size(size), self.group(site)
+        size, group = checked_batch_size(size, "size"), self.group(site)
+        self._refuse_empty()
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
         draw = None if seed is None else torch.Generator().manual_seed(seed)
         order = torch.arange(len(self.items))
@@ -235,6 +238,13 @@ class ActivationStore:
             whole = len(found) if last else len(found) // size * size
             yield from (found[reads[at : min(at + size, whole)]] for at in range(0, whole, size))
             held = [found[reads[whole:]]]
+
+    def _refuse_empty(self) -> None:
+        """Raise where no file was written yet."""
+        if not self.items:
+            raise ValueError(
+                f"{self.folder} holds no activations yet; run a shard of collect that writes some"
+            )
 
     def _file(self, turn: int, group: Group, loops: list[int], layers: list[int]) -> StoredReads:
         first = sum(self.counts[:turn])

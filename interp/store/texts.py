@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.fingerprint import described, facts_of_inputs
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, checked_batch_size
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -69,8 +70,15 @@ def source_of(
 
     Raises:
         KeyError: No such column.
-        ValueError: No example, a stream without a length, or a file that is not JSON lines.
+        ValueError: No example, a stream without a length, a file that is not JSON lines, a file's
+            name that is no `Path`, or a context below 1.
     """
+    if context is not None:
+        context = checked_batch_size(context, "context")
+    if isinstance(inputs, str) and os.path.isfile(inputs):
+        raise ValueError(
+            f"a str is one text, but {inputs!r} names a file; pass Path({inputs!r}) for its lines"
+        )
     if isinstance(inputs, Path):
         return _of_file(model, inputs, column, context)
     if isinstance(inputs, Batch | Tensor):

@@ -303,6 +303,9 @@ def test_a_truncated_file_and_a_full_disk_are_one_sentence(
         ({"shard": 2}, TypeError, "two integers"),
         ({"positions": [1, 4]}, ValueError, r"positions must be in 0\.\.3, .* got 4"),
         ({"positions": "readout"}, TypeError, "positions must be 'all', an integer or several"),
+        ({"per_file": 0}, ValueError, "per_file must be at least 1, got 0"),
+        ({"context": 0}, ValueError, "context must be at least 1, got 0"),
+        ({"context": -1}, ValueError, "context must be at least 1, got -1"),
         ({"readout": 0}, ValueError, "goes with a tensor of tokens only"),
     ],
 )
@@ -316,6 +319,24 @@ def test_bad_arguments_write_nothing(
     with pytest.raises(error, match=sentence):
         collect(model, TEXTS, n_loops=2, to=tmp_path / "new", **options)
     assert not list(tmp_path.glob("new/*.safetensors"))
+
+
+def test_a_store_without_files_and_a_files_name_are_refused(
+    model: RecurrentDepth, tmp_path: Path
+) -> None:
+    store = collect(model, TEXTS, n_loops=2, to=tmp_path / "store", shard=(7, 8))
+    for call in (
+        store.read,
+        lambda: store.visit("loops.0.blocks.0.hook_resid_post"),
+        lambda: list(store.batches(2)),
+        lambda: export_parquet(store, tmp_path / "all.parquet"),
+    ):
+        with pytest.raises(ValueError, match="store holds no activations yet"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    (tmp_path / "texts.jsonl").write_text('"<a1>"')
+    with pytest.raises(ValueError, match=r"names a file; pass Path\('.*texts\.jsonl'\)"):
+        collect(model, str(tmp_path / "texts.jsonl"), n_loops=2, to=tmp_path / "other")
 
 
 def test_two_writers_of_one_shard_and_a_foreign_folder_are_refused(
