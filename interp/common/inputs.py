@@ -115,14 +115,18 @@ def in_chunks(batch: Batch, size: int, label: str) -> Iterator[Batch]:
         yield batch[slice(start, start + size)]
 
 
-def checked_batch_size(size: int) -> int:
-    """How many rows are run at a time; at least 1."""
+def checked_batch_size(size: int, name: str = "batch_size") -> int:
+    """How many rows are run at a time; at least 1.
+
+    Args:
+        name: The argument's, for the error.
+    """
     try:
         rows = operator.index(size)
     except TypeError:
-        raise TypeError(f"batch_size must be an integer, got {type(size).__name__}") from None
+        raise TypeError(f"{name} must be an integer, got {type(size).__name__}") from None
     if rows < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}")
+        raise ValueError(f"{name} must be at least 1, got {size}")
     return rows
 
 

@@ -143,7 +143,7 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label | 
         ValueError: Not one label per column, or per example and column.
     """
     rows, columns = shape
-    given = [_plain(label) for label in _plain(labels)]
+    given = plain_labels(labels)
     lists: list[list[Label | None]] = [
         list(row) for row in given if isinstance(row, Sequence) and not isinstance(row, str)
     ]
@@ -158,5 +158,20 @@ def checked_labels(labels: Labels, shape: tuple[int, ...]) -> list[list[Label | 
     return table
 
 
+def plain_labels(labels: Labels) -> list[Any]:
+    """Labels, or lists of them, as values of Python.
+
+    Raises:
+        TypeError: A label that is no word, number or None.
+    """
+    return [_plain(label) for label in labels]
+
+
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    if not isinstance(value, str | int | float | None):
+        raise TypeError(f"a label must be a word, a number or None, got {value!r}")
+    return value

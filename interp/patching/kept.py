@@ -7,12 +7,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loopscope.interp.common.cells import Cell
 from loopscope.interp.common.fingerprint import described, facts_of_inputs, facts_of_model
 from loopscope.interp.common.pairs import Direction, Pair
-from loopscope.interp.patching.grouped import Labels
+from loopscope.interp.patching.grouped import Labels, plain_labels
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.work import Results, settings_of
@@ -39,14 +38,15 @@ def sweep_manifest(
     Raises:
         ValueError: A metric or a hook holds an object that cannot be told from others.
     """
-    plain = None if labels is None else [_plain(label) for label in labels]
+    plain = None if labels is None else plain_labels(labels)
     return Manifest(
         method=method,
         weights=described(facts_of_model(model)),
         inputs=described(facts_of_inputs([pair.clean, pair.corrupted])),
         settings=settings_of(settings)
         | {f"metric {name}": described(metric) for name, metric in metrics.items()}
-        | {"cells": described(repr(tuple(cells))), "direction": direction},
+        | {"cells": described(repr(tuple(cells))), "direction": direction}
+        | {"group_by": described(plain)},
         items=len(items),
         about={
             "cells": [asdict(cell) for cell in cells],
@@ -106,8 +106,3 @@ def kept_sweep(manifest: Manifest, common: Results, found: Sequence[Results]) ->
 def _cell(content: Mapping[str, Any]) -> Cell:
     lists = {name: tuple(content[name]) for name in ("also", "positions")}
     return Cell(**{**content, **lists})
-
-
-def _plain(label: Any) -> Any:
-    """A label, or the labels of a row, as JSON has them."""
-    return label.tolist() if isinstance(label, Tensor) or hasattr(label, "tolist") else label

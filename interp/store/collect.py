@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.interp.common import collecting
-from loopscope.interp.common.columns import read_columns
 from loopscope.interp.common.fingerprint import described, facts_of_model
 from loopscope.interp.common.inputs import ReadoutColumn, checked_batch_size
 from loopscope.interp.common.modes import evaluated
@@ -30,6 +28,7 @@ from loopscope.interp.shards.work import (
 )
 from loopscope.interp.store.files import FLOATS, Slab, file_of
 from loopscope.interp.store.groups import Group, groups_of
+from loopscope.interp.store.pieces import Piece, Positions, checked_positions, cut, reads_of
 from loopscope.interp.store.reading import TOKENS, ActivationStore
 from loopscope.interp.store.texts import Source, Sources, source_of
 from loopscope.models.basis.files import atomic_path
@@ -71,7 +70,8 @@ def collect(
         n_loops: Iterations; None means what the checkpoint records.
         to: The folder.
         loops, layers, visits: Restrict the visits, as for `activation_patch`.
-        positions: "all" for every token that is not padding, columns, or None for the readout.
+        positions: "all" for every token that is not padding, columns, or None for the readout. A
+            column that an example does not have is not stored for it.
         dtype: Of the stored numbers; None means that of the model.
         max_bytes: Activations held in memory at a time, in bytes; longer runs are cut into fewer
             rows.
@@ -87,8 +87,8 @@ def collect(
 
     Raises:
         KeyError: A site, a visit or a column that is not there.
-        ValueError: A folder of another call, `max_bytes` below one example, or visits that are no
-            grid of loops and layers.
+        ValueError: A folder of another call, `max_bytes` below one example, a position that no
+            example has, or visits that are no grid of loops and layers.
         OSError: A full disk; what was finished before is kept.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -98,10 +98,12 @@ def collect(
         groups = groups_of(
             model, source.batches(range(1)), sites, Where(loops, layers, visits), n_loops
         )
+    batch_size = checked_batch_size(batch_size)
+    positions = checked_positions(source, positions, batch_size)
     kind = next(model.parameters()).dtype if dtype is None else dtype
     if kind not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {kind}")
-    per_file, batch_size = checked_batch_size(per_file), checked_batch_size(batch_size)
+    per_file = checked_batch_size(per_file, "per_file")
     settings = {
         "sites": [group.names for group in groups],
         "n_loops": n_loops,
@@ -110,6 +112,8 @@ def collect(
         "max_bytes": max_bytes,
         "batch_size": batch_size,
         "per_file": per_file,
+        "vocabulary": described(None if model.vocab is None else tuple(model.vocab.words)),
+        "read_at": None if isinstance(inputs, Batch | Tensor) else model.read_at,
     }
     manifest = Manifest(
         method="collect",
@@ -121,7 +125,6 @@ def collect(
             "groups": [group.to_json() for group in groups],
             "examples": source.count,
             "n_loops": n_loops,
-            "vocabulary": described(None if model.vocab is None else tuple(model.vocab.words)),
         },
     )
     job = _Job(model, source, groups, n_loops, positions, kind, max_bytes, batch_size, per_file)
@@ -136,28 +139,6 @@ def collect(
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Some rows that are run at once.
-
-    Attributes:
-        first: The first of their reads among those of the file.
-        example: The first row's example.
-        shown: Bool[Tensor, "batch k"], the reads at `columns` that are stored.
-    """
-
-    batch: Batch
-    columns: Int[Tensor, "batch k"]
-    shown: Bool[Tensor, "batch k"]
-    first: int
-    example: int
-
-    def at_reads(self, value: Tensor) -> Tensor:
-        """The entries "batch pos ..." of the reads, example by example."""
-        row, k = self.shown.nonzero(as_tuple=True)
-        return value[row, self.columns[row, k]]
-
-
-@dataclass(frozen=True)
 class _Job:
     """The work of one `collect`."""
 
@@ -165,7 +146,7 @@ class _Job:
     source: Source
     groups: list[Group]
     n_loops: int
-    positions: Picked | int | None
+    positions: Positions
     dtype: torch.dtype
     max_bytes: int
     batch_size: int
@@ -176,6 +157,7 @@ class _Job:
         """Write the files of one range of examples; that of the tokens comes last, so that a range
         whose tokens are there is complete.
         """
+        self._clear(folder, item)
         pieces = list(self._pieces(item))
         count = sum(int(piece.shown.sum()) for piece in pieces)
         with ExitStack() as stack:
@@ -192,7 +174,13 @@ class _Job:
                 self._run(piece, slabs)
         write_tensors(file_of(folder, item, TOKENS), self._tokens(pieces), manifest)
 
-    def _run(self, piece: _Piece, slabs: list[Slab]) -> None:
+    def _clear(self, folder: Path, item: int) -> None:
+        """Remove what runs that were killed left of the files of one range of examples."""
+        for label in (TOKENS, *(group.label for group in self.groups)):
+            for left in folder.glob(f".{file_of(folder, item, label).name}.*"):
+                left.unlink(missing_ok=True)
+
+    def _run(self, piece: Piece, slabs: list[Slab]) -> None:
         """Run a piece and write what passes its hook points."""
         names = [name for group in self.groups for name in group.points]
         wanted = set(names)
@@ -223,7 +211,7 @@ class _Job:
         pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return pinned.copy_(value, non_blocking=True)
 
-    def _pieces(self, item: int) -> Iterator[_Piece]:
+    def _pieces(self, item: int) -> Iterator[Piece]:
         """The examples of a file, cut so that no piece holds more than `max_bytes`."""
         first = item * self.per_file
         end, read = min(first + self.per_file, self.source.count), 0
@@ -232,32 +220,13 @@ class _Job:
         )
         for start in range(first, end, self.batch_size):
             batch = self.source.batches(range(start, min(start + self.batch_size, end)))
-            columns = read_columns(batch, self.positions)
-            every = isinstance(self.positions, str)
-            shown = batch.mask.bool() if every else torch.ones_like(columns, dtype=torch.bool)
-            for rows in self._cut((shown.sum(1) * per_read).tolist(), start):
-                piece = _Piece(batch[rows], columns[rows], shown[rows], read, start + rows.start)
+            columns, shown = reads_of(batch, self.positions)
+            for rows in cut((shown.sum(1) * per_read).tolist(), start, self.max_bytes):
+                piece = Piece(batch[rows], columns[rows], shown[rows], read, start + rows.start)
                 read += int(piece.shown.sum())
                 yield piece
 
-    def _cut(self, sizes: list[int], start: int) -> Iterator[slice]:
-        """Runs of rows whose sizes add up to at most `max_bytes`."""
-        if max(sizes) > self.max_bytes:
-            example = start + sizes.index(max(sizes))
-            raise ValueError(
-                f"max_bytes must hold the activations of one example, but example {example} has"
-                f" {max(sizes)} bytes, got {self.max_bytes}; store fewer sites or visits, cut texts"
-                " with context=, or allow more"
-            )
-        first, held = 0, 0
-        for row, size in enumerate(sizes):
-            if held + size > self.max_bytes:
-                yield slice(first, row)
-                first, held = row, 0
-            held += size
-        yield slice(first, len(sizes))
-
-    def _tokens(self, pieces: list[_Piece]) -> dict[str, Tensor]:
+    def _tokens(self, pieces: list[Piece]) -> dict[str, Tensor]:
         """Token, example and position of every read."""
         found: dict[str, list[Tensor]] = {"tokens": [], "example": [], "position": []}
         for piece in pieces:

@@ -96,6 +96,7 @@ def export_parquet(store: ActivationStore, path: str | Path, site: str | None = 
 
     Raises:
         ImportError: `pyarrow` is not installed (the extra `[data]`).
+        ValueError: A store without any file.
     """
     import pyarrow as arrow
     from pyarrow import parquet
@@ -131,7 +132,7 @@ def _contexts(
     store: ActivationStore, context: int, site: str | None, loop: int | None, layer: int | None
 ) -> Iterator[StoredReads]:
     """The tokens of all examples, so many at a time."""
-    for part in store.batches(context, site, loops=loop, layers=layer, buffer=context):
+    for part in store.batches(context, site, loops=loop, layers=layer):
         if len(part) == context:
             yield StoredReads(_plain(part.values), part.tokens, part.example, part.position)
 

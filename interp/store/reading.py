@@ -5,6 +5,7 @@ Files are memory-mapped: what is read of a file is what is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,7 +147,7 @@ class ActivationStore:
         """
         words = described(None if model.vocab is None else tuple(model.vocab.words))
         for what, mine, theirs in (
-            ("tokenizer", words, self.manifest.about["vocabulary"]),
+            ("tokenizer", words, self.manifest.settings["vocabulary"]),
             ("model", described(facts_of_model(model)), self.manifest.weights),
         ):
             if mine != theirs:
@@ -159,6 +160,7 @@ class ActivationStore:
         """The activations of all reads at one hook point, such as
         "loops.2.blocks.0.hook_resid_post".
         """
+        self._refuse_empty()
         for group in self.groups:
             for loop, row in enumerate(group.names):
                 if name in row:
@@ -186,6 +188,7 @@ class ActivationStore:
         """The reads of one file after the other; the arguments are those of `batches`."""
         group = self.group(site)
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
+        self._refuse_empty()
         for turn in range(len(self.items)):
             yield self._file(turn, group, *chosen)
 
@@ -197,7 +200,7 @@ class ActivationStore:
         loops: Picked | int | None = None,
         layers: Picked | int | None = None,
         seed: int | None = None,
-        buffer: int = 1 << 16,
+        buffer: int = 1 << 28,
     ) -> Iterator[StoredReads]:
         """Every read once, in batches.
 
@@ -207,29 +210,41 @@ class ActivationStore:
             loops, layers: Which coordinates, as the model counts them; None means all.
             seed: Shuffles: files are taken in a random order, and the reads of as many files as
                 fill the buffer are mixed. None keeps the order of the examples.
-            buffer: StoredReads that are held in memory at a time, about.
+            buffer: Activations that are mixed at a time, in bytes; at least those of a batch.
 
         Yields:
-            `StoredReads`, each with all chosen iterations of its tokens.
+            `StoredReads`, each with all chosen iterations of its tokens. A batch shares no memory
+            with the others.
         """
-        size, group = checked_batch_size(size), self.group(site)
+        size, group = checked_batch_size(size, "size"), self.group(site)
+        self._refuse_empty()
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
         draw = None if seed is None else torch.Generator().manual_seed(seed)
         order = torch.arange(len(self.items))
         if draw is not None:
             order = torch.randperm(len(self.items), generator=draw)
+        per_read = self.dtype.itemsize * len(chosen[0]) * len(chosen[1]) * math.prod(group.shape)
+        wanted = size if draw is None else max(size, buffer // per_read)
         held: list[StoredReads] = []
         for turn, index in enumerate(order.tolist()):
             held.append(self._file(index, group, *chosen))
             last = turn == len(order) - 1
-            if sum(map(len, held)) < max(buffer, size) and not last:
+            if sum(map(len, held)) < wanted and not last:
                 continue
-            mixed = StoredReads.joined(held)
+            found = StoredReads.joined(held)
+            reads = torch.arange(len(found))
             if draw is not None:
-                mixed = mixed[torch.randperm(len(mixed), generator=draw)]
-            whole = len(mixed) if last else len(mixed) // size * size
-            yield from (mixed[slice(at, min(at + size, whole))] for at in range(0, whole, size))
-            held = [mixed[slice(whole, None)]]
+                reads = torch.randperm(len(found), generator=draw)
+            whole = len(found) if last else len(found) // size * size
+            yield from (found[reads[at : min(at + size, whole)]] for at in range(0, whole, size))
+            held = [found[reads[whole:]]]
+
+    def _refuse_empty(self) -> None:
+        """Raise where no file was written yet."""
+        if not self.items:
+            raise ValueError(
+                f"{self.folder} holds no activations yet; run a shard of collect that writes some"
+            )
 
     def _file(self, turn: int, group: Group, loops: list[int], layers: list[int]) -> StoredReads:
         first = sum(self.counts[:turn])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.fingerprint import described, facts_of_inputs
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, checked_batch_size
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -69,8 +70,15 @@ def source_of(
 
     Raises:
         KeyError: No such column.
-        ValueError: No example, a stream without a length, or a file that is not JSON lines.
+        ValueError: No example, a stream without a length, a file that is not JSON lines, a file's
+            name that is no `Path`, or a context below 1.
     """
+    if context is not None:
+        context = checked_batch_size(context, "context")
+    if isinstance(inputs, str) and os.path.isfile(inputs):
+        raise ValueError(
+            f"a str is one text, but {inputs!r} names a file; pass Path({inputs!r}) for its lines"
+        )
     if isinstance(inputs, Path):
         return _of_file(model, inputs, column, context)
     if isinstance(inputs, Batch | Tensor):
@@ -105,7 +113,8 @@ def _of_rows(
     digest = hashlib.sha256(repr(context).encode())
     for start in range(0, count, _ROWS):
         for row in read(range(start, min(start + _ROWS, count))):
-            digest.update(hashlib.sha256(repr(row).encode()).digest())
+            plain = row if isinstance(row, str) else [int(token) for token in row]
+            digest.update(hashlib.sha256(repr(plain).encode()).digest())
     return Source(count, digest.hexdigest(), batches)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +86,23 @@ def test_shards_in_any_order_merge_into_the_record_of_one_run(
     assert_equal(merged, whole)
     assert merged.groups == options["group_by"]
     assert_equal(patched(model, save_to=tmp_path, **options), whole)
+
+
+def test_labels_belong_to_the_call_in_whatever_they_are_given(
+    plain: RecurrentDepth, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"save_to": tmp_path, "positions": [1], "loops": [0]}
+    rows = [[0, 1, 2, 3, 4, 5, 6], [1] * 7, [2] * 7]
+    patched(plain, group_by=[[np.int64(x) for x in row] for row in rows], **options)
+    for same in ([list(map(torch.tensor, row)) for row in rows], torch.tensor(rows), rows):
+        patched(plain, group_by=same, **options)
+    merged = merge(tmp_path)
+    assert isinstance(merged, Sweep)
+    assert merged.groups == rows
+    with pytest.raises(ValueError, match=r"results of another call.*group_by"):
+        patched(plain, group_by=rows[::-1], **options)
+    with pytest.raises(TypeError, match=r"a label must be a word, a number or None, got \{"):
+        patched(plain, group_by=[{"a"}] * 7, **options)
 
 
 def test_a_shard_without_items_is_an_empty_record(plain: RecurrentDepth, tmp_path: Path) -> None:

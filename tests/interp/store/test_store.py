@@ -23,6 +23,8 @@ from loopscope import (
     gradients,
     logit_margin,
 )
+from loopscope.interp.store.reading import StoredReads
+from loopscope.interp.store.texts import source_of
 from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import BATCH, D_MODEL, D_VOCAB, HEADS, LAYERS, LENGTHS, LOOPS, assert_close, padded, toy
@@ -70,7 +72,9 @@ def test_batches_hold_every_token_once_with_all_its_iterations(store: Activation
     )
     orders = []
     for seed in (None, 0, 0, 1):
-        parts = list(store.batches(5, loops=[3, 1], layers=0, seed=seed, buffer=7))
+        parts = list(
+            store.batches(5, loops=[3, 1], layers=0, seed=seed, buffer=7 * 2 * D_MODEL * 8)
+        )
         assert [len(part) for part in parts] == [5, 5, 5, 1]
         seen = [
             place
@@ -85,6 +89,27 @@ def test_batches_hold_every_token_once_with_all_its_iterations(store: Activation
         orders.append(seen)
     assert orders[0] == places
     assert orders[1] == orders[2] != orders[3] != places
+
+
+def test_batches_hold_the_buffer_in_bytes_and_share_no_memory(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(self: ActivationStore, turn: int, *given: Any) -> StoredReads:
+        opened.append(turn)
+        return read(self, turn, *given)
+
+    read, opened = ActivationStore._file, list[int]()
+    monkeypatch.setattr(ActivationStore, "_file", counted)
+    per_read = LOOPS * LAYERS * D_MODEL * 8
+    for buffer, seed, files in (
+        (per_read * 3, 0, 1),
+        (per_read * 12, 0, 2),
+        (1 << 28, None, 1),
+    ):
+        opened.clear()
+        part = next(store.batches(2, seed=seed, buffer=buffer))
+        assert (len(part), len(opened)) == (2, files)
+        assert part.values.untyped_storage().nbytes() == 2 * per_read
 
 
 def test_shards_an_interruption_and_a_restart_give_the_files_of_one_run(
@@ -104,6 +129,8 @@ def test_shards_an_interruption_and_a_restart_give_the_files_of_one_run(
         patched.setattr("loopscope.interp.store.collect.write_tensors", stop)
         with pytest.raises(KeyboardInterrupt):
             collect(model, TEXTS, to=tmp_path / "two", shard=(0, 2), **options)
+    for name in ("0000000.resid_post", "0000002.tokens"):  # as a kill leaves them
+        (tmp_path / "two" / f".{name}.safetensors.x8_y").write_bytes(b"half")
     written = (tmp_path / "two" / "0000001.tokens.safetensors").stat().st_mtime_ns
     whole = collect(model, TEXTS, to=tmp_path / "two", **options)
     assert (tmp_path / "two" / "0000001.tokens.safetensors").stat().st_mtime_ns == written
@@ -152,6 +179,22 @@ def test_sites_positions_and_number_formats(model: RecurrentDepth, tmp_path: Pat
     assert torch.equal(z.position.long(), batch.readout)
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_picked_column_is_stored_for_the_examples_that_have_it(
+    model: RecurrentDepth, tmp_path: Path, batch_size: int
+) -> None:
+    options: dict[str, Any] = {"positions": [3, 1], "per_file": 2, "batch_size": batch_size}
+    store = collect(model, TEXTS, n_loops=2, to=tmp_path / "some", **options)
+    every = collect(model, TEXTS, n_loops=2, to=tmp_path / "all")
+    kept = (every.position == 1) | (every.position == 3)
+    assert store.example.tolist() == [0, 2, 3, 3, 4]
+    assert store.position.tolist() == [1, 1, 1, 3, 1]
+    assert_close(store.read().values, every.read().values[kept])
+    last = collect(model, TEXTS, n_loops=2, to=tmp_path / "last", **{**options, "positions": 3})
+    assert last.counts == [0, 1, 0]
+    assert_close(last.read().values, store.read().values[3:4])
+
+
 def test_exports_hold_the_same_numbers(store: ActivationStore, tmp_path: Path) -> None:
     from datasets import load_from_disk
 
@@ -191,6 +234,31 @@ def test_a_folder_of_another_call_is_refused(model: RecurrentDepth, tmp_path: Pa
     with pytest.raises(ValueError, match=r"results of another call.*weights"):
         collect(toy(), padded(), n_loops=2, to=tmp_path)
     assert stored_bytes(tmp_path) == before
+
+
+def test_another_tokenizer_or_readout_rule_is_another_call(
+    model: RecurrentDepth, tmp_path: Path
+) -> None:
+    other = toy(injection=True)
+    for words, read_at, differs in (
+        (model.vocab.words[:0:-1], model.read_at, "vocabulary"),  # type: ignore[union-attr]
+        (model.vocab.words, Readout("first_pad"), "read_at"),  # type: ignore[union-attr]
+    ):
+        other.vocab, other.read_at = Vocabulary(words), read_at
+        collect(model, TEXTS, n_loops=1, to=tmp_path, positions=None)
+        with pytest.raises(ValueError, match=rf"results of another call.*{differs}\)"):
+            collect(other, TEXTS, n_loops=1, to=tmp_path, positions=None)
+
+
+def test_the_hash_of_rows_of_ids_takes_in_every_id(model: RecurrentDepth) -> None:
+    ids = np.arange(3001) % 7
+    other = ids.copy()
+    other[1500] += 1
+    kinds = (ids, torch.tensor(ids), ids.tolist())
+    assert len({source_of(model, [kind]).digest for kind in kinds}) == 1  # type: ignore[list-item]
+    digests = {source_of(model, [row]).digest for row in (ids, other)}  # type: ignore[list-item]
+    digests.add(source_of(model, [str(ids.tolist())]).digest)
+    assert len(digests) == 3
 
 
 def test_a_store_of_another_model_or_tokenizer_is_refused(
@@ -233,6 +301,11 @@ def test_a_truncated_file_and_a_full_disk_are_one_sentence(
         ({"dtype": torch.int32}, ValueError, "dtype must be one of"),
         ({"shard": (2, 2)}, ValueError, "one of n shards"),
         ({"shard": 2}, TypeError, "two integers"),
+        ({"positions": [1, 4]}, ValueError, r"positions must be in 0\.\.3, .* got 4"),
+        ({"positions": "readout"}, TypeError, "positions must be 'all', an integer or several"),
+        ({"per_file": 0}, ValueError, "per_file must be at least 1, got 0"),
+        ({"context": 0}, ValueError, "context must be at least 1, got 0"),
+        ({"context": -1}, ValueError, "context must be at least 1, got -1"),
         ({"readout": 0}, ValueError, "goes with a tensor of tokens only"),
     ],
 )
@@ -246,6 +319,24 @@ def test_bad_arguments_write_nothing(
     with pytest.raises(error, match=sentence):
         collect(model, TEXTS, n_loops=2, to=tmp_path / "new", **options)
     assert not list(tmp_path.glob("new/*.safetensors"))
+
+
+def test_a_store_without_files_and_a_files_name_are_refused(
+    model: RecurrentDepth, tmp_path: Path
+) -> None:
+    store = collect(model, TEXTS, n_loops=2, to=tmp_path / "store", shard=(7, 8))
+    for call in (
+        store.read,
+        lambda: store.visit("loops.0.blocks.0.hook_resid_post"),
+        lambda: list(store.batches(2)),
+        lambda: export_parquet(store, tmp_path / "all.parquet"),
+    ):
+        with pytest.raises(ValueError, match="store holds no activations yet"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    (tmp_path / "texts.jsonl").write_text('"<a1>"')
+    with pytest.raises(ValueError, match=r"names a file; pass Path\('.*texts\.jsonl'\)"):
+        collect(model, str(tmp_path / "texts.jsonl"), n_loops=2, to=tmp_path / "other")
 
 
 def test_two_writers_of_one_shard_and_a_foreign_folder_are_refused(
