@@ -69,17 +69,17 @@ def run_items(
         ShardWritten: Inside `into`, where other shards are missing.
     """
     around = _INTO.get() if folder is None and shard == (0, 1) else None
-    items = own(range(n_items), shard)
-    if folder is None and around is None:
-        common, found = compute(items)
-        return items, common, list(found)
-    if n_ranks() > 1:
+    if (folder is not None or around is not None) and n_ranks() > 1:
         raise ValueError(
             "results are kept by one process, but `accelerate launch` started several, which share"
             " theirs in memory only; start processes of their own with shard=(i, n)"
         )
     if around is not None:
         return _run_into(n_items, compute, manifest(), *around)
+    items = own(range(n_items), shard)
+    if folder is None:
+        common, found = compute(items)
+        return items, common, list(found)
     work = _done(Work(folder, manifest(), shard), compute)
     return items, *work.read(items)
 
