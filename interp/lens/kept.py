@@ -47,13 +47,19 @@ class LensJob:
     save_to: str | Path | None
     shard: Shard | None
 
+    @property
+    def _size(self) -> int:
+        """How many examples are run at a time: all where rows depend on each other."""
+        size = checked_batch_size(self.batch_size)
+        return size if self.model.batch_independent else len(self.batch)
+
     def lens(self, keep_logits: bool) -> Lens:
         """The record; of a shard, that of its examples."""
         columns = read_columns(self.batch, self.positions)
         if not in_pieces(self.save_to, self.shard):
             heads_input = over_ranks(self.model, self.batch, self._whole, dim=1)
             return Lens.of(self.model, heads_input, self.places, columns, keep_logits)
-        size = checked_batch_size(self.batch_size)
+        size = self._size
         count = -(-len(self.batch) // size)
         part = checked_shard(self.shard)
         items, _, found = run_items(
@@ -72,11 +78,11 @@ class LensJob:
         return replace(lens, example=mine.to(lens.example)[lens.example])
 
     def _whole(self, examples: Batch) -> Tensor:
-        parts = in_chunks(examples, self.batch_size, self.method)
+        parts = in_chunks(examples, self._size, self.method)
         return torch.cat([self.compute(part) for part in parts], dim=1)
 
     def _pieces(self, items: list[int]) -> tuple[Results, Iterator[Results]]:
-        size = self.batch_size
+        size = self._size
         parts = (self.batch[slice(item * size, (item + 1) * size)] for item in items)
         common = {"columns": read_columns(self.batch, self.positions)}
         return common, ({"heads_input": self.compute(part)} for part in parts)

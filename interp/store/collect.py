@@ -88,7 +88,8 @@ def collect(
     Raises:
         KeyError: A site, a visit or a column that is not there.
         ValueError: A folder of another call, `max_bytes` below one example, a position that no
-            example has, or visits that are no grid of loops and layers.
+            example has, visits that are no grid of loops and layers, or several pieces where rows
+            of the model depend on each other.
         OSError: A full disk; what was finished before is kept.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -98,12 +99,16 @@ def collect(
         groups = groups_of(
             model, source.batches(range(1)), sites, Where(loops, layers, visits), n_loops
         )
-    batch_size = checked_batch_size(batch_size)
+    per_file, batch_size = checked_batch_size(per_file, "per_file"), checked_batch_size(batch_size)
     positions = checked_positions(source, positions, batch_size)
+    if not model.batch_independent and source.count > min(per_file, batch_size):
+        raise ValueError(
+            f"rows of this model depend on each other, so all {source.count} examples must be run"
+            f" at once; give per_file and batch_size of at least {source.count}"
+        )
     kind = next(model.parameters()).dtype if dtype is None else dtype
     if kind not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {kind}")
-    per_file = checked_batch_size(per_file, "per_file")
     settings = {
         "sites": [group.names for group in groups],
         "n_loops": n_loops,
@@ -221,7 +226,13 @@ class _Job:
         for start in range(first, end, self.batch_size):
             batch = self.source.batches(range(start, min(start + self.batch_size, end)))
             columns, shown = reads_of(batch, self.positions)
-            for rows in cut((shown.sum(1) * per_read).tolist(), start, self.max_bytes):
+            sizes = (shown.sum(1) * per_read).tolist()
+            if not self.model.batch_independent and sum(sizes) > self.max_bytes:
+                raise ValueError(
+                    "rows of this model depend on each other, so max_bytes must hold the"
+                    f" {sum(sizes)} bytes of all examples, got {self.max_bytes}"
+                )
+            for rows in cut(sizes, start, self.max_bytes):
                 piece = Piece(batch[rows], columns[rows], shown[rows], read, start + rows.start)
                 read += int(piece.shown.sum())
                 yield piece

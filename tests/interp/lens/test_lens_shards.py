@@ -10,7 +10,15 @@ import torch
 
 from loopscope import coda_lens, logit_lens, merge, readout_lens
 from loopscope.interp.lens.record import Lens
-from toy import padded, toy
+from toy import BatchCentred, odd_one, padded, toy
+
+
+def test_rows_that_depend_on_each_other_are_read_at_once(tmp_path: Path) -> None:
+    model, batch = odd_one(BatchCentred), padded()
+    whole = logit_lens(model, batch, n_loops=2).heads_input
+    for options in ({}, {"save_to": tmp_path}):
+        found = logit_lens(model, batch, n_loops=2, batch_size=1, **options)
+        assert torch.equal(found.heads_input, whole)
 
 
 @pytest.mark.parametrize("method", [logit_lens, readout_lens, coda_lens])

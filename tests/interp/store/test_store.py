@@ -27,7 +27,20 @@ from loopscope.interp.store.reading import StoredReads
 from loopscope.interp.store.texts import source_of
 from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.families.recurrent_depth import RecurrentDepth
-from toy import BATCH, D_MODEL, D_VOCAB, HEADS, LAYERS, LENGTHS, LOOPS, assert_close, padded, toy
+from toy import (
+    BATCH,
+    D_MODEL,
+    D_VOCAB,
+    HEADS,
+    LAYERS,
+    LENGTHS,
+    LOOPS,
+    BatchCentred,
+    assert_close,
+    odd_one,
+    padded,
+    toy,
+)
 
 NAME = "loops.2.blocks.1.hook_resid_post"
 TEXTS = ["<a3><a5><a7>", "<a2>", "<a11><a1>", "<a4><a4><a4><a9>", "<a6><a8>"]
@@ -319,6 +332,17 @@ def test_bad_arguments_write_nothing(
     with pytest.raises(error, match=sentence):
         collect(model, TEXTS, n_loops=2, to=tmp_path / "new", **options)
     assert not list(tmp_path.glob("new/*.safetensors"))
+
+
+def test_rows_that_depend_on_each_other_are_run_at_once(tmp_path: Path) -> None:
+    model, batch = odd_one(BatchCentred), padded()
+    store = collect(model, batch, n_loops=2, to=tmp_path / "whole")
+    _, cache = model.run_with_cache(batch.tokens, n_loops=2, mask=batch.mask)
+    assert_close(store.read().values[:, 1, 1], cache["resid_post", 1, 1][batch.mask.bool()])
+    for options in ({"per_file": 2}, {"batch_size": 2}, {"max_bytes": 10_000}):
+        with pytest.raises(ValueError, match="rows of this model depend on each other"):
+            collect(model, batch, n_loops=2, to=tmp_path / "cut", **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("cut/*.safetensors"))
 
 
 def test_a_store_without_files_and_a_files_name_are_refused(
