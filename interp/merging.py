@@ -18,7 +18,7 @@ def merge(folder: str | Path, model: LoopedModel | None = None) -> Sweep | Lens 
     """Make the record of a whole call from the folder that its shards wrote.
 
     The record is the one that the undivided call returns, to the last bit on machines that compute
-    alike.
+    alike. Tensors of a sweep and a store are on the CPU, those of a lens on the model's device.
 
     Args:
         folder: The `save_to=` of a sweep or a lens, or the `to=` of `collect`.

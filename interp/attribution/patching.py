@@ -35,7 +35,7 @@ from loopscope.interp.patching.sweep import Sweep, present
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.run import run_items
 from loopscope.interp.shards.share import Shard, checked_shard
-from loopscope.interp.shards.work import Results
+from loopscope.interp.shards.work import Results, on_device
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
@@ -118,8 +118,11 @@ def attribution_patch(
         len(job.items), checked_shard(shard), job.compute, save_to, manifest
     )
     mine = [index for item in items for index in job.items[item]]
-    here = {**common, "present": common["present"][mine]}
-    return sweep_of([cells[index] for index in mine], [metric_name(metric)], direction, here, found)
+    device = base.tokens.device
+    here = on_device({**common, "present": common["present"][mine]}, device)
+    values = [on_device(each, device) for each in found]
+    own = [cells[index] for index in mine]
+    return sweep_of(own, [metric_name(metric)], direction, here, values)
 
 
 @dataclass(frozen=True)

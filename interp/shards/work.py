@@ -229,6 +229,11 @@ def enough_disk(path: Path) -> Iterator[None]:
         ) from None
 
 
+def on_device(results: Results, device: torch.device) -> Results:
+    """Results, which may come from a file, on a device."""
+    return {name: value.to(device) for name, value in results.items()}
+
+
 def stacked(results: Sequence[Results], name: str, dim: int = 0) -> Tensor:
     """One tensor of all items, one item after the other."""
     return torch.cat([each[name] for each in results], dim)

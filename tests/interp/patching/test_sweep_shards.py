@@ -20,7 +20,7 @@ from loopscope.interp.common.inputs import Metric
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.run import into
-from loopscope.interp.shards.work import Work
+from loopscope.interp.shards.work import Results, Work, on_device
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import BatchCentred, odd_one, padded, projection, toy
@@ -132,6 +132,21 @@ def test_estimates_in_shards_merge_into_those_of_one_run(
     merged = merge(tmp_path)
     assert isinstance(merged, Sweep)
     assert_equal(merged, whole)
+
+
+def test_estimates_from_a_folder_are_moved_to_where_the_inputs_are(
+    plain: RecurrentDepth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device "meta" stands for a GPU: only the results go there, behind the computation."""
+
+    def moved(results: Results, device: torch.device) -> Results:
+        assert device == plain.device
+        return on_device(results, torch.device("meta"))
+
+    monkeypatch.setattr("loopscope.interp.attribution.patching.on_device", moved)
+    found = by_gradients(plain, save_to=tmp_path, positions=[1], loops=[0])
+    for name in ("values", "clean", "corrupted", "present"):
+        assert getattr(found, name).device.type == "meta"
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(
