@@ -32,7 +32,7 @@ from loopscope.interp.patching.sweep import Sweep, present
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.run import in_pieces, run_items
 from loopscope.interp.shards.share import Shard, checked_shard
-from loopscope.interp.shards.work import Results
+from loopscope.interp.shards.work import Results, on_device
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -145,9 +145,11 @@ def activation_patch(
         len(groups), checked_shard(shard), job.compute, save_to, manifest
     )
     mine = [index for item in items for index in groups[item]]
-    here = job.on_device({**common, "present": common["present"][mine]})
+    device = base.tokens.device
+    here = on_device({**common, "present": common["present"][mine]}, device)
+    results = [on_device(each, device) for each in found]
     own = [cells[index] for index in mine]
-    return sweep_of(own, list(metrics), direction, here, list(map(job.on_device, found)), group_by)
+    return sweep_of(own, list(metrics), direction, here, results, group_by)
 
 
 def _named(metric: Metric, also: Mapping[str, Metric]) -> dict[str, Metric]:
@@ -177,10 +179,6 @@ class _Job:
         if packable(self.model, self.base):
             return packed_groups(self.model, self.base, self.cells, self.n_loops, self.memory_gb)
         return continued_groups(self.model, self.base, self.cells, self.memory_gb)
-
-    def on_device(self, results: Results) -> Results:
-        """Results that may come from a file, where the inputs are."""
-        return {name: value.to(self.base.tokens.device) for name, value in results.items()}
 
     def compute(self, items: list[int]) -> tuple[Results, Iterator[Results]]:
         """The metrics of the two runs without a patch, and of some groups of cells."""
