@@ -29,7 +29,7 @@ from loopscope.models.core.registry import build
 from loopscope.models.families.ouro import OuroConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "peers.md"
-D_MODEL, LOOPS, BLOCKS, LENGTH = 64, 8, 2, 11
+D_MODEL, LOOPS, BLOCKS, LENGTH = 64, 4, 2, 11
 CYCLES = (2, 3)
 EXACT = 1e-4
 _BYTES = 1024  # ru_maxrss counts in kibibytes
@@ -321,6 +321,7 @@ def torchlens(case: Case) -> Tensor:
         fork.set(corrupted[name].label, _written(corrupted[name].out, clean[name].out, position))
         fork.push()
         found.append(metric(fork[fork.output_layers[0]].out[:, -1]))
+        fork.cleanup()
     return torch.cat(found)
 
 

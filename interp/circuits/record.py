@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -73,6 +74,11 @@ class Circuit(OneScreen):
             raise ValueError(
                 f"a circuit needs one score per edge, got {len(self.edges)} edges and"
                 f" {len(self.scores)} scores"
+            )
+        if not all(map(math.isfinite, self.scores)):
+            raise ValueError(
+                "a circuit's scores must be finite numbers, but some are not; see that the metric"
+                " is finite on both runs"
             )
         if len(set(self.edges)) != len(self.edges):
             raise ValueError(

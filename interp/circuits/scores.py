@@ -151,10 +151,19 @@ class _Job:
         return self._with_readout(total)
 
     def activations(self, steps: int) -> Float[Tensor, "reader writer"]:
-        """EAP-IG of activations; the steps of one stage are run side by side."""
+        """EAP-IG of activations; the steps of one stage are run side by side where rows do not
+        depend on each other.
+        """
+        if not self.model.batch_independent:
+            each = [self._activations([share]) for share in _midpoints(steps)]
+            return self._with_readout(torch.stack(each).mean(0))
+        return self._with_readout(self._activations(_midpoints(steps)))
+
+    def _activations(self, shares: Sequence[float]) -> Float[Tensor, "reader writer"]:
+        """The scores by gradients at some shares of the way, as their mean."""
         total = self._zeros()
         metric = partial(row_by_row, self.metric, len(self.base))
-        batch, shares = self.base.repeat(steps), _midpoints(steps)
+        batch = self.base.repeat(len(shares))
         places = [("hook_embed", slice(0, 1)), *((s.added, s.writers) for s in self.graph.stages)]
         lines = zip(places, self.corrupted.added, self.clean.added, strict=True)
         with tqdm(total=len(places), desc="circuit scores", leave=False, delay=2) as bar:
@@ -163,7 +172,7 @@ class _Job:
                 found = self._scored(batch, metric, [(name, moved)], number)
                 total[:, own] = found[:, own]
                 bar.update()
-        return self._with_readout(total)
+        return total
 
     def _scored(
         self, batch: Batch, metric: Metric, moved: Sequence[tuple[str, Tensor]], first: int = 0

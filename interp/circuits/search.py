@@ -98,7 +98,7 @@ def search_circuit(
     Source:
         Conmy et al. 2023 (arXiv 2304.14997), algorithm 1 (ACDC).
     """
-    if threshold < 0 or together < 1:
+    if not threshold >= 0 or together < 1:
         raise ValueError(
             f"threshold must be at least 0 and together at least 1, got {threshold} and {together}"
         )

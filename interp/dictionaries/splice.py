@@ -46,6 +46,32 @@ class FeatureEdit:
     add: float = 0.0
     into: Features | None = None
 
+    def check(self, dictionary: Dictionary, chosen: Sequence[int]) -> None:
+        """Refuse what cannot be applied where a dictionary is in place.
+
+        Args:
+            chosen: The iterations at which it is.
+
+        Raises:
+            ValueError: An iteration where it is not, features that are no list or table of numbers,
+                or `into` of another size.
+        """
+        outside = set(in_range("loops", self.loops, dictionary.n_loops)) - set(chosen)
+        if outside and self.loops != "all":
+            raise ValueError(
+                f"an edit's loops must be among those of splice, {list(chosen)}, got"
+                f" {sorted(outside)}"
+            )
+        sizes = [torch.as_tensor(f) for f in (self.features, self.into) if f is not None]
+        if any(size.ndim > 2 for size in sizes):
+            raise ValueError("features must be one number, a list, or a list for each row")
+        widths = {size.shape[-1] if size.ndim else 1 for size in sizes}
+        if len(widths) > 1:
+            raise ValueError(
+                "into must name as many features as features does, got"
+                f" {' and '.join(map(str, sorted(widths)))}"
+            )
+
     def apply(
         self, codes: Float[Tensor, "batch pos feature"], loop: int, n_loops: int
     ) -> Float[Tensor, "batch pos feature"]:
@@ -117,6 +143,8 @@ def splice(
         )
     changes = [edits] if isinstance(edits, FeatureEdit) else list(edits)
     chosen = in_range("loops", loops, dictionary.n_loops)
+    for change in changes:
+        change.check(dictionary, chosen)
     fixed = None if reference is None else _codes_of(model, dictionary, reference)
     held: dict[int, Tensor] = {}
     reading, writing = (

@@ -29,7 +29,7 @@ from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from toy import assert_close, full, hook_count, projection, toy
+from toy import BatchCentred, assert_close, full, hook_count, odd_one, projection, toy
 
 SHORT = 2
 METHODS: tuple[Method, ...] = ("eap", "eap-ig-inputs", "eap-ig-activations")
@@ -345,3 +345,28 @@ def test_tensors_are_close_by_their_largest_entry() -> None:
     assert close(logits + 1e-5, logits)
     assert not close(logits + 1e-2, logits)
     assert not close(logits + torch.nan, logits)
+
+
+def test_steps_are_taken_one_by_one_where_rows_depend_on_each_other() -> None:
+    model = odd_one(BatchCentred)
+    pair = (full(1), full(2), difference, SHORT)
+    many = circuit_scores(model, *pair, method="eap-ig-activations", steps=2)
+    halves = []
+    for share in (0.25, 0.75):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("loopscope.interp.circuits.scores._midpoints", lambda steps, s=share: [s])
+            one = circuit_scores(model, *pair, method="eap-ig-activations", steps=1)
+            halves.append(torch.tensor(one.scores))
+    final = torch.tensor([edge.reader == "final" for edge in many.edges])
+    found = torch.tensor(many.scores)[~final]
+    assert_close(found, torch.stack(halves).mean(0)[~final])
+
+
+def test_undefined_numbers_are_refused() -> None:
+    model = toy()
+    pair = (full(1), full(2))
+    scores = circuit_scores(model, *pair, difference, SHORT, method="eap", heads=False)
+    with pytest.raises(ValueError, match="scores must be finite"):
+        replace(scores, scores=(float("nan"), *scores.scores[1:]))
+    with pytest.raises(ValueError, match="threshold must be at least 0"):
+        search_circuit(model, *pair, scores, difference, float("nan"))

@@ -185,3 +185,9 @@ def test_examples_are_shown_in_words() -> None:
     text: str = top_examples(named, blank, padded(), [0], k=1).texts[1]
     tokens: Tensor = padded().tokens[1][: LENGTHS[1]]
     assert text == "".join(f"<t_{token}>" for token in tokens.tolist())
+
+
+def test_a_label_that_never_occurs_is_not_counted_as_kept() -> None:
+    x = torch.tensor([[[9.0, 0, 0], [0, 9, 0]], [[0.0, 9, 0], [9, 0, 0]]])
+    labels = torch.tensor([[0, 0], [9, 9]])
+    assert feature_labels(IDENTITY, x, labels, x, labels).kept(0, 1) == 0

@@ -115,6 +115,13 @@ def test_what_is_refused_leaves_no_hook() -> None:
     for features, why in ((17, "must be integers in 0"), (rows, "each of the 3 rows, got 2")):
         with pytest.raises(ValueError, match=why), splice(model(), shared, FeatureEdit(features)):
             run(model(), full())
+    for edit, why in (
+        (FeatureEdit([0, 1], into=[3]), "as many features as features does, got 1 and 2"),
+        (FeatureEdit(torch.zeros(1, 1, 1, dtype=torch.int64)), "one number, a list, or a list for"),
+        (FeatureEdit(0, loops=[0]), r"among those of splice, \[1\], got \[0\]"),
+    ):
+        with pytest.raises(ValueError, match=why), splice(model(), shared, edit, loops=[1]):
+            pass
     with pytest.raises(ValueError, match="n_loops"), splice(model(), shared):
         run(model(), full(), LOOPS - 1)
     with (

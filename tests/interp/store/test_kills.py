@@ -17,6 +17,11 @@ from loopscope.interp.patching.sweep import Sweep
 KILLS = 20
 
 
+def written(folder: Path) -> int:
+    """The files with results."""
+    return len(list(folder.rglob("*.safetensors")))
+
+
 @pytest.mark.slow
 def test_twenty_kills_of_a_sweep_and_a_collection_change_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -28,11 +33,14 @@ def test_twenty_kills_of_a_sweep_and_a_collection_change_no_bit(
     for kill in range(KILLS):
         process = context.Process(target=both, args=(folder, (kill % 2, 2)))
         process.start()
-        time.sleep(0.05 + moments.uniform(0.0, 0.3))
+        if kill % 4:  # after it has written something, however slow the machine is
+            while process.is_alive() and written(folder) == (left[-1] if left else 0):
+                time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 0.005 if kill % 4 else 0.3))
         process.kill()
         process.join()
         cut += process.exitcode == -9
-        left.append(len(list(folder.rglob("*.safetensors"))))
+        left.append(written(folder))
     for shard in range(2):
         process = context.Process(target=both, args=(folder, (shard, 2)))
         process.start()
