@@ -50,7 +50,8 @@ def test_features_are_counted_where_they_are_on(kind: Kind) -> None:
     on = (own.encode(states()) > 0).expand(-1, LOOPS, -1) & presence(own)
     if kind != "transcoder":  # which reads another site
         assert_close(found.on, on.double().mean(0))
-        assert found.dead() == int((~on.flatten(0, 1).any(0)).sum())
+        alone = on.any(0) if kind == "per_iteration" else on.flatten(0, 1).any(0)
+        assert found.dead() == int((~alone).sum())
     assert (found.first <= found.on).all()
     if own.same_features:
         assert found.first.sum(0).max() <= 1
@@ -60,7 +61,10 @@ def test_features_are_counted_where_they_are_on(kind: Kind) -> None:
         assert found.shared() != found.shared()
     assert list(found.frame()["loop"]) == list(range(LOOPS))
     assert len(found.features()) == int(found.live().sum())
-    assert found.features()["turns_on"].max() <= LOOPS - 1
+    if kind == "per_iteration":
+        assert len(found.features()) == int(found.frame()["live"].sum())
+    else:
+        assert found.features()["turns_on"].max() <= LOOPS - 1
     assert len(found.plot().data) >= 5
 
 
