@@ -116,6 +116,10 @@ def test_a_label_that_does_not_occur_has_no_f1() -> None:
     found = feature_labels(IDENTITY, x, labels, x, labels)
     assert found.f1[:, 1].isnan().all()
     assert found.mean().isfinite().all()
+    same = found.feature[0] == found.feature[1]
+    assert found.kept(0, 1) == same[[0, 2]].double().mean()  # label 1 does not occur
+    absent = replace(found, chosen=torch.full_like(found.chosen, torch.nan))
+    assert absent.kept(0, 1) != absent.kept(0, 1)
     with pytest.raises(ValueError, match=r"labels must be one per read and iteration, \[4, 2\]"):
         feature_labels(IDENTITY, x, labels[:, :1], x, labels)
     with pytest.raises(ValueError, match="not all -1"):
