@@ -193,3 +193,16 @@ def test_examples_are_shown_in_words() -> None:
     text: str = top_examples(named, blank, padded(), [0], k=1).texts[1]
     tokens: Tensor = padded().tokens[1][: LENGTHS[1]]
     assert text == "".join(f"<t_{token}>" for token in tokens.tolist())
+
+
+def test_examples_of_no_feature_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one feature, got none"):
+        top_examples(model(), dictionary("shared"), padded(), [])
+
+
+def test_an_attribution_inside_inference_mode_has_its_gradients() -> None:
+    own, batch, metric = dictionary("shared"), padded(), projection()
+    expected = feature_attribution(model(), own, batch, metric)
+    with torch.inference_mode():
+        found = feature_attribution(model(), own, batch, metric)
+    assert torch.equal(found.values, expected.values)
