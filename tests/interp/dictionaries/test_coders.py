@@ -96,3 +96,9 @@ def test_a_bfloat16_coder_encodes_in_float32() -> None:
     code = Coder(*parts, k=2).encode(x)
     assert code.dtype == torch.float32
     assert torch.equal(code, Coder(*(part.float() for part in parts), k=2).encode(x.float()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_of_an_iteration_out_of_range_are_refused(kind: Kind) -> None:
+    with pytest.raises(ValueError, match=f"loop must be in 0..{LOOPS - 1}, got {LOOPS}"):
+        dictionary(kind).directions(LOOPS)
