@@ -16,7 +16,7 @@ from torch import Tensor
 from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.common.columns import at_positions, read_columns
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch
-from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.places import Picked
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
@@ -76,7 +76,7 @@ class FeatureAttribution(OneScreen):
         return attribution(self, title)
 
 
-@evaluated
+@differentiated
 def feature_attribution(
     model: LoopedModel,
     dictionary: Dictionary,

@@ -77,12 +77,12 @@ class Coder(OneScreen):
             raise ValueError(
                 f"this dictionary reads vectors of width {self.d_in}, got width {x.shape[-1]}"
             )
-        shift = self.b_dec if self.centred else 0.0
-        W_enc, b_enc, x = self._as_wide(x - shift)
-        return self._sparse(x @ W_enc + b_enc)
+        W_enc, b_enc, x = self._as_wide(x)
+        shift = self.b_dec.to(x.dtype) if self.centred else 0.0
+        return self._sparse((x - shift) @ W_enc + b_enc)
 
     def _as_wide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = torch.promote_types(x.dtype, self.W_enc.dtype)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.W_enc.dtype), torch.float32)
         return self.W_enc.to(dtype), self.b_enc.to(dtype), x.to(dtype)
 
     def _sparse(self, before: Tensor) -> Tensor:

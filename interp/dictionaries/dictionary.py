@@ -121,7 +121,13 @@ class Dictionary(OneScreen):
         return torch.stack(each, 1)
 
     def directions(self, loop: int) -> Float[Tensor, "feature d_out"]:
-        """The vector that each feature writes at one iteration."""
+        """The vector that each feature writes at one iteration.
+
+        Raises:
+            ValueError: An iteration out of range.
+        """
+        if not 0 <= loop < self.n_loops:
+            raise ValueError(f"loop must be in 0..{self.n_loops - 1}, got {loop}")
         W_dec = self.coder(loop).W_dec
         return W_dec.unflatten(1, (self.n_loops, -1))[:, loop] if self._all_at_once else W_dec
 

@@ -87,12 +87,14 @@ def top_examples(
         k: Activations of each feature.
 
     Raises:
-        ValueError: A feature out of range, more activations than there are, or a dictionary of
-            another model.
+        ValueError: No feature or one out of range, more activations than there are, or a
+            dictionary of another model.
     """
     dictionary.check(model)
     batch, reading = as_batch(model, inputs, readout), dictionary.reading
     chosen = in_range("features", features, dictionary.n_features)
+    if not chosen:
+        raise ValueError("features must name at least one feature, got none")
     states = loop_states(model, batch, reading.n_loops, hook=reading.hook)
     codes = dictionary.encode(states)[..., chosen]
     if not 1 <= k <= codes[..., 0].numel():

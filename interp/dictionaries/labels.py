@@ -52,15 +52,13 @@ class FeatureLabels(OneScreen):
         return self.f1.nanmean(1)
 
     def kept(self, first: int, second: int) -> float:
-        """The share of labels that have the same feature at two iterations, of those that the reads
-        of the choice hold at both; NaN where there are none or iterations have features of their
-        own.
+        """The share of the labels that occur at both of two iterations that have the same feature
+        there; NaN where none does, or where iterations have features of their own.
         """
         if not self.same_features:
             return float("nan")
-        there = self.chosen[first].isfinite() & self.chosen[second].isfinite()
-        same = self.feature[first] == self.feature[second]
-        return float(same[there].double().mean())
+        both = self.chosen[first].isfinite() & self.chosen[second].isfinite()
+        return float((self.feature[first] == self.feature[second])[both].double().mean())
 
     def frame(self) -> pd.DataFrame:
         """One row per iteration and label: loop, label, feature, threshold, chosen, f1."""

@@ -65,9 +65,11 @@ class DictionaryQuality(OneScreen):
     first: Float[Tensor, "loop feature"]
     n_reads: int
 
-    def live(self) -> Bool[Tensor, " feature"]:
-        """The features that are on in at least one read."""
-        return (self.on > 0).any(0)
+    def live(self) -> Bool[Tensor, "*loop_and_feature"]:
+        """The features that are on in at least one read: " feature", or "loop feature" where each
+        iteration has features of its own.
+        """
+        return self.on > 0 if self.kind == "per_iteration" else (self.on > 0).any(0)
 
     def dead(self) -> int:
         """Features that are never on."""
@@ -101,8 +103,13 @@ class DictionaryQuality(OneScreen):
     def features(self) -> pd.DataFrame:
         """One row per live feature: feature, on (share of reads at the iteration of most), loops
         (how many it is on at), peak (the iteration of most), turns_on (the mean iteration at which
-        it is on for the first time in a read).
+        it is on for the first time in a read). Where each iteration has features of its own, one
+        row per live pair of loop and feature: loop, feature, on.
         """
+        if self.kind == "per_iteration":
+            loop, feature = self.live().nonzero().unbind(1)
+            on = self.on[loop, feature].tolist()
+            return pd.DataFrame({"loop": loop.tolist(), "feature": feature.tolist(), "on": on})
         live = self.live().nonzero().flatten()
         first = self.first[:, live]
         loops = torch.arange(len(self.on), dtype=first.dtype, device=first.device)

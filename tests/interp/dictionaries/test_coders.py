@@ -88,3 +88,17 @@ def test_what_does_not_fit_is_refused() -> None:
         Reading.of(model(), LOOPS, "blocks.7.hook_resid_post")
     with pytest.raises(ValueError, match="with other weights or another configuration"):
         shared.check(randomize_(toy(), seed=1))
+
+
+def test_a_bfloat16_coder_encodes_in_float32() -> None:
+    parts = [part.bfloat16() for part in (*THREE, *DECODER)]
+    x = torch.tensor([[12.0, 21.125]], dtype=torch.bfloat16)
+    code = Coder(*parts, k=2).encode(x)
+    assert code.dtype == torch.float32
+    assert torch.equal(code, Coder(*(part.float() for part in parts), k=2).encode(x.float()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_of_an_iteration_out_of_range_are_refused(kind: Kind) -> None:
+    with pytest.raises(ValueError, match=f"loop must be in 0..{LOOPS - 1}, got {LOOPS}"):
+        dictionary(kind).directions(LOOPS)

@@ -50,7 +50,8 @@ def test_features_are_counted_where_they_are_on(kind: Kind) -> None:
     on = (own.encode(states()) > 0).expand(-1, LOOPS, -1) & presence(own)
     if kind != "transcoder":  # which reads another site
         assert_close(found.on, on.double().mean(0))
-        assert found.dead() == int((~on.flatten(0, 1).any(0)).sum())
+        alone = on.any(0) if kind == "per_iteration" else on.flatten(0, 1).any(0)
+        assert found.dead() == int((~alone).sum())
     assert (found.first <= found.on).all()
     if own.same_features:
         assert found.first.sum(0).max() <= 1
@@ -60,7 +61,10 @@ def test_features_are_counted_where_they_are_on(kind: Kind) -> None:
         assert found.shared() != found.shared()
     assert list(found.frame()["loop"]) == list(range(LOOPS))
     assert len(found.features()) == int(found.live().sum())
-    assert found.features()["turns_on"].max() <= LOOPS - 1
+    if kind == "per_iteration":
+        assert len(found.features()) == int(found.frame()["live"].sum())
+    else:
+        assert found.features()["turns_on"].max() <= LOOPS - 1
     assert len(found.plot().data) >= 5
 
 
@@ -112,6 +116,10 @@ def test_a_label_that_does_not_occur_has_no_f1() -> None:
     found = feature_labels(IDENTITY, x, labels, x, labels)
     assert found.f1[:, 1].isnan().all()
     assert found.mean().isfinite().all()
+    same = found.feature[0] == found.feature[1]
+    assert found.kept(0, 1) == same[[0, 2]].double().mean()  # label 1 does not occur
+    absent = replace(found, chosen=torch.full_like(found.chosen, torch.nan))
+    assert absent.kept(0, 1) != absent.kept(0, 1)
     with pytest.raises(ValueError, match=r"labels must be one per read and iteration, \[4, 2\]"):
         feature_labels(IDENTITY, x, labels[:, :1], x, labels)
     with pytest.raises(ValueError, match="not all -1"):
@@ -187,7 +195,14 @@ def test_examples_are_shown_in_words() -> None:
     assert text == "".join(f"<t_{token}>" for token in tokens.tolist())
 
 
-def test_a_label_that_never_occurs_is_not_counted_as_kept() -> None:
-    x = torch.tensor([[[9.0, 0, 0], [0, 9, 0]], [[0.0, 9, 0], [9, 0, 0]]])
-    labels = torch.tensor([[0, 0], [9, 9]])
-    assert feature_labels(IDENTITY, x, labels, x, labels).kept(0, 1) == 0
+def test_examples_of_no_feature_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one feature, got none"):
+        top_examples(model(), dictionary("shared"), padded(), [])
+
+
+def test_an_attribution_inside_inference_mode_has_its_gradients() -> None:
+    own, batch, metric = dictionary("shared"), padded(), projection()
+    expected = feature_attribution(model(), own, batch, metric)
+    with torch.inference_mode():
+        found = feature_attribution(model(), own, batch, metric)
+    assert torch.equal(found.values, expected.values)
