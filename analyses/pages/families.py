@@ -149,19 +149,23 @@ def ask(method: Callable[..., Any], x: _Inputs) -> Any:
     """Call a method with the arguments that it has. A context is entered around one run, and a
     copy of the model is run.
     """
-    known, parameters = _arguments(x), inspect.signature(method).parameters
+    with TemporaryDirectory() as folder:
+        made = method(**_fitting(_arguments(x) | {"to": folder}, method, x))
+        if isinstance(made, AbstractContextManager):
+            with made as model:
+                return model(x.clean.tokens, n_loops=_LOOPS)
+        return made(x.clean.tokens) if isinstance(made, nn.Module) else made
+
+
+def _fitting(known: dict[str, Any], method: Callable[..., Any], x: _Inputs) -> dict[str, Any]:
+    """The arguments that a method has."""
+    parameters = inspect.signature(method).parameters
     if "kind" in parameters and parameters["kind"].default is not inspect.Parameter.empty:
         del known["kind"]  # of a probe
     if "visit" in parameters:  # which names a place in place of loop and layer
         known = {name: value for name, value in known.items() if name not in ("loop", "layer")}
     known |= {name: make(x) for name, make in _COMPUTED.items() if name in parameters}
-    with TemporaryDirectory() as folder:
-        known["to"] = folder
-        made = method(**{name: known[name] for name in parameters if name in known})
-        if isinstance(made, AbstractContextManager):
-            with made as model:
-                return model(x.clean.tokens, n_loops=_LOOPS)
-        return made(x.clean.tokens) if isinstance(made, nn.Module) else made
+    return {name: known[name] for name in parameters if name in known}
 
 
 def _circuit(x: _Inputs) -> Circuit:

@@ -141,10 +141,8 @@ def splice(
             "reference= (the inputs of the runs inside) must be given for a crosscoder and only"
             f" then, got a {dictionary.kind} dictionary"
         )
-    changes = [edits] if isinstance(edits, FeatureEdit) else list(edits)
     chosen = in_range("loops", loops, dictionary.n_loops)
-    for change in changes:
-        change.check(dictionary, chosen)
+    changes = _checked_edits(edits, dictionary, chosen)
     fixed = None if reference is None else _codes_of(model, dictionary, reference)
     held: dict[int, Tensor] = {}
     reading, writing = (
@@ -174,6 +172,15 @@ def splice(
         hooks.insert(0, (reading.__contains__, read))  # type: ignore[arg-type]
     with model.hooks(hooks, n_loops=dictionary.n_loops):
         yield model
+
+
+def _checked_edits(
+    edits: FeatureEdit | Sequence[FeatureEdit], dictionary: Dictionary, chosen: Sequence[int]
+) -> list[FeatureEdit]:
+    changes = [edits] if isinstance(edits, FeatureEdit) else list(edits)
+    for change in changes:
+        change.check(dictionary, chosen)
+    return changes
 
 
 def _written(
