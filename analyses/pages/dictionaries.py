@@ -133,7 +133,7 @@ def overview(quality: Mapping[str, DictionaryQuality]) -> pd.DataFrame:
     rows = [
         (
             name,
-            each.on.shape[1],
+            int(each.live().sum()) + each.dead(),
             float(each.active.mean()),
             each.overall,
             each.recovered_all,

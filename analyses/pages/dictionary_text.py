@@ -4,11 +4,17 @@ TEXT = """# Sparse dictionaries over the iterations: `{checkpoint}`
 
 Written by `loopscope dictionaries`, which trains every dictionary of this page. The states are
 those at `{hook}` after each of {loops} iterations, of {train} questions of 2 to
-{hops} hops that the checkpoint was trained on ({reads} tokens). Every number is of {held} other
-questions, which were held out when the checkpoint was trained. Features and thresholds are chosen
-on training questions alone; the settings of training were settled on another draw of held-out
-questions. Each dictionary has {features} features, of which {k} are on for a token. Loops count
-from 0.
+{hops} hops that the checkpoint was trained on ({reads} tokens). The numbers are of {held} other
+questions, and those of swaps of further ones; all were held out when the checkpoint was trained.
+Features and thresholds are chosen on training questions alone; the settings of training were
+settled on another draw of held-out questions. Loops count from 0.
+
+A dictionary has {features} features, of which {k} are on for a token (`per_iteration` has as many
+for each iteration). The crosscoder has {k} on for a token and all its iterations: its code reads the
+last states too and is the same at all loops, so that its numbers at early loops and its sharing
+over loops hold in part by construction. The control with random weights is trained for half as
+many steps as `shared`, and the random features of a swap are drawn anew for each iteration, which
+makes them a weaker control than one feature kept through the run.
 
 `shared` is one dictionary for all iterations, `per_iteration` one for each, `crosscoder` one that
 reads all iterations of a token at once and writes all of them with one code. `transcoder` reads
