@@ -9,6 +9,22 @@ from dash import dcc, html
 from dash.development.base_component import Component
 
 from loopscope.analyses.common.records import FIGURE_CONFIG
+from loopscope.analyses.common.subject import Subject
+
+
+def heading(subject: Subject, otherwise: str, facts: str) -> Component:
+    """The head of a page: the checkpoint's name, its task and its sizes.
+
+    Args:
+        otherwise: The task in words, where the checkpoint's card has none.
+    """
+    task = str(subject.card.get("task", otherwise)).rstrip(".")
+    lines = [
+        html.P("loopscope explore", className="brand"),
+        html.H1(subject.name),
+        html.P(f"{task}; {facts}", className="lead"),
+    ]
+    return html.Header(lines)
 
 
 def status(busy: Iterable[str]) -> Component:

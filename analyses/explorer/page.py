@@ -11,6 +11,7 @@ from loopscope.analyses.explorer.controls import (
     control,
     counted,
     graph,
+    heading,
     radio,
     section,
     slider,
@@ -46,12 +47,6 @@ def page(
         f"{cfg.family.replace('_', '-')}, {cfg.n_layers} blocks, {cfg.n_heads} heads, width"
         f" {cfg.d_model}, {trained} iterations"
     )
-    task = str(subject.card.get("task", "A looped transformer"))
-    header = [
-        html.P("loopscope explore", className="brand"),
-        html.H1(subject.name),
-        html.P(f"{task.rstrip('.')}; {facts}", className="lead"),
-    ]
     loops = slider("loops", start, most, (1, *range(trained, most + 1, trained)))
     stores = [dcc.Store(id=name) for name in ("asked", "pair", "shown")]
     sections = [
@@ -61,7 +56,13 @@ def page(
         _patch_section(subject, texts[1]),
     ]
     of_a = html.Div(sections[:-1], id="of-a")
-    return html.Div([html.Header(header), html.Main([*stores, of_a, sections[-1]]), status(BUSY)])
+    return html.Div(
+        [
+            heading(subject, "A looped transformer", facts),
+            html.Main([*stores, of_a, sections[-1]]),
+            status(BUSY),
+        ]
+    )
 
 
 def _ask_section(subject: Subject, loops: Component, text: str) -> Component:

@@ -11,6 +11,7 @@ from loopscope.analyses.explorer.controls import (
     button,
     control,
     graph,
+    heading,
     section,
     slider,
     status,
@@ -39,16 +40,12 @@ def page(subject: Subject, table: Table, trained: int, start: int, most: int) ->
         f"{cfg.family}, {side} x {side} cells, {cfg.n_layers} blocks, width {cfg.d_model},"
         f" {trained} iterations of {cfg.n_cycles} cycles"
     )
-    task = str(subject.card.get("task", "A puzzle solver"))
-    header = [
-        html.P("loopscope explore", className="brand"),
-        html.H1(subject.name),
-        html.P(f"{task.rstrip('.')}; {facts}", className="lead"),
-    ]
     loops = slider("loops", start, most, (1, *range(trained, most + 1, trained)))
     stores = [dcc.Store(id="asked")]
     sections = [_board_section(table, loops), _patch_section(table)]
-    return html.Div([html.Header(header), html.Main([*stores, *sections]), status(BUSY)])
+    return html.Div(
+        [heading(subject, "A puzzle solver", facts), html.Main([*stores, *sections]), status(BUSY)]
+    )
 
 
 def _board_section(table: Table, loops: Component) -> Component:
