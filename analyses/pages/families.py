@@ -127,7 +127,7 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "order": ["loops.0", "loops.0"],
         "first": x.clean, "at": 0, "second": x.corrupted,
         "preferred": torch.tensor([True, False, True]), "features": [0],
-        "training": _TRAINING, "wanted": -1e6,
+        "training": _TRAINING, "wanted": -1e6, "krylov": 5,
     }  # fmt: skip
 
 

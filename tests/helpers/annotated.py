@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,25 @@ from paths import ROOT
 
 SHAPED = {"Float", "Int", "Bool", "Shaped", "Complex", "Num", "Integer", "Inexact"}
 CALLED: set[str] = set()
+CALLS: Counter[str] = Counter()  # of each function, in the present test
+ENOUGH = 30
 
 
 def checked(what: Any) -> Any:
-    """A function, or a dataclass, whose shapes are checked at each call."""
-    return jaxtyped(what, typechecker=noting)
+    """A dataclass whose shapes are checked each time, or a function whose shapes are checked at its
+    first calls in each test: a kernel that a method calls thousands of times costs no more then.
+    """
+    always = jaxtyped(what, typechecker=noting)
+    if isinstance(what, type):
+        return always
+    name = f"{what.__module__}.{what.__qualname__}"
+
+    @functools.wraps(what)
+    def at_first(*args: Any, **kwargs: Any) -> Any:
+        CALLS[name] += 1
+        return (always if CALLS[name] <= ENOUGH else what)(*args, **kwargs)
+
+    return at_first
 
 
 def noting(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from annotated import CALLED, annotated, states_a_shape, states_shapes_in_fields
+from annotated import CALLED, CALLS, annotated, states_a_shape, states_shapes_in_fields
 from paths import ROOT
 
 CHECKED = ast.parse("__import__('annotated').checked", mode="eval").body
@@ -62,6 +62,11 @@ class CheckedFinder(MetaPathFinder):
 
 
 sys.meta_path.insert(0, CheckedFinder())
+
+
+def pytest_runtest_setup() -> None:
+    """Each test checks the first calls of each function anew."""
+    CALLS.clear()
 
 
 def pytest_testnodedown(node: Any) -> None:

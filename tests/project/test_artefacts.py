@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -11,7 +12,6 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -68,24 +68,42 @@ def test_both_are_fit_for_an_index(built: Path) -> None:
     run(tools / "check-wheel-contents", *ignored, *built.glob("*.whl"), cwd=built)
 
 
-@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
-def installed(
-    request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    """The programs of a fresh environment with one artefact.
+def environment(artefact: Path, home: Path) -> Path:
+    """The folder of the programs of a fresh environment with one artefact.
 
     Its dependencies are those of the environment that runs the tests, seen through one line of a
     `.pth` file, which brings no editable install along.
     """
-    (artefact,) = built.glob(request.param)
-    home = tmp_path_factory.mktemp("venv")
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
     pip = (sys.executable, "-m", "pip", "--python", home / "bin" / "python")
-    run(*pip, "install", "-q", "--no-deps", artefact, cwd=home)
+    run(*pip, "install", "-q", "--no-deps", "--no-compile", artefact, cwd=home)
     (site,) = home.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    yield home / "bin"
-    shutil.rmtree(home)
+    return home / "bin"
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a fresh environment with the wheel."""
+    (wheel,) = built.glob("*.whl")
+    return environment(wheel, tmp_path_factory.mktemp("venv"))
+
+
+def files_of(programs: Path) -> dict[str, str]:
+    """The files of the installed package, each with its hash."""
+    (record,) = programs.parent.glob("lib/python*/site-packages/loopscope-*.dist-info/RECORD")
+    rows = csv.reader(record.read_text().splitlines())
+    return {name: code for name, code, _ in rows if name.startswith("loopscope/")}
+
+
+def test_the_source_distribution_installs_what_the_wheel_does(
+    installed: Path, built: Path, tmp_path: Path
+) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    programs = environment(sdist, tmp_path)
+    assert files_of(programs) == files_of(installed)
+    assert len(files_of(installed)) > 400
+    assert "ltg_trained" in run(programs / "loopscope", "list", cwd=tmp_path)
 
 
 def test_an_installed_loopscope_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:

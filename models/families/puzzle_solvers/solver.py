@@ -54,6 +54,7 @@ class PuzzleConfig(LoopedConfig):
     normalization_type: ClassVar[str] = "RMS"
     tied: ClassVar[bool] = False
     TINY: ClassVar[Mapping[str, Any]] = {
+        "n_layers": 1,
         "n_cycles": 2,
         "n_low_loops": 2,
         "n_prefix": 2,
