@@ -21,7 +21,6 @@ def code(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.slow
 def test_a_warning_after_a_progress_bar_is_kept() -> None:
     text = "\r 10%\r100%\nUserWarning: odd\n"
     warned, bar = (
@@ -32,6 +31,7 @@ def test_a_warning_after_a_progress_bar_is_kept() -> None:
     assert [each.text.strip() for each in kept] == ["UserWarning: odd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", outputs.names())
 def test_a_fresh_run_gives_the_stored_outputs(name: str) -> None:
     with warnings.catch_warnings():
