@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -q --no-compile
 
-.PHONY: report test lint fast shapes slow docs browser bench minis real install dev clean
+.PHONY: report test lint fast shapes slow docs browser lowest bench minis real install dev clean
 
 report: install
 	$(BIN)/loopscope report --out out/report.html --overwrite
@@ -34,6 +34,19 @@ browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq chromium >/dev/null || true; fi
+
+# the fast tests with the lowest version of each dependency that setup.cfg allows, but for torch, of
+# which PyPI has no older build without CUDA
+lowest:
+	mkdir -p out
+	sed -n '/^install_requires/,/^$$/s/^ *\([A-Za-z_-]*\)>=\([0-9.]*\),.*/\1==\2/p' setup.cfg \
+	  | grep -v ^torch > out/lowest.txt
+	grep ^torch constraints.txt >> out/lowest.txt
+	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install -q --no-compile -c out/lowest.txt -e '.[gguf,figures]' \
+	  pytest pytest-xdist beartype nbformat nbclient ipykernel websocket-client datasets
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n 2 --dist worksteal \
+	  -m 'not slow and not shapes and not browser' $(TESTS)
 
 # the site, without network: out/docs/index.html; a warning is an error
 docs: dev
@@ -68,4 +81,4 @@ dev: .venv/.installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-lowest out build dist *.egg-info
