@@ -45,7 +45,7 @@ lowest:
 	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install -q --no-compile -c out/lowest.txt -e '.[gguf,figures]' \
 	  pytest pytest-xdist beartype nbformat nbclient ipykernel websocket-client datasets
-	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n 2 --dist worksteal \
+	OMP_NUM_THREADS=1 .venv-lowest/bin/pytest -n 2 --dist worksteal -W ignore::DeprecationWarning \
 	  -m 'not slow and not shapes and not browser' $(TESTS)
 
 # the site, without network: out/docs/index.html; a warning is an error

@@ -22,7 +22,7 @@ PLACES: dict[str, dict[str, str]] = {
     "mini/systematicity/r4_l2": {"train": "train", "id": "id", "ood": "ood"},
     "mini/systematicity/r1_l8": {"train": "train", "id": "id"},
     "mini/systematicity/r1_l2": {},
-    "mini/systematicity/r2_l2": {},
+    "mini/systematicity/r2_l2": {"ood": "ood"},
     "mini/systematicity/r8_l2": {},
     "mini/smiles": _LAST,
     "mini/sudoku/trm": _LAST | {"first": "first"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -19,6 +20,10 @@ from loopscope.interp.probes.differences import difference_probe
 
 _HOPS = 4
 _SHUFFLES = 10
+_REALIGNED = {
+    "mini/systematicity/r4_l2/ood": "",
+    "mini/systematicity/r2_l2/ood": "2 iterations: ",
+}
 
 
 def deeper() -> Numbers:
@@ -107,10 +112,19 @@ def _with_next_head(text: str, n_entities: int) -> str:
 
 
 def realigned() -> Numbers:
-    """The realignment of the bridge's state."""
-    config = realignment.RealignmentConfig(checkpoints=("mini/systematicity/r4_l2/ood",))
+    """The realignment of the bridge's state in the models of 4 and of 2 iterations."""
+    config = realignment.RealignmentConfig(checkpoints=tuple(_REALIGNED))
     frame = realignment.run(config).frame()
     table = frame[frame["group"] == "OOD"]
+    return {
+        before + what: value
+        for name, before in _REALIGNED.items()
+        for what, value in _of_one(table[table["checkpoint"] == name]).items()
+    }
+
+
+def _of_one(table: pd.DataFrame) -> Numbers:
+    """The numbers of one checkpoint."""
     score, low, high = (
         dict(zip(table["bar"], table[name].tolist(), strict=True))
         for name in ("accuracy", "low", "high")

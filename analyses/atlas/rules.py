@@ -157,21 +157,31 @@ QUESTIONS: tuple[Question, ...] = (
         claim="The bridge entity can be decoded after the first iterations, but its state is not"
         " aligned with the entity's embedding; putting the embedding in its place, without"
         " training, closes most of the gap out of distribution.",
-        asked="`mini/systematicity/r4_l2/ood`, 168 two-hop questions out of distribution;"
-        " iteration and variant chosen on one half and reported on the other.",
+        asked="`mini/systematicity/r4_l2/ood` and `r2_l2/ood`, 168 two-hop questions out of"
+        " distribution; iteration and variant chosen on one half and reported on the other.",
         calls=("realign",),
-        figure="loopscope realignment mini/systematicity/r4_l2/ood",
+        figure="loopscope realignment mini/systematicity/r4_l2/ood mini/systematicity/r2_l2/ood",
         bounds=(
             Bound("realigned", "at least", 0.85, 0.75),
             Bound("realigned minus base", "at least", 0.1, 0.05),
             Bound("random entity", "at most", 0.1, 0.2),
             Bound("second-best token", "at most", 0.1, 0.2),
             Bound("rescaled minus base, without its sign", "at most", 0.03, 0.06),
+            Bound("2 iterations: realigned", "at least", 0.85, 0.75),
+            Bound("2 iterations: realigned minus base", "at least", 0.1, 0.05),
+            Bound("2 iterations: random entity", "at most", 0.1, 0.2),
         ),
-        control=("random entity", "second-best token", "rescaled minus base, without its sign"),
-        differs="One checkpoint. Of the other numbers of iterations only training logs are shipped,"
-        " so whether the gain grows with them cannot be asked.",
-        known="all numbers of this figure, from the gallery",
+        control=(
+            "random entity",
+            "second-best token",
+            "rescaled minus base, without its sign",
+            "2 iterations: random entity",
+            "2 iterations: second-best token",
+            "2 iterations: rescaled minus base, without its sign",
+        ),
+        differs="Two checkpoints. Of the model of 8 iterations only the training log is shipped, so"
+        " whether the gain grows with the iterations cannot be asked.",
+        known="the numbers of the model of 4 iterations, from the gallery",
     ),
     Question(
         name="wandering",
