@@ -8,13 +8,23 @@ from loopscope.interp.lens.kept import kept_lens
 from loopscope.interp.lens.record import Lens
 from loopscope.interp.patching.kept import kept_sweep
 from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.probes.fits import ProbeFit
+from loopscope.interp.probes.kept import kept_sides
+from loopscope.interp.probes.record import Probe
+from loopscope.interp.probes.transfer import TransferFit, TransferMatrix
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.work import Work
 from loopscope.interp.store.reading import ActivationStore
 from loopscope.models.core.base import LoopedModel
 
+Merged = Sweep | Lens | ActivationStore | Probe | TransferMatrix
+_FITS: dict[str, type[ProbeFit | TransferFit]] = {
+    "probe": ProbeFit,
+    "transfer_matrix": TransferFit,
+}
 
-def merge(folder: str | Path, model: LoopedModel | None = None) -> Sweep | Lens | ActivationStore:
+
+def merge(folder: str | Path, model: LoopedModel | None = None) -> Merged:
     """Make the record of a whole call from the folder that its shards wrote.
 
     The record is the one that the undivided call returns, to the last bit on machines that compute
@@ -34,6 +44,9 @@ def merge(folder: str | Path, model: LoopedModel | None = None) -> Sweep | Lens 
     common, found = Work(folder, manifest).read()
     if manifest.method in ("activation_patch", "attribution_patch"):
         return kept_sweep(manifest, common, found)
+    if manifest.method in _FITS:
+        fit = _FITS[manifest.method].kept(manifest.about, common)
+        return fit.of(*kept_sides(manifest, common, found))
     if model is None:
         raise ValueError(
             f"the record of {manifest.method} reads through the model's head; pass the model, as in"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -13,6 +14,7 @@ from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.columns import at_positions, read_columns
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import checked_batch_size
+from loopscope.interp.common.modes import ungraphed
 from loopscope.interp.common.places import Picked, Place, places_of
 from loopscope.interp.common.precision import widened
 from loopscope.models.basis.names import NamesFilter
@@ -21,6 +23,18 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 
 States = dict[str, Float[Tensor, "read _d"]]
+
+
+class Side(NamedTuple):
+    """One side of a split, fitted or held out.
+
+    Attributes:
+        reads: Int[Tensor, " read"], the reads of its rows.
+        pieces: Which reads, and their states at each place, piece by piece; gone through once.
+    """
+
+    reads: Int[Tensor, " read"]
+    pieces: Iterable[tuple[Int[Tensor, " read"], States]]
 
 
 @dataclass(frozen=True)
@@ -102,10 +116,15 @@ class ReadStates:
         Raises:
             ValueError: States that are not finite.
         """
-        for part in rows.split(self.batch_size if self.model.batch_independent else len(rows)):
-            yield self.reads(part), self._run(part)
+        for part in self.pieces(rows):
+            yield self.reads(part), self.run(part)
 
-    def _run(self, rows: Int[Tensor, " row"]) -> States:
+    def pieces(self, rows: Int[Tensor, " row"]) -> tuple[Int[Tensor, " row"], ...]:
+        """The rows that are run at a time."""
+        return rows.split(self.batch_size if self.model.batch_independent else len(rows))
+
+    def run(self, rows: Int[Tensor, " row"]) -> States:
+        """The states of some rows at each place."""
         alone = self.model.batch_independent
         run = rows if alone else torch.arange(len(self.batch), device=rows.device)
         columns = self.columns[run]
@@ -119,9 +138,10 @@ class ReadStates:
 
         visits = self.model.schedule(self.n_loops)
         last = max((v.index for v in visits if set(v.hook_names()) & set(self.names)), default=-1)
-        return collect(
-            self.model, self.batch[run], self.names, self.n_loops, reduce=kept, until=last + 1
-        ).values
+        with ungraphed(self.model):
+            return collect(
+                self.model, self.batch[run], self.names, self.n_loops, reduce=kept, until=last + 1
+            ).values
 
 
 def split_rows(

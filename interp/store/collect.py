@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from loopscope.interp.common import collecting
 from loopscope.interp.common.fingerprint import described, facts_of_model
 from loopscope.interp.common.inputs import ReadoutColumn, checked_batch_size
-from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.modes import evaluated, ungraphed
 from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.share import Shard, checked_shard, own
@@ -157,7 +157,6 @@ class _Job:
     batch_size: int
     per_file: int
 
-    @torch.inference_mode()
     def write(self, folder: Path, item: int, manifest: Manifest) -> None:
         """Write the files of one range of examples; that of the tokens comes last, so that a range
         whose tokens are there is complete.
@@ -175,6 +174,7 @@ class _Job:
                 file = stack.enter_context(temporary.open("wb"))
                 shape = (len(group.loops), len(group.layers), count, *group.shape)
                 slabs.append(Slab(file, shape, self.dtype, manifest))
+            stack.enter_context(ungraphed(self.model))
             for piece in pieces:
                 self._run(piece, slabs)
         write_tensors(file_of(folder, item, TOKENS), self._tokens(pieces), manifest)
