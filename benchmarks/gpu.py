@@ -90,7 +90,7 @@ def _methods(
         f"forward of {len(texts)} texts": lambda: _forward(model, texts.to(model.device)),
         f"readout lens of {len(texts)} texts": lambda: readout_lens(model, texts, LOOPS),
         f"sweep of resid_pre over {pairs} pairs": lambda: activation_patch(
-            model, clean, corrupted, metric, LOOPS, memory_gb=4.0
+            model, clean, corrupted, metric, LOOPS, max_bytes=4 << 30
         ),
         f"attribution of resid_pre over {pairs} pairs": lambda: attribution_patch(
             model, clean, corrupted, metric, LOOPS
