@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -239,22 +239,20 @@ def _patches(
     return [
         (
             name,
-            _patch(
-                base, name, torch.tensor(found, device=lanes.cell.device).T, source[name], lanes
-            ),
+            _patch(base, name, found, source[name], lanes),
         )
         for name, found in wanted.items()
     ]
 
 
 def _patch(
-    base: BaseRun, name: str, found: Int[Tensor, "3 patch"], source: Tensor, lanes: Lanes
+    base: BaseRun, name: str, found: list[tuple[int, int, int]], source: Tensor, lanes: Lanes
 ) -> partial[Tensor]:
     """The hook of one point; `found` holds the lane, the column and the head (-1 for all) of each
     of its patches.
     """
-    lane, column, head = found
-    heads: slice | Tensor = slice(None) if int(head[0]) < 0 else head
+    lane, column, head = torch.tensor(found, device=lanes.cell.device).T
+    heads: slice | Tensor = slice(None) if found[0][2] < 0 else head
     example = lanes.example[lane]
     if HEAD_AXIS.get(site_of(name)) == 1:
         return partial(_put, index=(lane, heads, column), values=source[example, heads, column])

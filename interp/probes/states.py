@@ -127,21 +127,23 @@ class ReadStates:
         """The states of some rows at each place."""
         alone = self.model.batch_independent
         run = rows if alone else torch.arange(len(self.batch), device=rows.device)
-        columns = self.columns[run]
+        columns, shown = self.columns[run], self.shown[rows].nonzero(as_tuple=True)
 
         def kept(value: Tensor, name: str) -> Tensor:
             by_column = value.movedim(position_axis(name), 1)
             read = at_positions(by_column.reshape(*by_column.shape[:2], -1), columns)
-            found = widened(read if alone else read[rows])[self.shown[rows]]
-            refuse_nonfinite(f"the states at {name}", found)
-            return found
+            return widened(read if alone else read[rows])[shown]
 
         visits = self.model.schedule(self.n_loops)
         last = max((v.index for v in visits if set(v.hook_names()) & set(self.names)), default=-1)
         with ungraphed(self.model):
-            return collect(
+            states = collect(
                 self.model, self.batch[run], self.names, self.n_loops, reduce=kept, until=last + 1
             ).values
+            finite = torch.stack([value.isfinite().all() for value in states.values()])
+        for name in states if not bool(finite.all()) else ():
+            refuse_nonfinite(f"the states at {name}", states[name])
+        return states
 
 
 def split_rows(
