@@ -26,6 +26,8 @@ def test_its_steps_run_on_a_cpu_and_leave_no_page(capsys: pytest.CaptureFixture[
         "sweep",
         "attribution",
         "collection",
+        "probe",
+        "training",
     ]
     assert gpu.results._RESULTS.read_text(encoding="utf-8") == page
 
