@@ -19,14 +19,15 @@ from loopscope.interp.shards.work import Work
 from loopscope.interp.store.reading import ActivationStore
 from loopscope.models.core.base import LoopedModel
 
-Merged = Sweep | Lens | TunedLens | ActivationStore | Probe | TransferMatrix
 _FITS: dict[str, type[ProbeFit | TransferFit]] = {
     "probe": ProbeFit,
     "transfer_matrix": TransferFit,
 }
 
 
-def merge(folder: str | Path, model: LoopedModel | None = None) -> Merged:
+def merge(
+    folder: str | Path, model: LoopedModel | None = None
+) -> Sweep | Lens | TunedLens | ActivationStore | Probe | TransferMatrix:
     """Make the record of a whole call from the folder that its shards wrote.
 
     The record is the one that the undivided call returns, to the last bit on machines that compute

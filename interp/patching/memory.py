@@ -19,9 +19,7 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 
 _MLPS, _STREAMS = 3, 16  # tensors of the widths d_mlp and d_model that a visit holds per row
-_ATTENTION = (
-    8  # queries, keys and values, before and after each lane's rows are put in, and outputs
-)
+_ATTENTION = 8  # queries, keys, values and outputs, with the lanes' rows put in and without
 _SCORES = 4  # scores and pattern, each as they are and patched
 _LOGITS = 3  # those that the head gives, those that are kept, and a metric's
 
