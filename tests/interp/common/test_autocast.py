@@ -64,7 +64,7 @@ def test_a_patch_is_the_hook_written_by_hand(site: str, whole: bool, plain: Recu
     with plain.hooks(hooks, n_loops=LOOPS):
         sweep = activation_patch(
             plain, CLEAN, CORRUPTED, metric, LOOPS,
-            sites=[site], loops=[1], layers=[0], positions=[COLUMN],
+            sites=[site.rpartition("hook_")[2]], loops=[1], layers=[0], positions=[COLUMN],
         )  # fmt: skip
     assert sweep.values.dtype == torch.float32
     off = (sweep.values[0] - metric(logits.float())).abs().max()
