@@ -167,9 +167,16 @@ class TunedJob:
 def kept_tuned(manifest: Manifest, found: Sequence[Results]) -> TunedLens:
     """The whole lens from its folder."""
     about = manifest.about
-    facts = (about[name] for name in ("n_loops", "family", "fingerprint"))
     none = torch.empty(0, 0)
-    start = TunedLens(none, none, tuple(about["names"]), *facts, losses=none)
+    start = TunedLens(
+        weights=none,
+        biases=none,
+        names=tuple(about["names"]),
+        n_loops=about["n_loops"],
+        family=about["family"],
+        fingerprint=about["fingerprint"],
+        losses=none,
+    )
     return _joined(start, about["owner"], about["pieces"], found)
 
 
@@ -186,7 +193,8 @@ def _joined(
     found: Sequence[Mapping[str, Tensor]],
 ) -> TunedLens:
     """The lens of the visits of some pieces, in the order of the run."""
-    visits, weights, biases, losses = [], [], [], []
+    visits: list[int] = []
+    weights, biases, losses = [], [], []
     for piece, each in zip(pieces, found, strict=True):
         own = _numbered([owner[visit] for visit in piece])
         visits += piece
