@@ -55,7 +55,7 @@ class ProbeFit:
 
     @classmethod
     def kept(cls, about: Mapping[str, Any], common: Results) -> ProbeFit:
-        """What `about` and `tensors` say."""
+        """The fit that `about` and `tensors` describe."""
         places = tuple(Place(**place) for place in about["places"])
         how = {name: about[name] for name in ("control", "kind", "bits", "strength")}
         return cls(places, tasks_of(common), **how)
@@ -101,5 +101,5 @@ def tensors_of(tasks: tuple[Task, ...]) -> Results:
 
 
 def tasks_of(common: Results) -> tuple[Task, ...]:
-    """What `tensors_of` wrote."""
+    """The tasks that `tensors_of` wrote."""
     return tuple(Task(values, common.get("classes")) for values in common["values"])

@@ -21,7 +21,7 @@ _Record = TypeVar("_Record", covariant=True)
 
 
 class Fit(Protocol[_Record]):
-    """What is fitted on the states."""
+    """A fit on states: all but the states themselves."""
 
     def about(self) -> dict[str, Any]:
         """The fit without its tensors, as JSON."""

@@ -108,7 +108,7 @@ class TransferFit:
 
     @classmethod
     def kept(cls, about: Mapping[str, Any], common: Results) -> TransferFit:
-        """What `about` and `tensors` say."""
+        """The fit that `about` and `tensors` describe."""
         blocks = {block: dict(points) for block, points in about["blocks"].items()}
         return cls(blocks, about["n_loops"], tasks_of(common)[0], about["strength"])
 
