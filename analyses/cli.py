@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass, replace
@@ -191,9 +192,24 @@ _DESCRIPTION = f"""Mechanistic interpretability of looped transformers. A figure
 from flags, and with {FROM} SETTINGS.json from a file as well, where flags win."""
 
 
+_CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell says it of other tools
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """Parse a command and run it; a user's mistake is one sentence on stderr and exit status 2."""
-    args = list(sys.argv[1:] if args is None else args)
+    """Parse a command and run it; a user's mistake is one sentence on stderr and exit status 2, and
+    a reader that closes the pipe (`| head`) ends the command without a word.
+    """
+    try:
+        try:
+            _main(list(sys.argv[1:] if args is None else args))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        raise SystemExit(_CLOSED_PIPE) from None
+
+
+def _main(args: list[str]) -> None:
     try:
         if args and args[0] in FIGURES:
             _draw(FIGURES[args[0]], args[1:])
@@ -203,6 +219,8 @@ def main(args: Sequence[str] | None = None) -> None:
                     _commands(), prog="loopscope", description=_DESCRIPTION, args=args
                 )
             )
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, KeyError, ImportError) as error:
         print(f"loopscope: {as_flags(error)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -24,7 +24,7 @@ class Merge:
     folder: Annotated[Path, tyro.conf.Positional]
     """The folder that the shards wrote: --work of a figure, save_to= or to= of a call."""
     checkpoint: str | None = None
-    """The checkpoint, which the record of a lens needs."""
+    """The checkpoint, which the record of a logit, readout or coda lens needs."""
     out: Path | None = None
     """The CSV file to write for a call; by default merged.csv in the folder."""
 
@@ -93,7 +93,9 @@ def run_collect(command: Collect) -> None:
 
 
 def run_merge(command: Merge) -> None:
-    """Merge the shards of a call, print a part of the record and write it as CSV."""
+    """Merge the shards of a call, print a part of the record and write it as CSV; a tuned lens is
+    written as `TunedLens.load` reads it too.
+    """
     model = None
     if command.checkpoint is not None:
         model = import_module("loopscope.checkpoints.load").load(command.checkpoint)
@@ -103,6 +105,10 @@ def run_merge(command: Merge) -> None:
     with import_module("loopscope.models.basis.files").atomic_path(out) as temporary:
         record.frame().to_csv(temporary, index=False)
     print(f"wrote {out}")
+    if isinstance(record, import_module("loopscope.interp.lens.tuned_lens").TunedLens):
+        lens = out.with_suffix(".safetensors")
+        record.save(lens)
+        print(f"wrote {lens}")
 
 
 def shard_of(text: str | None) -> tuple[int, int] | None:

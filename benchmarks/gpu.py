@@ -18,7 +18,9 @@ from benchmarks.timing import paper_size
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.lens.lens import readout_lens
+from loopscope.interp.lens.tuned_training import train_tuned_lens
 from loopscope.interp.patching.activation import activation_patch
+from loopscope.interp.probes.probe import probe
 from loopscope.interp.store.collect import collect
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -90,12 +92,18 @@ def _methods(
         f"forward of {len(texts)} texts": lambda: _forward(model, texts.to(model.device)),
         f"readout lens of {len(texts)} texts": lambda: readout_lens(model, texts, LOOPS),
         f"sweep of resid_pre over {pairs} pairs": lambda: activation_patch(
-            model, clean, corrupted, metric, LOOPS, memory_gb=4.0
+            model, clean, corrupted, metric, LOOPS, max_bytes=4 << 30
         ),
         f"attribution of resid_pre over {pairs} pairs": lambda: attribution_patch(
             model, clean, corrupted, metric, LOOPS
         ),
         f"collection of {len(texts)} texts": store,
+        f"probe of {len(texts)} texts": lambda: probe(
+            model, texts, texts.tokens[:, 0] % 2, n_loops=LOOPS, control=False
+        ),
+        f"training of a tuned lens on {len(texts)} texts": lambda: train_tuned_lens(
+            model, texts, LOOPS, steps=20
+        ),
     }
 
 

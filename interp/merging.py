@@ -6,23 +6,39 @@ from pathlib import Path
 
 from loopscope.interp.lens.kept import kept_lens
 from loopscope.interp.lens.record import Lens
+from loopscope.interp.lens.tuned_job import kept_tuned
+from loopscope.interp.lens.tuned_lens import TunedLens
 from loopscope.interp.patching.kept import kept_sweep
 from loopscope.interp.patching.sweep import Sweep
+from loopscope.interp.probes.fits import ProbeFit
+from loopscope.interp.probes.kept import kept_sides
+from loopscope.interp.probes.record import Probe
+from loopscope.interp.probes.transfer import TransferFit, TransferMatrix
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.work import Work
 from loopscope.interp.store.reading import ActivationStore
 from loopscope.models.core.base import LoopedModel
 
+_FITS: dict[str, type[ProbeFit | TransferFit]] = {
+    "probe": ProbeFit,
+    "transfer_matrix": TransferFit,
+}
 
-def merge(folder: str | Path, model: LoopedModel | None = None) -> Sweep | Lens | ActivationStore:
+
+def merge(
+    folder: str | Path, model: LoopedModel | None = None
+) -> Sweep | Lens | TunedLens | ActivationStore | Probe | TransferMatrix:
     """Make the record of a whole call from the folder that its shards wrote.
 
     The record is the one that the undivided call returns, to the last bit on machines that compute
-    alike. Tensors of a sweep and a store are on the CPU, those of a lens on the model's device.
+    alike. Probes are fitted here, on the states that the shards wrote. Tensors of a logit lens are
+    on the model's device, all others on the CPU.
 
     Args:
-        folder: The `save_to=` of a sweep or a lens, or the `to=` of `collect`.
-        model: The model of a lens, whose record reads through the model's head; not needed else.
+        folder: The `save_to=` of a sweep, a lens, a training of a tuned lens or a probe, or the
+            `to=` of `collect`.
+        model: The model of a logit, readout or coda lens, whose record reads through the model's
+            head; not needed else.
 
     Raises:
         FileNotFoundError: The folder holds no results.
@@ -34,6 +50,11 @@ def merge(folder: str | Path, model: LoopedModel | None = None) -> Sweep | Lens 
     common, found = Work(folder, manifest).read()
     if manifest.method in ("activation_patch", "attribution_patch"):
         return kept_sweep(manifest, common, found)
+    if manifest.method == "train_tuned_lens":
+        return kept_tuned(manifest, found)
+    if manifest.method in _FITS:
+        fit = _FITS[manifest.method].kept(manifest.about, common)
+        return fit.of(*kept_sides(manifest, common, found))
     if model is None:
         raise ValueError(
             f"the record of {manifest.method} reads through the model's head; pass the model, as in"

@@ -390,4 +390,6 @@ class OutputConfig:
     merge FOLDER` draws the figure once all shards are there.
     """
     shard: str | None = None
-    """i/n: do the i-th of n shares of the sweeps, estimates and lenses into --work (0/8 to 7/8)."""
+    """i/n: do the i-th of n shares of the sweeps, estimates, lenses and probes into --work (0/8 to
+    7/8).
+    """

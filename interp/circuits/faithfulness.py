@@ -128,7 +128,7 @@ def evaluate_circuit(
     minimality: bool = False,
     seed: int = 0,
     readout: ReadoutColumn = None,
-    memory_gb: float = 0.5,
+    max_bytes: int = 1 << 29,
 ) -> Faithfulness:
     """Run a model on the clean inputs with every edge outside a circuit replaced, and with every
     edge of the circuit replaced.
@@ -145,7 +145,7 @@ def evaluate_circuit(
             corrupted input.
         minimality: Also take out each node of each circuit, one run per node.
         seed: Of the order in which inputs are resampled.
-        memory_gb: About how much memory the runs may take, in GiB; it decides how many run side by
+        max_bytes: About how many bytes the runs may take; it decides how many run side by
             side.
 
     Raises:
@@ -158,7 +158,7 @@ def evaluate_circuit(
     """
     chosen = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     pair = Pair.of(model, clean, corrupted, readout)
-    runs = masked_runs(model, pair, chosen, replace, seed, memory_gb)
+    runs = masked_runs(model, pair, chosen, replace, seed, max_bytes)
     graph = runs.graph
     masks = torch.stack([graph.mask(circuit.edges) for circuit in chosen])
     measured = Measured.of(runs, pair, metric)
@@ -186,7 +186,7 @@ def masked_runs(
     circuits: Sequence[Circuit],
     replace: Replace,
     seed: int,
-    memory_gb: float,
+    max_bytes: int,
 ) -> MaskedRuns:
     """The runs in which circuits of one model are measured."""
     if not circuits:
@@ -195,7 +195,7 @@ def masked_runs(
     if len(lengths) > 1:
         raise ValueError(f"all circuits must have the same iterations, got n_loops={lengths}")
     graph = graph_with(model, pair.clean, lengths[0], circuits[0].n_possible)
-    return MaskedRuns.of(model, graph, pair.clean, pair.corrupted, replace, seed, memory_gb)
+    return MaskedRuns.of(model, graph, pair.clean, pair.corrupted, replace, seed, max_bytes)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph, Stage
 from loopscope.interp.circuits.streams import CarriedStreams, Replacement, Streams, SummedStreams
-from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.inputs import begin_batch, checked_batch_size
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -29,14 +29,14 @@ class MaskedRuns:
     Attributes:
         model, graph, batch: What runs.
         replacement: What excluded edges carry.
-        memory_gb: About how much memory the runs side by side may take.
+        max_bytes: About how much memory the runs side by side may take.
     """
 
     model: LoopedModel
     graph: Graph
     batch: Batch
     replacement: Replacement
-    memory_gb: float
+    max_bytes: int
 
     @classmethod
     def of(
@@ -47,20 +47,19 @@ class MaskedRuns:
         corrupted: Batch,
         how: Replace,
         seed: int,
-        memory_gb: float,
+        max_bytes: int,
     ) -> MaskedRuns:
         """Prepare the runs of the clean batch.
 
         Raises:
             ValueError: No such replacement, or inputs of unequal length to resample from.
         """
-        if not memory_gb > 0:
-            raise ValueError(f"memory_gb must be a size in GiB above 0, got {memory_gb}")
+        max_bytes = checked_batch_size(max_bytes, "max_bytes")
         outputs, embedding = _replaced(Written.of(model, corrupted, graph), corrupted, how, seed)
         with model.hooks([("hook_embed", lambda value, hook: embedding)], n_loops=graph.n_loops):
             begin = begin_batch(model, clean, graph.n_loops)
         kept = begin_batch(model, clean, graph.n_loops)
-        return cls(model, graph, clean, Replacement(outputs, begin, kept), memory_gb)
+        return cls(model, graph, clean, Replacement(outputs, begin, kept), max_bytes)
 
     def logits(
         self, masks: Shaped[Tensor, "circuit reader writer"]
@@ -101,7 +100,7 @@ class MaskedRuns:
             len(self.graph.writers) if self.model.additive_residual else 4 * len(self.graph.readers)
         )
         size = streams * one[0].numel() * one.element_size()
-        return max(1, int(self.memory_gb * 2**30 / size))
+        return max(1, self.max_bytes // size)
 
 
 def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def exact_scores(
     metric: Metric | Literal["kl"],
     *,
     readout: ReadoutColumn = None,
-    memory_gb: float = 0.5,
+    max_bytes: int = 1 << 29,
 ) -> Circuit:
     """Measure edges one by one: how far the metric of the whole model falls when that edge alone is
     given what its writer adds in the corrupted run.
@@ -42,7 +42,7 @@ def exact_scores(
     Args:
         scores: The edges to measure, such as all those that `circuit_scores` gives.
         model, clean, corrupted, metric, readout: As for `circuit_scores`.
-        memory_gb: As for `evaluate_circuit`.
+        max_bytes: As for `evaluate_circuit`.
 
     Returns:
         The same edges with the mean fall over the batch; many edges are measured in one run.
@@ -50,7 +50,7 @@ def exact_scores(
     Raises:
         ValueError: As for `evaluate_circuit`, or no edge.
     """
-    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
+    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, max_bytes)
     if not scores.edges:
         raise ValueError("at least one edge is needed to be measured, got none")
     chosen = job.graph.mask(scores.edges)
@@ -73,7 +73,7 @@ def search_circuit(
     *,
     readout: ReadoutColumn = None,
     together: int = 16,
-    memory_gb: float = 0.5,
+    max_bytes: int = 1 << 29,
 ) -> Circuit:
     """Find a circuit by exact patching: from the readout backwards, every edge whose exclusion
     changes the metric by less than a threshold is excluded for good.
@@ -87,7 +87,7 @@ def search_circuit(
             keep an edge.
         together: How many edges one run tries.
         model, clean, corrupted, metric, readout: As for `circuit_scores`.
-        memory_gb: As for `evaluate_circuit`.
+        max_bytes: As for `evaluate_circuit`.
 
     Returns:
         The pruned circuit; an edge's score is the change when it was tried.
@@ -102,7 +102,7 @@ def search_circuit(
         raise ValueError(
             f"threshold must be at least 0 and together at least 1, got {threshold} and {together}"
         )
-    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
+    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, max_bytes)
     kept, falls = job.backwards(job.graph.mask(scores.edges), threshold, together)
     settings: dict[str, str | float] = {"replace": "corrupted", "threshold": threshold}
     found = job.circuit(kept, falls[kept], settings, f"exact search, threshold {threshold:g}")
@@ -123,9 +123,9 @@ class _Search:
         pair: Pair,
         scores: Circuit,
         metric: Metric | Literal["kl"],
-        memory_gb: float,
+        max_bytes: int,
     ) -> _Search:
-        runs = masked_runs(model, pair, [scores], "corrupted", 0, memory_gb)
+        runs = masked_runs(model, pair, [scores], "corrupted", 0, max_bytes)
         return cls(runs.graph, Measured.of(runs, pair, metric))
 
     def backwards(

@@ -83,7 +83,7 @@ def smallest_circuit(
     replace: Replace = "corrupted",
     seed: int = 0,
     readout: ReadoutColumn = None,
-    memory_gb: float = 0.5,
+    max_bytes: int = 1 << 29,
 ) -> Circuit:
     """The smallest circuit of a wanted faithfulness, by bisection on the number of edges.
 
@@ -93,7 +93,7 @@ def smallest_circuit(
         scores: All edges with their scores.
         wanted: The faithfulness, 1 for the whole model's.
         rule: As for `select_circuit`.
-        model, clean, corrupted, metric, replace, seed, readout, memory_gb: As for
+        model, clean, corrupted, metric, replace, seed, readout, max_bytes: As for
             `evaluate_circuit`.
 
     Raises:
@@ -101,7 +101,7 @@ def smallest_circuit(
     """
     pair = Pair.of(model, clean, corrupted, readout)
     measured = Measured.of(
-        masked_runs(model, pair, [scores], replace, seed, memory_gb), pair, metric
+        masked_runs(model, pair, [scores], replace, seed, max_bytes), pair, metric
     )
     low, high = measured.replaced.mean(), measured.whole.mean()
 

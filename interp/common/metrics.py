@@ -76,13 +76,13 @@ def _tokens_of(what: str, tokens: Answers, logits: Tensor) -> Int[Tensor, " batc
 def one_per_row(
     what: str, tokens: Answers, rows: int, d_vocab: int, device: torch.device
 ) -> Int[Tensor, " batch"]:
-    """One token for each row.
+    """One token for each row, checked where the tokens are: from the CPU no GPU is waited for.
 
     Raises:
         TypeError: Tokens that are no integers.
         ValueError: Another number of tokens than rows, or tokens outside the vocabulary.
     """
-    given = torch.as_tensor(tokens, device=device)
+    given = torch.as_tensor(tokens)
     if given.is_floating_point() or given.dtype == torch.bool:
         raise TypeError(f"{what} must be integers, got {given.dtype}")
     if given.ndim == 0 and not isinstance(tokens, Tensor):
@@ -97,7 +97,8 @@ def one_per_row(
             f"{what} must be in 0..{d_vocab - 1} (d_vocab={d_vocab}), got"
             f" {int(given.min())} to {int(given.max())}"
         )
-    return given.clone() if given.is_inference() else given.long()
+    given = given.to(device, torch.long)
+    return given.clone() if given.is_inference() else given
 
 
 def measure(metric: Metric, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:

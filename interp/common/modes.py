@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import existing_modules
 
 _P = ParamSpec("_P")
@@ -74,6 +75,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module in existing_modules(model):
             if module not in known:  # a hook point that was made meanwhile
                 module.training = whole
+
+
+def ungraphed(model: LoopedModel) -> AbstractContextManager[None]:
+    """A context for runs of which no tensor escapes: inference mode; or, where hooks of a caller
+    see the tensors and may keep them, no gradients.
+    """
+    return torch.no_grad() if model.any_hook() else torch.inference_mode()
 
 
 def _model_of(*args: object, **kwargs: object) -> nn.Module:

@@ -86,7 +86,7 @@ class TunedLens(OneScreen):
         """Refuse a model that these translators were not made for.
 
         Raises:
-            ValueError: Another family, other sizes, or other weights.
+            ValueError: Another family, other sizes, other weights, or a shard's translators.
         """
         own, other = (self.family, self.weights.shape[-1]), (model.cfg.family, model.cfg.d_model)
         if own != other:
@@ -98,6 +98,12 @@ class TunedLens(OneScreen):
             raise ValueError(
                 "this tuned lens is for a model with other weights or another configuration; train"
                 " one for this model"
+            )
+        count = len(model.schedule(self.n_loops))
+        if len(self.names) < count:
+            raise ValueError(
+                f"this tuned lens is that of a shard, with translators for {len(self.names)} of"
+                f" {count} visits; merge the folder that all shards wrote"
             )
 
     def lens(

@@ -17,8 +17,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.interp.common.cells import Cell, Selection, Together, choose
+from loopscope.interp.common.collecting import keeping
 from loopscope.interp.common.fingerprint import facts_of
-from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
+from loopscope.interp.common.inputs import (
+    Inputs,
+    Metric,
+    ReadoutColumn,
+    begin_batch,
+    checked_batch_size,
+)
 from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
@@ -61,7 +68,7 @@ def activation_patch(
     also: Mapping[str, Metric] | None = None,
     group_by: Labels | None = None,
     readout: ReadoutColumn = None,
-    memory_gb: float = 0.1,
+    max_bytes: int = 100 << 20,
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> Sweep:
@@ -96,8 +103,9 @@ def activation_patch(
         group_by: A label for each column, or for each row and column, such as the index of the
             relation or the distance in a graph; `Sweep.by_group` averages over the places of a
             label. None as a label leaves the place out.
-        memory_gb: About how much memory the patched runs may take, in GiB; it decides how many run
-            side by side.
+        max_bytes: How much memory the patched runs may take, in bytes; it decides how many run side
+            by side. One run is the least. The two runs without a patch are kept besides: the keys
+            and values and the residual stream of every visit, and what is put in.
         save_to: A folder in which results are kept: a sweep that was interrupted and is called
             again goes on from there, and `merge` makes one record of all shards.
         shard: (i, n) does the i-th of n shares of the cells; None does all.
@@ -111,8 +119,7 @@ def activation_patch(
             folder with results of another call.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    if not memory_gb > 0:
-        raise ValueError(f"memory_gb must be a size in GiB above 0, got {memory_gb}")
+    max_bytes = checked_batch_size(max_bytes, "max_bytes")
     pair = Pair.of(model, clean, corrupted, readout)
     base, source = base_and_source(direction, pair.clean, pair.corrupted)
     selection = Selection(
@@ -128,7 +135,7 @@ def activation_patch(
         checked_labels(group_by, tuple(base.tokens.shape))
     metrics = _named(metric, also or {})
     facts = facts_of(model, cells, (base, source), (n_loops, direction, metrics))
-    job = _Job(model, cells, base, source, n_loops, metrics, memory_gb)
+    job = _Job(model, cells, base, source, n_loops, metrics, max_bytes)
     ours = Team() if in_pieces(save_to, shard) else team(lambda: facts)
     if ours.size > 1:
         common, found = job.shared(ours)
@@ -136,7 +143,7 @@ def activation_patch(
     groups = job.groups()
 
     def manifest() -> Manifest:
-        settings = {"n_loops": n_loops, "memory_gb": memory_gb}
+        settings = {"n_loops": n_loops, "max_bytes": max_bytes}
         return sweep_manifest(
             "activation_patch", model, pair, cells, groups, metrics, settings, direction, group_by
         )
@@ -172,13 +179,13 @@ class _Job:
     source: Batch
     n_loops: int
     metrics: Mapping[str, Metric]
-    memory_gb: float
+    max_bytes: int
 
     def groups(self) -> list[list[int]]:
         """The cells, by their index, of each group."""
         if packable(self.model, self.base):
-            return packed_groups(self.model, self.base, self.cells, self.n_loops, self.memory_gb)
-        return continued_groups(self.model, self.base, self.cells, self.memory_gb)
+            return packed_groups(self.model, self.base, self.cells, self.n_loops, self.max_bytes)
+        return continued_groups(self.model, self.base, self.cells, self.max_bytes)
 
     def compute(self, items: list[int]) -> tuple[Results, Iterator[Results]]:
         """The metrics of the two runs without a patch, and of some groups of cells."""
@@ -217,7 +224,7 @@ class _Job:
         """Logits of the base run and of every patched one."""
         given = self.model, self.base, groups, cache, self.n_loops
         if packable(self.model, self.base):
-            return packed_logits(*given, self.memory_gb)
+            return packed_logits(*given, self.max_bytes)
         return continued_logits(*given)
 
     def _rows(
@@ -233,14 +240,11 @@ class _Job:
                 yield {"values": torch.stack(rows, dim=1)}
 
     def _activations(self, names: list[str]) -> dict[str, Tensor]:
-        run = self.model.run_with_cache(
-            self.source.tokens,
-            n_loops=self.n_loops,
-            mask=self.source.mask,
-            names_filter=names,
-            **self.source.options,
-        )
-        return dict(run[1])
+        with keeping(self.model, names, self.n_loops) as values:
+            state = self.model.advance(begin_batch(self.model, self.source, self.n_loops))
+            if set(names) & set(self.model.edge_sites()[1]):
+                self.model.readout(state)  # at every position, which takes memory for all logits
+        return values
 
     def _measure(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "metric batch"]:
         return torch.stack([measure(metric, logits) for metric in self.metrics.values()])

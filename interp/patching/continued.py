@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.cells import HEAD_AXIS, Cell
 from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.patching.memory import run_bytes
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import site_of
@@ -22,13 +23,12 @@ from loopscope.models.core.state import State
 
 
 def continued_groups(
-    model: LoopedModel, base: Batch, cells: Sequence[Cell], memory_gb: float
+    model: LoopedModel, base: Batch, cells: Sequence[Cell], max_bytes: int
 ) -> list[list[int]]:
     """The cells, by their index, that are run side by side: those of one hook point, as many as the
     memory holds.
     """
-    per_run = 4 * base.tokens.numel() * (3 * model.cfg.d_mlp + 16 * model.cfg.d_model)
-    size = max(1, int(memory_gb * 2**30 / per_run)) if model.batch_independent else 1
+    size = max(1, max_bytes // run_bytes(model, base)) if model.batch_independent else 1
     names = groupby(range(len(cells)), key=lambda index: cells[index].name)
     at_once = [list(group) for _, group in names]
     return [group[at : at + size] for group in at_once for at in range(0, len(group), size)]

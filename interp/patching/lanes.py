@@ -5,7 +5,7 @@ A *lane* is one patched copy of one example.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,16 +57,6 @@ class Lanes:
     def offsets(self) -> Int[Tensor, " lane"]:
         """The first row of each lane among all rows."""
         return self.lengths.cumsum(0) - self.lengths
-
-    def chunks(self, max_rows: int) -> Iterator[Lanes]:
-        """Pieces of at most `max_rows` rows, but at least one lane."""
-        ends = self.lengths.cumsum(0)
-        first = 0
-        while first < len(self):
-            done = int(ends[first - 1]) if first else 0
-            last = max(first + 1, int(torch.searchsorted(ends, done + max_rows, right=True)))
-            yield self[slice(first, last)]
-            first = last
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.cells import HEAD_AXIS, Cell
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.patching.lanes import BEFORE, BaseRun, Lanes, lanes_of
+from loopscope.interp.patching.memory import cut, lane_bytes
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
@@ -45,24 +46,26 @@ def packable(model: LoopedModel, batch: Batch) -> bool:
 
 
 def packed_groups(
-    model: LoopedModel, base: Batch, cells: Sequence[Cell], n_loops: int, memory_gb: float
+    model: LoopedModel, base: Batch, cells: Sequence[Cell], n_loops: int, max_bytes: int
 ) -> list[list[int]]:
     """The cells, by their index, that are run side by side: neighbours in the order of the
     schedule, as many as the memory holds, but not so many that nothing is left to share.
 
     A cell's logits depend to the last bit on the cells of its group, and on no other.
     """
-    lanes = lanes_of(model, base, cells, n_loops)
-    rows = lanes.lengths.new_zeros(len(cells)).index_add(0, lanes.cell, lanes.lengths).tolist()
-    most = min(_rows_at_once(model, memory_gb), max(_LEAST, sum(rows) // _GROUPS))
+    lanes, width = lanes_of(model, base, cells, n_loops), base.tokens.shape[1]
+    own = torch.stack([lanes.lengths, lane_bytes(model, lanes, cells, width)], 1)
+    costs = own.new_zeros(len(cells), 2).index_add(0, lanes.cell, own).tolist()
+    most = max(_LEAST, sum(rows for rows, _ in costs) // _GROUPS), max_bytes
     groups: list[list[int]] = [[]]
-    held = 0
-    for index, count in enumerate(rows):
-        if groups[-1] and held + count > most:
+    held = 0, 0
+    for index, (rows, size) in enumerate(costs):
+        now = held[0] + rows, held[1] + size
+        if groups[-1] and (now[0] > most[0] or now[1] > most[1]):
             groups.append([])
-            held = 0
+            now = rows, size
         groups[-1].append(index)
-        held += count
+        held = now
     return groups
 
 
@@ -72,14 +75,14 @@ def packed_logits(
     groups: Sequence[Sequence[Cell]],
     source: Mapping[str, Tensor],
     n_loops: int,
-    memory_gb: float,
+    max_bytes: int,
 ) -> Iterator[Float[Tensor, "batch d_vocab"]]:
     """The logits at the readout of the base run, and then with each cell patched, group by group.
 
     Args:
         groups: Cells in the order of the schedule; those of one group are run side by side.
         source: The values that are put in, by hook name, with the whole batch.
-        memory_gb: About how much memory the patched runs may take; a group that takes more is cut.
+        max_bytes: How much memory the patched runs may take; a group that takes more is cut.
     """
     packed = [lanes_of(model, base, cells, n_loops) for cells in groups]
     joins = {visit for lanes in packed for visit in lanes.visit.tolist()}
@@ -87,16 +90,10 @@ def packed_logits(
     yield run.logits
     for cells, lanes in zip(groups, packed, strict=True):
         logits = run.logits.repeat(len(cells), 1, 1)
-        for chunk in lanes.chunks(_rows_at_once(model, memory_gb)):
+        for part in cut(lane_bytes(model, lanes, cells, base.tokens.shape[1]), max_bytes):
+            chunk = lanes[part]
             logits[chunk.cell, chunk.example] = run_lanes(run, cells, source, chunk)
         yield from logits
-
-
-def _rows_at_once(model: LoopedModel, memory_gb: float) -> int:
-    """How many rows fit the memory."""
-    size = next(model.parameters()).element_size()
-    per_row = size * (3 * model.cfg.d_mlp + 24 * model.cfg.d_model)
-    return max(1, int(memory_gb * 2**30 / per_row))
 
 
 def run_lanes(
@@ -242,22 +239,20 @@ def _patches(
     return [
         (
             name,
-            _patch(
-                base, name, torch.tensor(found, device=lanes.cell.device).T, source[name], lanes
-            ),
+            _patch(base, name, found, source[name], lanes),
         )
         for name, found in wanted.items()
     ]
 
 
 def _patch(
-    base: BaseRun, name: str, found: Int[Tensor, "3 patch"], source: Tensor, lanes: Lanes
+    base: BaseRun, name: str, found: list[tuple[int, int, int]], source: Tensor, lanes: Lanes
 ) -> partial[Tensor]:
     """The hook of one point; `found` holds the lane, the column and the head (-1 for all) of each
     of its patches.
     """
-    lane, column, head = found
-    heads: slice | Tensor = slice(None) if int(head[0]) < 0 else head
+    lane, column, head = torch.tensor(found, device=lanes.cell.device).T
+    heads: slice | Tensor = slice(None) if found[0][2] < 0 else head
     example = lanes.example[lane]
     if HEAD_AXIS.get(site_of(name)) == 1:
         return partial(_put, index=(lane, heads, column), values=source[example, heads, column])

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.interp.probes.ridge import Fitted, Linear
-from loopscope.interp.probes.states import ReadStates, States
+from loopscope.interp.probes.states import Side, States
 from loopscope.interp.probes.tasks import Task
 
 _BLOCKS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
@@ -43,33 +43,31 @@ class Code:
 
 
 def fit_logistic(
-    states: ReadStates,
-    tasks: Sequence[Task],
-    train: Int[Tensor, " train"],
-    test: Int[Tensor, " test"],
-    strength: float,
+    names: Sequence[str], tasks: Sequence[Task], train: Side, test: Side, strength: float
 ) -> tuple[Fitted, States]:
     """Fit every task at every place, one after the other.
 
     Each row is run once, and its states at all places are kept.
 
+    Args:
+        names: The hook point of each place.
+
     Returns:
         The probes, and the states of the rows that were fitted, on the CPU.
     """
-    kept = _kept(states, train), _kept(states, test)
-    fit_on = states.reads(train)
+    kept = _kept(names, train), _kept(names, test)
     maps, answers = [], []
-    for name in states.names:
+    for name in names:
         x, held_out = (part[name].double() for part in kept)
-        fits = [_fit(x, task.values[fit_on], strength) for task in tasks]
+        fits = [_fit(x, task.values[train.reads], strength) for task in tasks]
         answers.append([torch.as_tensor(fit.predict(held_out.numpy())) for fit in fits])
         maps.append(_map(fits[0], tasks[0]))
     return Fitted(tuple(maps), answers), kept[0]
 
 
-def _kept(states: ReadStates, rows: Int[Tensor, " row"]) -> States:
-    chunks = [chunk for _, chunk in states.chunks(rows)]
-    return {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in states.names}
+def _kept(names: Sequence[str], side: Side) -> States:
+    chunks = [states for _, states in side.pieces]
+    return {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in names}
 
 
 def _fit(x: Float[Tensor, "read d"], values: Int[Tensor, " read"], strength: float) -> Any:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from loopscope.interp.probes.states import ReadStates
+from loopscope.interp.probes.states import Side
 from loopscope.interp.probes.tasks import Task
 
 
@@ -86,19 +86,19 @@ class Fitted(NamedTuple):
 
 
 def fit_ridge(
-    states: ReadStates,
-    tasks: Sequence[Task],
-    train: Int[Tensor, " train"],
-    test: Int[Tensor, " test"],
-    strength: float,
+    names: Sequence[str], tasks: Sequence[Task], train: Side, test: Side, strength: float
 ) -> Fitted:
-    """Fit every task at every place: each row is run once, and no state is kept."""
-    maps = ridge_maps(states, tasks, train, strength)
+    """Fit every task at every place: each row is run once, and no state is kept.
+
+    Args:
+        names: The hook point of each place.
+    """
+    maps = ridge_maps(names, tasks, train, strength)
     widths = [len(task.outputs(torch.tensor([0]))[0]) for task in tasks]
     found: list[list[list[Tensor]]] = [[[] for _ in tasks] for _ in maps]
-    for _, chunk in states.chunks(test):
-        for linear, x, own in zip(maps, chunk.values(), found, strict=True):
-            parts = linear(x).split(widths, dim=1)
+    for _, states in test.pieces:
+        for name, linear, own in zip(names, maps, found, strict=True):
+            parts = linear(states[name]).split(widths, dim=1)
             for task, part, answers in zip(tasks, parts, own, strict=True):
                 answers.append(task.answer(part))
     first = [Linear(m.weight[: widths[0]], m.bias[: widths[0]]) for m in maps]
@@ -106,12 +106,12 @@ def fit_ridge(
 
 
 def ridge_maps(
-    states: ReadStates, tasks: Sequence[Task], train: Int[Tensor, " train"], strength: float
+    names: Sequence[str], tasks: Sequence[Task], train: Side, strength: float
 ) -> list[Linear]:
     """The ridge regression of the outputs of all tasks, side by side, at every place."""
-    sums = [RidgeSums() for _ in states.places]
-    for reads, chunk in states.chunks(train):
+    sums = {name: RidgeSums() for name in names}
+    for reads, states in train.pieces:
         outputs = torch.cat([task.outputs(reads) for task in tasks], dim=1)
-        for own, x in zip(sums, chunk.values(), strict=True):
-            own.add(x, outputs)
-    return [own.solve(strength) for own in sums]
+        for name, own in sums.items():
+            own.add(states[name], outputs)
+    return [own.solve(strength) for own in sums.values()]

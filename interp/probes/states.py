@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -13,6 +14,7 @@ from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.columns import at_positions, read_columns
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import checked_batch_size
+from loopscope.interp.common.modes import ungraphed
 from loopscope.interp.common.places import Picked, Place, places_of
 from loopscope.interp.common.precision import widened
 from loopscope.models.basis.names import NamesFilter
@@ -21,6 +23,18 @@ from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 
 States = dict[str, Float[Tensor, "read _d"]]
+
+
+class Side(NamedTuple):
+    """One side of a split, fitted or held out.
+
+    Attributes:
+        reads: Int[Tensor, " read"], the reads of its rows.
+        pieces: Which reads, and their states at each place, piece by piece; gone through once.
+    """
+
+    reads: Int[Tensor, " read"]
+    pieces: Iterable[tuple[Int[Tensor, " read"], States]]
 
 
 @dataclass(frozen=True)
@@ -102,26 +116,34 @@ class ReadStates:
         Raises:
             ValueError: States that are not finite.
         """
-        for part in rows.split(self.batch_size if self.model.batch_independent else len(rows)):
-            yield self.reads(part), self._run(part)
+        for part in self.pieces(rows):
+            yield self.reads(part), self.run(part)
 
-    def _run(self, rows: Int[Tensor, " row"]) -> States:
+    def pieces(self, rows: Int[Tensor, " row"]) -> tuple[Int[Tensor, " row"], ...]:
+        """The rows that are run at a time."""
+        return rows.split(self.batch_size if self.model.batch_independent else len(rows))
+
+    def run(self, rows: Int[Tensor, " row"]) -> States:
+        """The states of some rows at each place."""
         alone = self.model.batch_independent
         run = rows if alone else torch.arange(len(self.batch), device=rows.device)
-        columns = self.columns[run]
+        columns, shown = self.columns[run], self.shown[rows].nonzero(as_tuple=True)
 
         def kept(value: Tensor, name: str) -> Tensor:
             by_column = value.movedim(position_axis(name), 1)
             read = at_positions(by_column.reshape(*by_column.shape[:2], -1), columns)
-            found = widened(read if alone else read[rows])[self.shown[rows]]
-            refuse_nonfinite(f"the states at {name}", found)
-            return found
+            return widened(read if alone else read[rows])[shown]
 
         visits = self.model.schedule(self.n_loops)
         last = max((v.index for v in visits if set(v.hook_names()) & set(self.names)), default=-1)
-        return collect(
-            self.model, self.batch[run], self.names, self.n_loops, reduce=kept, until=last + 1
-        ).values
+        with ungraphed(self.model):
+            states = collect(
+                self.model, self.batch[run], self.names, self.n_loops, reduce=kept, until=last + 1
+            ).values
+            finite = torch.stack([value.isfinite().all() for value in states.values()])
+        for name in states if not bool(finite.all()) else ():
+            refuse_nonfinite(f"the states at {name}", states[name])
+        return states
 
 
 def split_rows(

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import Picked, at_site, places_of, points_by_block
 from loopscope.interp.common.shown import OneScreen, tidy
+from loopscope.interp.probes.fits import tasks_of, tensors_of
+from loopscope.interp.probes.kept import StatesJob
 from loopscope.interp.probes.ridge import check_strength, ridge_maps
-from loopscope.interp.probes.states import ReadStates, split_rows
+from loopscope.interp.probes.states import ReadStates, Side, split_rows
 from loopscope.interp.probes.tasks import Task
+from loopscope.interp.shards.share import Shard
+from loopscope.interp.shards.work import Results
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -75,6 +81,64 @@ class TransferMatrix(OneScreen):
         return transfer(self, title)
 
 
+@dataclass(frozen=True)
+class TransferFit:
+    """All that makes the matrix of some states.
+
+    Attributes:
+        blocks: For each block its hook point at each iteration that visits it.
+        n_loops: Iterations.
+        task: What is read.
+        strength: As for `probe`.
+    """
+
+    blocks: Mapping[str, Mapping[int, str]]
+    n_loops: int
+    task: Task
+    strength: float
+
+    def about(self) -> dict[str, Any]:
+        """The fit without its tensors, as JSON."""
+        blocks = {block: list(points.items()) for block, points in self.blocks.items()}
+        return {"blocks": blocks, "n_loops": self.n_loops, "strength": self.strength}
+
+    def tensors(self) -> Results:
+        """The values and the classes of the task."""
+        return tensors_of((self.task,))
+
+    @classmethod
+    def kept(cls, about: Mapping[str, Any], common: Results) -> TransferFit:
+        """The fit that `about` and `tensors` describe."""
+        blocks = {block: dict(points) for block, points in about["blocks"].items()}
+        return cls(blocks, about["n_loops"], tasks_of(common)[0], about["strength"])
+
+    def of(self, train: Side, test: Side) -> TransferMatrix:
+        """Fit the probes on one side, and score each of them at every iteration of the other."""
+        names = [name for points in self.blocks.values() for name in points.values()]
+        maps = dict(zip(names, ridge_maps(names, [self.task], train, self.strength), strict=True))
+        pairs = [
+            (i, s, t, maps[fitted], tested)
+            for i, points in enumerate(self.blocks.values())
+            for s, fitted in points.items()
+            for t, tested in points.items()
+        ]
+        answers: list[list[Tensor]] = [[] for _ in pairs]
+        for _, states in test.pieces:
+            for found, (_, _, _, linear, name) in zip(answers, pairs, strict=True):
+                found.append(self.task.answer(linear(states[name])))
+        shape = len(self.blocks), self.n_loops, self.n_loops
+        score = torch.full(shape, torch.nan, dtype=torch.float64)
+        for found, (i, s, t, _, _) in zip(answers, pairs, strict=True):
+            score[i, s, t] = self.task.score(torch.cat(found), test.reads)
+        constant = self.task.constant(train.reads, test.reads)
+        sizes = len(train.reads), len(test.reads)
+        return TransferMatrix(tuple(self.blocks), score, self.task.metric, constant, *sizes)
+
+    def of_shard(self, train: Int[Tensor, " read"], test: Int[Tensor, " read"]) -> TransferMatrix:
+        """The record of a shard, which fits no probe."""
+        return replace(self, blocks={}).of(Side(train, ()), Side(test, ()))
+
+
 @torch.no_grad()
 @evaluated
 def transfer_matrix(
@@ -90,13 +154,18 @@ def transfer_matrix(
     readout: ReadoutColumn = None,
     batch_size: int = 512,
     seed: int = 0,
+    save_to: str | Path | None = None,
+    shard: Shard | None = None,
 ) -> TransferMatrix:
     """Fit a ridge probe of each block at every iteration, and test it at every other one.
 
     Args:
-        inputs, targets, n_loops, positions, strength, held_out, readout, batch_size, seed: As for
-            `probe`.
+        inputs, targets, n_loops, positions, strength, held_out, readout, batch_size, seed, save_to,
+            shard: As for `probe`.
         site: A site of the blocks in the loop; None means the residual after each.
+
+    Returns:
+        The matrix; of a shard a record without blocks, since a probe is fitted on all rows.
 
     Raises:
         KeyError, ValueError: As for `probe`, or a site that no block of the loop has.
@@ -110,21 +179,6 @@ def transfer_matrix(
     states = ReadStates.of(model, batch, names, positions, n_loops, batch_size)
     task = Task.of(states, targets)
     train, test = split_rows(len(batch), held_out, seed)
-    maps = dict(zip(states.names, ridge_maps(states, [task], train, strength), strict=True))
-    pairs = [
-        (i, s, t, maps[fitted], tested)
-        for i, points in enumerate(blocks.values())
-        for s, fitted in points.items()
-        for t, tested in points.items()
-    ]
-    answers: list[list[Tensor]] = [[] for _ in pairs]
-    for _, chunk in states.chunks(test):
-        for found, (_, _, _, linear, name) in zip(answers, pairs, strict=True):
-            found.append(task.answer(linear(chunk[name])))
-    held, score = states.reads(test), torch.full((len(blocks), n_loops, n_loops), torch.nan)
-    score = score.double()
-    for found, (i, s, t, _, _) in zip(answers, pairs, strict=True):
-        score[i, s, t] = task.score(torch.cat(found), held)
-    constant = task.constant(states.reads(train), held)
-    sizes = len(states.reads(train)), len(held)
-    return TransferMatrix(tuple(blocks), score, task.metric, constant, *sizes)
+    fit = TransferFit(blocks, n_loops, task, strength)
+    job = StatesJob("transfer_matrix", states, train, test, save_to, shard)
+    return job.record(fit, {"seed": seed})

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from loopscope.interp.common import collecting
 from loopscope.interp.common.fingerprint import described, facts_of_model
 from loopscope.interp.common.inputs import ReadoutColumn, checked_batch_size
-from loopscope.interp.common.modes import evaluated
+from loopscope.interp.common.modes import evaluated, ungraphed
 from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.share import Shard, checked_shard, own
@@ -31,6 +31,7 @@ from loopscope.interp.store.groups import Group, groups_of
 from loopscope.interp.store.pieces import Piece, Positions, checked_positions, cut, reads_of
 from loopscope.interp.store.reading import TOKENS, ActivationStore
 from loopscope.interp.store.texts import Source, Sources, source_of
+from loopscope.models.basis.cpu_copies import begun_copy, wait_for_copies
 from loopscope.models.basis.files import atomic_path
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -157,7 +158,6 @@ class _Job:
     batch_size: int
     per_file: int
 
-    @torch.inference_mode()
     def write(self, folder: Path, item: int, manifest: Manifest) -> None:
         """Write the files of one range of examples; that of the tokens comes last, so that a range
         whose tokens are there is complete.
@@ -175,6 +175,7 @@ class _Job:
                 file = stack.enter_context(temporary.open("wb"))
                 shape = (len(group.loops), len(group.layers), count, *group.shape)
                 slabs.append(Slab(file, shape, self.dtype, manifest))
+            stack.enter_context(ungraphed(self.model))
             for piece in pieces:
                 self._run(piece, slabs)
         write_tensors(file_of(folder, item, TOKENS), self._tokens(pieces), manifest)
@@ -198,23 +199,14 @@ class _Job:
             piece.batch,
             names,
             self.n_loops,
-            reduce=lambda value, name: self._kept(piece.at_reads(value)),
+            reduce=lambda value, name: begun_copy(piece.at_reads(value).to(self.dtype)),
             until=last + 1,
         ).values
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)  # the copies below were only begun
+        wait_for_copies(self.model.device)
         for group, slab in zip(self.groups, slabs, strict=True):
             for loop, row in enumerate(group.names):
                 for layer, name in enumerate(row):
                     slab.write(loop, layer, piece.first, values.pop(name))
-
-    def _kept(self, value: Tensor) -> Tensor:
-        """A value on the CPU in the stored dtype; from a GPU it is only on its way there."""
-        value = value.to(self.dtype)
-        if value.device.type == "cpu":
-            return value
-        pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return pinned.copy_(value, non_blocking=True)
 
     def _pieces(self, item: int) -> Iterator[Piece]:
         """The examples of a file, cut so that no piece holds more than `max_bytes`."""

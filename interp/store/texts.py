@@ -71,10 +71,10 @@ def source_of(
     Raises:
         KeyError: No such column.
         ValueError: No example, a stream without a length, a file that is not JSON lines, a file's
-            name that is no `Path`, or a context below 1.
+            name that is no `Path`, a context below 1, or a context or a column of inputs that have
+            none.
     """
-    if context is not None:
-        context = checked_batch_size(context, "context")
+    _refuse_unused(inputs, column, context)
     if isinstance(inputs, str) and os.path.isfile(inputs):
         raise ValueError(
             f"a str is one text, but {inputs!r} names a file; pass Path({inputs!r}) for its lines"
@@ -95,6 +95,24 @@ def source_of(
         return _of_table(model, inputs, column, context)
     rows: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
     return _of_rows(model, len(rows), lambda at: rows[at.start : at.stop], context)
+
+
+def _refuse_unused(inputs: Sources, column: str | None, context: int | None) -> None:
+    """Raise where an argument would change nothing."""
+    if context is not None:
+        checked_batch_size(context, "context")
+        if isinstance(inputs, Batch | Tensor):
+            raise ValueError(
+                "context= cuts texts and rows of ids, but a"
+                f" {'Batch' if isinstance(inputs, Batch) else 'tensor of tokens'} is not cut; leave"
+                " context out, or cut the rows before"
+            )
+    fields = hasattr(inputs, "column_names") or getattr(inputs, "suffix", None) == ".jsonl"
+    if column is not None and not fields:
+        raise ValueError(
+            "column= names a column of a data set or a field of a .jsonl file, but these inputs are"
+            f" of the type {type(inputs).__name__}; leave column out"
+        )
 
 
 def _of_rows(

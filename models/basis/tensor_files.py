@@ -11,6 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from loopscope.models.basis.cpu_copies import CpuCopies
 from loopscope.models.basis.files import atomic_path
 
 _PER_NAME = 512  # bytes of the header that are kept free for each activation
@@ -76,14 +77,20 @@ def kept_in(
     to: str | Path | None, names: int, about: Mapping[str, str]
 ) -> Iterator[dict[str, Tensor]]:
     """A dictionary for the activations of one run; where `to` is a path, it writes them to a file
-    that appears whole when the `with` block ends without an error.
+    that appears whole when the `with` block ends without an error. Where it is "cpu", the values
+    are there when the block ends.
 
     Args:
         names: How many activations come at most.
         about: What the file says of itself.
     """
-    if to is None or to == "cpu":
+    if to is None:
         yield {}
+        return
+    if to == "cpu":
+        copies = CpuCopies()
+        yield copies
+        copies.finish()
         return
     with atomic_path(to) as temporary, temporary.open("wb") as file:
         content = TensorFile(file, names, about)

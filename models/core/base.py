@@ -543,9 +543,10 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
             reset_hooks_end, clear_contexts: As in `hooks`.
             pos_slice: Positions to keep (for scores and patterns: query positions), in any form of
                 TransformerLens's Slice; an int keeps an axis of one.
-            to: "cpu", or a file: each activation is written there as it is computed, and the cache
-                reads the file memory-mapped, so that it may be larger than memory. `LoopCache.load`
-                opens the file again.
+            to: "cpu", where copies from a GPU are pinned and begin while the run goes on; or a
+                file: each activation is written there as it is computed, and the cache reads the
+                file memory-mapped, so that it may be larger than memory. `LoopCache.load` opens the
+                file again.
 
         Returns:
             The logits and a `LoopCache`.
@@ -570,7 +571,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
             _, fwd, _ = self.get_caching_hooks(
                 wanted,
                 incl_bwd,
-                "cpu" if to == "cpu" else device,
+                device,
                 remove_batch_dim,
                 held,
                 pos_slice,
@@ -580,7 +581,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
                 logits = self(*model_args, **model_kwargs)
         if isinstance(held, TensorFile):
             return logits, LoopCache.load(str(to))
-        return logits, LoopCache(held, n_loops, has_batch_dim=not remove_batch_dim)
+        return logits, LoopCache(dict(held), n_loops, has_batch_dim=not remove_batch_dim)
 
     # Texts
 

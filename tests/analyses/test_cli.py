@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +343,14 @@ def test_the_gate_needs_a_checkpoint_that_has_one(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["exit-gate", "ltg_trained", "--per-hop", "1"])
     assert "has no exit gate to read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reader_that_closes_the_pipe_ends_the_command_without_a_word() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loopscope", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (141, b"")

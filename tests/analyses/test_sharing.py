@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from loopscope import ActivationStore
+from loopscope import ActivationStore, TunedLens, train_tuned_lens, transfer_matrix
 from loopscope.analyses.cli import main
+from toy import padded, toy
 
 PATCH = ["patch", "--per-hop", "1", "--n-loops", "2"]
 
@@ -56,3 +58,23 @@ def test_a_store_is_collected_and_merged(
     store = ActivationStore(tmp_path)
     lines = (tmp_path / "merged.csv").read_text().splitlines()
     assert (lines[0], len(lines)) == ("example,position,token", len(store) + 1)
+
+
+def test_a_training_and_a_probe_in_shards_are_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, batch, trained, read = toy("learned"), padded().repeat(2), tmp_path / "t", tmp_path / "p"
+    targets = torch.arange(len(batch)) % 2
+    for shard in ((0, 2), (1, 2)):
+        train_tuned_lens(model, batch, 3, steps=1, save_to=trained, shard=shard)
+        transfer_matrix(model, batch, targets, 2, batch_size=2, save_to=read, shard=shard)
+    main(["merge", str(trained)])
+    main(["merge", str(read), "--out", str(tmp_path / "matrix.csv")])
+    written = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote ")]
+    assert written == [
+        f"wrote {trained / 'merged.csv'}",
+        f"wrote {trained / 'merged.safetensors'}",
+        f"wrote {tmp_path / 'matrix.csv'}",
+    ]
+    assert len(TunedLens.load(trained / "merged.safetensors", model).names) == 6
+    assert len((tmp_path / "matrix.csv").read_text().splitlines()) == 1 + 2 * 2 * 2

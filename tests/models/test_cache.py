@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from loopscope.models.basis import cpu_copies
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import (
@@ -391,6 +392,30 @@ def test_a_cache_in_a_file_is_the_one_in_memory(tmp_path: Path, dtype: torch.dty
         assert all(torch.equal(found[name], memory[name]) for name in memory)
         assert (found.n_loops, found.has_batch_dim) == (3, True)
     assert cache.stack("q").shape == (3, LAYERS, BATCH, POS, HEADS, D_HEAD)
+
+
+def test_a_value_is_waited_for_where_its_copy_was_only_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The functions stand for those of a GPU: a copy has its numbers after the wait."""
+    begun: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def begin(value: torch.Tensor) -> torch.Tensor:
+        begun.append((torch.full_like(value, torch.nan), value))
+        return begun[-1][0]
+
+    def wait(device: torch.device) -> None:
+        assert device == torch.device("cpu")
+        for copy, value in begun:
+            copy.copy_(value)
+
+    monkeypatch.setattr(cpu_copies, "begun_copy", begin)
+    monkeypatch.setattr(cpu_copies, "wait_for_copies", wait)
+    model = toy()
+    _, cache = model.run_with_cache(random_tokens(), n_loops=2, to="cpu")
+    _, expected = model.run_with_cache(random_tokens(), n_loops=2)
+    assert len(begun) == len(cache) == len(expected)
+    assert all(torch.equal(cache[name], expected[name]) for name in expected)
 
 
 def test_a_run_that_fails_leaves_no_file(plain: RecurrentDepth, tmp_path: Path) -> None:

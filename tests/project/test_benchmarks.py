@@ -1,11 +1,13 @@
-"""The benchmark of a GPU says where there is none, and its steps run on a CPU."""
+"""Benchmarks say where what they measure is not there, and their steps run on a CPU."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, scale
 
 
 def test_without_a_gpu_the_benchmark_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,5 +26,23 @@ def test_its_steps_run_on_a_cpu_and_leave_no_page(capsys: pytest.CaptureFixture[
         "sweep",
         "attribution",
         "collection",
+        "probe",
+        "training",
     ]
     assert gpu.results._RESULTS.read_text(encoding="utf-8") == page
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "words"),
+    [
+        (0.2, {0, 1}, ""),
+        (3.26, {0, 1}, "; the machine was not idle (load average 3.3)"),
+        (0.9, {1}, "; the machine was not idle (load average 0.9), there is one core only"),
+    ],
+)
+def test_times_of_a_busy_machine_say_so(
+    load: float, cores: set[int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
+    assert scale.busy() == words

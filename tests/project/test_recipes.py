@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,11 @@ ENVIRONMENT = {
 PATCH = f"{sys.executable} -m loopscope patch --per-hop 2 --n-loops 3 --no-html"
 
 
+def scale() -> list[str]:
+    """The lines of docs/scale.md."""
+    return (ROOT / "docs" / "scale.md").read_text().splitlines()
+
+
 def run(command: str, folder: Path) -> str:
     done = subprocess.run(
         ["bash", "-c", command],
@@ -40,6 +46,14 @@ def run(command: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """The record of the figure that one process makes."""
+    folder = tmp_path_factory.mktemp("one")
+    run(f"{PATCH} --out one", folder)
+    return json.loads((folder / "one" / "patch.json").read_text())
 
 
 @pytest.mark.slow
@@ -61,17 +75,28 @@ def test_a_launcher_gives_the_sweep_of_one_process(launcher: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_xargs_and_an_array_job_give_the_figure_of_one_run(tmp_path: Path) -> None:
+def test_gnu_parallel_gives_the_figure_of_one_run(one_run: object, tmp_path: Path) -> None:
+    """The line of docs/scale.md, with two shards of a smaller figure."""
+    found = shutil.which("parallel")
+    version = [found or "", "--version"]
+    if found is None or "GNU parallel" not in subprocess.check_output(version, text=True):
+        pytest.skip("GNU parallel is not installed")
+    line = next(line for line in scale() if line.startswith("seq 0 7 | parallel "))
+    small = line.replace("seq 0 7", "seq 0 1").replace("{}/8", "{}/2")
+    run(small.replace("loopscope patch", f"{PATCH} --out p"), tmp_path)
+    run("loopscope merge w", tmp_path)
+    assert json.loads((tmp_path / "p" / "patch.json").read_text()) == one_run
+
+
+@pytest.mark.slow
+def test_xargs_and_an_array_job_give_the_figure_of_one_run(one_run: object, tmp_path: Path) -> None:
     run(f"seq 0 1 | xargs -P 2 -I@ {PATCH} --out x --work wx --shard @/2", tmp_path)
     run("loopscope merge wx", tmp_path)
-    line = next(
-        line
-        for line in (ROOT / "docs" / "scale.md").read_text().splitlines()
-        if line.startswith("sbatch ")
-    ).replace("docs/recipes", str(ROOT / "docs" / "recipes"))
+    line = next(line for line in scale() if line.startswith("sbatch ")).replace(
+        "docs/recipes", str(ROOT / "docs" / "recipes")
+    )
     flags = PATCH.partition("loopscope patch")[2]
     run(f"{line.replace('sbatch', 'sbatch --array=0-1', 1)} {flags} --out a", tmp_path)
     run("loopscope merge w", tmp_path)
-    run(f"{PATCH} --out one", tmp_path)
     records = [json.loads((tmp_path / name / "patch.json").read_text()) for name in "xa"]
-    assert records == [json.loads((tmp_path / "one" / "patch.json").read_text())] * 2
+    assert records == [one_run] * 2

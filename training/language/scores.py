@@ -43,7 +43,7 @@ def score_passes(
     model: LoopedModel, rows: UInt8[np.ndarray, "string pos"], n_loops: int, batch_size: int = 250
 ) -> PassScores:
     """The scores after each of `n_loops` iterations of one run, at every token of some strings."""
-    nats, right, count = np.zeros(n_loops), np.zeros(n_loops), 0
+    sums, count = torch.zeros(2, n_loops, dtype=torch.float64, device=model.device), 0
     ordered = rows[np.argsort(np.count_nonzero(rows, axis=1), kind="stable")]
     for start in range(0, len(rows), batch_size):
         tokens = as_tokens(ordered[start : start + batch_size])
@@ -54,9 +54,10 @@ def score_passes(
         for loop, end in enumerate(model.iteration_ends(n_loops)):
             state = model.advance(state, end)
             logits = model.readout(model.finish(state))[real]
-            nats[loop] += float(F.cross_entropy(logits, targets, reduction="sum"))
-            right[loop] += int((top_token(logits) == targets).sum())
-    return PassScores(tuple((nats / count).tolist()), tuple((right / count).tolist()))
+            sums[0, loop] += F.cross_entropy(logits, targets, reduction="sum")
+            sums[1, loop] += (top_token(logits) == targets).sum()
+    nats, right = (sums / count).tolist()
+    return PassScores(tuple(nats), tuple(right))
 
 
 def sample_strings(

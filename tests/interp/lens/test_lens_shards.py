@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from loopscope import coda_lens, logit_lens, merge, readout_lens
+from loopscope import coda_lens, logit_lens, merge, readout_lens, train_tuned_lens, tuned_lens_kl
+from loopscope.interp.lens import tuned_job
 from loopscope.interp.lens.record import Lens
+from loopscope.interp.lens.tuned_lens import TunedLens
+from loopscope.interp.shards.work import Work
 from toy import BatchCentred, odd_one, padded, toy
 
 
@@ -43,3 +46,69 @@ def test_shards_of_a_lens_merge_into_the_lens_of_one_run(method: Any, tmp_path: 
         merge(tmp_path, toy())
     with pytest.raises(ValueError, match=r"shard \(2, 3\) of this lens is empty"):
         method(model, batch, shard=(2, 3), **options)
+
+
+TRAINING: dict[str, Any] = {"n_loops": 3, "steps": 5, "batch_size": 2}
+
+
+def assert_equal(found: object, expected: TunedLens) -> None:
+    assert isinstance(found, TunedLens)
+    for name in ("weights", "biases", "losses"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for name in ("names", "n_loops", "family", "fingerprint"):
+        assert getattr(found, name) == getattr(expected, name)
+
+
+@pytest.mark.shapes
+@pytest.mark.parametrize(("shared", "visits"), [(False, [0, 1, 4, 5]), (True, [0, 2, 4])])
+def test_shards_of_a_training_merge_into_the_lens_of_one_run(
+    shared: bool, visits: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned_job, "_TOGETHER", 2)
+    model, batch, options = toy("learned"), padded(), {**TRAINING, "shared": shared}
+    whole = train_tuned_lens(model, batch, **options)
+    assert whole.weights.abs().sum() > 0
+    part = train_tuned_lens(model, batch, save_to=tmp_path, shard=(0, 2), **options)
+    assert part.names == tuple(whole.names[visit] for visit in visits)
+    for name in ("weights", "biases"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[visits])
+    assert torch.equal(part.losses, whole.losses[:, visits])
+    for refused in (lambda: part.lens(model, batch), lambda: tuned_lens_kl(model, batch, part)):
+        with pytest.raises(ValueError, match=rf"a shard, with translators for {len(visits)} of 6"):
+            refused()
+    with pytest.raises(ValueError, match="is not complete"):
+        merge(tmp_path)
+    train_tuned_lens(model, batch, save_to=tmp_path, shard=(1, 2), **options)
+    assert_equal(merge(tmp_path), whole)
+    assert_equal(train_tuned_lens(model, batch, save_to=tmp_path, **options), whole)
+
+
+def test_a_training_goes_on_and_refuses_another_call_an_empty_shard_and_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loopscope.interp.shards.work._EVERY", 0.0)
+    added, add = [], Work.add
+
+    def counted(self: Work, item: int, results: Any) -> None:
+        if len(added) == 1:
+            added.append(-1)
+            raise KeyboardInterrupt
+        added.append(item)
+        add(self, item, results)
+
+    monkeypatch.setattr(Work, "add", counted)
+    model, batch = toy("learned"), padded()
+    with pytest.raises(KeyboardInterrupt):
+        train_tuned_lens(model, batch, save_to=tmp_path, **TRAINING)
+    for more, what in (({"seed": 1}, "seed"), ({"lr": 0.5}, "lr"), ({"positions": [1]}, "pos")):
+        with pytest.raises(ValueError, match=rf"results of another call.*differs: {what}"):
+            train_tuned_lens(model, batch, save_to=tmp_path, **{**TRAINING, **more})
+    found = train_tuned_lens(model, batch, save_to=tmp_path, **TRAINING)
+    assert added == [0, -1, 1]
+    assert_equal(found, train_tuned_lens(model, batch, **TRAINING))
+    with pytest.raises(ValueError, match=r"shard \(2, 3\) of this training is empty: there are 2"):
+        train_tuned_lens(model, batch, shard=(2, 3), **TRAINING)
+    part = sorted(tmp_path.glob("part-*"))[0]
+    part.write_bytes(part.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="is cut off or damaged"):
+        merge(tmp_path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loopscope.checkpoints.load import load
-from loopscope.interp.lens import tuned_training
+from loopscope.interp.lens import tuned_job
 from loopscope.interp.lens.lens import logit_lens
 from loopscope.interp.lens.record import Lens
 from loopscope.interp.lens.tuned_lens import TunedLens
@@ -167,8 +167,8 @@ def test_gradients_are_those_of_one_visit_at_a_time(
     plain: RecurrentDepth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_tuned_lens(plain, padded(), LOOPS, **QUICK)
-    monkeypatch.setattr(tuned_training, "LOGITS_AT_ONCE", 1)
-    monkeypatch.setattr(tuned_training, "_ROWS", 2)
+    monkeypatch.setattr(tuned_job, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(tuned_job, "_ROWS", 2)
     chunked = train_tuned_lens(plain, padded(), LOOPS, **QUICK)
     assert_close(chunked.losses, whole.losses)
     assert_close(chunked.weights, whole.weights)

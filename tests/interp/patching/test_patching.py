@@ -127,14 +127,14 @@ def test_noise_is_denoise_with_the_runs_exchanged(model: RecurrentDepth) -> None
     assert noised.direction == "noise"
 
 
-@pytest.mark.parametrize("memory_gb", [1e-9, 1e-5, 5e-5, 1.0])
+@pytest.mark.parametrize("max_bytes", [1, 10_000, 50_000, 1 << 30])
 @pytest.mark.parametrize("sites", [["q", "embed", "state_out"], ["ln_final.normalized", "pattern"]])
 def test_number_of_runs_side_by_side_changes_nothing(
-    sites: list[str], memory_gb: float, plain: RecurrentDepth
+    sites: list[str], max_bytes: int, plain: RecurrentDepth
 ) -> None:
     expected = activation_patch(plain, padded(1), padded(2), projection(), 2, sites=sites)
     found = activation_patch(
-        plain, padded(1), padded(2), projection(), 2, sites=sites, memory_gb=memory_gb
+        plain, padded(1), padded(2), projection(), 2, sites=sites, max_bytes=max_bytes
     )
     assert found.cells == expected.cells
     assert_close(found.values, expected.values)

@@ -79,7 +79,7 @@ def test_each_cell_of_a_sweep_is_one_run_with_that_patch(
         sites=sites,
         **places,
         direction=direction,
-        memory_gb=1e-5,
+        max_bytes=10_000,
     )
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     names = [name for name in model.hook_names(SHORTEST) if site_of(name) in sites]

@@ -284,7 +284,7 @@ def test_positions_count_once(plain: RecurrentDepth) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: activation_patch(m, CLEAN, CORRUPTED, projection(), memory_gb=0), "memory_gb"),
+        (lambda m: activation_patch(m, CLEAN, CORRUPTED, projection(), max_bytes=0), "max_bytes"),
         (
             lambda m: attribution_patch(m, CLEAN, CORRUPTED, projection(), batch_size=0, steps=2),
             "batch_size must be at least 1, got 0",
@@ -349,7 +349,7 @@ def test_both_engines_agree(model: RecurrentDepth) -> None:
     with model.hooks([("hook_embed", lambda value, hook: None)], n_loops=2):
         assert not packable(model, padded())
         continued = activation_patch(
-            model, CLEAN, CORRUPTED, projection(), 2, sites=sites, memory_gb=1e-4
+            model, CLEAN, CORRUPTED, projection(), 2, sites=sites, max_bytes=100_000
         )
     assert packed.cells == continued.cells
     assert_close(packed.values, continued.values)

@@ -320,6 +320,7 @@ def test_a_truncated_file_and_a_full_disk_are_one_sentence(
         ({"context": 0}, ValueError, "context must be at least 1, got 0"),
         ({"context": -1}, ValueError, "context must be at least 1, got -1"),
         ({"readout": 0}, ValueError, "goes with a tensor of tokens only"),
+        ({"column": "text"}, ValueError, "these inputs are of the type list; leave column out"),
     ],
 )
 def test_bad_arguments_write_nothing(
@@ -332,6 +333,17 @@ def test_bad_arguments_write_nothing(
     with pytest.raises(error, match=sentence):
         collect(model, TEXTS, n_loops=2, to=tmp_path / "new", **options)
     assert not list(tmp_path.glob("new/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "word"), [(padded(), "a Batch"), (padded().tokens, "a tensor of tokens")]
+)
+def test_a_context_of_inputs_that_are_not_cut_is_refused(
+    model: RecurrentDepth, tmp_path: Path, inputs: Any, word: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{word} is not cut; leave context out"):
+        collect(model, inputs, n_loops=2, to=tmp_path / "new", context=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_that_depend_on_each_other_are_run_at_once(tmp_path: Path) -> None:
