@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.interp.drawing.look import FAINT, GRID, INK, MARK
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, GRID, INK, MARK
 
-RIGHT = "#0b4f8a"
+RIGHT = CATEGORIES[0]
 BOARD_SPAN = 4  # columns of the grid below one board
 
 
@@ -107,4 +107,4 @@ def _look(cell: str, clue: str, right: str) -> tuple[str, str]:
         return INK, GRID
     if cell == ".":
         return RIGHT, "#ffffff"
-    return (RIGHT, "#dcebf7") if cell == right else (MARK, "#fbe1d3")
+    return (RIGHT, "#dcebf7") if cell == right else (MARK, "#fdeee5")

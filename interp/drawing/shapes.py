@@ -11,12 +11,22 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 import torch
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.interp.drawing.labels import label, visible
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, FAINT, INK, styled, titled
+from loopscope.interp.drawing.look import (
+    ACCURACY_SCALE,
+    CATEGORIES,
+    CELL_TEXT,
+    FAINT,
+    INK,
+    ORDER,
+    SIGNED_SCALE,
+    shades,
+    styled,
+    titled,
+)
 
 Table = Sequence[Sequence[float | int]]
 Name = str | float | int
@@ -68,7 +78,7 @@ class CellMap:
             ygap=1,
             text=[[label(visible(text)) for text in row] for row in texts],
             texttemplate="%{text}",
-            textfont={"size": 11},
+            textfont=CELL_TEXT,
             customdata=[["<br>".join(map(label, cell.split("\n"))) for cell in row]
                         for row in self.hover or ()] or None,
             hoverongaps=False,
@@ -90,7 +100,7 @@ class CellMap:
             return {"zmin": 0, "zmax": 1, "colorscale": ACCURACY_SCALE}
         if self.scale == "size":
             return {"colorscale": ACCURACY_SCALE}
-        return {"zmid": 0, "colorscale": "RdBu_r", **_reach([self])}
+        return {"zmid": 0, "colorscale": SIGNED_SCALE, **_reach([self])}
 
 
 def _named(name: Name) -> Name:
@@ -197,7 +207,7 @@ class _Palette:
         place = self.names.index(name)
         if len(self.names) <= _SEPARATE:
             return CATEGORIES[place]
-        return str(sample_colorscale("Viridis", 0.92 * place / (len(self.names) - 1))[0])
+        return shades(ORDER, len(self.names))[place]
 
 
 def curves(panels: Sequence[CurvePanel], title: str = "") -> go.Figure:

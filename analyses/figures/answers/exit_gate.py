@@ -24,7 +24,7 @@ from loopscope.analyses.common.sections import Opened, Section, of_a_text
 from loopscope.analyses.common.subject import words
 from loopscope.interp.common.ranking import top_token
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, CELL_TEXT, styled
 from loopscope.interp.exits.exit_gate import (
     GATE,
     exit_distribution,
@@ -260,7 +260,7 @@ def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, in
         text=text,
         customdata=hover,
         texttemplate="%{text}",
-        textfont={"size": 11},
+        textfont=CELL_TEXT,
         xgap=2,
         ygap=2,
         hoverongaps=False,

@@ -19,7 +19,7 @@ from loopscope.analyses.common.look import groups_along
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import FAINT, INK, styled
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
@@ -37,7 +37,7 @@ class HaltingConfig(AnswersConfig):
     """Threshold of the entropy, in nats."""
 
 
-_COLORS = ("#0b4f8a", "#d9730d", "#2f855a", FAINT)
+_COLORS = (*CATEGORIES[:3], FAINT)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import ACCURACY_SCALE, INK, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CELL_TEXT, INK, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
@@ -152,7 +152,7 @@ def figure(record: RecurrenceGrid) -> go.Figure:
     )
     scale = {"colorscale": ACCURACY_SCALE, "zmin": 0, "zmax": 1, "xgap": 2, "ygap": 2}
     places, of = groups_along(plot, record.hops, record.texts), "" if record.texts else " hops"
-    look = {"x": places, "texttemplate": "%{text}", "col": 1, **scale}
+    look = {"x": places, "texttemplate": "%{text}", "textfont": CELL_TEXT, "col": 1, **scale}
     plot.add_heatmap(
         y=["r*"],
         z=[record.halted.tolist()],
@@ -168,7 +168,6 @@ def figure(record: RecurrenceGrid) -> go.Figure:
         y=list(range(1, n_loops + 1)),
         z=record.accuracy.T.tolist(),
         text=[[f"{a:.2f}".removeprefix("0") for a in row] for row in record.accuracy.T.tolist()],
-        textfont={"size": 10},
         hovertemplate=f"%{{x}}{of}, r = %{{y}}<br>accuracy %{{z:.2f}}<extra></extra>",
         colorbar={"title": "accuracy", "thickness": 12, "outlinewidth": 0},
         row=2,
@@ -218,8 +217,8 @@ SECTION = Section(
     look_for=(
         "Every cell is the accuracy that the model has when it is stopped after r iterations; all"
         " rows come from one run. Right of the dotted line no question of that depth was in"
-        " training. Deeper questions need more iterations; columns that pale towards the top"
-        " overthink. The row r* lets an adaptive rule choose when to stop."
+        " training. Deeper questions need more iterations; columns whose colour fades towards the"
+        " top overthink. The row r* lets an adaptive rule choose when to stop."
     ),
     measure=lambda opened: measure(
         opened.subject, opened.runs, HaltingRule(RecurrenceConfig.kl, RecurrenceConfig.entropy)

@@ -31,7 +31,7 @@ from loopscope.analyses.common.two_hop import (
     with_other_start,
 )
 from loopscope.interp.drawing.labels import AXIS, EMBED, loop_and_layer, spoken, tick
-from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, INK, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CELL_TEXT, FAINT, INK, WARM_SCALE, styled
 from loopscope.interp.lens.decoding import decodability
 from loopscope.interp.patching.tracing import denoising_map
 
@@ -50,7 +50,6 @@ class CausalGraphConfig(TwoHopConfig):
 
 
 COLUMNS = ("h", "r1", "r2")
-_RESTORED_SCALE = [[0.0, "#fbf8f4"], [0.5, "#f0ae72"], [1.0, "#a04000"]]
 _CLEAR, _ANSWERS = 0.5, 0.1
 
 
@@ -321,7 +320,7 @@ def _add_states(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None
     nodes = list(_nodes(panel))
     read = [_decoded(panel, *node) for node in nodes]
     restored = [float(panel.answered[node]) for node in nodes]
-    for graph, values, scale in ((col, read, ACCURACY_SCALE), (col + 1, restored, _RESTORED_SCALE)):
+    for graph, values, scale in ((col, read, ACCURACY_SCALE), (col + 1, restored, WARM_SCALE)):
         shades = sample_colorscale(scale, [0.0 if math.isnan(value) else value for value in values])
         plot.add_scatter(
             x=[position for _, position in nodes],
@@ -343,11 +342,10 @@ def _circles(values: list[float], shades: list[str]) -> dict[str, Any]:
     colors = [shade if there else "white" for shade, there in zip(shades, known, strict=True)]
     sizes = [23 if there else 9 for there in known]
     line = {"color": FAINT, "width": 1}
-    inks = ["white" if value > 0.75 else INK for value in values]  # NaN is not larger
     return {
         "marker": {"size": sizes, "line": line, "opacity": 1, "color": colors},
         "text": [f"{value:.2f}".removeprefix("0") if there else "" for value, there in both],
-        "textfont": {"size": 9, "color": inks},
+        "textfont": {**CELL_TEXT, "size": 9},
     }
 
 

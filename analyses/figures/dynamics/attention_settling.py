@@ -19,7 +19,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.interp.common.columns import Shown, shown_columns
 from loopscope.interp.drawing.labels import loop_and_layer
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, WARM_SCALE, styled
 from loopscope.interp.dynamics.layers import AttentionDynamics, attention_dynamics
 
 
@@ -211,7 +211,7 @@ def _maps(record: AttentionSettling) -> go.Figure:
             z=shown.T.tolist(),
             zmin=0,
             zmax=1 if col == 1 else float(shown.nan_to_num(0.0).max()),
-            colorscale=ACCURACY_SCALE if col == 1 else "Oranges",
+            colorscale=ACCURACY_SCALE if col == 1 else WARM_SCALE,
             hoverongaps=False,
             xgap=1,
             ygap=1,
