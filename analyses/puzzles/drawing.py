@@ -107,4 +107,4 @@ def _look(cell: str, clue: str, right: str) -> tuple[str, str]:
         return INK, GRID
     if cell == ".":
         return RIGHT, "#ffffff"
-    return (RIGHT, "#dcebf7") if cell == right else (MARK, "#fdeee5")
+    return (RIGHT, "#e9f3fb") if cell == right else (MARK, "#fef7f3")

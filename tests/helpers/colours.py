@@ -8,7 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from plotly.colors import find_intermediate_color, get_colorscale
+from plotly.colors import find_intermediate_color
+
+from loopscope.interp.drawing.look import DARK
 
 Rgb = tuple[float, float, float]
 """Red, green and blue from 0 to 1."""
@@ -42,8 +44,8 @@ _TO_XYZ = np.array([
     [0.0193339, 0.1191920, 0.9503041],
 ])  # fmt: skip
 _WHITE = _TO_XYZ.sum(1)  # of D65
-_LUMA = np.array([0.213, 0.715, 0.072])  # of the filter `hue-rotate`
-DARK_FILTER = "invert(0.9) hue-rotate(180deg)"
+_LUMA = np.array([0.213, 0.715, 0.072])
+PAPER = "#ffffff"
 
 
 def rgb(color: str) -> Rgb:
@@ -107,24 +109,29 @@ def seen(color: Rgb, with_what: str) -> Rgb:
 
 
 def in_the_dark(color: Rgb) -> Rgb:
-    """A figure's colour after `DARK_FILTER`, as the Filter Effects Module of CSS defines it."""
-    inverted = 0.9 + (1 - 2 * 0.9) * np.array(color)
-    # a turn of the hue by 180 degrees: luma stays, and what is left of it changes its sign
+    """A colour on a dark page where `DARK` does not say which: the lightness is turned round and
+    the hue stays; `figures.js` does the same.
+    """
+    inverted = 0.9 - 0.8 * np.array(color)
     red, green, blue = (2 * (_LUMA @ inverted) - inverted).clip(0, 1).tolist()
     return (red, green, blue)
 
 
-def along(scale: str | Sequence[Sequence[float | str]], share: float) -> Rgb:
-    """The colour of plotly at a place of a scale, from 0 to 1: linear in sRGB between stops."""
-    stops = [(float(at), rgb(str(color))) for at, color in _stops(scale)]
+def shown(color: str, mode: str) -> Rgb:
+    """A colour of a figure on a page in the mode "light" or "dark"."""
+    if mode == "light":
+        return rgb(color)
+    return rgb(DARK[color]) if color in DARK else in_the_dark(rgb(color))
+
+
+def along(scale: Sequence[Sequence[float | str]], share: float, mode: str = "light") -> Rgb:
+    """The colour at a place of a scale, from 0 to 1, as plotly makes it: linear in sRGB between
+    stops.
+    """
+    stops = [(float(at), shown(str(color), mode)) for at, color in scale]
     share = min(1.0, max(0.0, share))
     for (low, one), (high, other) in pairwise(stops):
         if low <= share <= high and high > low:
             found: Rgb = find_intermediate_color(one, other, (share - low) / (high - low))
             return found
     return stops[-1][1]
-
-
-def _stops(scale: str | Sequence[Sequence[float | str]]) -> list[tuple[float, str]]:
-    pairs = get_colorscale(scale) if isinstance(scale, str) else scale
-    return [(float(at), str(color)) for at, color in pairs]
