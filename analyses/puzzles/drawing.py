@@ -76,7 +76,7 @@ def draw_line(
 
 
 def draw_board(plot: go.Figure, board: str, question: str, answer: str, **place: int) -> None:
-    """One board: clues grey, right cells blue, wrong ones red."""
+    """One board: clues grey, right cells blue, wrong ones orange."""
     side = math.isqrt(len(board))
     looks = [_look(*each) for each in zip(board, question, answer, strict=True)]
     colors, fills = map(list, zip(*looks, strict=True))

@@ -191,11 +191,10 @@ def test_a_figure_uses_scales_of_the_project_alone() -> None:
     known = {str(tuple(map(tuple, scale))) for scale in (*SEQUENTIAL.values(), look.SIGNED_SCALE)}
     for name in FIGURES:
         figure = small_figure(name)[1]
-        axes = [figure.layout[key] for key in figure.layout if key.startswith("coloraxis")]
-        own = [
-            trace for trace in figure.select_traces({"type": "heatmap"}) if trace.coloraxis is None
-        ]
-        for drawn in (*own, *axes):
+        maps = list(figure.select_traces({"type": "heatmap"}))
+        shared = {trace.coloraxis for trace in maps} - {None}
+        own = [trace for trace in maps if trace.coloraxis is None]
+        for drawn in (*own, *(figure.layout[axis] for axis in shared)):
             assert str(tuple(map(tuple, drawn.colorscale))) in known, name
 
 

@@ -45,8 +45,8 @@ class _Shown:
 
 
 def boards_figure(rules: Sudoku, question: str, answer: str | None, run: BoardRun) -> Figure:
-    """One board for each iteration: clues grey, right cells blue, wrong ones red; a pale cell is
-    not sure.
+    """One board for each iteration: clues grey, right cells blue, wrong ones orange; a weak
+    colour is not sure.
 
     Args:
         answer: The one solution; None where it is not known, so that wrong cells are those that
