@@ -24,6 +24,7 @@ from loopscope.interp.drawing.look import (
     INK,
     MARK,
     SIGNED_SCALE,
+    color_bar,
     styled,
 )
 
@@ -70,15 +71,7 @@ def _columns(query: Query) -> list[str]:
 
 
 def _bar(title: str) -> Figure:
-    return {
-        "title": {"text": title},
-        "thickness": 12,
-        "outlinewidth": 0,
-        "lenmode": "pixels",
-        "len": 180,
-        "y": 1,
-        "yanchor": "top",
-    }
+    return color_bar(title, lenmode="pixels", len=180, y=1, yanchor="top")
 
 
 def _cells(**own: Any) -> Figure:

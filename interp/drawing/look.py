@@ -6,6 +6,8 @@ both for every figure, and what is left of the colours with a colour vision defi
 
 from __future__ import annotations
 
+from typing import Any
+
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
@@ -70,6 +72,16 @@ def shades(scale: Scale, count: int) -> list[str]:
 def deeper(color: str) -> str:
     """The colour of a text that belongs to a line of this colour: a text needs more contrast."""
     return str(sample_colorscale([[0.0, "#000000"], [1.0, color]], 0.78)[0])
+
+
+def color_bar(title: str, **own: Any) -> dict[str, Any]:
+    """A colour bar under its title, which a short line keeps off the highest number.
+
+    Args:
+        own: Further settings, in the words of plotly's colour bars.
+    """
+    gap = f"{title}<br><span style='font-size:6px'>\u00a0</span>" if title else ""
+    return {"title": {"text": gap}, "thickness": 10, "outlinewidth": 0, **own}
 
 
 def styled(figure: go.Figure, height: int) -> go.Figure:

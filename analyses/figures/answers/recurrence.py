@@ -21,7 +21,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CELL_TEXT, INK, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CELL_TEXT, INK, color_bar, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
@@ -169,7 +169,7 @@ def figure(record: RecurrenceGrid) -> go.Figure:
         z=record.accuracy.T.tolist(),
         text=[[f"{a:.2f}".removeprefix("0") for a in row] for row in record.accuracy.T.tolist()],
         hovertemplate=f"%{{x}}{of}, r = %{{y}}<br>accuracy %{{z:.2f}}<extra></extra>",
-        colorbar={"title": "accuracy", "thickness": 12, "outlinewidth": 0},
+        colorbar=color_bar("accuracy"),
         row=2,
         **look,
     )

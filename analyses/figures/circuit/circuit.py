@@ -253,7 +253,7 @@ def _add_curves(plot: go.Figure, record: FoundCircuit) -> None:
         marker={"color": MARK, "size": 12, "symbol": "diamond"},
         **place,
     )
-    plot.update_xaxes(title="share of all edges", type="log", tickformat=".0%", **place)
+    plot.update_xaxes(title="share of all edges", type="log", dtick="D2", tickformat=".0%", **place)
     plot.update_yaxes(title="share of the margin kept", range=[-0.1, 1.1], **place)
 
 

@@ -19,7 +19,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.analyses.common.subject import Subject, token_id, words
 from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick, visible
-from loopscope.interp.drawing.look import INK, ORDER, shades, styled
+from loopscope.interp.drawing.look import INK, ORDER, color_bar, shades, styled
 from loopscope.interp.drawing.shapes import CellMap
 from loopscope.interp.lens.lens import logit_lens
 
@@ -193,8 +193,7 @@ def figure(record: LensHeatmap) -> go.Figure:
         texts=record.top,
         hover=_hover(record),
     )
-    bar = {"title": "prob", "thickness": 10, "x": 0.54, "outlinewidth": 0}
-    plot.add_trace(cells.trace(colorbar=bar), row=1, col=1)
+    plot.add_trace(cells.trace(colorbar=color_bar("prob", x=0.54)), row=1, col=1)
     for k, color in enumerate(shades(ORDER, len(record.tracked))):
         plot.add_trace(_curve(record, k, color), row=1, col=2)
     plot.update_yaxes(title=AXIS, type="category", row=1, col=1)

@@ -22,7 +22,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section, of_a_text
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.drawing.labels import loop_and_layer
-from loopscope.interp.drawing.look import CATEGORIES, FAINT, ORDER, shades, styled
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, ORDER, color_bar, shades, styled
 from loopscope.interp.dynamics.layers import LayerDynamics, layer_dynamics
 from loopscope.interp.dynamics.states import Dynamics
 
@@ -224,17 +224,11 @@ def _color(layer: int, n_layers: int) -> str:
 
 def _scale(plot: go.Figure, n_loops: int) -> None:
     """Which colour is which loop, as a bar beside the first panel."""
-    bar = {
-        "title": {"text": "loop<br>(first panel)", "font": {"size": 12}},
-        "thickness": 9,
-        "y": 1,
-        "yanchor": "top",
-        "len": 0.45,
-    }
+    bar = color_bar("loop<br>(first panel)", y=1, yanchor="top", len=0.45)
     plot.add_scatter(
         x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip", row=1, col=1,
         marker={
-            "color": [0], "cmin": 0, "cmax": n_loops - 1, "colorbar": {**bar, "outlinewidth": 0},
+            "color": [0], "cmin": 0, "cmax": n_loops - 1, "colorbar": bar,
             "colorscale": ORDER,
         },
     )  # fmt: skip
