@@ -206,8 +206,8 @@ def figure(record: FoundCircuit) -> go.Figure:
     add_unrolled(plot, record.circuit, 1, 1)
     add_folded(plot, record.circuit, 2, 1)
     _add_curves(plot, record)
-    legend = {"x": 0.57, "xanchor": "left", "y": 0.36, "yanchor": "top", "font": {"size": 11}}
-    return styled(plot, 760).update_layout(legend=legend, margin={"l": 110})
+    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.12, "yanchor": "top"}
+    return styled(plot, 800).update_layout(legend=legend, margin={"l": 110, "b": 110})
 
 
 def _graph(record: FoundCircuit) -> bytes:
