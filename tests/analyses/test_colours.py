@@ -150,6 +150,30 @@ def test_all_lines_and_marks_are_seen_on_the_page(name: str) -> None:
         assert faint == set(), mode
 
 
+def told(name: str) -> str:
+    """All that a reader is told beside the marks of a figure."""
+    figure, section = small_figure(name)[1], getattr(FIGURES[name].module(), "SECTION", None)
+    axes = [each.title.text or "" for each in (*figure.select_xaxes(), *figure.select_yaxes())]
+    notes = [note.text for note in figure.layout.annotations]
+    return " ".join([*axes, *notes, section.look_for if section else ""])
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_line_is_explained_by_the_legend_or_in_words(name: str) -> None:
+    figure = small_figure(name)[1]
+    named = [trace for trace in figure.data if trace.showlegend and figure.layout.showlegend]
+    assert all(trace.name for trace in named)
+    groups = {trace.legendgroup or trace.name for trace in named}
+    lines = [
+        trace.line.dash
+        for trace in figure.select_traces({"type": "scatter"})
+        if (trace.legendgroup or trace.name) not in groups and trace.showlegend is False
+    ]
+    lines += [shape.line.dash for shape in figure.layout.shapes]
+    for dash, word in (("dot", "dotted"), ("dash", "dashed")):
+        assert dash not in lines or word in told(name), word
+
+
 def looks(color: str, mode: str) -> dict[str, Rgb]:
     """A colour as people see it, with full colour vision and with each deficiency."""
     return {who: seen(shown(color, mode), who) for who in ("normal", *SEEN_WITH)}

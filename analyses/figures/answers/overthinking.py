@@ -183,7 +183,8 @@ def _curve(record: Overthinking, group: int, color: str) -> go.Scatter:
             "beyond training" if beyond else "hops in training" if known else None
         ),
         line={"color": color, "width": 2.5 if beyond else 1.8},
-        hovertemplate=f"{name}<br>%{{x}} iterations<br>mean margin %{{y:.2f}}<extra></extra>",
+        hovertemplate=f"{label(record.groups[group])}<br>%{{x}} iterations<br>"
+        "mean margin %{y:.2f}<extra></extra>",
     )
 
 

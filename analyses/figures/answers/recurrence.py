@@ -151,14 +151,17 @@ def figure(record: RecurrenceGrid) -> go.Figure:
         rows=2, cols=1, shared_xaxes=True, row_heights=[share, 1 - share], vertical_spacing=0.025
     )
     scale = {"colorscale": ACCURACY_SCALE, "zmin": 0, "zmax": 1, "xgap": 2, "ygap": 2}
-    places, of = groups_along(plot, record.hops, record.texts), "" if record.texts else " hops"
+    places = groups_along(plot, record.hops, record.texts)
+    where = "%{hovertext}" if record.texts else "%{x} hops"
+    names = [list(map(label, record.texts))] * n_loops if record.texts else None
     look = {"x": places, "texttemplate": "%{text}", "textfont": CELL_TEXT, "col": 1, **scale}
     plot.add_heatmap(
         y=["r*"],
+        hovertext=names and names[:1],
         z=[record.halted.tolist()],
         customdata=[record.halted_loops.tolist()],
         text=[[f"{a:.2f}" for a in record.halted.tolist()]],
-        hovertemplate=f"%{{x}}{of}, halting ({label(record.rule)})<br>accuracy %{{z:.2f}}<br>"
+        hovertemplate=f"{where}, halting ({label(record.rule)})<br>accuracy %{{z:.2f}}<br>"
         "mean iterations %{customdata:.1f}<extra></extra>",
         showscale=False,
         row=1,
@@ -166,9 +169,10 @@ def figure(record: RecurrenceGrid) -> go.Figure:
     )
     plot.add_heatmap(
         y=list(range(1, n_loops + 1)),
+        hovertext=names,
         z=record.accuracy.T.tolist(),
         text=[[f"{a:.2f}".removeprefix("0") for a in row] for row in record.accuracy.T.tolist()],
-        hovertemplate=f"%{{x}}{of}, r = %{{y}}<br>accuracy %{{z:.2f}}<extra></extra>",
+        hovertemplate=f"{where}, r = %{{y}}<br>accuracy %{{z:.2f}}<extra></extra>",
         colorbar=color_bar("accuracy"),
         row=2,
         **look,

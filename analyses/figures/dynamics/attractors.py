@@ -181,8 +181,8 @@ def figure(record: Attractors) -> go.Figure:
         row=1,
         col=2,
     )
-    plot.update_yaxes(type="log", title="‖h<sub>t</sub> - h<sub>t-1</sub>‖ / ‖h<sub>t-1</sub>‖",
-                      row=1, col=1)  # fmt: skip
+    step = "‖h<sub>t</sub> - h<sub>t-1</sub>‖ / ‖h<sub>t-1</sub>‖"
+    plot.update_yaxes(type="log", dtick="D2", title=step, row=1, col=1)
     plot.update_xaxes(title="iterations", row=1, col=1)
     plot.update_yaxes(title="share", range=[0, 1.02], row=1, col=2)
     plot.update_xaxes(tickangle=-40, row=1, col=2)

@@ -135,7 +135,7 @@ def figure(record: Lyapunov) -> go.Figure:
         rows=1,
         cols=2,
         horizontal_spacing=0.13,
-        subplot_titles=("exponent against the margin at half depth", "share of each sublayer"),
+        subplot_titles=("exponent against margin", "share of each sublayer"),
     )
     for name, chosen, color in (
         ("right", record.right, CATEGORIES[0]),
