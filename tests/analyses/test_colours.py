@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations, pairwise
-from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from colours import PAPER, SEEN_WITH, Rgb, along, blend, contrast, distance, lab, rgb, seen, shown
+from looks.colours import (
+    SEEN_WITH,
+    Rgb,
+    along,
+    contrast,
+    distance,
+    lab,
+    rgb,
+    seen,
+    shown,
+)
+from looks.marks import MODES, hard_to_see
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.look import GROUP_COLORS
 from loopscope.interp.drawing import look
 from small_figures import small_figure
 
-MODES = ("light", "dark")
-TEXT, LINE = 4.5, 3.0
-"""The least contrast ratios of WCAG 2.2: success criteria 1.4.3 for texts, 1.4.11 for marks."""
 APART = 12.0
 """The least CIE76 distance of colours that are told apart by colour alone."""
 
@@ -33,121 +38,28 @@ SEQUENTIAL = {
 }
 
 
-def each(value: Any, count: int) -> list[Any]:
-    """A setting of plotly for each of `count` points: one for all, or a list."""
-    if value is None or isinstance(value, str | int | float):
-        return [value] * count
-    return list(value)
-
-
-def cells(figure: go.Figure, mode: str) -> Iterator[tuple[Rgb, Rgb]]:
-    """The ground and the text of each cell with a text."""
-    for trace in figure.select_traces({"type": "heatmap"}):
-        if not trace.texttemplate:
-            continue
-        values = np.array(trace.z, dtype=float)
-        finite = values[np.isfinite(values)]
-        axis, low, high = trace, trace.zmin, trace.zmax
-        if trace.coloraxis is not None:
-            axis = figure.layout[trace.coloraxis]
-            low, high = axis.cmin, axis.cmax
-        low, high = (
-            finite.min() if low is None else low,
-            finite.max() if high is None else high,
-        )
-        for value in finite:
-            share = (value - low) / (high - low) if high > low else 0.5
-            yield along(axis.colorscale, share, mode), shown(trace.textfont.color, mode)
-
-
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FIGURES)
-def test_the_texts_of_cells_are_read_on_their_colours(name: str, mode: str) -> None:
-    assert (
-        min((contrast(*pair) for pair in cells(small_figure(name)[1], mode)), default=TEXT) >= TEXT
-    )
+def test_all_texts_and_marks_are_seen_on_their_ground(name: str) -> None:
+    assert hard_to_see(small_figure(name)[1]) == []
 
 
-def words(figure: go.Figure) -> Iterator[tuple[str, str]]:
-    """Every text with a colour: where it is, and the colour."""
-    layout = figure.layout
-    yield "font", layout.font.color
-    for i, note in enumerate(layout.annotations):
-        yield f"annotation {i}", note.font.color or layout.font.color
-        yield from ((f"span of {i}", color) for color in re.findall(r"color:([^;'\"]+)", note.text))
-    for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
-        yield "axis title", axis.title.font.color or layout.font.color
-    for trace in figure.select_traces({"type": "scatter"}):
-        if "text" in (trace.mode or "") and trace.textposition is not None:
-            yield from ((trace.name, color) for color in each(trace.textfont.color, len(trace.x)))
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_all_other_texts_are_read_on_the_page(name: str) -> None:
-    found = list(words(small_figure(name)[1]))
-    for mode in MODES:
-        faint = {
-            (where, color)
-            for where, color in found
-            if contrast(shown(color, mode), shown(PAPER, mode)) < TEXT
-        }
-        assert faint == set(), mode
-
-
-def inside(figure: go.Figure, mode: str) -> Iterator[tuple[Rgb, Rgb]]:
-    """The ground and the text of each mark with a text inside."""
-    for trace in figure.select_traces({"type": "scatter"}):
-        if "text" in (trace.mode or "") and trace.textposition is None:
-            look = trace.marker
-            inks = each(trace.textfont.color, len(trace.x))
-            for ground, ink, text in zip(look.color, inks, trace.text, strict=True):
-                there = ground if isinstance(ground, str) else None
-                fill = along(look.colorscale, ground, mode) if there is None else shown(there, mode)
-                if text:
-                    yield fill, shown(ink, mode)
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_the_texts_inside_of_marks_are_read_on_them(name: str) -> None:
-    for mode in MODES:
-        found = [contrast(*pair) for pair in inside(small_figure(name)[1], mode)]
-        assert len(found) > 8 or name not in ("causal-graph", "sudoku")
-        assert min(found, default=TEXT) >= TEXT, mode
-
-
-def marks(figure: go.Figure) -> Iterator[tuple[str, str, float]]:
-    """Every line, bar and marker: what it is, its colour, and its opacity."""
-    for trace in figure.data:
-        alpha, name = 1.0 if trace.opacity is None else trace.opacity, f"{trace.type} {trace.name}"
-        if trace.type == "bar":
-            yield from ((name, color, alpha) for color in each(trace.marker.color, 1))
-        if trace.type != "scatter" or not any(x is not None for x in trace.x):
-            continue
-        if "lines" in trace.mode:
-            yield name, trace.line.color, alpha
-        if "markers" in trace.mode:
-            own = trace.marker.color
-            fills = each(trace.line.color if own is None else own, 1)
-            edge = trace.marker.line.color if trace.marker.line.width else None
-            drawn = [fill if edge in (None, "white") else edge for fill in fills]
-            yield from ((name, color, alpha) for color in drawn)
-    for shape in figure.layout.shapes:
-        if shape.line.width != 0:
-            alpha = 1.0 if shape.opacity is None else shape.opacity
-            yield f"shape {shape.type}", shape.line.color, alpha
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_all_lines_and_marks_are_seen_on_the_page(name: str) -> None:
-    found = list(marks(small_figure(name)[1]))
-    for mode in MODES:
-        paper = shown(PAPER, mode)
-        faint = {
-            (what, color)
-            for what, color, alpha in found
-            if contrast(blend(shown(color, mode), paper, alpha), paper) < LINE
-        }
-        assert faint == set(), mode
+def test_what_is_hard_to_see_is_found() -> None:
+    scale = [[0.0, "#f7f9fb"], [1.0, "#0b4f8a"]]
+    dark = {"z": [[0.0, 1.0]], "colorscale": scale, "texttemplate": "%{z}"}
+    figure = go.Figure(go.Heatmap(**dark, textfont={"color": look.INK}))
+    figure.add_scatter(x=[0], y=[0], mode="lines", line={"color": "#cccccc"}, name="pale")
+    figure.add_scatter(
+        x=[0], y=[0], mode="markers+text", text="3", marker={"color": ["#1f2933"]},
+        textfont={"color": "#000000"},
+    )  # fmt: skip
+    figure.add_annotation(text="<span style='color:#9aa5b1'>so</span>")
+    found = hard_to_see(look.styled(figure, 300))
+    assert [each for each in found if each.startswith("light")] == [
+        "light: scatter pale in #cccccc",
+        "light: span of 0 in #9aa5b1",
+        *(each for each in found if each.startswith("light: text in")),
+    ]
+    assert sum(each.startswith("light: text in") for each in found) == 2
 
 
 def told(name: str) -> str:

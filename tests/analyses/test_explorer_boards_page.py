@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from browser import Tab, opened, require_chromium
+from looks.pages import crowded, dress, faint, wide
 from loopscope.analyses.common.configs import ExploreConfig
 from loopscope.analyses.explorer.app import make_explorer
 from loopscope.analyses.explorer.boards.model import judged
 from loopscope.tasks.puzzles.sudoku import Sudoku
-from page_looks import crowded, dress, faint, wide
 
 SMALL = Sudoku.of_side(4)
 SOLVED, CHANGED = "2413132442313142", "1......4.23.3..2"

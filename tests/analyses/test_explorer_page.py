@@ -13,9 +13,9 @@ import pytest
 
 from browser import Tab, opened, require_chromium
 from language_toys import CAT, DOG, ouro_folder
+from looks.pages import crowded, dress, faint, wide
 from loopscope.analyses.common.configs import ExploreConfig
 from loopscope.analyses.explorer.app import make_explorer
-from page_looks import crowded, dress, faint, wide
 
 PARTS = ("lens", "margin", "attention", "map")
 FIRST, SECOND = "<e_3><r_1><r_4>", "<e_8><r_1><r_4>"

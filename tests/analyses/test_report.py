@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from browser import Page, Tab, opened, visit
-from colours import Rgb, rgb
-from colours import shown as shown_color
 from language_toys import CAT, DOG, ouro_folder
+from looks.colours import Rgb, rgb
+from looks.colours import shown as shown_color
+from looks.pages import crowded, dress, faint, wide
 from loopscope.analyses.common.configs import ReportConfig
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.sections import Opened
@@ -22,7 +23,6 @@ from loopscope.analyses.figures.answers.margins import MarginsConfig
 from loopscope.analyses.figures.answers.recurrence_grids import RecurrenceGridsConfig
 from loopscope.analyses.report import page as report
 from loopscope.interp.drawing.look import ACCURACY_SCALE, CELL_INK, DARK, INK
-from page_looks import crowded, dress, faint, wide
 from paths import SHIPPED
 
 TABS = {

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from browser import Tab, opened
-from colours import blend, contrast, rgb
+from looks.colours import blend, contrast, rgb
+from looks.pages import dress, faint
 from loopscope.analyses.figures.circuit.circuit import FILES, FoundCircuit
 from loopscope.interp.drawing.circuit_page import circuit_page
-from page_looks import dress, faint
 from small_figures import small_figure
 
 EDGES, SHOWN = "document.querySelectorAll('path.edge').length", "by('shown').textContent"

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from browser import Tab
-from colours import blend, contrast, rgb
+from looks.colours import blend, contrast, rgb
 
 _CROWDED = Path(__file__).with_name("layouts.js").read_text(encoding="utf-8")
 _TEXTS = """
