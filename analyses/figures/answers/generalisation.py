@@ -227,7 +227,7 @@ def figure(record: Generalisation) -> go.Figure:
     )
     none = {"x": 1, "xref": "paper", "y": 1, "yshift": -9, "xanchor": "right"}
     font = {"size": 11, "color": SOFT}
-    note(plot, "no generalisation beyond the hops learned", font=font, **none)
+    note(plot, "dotted: no generalisation beyond the hops learned", font=font, **none)
     corner = {"x": 0, "xref": "paper", "y": 1, "yref": "paper", "xanchor": "left", "xshift": 8}
     example = "6 → 9: trained on up to 6 hops,<br>answers up to 9"
     note(plot, example, font={"size": 12, "color": INK}, align="left", **corner)

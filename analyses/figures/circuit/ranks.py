@@ -424,7 +424,8 @@ SECTION = Section(
     look_for=(
         "The rank of each entity on the way, where it should be known, after every block: 0 is the"
         " top token. Curves that arrive one after another show a step by step computation; a"
-        " control token that nobody asks for should stay where it is."
+        " control token that nobody asks for should stay where it is. Thin dotted lines mark where"
+        " a loop begins."
     ),
     measure=_of_report,
     found=_found,

@@ -160,7 +160,7 @@ def _curves(record: AttentionSettling) -> go.Figure:
     if record.uniform is not None:
         plot.add_hline(y=record.uniform, line={"color": INK, "width": 1, "dash": "dot"}, row=2)
         place = {"x": n_loops - 1, "y": record.uniform, "yshift": 8, "xanchor": "right"}
-        note(plot, "all keys alike", **place, row=2, col=1)
+        note(plot, "dotted: all keys alike", **place, row=2, col=1)
     plot.update_yaxes(showgrid=True)
     plot.update_yaxes(title=_CHANGE.replace(" the", "<br>the"), row=1, col=1)
     plot.update_yaxes(title=_ENTROPY, row=2, col=1)

@@ -150,7 +150,7 @@ def figure(record: Attractors) -> go.Figure:
         cols=2,
         column_widths=[0.62, 0.38],
         horizontal_spacing=0.13,
-        subplot_titles=("relative step (median, quartiles)", f"{record.n_starts} starts"),
+        subplot_titles=("relative step (median; dotted: quartiles)", f"{record.n_starts} starts"),
     )
     shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     first = record.right[0]
