@@ -414,7 +414,7 @@ def test_the_patching_figure_and_its_frame(subject: Subject, pair: tuple[Query, 
     assert (
         figure.data[0].zmax == -figure.data[0].zmin == pytest.approx(float(grid.change.abs().max()))
     )
-    frame = valid(
+    frame = go.Figure(
         {"layout": {"shapes": cell_mark(list(grid.blocks), "loops.1.blocks.0", 3)}}
     ).layout.shapes[0]
     assert (frame.x0, frame.x1, frame.y0, frame.y1) == (2.5, 3.5, 1.5, 2.5)
