@@ -12,7 +12,7 @@ import pytest
 
 from browser import Page, Tab, opened, visit
 from language_toys import CAT, DOG, ouro_folder
-from looks.colours import Rgb, rgb
+from looks.colours import rgb
 from looks.colours import shown as shown_color
 from looks.pages import crowded, dress, faint, wide
 from loopscope.analyses.common.configs import ReportConfig
@@ -181,7 +181,7 @@ def test_the_page_follows_the_system_and_paper_shows_all_in_light(looked_at: Tab
     dress(looked_at, "light")
 
 
-def _color(tab: Tab, expression: str) -> Rgb:
+def _color(tab: Tab, expression: str) -> object:
     return pytest.approx(rgb(tab.value(expression)), abs=0.003)
 
 
