@@ -7,17 +7,16 @@ from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 
 from loopscope.interp.drawing.labels import label, shortened
+from loopscope.interp.drawing.look import BLUES, CATEGORIES, FAINT, MARK, ORANGES, shades
 
 ANSWERED = " → "
 """Between a text and its answer."""
-TRAINED_SCALE, BEYOND_SCALE = "Blues", "Oranges"
 GROUP_COLORS = {
-    "train_inferred": "#7b8794",
-    "test_inferred_iid": "#0072B2",
-    "test_inferred_ood": "#D55E00",
+    "train_inferred": FAINT,
+    "test_inferred_iid": CATEGORIES[0],
+    "test_inferred_ood": MARK,
 }
 GROUP_NAMES = {
     "train_inferred": "training facts",
@@ -40,9 +39,8 @@ def hop_colors(hops: Sequence[int], trained: int | None) -> dict[int, str]:
     inside = [hop for hop in hops if trained is None or hop <= trained]
     beyond = [hop for hop in hops if hop not in inside]
     colors: dict[int, str] = {}
-    for group, scale in ((inside, TRAINED_SCALE), (beyond, BEYOND_SCALE)):
-        places = [0.35 + 0.6 * i / max(1, len(group) - 1) for i in range(len(group))]
-        colors |= dict(zip(group, sample_colorscale(scale, places), strict=True)) if group else {}
+    for group, scale in ((inside, BLUES), (beyond, ORANGES)):
+        colors |= dict(zip(group, shades(scale, len(group)), strict=True))
     return colors
 
 
@@ -83,14 +81,12 @@ def run_colors(loops: Sequence[int]) -> list[str]:
     """
     colors = [""] * len(loops)
     for scale, chosen in (
-        ("Oranges", [i for i, n in enumerate(loops) if n == 1]),
-        ("Blues", [i for i, n in enumerate(loops) if n > 1]),
+        (ORANGES, [i for i, n in enumerate(loops) if n == 1]),
+        (BLUES, [i for i, n in enumerate(loops) if n > 1]),
     ):
         chosen = sorted(chosen, key=lambda i: loops[i])
-        for place, i in enumerate(chosen):
-            colors[i] = sample_colorscale(
-                scale, 0.95 - 0.45 * (len(chosen) - 1 - place) / max(1, len(chosen) - 1)
-            )[0]
+        for i, color in zip(chosen, shades(scale, len(chosen)), strict=True):
+            colors[i] = color
     return colors
 
 

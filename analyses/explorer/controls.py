@@ -106,8 +106,8 @@ def button(key: str, text: str) -> Component:
 
 def blank(height: int) -> dict[str, Any]:
     """An empty figure of a height in pixels."""
-    hidden = {"visible": False}
-    return {"data": [], "layout": {"height": height, "xaxis": hidden, "yaxis": hidden}}
+    hidden, white = {"visible": False}, {"paper_bgcolor": "white", "plot_bgcolor": "white"}
+    return {"data": [], "layout": {"height": height, "xaxis": hidden, "yaxis": hidden, **white}}
 
 
 def graph(key: str, height: int) -> Component:

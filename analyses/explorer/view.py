@@ -17,16 +17,18 @@ from loopscope.analyses.explorer.model import (
 )
 from loopscope.analyses.explorer.questions import Query
 from loopscope.interp.drawing.labels import AXIS, label, spoken, tick, visible
-from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, INK, styled
+from loopscope.interp.drawing.look import (
+    ACCURACY_SCALE,
+    CELL_TEXT,
+    FAINT,
+    INK,
+    MARK,
+    SIGNED_SCALE,
+    color_bar,
+    styled,
+)
 
-CHANGE_SCALE = [
-    [0.0, "#b2182b"],
-    [0.25, "#ef8a62"],
-    [0.5, "#f7f7f7"],
-    [0.75, "#67a9cf"],
-    [1.0, "#2166ac"],
-]
-ACCENT, WARM = "#0b4f8a", "#c2570c"
+ACCENT, WARM = "#0b4f8a", MARK
 PER_ROW = 4  # attention patterns side by side
 
 
@@ -69,20 +71,12 @@ def _columns(query: Query) -> list[str]:
 
 
 def _bar(title: str) -> Figure:
-    return {
-        "title": {"text": title},
-        "thickness": 12,
-        "outlinewidth": 0,
-        "lenmode": "pixels",
-        "len": 180,
-        "y": 1,
-        "yanchor": "top",
-    }
+    return color_bar(title, lenmode="pixels", len=180, y=1, yanchor="top")
 
 
 def _cells(**own: Any) -> Figure:
     """A heat map with gaps and small texts."""
-    return {"type": "heatmap", "xgap": 1, "ygap": 1, "textfont": {"size": 11}, **own}
+    return {"type": "heatmap", "xgap": 1, "ygap": 1, "textfont": CELL_TEXT, **own}
 
 
 def _rows_of_visits(title: str) -> dict[str, Figure]:
@@ -244,7 +238,7 @@ def patch_figure(grid: PatchGrid, a: Query, b: Query) -> Figure:
         z=grid.change.tolist(),
         zmin=-reach,
         zmax=reach,
-        colorscale=CHANGE_SCALE,
+        colorscale=SIGNED_SCALE,
         texttemplate="%{z:.1f}",
         customdata=[[(f"{block}.{SITE}", size) for size in row] for block, row in rows],
         hovertemplate="B's %{customdata[0]}<br>at %{x}<br>margin %{customdata[1]:.2f}, a change of"

@@ -15,6 +15,7 @@ from dash import Dash, Input, Output, State, set_props
 from dash.development.base_component import Component
 
 from loopscope.analyses.explorer.requests import guard
+from loopscope.analyses.report.dark import figures_script
 
 _HERE = Path(__file__).parent
 
@@ -85,7 +86,7 @@ def _index() -> str:
     return (
         '<!doctype html><html lang="en"><head>{%metas%}<title>{%title%}</title><link rel="icon"'
         ' href="data:,">'
-        f"<style>{style}</style>{{%css%}}</head><body>{{%app_entry%}}{{%config%}}{{%scripts%}}{{%renderer%}}</body></html>"
+        f"<style>{style}</style><script>{figures_script()}</script>{{%css%}}</head><body>{{%app_entry%}}{{%config%}}{{%scripts%}}{{%renderer%}}</body></html>"
     )
 
 

@@ -8,38 +8,41 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.interp.drawing.look import FAINT, GRID, INK, MARK
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, GRID, INK, MARK
 
-RIGHT = "#0b4f8a"
+RIGHT = CATEGORIES[0]
 BOARD_SPAN = 4  # columns of the grid below one board
 
 
-def grid_of(boards: Sequence[str], panels: Sequence[str]) -> tuple[go.Figure, list[int]]:
-    """An empty figure with a row of boards above a row of panels, each panel with a legend below.
+def grid_of(boards: Sequence[str], panels: Sequence[str]) -> tuple[go.Figure, list[dict[str, int]]]:
+    """An empty figure with a row of boards above panels, two side by side, each with a legend
+    below.
 
     Args:
         boards, panels: Their titles.
 
     Returns:
-        The figure, and the grid's column at which each panel begins; board i begins at column
-        BOARD_SPAN * i + 1.
+        The figure, and the row and the column of each panel in it; board i begins at column
+        BOARD_SPAN * i + 1 of the first row.
     """
-    count = max(len(panels), len(boards)) * BOARD_SPAN
-    wide = count // len(panels)
-    above: list[dict[str, int] | None] = [None] * count
-    below: list[dict[str, int] | None] = [None] * count
+    count, down = BOARD_SPAN * len(boards), -(-len(panels) // 2)
+    wide = count // 2
+    specs: list[list[dict[str, int] | None]] = [[None] * count for _ in range(1 + down)]
     for i in range(len(boards)):
-        above[BOARD_SPAN * i] = {"colspan": BOARD_SPAN}
-    for i in range(len(panels)):
-        below[i * wide] = {"colspan": wide - 2}
+        specs[0][BOARD_SPAN * i] = {"colspan": BOARD_SPAN}
+    places = [{"row": 2 + i // 2, "col": 1 + i % 2 * wide} for i in range(len(panels))]
+    for at in places:
+        specs[at["row"] - 1][at["col"] - 1] = {"colspan": wide - 2}
     plot = make_subplots(
-        rows=2, cols=count, specs=[above, below], subplot_titles=(*boards, *panels),
-        row_heights=[0.34, 0.66], vertical_spacing=0.16, horizontal_spacing=0.002,
+        rows=1 + down, cols=count, specs=specs, subplot_titles=(*boards, *panels),
+        row_heights=[0.5, *[1] * down], vertical_spacing=0.17, horizontal_spacing=0.002,
     )  # fmt: skip
-    for i in range(len(panels)):
-        legend = {"orientation": "v", "x": i / len(panels), "y": -0.2, "yanchor": "top"}
-        plot.update_layout({_legend(i + 1): {**legend, "font": {"size": 11}}})
-    return plot, [i * wide + 1 for i in range(len(panels))]
+    plot.update_annotations(font_size=13)
+    for i, at in enumerate(places):
+        panel = plot.get_subplot(**at)
+        corner = {"x": panel.xaxis.domain[0], "y": panel.yaxis.domain[0] - 0.07, "yanchor": "top"}
+        plot.update_layout({_legend(i + 1): {"orientation": "v", **corner, "font": {"size": 11}}})
+    return plot, places
 
 
 def _legend(panel: int) -> str:
@@ -76,7 +79,7 @@ def draw_line(
 
 
 def draw_board(plot: go.Figure, board: str, question: str, answer: str, **place: int) -> None:
-    """One board: clues grey, right cells blue, wrong ones red."""
+    """One board: clues grey, right cells blue, wrong ones orange."""
     side = math.isqrt(len(board))
     looks = [_look(*each) for each in zip(board, question, answer, strict=True)]
     colors, fills = map(list, zip(*looks, strict=True))
@@ -88,7 +91,7 @@ def draw_board(plot: go.Figure, board: str, question: str, answer: str, **place:
         textfont={"color": colors, "size": 13},
         marker={
             "symbol": "square",
-            "size": 24,
+            "size": 20,
             "color": fills,
             "line": {"color": FAINT, "width": 1},
         },
@@ -107,4 +110,4 @@ def _look(cell: str, clue: str, right: str) -> tuple[str, str]:
         return INK, GRID
     if cell == ".":
         return RIGHT, "#ffffff"
-    return (RIGHT, "#dcebf7") if cell == right else (MARK, "#fbe1d3")
+    return (RIGHT, "#e9f3fb") if cell == right else (MARK, "#fef7f3")

@@ -22,6 +22,7 @@ from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.records import FIGURE_CONFIG, Record, write_text
 from loopscope.analyses.common.sections import Opened, Section
 from loopscope.analyses.common.subject import Subject, open_subject, without_questions
+from loopscope.analyses.report.dark import figures_script
 from loopscope.checkpoints.tokenizer import HubTokenizer
 from loopscope.models.core.state import checked_loops
 
@@ -153,7 +154,7 @@ def page(opened: Opened, made: Tabs, seconds: float) -> str:
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>loopscope: {html.escape(subject.name)}</title><link rel="icon" href="data:,">
-<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>
+<style>{_STYLE}</style><script>{get_plotlyjs()}</script><script>{figures_script()}</script></head>
 <body><header><p class=brand>loopscope</p><h1>{html.escape(subject.name)}</h1>
 <p class=lead>{html.escape(str(task) + _DEFAULTED * opened.ours)}</p>
 <div class=facts>{cards}</div><div role=tablist aria-label="Figures">{buttons}</div></header>

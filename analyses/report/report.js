@@ -1,14 +1,23 @@
-// The tabs of the page: click or arrow keys; a shown tab's figures take its width.
+// The tabs of the page: click or arrow keys; a shown tab's figures take its width. A link to a
+// figure opens its tab.
 const tabs = [...document.querySelectorAll("[role=tab]")];
+const panel = (tab) => document.getElementById(tab.getAttribute("aria-controls"));
 function show(chosen) {
   for (const tab of tabs) {
     const on = tab === chosen;
     tab.setAttribute("aria-selected", on);
     tab.tabIndex = on ? 0 : -1;
-    document.getElementById(tab.getAttribute("aria-controls")).hidden = !on;
+    panel(tab).hidden = !on;
   }
   const plots = document.querySelectorAll("[role=tabpanel]:not([hidden]) .js-plotly-plot");
   plots.forEach((plot) => Plotly.Plots.resize(plot));
+}
+function follow() {
+  const aim = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const owner = tabs.find((tab) => aim && panel(tab).contains(aim));
+  if (!owner) return;
+  show(owner);
+  aim.scrollIntoView();
 }
 tabs.forEach((tab, i) => {
   tab.addEventListener("click", () => show(tab));
@@ -20,4 +29,6 @@ tabs.forEach((tab, i) => {
     next.focus();
   });
 });
+addEventListener("hashchange", follow);
 show(tabs[0]);
+follow();

@@ -77,7 +77,7 @@ def add_unrolled(plot: go.Figure, record: Circuit, row: int, col: int) -> None:
     for color, width, x, y in _lines(record, at):
         line = {"color": color, "width": width}
         plot.add_scatter(
-            x=x, y=y, mode="lines", line=line, opacity=0.5, hoverinfo="skip", showlegend=False,
+            x=x, y=y, mode="lines", line=line, opacity=0.75, hoverinfo="skip", showlegend=False,
             **place,
         )  # fmt: skip
     nodes, sums = list(at), _sums(record)

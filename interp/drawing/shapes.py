@@ -11,12 +11,23 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 import torch
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
 from loopscope.interp.drawing.labels import label, visible
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, FAINT, INK, styled, titled
+from loopscope.interp.drawing.look import (
+    ACCURACY_SCALE,
+    CATEGORIES,
+    CELL_TEXT,
+    FAINT,
+    INK,
+    ORDER,
+    SIGNED_SCALE,
+    color_bar,
+    shades,
+    styled,
+    titled,
+)
 
 Table = Sequence[Sequence[float | int]]
 Name = str | float | int
@@ -56,7 +67,7 @@ class CellMap:
         texts = self.texts if self.texts is not None else self._numbers()
         hover = "%{y}<br>%{x}<br>%{customdata}" if self.hover else "%{y}<br>%{x}"
         settings = {
-            "colorbar": _bar(self.unit),
+            "colorbar": color_bar(self.bar_title()),
             **self._colors(),
             **own,
         }
@@ -68,7 +79,7 @@ class CellMap:
             ygap=1,
             text=[[label(visible(text)) for text in row] for row in texts],
             texttemplate="%{text}",
-            textfont={"size": 11},
+            textfont={**CELL_TEXT, **self._text_size()},
             customdata=[["<br>".join(map(label, cell.split("\n"))) for cell in row]
                         for row in self.hover or ()] or None,
             hoverongaps=False,
@@ -76,9 +87,21 @@ class CellMap:
             **settings,
         )  # fmt: skip
 
+    def bar_title(self) -> str:
+        """The unit over the colour bar; a line end in the unit is one on the figure."""
+        return label(self.unit).replace("\n", "<br>")
+
     def _short_unit(self) -> str:
         """The first line of the unit."""
         return label(self.unit.splitlines()[0]) if self.unit else ""
+
+    def _text_size(self) -> dict[str, int]:
+        """The size of words, which fit into a map of 250 pixels; plotly fits numbers itself."""
+        if self.texts is None:
+            return {}
+        longest = max((len(text) for row in self.texts for text in row), default=1)
+        fits = int(250 / (0.62 * max(1, longest) * max(1, len(self.columns))))
+        return {"size": max(7, min(12, fits))}
 
     def _numbers(self) -> Words:
         if len(self.columns) > _WRITTEN:
@@ -90,7 +113,7 @@ class CellMap:
             return {"zmin": 0, "zmax": 1, "colorscale": ACCURACY_SCALE}
         if self.scale == "size":
             return {"colorscale": ACCURACY_SCALE}
-        return {"zmid": 0, "colorscale": "RdBu_r", **_reach([self])}
+        return {"zmid": 0, "colorscale": SIGNED_SCALE, **_reach([self])}
 
 
 def _named(name: Name) -> Name:
@@ -122,7 +145,9 @@ def cell_maps(maps: Sequence[CellMap], title: str = "") -> go.Figure:
         right, domain = corner.xaxis.domain[1], corner.yaxis.domain
         bar = {"x": 1.0 if together else right, "y": domain[1], "len": domain[1] - domain[0]}
         look = {"showscale": not together or i == cols - 1, **reach}
-        plot.add_trace(each.trace(colorbar=_bar(each.unit, **bar, yanchor="top"), **look), **place)
+        plot.add_trace(
+            each.trace(colorbar=color_bar(each.bar_title(), **bar, yanchor="top"), **look), **place
+        )
         plot.update_xaxes(title=each.axes[0], type="category", tickangle=-30, **place)
         plot.update_yaxes(title=each.axes[1], type="category", **place)
     plot.update_annotations(font_size=13)
@@ -131,12 +156,6 @@ def cell_maps(maps: Sequence[CellMap], title: str = "") -> go.Figure:
     tallest = max(len(each.rows) for each in maps)
     height = 58 + bottom + rows * (70 + 24 * max(5, tallest))
     return titled(styled(plot, height).update_layout(margin_b=bottom), title)
-
-
-def _bar(unit: str, **place: Any) -> dict[str, Any]:
-    """A colour bar under the name of its unit; a line end in the name is one on the figure."""
-    text = label(unit).replace("\n", "<br>")
-    return {"title": {"text": text}, "thickness": 10, "outlinewidth": 0, **place}
 
 
 def _reach(maps: Sequence[CellMap]) -> dict[str, Any]:
@@ -197,7 +216,7 @@ class _Palette:
         place = self.names.index(name)
         if len(self.names) <= _SEPARATE:
             return CATEGORIES[place]
-        return str(sample_colorscale("Viridis", 0.92 * place / (len(self.names) - 1))[0])
+        return shades(ORDER, len(self.names))[place]
 
 
 def curves(panels: Sequence[CurvePanel], title: str = "") -> go.Figure:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from language_toys import CAT, DOG, ouro_folder
+from looks.marks import hard_to_see
 from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
 from loopscope.analyses.common.subject import Subject, answer_logits, open_subject
 from loopscope.analyses.explorer import app as explorer
@@ -338,8 +339,10 @@ def test_no_hook_stays_after_anything(subject: Subject, pair: tuple[Query, Query
 
 
 def valid(figure: dict[str, Any]) -> go.Figure:
-    """Plotly's own check of a figure that is plain data."""
-    return go.Figure(figure)
+    """Plotly's own check of a figure that is plain data, and that all of it can be seen."""
+    drawn = go.Figure(figure)
+    assert hard_to_see(drawn) == []
+    return drawn
 
 
 def test_the_lens_figure_has_the_top_tokens_and_five_on_hover(
@@ -411,7 +414,7 @@ def test_the_patching_figure_and_its_frame(subject: Subject, pair: tuple[Query, 
     assert (
         figure.data[0].zmax == -figure.data[0].zmin == pytest.approx(float(grid.change.abs().max()))
     )
-    frame = valid(
+    frame = go.Figure(
         {"layout": {"shapes": cell_mark(list(grid.blocks), "loops.1.blocks.0", 3)}}
     ).layout.shapes[0]
     assert (frame.x0, frame.x1, frame.y0, frame.y1) == (2.5, 3.5, 1.5, 2.5)

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from looks.marks import hard_to_see
 from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.explorer.app import make_explorer
@@ -195,6 +196,7 @@ def test_boards_are_drawn_with_their_cells_and_relations(solver: PuzzleSolver) -
     after = patched(solver, CHANGED, own, other, 1, 6)
     moved = effect(own, after)
     effects = go.Figure(effect_figure(SMALL, after, moved, 1, 6))
+    assert hard_to_see(drawn) == hard_to_see(effects) == []
     assert [len(effects.data), effects.data[0].customdata[0][0]] == [2, "1 0"]
     hovers = [cell.split("<br>")[1] for row in effects.data[1].hovertext for cell in row]
     assert hovers[:4] == [

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from browser import Page, visit
+from browser import Page, Tab, opened, visit
 from language_toys import CAT, DOG, ouro_folder
+from looks.colours import rgb
+from looks.colours import shown as shown_color
+from looks.pages import crowded, dress, faint, wide
 from loopscope.analyses.common.configs import ReportConfig
 from loopscope.analyses.common.figures import FIGURES
 from loopscope.analyses.common.sections import Opened
@@ -18,6 +22,7 @@ from loopscope.analyses.figures.answers.halting_compare import HaltingCompareCon
 from loopscope.analyses.figures.answers.margins import MarginsConfig
 from loopscope.analyses.figures.answers.recurrence_grids import RecurrenceGridsConfig
 from loopscope.analyses.report import page as report
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CELL_INK, DARK, INK
 from paths import SHIPPED
 
 TABS = {
@@ -104,6 +109,80 @@ def test_every_section_has_its_table(page: Page) -> None:
 @pytest.mark.slow
 def test_the_page_stays_below_10_megabytes(page_file: Path) -> None:
     assert page_file.stat().st_size < 10_000_000
+
+
+# How the page looks
+
+
+@pytest.fixture(scope="module")
+def looked_at(page_file: Path) -> Iterator[Tab]:
+    with opened(page_file.as_uri()) as tab:
+        tab.wait(
+            f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {3 * len(DRAWN)}"
+        )
+        yield tab
+
+
+def choose(tab: Tab, name: str) -> None:
+    tab.click_on(f"#tab-{name}")
+    inside = f"[...document.querySelectorAll('#panel-{name} .js-plotly-plot')]"
+    tab.wait(f"{inside}.every(plot => Math.abs(plot.clientWidth - plot._fullLayout.width) < 1)")
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1400, 700])
+def test_nothing_is_cut_and_no_titles_collide(looked_at: Tab, width: int) -> None:
+    looked_at.resize(width, 900)
+    for name in TABS:
+        choose(looked_at, name)
+        assert crowded(looked_at) == [], name
+        assert wide(looked_at) == [], name
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_link_to_a_figure_opens_its_tab(looked_at: Tab) -> None:
+    looked_at.value("location.hash = '#orbits'")
+    shown = "document.querySelector('[role=tabpanel]:not([hidden])').id"
+    looked_at.wait(f"{shown} === 'panel-Dynamics'")
+    looked_at.wait("Math.abs(document.getElementById('orbits').getBoundingClientRect().top) < 5")
+    looked_at.value("location.hash = '#nowhere'")
+    looked_at.value("history.replaceState(null, '', '#lens'); location.reload()")
+    looked_at.wait(
+        f"window.tabs !== 0 && document.readyState === 'complete' && {shown} === 'panel-Circuit'"
+    )
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_the_page_follows_the_system_and_paper_shows_all_in_light(looked_at: Tab) -> None:
+    ground = "document.querySelector('#figure-lens')._fullLayout.paper_bgcolor"
+    dress(looked_at, "light")
+    assert faint(looked_at) == {}
+    looked_at.wait(f"{ground} === 'white'")
+    dress(looked_at, "dark")
+    looked_at.wait(f"{ground} !== 'white'")
+    assert faint(looked_at) == {}
+    assert _color(looked_at, ground) == shown_color("#ffffff", "dark")
+    axis = "document.querySelector('#figure-lens')._fullLayout"
+    assert _color(looked_at, f"{axis}.font.color") == shown_color(INK, "dark")
+    first = "document.querySelector('#figure-lens').data[0]"
+    assert looked_at.value(f"{first}.colorscale.at(-1)[1]") == DARK[ACCURACY_SCALE[-1][1]]
+    assert looked_at.value(f"{first}.textfont.color") == DARK[CELL_INK]
+    dress(looked_at, "dark", "print")
+    looked_at.wait(f"{ground} === 'white'")
+    panels = "[...document.querySelectorAll('[role=tabpanel]')]"
+    displays = looked_at.value(f"{panels}.map(each => getComputedStyle(each).display)")
+    assert displays == ["block"] * len(TABS)
+    heights = looked_at.value("[...document.querySelectorAll('section')].map(e => e.offsetHeight)")
+    assert len(heights) == len(DRAWN)
+    assert min(heights) > 250
+    dress(looked_at, "light")
+
+
+def _color(tab: Tab, expression: str) -> object:
+    return pytest.approx(rgb(tab.value(expression)), abs=0.003)
 
 
 def test_plotly_is_inlined_once_and_nothing_is_linked(page_file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,19 @@ def test_a_pair_is_measured_by_the_logit_against_the_wrong_answer() -> None:
     assert record.measured == "␣mat against ␣dog"
     assert record.columns()[1] == "1 ␣cat / ␣dog"
     assert record.effect[-1, -1] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("command", ["overthinking", "recurrence", "halting"])
+def test_a_text_that_is_shortened_in_a_figure_is_whole_in_the_hover_text(command: str) -> None:
+    module, long = FIGURES[command].module(), "a" * 30 + "b" * 30
+    record = module.run(
+        FIGURES[command].config()(checkpoint=ouro_folder(), text=(CAT, DOG), n_loops=3)
+    )
+    names = "groups" if command == "overthinking" else "texts"
+    renamed = replace(record, **{names: (long, *getattr(record, names)[1:])})
+    drawn = json.dumps(module.figure(renamed).to_plotly_json(), default=str)
+    assert long in drawn
+    assert "a…" in drawn or "a\\u2026" in drawn
 
 
 def test_overthinking_has_one_curve_for_each_text() -> None:

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from looks.marks import hard_to_see
 from loopscope.interp.attribution.direct_logit import direct_logit_attribution
 from loopscope.interp.circuits.edge_attribution import edge_attribution
 from loopscope.interp.common.metrics import logit_diff
@@ -172,6 +173,7 @@ def test_every_other_record_is_drawn_with_its_numbers() -> None:
         assert isinstance(figure, go.Figure), name
         assert figure.layout.title.text == "its title", name
         assert len(figure.data) > 0, name
+        assert hard_to_see(figure) == [], name
     accuracy = records["decodability"].accuracy
     assert list(figures["decodability"].data[1].y) == pytest.approx(accuracy[:, 1].tolist())
     terms = [value for row in figures["logits"].data[0].z for value in row if value == value]

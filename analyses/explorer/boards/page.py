@@ -67,7 +67,7 @@ def _board_section(table: Table, loops: Component) -> Component:
     ]
     key = (
         "One board after each iteration, from one run. Clues are grey, right cells blue and wrong"
-        " ones red; a pale cell is not sure. Hover for the probability."
+        " ones orange; a cell of weak colour is not sure. Hover for the probability."
     )
     right = html.Div([html.P(key), graph("boards", 440)], id="of-boards")
     return section(
@@ -108,8 +108,8 @@ def _patch_section(table: Table) -> Component:
     text = (
         "Click a cell of a board above, or choose one here: after that iteration both states of the"
         " cell, high and low, are replaced by those of the unchanged puzzle's run. Each board shows"
-        " the changed puzzle's answer with the patch; the darker a cell, the further its digits"
-        " moved."
+        " the changed puzzle's answer with the patch; the stronger a cell's colour, the further its"
+        " digits moved."
     )
     parts = [
         html.P(text),

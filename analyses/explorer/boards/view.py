@@ -11,22 +11,21 @@ from torch import Tensor
 
 from loopscope.analyses.explorer.boards.model import BoardRun, changed_clues, spot, wrong_cells
 from loopscope.analyses.explorer.view import ACCENT, WARM, Figure, drawn
-from loopscope.interp.drawing.look import INK
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CELL_TEXT, INK, SOFT
 from loopscope.tasks.puzzles.boards import SUDOKU_BLANKS
 from loopscope.tasks.puzzles.sudoku import Sudoku
 
 ACROSS, HEIGHT, GAP = 4, 150, 42  # boards of a row; pixels of a board, and between two rows
-_BORDER = "#52606d"
+_BORDER = SOFT
 _CLUE = 2.0  # the colour of a clue, well beyond that of the surest right cell
 _FILLED_SCALE = [
-    [0, "#e8590c"],
-    [1 / 3, "#ffffff"],
-    [2 / 3, "#4a90c8"],
-    [0.75, "#4a90c8"],
+    [0, "#e0662f"],
+    [1 / 3, "#f7f7f7"],
+    [2 / 3, "#3d8ccb"],
+    [0.75, "#3d8ccb"],
     [0.75, "#dfe3e8"],
     [1, "#dfe3e8"],
 ]
-_EFFECT_SCALE = [[0.0, "#ffffff"], [1.0, "#0b4f8a"]]
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class _Shown:
 
 
 def boards_figure(rules: Sudoku, question: str, answer: str | None, run: BoardRun) -> Figure:
-    """One board for each iteration: clues grey, right cells blue, wrong ones red; a pale cell is
-    not sure.
+    """One board for each iteration: clues grey, right cells blue, wrong ones orange; a weak
+    colour is not sure.
 
     Args:
         answer: The one solution; None where it is not known, so that wrong cells are those that
@@ -99,7 +98,7 @@ def effect_figure(
     ]
     most = max(float(effect.max()), 1e-6)
     shown = _Shown(run.boards, effect.tolist(), hovers, loop)
-    return _grid(rules, shown, _EFFECT_SCALE, (0.0, most), marked=cell)
+    return _grid(rules, shown, ACCURACY_SCALE, (0.0, most), marked=cell)
 
 
 def _relation(rules: Sudoku, cell: int, other: int) -> str:
@@ -147,7 +146,7 @@ def _grid(
         traces.append({
             "type": "heatmap", "xaxis": f"x{key}", "yaxis": f"y{key}", "xgap": 1, "ygap": 1,
             "colorscale": scale, "zmin": ends[0], "zmax": ends[1], "showscale": False,
-            "texttemplate": "%{text}", "textfont": {"size": 18 - side},
+            "texttemplate": "%{text}", "textfont": {**CELL_TEXT, "size": 18 - side},
             "hovertemplate": f"after loop {loop}, %{{hovertext}}<extra></extra>",
             **{name: _rows(each, side) for name, each in values.items()},
         })  # fmt: skip

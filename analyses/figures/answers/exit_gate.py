@@ -24,7 +24,7 @@ from loopscope.analyses.common.sections import Opened, Section, of_a_text
 from loopscope.analyses.common.subject import words
 from loopscope.interp.common.ranking import top_token
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, CELL_TEXT, color_bar, styled
 from loopscope.interp.exits.exit_gate import (
     GATE,
     exit_distribution,
@@ -253,21 +253,20 @@ def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, in
         z.append([*expected[spot : spot + len(shown)], *[math.nan] * gaps])
         text.append([*map(label, shown), *[""] * gaps])
         hover.append([*places, *[""] * gaps])
-    bar = {"thickness": 10, "outlinewidth": 0, "len": 0.4, "y": 0, "yanchor": "bottom"}
-    at = {"row": 2, "col": 1}
+        at = {"row": 2, "col": 1}
     plot.add_heatmap(
         z=z,
         text=text,
         customdata=hover,
         texttemplate="%{text}",
-        textfont={"size": 11},
+        textfont=CELL_TEXT,
         xgap=2,
         ygap=2,
         hoverongaps=False,
         zmin=1,
         zmax=len(record.pdf),
         colorscale=ACCURACY_SCALE,
-        colorbar={**bar, "title": {"text": "exit"}},
+        colorbar=color_bar("exit", len=0.4, y=0, yanchor="bottom"),
         hovertemplate="%{text}, %{customdata}<br>expected exit after %{z:.2f} iterations"
         "<extra></extra>",
         **at,

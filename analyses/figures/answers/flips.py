@@ -20,7 +20,16 @@ from loopscope.analyses.common.panels import Panel, headline, run_each, small_ti
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import INK, styled
+from loopscope.interp.drawing.look import (
+    ACCURACY_SCALE,
+    CATEGORIES,
+    GREY_SCALE,
+    INK,
+    MARK,
+    SOFT,
+    WARM_SCALE,
+    styled,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,8 @@ class FlipsConfig(PanelsConfig):
 
 
 KINDS = ("wrong to right", "right to wrong", "wrong to wrong")
-_COLORS = ("#0072B2", "#D55E00", "#4d5863")
+_COLORS = (CATEGORIES[0], MARK, SOFT)
+_SCALES = (ACCURACY_SCALE, WARM_SCALE, GREY_SCALE)
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,6 @@ def _draw(plot: go.Figure, panel: Panel, each: FlipShares, kind: int, col: int) 
         col=col,
     )
     line = {
-        "opacity": 0.7,
         "line": {"color": INK, "width": 1.2, "dash": "dot"},
         "row": kind + 1,
         "col": col,
@@ -212,7 +221,7 @@ def _color_axis(kind: int, most: float) -> dict[str, object]:
         "tickformat": ".1f",
     }
     return {
-        "colorscale": [[0.0, "#f7f9fb"], [1.0, _COLORS[kind]]],
+        "colorscale": _SCALES[kind],
         "cmin": 0,
         "cmax": most,
         "colorbar": bar,

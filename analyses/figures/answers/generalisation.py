@@ -23,7 +23,7 @@ from loopscope.analyses.common.subject import open_subject
 from loopscope.checkpoints.load import read_card
 from loopscope.checkpoints.locate import shipped_names
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import FAINT, INK, styled
+from loopscope.interp.drawing.look import FAINT, INK, SOFT, deeper, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +226,8 @@ def figure(record: Generalisation) -> go.Figure:
         showgrid=True,
     )
     none = {"x": 1, "xref": "paper", "y": 1, "yshift": -9, "xanchor": "right"}
-    font = {"size": 11, "color": FAINT}
-    note(plot, "no generalisation beyond the hops learned", font=font, **none)
+    font = {"size": 11, "color": SOFT}
+    note(plot, "dotted: no generalisation beyond the hops learned", font=font, **none)
     corner = {"x": 0, "xref": "paper", "y": 1, "yref": "paper", "xanchor": "left", "xshift": 8}
     example = "6 → 9: trained on up to 6 hops,<br>answers up to 9"
     note(plot, example, font={"size": 12, "color": INK}, align="left", **corner)
@@ -250,7 +250,7 @@ def _curve(record: Generalisation, run_name: str, color: str) -> go.Scatter:
         marker={"size": 10, "symbol": ["triangle-up" if b else "circle" for b in bounds]},
         text=[*pairs[:-1], f"<b>{model}</b><br>{pairs[-1]}"],
         textposition=["bottom right"] * (len(pairs) - 1) + ["top center"],
-        textfont={"color": color, "size": 12},
+        textfont={"color": deeper(color), "size": 12},
         customdata=list(zip(names, pairs, strict=True)),
         hovertemplate="%{customdata[0]}<br>%{x:,} updates<br>trained to → answered:"
         " %{customdata[1]} hops<extra></extra>",

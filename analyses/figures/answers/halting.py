@@ -19,7 +19,7 @@ from loopscope.analyses.common.look import groups_along
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import FAINT, INK, styled
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
@@ -37,7 +37,7 @@ class HaltingConfig(AnswersConfig):
     """Threshold of the entropy, in nats."""
 
 
-_COLORS = ("#0b4f8a", "#d9730d", "#2f855a", FAINT)
+_COLORS = (*CATEGORIES[:3], FAINT)
 
 
 @dataclass(frozen=True)
@@ -143,23 +143,25 @@ def figure(record: HaltingCurves) -> go.Figure:
         subplot_titles=("iterations used", "accuracy when stopped"),
         horizontal_spacing=0.1,
     )
-    hops, of = groups_along(plot, record.hops, record.texts), "" if record.texts else " hops"
+    hops = groups_along(plot, record.hops, record.texts)
+    where = "%{text}" if record.texts else "%{x} hops"
     for i, (rule, color) in enumerate(zip(record.rules, _COLORS, strict=True)):
         name = f"fixed, r = {record.cap}" if rule == "fixed" else label(rule)
         look = {
             "mode": "markers" if record.texts else "lines+markers",
             "name": name,
             "legendgroup": rule,
+            "text": list(map(label, record.texts)) or None,
             "line": {"color": color, "width": 2},
             "marker": {"size": 6},
         }
         plot.add_scatter(
             x=hops, y=record.iterations[i].tolist(), row=1, col=1, **look,
-            hovertemplate=f"{name}<br>%{{x}}{of}<br>%{{y:.1f}} iterations<extra></extra>",
+            hovertemplate=f"{name}<br>{where}<br>%{{y:.1f}} iterations<extra></extra>",
         )  # fmt: skip
         plot.add_scatter(
             x=hops, y=record.accuracy[i].tolist(), row=1, col=2, showlegend=False, **look,
-            hovertemplate=f"{name}<br>%{{x}}{of}<br>accuracy %{{y:.2f}}<extra></extra>",
+            hovertemplate=f"{name}<br>{where}<br>accuracy %{{y:.2f}}<extra></extra>",
         )  # fmt: skip
     plot.add_scatter(
         x=hops,
@@ -168,8 +170,9 @@ def figure(record: HaltingCurves) -> go.Figure:
         col=2,
         mode="lines",
         name="best fixed r",
+        text=list(map(label, record.texts)) or None,
         line={"color": INK, "dash": "dot", "width": 1.5},
-        hovertemplate=f"best r<br>%{{x}}{of}<br>accuracy %{{y:.2f}}<extra></extra>",
+        hovertemplate=f"best r<br>{where}<br>accuracy %{{y:.2f}}<extra></extra>",
     )
     plot.update_yaxes(rangemode="tozero", showgrid=True)
     below = -0.45 if record.texts else -0.22

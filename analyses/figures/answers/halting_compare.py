@@ -16,7 +16,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.figures.answers.halting import HaltingCurves, measure
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import INK, styled
+from loopscope.interp.drawing.look import CATEGORIES, INK, MARK, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ RULES = 2
 """The rules of `HaltingCurves` that are compared: KL and entropy, and KL alone, which come first
 there.
 """
-_LOOKS = ({"color": "#0072B2", "dash": "solid"}, {"color": "#D55E00", "dash": "dash"})
+_LOOKS = ({"color": CATEGORIES[0], "dash": "solid"}, {"color": MARK, "dash": "dash"})
 _BEYOND = "#fdf1e7"
 _MARKERS = ("circle", "diamond-open")
 

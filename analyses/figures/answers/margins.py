@@ -18,7 +18,7 @@ from loopscope.analyses.common.panels import Panel, headline, run_each, small_ti
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.figures.answers.overthinking import Overthinking, measure
-from loopscope.interp.drawing.look import INK, MARK, styled
+from loopscope.interp.drawing.look import CATEGORIES, INK, MARK, deeper, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ _PER_ROW, _ROW_HEIGHT, _LABEL = 2, 330, 11.5
 _TOP, _BOTTOM, _BETWEEN = 64, 54, 64
 _Mark = dict[str, Any]
 _READING = (
-    "hops at the end of each curve: <span style='color:#2171b5'>in training</span>, "
+    f"hops at the end of each curve: <span style='color:{CATEGORIES[0]}'>in training</span>, "
     f"<span style='color:{MARK}'>beyond</span>; dashed: mean first hit t*"
 )
 
@@ -141,8 +141,8 @@ def _draw(
         if share >= 0.5:
             line = {"color": color, "width": 1, "dash": "dash"}
             ends_of_line = {"x0": hit, "x1": hit, "y0": 0, "y1": 1, "xref": x}
-            lines.append({**ends_of_line, "yref": f"{y} domain", "line": line, "opacity": 0.6})
-        font = {"size": 10.5, "color": color}
+            lines.append({**ends_of_line, "yref": f"{y} domain", "line": line})
+        font = {"size": 10.5, "color": deeper(color)}
         place = {"x": last + 0.3, "y": ends[i], "xref": x, "yref": y, "xshift": 2}
         text = {"text": str(hop), "showarrow": False, "xanchor": "left", "font": font}
         labels.append({**place, **text})

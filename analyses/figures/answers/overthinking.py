@@ -19,7 +19,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.analyses.common.subject import Subject
 from loopscope.interp.drawing.labels import label, shortened
-from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, styled
+from loopscope.interp.drawing.look import CATEGORIES, INK, SOFT, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def figure(record: Overthinking) -> go.Figure:
         plot.add_trace(_curve(record, i, color))
         hit = float(record.t_star[i])
         if hit == hit:
-            plot.add_vline(x=hit, line={"color": color, "width": 1, "dash": "dash"}, opacity=0.55)
+            plot.add_vline(x=hit, line={"color": color, "width": 1, "dash": "dash"})
     plot.add_hline(y=0, line={"color": INK, "width": 1})
     plot.add_annotation(
         x=1,
@@ -151,7 +151,7 @@ def figure(record: Overthinking) -> go.Figure:
         showarrow=False,
         yshift=9,
         xanchor="right",
-        font={"size": 11, "color": FAINT},
+        font={"size": 11, "color": SOFT},
     )
     plot.update_xaxes(title="iterations", dtick=2, range=[0.7, iterations[-1] + 0.3])
     plot.update_yaxes(title="mean logit margin of the answer", showgrid=True)
@@ -183,7 +183,8 @@ def _curve(record: Overthinking, group: int, color: str) -> go.Scatter:
             "beyond training" if beyond else "hops in training" if known else None
         ),
         line={"color": color, "width": 2.5 if beyond else 1.8},
-        hovertemplate=f"{name}<br>%{{x}} iterations<br>mean margin %{{y:.2f}}<extra></extra>",
+        hovertemplate=f"{label(record.groups[group])}<br>%{{x}} iterations<br>"
+        "mean margin %{y:.2f}<extra></extra>",
     )
 
 

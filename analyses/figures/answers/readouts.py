@@ -18,7 +18,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_a_text
 from loopscope.analyses.common.subject import words
 from loopscope.interp.drawing.labels import label, visible
-from loopscope.interp.drawing.look import CATEGORIES, styled
+from loopscope.interp.drawing.look import CATEGORIES, color_bar, styled
 from loopscope.interp.drawing.shapes import CellMap
 from loopscope.interp.lens.lens import readout_lens
 
@@ -136,8 +136,8 @@ def figure(record: Readouts) -> go.Figure:
     plot = make_subplots(
         rows=1,
         cols=2,
-        column_widths=[0.64, 0.36],
-        horizontal_spacing=0.2,
+        column_widths=[0.62, 0.38],
+        horizontal_spacing=0.26,
         specs=[[{}, {"secondary_y": True}]],
         subplot_titles=(
             "top token after each iteration",
@@ -152,8 +152,7 @@ def figure(record: Readouts) -> go.Figure:
         unit="prob",
         texts=record.top,
     )
-    bar = {"title": "prob", "thickness": 10, "x": 0.52, "outlinewidth": 0}
-    plot.add_trace(cells.trace(colorbar=bar), row=1, col=1)
+    plot.add_trace(cells.trace(colorbar=color_bar("prob", x=0.47)), row=1, col=1)
     for values, name, color, nats in (
         (record.answer_prob, "probability of the answer", CATEGORIES[0], False),
         (record.entropy, "entropy", CATEGORIES[1], True),

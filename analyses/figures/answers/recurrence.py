@@ -21,7 +21,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import Subject
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import ACCURACY_SCALE, INK, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CELL_TEXT, INK, color_bar, styled
 from loopscope.interp.exits.halting import HaltingRule, apply_rule
 
 
@@ -151,14 +151,17 @@ def figure(record: RecurrenceGrid) -> go.Figure:
         rows=2, cols=1, shared_xaxes=True, row_heights=[share, 1 - share], vertical_spacing=0.025
     )
     scale = {"colorscale": ACCURACY_SCALE, "zmin": 0, "zmax": 1, "xgap": 2, "ygap": 2}
-    places, of = groups_along(plot, record.hops, record.texts), "" if record.texts else " hops"
-    look = {"x": places, "texttemplate": "%{text}", "col": 1, **scale}
+    places = groups_along(plot, record.hops, record.texts)
+    where = "%{hovertext}" if record.texts else "%{x} hops"
+    names = [list(map(label, record.texts))] * n_loops if record.texts else None
+    look = {"x": places, "texttemplate": "%{text}", "textfont": CELL_TEXT, "col": 1, **scale}
     plot.add_heatmap(
         y=["r*"],
+        hovertext=names and names[:1],
         z=[record.halted.tolist()],
         customdata=[record.halted_loops.tolist()],
         text=[[f"{a:.2f}" for a in record.halted.tolist()]],
-        hovertemplate=f"%{{x}}{of}, halting ({label(record.rule)})<br>accuracy %{{z:.2f}}<br>"
+        hovertemplate=f"{where}, halting ({label(record.rule)})<br>accuracy %{{z:.2f}}<br>"
         "mean iterations %{customdata:.1f}<extra></extra>",
         showscale=False,
         row=1,
@@ -166,11 +169,11 @@ def figure(record: RecurrenceGrid) -> go.Figure:
     )
     plot.add_heatmap(
         y=list(range(1, n_loops + 1)),
+        hovertext=names,
         z=record.accuracy.T.tolist(),
         text=[[f"{a:.2f}".removeprefix("0") for a in row] for row in record.accuracy.T.tolist()],
-        textfont={"size": 10},
-        hovertemplate=f"%{{x}}{of}, r = %{{y}}<br>accuracy %{{z:.2f}}<extra></extra>",
-        colorbar={"title": "accuracy", "thickness": 12, "outlinewidth": 0},
+        hovertemplate=f"{where}, r = %{{y}}<br>accuracy %{{z:.2f}}<extra></extra>",
+        colorbar=color_bar("accuracy"),
         row=2,
         **look,
     )
@@ -218,8 +221,8 @@ SECTION = Section(
     look_for=(
         "Every cell is the accuracy that the model has when it is stopped after r iterations; all"
         " rows come from one run. Right of the dotted line no question of that depth was in"
-        " training. Deeper questions need more iterations; columns that pale towards the top"
-        " overthink. The row r* lets an adaptive rule choose when to stop."
+        " training. Deeper questions need more iterations; columns whose colour fades towards the"
+        " top overthink. The row r* lets an adaptive rule choose when to stop."
     ),
     measure=lambda opened: measure(
         opened.subject, opened.runs, HaltingRule(RecurrenceConfig.kl, RecurrenceConfig.entropy)

@@ -13,7 +13,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import tyro
 from jaxtyping import Float
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -31,7 +30,15 @@ from loopscope.analyses.common.two_hop import (
     with_other_start,
 )
 from loopscope.interp.drawing.labels import AXIS, EMBED, loop_and_layer, spoken, tick
-from loopscope.interp.drawing.look import ACCURACY_SCALE, FAINT, INK, styled
+from loopscope.interp.drawing.look import (
+    ACCURACY_SCALE,
+    CELL_TEXT,
+    FAINT,
+    INK,
+    WARM_SCALE,
+    Scale,
+    styled,
+)
 from loopscope.interp.lens.decoding import decodability
 from loopscope.interp.patching.tracing import denoising_map
 
@@ -50,7 +57,6 @@ class CausalGraphConfig(TwoHopConfig):
 
 
 COLUMNS = ("h", "r1", "r2")
-_RESTORED_SCALE = [[0.0, "#fbf8f4"], [0.5, "#f0ae72"], [1.0, "#a04000"]]
 _CLEAR, _ANSWERS = 0.5, 0.1
 
 
@@ -321,14 +327,13 @@ def _add_states(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None
     nodes = list(_nodes(panel))
     read = [_decoded(panel, *node) for node in nodes]
     restored = [float(panel.answered[node]) for node in nodes]
-    for graph, values, scale in ((col, read, ACCURACY_SCALE), (col + 1, restored, _RESTORED_SCALE)):
-        shades = sample_colorscale(scale, [0.0 if math.isnan(value) else value for value in values])
+    for graph, values, scale in ((col, read, ACCURACY_SCALE), (col + 1, restored, WARM_SCALE)):
         plot.add_scatter(
             x=[position for _, position in nodes],
             y=[depth for depth, _ in nodes],
             mode="markers+text",
             cliponaxis=False,
-            **_circles(values, shades),
+            **_circles(values, scale),
             customdata=[_hover(panel, *node) for node in nodes],
             hovertemplate="%{customdata}<extra></extra>",
             row=row,
@@ -336,18 +341,22 @@ def _add_states(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None
         )
 
 
-def _circles(values: list[float], shades: list[str]) -> dict[str, Any]:
-    """Markers and texts of nodes; a NaN is a small white circle without a number."""
+def _circles(values: list[float], scale: Scale) -> dict[str, Any]:
+    """Markers and texts of nodes; a NaN is a small pale circle without a number."""
     known = [not math.isnan(value) for value in values]
     both = list(zip(values, known, strict=True))
-    colors = [shade if there else "white" for shade, there in zip(shades, known, strict=True)]
-    sizes = [23 if there else 9 for there in known]
-    line = {"color": FAINT, "width": 1}
-    inks = ["white" if value > 0.75 else INK for value in values]  # NaN is not larger
     return {
-        "marker": {"size": sizes, "line": line, "opacity": 1, "color": colors},
+        "marker": {
+            "size": [23 if there else 9 for there in known],
+            "line": {"color": FAINT, "width": 1},
+            "opacity": 1,
+            "color": [value if there else 0.0 for value, there in both],
+            "colorscale": scale,
+            "cmin": 0,
+            "cmax": 1,
+        },
         "text": [f"{value:.2f}".removeprefix("0") if there else "" for value, there in both],
-        "textfont": {"size": 9, "color": inks},
+        "textfont": {**CELL_TEXT, "size": 9},
     }
 
 

@@ -206,8 +206,8 @@ def figure(record: FoundCircuit) -> go.Figure:
     add_unrolled(plot, record.circuit, 1, 1)
     add_folded(plot, record.circuit, 2, 1)
     _add_curves(plot, record)
-    legend = {"x": 0.57, "xanchor": "left", "y": 0.36, "yanchor": "top", "font": {"size": 11}}
-    return styled(plot, 760).update_layout(legend=legend, margin={"l": 110})
+    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.12, "yanchor": "top"}
+    return styled(plot, 800).update_layout(legend=legend, margin={"l": 110, "b": 110})
 
 
 def _graph(record: FoundCircuit) -> bytes:
@@ -253,7 +253,7 @@ def _add_curves(plot: go.Figure, record: FoundCircuit) -> None:
         marker={"color": MARK, "size": 12, "symbol": "diamond"},
         **place,
     )
-    plot.update_xaxes(title="share of all edges", type="log", tickformat=".0%", **place)
+    plot.update_xaxes(title="share of all edges", type="log", dtick="D2", tickformat=".0%", **place)
     plot.update_yaxes(title="share of the margin kept", range=[-0.1, 1.1], **place)
 
 

@@ -10,7 +10,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.analyses.common.subject import Subject, token_id, words
 from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick, visible
-from loopscope.interp.drawing.look import INK, styled
+from loopscope.interp.drawing.look import INK, ORDER, color_bar, shades, styled
 from loopscope.interp.drawing.shapes import CellMap
 from loopscope.interp.lens.lens import logit_lens
 
@@ -194,11 +193,8 @@ def figure(record: LensHeatmap) -> go.Figure:
         texts=record.top,
         hover=_hover(record),
     )
-    bar = {"title": "prob", "thickness": 10, "x": 0.54, "outlinewidth": 0}
-    plot.add_trace(cells.trace(colorbar=bar), row=1, col=1)
-    places = [k / max(1, len(record.tracked) - 1) for k in range(len(record.tracked))]
-    for k, place in enumerate(places):
-        color = sample_colorscale("Viridis", [0.05 + 0.85 * place])[0]
+    plot.add_trace(cells.trace(colorbar=color_bar("prob", x=0.54)), row=1, col=1)
+    for k, color in enumerate(shades(ORDER, len(record.tracked))):
         plot.add_trace(_curve(record, k, color), row=1, col=2)
     plot.update_yaxes(title=AXIS, type="category", row=1, col=1)
     plot.update_yaxes(type="category", matches="y", row=1, col=2)

@@ -19,7 +19,7 @@ from loopscope.analyses.common.sections import Opened, Section, of_pairs
 from loopscope.analyses.common.subject import Subject, words
 from loopscope.interp.common.pairs import Direction
 from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick, visible
-from loopscope.interp.drawing.look import styled
+from loopscope.interp.drawing.look import CELL_TEXT, SIGNED_SCALE, color_bar, styled
 from loopscope.interp.patching.activation import activation_patch
 
 
@@ -160,7 +160,7 @@ def figure(record: PatchingMap) -> go.Figure:
         zmid=0,
         zmin=-1,
         zmax=1,
-        colorscale="RdBu_r",
+        colorscale=SIGNED_SCALE,
         xgap=1,
         ygap=1,
         text=[
@@ -168,16 +168,12 @@ def figure(record: PatchingMap) -> go.Figure:
             for row in record.effect.tolist()
         ],
         texttemplate="%{text}",
-        textfont={"size": 11},
+        textfont=CELL_TEXT,
         customdata=[
             [f"{name}<br>{spoken(name)}<br>{text}" for text in hover] for name in record.names
         ],
         hovertemplate=("%{customdata}<br>position %{x}<br>effect %{z:.3f}<extra></extra>"),
-        colorbar={
-            "title": {"text": "effect<br>0 corrupted<br>1 clean"},
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
+        colorbar=color_bar("effect<br>0 corrupted<br>1 clean"),
     )
     plot.update_xaxes(title="position", type="category")
     plot.update_yaxes(title=f"{AXIS} of {record.site}", type="category")

@@ -13,7 +13,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
-from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig
@@ -23,7 +22,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.analyses.common.subject import token_id
 from loopscope.interp.drawing.labels import label, loop_and_layer
-from loopscope.interp.drawing.look import FAINT, INK, styled
+from loopscope.interp.drawing.look import BLUES, FAINT, INK, MARK, deeper, shades, styled
 from loopscope.interp.lens.decoding import rank_trajectory
 from loopscope.interp.lens.lens import logit_lens
 
@@ -366,13 +365,8 @@ def _log10(value: float) -> float:
 def _colors(record: Ranks) -> list[str]:
     """Light to dark along the way; the answer in orange, the control in grey."""
     way = [j for j, target in enumerate(record.targets) if target not in (ANSWER, CONTROL)]
-    shades = (
-        sample_colorscale("Blues", [0.5 + 0.5 * k / max(1, len(way) - 1) for k in range(len(way))])
-        if way
-        else []
-    )
-    fixed = {ANSWER: "#D55E00", CONTROL: FAINT}
-    return [fixed.get(target) or shades[way.index(j)] for j, target in enumerate(record.targets)]
+    blues, fixed = shades(BLUES, len(way)), {ANSWER: MARK, CONTROL: FAINT}
+    return [fixed.get(target) or blues[way.index(j)] for j, target in enumerate(record.targets)]
 
 
 def _mark_loops(plot: go.Figure, record: Ranks) -> None:
@@ -400,14 +394,14 @@ def _label(plot: go.Figure, record: Ranks, colors: list[str]) -> None:
         arrived.setdefault(depth, []).append(j) if depth is not None else late.append(j)
     for depth, group in arrived.items():
         names = [record.targets[j].removeprefix("hop ") if j else record.targets[j] for j in group]
-        font = {"size": 12, "color": colors[group[-1]]}
+        font = {"size": 12, "color": deeper(colors[group[-1]])}
         note(plot, label(", ".join(names)), font=font, x=depth, y=0, yshift=13)
     heights = spread(
         [_log10(1 + float(record.mean[-1, j])) for j in late],
         0.05 * (_log10(_lowest(record)) + 0.16),
     )
     for j, height in zip(late, heights, strict=True):
-        font = {"size": 12, "color": colors[j]}
+        font = {"size": 12, "color": deeper(colors[j])}
         place = {"x": len(record.names), "xshift": 8, "y": height, "xanchor": "left"}
         note(plot, label(record.targets[j]), font=font, **place)
 
@@ -430,7 +424,8 @@ SECTION = Section(
     look_for=(
         "The rank of each entity on the way, where it should be known, after every block: 0 is the"
         " top token. Curves that arrive one after another show a step by step computation; a"
-        " control token that nobody asks for should stay where it is."
+        " control token that nobody asks for should stay where it is. Thin dotted lines mark where"
+        " a loop begins."
     ),
     measure=_of_report,
     found=_found,

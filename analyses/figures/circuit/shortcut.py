@@ -20,7 +20,7 @@ from loopscope.analyses.common.panels import Panel, headline, opened, small_titl
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import Subject
 from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick
-from loopscope.interp.drawing.look import MARK, styled
+from loopscope.interp.drawing.look import CELL_TEXT, MARK, SIGNED_SCALE, SOFT, styled
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.patching.tracing import noising_map
 from loopscope.tasks.questions import Question
@@ -51,7 +51,7 @@ class ShortcutConfig(PanelsConfig):
     """Seed of the random runs."""
 
 
-_BAR = "#4d5863"
+_BAR = SOFT
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _color_axis(record: Shortcut) -> dict[str, Any]:
     text = "change of the answer's margin (logits)"
     bar = {"title": {"text": text, "side": "right", "font": {"size": 12}}, "thickness": 10}
     return {
-        "colorscale": "RdBu_r",
+        "colorscale": SIGNED_SCALE,
         "cmin": -most,
         "cmax": most,
         "colorbar": {**bar, "outlinewidth": 0, "len": 0.78, "y": 0.37},
@@ -309,7 +309,7 @@ def _draw(plot: go.Figure, panel: Panel, each: ShortcutMap, col: int) -> None:
         ygap=1,
         text=[[f"{value:.0f}".replace("-0", "0") for value in row] for row in values],
         texttemplate="%{text}",
-        textfont={"size": 10},
+        textfont=CELL_TEXT,
         customdata=[
             [f"{name}<br>{spoken(name)}<br>{text}" for text in _instead(each)]
             for name in each.names

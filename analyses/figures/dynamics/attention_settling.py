@@ -19,7 +19,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.interp.common.columns import Shown, shown_columns
 from loopscope.interp.drawing.labels import loop_and_layer
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, styled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, WARM_SCALE, styled
 from loopscope.interp.dynamics.layers import AttentionDynamics, attention_dynamics
 
 
@@ -160,7 +160,7 @@ def _curves(record: AttentionSettling) -> go.Figure:
     if record.uniform is not None:
         plot.add_hline(y=record.uniform, line={"color": INK, "width": 1, "dash": "dot"}, row=2)
         place = {"x": n_loops - 1, "y": record.uniform, "yshift": 8, "xanchor": "right"}
-        note(plot, "all keys alike", **place, row=2, col=1)
+        note(plot, "dotted: all keys alike", **place, row=2, col=1)
     plot.update_yaxes(showgrid=True)
     plot.update_yaxes(title=_CHANGE.replace(" the", "<br>the"), row=1, col=1)
     plot.update_yaxes(title=_ENTROPY, row=2, col=1)
@@ -211,7 +211,7 @@ def _maps(record: AttentionSettling) -> go.Figure:
             z=shown.T.tolist(),
             zmin=0,
             zmax=1 if col == 1 else float(shown.nan_to_num(0.0).max()),
-            colorscale=ACCURACY_SCALE if col == 1 else "Oranges",
+            colorscale=ACCURACY_SCALE if col == 1 else WARM_SCALE,
             hoverongaps=False,
             xgap=1,
             ygap=1,

@@ -150,7 +150,7 @@ def figure(record: Attractors) -> go.Figure:
         cols=2,
         column_widths=[0.62, 0.38],
         horizontal_spacing=0.13,
-        subplot_titles=("relative step (median, quartiles)", f"{record.n_starts} starts"),
+        subplot_titles=("relative step (median; dotted: quartiles)", f"{record.n_starts} starts"),
     )
     shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     first = record.right[0]
@@ -173,7 +173,7 @@ def figure(record: Attractors) -> go.Figure:
             )
     heights = [*record.right.double().mean(1).tolist(), float(record.same_state.mean())]
     plot.add_bar(
-        x=[*(f"{rule}<br>right" for rule in _RULES), "same<br>state", "same<br>answer"],
+        x=[*(f"{rule} right" for rule in _RULES), "same state", "same answer"],
         y=[*heights, float(record.same_answer.mean())],
         marker_color=[*CATEGORIES[2:3] * 3, *CATEGORIES[5:6] * 2],
         showlegend=False,
@@ -181,11 +181,11 @@ def figure(record: Attractors) -> go.Figure:
         row=1,
         col=2,
     )
-    plot.update_yaxes(type="log", title="‖h<sub>t</sub> - h<sub>t-1</sub>‖ / ‖h<sub>t-1</sub>‖",
-                      row=1, col=1)  # fmt: skip
+    step = "‖h<sub>t</sub> - h<sub>t-1</sub>‖ / ‖h<sub>t-1</sub>‖"
+    plot.update_yaxes(type="log", dtick="D2", title=step, row=1, col=1)
     plot.update_xaxes(title="iterations", row=1, col=1)
     plot.update_yaxes(title="share", range=[0, 1.02], row=1, col=2)
-    plot.update_xaxes(tickangle=0, row=1, col=2)
+    plot.update_xaxes(tickangle=-40, row=1, col=2)
     return styled(plot, 440).update_layout(legend={"x": 0.4, "y": 0.98})
 
 

@@ -13,7 +13,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section, of_a_text
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.drawing.labels import loop_and_layer
-from loopscope.interp.drawing.look import CATEGORIES, FAINT, styled
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, ORDER, color_bar, shades, styled
 from loopscope.interp.dynamics.layers import LayerDynamics, layer_dynamics
 from loopscope.interp.dynamics.states import Dynamics
 
@@ -166,8 +165,7 @@ def figure(record: Layers) -> go.Figure:
         subplot_titles=[_TITLES[name] for name in record.statistics],
     )
     n_loops, n_layers = record.values.shape[1:]
-    shades = sample_colorscale("Viridis", [0.92 * t / max(1, n_loops - 1) for t in range(n_loops)])
-    for t, shade in enumerate(shades):
+    for t, shade in enumerate(shades(ORDER, n_loops)):
         plot.add_scatter(
             x=list(record.names),
             y=record.values[0, t].tolist(),
@@ -221,24 +219,17 @@ def _color(layer: int, n_layers: int) -> str:
     """
     if n_layers <= 6:
         return CATEGORIES[layer]
-    return str(sample_colorscale("Viridis", 0.92 * layer / (n_layers - 1))[0])
+    return shades(ORDER, n_layers)[layer]
 
 
 def _scale(plot: go.Figure, n_loops: int) -> None:
     """Which colour is which loop, as a bar beside the first panel."""
-    colors = sample_colorscale("Viridis", [0.92 * i / 20 for i in range(21)])
-    bar = {
-        "title": {"text": "loop<br>(first panel)", "font": {"size": 12}},
-        "thickness": 9,
-        "y": 1,
-        "yanchor": "top",
-        "len": 0.45,
-    }
+    bar = color_bar("loop<br>(first panel)", y=1, yanchor="top", len=0.45)
     plot.add_scatter(
         x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip", row=1, col=1,
         marker={
-            "color": [0], "cmin": 0, "cmax": n_loops - 1, "colorbar": {**bar, "outlinewidth": 0},
-            "colorscale": [[i / 20, color] for i, color in enumerate(colors)],
+            "color": [0], "cmin": 0, "cmax": n_loops - 1, "colorbar": bar,
+            "colorscale": ORDER,
         },
     )  # fmt: skip
 

@@ -135,7 +135,7 @@ def figure(record: Lyapunov) -> go.Figure:
         rows=1,
         cols=2,
         horizontal_spacing=0.13,
-        subplot_titles=("exponent against the margin at half depth", "share of each sublayer"),
+        subplot_titles=("exponent against margin", "share of each sublayer"),
     )
     for name, chosen, color in (
         ("right", record.right, CATEGORIES[0]),
@@ -146,7 +146,7 @@ def figure(record: Lyapunov) -> go.Figure:
             y=record.exponent[chosen].tolist(),
             mode="markers",
             name=f"{name} ({int(chosen.sum())})",
-            marker={"color": color, "size": 6, "opacity": 0.6},
+            marker={"color": color, "size": 6},
             hovertemplate="margin %{x:.3g}<br>exponent %{y:.3g}<extra>" + name + "</extra>",
             row=1,
             col=1,

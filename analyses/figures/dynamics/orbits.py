@@ -14,7 +14,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
-from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.analyses.common.subject import words
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import styled
+from loopscope.interp.drawing.look import ORDER, shades, styled
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.models.basis.tokens import Batch
 
@@ -332,8 +331,7 @@ def _colors(record: OrbitPaths) -> list[str]:
     if len(set(hops)) == len(record.labels):
         by_hop = hop_colors(hops, record.trained_hops)
         return [by_hop[hop] for hop in hops]
-    n = len(record.labels)
-    return list(sample_colorscale("Viridis", [0.9 * i / max(1, n - 1) for i in range(n)]))
+    return shades(ORDER, len(record.labels))
 
 
 def _found(record: OrbitPaths) -> str:

@@ -24,7 +24,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import FAINT, styled
+from loopscope.interp.drawing.look import CATEGORIES, FAINT, styled
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 
 
@@ -239,7 +239,7 @@ def _ticks(values: Tensor) -> list[float]:
 def _colors(record: Steps) -> list[str]:
     hops = [hop for hop in record.hops if hop is not None]
     by_hop = hop_colors(hops, record.trained_hops)
-    return [by_hop[hop] if hop is not None else "#0072B2" for hop in record.hops]
+    return [by_hop[hop] if hop is not None else CATEGORIES[0] for hop in record.hops]
 
 
 def _found(record: Steps) -> str:

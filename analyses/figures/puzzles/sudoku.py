@@ -177,17 +177,17 @@ def measure(solver: Solver, runs: list[Cycles], config: SudokuConfig) -> SudokuR
 
 
 def figure(record: SudokuRecord) -> go.Figure:
-    """Above the boards of one puzzle; below the map, the grades, the motion and the halting
-    head.
+    """Above the boards of one puzzle, at first and after each cycle; below the map, the motion, the
+    grades and the halting head.
     """
     shown = [record.question, *record.boards]
-    titles = ["puzzle", *(f"after {_cycles(i)}" for i in range(1, len(record.boards) + 1))]
-    plot, first_columns = grid_of(titles, [name for name, _ in PANELS])
+    titles = ["puzzle", *(_cycles(i) for i in range(1, len(record.boards) + 1))]
+    plot, places = grid_of(titles, [name for name, _ in PANELS])
     for i, board in enumerate(shown):
         draw_board(plot, board, record.question, record.answer, row=1, col=BOARD_SPAN * i + 1)
-    for (_, draw), column in zip(PANELS, first_columns, strict=True):
-        draw(plot, record, row=2, col=column)
-    return styled(plot, 660).update_layout(margin_b=130)
+    for (_, draw), place in zip(PANELS, places, strict=True):
+        draw(plot, record, **place)
+    return styled(plot, 1050).update_layout(margin_b=170)
 
 
 def _cycles(count: int) -> str:
@@ -216,7 +216,7 @@ def _draw_grades(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
     for i, (name, of) in enumerate(record.by_grade().items()):
         label = f"{name} ({int(of.sum())})"
         solved = record.exact[0][:, of].float().mean(1).tolist()
-        draw_line(plot, 2, label, CATEGORIES[i % len(CATEGORIES)], solved, **place)
+        draw_line(plot, 3, label, CATEGORIES[i % len(CATEGORIES)], solved, **place)
     plot.update_xaxes(title="cycles", **place)
     plot.update_yaxes(title="share solved", range=[-0.02, 1.05], **place)
 
@@ -228,7 +228,7 @@ def _draw_motion(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
         ("not solved", MARK, ~record.exact[0]),
     ):
         means = [float(m[k].mean()) for m, k in zip(record.moved, kept, strict=True)]
-        draw_line(plot, 3, name, color, means, **place)
+        draw_line(plot, 2, name, color, means, **place)
     plot.update_xaxes(title="cycles", **place)
     plot.update_yaxes(title="share of its norm", rangemode="tozero", **place)
 
@@ -248,8 +248,8 @@ def _draw_halting(plot: go.Figure, record: SudokuRecord, **place: int) -> None:
 
 PANELS = (
     ("share solved by any restart", _draw_map),
-    ("share solved by grade", _draw_grades),
     ("motion of the high state", _draw_motion),
+    ("share solved by grade", _draw_grades),
     ("halting head", _draw_halting),
 )
 

@@ -20,7 +20,7 @@ from loopscope.analyses.common.look import GROUP_COLORS, GROUP_NAMES, note, run_
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import FAINT, styled
+from loopscope.interp.drawing.look import FAINT, deeper, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ def _add_stages(plot: go.Figure, record: Grokking) -> None:
         half = next((i for i, share in enumerate(curve.tolist()) if share >= 0.5), len(curve) - 1)
         place = {"x": math.log10(int(log.updates[half])), "xanchor": "right", "xshift": -8}
         height = max(0.12, float(curve.nan_to_num()[half]))
-        font = {"size": 12, "color": color}
+        font = {"size": 12, "color": deeper(color)}
         note(plot, GROUP_NAMES[group], font=font, y=height, yshift=8, **place, **here)
     edges = [int(log.updates[0]), *(end for _, end in record.ends(record.stages_of))]
     for i, (name, _) in enumerate(record.ends(record.stages_of)):

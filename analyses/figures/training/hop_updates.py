@@ -17,7 +17,7 @@ from loopscope.analyses.common.configs import LogsConfig
 from loopscope.analyses.common.look import hop_name, note, run_colors
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.training_logs import TrainingLog, read_logs
-from loopscope.interp.drawing.look import INK, styled
+from loopscope.interp.drawing.look import INK, deeper, styled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def _curve(record: HopUpdates, run: int, color: str) -> go.Scatter:
         line={"color": color, "width": 2},
         marker={"size": 9, "color": filled, "line": {"color": color, "width": 2}},
         text=[""] * (len(hops) - 1) + [f" {name} "] * bool(hops),
-        textfont={"color": color, "size": 12},
+        textfont={"color": deeper(color), "size": 12},
         textposition="middle right" if right else "top left",
         cliponaxis=False,
         customdata=list(zip(map(hop_name, hops), minutes, strict=True)),

@@ -106,9 +106,9 @@ def test_a_curve_for_each_head_and_panel(shipped: AttentionSettling) -> None:
         f"head {i}" for i in range(4)
     ]
     assert list(figure.data[5].y)[1:] == shipped.dynamics.change[1:, 1, 1].tolist()
-    assert any(note.text == "all keys alike" for note in figure.layout.annotations)
+    assert any(note.text == "dotted: all keys alike" for note in figure.layout.annotations)
     without = attention_settling.figure(replace(shipped, uniform=None))
-    assert not any(note.text == "all keys alike" for note in without.layout.annotations)
+    assert not any(note.text == "dotted: all keys alike" for note in without.layout.annotations)
 
 
 @pytest.mark.parametrize(("n_layers", "n_heads", "rows"), [(5, 3, 15), (2, 9, 18), (7, 11, 7)])

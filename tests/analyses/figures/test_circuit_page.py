@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from browser import opened
+from browser import Tab, opened
+from looks.colours import blend, contrast, rgb
+from looks.pages import dress, faint
 from loopscope.analyses.figures.circuit.circuit import FILES, FoundCircuit
 from loopscope.interp.drawing.circuit_page import circuit_page
 from small_figures import small_figure
@@ -62,6 +64,25 @@ def test_the_threshold_takes_edges_away_and_the_views_change(tmp_path: Path) -> 
         assert tab.value("document.querySelectorAll('circle').length") == len(found.folded())
         assert "loops 0\N{EN DASH}1" in tab.value("graph.textContent")
         tab.resize(700, 900)
+        for scheme in ("dark", "light"):
+            dress(tab, scheme)
+            assert faint(tab) == {}, scheme
+            assert _faint_lines(tab, scheme) == [], scheme
         assert tab.value("document.documentElement.scrollWidth - window.innerWidth") <= 0
         assert tab.page.errors == []
         assert tab.page.requests == []
+
+
+def _faint_lines(tab: Tab, scheme: str) -> list[str]:
+    """The edges and nodes with a contrast below 3 to the paper."""
+    paper = rgb({"light": "#ffffff", "dark": "#1a1a1a"}[scheme])
+    look = "(s => [s.stroke, s.fill, s.strokeOpacity])(getComputedStyle(each))"
+    found = tab.value(f"[...document.querySelectorAll('path.edge, circle')].map(each => {look})")
+    assert len(found) > 5
+    shown = {
+        (stroke if fill == "none" else fill, 1.0 if fill != "none" else float(opacity))
+        for stroke, fill, opacity in map(tuple, found)
+    }
+    return [
+        color for color, opacity in shown if contrast(blend(rgb(color), paper, opacity), paper) < 3
+    ]

@@ -80,7 +80,7 @@ def test_the_halting_head_is_compared_with_the_solved_puzzles(
 def test_grades_are_lines_of_the_figure(record: sudoku.SudokuRecord) -> None:
     def lines(shown: sudoku.SudokuRecord) -> list[str]:
         drawn = sudoku.figure(shown).data
-        return [trace.name for trace in drawn if trace.legend == "legend2"]
+        return [trace.name for trace in drawn if trace.legend == "legend3"]
 
     assert [line.partition(" (")[0] for line in lines(record)] == list(record.by_grade())
     grades = (Grade(2, 3), Grade(0, 4), Grade(0, 2)) * 5
