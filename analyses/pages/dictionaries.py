@@ -30,7 +30,6 @@ SETTINGS = {
     "per_iteration": replace(TRAINING, steps=600),
     "crosscoder": replace(TRAINING, steps=600, batch_size=512),
 }
-_SHORTER = replace(TRAINING, steps=500)
 _ENTITIES = (0, 1, 2)  # whose features are shown
 _UNTRAINED = "shared, model with random weights"
 
@@ -97,7 +96,7 @@ class MeasuredDictionaries:
             study.asked(model, HELD, held_out=True, seed=11).states,
         )
         reading = Reading.of(model, study.n_loops, study.reading.hook)
-        return study.named(fit_dictionary(states[0], reading, "shared", _SHORTER), states)
+        return study.named(fit_dictionary(states[0], reading, "shared", TRAINING), states)
 
     @cached_property
     def causes(self) -> pd.DataFrame:
@@ -163,13 +162,20 @@ def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
     middle, last = measured.study.n_loops // 2 - 1, measured.study.n_loops - 1
     answer = causes[(causes["swapped"] == "answer") & (causes["at iterations"] == ALL)]
     answer = answer.set_index("dictionary")
+
+    def unless_all_at_once(name: str, value: float) -> float:
+        """Not a number for a crosscoder, whose one code is read at every iteration."""
+        return float("nan") if name == "crosscoder" else value
+
     found: dict[tuple[str, str], list[float]] = {
         ("variance explained", "0.97"): [quality[name].overall for name in names],
         (f"entity F1 at loop {last}", "0.9"): [float(means[name][-1]) for name in names],
-        ("entity F1 at the worst loop", ""): [float(means[name].min()) for name in names],
+        ("entity F1 at the worst loop", ""): [
+            unless_all_at_once(name, float(means[name].min())) for name in names
+        ],
         ("live features on at several iterations", ""): [quality[name].shared() for name in names],
         (f"entities with one feature at loops {middle} and {last}", ""): [
-            labels[name].kept(middle, last) for name in names
+            unless_all_at_once(name, labels[name].kept(middle, last)) for name in names
         ],
         ("causal precision of the answer's feature", "0.8"): [
             float(answer["entity's features"][name]) for name in names
@@ -180,6 +186,13 @@ def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
     }
     rows = [(*key, *values) for key, values in found.items()]
     return pd.DataFrame(rows, columns=["", "aim, at least", *names])
+
+
+def trained() -> str:
+    """How long each dictionary is trained, in words."""
+    each = {**SETTINGS, "transcoder": TRAINING, _UNTRAINED: TRAINING}
+    rows = [f"`{name}` {how.steps} of {how.batch_size}" for name, how in each.items()]
+    return f"Steps of training, and tokens of each: {', '.join(rows)}."
 
 
 def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
@@ -202,6 +215,7 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
         train=len(study.train.batch),
         held=len(study.held.batch),
         reads=len(study.train.states),
+        trained=trained(),
         features=TRAINING.n_features,
         k=TRAINING.k,
         swaps=SWAPS,

@@ -10,11 +10,12 @@ Features and thresholds are chosen on training questions alone; the settings of 
 settled on another draw of held-out questions. Loops count from 0.
 
 A dictionary has {features} features, of which {k} are on for a token (`per_iteration` has as many
-for each iteration). The crosscoder has {k} on for a token and all its iterations: its code reads
-the last states too and is the same at all loops, so that its numbers at early loops and its sharing
-over loops hold in part by construction. The control with random weights is trained for half as
-many steps as `shared`, and the random features of a swap are drawn anew for each iteration, which
-makes them a weaker control than one feature kept through the run.
+for each iteration; principal components, in both directions, are twice as many as the states are
+wide). The crosscoder has {k} on for a token and all its iterations: its code reads the last states
+too and is the same at all loops, so that its numbers at early loops and its sharing over loops hold
+in part by construction; "nan" stands where they would say nothing. {trained} The random features
+of a swap are drawn once for each question and kept at all iterations, except where each iteration
+has features of its own.
 
 `shared` is one dictionary for all iterations, `per_iteration` one for each, `crosscoder` one that
 reads all iterations of a token at once and writes all of them with one code. `transcoder` reads
