@@ -19,7 +19,9 @@ from loopscope.interp.common.places import Picked
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dictionaries.dictionary import KINDS, Dictionary, Kind
 from loopscope.interp.dictionaries.reading import Reading, loop_states
+from loopscope.interp.dictionaries.stored import Pair, StoredStates, refuse_choice
 from loopscope.interp.dictionaries.trainer import DictionaryTraining, Trainer
+from loopscope.interp.store.reading import ActivationStore
 from loopscope.models.core.base import LoopedModel
 
 Batches = Float[Tensor, "read loop d_in"] | Iterable[Tensor]
@@ -27,7 +29,7 @@ Batches = Float[Tensor, "read loop d_in"] | Iterable[Tensor]
 
 def train_dictionary(
     model: LoopedModel,
-    inputs: Inputs,
+    inputs: Inputs | ActivationStore,
     n_loops: int | None = None,
     *,
     kind: Kind = "shared",
@@ -41,18 +43,21 @@ def train_dictionary(
     stays as it is.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        n_loops: Iterations; None means what the checkpoint records.
+        inputs: A batch, texts, or tokens with `readout`; or a store of this model's activations,
+            which may be larger than memory and is read in shuffled batches.
+        n_loops: Iterations; None means those of the store, or what the checkpoint records.
         kind: "per_iteration", "shared", "crosscoder" or "transcoder", as `Dictionary` says.
         hook: The hook that is read, within an iteration; None means the residual after the last
             block.
         target: The hook that is written, for a transcoder only.
-        positions: "all" tokens that are not padding, columns, or None for the readout.
+        positions: "all" tokens that are not padding, columns, or None for the readout; of a store
+            "all", which are those that were collected.
         training: The settings; None means their defaults.
 
     Raises:
         KeyError: A hook that an iteration does not have.
-        ValueError: A target without a transcoder or the reverse, or states that are not finite.
+        ValueError: A target without a transcoder or the reverse, states that are not finite, or a
+            store of another model, tokenizer or number of iterations.
 
     Source:
         TopK: Gao et al. 2024 (arXiv 2406.04093). BatchTopK: Bussmann et al. 2024 (arXiv
@@ -60,6 +65,13 @@ def train_dictionary(
         al. 2024 (Anthropic). Transcoders: Dunefsky et al. 2024 (arXiv 2406.11944).
     """
     _check_kind(kind, written=target is not None)
+    if isinstance(inputs, ActivationStore):
+        refuse_choice(positions, readout)
+        reading = Reading.of(model, n_loops or inputs.n_loops, hook, target)
+        training = training or DictionaryTraining()
+        stored = StoredStates(inputs, model, reading)
+        batches = stored.without_end(training.batch_size, training.seed)
+        return _fitted(_first_twice(batches), reading, kind, training)
     reading = Reading.of(model, n_loops, hook, target)
 
     def states(hook: str) -> Tensor:
@@ -94,7 +106,13 @@ def fit_dictionary(
     """
     training = training or DictionaryTraining()
     _check_kind(kind, written=targets is not None)
-    pairs = _pairs(states, targets, training)
+    return _fitted(_pairs(states, targets, training), reading, kind, training)
+
+
+def _fitted(
+    pairs: Iterator[Pair], reading: Reading, kind: Kind, training: DictionaryTraining
+) -> Dictionary:
+    """Train on what gives the units, which comes first, and on the batches that follow."""
     some = _checked(next(pairs), reading.n_loops)
     even = _evenly(some[1])
     with torch.inference_mode(False), torch.enable_grad():
@@ -121,7 +139,7 @@ def _check_kind(kind: Kind, written: bool) -> None:
         )
 
 
-def _checked(pair: tuple[Tensor, Tensor], n_loops: int) -> tuple[Tensor, Tensor]:
+def _checked(pair: Pair, n_loops: int) -> Pair:
     """A batch of what is read and of what is written, in float32 or wider."""
     for states in pair:
         if states.ndim != 3 or states.shape[1] != n_loops:
@@ -161,14 +179,12 @@ def _by_coder(
 
 def _pairs(
     states: Batches, targets: Batches | None, training: DictionaryTraining
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Pair]:
     """What is read and what is written: first what gives the units (all states, or the first
     batch), then batches without end.
     """
     if not isinstance(states, Tensor):
-        batches = _again(states, targets)
-        first = next(batches)
-        yield from chain([first, first], batches)
+        yield from _first_twice(_again(states, targets))
         return
     written = states if targets is None else targets
     if not isinstance(written, Tensor) or len(states) != len(written):
@@ -183,7 +199,12 @@ def _pairs(
         yield states[drawn.to(states.device)], written[drawn.to(written.device)]
 
 
-def _again(states: Iterable[Tensor], targets: Batches | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _first_twice(batches: Iterator[Pair]) -> Iterator[Pair]:
+    first = next(batches)
+    return chain([first, first], batches)
+
+
+def _again(states: Iterable[Tensor], targets: Batches | None) -> Iterator[Pair]:
     """The batches of an iterable, again and again."""
     while True:
         found = False
