@@ -53,7 +53,8 @@ class FeatureConfig(InputsConfig):
 
 _SMALL = DictionaryTraining(n_features=256, steps=300, batch_size=64)
 _TOKENS = 6  # raised most, and as many that are lowered most
-_WIDE = 24  # tokens of an input that are shown around its strongest one
+_WIDE = 24  # tokens that are shown of a long input
+_NONE = ("", math.nan, "")  # of a cell behind the end of an input
 
 
 @dataclass(frozen=True)
@@ -198,93 +199,73 @@ def figure(record: Feature) -> go.Figure:
     """Above: the inputs in which the feature is strongest, token by token. Below: its profile, what
     its ablation does, and the tokens whose logits it moves most.
     """
-    plot = make_subplots(
-        rows=2,
-        cols=3,
-        specs=[[{"colspan": 3}, None, None], [{}, {}, {}]],
-        horizontal_spacing=0.11,
-        vertical_spacing=0.2,
-        row_heights=[0.42, 0.58],
-        subplot_titles=(
-            f"the inputs in which feature {record.feature} is strongest",
-            "mean length of what it writes",
-            f"margin of {OWN_ANSWER if record.own else 'the answer'}<br>without it, in logits",
-            "its direct effect on logits",
-        ),
+    whose = "the model's answer" if record.own else "the answer"
+    titles = (
+        f"inputs in which feature {record.feature} is strongest",
+        "mean length of what it writes",
+        f"{whose}'s margin without it, change in logits",
+        "direct effect on logits",
     )
-    plot.add_trace(_cells(record).trace(colorbar=_BAR), row=1, col=1)
+    plot = make_subplots(
+        rows=2, cols=3, specs=[[{"colspan": 3}, None, None], [{}, {}, {}]], subplot_titles=titles,
+        horizontal_spacing=0.11, vertical_spacing=0.22, row_heights=[0.42, 0.58],
+    )  # fmt: skip
+    bar = {"title": "activation", "thickness": 10, "len": 0.4, "y": 1, "yanchor": "top"}
+    plot.add_trace(_cells(record).trace(colorbar={**bar, "outlinewidth": 0}), row=1, col=1)
+    plot.add_trace(_over_loops(record.profile, record.share, "on in {:.0%} of tokens"), 2, 1)
+    without = record.margin[:-1], record.changed, "{:.0%} of top tokens change"
+    plot.add_trace(_over_loops(*without), 2, 2)
+    line = {"color": MARK, "width": 2, "dash": "dot"}
+    at_all = float(record.margin[-1])
+    plot.add_hline(at_all, line=line, annotation_text="at all loops", row=2, col=2)
+    reach = [1.15 * v for v in (*record.margin.nan_to_num().tolist(), 0.0)]
+    plot.update_yaxes(range=[min(reach), max(reach)], row=2, col=2)
+    tokens, effects = list(record.raised[::-1]), record.effect.flip(0).tolist()
+    plot.add_bar(
+        x=effects, y=[label(visible(token)) for token in tokens], orientation="h",
+        marker_color=[CATEGORIES[0] if effect > 0 else MARK for effect in effects],
+        hovertemplate="%{y}<br>%{x:.3g} logits<extra></extra>", row=2, col=3,
+    )  # fmt: skip
+    for col, title in enumerate(("loop", "loop", "logits"), start=1):
+        plot.update_xaxes(title=title, row=2, col=col)
     plot.update_xaxes(type="category", title="position", row=1, col=1)
     plot.update_yaxes(type="category", row=1, col=1)
-    loops = list(range(len(record.profile)))
-    hover = "loop %{x}<br>%{y:.3g}<br>%{customdata}<extra></extra>"
-    sides = (
-        (1, record.profile, record.share, "on in {:.0%} of tokens"),
-        (2, record.margin, record.changed, "{:.0%} of top tokens change"),
-    )
-    for col, values, shares, said in sides:
-        plot.add_bar(
-            x=loops,
-            y=values.tolist()[: len(loops)],
-            customdata=[said.format(share) for share in shares.tolist()[: len(loops)]],
-            hovertemplate=hover,
-            marker_color=CATEGORIES[0],
-            row=2,
-            col=col,
-        )
-        plot.update_xaxes(title="loop", row=2, col=col)
-    _at_all(plot, record)
-    order = torch.arange(len(record.raised) - 1, -1, -1)  # the one raised most above
-    plot.add_bar(
-        x=record.effect[order].tolist(),
-        y=[f"{label(visible(record.raised[i]))}" for i in order.tolist()],
-        orientation="h",
-        marker_color=[CATEGORIES[2] if v > 0 else MARK for v in record.effect[order].tolist()],
-        hovertemplate="%{y}<br>%{x:.3g} logits<extra></extra>",
-        row=2,
-        col=3,
-    )
-    plot.update_xaxes(title="logits", row=2, col=3)
     plot.update_yaxes(type="category", row=2, col=3)
     plot.update_annotations(font_size=13)
-    plot.update_layout(showlegend=False)
-    return styled(plot, 460 + 26 * max(4, len(record.tokens)))
+    return styled(plot, 440 + 26 * len(record.tokens)).update_layout(showlegend=False)
 
 
-OWN_ANSWER = "its own answer"
-_BAR = {"title": "activation", "thickness": 10, "outlinewidth": 0, "y": 1, "yanchor": "top"}
-
-
-def _at_all(plot: go.Figure, record: Feature) -> None:
-    """The change where the feature is taken out at all loops, as a line across the bars."""
-    value = float(record.margin[-1])
-    plot.add_hline(
-        y=value,
-        line={"color": MARK, "width": 2, "dash": "dot"},
-        annotation={"text": "at all loops", "font": {"size": 11, "color": MARK}},
-        row=2,
-        col=2,
+def _over_loops(values: Tensor, shares: Tensor, said: str) -> go.Bar:
+    """Bars over loops, and what else is said of each."""
+    told = ["" if share != share else said.format(share) for share in shares.tolist()]
+    return go.Bar(
+        x=list(range(len(values))),
+        y=values.tolist(),
+        customdata=told[: len(values)],
+        hovertemplate="loop %{x}<br>%{y:.3g}<br>%{customdata}<extra></extra>",
+        marker_color=CATEGORIES[0],
     )
 
 
 def _cells(record: Feature) -> CellMap:
     """The activations in each input, around its strongest token where it is long."""
     at = record.activation.nan_to_num(-math.inf).argmax(1).tolist()
-    starts = [max(0, p - _WIDE // 2) if len(record.tokens[i]) > _WIDE else 0
-              for i, p in enumerate(at)]  # fmt: skip
-    ends = [
-        min(len(each), start + _WIDE) for each, start in zip(record.tokens, starts, strict=True)
-    ]
-    width = max(end - start for start, end in zip(starts, ends, strict=True))
-    values, texts, hover = [], [], []
-    for i in reversed(range(len(at))):  # the strongest above
-        span = range(starts[i], ends[i])
-        rest = width - len(span)
-        values.append([float(record.activation[i, p]) for p in span] + [math.nan] * rest)
-        texts.append([record.tokens[i][p] for p in span] + [""] * rest)
-        hover.append([f"position {p} of input {i}" for p in span] + [""] * rest)
-    when = ["" if record.kind == "crosscoder" else f", loop {t}" for t in record.loops.tolist()]
-    names = [f"input {i}{when[i]}" for i in reversed(range(len(at)))]
-    return CellMap("", list(range(width)), names, values, "activation", "size", texts, hover)
+    long = max(map(len, record.tokens)) > _WIDE
+    starts = [max(0, each - _WIDE // 2) if long else 0 for each in at]
+    cells = [
+        [
+            (tokens[p], float(row[p]), f"position {p} of input {i}") if p < len(tokens) else _NONE
+            for p in range(start, start + min(_WIDE, max(map(len, record.tokens))))
+        ]
+        for i, (tokens, row, start) in enumerate(
+            zip(record.tokens, record.activation, starts, strict=True)
+        )
+    ][::-1]  # the strongest above
+    texts, values, hover = ([[cell[k] for cell in row] for row in cells] for k in range(3))
+    loops = [""] * len(at) if record.kind == "crosscoder" else [f", loop {t}" for t in record.loops]
+    names = [f"input {i}{loop}" for i, loop in enumerate(loops)][::-1]
+    columns = list(range(len(cells[0])))
+    return CellMap("", columns, names, values, "activation", "size", texts, hover)
 
 
 def _found(record: Feature) -> str:
@@ -307,11 +288,10 @@ def _of_report(opened: Opened) -> Feature:
 SECTION = Section(
     title="A feature of the dictionary",
     look_for=(
-        "The tokens in which the feature is strongest say what it is about. Its profile says at"
-        " which loops it is written. Its direct effect is what it adds to the logits by itself, if"
-        " the model stopped where the feature is strongest; its ablation shows what the rest of the"
-        " run makes of it. A feature with an effect of the one kind alone is a feature that later"
-        " blocks read, or one that nothing reads."
+        "The tokens in which the feature is strongest say what it is about, and its profile at"
+        " which loops it is written. Its direct effect is what it adds to the logits, if the model"
+        " stopped where the feature is strongest; its ablation shows what the rest of the run makes"
+        " of it."
     ),
     measure=_of_report,
     found=_found,
