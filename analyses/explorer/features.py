@@ -1,4 +1,4 @@
-"""The part of the explorer's page about the features of a sparse dictionary, which the user gives."""
+"""The part of the explorer's page about the features of a sparse dictionary of the user's."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class FeatureConfig(InputsConfig):
     """Inputs to show."""
 
 
-_SMALL = DictionaryTraining(n_features=256, steps=300, batch_size=64)
+_SMALL = DictionaryTraining(n_features=128, steps=200, batch_size=64)
 _TOKENS = 6  # raised most, and as many that are lowered most
 _WIDE = 24  # tokens that are shown of a long input
 _NONE = ("", math.nan, "")  # of a cell behind the end of an input

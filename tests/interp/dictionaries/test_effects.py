@@ -90,7 +90,7 @@ def test_the_profile_is_the_mean_length_of_what_is_written() -> None:
     directions = [own.directions(t)[found.feature] for t in range(LOOPS)]
     written = [(code[:, None] * each).norm(dim=1).mean() for each in directions]
     assert_close(found.profile, torch.stack(written))
-    assert_close(found.share, (code > 0).double().mean().expand(LOOPS))
+    assert_close(found.share, (code > 0).float().mean().expand(LOOPS))
 
 
 def test_what_no_feature_page_can_be_made_of_is_refused() -> None:
