@@ -29,7 +29,9 @@ SETTINGS = {
     "shared": TRAINING,
     "per_iteration": replace(TRAINING, steps=600),
     "crosscoder": replace(TRAINING, steps=600, batch_size=512),
+    "shared, 2 on": replace(TRAINING, k=2),
 }
+"""The settings of each dictionary of the residual; its name begins with its kind."""
 _ENTITIES = (0, 1, 2)  # whose features are shown
 _UNTRAINED = "shared, model with random weights"
 
@@ -42,11 +44,12 @@ class MeasuredDictionaries:
 
     @cached_property
     def trained(self) -> dict[str, Dictionary]:
-        """The dictionaries of the residual by their kind."""
+        """The dictionaries of the residual by their name."""
         states, reading = self.study.train.states, self.study.reading
+        kinds = {name: name.partition(",")[0] for name in SETTINGS}
         return {
-            kind: fit_dictionary(states, reading, kind, settings)  # type: ignore[arg-type]
-            for kind, settings in SETTINGS.items()
+            name: fit_dictionary(states, reading, kinds[name], settings)  # type: ignore[arg-type]
+            for name, settings in SETTINGS.items()
         }
 
     @cached_property

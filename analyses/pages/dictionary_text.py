@@ -17,7 +17,9 @@ in part by construction; "nan" stands where they would say nothing. {trained} Th
 of a swap are drawn once for each question and kept at all iterations, except where each iteration
 has features of its own.
 
-`shared` is one dictionary for all iterations, `per_iteration` one for each, `crosscoder` one that
+`shared` is one dictionary for all iterations, `shared, 2 on` the same with 2 features on for a token
+(that fewer features carry an entity more wholly was seen in the swaps of this page, and not on
+another draw), `per_iteration` one for each iteration, `crosscoder` one that
 reads all iterations of a token at once and writes all of them with one code. `transcoder` reads
 what the last block's MLP reads and writes what it adds, with one coder for all iterations. In
 training, each iteration's error counts in units of that iteration's variance: the states grow, and
