@@ -59,6 +59,7 @@ def test_a_dictionary_that_does_not_fit_is_refused_before_there_is_a_page(folder
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_page_shows_another_feature_when_its_number_is_typed(folder: Path) -> None:
     require_chromium()
     server = make_explorer(ExploreConfig(checkpoint=NAME, port=0, per_hop=1, dictionary=folder))

@@ -1,6 +1,4 @@
-"""What is a feature of a dictionary about, when is it on, and what does it do? Its strongest
-inputs, its profile over loops, its direct effect on logits, and its ablation.
-"""
+"""What does a feature of a dictionary say, when, and to what end? One feature on one page."""
 
 from __future__ import annotations
 

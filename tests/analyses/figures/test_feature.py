@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from loopscope.analyses.common.configs import ReportConfig
 from loopscope.analyses.common.inputs_of import asked_of
-from loopscope.analyses.common.subject import Subject
+from loopscope.analyses.common.sections import Opened
+from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.figures.circuit import feature
 from loopscope.checkpoints.load import load
 from loopscope.interp.dictionaries.sae_files import save_dictionary
@@ -64,6 +66,12 @@ def test_a_saved_dictionary_is_shown_by_the_command_and_the_report(tmp_path: Pat
     assert found.kind == "per_iteration"
     assert set(found.summary()["loop"]) == {0}
     assert found.margin[1:-1].isnan().all()
+    settings = ReportConfig(checkpoint=ONE[0], per_hop=1, dictionary=tmp_path / "own")
+    opened = Opened(settings, open_subject(settings))
+    assert feature.SECTION.serves(opened)
+    said = feature.SECTION.found(feature.SECTION.measure(opened))
+    assert "of 10 inputs. By itself it raises the logits of" in said
+    assert not feature.SECTION.serves(Opened(replace(settings, dictionary=None), opened.subject))
     other = small_config("feature", checkpoint="mini/multi_hop/r4", dictionary=tmp_path / "own")
     with pytest.raises(ValueError, match="with other weights or another configuration"):
         feature.run(other)
