@@ -99,8 +99,8 @@ with splice(model, dictionary, FeatureEdit(17, loops=[3, 4], scale=0)):
     logits = model(model.to_tokens(texts[0]), n_loops=dictionary.n_loops)
 ```
 
-`train_dictionary` and `dictionary_quality` also take an `ActivationStore` of the model, which may be
-larger than memory. `loopscope feature {checkpoint} --dictionary FOLDER --feature 12` shows one
+`train_dictionary` and `dictionary_quality` also take an `ActivationStore` of the model, which may
+be larger than memory. `loopscope feature {checkpoint} --dictionary FOLDER --feature 12` shows one
 feature: the inputs in which it is strongest, its profile over loops, its direct effect on logits,
 and what its ablation does. `loopscope report` and `loopscope explore` show it with `--dictionary
 FOLDER`.
