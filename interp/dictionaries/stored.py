@@ -94,7 +94,7 @@ class StoredStates:
 
 def refuse_choice(positions: Picked | int | None, readout: ReadoutColumn) -> None:
     """Refuse a choice of tokens beside a store, which holds those that were collected."""
-    if positions != "all" or readout is not None:
+    if not isinstance(positions, str) or readout is not None:
         raise ValueError(
             "positions= and readout= choose tokens of inputs that are run; a store holds those that"
             " were collected"

@@ -67,7 +67,8 @@ def train_dictionary(
     _check_kind(kind, written=target is not None)
     if isinstance(inputs, ActivationStore):
         refuse_choice(positions, readout)
-        reading = Reading.of(model, n_loops or inputs.n_loops, hook, target)
+        n_loops = inputs.n_loops if n_loops is None else n_loops
+        reading = Reading.of(model, n_loops, hook, target)
         training = training or DictionaryTraining()
         stored = StoredStates(inputs, model, reading)
         batches = stored.without_end(training.batch_size, training.seed)
