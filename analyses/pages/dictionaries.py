@@ -157,6 +157,11 @@ def by_loop(labels: Mapping[str, FeatureLabels]) -> pd.DataFrame:
     return frame.add_prefix("loop ").reset_index()
 
 
+def _unless_all_at_once(name: str, value: float) -> float:
+    """Not a number for a crosscoder, whose one code is read at every iteration."""
+    return float("nan") if name == "crosscoder" else value
+
+
 def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
     """The numbers that were aimed at, for every trained dictionary and for random directions."""
     names = [*SETTINGS, "random directions"]
@@ -165,20 +170,15 @@ def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
     middle, last = measured.study.n_loops // 2 - 1, measured.study.n_loops - 1
     answer = causes[(causes["swapped"] == "answer") & (causes["at iterations"] == ALL)]
     answer = answer.set_index("dictionary")
-
-    def unless_all_at_once(name: str, value: float) -> float:
-        """Not a number for a crosscoder, whose one code is read at every iteration."""
-        return float("nan") if name == "crosscoder" else value
-
     found: dict[tuple[str, str], list[float]] = {
         ("variance explained", "0.97"): [quality[name].overall for name in names],
         (f"entity F1 at loop {last}", "0.9"): [float(means[name][-1]) for name in names],
         ("entity F1 at the worst loop", ""): [
-            unless_all_at_once(name, float(means[name].min())) for name in names
+            _unless_all_at_once(name, float(means[name].min())) for name in names
         ],
         ("live features on at several iterations", ""): [quality[name].shared() for name in names],
         (f"entities with one feature at loops {middle} and {last}", ""): [
-            unless_all_at_once(name, labels[name].kept(middle, last)) for name in names
+            _unless_all_at_once(name, labels[name].kept(middle, last)) for name in names
         ],
         ("causal precision of the answer's feature", "0.8"): [
             float(answer["entity's features"][name]) for name in names

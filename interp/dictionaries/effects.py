@@ -235,7 +235,7 @@ def ablation_effects(
     loops: Sequence[Sequence[int]],
     batch_size: int = 512,
 ) -> tuple[Float[Tensor, " choice"], Float[Tensor, " choice"]]:
-    """What taking a feature out does at some choices of iterations.
+    """The changes of answers where a feature is taken out at some choices of iterations.
 
     Args:
         answers: The token whose margin is measured in each row.

@@ -89,7 +89,7 @@ def load_dictionary(folder: str | Path, reading: Reading | None = None) -> Dicti
 
 
 def _ours(config: dict[str, Any]) -> dict[str, Any]:
-    """What `save_dictionary` wrote into the metadata; nothing where it wrote none."""
+    """The part of the metadata that `save_dictionary` wrote; nothing where it wrote none."""
     metadata = config.get("metadata")
     own = metadata.get("loopscope") if isinstance(metadata, dict) else None
     return own if isinstance(own, dict) else {}
@@ -165,11 +165,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], Coder]:
             raise ValueError(
                 f"{field} must be 'none', got {config[field]!r}; fold it into the weights first"
             )
-    for field in ("d_in", "d_sae", *(["k"] if kind == "topk" else [])):
-        if type(config.get(field)) is not int:
-            raise ValueError(
-                f"{field} in {folder / CONFIG} must be an integer, got {config.get(field)!r}"
-            )
+    _check_integers(config, folder)
     sizes = {
         "W_enc": [config["d_in"], config["d_sae"]],
         "b_enc": [config["d_sae"]],
@@ -181,6 +177,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], Coder]:
     if found != sizes:
         raise ValueError(f"{folder / WEIGHTS} must hold {sizes}, got {found}")
     return config, _coder(config, tensors)
+
+
+def _check_integers(config: dict[str, Any], folder: Path) -> None:
+    for field in ("d_in", "d_sae", *(["k"] if config["architecture"] == "topk" else [])):
+        if type(config.get(field)) is not int:
+            raise ValueError(
+                f"{field} in {folder / CONFIG} must be an integer, got {config.get(field)!r}"
+            )
 
 
 def _coder(config: dict[str, Any], tensors: dict[str, Tensor]) -> Coder:

@@ -65,12 +65,8 @@ class FeatureEdit:
         sizes = [torch.as_tensor(f) for f in (self.features, self.into) if f is not None]
         if any(size.ndim > 2 for size in sizes):
             raise ValueError("features must be one number, a list, or a list for each row")
-        count = dictionary.n_features
         for size in sizes:
-            if size.is_floating_point() or not bool(((size >= 0) & (size < count)).all()):
-                raise ValueError(
-                    f"features must be integers in 0..{count - 1}, got {size.flatten().tolist()}"
-                )
+            _check_range(size, dictionary.n_features)
         widths = {size.shape[-1] if size.ndim else 1 for size in sizes}
         if len(widths) > 1:
             raise ValueError(
@@ -94,6 +90,13 @@ class FeatureEdit:
         if self.into is not None:
             new = new.scatter_add(-1, _index(self.into, codes), old)
         return at_columns_of(codes, new, checked_columns(self.positions))
+
+
+def _check_range(features: Tensor, count: int) -> None:
+    if features.is_floating_point() or not bool(((features >= 0) & (features < count)).all()):
+        raise ValueError(
+            f"features must be integers in 0..{count - 1}, got {features.flatten().tolist()}"
+        )
 
 
 def _index(features: Features, codes: Tensor) -> Int[Tensor, "batch pos some"]:

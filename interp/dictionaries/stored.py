@@ -25,7 +25,7 @@ _MIXED = 1 << 28  # bytes of states that are shuffled at a time
 
 @dataclass(frozen=True)
 class StoredStates:
-    """What a dictionary reads and writes, from a store.
+    """The states that a dictionary reads and writes, from a store.
 
     Attributes:
         store: The store.

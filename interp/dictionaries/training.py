@@ -181,8 +181,8 @@ def _by_coder(
 def _pairs(
     states: Batches, targets: Batches | None, training: DictionaryTraining
 ) -> Iterator[Pair]:
-    """What is read and what is written: first what gives the units (all states, or the first
-    batch), then batches without end.
+    """Pairs of what is read and what is written: first what gives the units (all states, or the
+    first batch), then batches without end.
     """
     if not isinstance(states, Tensor):
         yield from _first_twice(_again(states, targets))

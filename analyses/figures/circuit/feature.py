@@ -1,4 +1,4 @@
-"""What does a feature of a dictionary say, when, and to what end? One feature on one page."""
+"""One feature of a dictionary: when it is on, and the effects that it has."""
 
 from __future__ import annotations
 
@@ -52,7 +52,6 @@ class FeatureConfig(InputsConfig):
 _SMALL = DictionaryTraining(n_features=128, steps=200, batch_size=64)
 _TOKENS = 6  # raised most, and as many that are lowered most
 _WIDE = 24  # tokens that are shown of a long input
-_NONE = ("", math.nan, "")  # of a cell behind the end of an input
 
 
 @dataclass(frozen=True)
@@ -248,22 +247,24 @@ def _over_loops(values: Tensor, shares: Tensor, said: str) -> go.Bar:
 def _cells(record: Feature) -> CellMap:
     """The activations in each input, around its strongest token where it is long."""
     at = record.activation.nan_to_num(-math.inf).argmax(1).tolist()
-    long = max(map(len, record.tokens)) > _WIDE
-    starts = [max(0, each - _WIDE // 2) if long else 0 for each in at]
+    longest = max(map(len, record.tokens))
+    starts = [max(0, each - _WIDE // 2) if longest > _WIDE else 0 for each in at]
+    columns = range(min(_WIDE, longest))
     cells = [
-        [
-            (tokens[p], float(row[p]), f"position {p} of input {i}") if p < len(tokens) else _NONE
-            for p in range(start, start + min(_WIDE, max(map(len, record.tokens))))
-        ]
-        for i, (tokens, row, start) in enumerate(
-            zip(record.tokens, record.activation, starts, strict=True)
-        )
+        [_cell(record, i, start + column) for column in columns] for i, start in enumerate(starts)
     ][::-1]  # the strongest above
     texts, values, hover = ([[cell[k] for cell in row] for row in cells] for k in range(3))
     loops = [""] * len(at) if record.kind == "crosscoder" else [f", loop {t}" for t in record.loops]
     names = [f"input {i}{loop}" for i, loop in enumerate(loops)][::-1]
-    columns = list(range(len(cells[0])))
-    return CellMap("", columns, names, values, "activation", "size", texts, hover)
+    return CellMap("", list(columns), names, values, "activation", "size", texts, hover)
+
+
+def _cell(record: Feature, row: int, position: int) -> tuple[str, float, str]:
+    """Token, activation and place; nothing behind the end of the input."""
+    if position >= len(record.tokens[row]):
+        return "", math.nan, ""
+    place = f"position {position} of input {row}"
+    return record.tokens[row][position], float(record.activation[row, position]), place
 
 
 def _found(record: Feature) -> str:
