@@ -62,7 +62,8 @@ class FeatureEdit:
                 f"an edit's loops must be among those of splice, {list(chosen)}, got"
                 f" {sorted(outside)}"
             )
-        sizes = [torch.as_tensor(f) for f in (self.features, self.into) if f is not None]
+        sizes = [torch.as_tensor(self.features)]
+        sizes += [] if self.into is None else [torch.as_tensor(self.into)]
         if any(size.ndim > 2 for size in sizes):
             raise ValueError("features must be one number, a list, or a list for each row")
         for size in sizes:

@@ -254,9 +254,12 @@ def _cells(record: Feature) -> CellMap:
         [_cell(record, i, start + column) for column in columns] for i, start in enumerate(starts)
     ][::-1]  # the strongest above
     texts, values, hover = ([[cell[k] for cell in row] for row in cells] for k in range(3))
-    loops = [""] * len(at) if record.kind == "crosscoder" else [f", loop {t}" for t in record.loops]
-    names = [f"input {i}{loop}" for i, loop in enumerate(loops)][::-1]
+    names = [f"input {i}{_when(record, i)}" for i in range(len(at))][::-1]
     return CellMap("", list(columns), names, values, "activation", "size", texts, hover)
+
+
+def _when(record: Feature, row: int) -> str:
+    return "" if record.kind == "crosscoder" else f", loop {int(record.loops[row])}"
 
 
 def _cell(record: Feature, row: int, position: int) -> tuple[str, float, str]:
