@@ -14,7 +14,7 @@ from dash.development.base_component import Component
 
 from loopscope.analyses.common.inputs_of import Asked, Group, asked_of
 from loopscope.analyses.common.subject import Subject
-from loopscope.analyses.explorer.controls import control, counted, graph, section
+from loopscope.analyses.explorer.controls import control, graph, section
 from loopscope.analyses.explorer.wiring import Wire
 from loopscope.analyses.figures.circuit.feature import everything, figure, measure
 from loopscope.interp.dictionaries.dictionary import Dictionary
@@ -74,8 +74,9 @@ class FeaturePart:
             id="feature", type="number", value=None, min=0, max=own.n_features - 1, step=1,
             debounce=True,
         )  # fmt: skip
-        loop = counted("feature-loop", own.n_loops)
-        loop.value = own.n_loops - 1
+        loop = dcc.Dropdown(
+            list(range(own.n_loops)), own.n_loops - 1, id="feature-loop", clearable=False
+        )
         pickers = [
             control("feature", f"Feature (0 to {own.n_features - 1})", number),
             html.Div(control("feature-loop", "Loop", loop), hidden=own.same_features),

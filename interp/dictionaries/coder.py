@@ -69,8 +69,14 @@ class Coder(OneScreen):
 
     def to(self, device: torch.device | str) -> Coder:
         """The same coder on a device."""
-        moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(
+            self,
+            W_enc=self.W_enc.to(device),
+            b_enc=self.b_enc.to(device),
+            W_dec=self.W_dec.to(device),
+            b_dec=self.b_dec.to(device),
+            threshold=None if self.threshold is None else self.threshold.to(device),
+        )
 
     def encode(self, x: Float[Tensor, "*any d_in"]) -> Float[Tensor, "*any feature"]:
         """The sparse code of each vector, in float32 or wider.

@@ -117,8 +117,8 @@ def _fitted(
     some = _checked(next(pairs), reading.n_loops)
     even = _evenly(some[1])
     with torch.inference_mode(False), torch.enable_grad():
-        parts = zip(*(_by_coder(part, kind) for part in some), strict=True)
-        trainers = [Trainer(*part, kind != "transcoder", training) for part in parts]
+        parts = zip(_by_coder(some[0], kind), _by_coder(some[1], kind), strict=True)
+        trainers = [Trainer(x, y, kind != "transcoder", training) for x, y in parts]
         for _ in tqdm(range(training.steps), desc=kind, leave=False, disable=training.steps < 100):
             x, y = _checked(next(pairs), reading.n_loops)
             vectors = (_by_coder(part, kind) for part in (x, y, even.expand_as(y)))

@@ -250,12 +250,18 @@ def _cells(record: Feature) -> CellMap:
     longest = max(map(len, record.tokens))
     starts = [max(0, each - _WIDE // 2) if longest > _WIDE else 0 for each in at]
     columns = range(min(_WIDE, longest))
-    cells = [
-        [_cell(record, i, start + column) for column in columns] for i, start in enumerate(starts)
-    ][::-1]  # the strongest above
-    texts, values, hover = ([[cell[k] for cell in row] for row in cells] for k in range(3))
-    names = [f"input {i}{_when(record, i)}" for i in range(len(at))][::-1]
-    return CellMap("", list(columns), names, values, "activation", "size", texts, hover)
+    rows = list(enumerate(starts))[::-1]  # the strongest above
+    cells = [[_cell(record, i, start + column) for column in columns] for i, start in rows]
+    return CellMap(
+        title="",
+        columns=list(columns),
+        rows=[f"input {i}{_when(record, i)}" for i, _ in rows],
+        values=[[value for _, value, _ in row] for row in cells],
+        unit="activation",
+        scale="size",
+        texts=[[token for token, _, _ in row] for row in cells],
+        hover=[[place for _, _, place in row] for row in cells],
+    )
 
 
 def _when(record: Feature, row: int) -> str:
