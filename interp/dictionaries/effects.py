@@ -251,7 +251,7 @@ def ablation_effects(
         reference = part if dictionary.kind == "crosscoder" else None
         each = []
         for chosen in loops:
-            edit = FeatureEdit(feature, loops=list(chosen), scale=0)
+            edit = FeatureEdit(feature, loops=list(chosen))
             with splice(model, dictionary, edit, loops=list(chosen), reference=reference):
                 each.append(_answers(model, part, dictionary.n_loops))
         logits = torch.stack(each)

@@ -246,16 +246,16 @@ def _over_loops(values: Tensor, shares: Tensor, said: str) -> go.Bar:
 
 def _cells(record: Feature) -> CellMap:
     """The activations in each input, around its strongest token where it is long."""
-    at = record.activation.nan_to_num(-math.inf).argmax(1).tolist()
     longest = max(map(len, record.tokens))
-    starts = [max(0, each - _WIDE // 2) if longest > _WIDE else 0 for each in at]
-    columns = range(min(_WIDE, longest))
-    rows = list(enumerate(starts))[::-1]  # the strongest above
-    cells = [[_cell(record, i, start + column) for column in columns] for i, start in rows]
+    columns, cells = range(min(_WIDE, longest)), []
+    for i, row in enumerate(record.activation):
+        strongest = int(row.nan_to_num(-math.inf).argmax())
+        start = max(0, strongest - _WIDE // 2) if longest > _WIDE else 0
+        cells.insert(0, [_cell(record, i, start + column) for column in columns])
     return CellMap(
         title="",
         columns=list(columns),
-        rows=[f"input {i}{_when(record, i)}" for i, _ in rows],
+        rows=[f"input {i}{_when(record, i)}" for i in reversed(range(len(cells)))],
         values=[[value for _, value, _ in row] for row in cells],
         unit="activation",
         scale="size",

@@ -51,7 +51,7 @@ def test_a_direct_effect_after_the_last_block_is_the_whole_effect(kind: Kind) ->
     found = direct_effect(model(), own, batch, feature, places, sizes)
     without = []
     for row, size in enumerate(sizes.tolist()):
-        edit = FeatureEdit(feature, [LOOPS - 1], int(batch.readout[row]), scale=1, add=-size)
+        edit = FeatureEdit(feature, [LOOPS - 1], int(batch.readout[row]), scale=1.0, add=-size)
         without.append((at_readout(own) - at_readout(own, edit))[row])
     mean = torch.stack(without).mean(0)
     assert_close(found, mean - mean.mean())
@@ -66,7 +66,7 @@ def test_ablations_are_edits_in_the_rows_in_which_the_feature_is_on(kind: Kind) 
     on = (size[..., [2]].nan_to_num(0) > 0).any(2).any(1).nonzero().flatten()
     assert found.on.tolist() == on.tolist()
     for choice, place in (([2], 2), (at, LOOPS)):
-        edit = FeatureEdit(found.feature, loops=choice, scale=0)
+        edit = FeatureEdit(found.feature, loops=choice)
         each = margin(at_readout(own, edit), ANSWERS) - margin(at_readout(own), ANSWERS)
         assert_close(found.margin[place], each[on].mean())
         tops = at_readout(own, edit).argmax(1) != at_readout(own).argmax(1)
