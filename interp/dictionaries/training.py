@@ -140,7 +140,7 @@ def _check_kind(kind: Kind, written: bool) -> None:
         )
 
 
-def _checked(pair: Pair, n_loops: int) -> Pair:
+def _checked(pair: tuple[Tensor, Tensor], n_loops: int) -> Pair:
     """A batch of what is read and of what is written, in float32 or wider."""
     for states in pair:
         if states.ndim != 3 or states.shape[1] != n_loops:

@@ -248,9 +248,8 @@ def _cells(record: Feature) -> CellMap:
     """The activations in each input, around its strongest token where it is long."""
     longest = max(map(len, record.tokens))
     columns, cells = range(min(_WIDE, longest)), []
-    for i, row in enumerate(record.activation):
-        strongest = int(row.nan_to_num(-math.inf).argmax())
-        start = max(0, strongest - _WIDE // 2) if longest > _WIDE else 0
+    for i, strongest in enumerate(record.activation.nan_to_num(-math.inf).argmax(1).tolist()):
+        start = max(0, strongest - _WIDE // 2) * (longest > _WIDE)
         cells.insert(0, [_cell(record, i, start + column) for column in columns])
     return CellMap(
         title="",

@@ -100,7 +100,8 @@ def test_what_no_feature_page_can_be_made_of_is_refused() -> None:
     silent = replace(shared.coders[0], b_enc=shared.coders[0].b_enc - 1e9)
     with pytest.raises(ValueError, match=r"must be on in an input, .* got 0 of 3 inputs"):
         feature_effects(model(), replace(shared, coders=(silent,)), padded(), ANSWERS, 3)
-    wide = replace(coder(D_MODEL, 0, centred=False), W_dec=torch.ones(FEATURES, 3).double())
+    narrow = {"W_dec": torch.ones(FEATURES, 3).double(), "b_dec": torch.zeros(3).double()}
+    wide = replace(coder(D_MODEL, 0, centred=False), **narrow)
     other = Dictionary("transcoder", (wide,), dictionary("transcoder").reading, shared.losses)
     places = torch.zeros(len(LENGTHS), 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"as wide as the residual stream, {D_MODEL}, got 3"):
