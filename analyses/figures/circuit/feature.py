@@ -247,7 +247,8 @@ def _over_loops(values: Tensor, shares: Tensor, said: str) -> go.Bar:
 def _cells(record: Feature) -> CellMap:
     """The activations in each input, around its strongest token where it is long."""
     longest = max(map(len, record.tokens))
-    columns, cells = range(min(_WIDE, longest)), []
+    columns = range(min(_WIDE, longest))
+    cells: list[list[tuple[str, float, str]]] = []
     for i, strongest in enumerate(record.activation.nan_to_num(-math.inf).argmax(1).tolist()):
         start = max(0, strongest - _WIDE // 2) * (longest > _WIDE)
         cells.insert(0, [_cell(record, i, start + column) for column in columns])
