@@ -271,6 +271,10 @@ class ReportConfig(PairConfig):
     """Iterations of the margin and accuracy figures."""
     compare: tuple[str, ...] = ()
     """Other checkpoints to put beside it, in a tab of their own."""
+    dictionary: Path | None = None
+    """Folder of a sparse dictionary of the checkpoint, of which one feature is shown."""
+    feature: int | None = None
+    """The feature to show, from 0; by default the one with the strongest activation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +291,8 @@ class ExploreConfig(SourceConfig):
     """
     second: str | None = None
     """Text B to start with, with as many tokens; by default another question, or text A."""
+    dictionary: Path | None = None
+    """Folder of a sparse dictionary of the checkpoint, whose features the page shows."""
     port: int = 8050
     """The port of the page; 0 takes a free one."""
     host: str = "127.0.0.1"

@@ -17,6 +17,7 @@ from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.explorer.boards.app import make_board_app
 from loopscope.analyses.explorer.boards.model import table_of
 from loopscope.analyses.explorer.callbacks import Explorer, make_app
+from loopscope.analyses.explorer.features import FeaturePart
 from loopscope.analyses.explorer.questions import ask, beginning
 from loopscope.analyses.explorer.requests import LOOPBACK, QuietHandler
 from loopscope.models.basis.arguments import Argument, ArgumentError
@@ -77,6 +78,11 @@ def _page_of(subject: Subject, config: ExploreConfig) -> Dash:
     start = checked_loops(config.n_loops, recorded)
     table = table_of(subject)
     if table is not None:
+        if config.dictionary is not None:
+            raise ArgumentError(
+                "a Sudoku solver's page shows boards and no features of a dictionary; leave out ",
+                Argument("dictionary", str(config.dictionary)),
+            )
         if config.second is not None:
             raise ArgumentError(
                 "a Sudoku solver's page has one board, whose clues are changed there; leave out ",
@@ -85,4 +91,7 @@ def _page_of(subject: Subject, config: ExploreConfig) -> Dash:
         return make_board_app(subject, table, recorded or start, start, config.text)
     texts = beginning(subject, config.text, config.second)
     ask(subject, texts[0], recorded or start)  # refused here, before a page that cannot be used
-    return make_app(Explorer(subject, recorded or start, start), texts)
+    explorer, features = Explorer(subject, recorded or start, start), None
+    if config.dictionary is not None:
+        features = FeaturePart.of(subject, config.dictionary, texts[0], explorer.lock)
+    return make_app(explorer, texts, features)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from dash import Dash, Patch, ctx, html, no_update
 
 from loopscope.analyses.common.subject import Subject
+from loopscope.analyses.explorer.features import WIRES as FEATURE_WIRES
+from loopscope.analyses.explorer.features import FeaturePart
 from loopscope.analyses.explorer.model import (
     SWEEP_BUDGET,
     PatchGrid,
@@ -272,11 +274,18 @@ WIRES = (
 )  # fmt: skip
 
 
-def make_app(explorer: Explorer, texts: tuple[str, str]) -> Dash:
-    """The page of an explorer, with the texts A and B to start with."""
-    layout = page(explorer.subject, explorer.trained, explorer.start, explorer.most, texts)
+def make_app(
+    explorer: Explorer, texts: tuple[str, str], features: FeaturePart | None = None
+) -> Dash:
+    """The page of an explorer, with the texts A and B to start with, and with the features of a
+    dictionary where there is one.
+    """
+    more = [] if features is None else [features.section()]
+    layout = page(explorer.subject, explorer.trained, explorer.start, explorer.most, texts, more)
     app = new_app(explorer.subject.name, layout)
     wires = WIRES if explorer.subject.questions else WIRES[1:]
     methods = {wire.method: getattr(explorer, wire.method, choose) for wire in wires}
     connect(app, wires, methods, BUSY)
+    if features is not None:
+        connect(app, FEATURE_WIRES, {"show_feature": features.show_feature}, BUSY)
     return app

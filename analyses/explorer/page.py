@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dash import dcc, html
 from dash.development.base_component import Component
 
@@ -28,11 +30,17 @@ BUSY = {
     "attention": "the attention patterns",
     "map": "the patching map",
     "cell": "the patch",
+    "feature": "the feature",
 }
 
 
 def page(
-    subject: Subject, trained: int, start: int, most: int, texts: tuple[str, str]
+    subject: Subject,
+    trained: int,
+    start: int,
+    most: int,
+    texts: tuple[str, str],
+    more: Sequence[Component] = (),
 ) -> Component:
     """The whole page.
 
@@ -41,6 +49,7 @@ def page(
         trained: Iterations of the checkpoint.
         start: Iterations to start with.
         most: The end of the slider.
+        more: Further sections.
     """
     cfg = subject.model.cfg
     facts = (
@@ -59,7 +68,7 @@ def page(
     return html.Div(
         [
             heading(subject, "A looped transformer", facts),
-            html.Main([*stores, of_a, sections[-1]]),
+            html.Main([*stores, of_a, sections[-1], *more]),
             status(BUSY),
         ]
     )

@@ -29,8 +29,9 @@ SETTINGS = {
     "shared": TRAINING,
     "per_iteration": replace(TRAINING, steps=600),
     "crosscoder": replace(TRAINING, steps=600, batch_size=512),
+    "shared, 2 on": replace(TRAINING, k=2),
 }
-_SHORTER = replace(TRAINING, steps=500)
+"""The settings of each dictionary of the residual; its name begins with its kind."""
 _ENTITIES = (0, 1, 2)  # whose features are shown
 _UNTRAINED = "shared, model with random weights"
 
@@ -43,11 +44,12 @@ class MeasuredDictionaries:
 
     @cached_property
     def trained(self) -> dict[str, Dictionary]:
-        """The dictionaries of the residual by their kind."""
+        """The dictionaries of the residual by their name."""
         states, reading = self.study.train.states, self.study.reading
+        kinds = {name: name.partition(",")[0] for name in SETTINGS}
         return {
-            kind: fit_dictionary(states, reading, kind, settings)  # type: ignore[arg-type]
-            for kind, settings in SETTINGS.items()
+            name: fit_dictionary(states, reading, kinds[name], settings)  # type: ignore[arg-type]
+            for name, settings in SETTINGS.items()
         }
 
     @cached_property
@@ -97,7 +99,7 @@ class MeasuredDictionaries:
             study.asked(model, HELD, held_out=True, seed=11).states,
         )
         reading = Reading.of(model, study.n_loops, study.reading.hook)
-        return study.named(fit_dictionary(states[0], reading, "shared", _SHORTER), states)
+        return study.named(fit_dictionary(states[0], reading, "shared", TRAINING), states)
 
     @cached_property
     def causes(self) -> pd.DataFrame:
@@ -155,6 +157,11 @@ def by_loop(labels: Mapping[str, FeatureLabels]) -> pd.DataFrame:
     return frame.add_prefix("loop ").reset_index()
 
 
+def _unless_all_at_once(name: str, value: float) -> float:
+    """Not a number for a crosscoder, whose one code is read at every iteration."""
+    return float("nan") if name == "crosscoder" else value
+
+
 def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
     """The numbers that were aimed at, for every trained dictionary and for random directions."""
     names = [*SETTINGS, "random directions"]
@@ -166,10 +173,12 @@ def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
     found: dict[tuple[str, str], list[float]] = {
         ("variance explained", "0.97"): [quality[name].overall for name in names],
         (f"entity F1 at loop {last}", "0.9"): [float(means[name][-1]) for name in names],
-        ("entity F1 at the worst loop", ""): [float(means[name].min()) for name in names],
+        ("entity F1 at the worst loop", ""): [
+            _unless_all_at_once(name, float(means[name].min())) for name in names
+        ],
         ("live features on at several iterations", ""): [quality[name].shared() for name in names],
         (f"entities with one feature at loops {middle} and {last}", ""): [
-            labels[name].kept(middle, last) for name in names
+            _unless_all_at_once(name, labels[name].kept(middle, last)) for name in names
         ],
         ("causal precision of the answer's feature", "0.8"): [
             float(answer["entity's features"][name]) for name in names
@@ -180,6 +189,13 @@ def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
     }
     rows = [(*key, *values) for key, values in found.items()]
     return pd.DataFrame(rows, columns=["", "aim, at least", *names])
+
+
+def trained() -> str:
+    """How long each dictionary is trained, in words."""
+    each = {**SETTINGS, "transcoder": TRAINING, _UNTRAINED: TRAINING}
+    rows = [f"`{name}` {how.steps} of {how.batch_size}" for name, how in each.items()]
+    return f"Steps of training, and tokens of each: {', '.join(rows)}."
 
 
 def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
@@ -202,6 +218,7 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
         train=len(study.train.batch),
         held=len(study.held.batch),
         reads=len(study.train.states),
+        trained=trained(),
         features=TRAINING.n_features,
         k=TRAINING.k,
         swaps=SWAPS,

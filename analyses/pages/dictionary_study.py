@@ -127,9 +127,9 @@ class Study:
 
     @cached_property
     def arrived(self) -> Tensor:
-        """Bool[Tensor, "pos loop"]: whether a position has its entity after an iteration, by the
-        model's own readout there on the facts trained on. The head entity stands at position 0 from
-        the beginning, and is not counted.
+        """Bool[Tensor, "pos loop"]: whether a position has its entity after an iteration and all
+        that follow, by the model's own readout there on the facts trained on. The head entity
+        stands at position 0 from the beginning, and is not counted.
         """
         found = torch.zeros(self.hops + 1, self.n_loops, dtype=torch.bool)
         batch, entities = self.train.batch, self.train.entities
@@ -138,7 +138,8 @@ class Study:
             rows = (entities[:, position] >= 0).nonzero().flatten()[::7]
             lens = readout_lens(self.model, batch[rows], self.n_loops, positions=[position])
             right = lens.correct(entities[rows, position] + first).float().mean(1)
-            found[position] = right.flatten() >= ARRIVED
+            right_from_on = (right.flatten() >= ARRIVED).int().flip(0).cumprod(0).flip(0)
+            found[position] = right_from_on.bool()
         return found
 
     def labels(self, asked: AskedFacts) -> Tensor:
@@ -201,10 +202,11 @@ def swaps(study: Study, whole: bool) -> list[Swap]:
     """
     found, rng = [], np.random.default_rng(7)
     entities = study.graph.n_entities
-    first = study.arrived.int().argmax(1).tolist()  # of each position
+    first = (study.n_loops - study.arrived.sum(1)).tolist()  # of each position; n_loops for never
     for hops in range(2, study.hops + 1):
         way = [p for p in range(1, hops // 2 + 1) if first[p + 1] > first[p]]
-        for position in [hops] if whole else way[-1:]:
+        there = [p for p in ([hops] if whole else way[-1:]) if first[p] < study.n_loops]
+        for position in there:
             facts = study.draw(hops, SWAPS, held_out=True, seed=12)
             own = facts.path[:, position]
             other = (own + rng.integers(1, entities, len(own))) % entities
@@ -249,19 +251,20 @@ def causal(study: Study, named: dict[str, tuple[Dictionary, FeatureLabels]]) -> 
     rows = []
     kinds = [("answer", True, True), ("answer", True, False), ("on the way", False, True)]
     for name, (dictionary, labels) in named.items():
-        live = labels.feature.new_tensor(live_features(study, dictionary))
-        generator = torch.Generator().manual_seed(3)
+        live = live_features(study, dictionary)
 
-        def some(swap: Swap, live: Tensor = live, generator: torch.Generator = generator) -> Tensor:
-            return live[torch.randint(len(live), swap.own.shape, generator=generator)]
+        def some(swap: Swap, loop: int, seed: int, live: Sequence[Tensor] = live) -> Tensor:
+            generator = torch.Generator().manual_seed(100 * swap.position + seed)
+            drawn = torch.rand(len(swap.own), generator=generator)  # the same at every iteration
+            return live[loop][(drawn * len(live[loop])).long()]
 
         def of(entities: Tensor, loop: int, labels: FeatureLabels = labels) -> Tensor:
             return labels.feature[loop][entities]
 
         tried: list[Pairing] = [
             lambda swap, loop, of=of: (of(swap.own, loop), of(swap.other, loop)),  # type: ignore[misc]
-            lambda swap, loop, of=of, some=some: (of(swap.own, loop), some(swap)),  # type: ignore[misc]
-            lambda swap, loop, some=some: (some(swap), some(swap)),  # type: ignore[misc]
+            lambda swap, loop, of=of, some=some: (of(swap.own, loop), some(swap, loop, 0)),  # type: ignore[misc]
+            lambda swap, loop, some=some: (some(swap, loop, 1), some(swap, loop, 2)),  # type: ignore[misc]
             lambda swap, loop, of=of: (of(swap.own, loop), None),  # type: ignore[misc]
         ]
         for what, whole, every in kinds:
@@ -280,8 +283,10 @@ def causal(study: Study, named: dict[str, tuple[Dictionary, FeatureLabels]]) -> 
     return pd.DataFrame(rows, columns=columns)
 
 
-def live_features(study: Study, dictionary: Dictionary) -> Sequence[int]:
-    """The features that are on in at least one of the facts trained on."""
-    codes = dictionary.encode(study.train.states[::3])
-    found: list[int] = (codes > 0).flatten(0, 1).any(0).nonzero().flatten().tolist()
-    return found
+def live_features(study: Study, dictionary: Dictionary) -> list[Tensor]:
+    """For each iteration the features that are on in at least one of the facts trained on: at any
+    iteration where features are the same at all, else at this one.
+    """
+    on = (dictionary.encode(study.train.states[::3]) > 0).any(0).expand(study.n_loops, -1)
+    on = on.any(0).expand_as(on) if dictionary.same_features else on
+    return [row.nonzero().flatten() for row in on]

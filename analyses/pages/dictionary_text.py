@@ -10,13 +10,16 @@ Features and thresholds are chosen on training questions alone; the settings of 
 settled on another draw of held-out questions. Loops count from 0.
 
 A dictionary has {features} features, of which {k} are on for a token (`per_iteration` has as many
-for each iteration). The crosscoder has {k} on for a token and all its iterations: its code reads
-the last states too and is the same at all loops, so that its numbers at early loops and its sharing
-over loops hold in part by construction. The control with random weights is trained for half as
-many steps as `shared`, and the random features of a swap are drawn anew for each iteration, which
-makes them a weaker control than one feature kept through the run.
+for each iteration; principal components, in both directions, are twice as many as the states are
+wide). The crosscoder has {k} on for a token and all its iterations: its code reads the last states
+too and is the same at all loops, so that its numbers at early loops and its sharing over loops hold
+in part by construction; "nan" stands where they would say nothing. {trained} The random features
+of a swap are drawn once for each question and kept at all iterations, except where each iteration
+has features of its own.
 
-`shared` is one dictionary for all iterations, `per_iteration` one for each, `crosscoder` one that
+`shared` is one dictionary for all iterations, `shared, 2 on` the same with 2 features on for a
+token (which was chosen by the swaps of this page, not by another draw: with fewer features on, one
+alone carries more of an entity), `per_iteration` one for each iteration, `crosscoder` one that
 reads all iterations of a token at once and writes all of them with one code. `transcoder` reads
 what the last block's MLP reads and writes what it adds, with one coder for all iterations. In
 training, each iteration's error counts in units of that iteration's variance: the states grow, and
@@ -95,6 +98,12 @@ dictionary_quality(model, dictionary, texts).frame()
 with splice(model, dictionary, FeatureEdit(17, loops=[3, 4], scale=0)):
     logits = model(model.to_tokens(texts[0]), n_loops=dictionary.n_loops)
 ```
+
+`train_dictionary` and `dictionary_quality` also take an `ActivationStore` of the model, which may
+be larger than memory. `loopscope feature {checkpoint} --dictionary FOLDER --feature 12` shows one
+feature: the inputs in which it is strongest, its profile over loops, its direct effect on logits,
+and what its ablation does. `loopscope report` and `loopscope explore` show it with `--dictionary
+FOLDER`.
 
 `save_dictionary(dictionary, folder)` writes SAELens's format (cfg.json and
 sae_weights.safetensors; one folder per iteration for `per_iteration`; a crosscoder is an

@@ -28,7 +28,7 @@ from loopscope.models.core.state import checked_loops
 
 TABS = {
     "Answers": ("readouts", "exit-gate", "overthinking", "recurrence", "halting", "flips"),
-    "Circuit": ("lens", "patch", "ranks", "circuit"),
+    "Circuit": ("lens", "patch", "ranks", "circuit", "feature"),
     "Dynamics": (
         "orbits",
         "steps",

@@ -5,7 +5,7 @@ Axes: d_in (of what is read), feature, d_out (of what is written).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -66,6 +66,17 @@ class Coder(OneScreen):
     def d_out(self) -> int:
         """The width of what is written."""
         return int(self.W_dec.shape[1])
+
+    def to(self, device: torch.device | str) -> Coder:
+        """The same coder on a device."""
+        return replace(
+            self,
+            W_enc=self.W_enc.to(device),
+            b_enc=self.b_enc.to(device),
+            W_dec=self.W_dec.to(device),
+            b_dec=self.b_dec.to(device),
+            threshold=None if self.threshold is None else self.threshold.to(device),
+        )
 
     def encode(self, x: Float[Tensor, "*any d_in"]) -> Float[Tensor, "*any feature"]:
         """The sparse code of each vector, in float32 or wider.

@@ -6,7 +6,7 @@ for each iteration, or one for all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
@@ -84,6 +84,11 @@ class Dictionary(OneScreen):
         """Whether a feature is the same at every iteration."""
         return self.kind != "per_iteration"
 
+    def to(self, device: torch.device | str) -> Dictionary:
+        """The same dictionary on a device."""
+        moved = tuple(coder.to(device) for coder in self.coders)
+        return replace(self, coders=moved, losses=self.losses.to(device))
+
     def coder(self, loop: int) -> Coder:
         """The coder of one iteration."""
         return self.coders[loop if self.kind == "per_iteration" else 0]
@@ -94,6 +99,11 @@ class Dictionary(OneScreen):
         Raises:
             ValueError: States of another width, or of another number of iterations.
         """
+        if states.ndim != 3:
+            raise ValueError(
+                f"states must be [read, {self.n_loops} iterations, {self.d_in}], got the shape"
+                f" {list(states.shape)}"
+            )
         if states.shape[1] != self.n_loops:
             raise ValueError(
                 f"this dictionary reads {self.n_loops} iterations of each token, got"

@@ -31,7 +31,7 @@ class TopExamples(OneScreen):
     Attributes:
         features: The features.
         example, position, loop: Int[Tensor, "feature k"], where each activation is; the loop is 0
-            for a crosscoder, whose code belongs to all iterations.
+            for a crosscoder, whose code belongs to all iterations, unless one was asked for.
         activation: Float[Tensor, "feature k"], falling; 0 where a feature is on in fewer places.
         profile: Float[Tensor, "feature loop"], the mean length over tokens of what each feature
             writes at each iteration.
@@ -76,6 +76,7 @@ def top_examples(
     features: Sequence[int],
     k: int = 5,
     *,
+    loop: int | None = None,
     readout: ReadoutColumn = None,
 ) -> TopExamples:
     """Find the tokens in which some features are strongest.
@@ -85,40 +86,65 @@ def top_examples(
         inputs: A batch, texts, or tokens with `readout`.
         features: Which, from 0.
         k: Activations of each feature.
+        loop: The iteration to look at, from 0; None means all. Must be given for a per_iteration
+            dictionary, where a feature belongs to one iteration.
 
     Raises:
-        ValueError: No feature or one out of range, more activations than there are, or a
-            dictionary of another model.
+        ValueError: No feature, a feature or an iteration out of range or missing, more activations
+            than there are, or a dictionary of another model.
     """
     dictionary.check(model)
     batch, reading = as_batch(model, inputs, readout), dictionary.reading
     chosen = in_range("features", features, dictionary.n_features)
     if not chosen:
         raise ValueError("features must name at least one feature, got none")
+    loops = _searched(dictionary, loop)
     states = loop_states(model, batch, reading.n_loops, hook=reading.hook)
-    codes = dictionary.encode(states)[..., chosen]
-    if not 1 <= k <= codes[..., 0].numel():
-        raise ValueError(
-            f"k must be in 1..{codes[..., 0].numel()}, the number of activations, got {k}"
-        )
-    values, places = codes.flatten(0, 1).T.topk(k, dim=1)
-    read, loop = places // codes.shape[1], places % codes.shape[1]
+    codes = dictionary.encode(states)[..., chosen].expand(-1, reading.n_loops, -1)
+    searched = codes[:, loops].flatten(0, 1)
+    if not 1 <= k <= len(searched):
+        raise ValueError(f"k must be in 1..{len(searched)}, the number of activations, got {k}")
+    values, places = searched.T.topk(k, dim=1)
+    read, turn = places // len(loops), places % len(loops)
     columns, shown = read_columns(batch, "all"), batch.mask.bool()
     rows = torch.arange(len(batch), device=columns.device)[:, None].expand_as(columns)
-    loops = range(reading.n_loops)
-    lengths = [dictionary.directions(loop)[chosen].norm(dim=1) for loop in loops]
     return TopExamples(
         features=tuple(chosen),
         example=rows[shown][read],
         position=columns[shown][read],
-        loop=loop,
+        loop=turn.new_tensor(loops)[turn],
         activation=values,
-        profile=(codes.mean(0) * torch.stack(lengths)).T,
+        profile=_profile(dictionary, codes.mean(0), chosen, loop),
         texts=tuple(
             _text(model, tokens[mask.bool()])
             for tokens, mask in zip(batch.tokens, batch.mask, strict=True)
         ),
     )
+
+
+def _searched(dictionary: Dictionary, loop: int | None) -> list[int]:
+    """The iterations at which activations are looked for."""
+    if loop is not None:
+        return in_range("loop", loop, dictionary.n_loops)
+    if not dictionary.same_features:
+        raise ValueError(
+            "loop= must be given for a per_iteration dictionary, whose features belong to one"
+            " iteration each"
+        )
+    return [0] if dictionary.kind == "crosscoder" else list(range(dictionary.n_loops))
+
+
+def _profile(
+    dictionary: Dictionary, means: Float[Tensor, "loop some"], chosen: list[int], loop: int | None
+) -> Float[Tensor, "some loop"]:
+    """The mean length of what each feature writes; 0 where a feature is no feature of the
+    iteration.
+    """
+    found = torch.zeros_like(means)
+    for at in range(dictionary.n_loops):
+        if dictionary.same_features or at == loop:
+            found[at] = means[at] * dictionary.directions(at)[chosen].norm(dim=1)
+    return found.T
 
 
 def _text(model: LoopedModel, tokens: Int[Tensor, " pos"]) -> str:

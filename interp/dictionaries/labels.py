@@ -32,7 +32,8 @@ class FeatureLabels(OneScreen):
     chosen on other reads than F1 is measured on.
 
     Attributes:
-        feature: Int[Tensor, "loop label"].
+        feature: Int[Tensor, "loop label"]; -1 for a label that the reads it was chosen on do not
+            hold.
         threshold: Float[Tensor, "loop label"].
         chosen: Float[Tensor, "loop label"], F1 on the reads that feature and threshold were chosen
             on; NaN for a label that they do not hold.
@@ -126,7 +127,8 @@ def _best(codes: Float[Tensor, "read feature"], labels: Int[Tensor, " read"], co
         best, level = f1.where(better, best), threshold[:, None].where(better, level)
     value, feature = best.max(0)
     threshold = level.gather(0, feature[None])[0]
-    return feature, threshold, value.where(right.sum(0) > 0, torch.nan)
+    there = right.sum(0) > 0
+    return feature.where(there, -1), threshold, value.where(there, torch.nan)
 
 
 def _hot(labels: Int[Tensor, " read"], count: int) -> Float[Tensor, "read label"]:

@@ -5,7 +5,7 @@ Axes: read (a token of an example), loop, feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,10 @@ from loopscope.interp.common.places import Picked
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dictionaries.dictionary import Dictionary
-from loopscope.interp.dictionaries.reading import loop_states
+from loopscope.interp.dictionaries.reading import Reading, loop_states
 from loopscope.interp.dictionaries.splice import splice
+from loopscope.interp.dictionaries.stored import Pair, StoredStates, refuse_choice
+from loopscope.interp.store.reading import ActivationStore
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -47,7 +49,8 @@ class DictionaryQuality(OneScreen):
         active: Float[Tensor, " loop"], the mean number of features that are on (L0).
         recovered: Float[Tensor, " loop"], 1 - KL of the answers with the dictionary in place of
             the states over their KL with the states' mean in that place, at this iteration alone:
-            1 where nothing is lost. NaN where the mean changes nothing.
+            1 where nothing is lost. NaN where the mean changes nothing, and for a store, of which
+            nothing is run.
         recovered_all: The same with the dictionary at every iteration.
         on: Float[Tensor, "loop feature"], the share of reads in which each feature is on.
         first: Float[Tensor, "loop feature"], the share of reads in which a feature is on for the
@@ -134,7 +137,7 @@ class DictionaryQuality(OneScreen):
 def dictionary_quality(
     model: LoopedModel,
     dictionary: Dictionary,
-    inputs: Inputs,
+    inputs: Inputs | ActivationStore,
     *,
     positions: Picked | int | None = "all",
     readout: ReadoutColumn = None,
@@ -143,57 +146,96 @@ def dictionary_quality(
 
     Args:
         dictionary: Of this model.
-        inputs: A batch, texts, or tokens with `readout`.
+        inputs: A batch, texts, or tokens with `readout`; or a store of this model's activations,
+            which is read in batches, and for which no answers are recovered.
         positions: The tokens whose states are counted, as for `train_dictionary`; in the runs the
             dictionary stands in place of all of them.
 
     Raises:
-        KeyError, ValueError: As for `splice`.
+        KeyError, ValueError: As for `splice`, or a store of another model, tokenizer or number of
+            iterations.
     """
     dictionary.check(model)
-    batch, reading = as_batch(model, inputs, readout), dictionary.reading
-    hook, n_loops = reading.hook, reading.n_loops
-    states = loop_states(model, batch, n_loops, hook=hook, positions=positions)
-    targets = states
-    if reading.target != hook:
-        targets = loop_states(model, batch, n_loops, hook=reading.target, positions=positions)
-    left, on, first = _sums(dictionary, states, targets)
-    spread = (targets - targets.mean(0)).square().sum((0, 2))
-    whole = (targets - targets.mean((0, 1))).square().sum()
-    recovered = _recovered(model, dictionary, batch, targets.mean(0))
+    if isinstance(inputs, ActivationStore):
+        refuse_choice(positions, readout)
+        stored = StoredStates(inputs, model, dictionary.reading)
+        sums = _Sums.of(dictionary, lambda: stored.batches(_READS))
+        recovered = sums.left.new_full((dictionary.n_loops + 1,), torch.nan)
+    else:
+        batch = as_batch(model, inputs, readout)
+        sums = _Sums.of(dictionary, _in_memory(model, dictionary.reading, batch, positions))
+        recovered = _recovered(model, dictionary, batch, sums.mean)
     return DictionaryQuality(
         kind=dictionary.kind,
-        explained=1 - left / spread,
-        overall=float(1 - left.sum() / whole),
-        active=on.sum(1) / len(states),
+        explained=1 - sums.left / sums.spread,
+        overall=float(1 - sums.left.sum() / sums.whole),
+        active=sums.on.sum(1) / sums.n_reads,
         recovered=recovered[:-1],
         recovered_all=float(recovered[-1]),
-        on=on / len(states),
-        first=first / len(states),
-        n_reads=len(states),
+        on=sums.on / sums.n_reads,
+        first=sums.first / sums.n_reads,
+        n_reads=sums.n_reads,
     )
 
 
-def _sums(
-    dictionary: Dictionary,
-    states: Float[Tensor, "read loop d_in"],
-    targets: Float[Tensor, "read loop d_out"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed over reads: what is left of each iteration's states, and how often each feature is on,
-    and on for the first time.
+def _in_memory(
+    model: LoopedModel, reading: Reading, batch: Batch, positions: Picked | int | None
+) -> Callable[[], Iterator[Pair]]:
+    """Batches of the states of some inputs."""
+    hooks = dict.fromkeys((reading.hook, reading.target))
+    each = [
+        loop_states(model, batch, reading.n_loops, hook=hook, positions=positions) for hook in hooks
+    ]
+    return lambda: zip(each[0].split(_READS), each[-1].split(_READS), strict=True)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over reads.
+
+    Attributes:
+        n_reads: Reads.
+        mean: Of what is written, at each iteration.
+        left: What is left of each iteration's states; squared, as `spread` and `whole` are.
+        spread: Their distance from the iteration's mean.
+        whole: The distance of the states of all iterations from one mean.
+        on, first: How often each feature is on, and on for the first time.
     """
-    sizes = states.new_zeros(dictionary.n_loops, dictionary.n_features)
-    left, on, first = states.new_zeros(dictionary.n_loops), sizes, sizes
-    there = presence(dictionary)
-    for x, y in zip(states.split(_READS), targets.split(_READS), strict=True):
-        codes = dictionary.encode(x)
-        left = left + (y - dictionary.decode(codes)).square().sum((0, 2))
-        alive = (codes > 0) & there
-        on = on + alive.sum(0)
-        if dictionary.same_features:
-            alive = alive & (alive.cumsum(1) == 1)
-        first = first + alive.sum(0)
-    return left, on, first
+
+    n_reads: int
+    mean: Float[Tensor, "loop d_out"]
+    left: Float[Tensor, " loop"]
+    spread: Float[Tensor, " loop"]
+    whole: Float[Tensor, ""]
+    on: Float[Tensor, "loop feature"]
+    first: Float[Tensor, "loop feature"]
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, batches: Callable[[], Iterator[Pair]]) -> _Sums:
+        """The sums of the batches, which are gone through twice."""
+        mean, n_reads, there = _mean(batches()), 0, presence(dictionary)
+        left = mean.new_zeros(dictionary.n_loops)
+        spread, whole = left, left.sum()
+        on = first = mean.new_zeros(dictionary.n_loops, dictionary.n_features)
+        for x, y in batches():
+            x, y = widened(x), widened(y)
+            codes = dictionary.encode(x)
+            left = left + (y - dictionary.decode(codes)).square().sum((0, 2))
+            spread = spread + (y - mean).square().sum((0, 2))
+            whole = whole + (y - mean.mean(0)).square().sum()
+            alive = (codes > 0) & there
+            on = on + alive.sum(0)
+            if dictionary.same_features:
+                alive = alive & (alive.cumsum(1) == 1)
+            first = first + alive.sum(0)
+            n_reads += len(x)
+        return cls(n_reads, mean, left, spread, whole, on, first)
+
+
+def _mean(batches: Iterator[Pair]) -> Float[Tensor, "loop d_out"]:
+    """The mean of what is written, in float32 or wider."""
+    parts = [(widened(y).sum(0), len(y)) for _, y in batches]
+    return torch.stack([part for part, _ in parts]).sum(0) / sum(count for _, count in parts)
 
 
 def presence(dictionary: Dictionary) -> Bool[Tensor, "loop feature"]:

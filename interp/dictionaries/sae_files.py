@@ -13,8 +13,9 @@ import os
 import shutil
 import tempfile
 from dataclasses import asdict
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -73,18 +74,39 @@ def load_dictionary(folder: str | Path, reading: Reading | None = None) -> Dicti
             reading where the files have none.
     """
     folder = Path(folder)
-    inside = sorted(folder.glob("loop_*"), key=lambda path: int(path.name.removeprefix("loop_")))
+    inside = list(takewhile(Path.exists, (folder / f"loop_{loop}" for loop in count())))
     several = bool(inside) and not (folder / CONFIG).exists()
     read = [_read(each) for each in (inside if several else [folder])]
-    own = read[0][0].get("metadata", {}).get("loopscope", {})
+    own = _ours(read[0][0])
     if reading is None and not own:
         raise ValueError(
             f"{folder} does not say which hook points of a looped model it reads; pass reading="
         )
-    places = reading if reading is not None else Reading(**own["reading"])
+    places = reading if reading is not None else _reading(folder, own)
     kind = own.get("kind", "transcoder" if "transcoder" in read[0][0]["architecture"] else "shared")
     coders = tuple(coder for _, coder in read)
     return Dictionary(kind, coders, places, coders[0].W_enc.new_zeros(len(coders), 0))
+
+
+def _ours(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of the metadata that `save_dictionary` wrote; nothing where it wrote none."""
+    metadata = config.get("metadata")
+    own = metadata.get("loopscope") if isinstance(metadata, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+def _reading(folder: Path, own: dict[str, Any]) -> Reading:
+    """The hook points that are written in the metadata."""
+    given = own.get("reading")
+    types = get_type_hints(Reading.__init__)
+    types.pop("return")
+    if not isinstance(given, dict) or {n: type(v) for n, v in given.items()} != types:
+        raise ValueError(
+            f"the reading in {folder / CONFIG} must have the fields"
+            f" {', '.join(f'{name} ({kind.__name__})' for name, kind in types.items())}, got"
+            f" {given!r}"
+        )
+    return Reading(**given)
 
 
 def _config(dictionary: Dictionary, coder: Coder) -> dict[str, Any]:
@@ -133,6 +155,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], Coder]:
         raise ValueError(
             f"{folder} is no dictionary in SAELens's format ({CONFIG} and {WEIGHTS}): {error}"
         ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} must hold one object, got a {type(config).__name__}")
     kind = config.get("architecture")
     if kind not in _KNOWN:
         raise ValueError(f"the architecture must be one of {', '.join(_KNOWN)}, got {kind!r}")
@@ -141,6 +165,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], Coder]:
             raise ValueError(
                 f"{field} must be 'none', got {config[field]!r}; fold it into the weights first"
             )
+    _check_integers(config, folder)
     sizes = {
         "W_enc": [config["d_in"], config["d_sae"]],
         "b_enc": [config["d_sae"]],
@@ -152,6 +177,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], Coder]:
     if found != sizes:
         raise ValueError(f"{folder / WEIGHTS} must hold {sizes}, got {found}")
     return config, _coder(config, tensors)
+
+
+def _check_integers(config: dict[str, Any], folder: Path) -> None:
+    for field in ("d_in", "d_sae", *(["k"] if config["architecture"] == "topk" else [])):
+        if type(config.get(field)) is not int:
+            raise ValueError(
+                f"{field} in {folder / CONFIG} must be an integer, got {config.get(field)!r}"
+            )
 
 
 def _coder(config: dict[str, Any], tensors: dict[str, Tensor]) -> Coder:

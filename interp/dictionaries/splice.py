@@ -53,8 +53,8 @@ class FeatureEdit:
             chosen: The iterations at which it is.
 
         Raises:
-            ValueError: An iteration where it is not, features that are no list or table of numbers,
-                or `into` of another size.
+            ValueError: An iteration where it is not, features out of range or that are no list or
+                table of numbers, or `into` of another size.
         """
         outside = set(in_range("loops", self.loops, dictionary.n_loops)) - set(chosen)
         if outside and self.loops != "all":
@@ -62,9 +62,12 @@ class FeatureEdit:
                 f"an edit's loops must be among those of splice, {list(chosen)}, got"
                 f" {sorted(outside)}"
             )
-        sizes = [torch.as_tensor(f) for f in (self.features, self.into) if f is not None]
+        sizes = [torch.as_tensor(self.features)]
+        sizes += [] if self.into is None else [torch.as_tensor(self.into)]
         if any(size.ndim > 2 for size in sizes):
             raise ValueError("features must be one number, a list, or a list for each row")
+        for size in sizes:
+            _check_range(size, dictionary.n_features)
         widths = {size.shape[-1] if size.ndim else 1 for size in sizes}
         if len(widths) > 1:
             raise ValueError(
@@ -78,7 +81,7 @@ class FeatureEdit:
         """The codes of one iteration with the features changed.
 
         Raises:
-            ValueError: A feature, an iteration or a column out of range, or another number of rows.
+            ValueError: A column out of range, or another number of rows.
         """
         if loop not in in_range("loops", self.loops, n_loops):
             return codes
@@ -90,13 +93,18 @@ class FeatureEdit:
         return at_columns_of(codes, new, checked_columns(self.positions))
 
 
+def _check_range(features: Tensor, count: int) -> None:
+    if features.is_floating_point() or not bool(((features >= 0) & (features < count)).all()):
+        raise ValueError(
+            f"features must be integers in 0..{count - 1}, got {features.flatten().tolist()}"
+        )
+
+
 def _index(features: Features, codes: Tensor) -> Int[Tensor, "batch pos some"]:
     """The features of each row and column."""
-    rows, columns, count = codes.shape
+    rows, columns, _ = codes.shape
     given = torch.as_tensor(features, device=codes.device)
     given = given if given.ndim == 2 else given.reshape(1, -1)
-    if given.is_floating_point() or not bool(((given >= 0) & (given < count)).all()):
-        raise ValueError(f"features must be integers in 0..{count - 1}, got {features}")
     if len(given) not in (1, rows):
         raise ValueError(
             f"features must be the same for all rows or given for each of the {rows} rows, got"

@@ -18,7 +18,7 @@ from loopscope.interp.dictionaries.coder import Coder
 
 Activation = Literal["topk", "batch_topk", "jumprelu"]
 _FALLS = 0.5  # the share of the steps, the last ones, over which the learning rate falls to zero
-_REST = 1e-3  # of a threshold's step towards the last batch's smallest kept entry
+_SETTLED = 0.1  # the share of the steps, the last ones, that the threshold is a mean over
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class DictionaryTraining:
         k: Features of a code: exactly so many ("topk"), or so many on average ("batch_topk",
             "jumprelu").
         activation: "topk"; "batch_topk", whose threshold after training is the mean of the
-            smallest entries that were kept; or "jumprelu", whose thresholds are trained by
-            straight-through gradients, with a penalty on the distance of the mean number of
-            features from k.
+            smallest entries that were kept over the last tenth of the steps; or "jumprelu", whose
+            thresholds are trained by straight-through gradients, with a penalty on the distance of
+            the mean number of features from k.
         steps: Updates.
         batch_size: Reads in each update, each with the states of all its iterations.
         lr: The learning rate of Adam, which falls linearly to zero over the last half.
@@ -66,7 +66,11 @@ class DictionaryTraining:
 
 
 class Trainer:
-    """One coder in training, in units in which its states have the size 1."""
+    """One coder in training, in units in which its states have the size 1.
+
+    Args:
+        x, y: Some of what is read and written, for the units and the first biases.
+    """
 
     def __init__(self, x: Tensor, y: Tensor, centred: bool, training: DictionaryTraining) -> None:
         self.training, self.centred = training, centred
@@ -114,8 +118,9 @@ class Trainer:
             return torch.zeros_like(before).scatter(-1, features, values.relu()), none
         if self.training.activation == "batch_topk":
             least = before.detach().flatten().topk(k * len(before)).values[-1].clamp(min=0)
-            share = max(_REST, 1 / (len(self.losses) + 1))
-            self.threshold += share * (least - self.threshold)
+            step, start = len(self.losses), int((1 - _SETTLED) * self.training.steps)
+            if step >= start:
+                self.threshold += (least - self.threshold) / (step - start + 1)
             return before.relu() * (before >= least), none
         width = self.training.bandwidth
         code, on = jump_relu(before, self.threshold, width)

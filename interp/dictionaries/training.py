@@ -6,6 +6,7 @@ Axes: read (a token of an example), loop, d_in, feature.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,9 @@ from loopscope.interp.common.places import Picked
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dictionaries.dictionary import KINDS, Dictionary, Kind
 from loopscope.interp.dictionaries.reading import Reading, loop_states
+from loopscope.interp.dictionaries.stored import Pair, StoredStates, refuse_choice
 from loopscope.interp.dictionaries.trainer import DictionaryTraining, Trainer
+from loopscope.interp.store.reading import ActivationStore
 from loopscope.models.core.base import LoopedModel
 
 Batches = Float[Tensor, "read loop d_in"] | Iterable[Tensor]
@@ -26,7 +29,7 @@ Batches = Float[Tensor, "read loop d_in"] | Iterable[Tensor]
 
 def train_dictionary(
     model: LoopedModel,
-    inputs: Inputs,
+    inputs: Inputs | ActivationStore,
     n_loops: int | None = None,
     *,
     kind: Kind = "shared",
@@ -40,29 +43,36 @@ def train_dictionary(
     stays as it is.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        n_loops: Iterations; None means what the checkpoint records.
+        inputs: A batch, texts, or tokens with `readout`; or a store of this model's activations,
+            which may be larger than memory and is read in shuffled batches.
+        n_loops: Iterations; None means those of the store, or what the checkpoint records.
         kind: "per_iteration", "shared", "crosscoder" or "transcoder", as `Dictionary` says.
         hook: The hook that is read, within an iteration; None means the residual after the last
             block.
         target: The hook that is written, for a transcoder only.
-        positions: "all" tokens that are not padding, columns, or None for the readout.
+        positions: "all" tokens that are not padding, columns, or None for the readout; of a store
+            "all", which are those that were collected.
         training: The settings; None means their defaults.
 
     Raises:
         KeyError: A hook that an iteration does not have.
-        ValueError: A target without a transcoder or the reverse, or states that are not finite.
+        ValueError: A target without a transcoder or the reverse, states that are not finite, or a
+            store of another model, tokenizer or number of iterations.
 
     Source:
         TopK: Gao et al. 2024 (arXiv 2406.04093). BatchTopK: Bussmann et al. 2024 (arXiv
         2412.06410). JumpReLU: Rajamanoharan et al. 2024 (arXiv 2407.14435). Crosscoders: Lindsey et
         al. 2024 (Anthropic). Transcoders: Dunefsky et al. 2024 (arXiv 2406.11944).
     """
-    if (target is None) == (kind == "transcoder"):
-        raise ValueError(
-            "target= (what is written) must be given for a transcoder and only then, got"
-            f" kind={kind!r}, target={target!r}"
-        )
+    _check_kind(kind, written=target is not None)
+    if isinstance(inputs, ActivationStore):
+        refuse_choice(positions, readout)
+        n_loops = inputs.n_loops if n_loops is None else n_loops
+        reading = Reading.of(model, n_loops, hook, target)
+        training = training or DictionaryTraining()
+        stored = StoredStates(inputs, model, reading)
+        batches = stored.without_end(training.batch_size, training.seed)
+        return _fitted(_first_twice(batches), reading, kind, training)
     reading = Reading.of(model, n_loops, hook, target)
 
     def states(hook: str) -> Tensor:
@@ -85,56 +95,76 @@ def fit_dictionary(
 
     Args:
         states: Float[Tensor, "read loop d_in"], from which batches are drawn at random; or an
-            iterable of such batches in random order, which is gone through as often as needed.
+            iterable of such batches in random order, which is gone through as often as needed, and
+            whose first batch alone gives the units in which errors count.
         reading: Where the states come from.
         targets: What a transcoder writes, for the same reads.
 
     Raises:
-        ValueError: States that are not finite or of another number of iterations, or an iterable
-            that cannot be gone through again.
+        ValueError: States that are not finite, all the same, or of another number of iterations;
+            targets without a transcoder or the reverse, or of another size; or an iterable that
+            cannot be gone through again.
     """
     training = training or DictionaryTraining()
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    trainers: list[Trainer] = []
-    batches = _vectors(_batches(states, targets, training), kind, reading.n_loops)
+    _check_kind(kind, written=targets is not None)
+    return _fitted(_pairs(states, targets, training), reading, kind, training)
+
+
+def _fitted(
+    pairs: Iterator[Pair], reading: Reading, kind: Kind, training: DictionaryTraining
+) -> Dictionary:
+    """Train on what gives the units, which comes first, and on the batches that follow."""
+    some = _checked(next(pairs), reading.n_loops)
+    even = _evenly(some[1])
     with torch.inference_mode(False), torch.enable_grad():
+        parts = zip(_by_coder(some[0], kind), _by_coder(some[1], kind), strict=True)
+        trainers = [Trainer(x, y, kind != "transcoder", training) for x, y in parts]
         for _ in tqdm(range(training.steps), desc=kind, leave=False, disable=training.steps < 100):
-            vectors = next(batches)
-            if not trainers:
-                trainers = [Trainer(x, y, targets is None, training) for x, y, _ in vectors]
-            for trainer, own in zip(trainers, vectors, strict=True):
+            x, y = _checked(next(pairs), reading.n_loops)
+            vectors = (_by_coder(part, kind) for part in (x, y, even.expand_as(y)))
+            for trainer, *own in zip(trainers, *vectors, strict=True):
                 trainer.step(*own)
     losses = torch.stack([torch.stack(trainer.losses) for trainer in trainers])
     shares = losses / reading.n_loops if kind == "crosscoder" else losses
     return Dictionary(kind, tuple(trainer.coder() for trainer in trainers), reading, shares)
 
 
-def _vectors(
-    batches: Iterator[tuple[Tensor, Tensor]], kind: Kind, n_loops: int
-) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """For each coder what it reads, what it writes, and the weight of each entry of that."""
-    even: Tensor | None = None
-    for pair in batches:
-        x, y = (_checked(part, n_loops) for part in pair)
-        even = _evenly(y) if even is None else even
-        parts = [_by_coder(part, kind) for part in (x, y, even.expand_as(y))]
-        yield list(zip(*parts, strict=True))
-
-
-def _checked(states: Tensor, n_loops: int) -> Float[Tensor, "read loop d"]:
-    """A batch of states in float32 or wider."""
-    if states.ndim != 3 or states.shape[1] != n_loops:
+def _check_kind(kind: Kind, written: bool) -> None:
+    """Refuse a kind that is unknown, and one that does not fit what is to be written."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if written != (kind == "transcoder"):
         raise ValueError(
-            f"batches of states must be [read, {n_loops} iterations, width], got the shape"
-            f" {list(states.shape)}"
+            "what is written (target= or targets=) must be given for a transcoder and only then,"
+            f" got kind={kind!r} {'with' if written else 'without'} it"
         )
-    refuse_nonfinite("the states to train a dictionary on", states)
-    return widened(states)
+
+
+def _checked(pair: tuple[Tensor, Tensor], n_loops: int) -> Pair:
+    """A batch of what is read and of what is written, in float32 or wider."""
+    for states in pair:
+        if states.ndim != 3 or states.shape[1] != n_loops:
+            raise ValueError(
+                f"batches of states must be [read, {n_loops} iterations, width], got the shape"
+                f" {list(states.shape)}"
+            )
+        refuse_nonfinite("the states to train a dictionary on", states)
+    if len(pair[0]) != len(pair[1]):
+        raise ValueError(
+            "a batch of targets must have as many reads as its batch of states, got"
+            f" {len(pair[1])} and {len(pair[0])}"
+        )
+    return widened(pair[0]), widened(pair[1])
 
 
 def _evenly(states: Float[Tensor, "read loop d"]) -> Float[Tensor, "1 loop 1"]:
     """The weight of each iteration, by which all count alike: 1 over the variance of its states."""
+    if len(states) < 2 or not bool((states != states[0]).any()):
+        raise ValueError(
+            "states to train a dictionary on, and the first batch of several, must hold at least 2"
+            f" reads that differ, got {len(states)} {'read' if len(states) == 1 else 'reads'}"
+            " without a difference; pass more tokens, or larger batches"
+        )
     spread = (states - states.mean(0)).square().sum(2).mean(0)
     return 1 / spread.clamp(min=max(1e-6 * float(spread.max()), 1e-30))[None, :, None]
 
@@ -148,21 +178,35 @@ def _by_coder(
     return (values.flatten(1) if kind == "crosscoder" else values.flatten(0, 1),)
 
 
-def _batches(
+def _pairs(
     states: Batches, targets: Batches | None, training: DictionaryTraining
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of what is read and of what is written, without end."""
-    if isinstance(states, Tensor):
-        written = states if targets is None else targets
-        if not isinstance(written, Tensor) or len(states) != len(written):
-            raise ValueError(
-                "targets must be a tensor with one row for each of the"
-                f" {len(states)} reads of the states"
-            )
-        generator = torch.Generator().manual_seed(training.seed)
-        while True:
-            drawn = torch.randint(len(states), (training.batch_size,), generator=generator)
-            yield states[drawn.to(states.device)], written[drawn.to(written.device)]
+) -> Iterator[Pair]:
+    """Pairs of what is read and what is written: first what gives the units (all states, or the
+    first batch), then batches without end.
+    """
+    if not isinstance(states, Tensor):
+        yield from _first_twice(_again(states, targets))
+        return
+    written = states if targets is None else targets
+    if not isinstance(written, Tensor) or len(states) != len(written):
+        raise ValueError(
+            "targets must be a tensor with one row for each of the"
+            f" {len(states)} reads of the states"
+        )
+    yield states, written
+    generator = torch.Generator().manual_seed(training.seed)
+    while True:
+        drawn = torch.randint(len(states), (training.batch_size,), generator=generator)
+        yield states[drawn.to(states.device)], written[drawn.to(written.device)]
+
+
+def _first_twice(batches: Iterator[Pair]) -> Iterator[Pair]:
+    first = next(batches)
+    return chain([first, first], batches)
+
+
+def _again(states: Iterable[Tensor], targets: Batches | None) -> Iterator[Pair]:
+    """The batches of an iterable, again and again."""
     while True:
         found = False
         for pair in zip(states, *([] if targets is None else [targets]), strict=True):
@@ -171,5 +215,5 @@ def _batches(
         if not found:
             raise ValueError(
                 "the batches of states came to an end before the steps did; pass an iterable that"
-                " can be gone through again (a list or a store), no generator"
+                " can be gone through again (a list), no generator"
             )

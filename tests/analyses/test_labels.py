@@ -21,6 +21,11 @@ def nasty(count: int) -> tuple[str, ...]:
     return tuple(f"{i}{NASTY[i % len(NASTY)]}" for i in range(count))
 
 
+def feature(record: Any) -> Any:
+    tokens = tuple(nasty(len(each)) for each in record.tokens)
+    return replace(record, tokens=tokens, raised=nasty(len(record.raised)))
+
+
 def panels(record: Any) -> Any:
     named = [replace(each, checkpoint=NASTY[0] + NASTY[1] + NASTY[2]) for each in record.panels]
     return replace(record, panels=tuple(named))
@@ -51,6 +56,7 @@ WITH: dict[str, Callable[[Any], Any]] = {
     "patch": patch,
     "shortcut": shortcut,
     "ranks": ranks,
+    "feature": feature,
     "orbits": lambda record: replace(record, labels=nasty(len(record.labels))),
     "steps": lambda record: replace(record, groups=nasty(len(record.groups))),
     "readouts": lambda record: replace(

@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "readouts": {"n_loops": 3, "per_hop": 3},
     "patch": {"n_loops": 2, "per_hop": 3, "hops": 3},
     "ranks": ROWS,
+    "feature": {"checkpoint": ONE[0], "per_hop": 2, "examples": 3},
     "circuit": {"checkpoint": ONE[0], "n_loops": 2, "per_hop": 3, "hops": 2, "edges": 20},
     "shortcut": {"n_loops": 2, "hops": 3, "per_hop": 3, "checkpoints": ("mini/shortcut",)},
     "stages": {"checkpoints": LOOPED, "per_group": 5},

@@ -74,6 +74,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="reads vectors of width 2, got width 3"):
         Coder(*THREE, *DECODER, k=1).encode(torch.zeros(1, 3))
     shared = dictionary("shared")
+    with pytest.raises((ValueError, TypeError), match=r"states"):
+        shared.encode(states()[:, 0])
     with pytest.raises(ValueError, match="reads 4 iterations of each token, got 3"):
         shared.encode(states()[:, :3])
     with pytest.raises(ValueError, match="reads states of width 35, got width 34"):
@@ -96,6 +98,13 @@ def test_a_bfloat16_coder_encodes_in_float32() -> None:
     code = Coder(*parts, k=2).encode(x)
     assert code.dtype == torch.float32
     assert torch.equal(code, Coder(*(part.float() for part in parts), k=2).encode(x.float()))
+
+
+def test_a_dictionary_moves_whole() -> None:
+    own = dictionary("per_iteration", None).to("meta")
+    parts = [part for each in own.coders for part in vars(each).values()]
+    assert {part.device.type for part in parts if isinstance(part, torch.Tensor)} == {"meta"}
+    assert own.losses.device.type == "meta"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -115,6 +115,7 @@ def test_a_label_that_does_not_occur_has_no_f1() -> None:
     labels = torch.tensor([[0, 0], [0, 2], [2, 2], [2, 0]])
     found = feature_labels(IDENTITY, x, labels, x, labels)
     assert found.f1[:, 1].isnan().all()
+    assert found.feature[:, 1].tolist() == [-1, -1]
     assert found.mean().isfinite().all()
     same = found.feature[0] == found.feature[1]
     assert found.kept(0, 1) == same[[0, 2]].double().mean()  # label 1 does not occur
@@ -183,6 +184,23 @@ def test_the_strongest_tokens_of_a_feature(kind: Kind) -> None:
         top_examples(model(), own, padded(), [FEATURES])
     with pytest.raises(ValueError, match="the number of activations"):
         top_examples(model(), own, padded(), [0], k=1000)
+
+
+def test_a_feature_of_an_iteration_is_looked_for_there() -> None:
+    own = dictionary("per_iteration")
+    codes = own.encode(states())[:, 2]
+    feature = int(codes.sum(0).argmax())
+    found = top_examples(model(), own, padded(), [feature], k=2, loop=2)
+    expected = codes[:, feature].sort(descending=True).values
+    assert torch.equal(found.activation[0], expected[:2])
+    assert found.loop.tolist() == [[2, 2]]
+    assert (found.profile[0] > 0).tolist() == [False, False, True, False]
+    both = dictionary("shared"), dictionary("crosscoder")
+    for each in both:
+        at = top_examples(model(), each, padded(), [3], k=1, loop=1).loop
+        assert at.tolist() == [[1]]
+    with pytest.raises(ValueError, match="loop= must be given for a per_iteration"):
+        top_examples(model(), own, padded(), [3])
 
 
 def test_examples_are_shown_in_words() -> None:

@@ -71,6 +71,8 @@ def test_a_saved_dictionary_is_read_back(kind: Kind, k: int | None, tmp_path: Pa
     with pytest.raises(FileExistsError, match="is there already"):
         save_dictionary(own, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    (tmp_path / "saved" / "loop_0_old").mkdir()
+    assert len(load_dictionary(tmp_path / "saved").coders) == len(own.coders)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,16 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         load_dictionary(changed(tmp_path, normalize_activations="layer_norm"), READING)
     with pytest.raises(ValueError, match=r"must hold .*'W_enc': \[8, 13\]"):
         load_dictionary(changed(tmp_path, d_in=8), READING)
+    for fields, why in (
+        ({"d_in": None}, "d_in in .* must be an integer, got None"),
+        ({"k": "8"}, "k in .* must be an integer, got '8'"),
+        ({"metadata": {"loopscope": {"reading": {"hook": 3}}}}, r"must have the fields hook \(str"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            load_dictionary(changed(tmp_path, **fields))
+    for metadata in (None, [], "none"):
+        with pytest.raises(ValueError, match="does not say which hook points"):
+            load_dictionary(changed(tmp_path, metadata=metadata))
     cut = changed(tmp_path) / "sae_weights.safetensors"
     cut.write_bytes(cut.read_bytes()[:100])
     with pytest.raises(ValueError, match="is no dictionary in SAELens's format"):

@@ -112,10 +112,14 @@ def test_what_is_refused_leaves_no_hook() -> None:
     ):
         pass
     rows = torch.zeros(2, 1, dtype=torch.int64)
-    for features, why in ((17, "must be integers in 0"), (rows, "each of the 3 rows, got 2")):
-        with pytest.raises(ValueError, match=why), splice(model(), shared, FeatureEdit(features)):
-            run(model(), full())
+    with (
+        pytest.raises(ValueError, match="each of the 3 rows, got 2"),
+        splice(model(), shared, FeatureEdit(rows)),
+    ):
+        run(model(), full())
     for edit, why in (
+        (FeatureEdit(17), r"must be integers in 0\.\.16, got \[17\]"),
+        (FeatureEdit(0, into=-1), r"must be integers in 0\.\.16, got \[-1\]"),
         (FeatureEdit([0, 1], into=[3]), "as many features as features does, got 1 and 2"),
         (FeatureEdit(0, loops=[0]), r"among those of splice, \[1\], got \[0\]"),
     ):
