@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loopscope.interp.circuits.gradients import Written
-from loopscope.interp.circuits.graph import graph_with
+from loopscope.interp.circuits.building import graph_with
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.modes import evaluated
 from loopscope.models.basis.tokens import Batch
@@ -21,7 +21,7 @@ def writer_changes(
         clean, corrupted: Row by row a pair.
         scores: All edges of the model, whose writers are meant.
     """
-    graph = graph_with(model, clean, scores.n_loops, scores.n_possible)
+    graph = graph_with(model, clean, [scores])
     runs = [Written.of(model, batch, graph).outputs for batch in (clean, corrupted)]
     change = (runs[0] - runs[1]).norm(dim=-1).mean((1, 2))
     return dict(zip(graph.writers, change.tolist(), strict=True))

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.interp.circuits.graph import Graph, close, graph_with
+from loopscope.interp.circuits.building import close, graph_with
+from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MaskedRuns, Replace
-from loopscope.interp.circuits.names import EMBED, FINAL, end_of
+from loopscope.interp.circuits.names import end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
 from loopscope.interp.common.metrics import measure, metric_name, minus_kl
@@ -165,7 +166,7 @@ def evaluate_circuit(
     values = measured.values(torch.cat([masks, graph.every & ~masks]))
     sizes = [_weights(graph, circuit) for circuit in chosen]
     found = Faithfulness(
-        masks.sum((1, 2)),
+        masks.sum((1, 2, 3)),
         torch.tensor(sizes),
         len(graph.edges),
         _weights(graph, None),
@@ -189,12 +190,7 @@ def masked_runs(
     memory_gb: float,
 ) -> MaskedRuns:
     """The runs in which circuits of one model are measured."""
-    if not circuits:
-        raise ValueError("at least one circuit is needed, got none")
-    lengths = sorted({circuit.n_loops for circuit in circuits})
-    if len(lengths) > 1:
-        raise ValueError(f"all circuits must have the same iterations, got n_loops={lengths}")
-    graph = graph_with(model, pair.clean, lengths[0], circuits[0].n_possible)
+    graph = graph_with(model, pair.clean, circuits)
     return MaskedRuns.of(model, graph, pair.clean, pair.corrupted, replace, seed, memory_gb)
 
 
@@ -234,10 +230,13 @@ class Measured:
         return cls(runs, chosen, measure(chosen, whole), measure(chosen, replaced))
 
     def values(
-        self, masks: Bool[Tensor, "circuit reader writer"]
+        self, masks: Bool[Tensor, "circuit reader writer span"]
     ) -> Float[Tensor, "circuit batch"]:
         """The metric with only the masked edges kept."""
-        return torch.stack([measure(self.metric, logits) for logits in self.runs.logits(masks)])
+        found = [
+            measure(self.metric, logits) for part in self.runs.parts(masks) for logits in part
+        ]
+        return torch.stack(found)
 
 
 def _with_least_loss(
@@ -246,7 +245,7 @@ def _with_least_loss(
     """The record with the smallest loss when one node is taken out of each circuit."""
     losses = []
     for circuit, whole in zip(circuits, found.faithfulness, strict=True):
-        nodes = [node for node in circuit.nodes if node not in (EMBED, FINAL)]
+        nodes = [node for node in circuit.nodes if end_of(node).visit]
         without = [
             measured.runs.graph.mask(
                 edge

@@ -63,20 +63,24 @@ class MaskedRuns:
         return cls(model, graph, clean, Replacement(outputs, begin, kept), memory_gb)
 
     def logits(
-        self, masks: Shaped[Tensor, "circuit reader writer"]
+        self, masks: Shaped[Tensor, "circuit reader writer span"]
     ) -> Float[Tensor, "circuit batch d_vocab"]:
         """The logits at the readout with only the masked edges kept; between 0 and 1 a reader is
         given a mixture.
         """
-        found = []
+        return torch.cat(list(self.parts(masks)))
+
+    def parts(
+        self, masks: Shaped[Tensor, "circuit reader writer span"]
+    ) -> Iterator[Float[Tensor, "part batch d_vocab"]]:
+        """The same logits, some circuits at a time."""
         with tqdm(total=len(masks), desc="circuits", leave=False, delay=2) as bar:
-            for part in masks.split(self._side_by_side()):
-                found.append(self._run(part))
+            for part in masks.split(self.side_by_side):
+                yield self._run(part)
                 bar.update(len(part))
-        return torch.cat(found)
 
     def _run(
-        self, masks: Shaped[Tensor, "circuit reader writer"]
+        self, masks: Shaped[Tensor, "circuit reader writer span"]
     ) -> Float[Tensor, "circuit batch d_vocab"]:
         masks = masks.to(self.replacement.outputs)
         streams: Streams = (
@@ -92,7 +96,8 @@ class MaskedRuns:
         logits: Tensor = self.model.readout(end, batch.readout).unflatten(0, (len(masks), -1))
         return logits
 
-    def _side_by_side(self) -> int:
+    @property
+    def side_by_side(self) -> int:
         """How many circuits are run at once."""
         if not self.model.batch_independent:
             return 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from loopscope.interp.circuits.names import FINAL, Edge, End, ScheduleEntry, end_of
+from loopscope.interp.circuits.names import Edge, End, Positions, ScheduleEntry, end_of
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.files import atomic_path
 
@@ -54,12 +54,14 @@ class Circuit(OneScreen):
     """Edges between components of all iterations.
 
     Attributes:
-        edges: By reader, in the order in which readers read; see `Edge` for the names.
+        edges: By reader, in the order in which readers read, then by writer; edges given in another
+            order are put into this one. See `Edge` for the names.
         scores: One number per edge.
         call: How it was found.
         n_loops: Iterations of the runs.
         schedule: The visits of the runs, in order.
         n_possible: The edges of the whole graph.
+        positions: Of the inputs, where nodes at different positions are different nodes.
     """
 
     edges: tuple[Edge, ...]
@@ -68,6 +70,7 @@ class Circuit(OneScreen):
     n_loops: int
     schedule: tuple[ScheduleEntry, ...]
     n_possible: int
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         if len(self.edges) != len(self.scores):
@@ -91,6 +94,21 @@ class Circuit(OneScreen):
                     f"a node's visit must be one of the schedule with n_loops={self.n_loops}, but"
                     f" {name!r} is at none"
                 )
+        self._check_positions()
+        order = sorted(range(len(self.edges)), key=lambda number: self._when(self.edges[number]))
+        for field_, values in (("edges", self.edges), ("scores", self.scores)):
+            object.__setattr__(self, field_, tuple(values[number] for number in order))
+
+    def _check_positions(self) -> None:
+        """Both ends of an edge are at one of the positions, or at none where there are none."""
+        known = {None} if self.positions is None else set(range(self.positions.count))
+        for edge in self.edges:
+            writer, reader = (end_of(name).position for name in edge)
+            if writer != reader or writer not in known:
+                where = "no position" if self.positions is None else f"one of {self.positions}"
+                raise ValueError(
+                    f"both ends of an edge must be at {where}, got {edge.writer} -> {edge.reader}"
+                )
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -99,7 +117,11 @@ class Circuit(OneScreen):
     def nodes(self) -> tuple[str, ...]:
         """Every node at either end of an edge, in the order of the run."""
         found = {end_of(name).node for edge in self.edges for name in edge}
-        return tuple(sorted(found, key=self._order))
+        return tuple(sorted(found, key=lambda node: (end_of(node).order(self._visits), node)))
+
+    def feeds(self, reader: str) -> tuple[str, ...]:
+        """The nodes whose outputs depend on what a reader reads; see `End.feeds`."""
+        return end_of(reader).feeds(self.positions)
 
     @property
     def share(self) -> float:
@@ -205,7 +227,7 @@ class Circuit(OneScreen):
         about = {"kind": _KIND, "version": _VERSION, "call": asdict(self.call)}
         rows = [(*edge, score) for edge, score in zip(self.edges, self.scores, strict=True)]
         about |= {"n_loops": self.n_loops, "n_possible": self.n_possible}
-        about |= {"schedule": self.schedule, "edges": rows}
+        about |= {"positions": self.positions, "schedule": self.schedule, "edges": rows}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(about, separators=(",", ":")) + "\n")
 
@@ -228,14 +250,16 @@ class Circuit(OneScreen):
                 f" {about.get('version')!r}"
             )
         try:
-            rows = about["edges"]
+            rows = [(str(writer), str(reader), float(score)) for writer, reader, score in about["edges"]]
+            positions = about.get("positions")
             return cls(
                 tuple(Edge(writer, reader) for writer, reader, _ in rows),
-                tuple(float(score) for *_, score in rows),
+                tuple(score for *_, score in rows),
                 CircuitCall(**about["call"]),
                 int(about["n_loops"]),
                 tuple(ScheduleEntry(*place) for place in about["schedule"]),
                 int(about["n_possible"]),
+                None if positions is None else Positions(*positions),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -250,12 +274,10 @@ class Circuit(OneScreen):
     def _visits(self) -> dict[str, int]:
         return {place.name: index for index, place in enumerate(self.schedule)}
 
-    def _order(self, node: str) -> tuple[int, int, str]:
-        """When a node of the circuit runs."""
-        end = end_of(node)
-        if not end.visit:
-            return (len(self.schedule) if node == FINAL else -1, 0, node)
-        return (self._visits[end.visit], int(end.component == "mlp"), node)
+    def _when(self, edge: Edge) -> tuple[int, ...]:
+        """The order of edges: the reader's, then the writer's with the position."""
+        writer, reader = (end_of(name).order(self._visits) for name in edge)
+        return (*reader[:-1], *writer)
 
 
 def _loops(values: pd.Series) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ def viewer_graph(
 def _sent(circuit: Circuit, position: int) -> dict[str, _Sent]:
     """Every node that is an end of a link, in the order of the run."""
     visits = {place.name: number for number, place in enumerate(circuit.schedule)}
-    nodes = dict.fromkeys(writer for node in circuit.nodes for writer in end_of(node).writers)
+    nodes = dict.fromkeys(writer for node in circuit.nodes for writer in circuit.feeds(node))
     heads = [end_of(node).component.removeprefix("attn.") for node in nodes]
     n_heads = max((int(head) + 1 for head in heads if head.isdecimal()), default=0)
     found = {}
@@ -101,7 +101,7 @@ def _links(circuit: Circuit) -> dict[tuple[str, str], float]:
     """The weight of each pair of nodes: queries, keys and values together."""
     found: dict[tuple[str, str], float] = {}
     for edge, score in zip(circuit.edges, circuit.scores, strict=True):
-        readers = end_of(edge.reader).writers
+        readers = circuit.feeds(edge.reader)
         for reader in readers:
             pair = edge.writer, reader
             found[pair] = found.get(pair, 0.0) + score / len(readers)

@@ -18,7 +18,8 @@ from compiled import ANSWER, EDGES, asked, two_hops
 from family_toys import TOYS
 from family_toys import full as full_of
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
-from loopscope.interp.circuits.graph import Graph, close, graph_of
+from loopscope.interp.circuits.building import close, graph_of
+from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.circuits.names import Edge, end_of
 from loopscope.interp.circuits.record import Circuit
