@@ -28,12 +28,13 @@ class CircuitCall:
     """How a circuit was found.
 
     Attributes:
-        method: How its edges were scored: "eap", "eap-ig-inputs", "eap-ig-activations", "exact", or
-            a word of the caller's.
+        method: How its edges were scored: "eap", "eap-ig-inputs", "eap-ig-activations", "ig-edges",
+            "exact", or a word of the caller's.
         metric: The metric's name.
         clean, corrupted: The metric of the two runs, as means over the batch.
-        first_order_error: How far the scores of all edges into "final" are from the difference of
-            the two metrics, as a share of it; None where no such sum was made.
+        first_order_error: How far the scores of all edges into "final" (with "ig-edges" of all
+            edges) are from the difference of the two metrics, as a share of it; None where no such
+            sum was made.
         settings: What else was given to the scoring call, by name.
         selection: How the edges were chosen, in words; empty for all edges.
         checkpoint: The checkpoint's name, where it is known.

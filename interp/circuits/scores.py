@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.attribution.gradients import gradients_with_metric
+from loopscope.interp.circuits.gates import gate_scores
 from loopscope.interp.circuits.gradients import (
     Skeleton,
     Written,
@@ -25,6 +26,7 @@ from loopscope.interp.circuits.gradients import (
 )
 from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.graph import Graph
+from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import measure, metric_name, minus_kl, row_by_row
@@ -34,7 +36,7 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
-Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations"]
+Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "ig-edges"]
 
 
 @differentiated
@@ -72,7 +74,10 @@ def circuit_scores(
         n_loops: Iterations; None means what the checkpoint records.
         method: "eap" takes the gradient of the base run; "eap-ig-inputs" the mean over runs whose
             embeddings lie between the two; "eap-ig-activations" for each writer the mean over runs
-            in which what its attention or MLP adds lies between the two.
+            in which what its attention or MLP adds lies between the two; "ig-edges" the mean over
+            runs in which every edge carries a mixture of the two, so that the scores of all edges
+            sum to the difference of the metrics in every family (up to the steps' error), and no
+            score is a linearisation through norms and maps between.
         steps: Of integrated gradients: midpoints of so many equal parts of the line.
         direction: The base run: "denoise" the corrupted one, "noise" the clean one.
         heads: Whether heads are nodes; None where a family lets them be told apart.
@@ -95,7 +100,9 @@ def circuit_scores(
 
     Source:
         Syed et al. 2023 (arXiv 2310.10348); Hanna et al. 2024 (arXiv 2403.17806), integrated
-        gradients of inputs; Marks et al. 2024 (arXiv 2403.19647), of activations.
+        gradients of inputs; Marks et al. 2024 (arXiv 2403.19647), of activations. "ig-edges" is
+        the path integral of Sundararajan et al. 2017 (arXiv 1703.01365) over the edges' masks of
+        Bhaskar et al. 2024 (arXiv 2406.16778).
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
@@ -105,10 +112,7 @@ def circuit_scores(
     pair = Pair.of(model, clean, corrupted, readout)
     graph = graph_of(model, pair.clean, n_loops, heads, by_position)
     job = _Job.of(model, pair, metric, graph, direction)
-    if method == "eap":
-        scores = job.plain()
-    else:
-        scores = job.inputs(steps) if method == "eap-ig-inputs" else job.activations(steps)
+    scores = job.by_method(pair, method, steps)
     return job.circuit(scores, method, steps, checkpoint)
 
 
@@ -145,6 +149,19 @@ class _Job:
     @property
     def last(self) -> str:
         return last_stream(self.model, self.graph.n_loops)
+
+    def by_method(
+        self, pair: Pair, method: Method, steps: int
+    ) -> Float[Tensor, "reader writer span"]:
+        """The scores by one of the methods."""
+        if method == "eap":
+            return self.plain()
+        if method == "ig-edges":
+            runs = MaskedRuns.of(
+                self.model, self.graph, pair.clean, pair.corrupted, "corrupted", 0, 1.0
+            )
+            return gate_scores(runs, self.metric, _midpoints(steps))
+        return self.inputs(steps) if method == "eap-ig-inputs" else self.activations(steps)
 
     def plain(self) -> Float[Tensor, "reader writer span"]:
         """EAP: one gradient, of the base run."""
@@ -251,7 +268,8 @@ class _Job:
         )
         settings = {"direction": self.direction} | ({} if method == "eap" else {"steps": steps})
         whole = clean - corrupted
-        error = abs(scores[-1].sum().item() - whole) / abs(whole) if whole else None
+        summed = scores if method == "ig-edges" else scores[-1]
+        error = abs(summed.sum().item() - whole) / abs(whole) if whole else None
         call = CircuitCall(
             method, metric_name(self.metric), clean, corrupted, error, settings, checkpoint=name
         )
