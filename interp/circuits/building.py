@@ -32,15 +32,7 @@ def graph_of(
             whose positions do not match.
     """
     visits = model.schedule(n_loops)
-    for visit in visits:
-        for site in (*READ.values(), *ADDED.values()):
-            if site not in visit.sites or visit.frozen:
-                raise ValueError(
-                    f"every block must have the site {site!r} to tell its readers apart, but"
-                    f" {visit.name} has none"
-                )
-    if "hook_embed" not in model.edge_sites()[0]:
-        raise ValueError(f"a circuit begins at 'hook_embed', which {type(model).__name__} lacks")
+    _check_sites(model, visits)
     positions = positions_of(model, batch) if by_position else None
     if heads is False:
         return _graph(visits, n_loops, False, positions)
@@ -48,6 +40,24 @@ def graph_of(
     if heads and reason:
         raise ValueError(f"{reason}, so its heads cannot be nodes; pass heads=False")
     return _graph(visits, n_loops, not reason, positions)
+
+
+def _check_sites(model: LoopedModel, visits: list[Visit]) -> None:
+    """Raise unless the stream is seen wherever components read it and add to it."""
+    for visit in visits:
+        if visit.frozen:
+            raise ValueError(
+                f"every visit must read the stream, but {visit.name} is frozen: what it adds is that"
+                " of an earlier visit; run a circuit without the edit that freezes it"
+            )
+        missing = [s for s in (*READ.values(), *ADDED.values()) if s not in visit.sites]
+        if missing:
+            raise ValueError(
+                f"every block must have the site {missing[0]!r} to tell its readers apart, but"
+                f" {visit.name} has none"
+            )
+    if "hook_embed" not in model.edge_sites()[0]:
+        raise ValueError(f"a circuit begins at 'hook_embed', which {type(model).__name__} lacks")
 
 
 def graph_with(model: LoopedModel, batch: Batch, circuits: Sequence[Circuit]) -> Graph:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.building import graph_with
+from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.modes import evaluated
 from loopscope.models.basis.tokens import Batch

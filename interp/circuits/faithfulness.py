@@ -233,9 +233,7 @@ class Measured:
         self, masks: Bool[Tensor, "circuit reader writer span"]
     ) -> Float[Tensor, "circuit batch"]:
         """The metric with only the masked edges kept."""
-        found = [
-            measure(self.metric, logits) for part in self.runs.parts(masks) for logits in part
-        ]
+        found = [measure(self.metric, logits) for part in self.runs.parts(masks) for logits in part]
         return torch.stack(found)
 
 

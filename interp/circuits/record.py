@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,12 +117,20 @@ class Circuit(OneScreen):
     @property
     def nodes(self) -> tuple[str, ...]:
         """Every node at either end of an edge, in the order of the run."""
-        found = {end_of(name).node for edge in self.edges for name in edge}
-        return tuple(sorted(found, key=lambda node: (end_of(node).order(self._visits), node)))
+        return self.in_order(end_of(name).node for edge in self.edges for name in edge)
+
+    def in_order(self, nodes: Iterable[str]) -> tuple[str, ...]:
+        """Nodes in the order of the run, each once."""
+        return tuple(sorted(set(nodes), key=lambda node: (end_of(node).order(self._visits), node)))
 
     def feeds(self, reader: str) -> tuple[str, ...]:
         """The nodes whose outputs depend on what a reader reads; see `End.feeds`."""
         return end_of(reader).feeds(self.positions)
+
+    def passed_on(self, reader: str) -> tuple[str, ...]:
+        """Those of these nodes that write in this circuit; all of them where none does."""
+        found = self.feeds(reader)
+        return tuple(node for node in found if node in self._writing) or found
 
     @property
     def share(self) -> float:
@@ -150,8 +158,9 @@ class Circuit(OneScreen):
 
     def unrolled(self) -> pd.DataFrame:
         """One row per edge: writer, writer_visit, writer_loop, writer_layer, writer_component, the
-        same of the reader, input ("q", "k", "v" of a head, else empty), distance (iterations from
-        writer to reader, missing outside the loop), score.
+        same of the reader, input ("q", "k", "v" of a head, else empty), position (missing in a
+        circuit over all positions), distance (iterations from writer to reader, missing outside the
+        loop), score.
         """
         places = {place.name: place for place in self.schedule} | {
             "": ScheduleEntry("", None, None, "")
@@ -163,10 +172,10 @@ class Circuit(OneScreen):
             writer, reader = (end_of(name) for name in edge)
             at = [(end, places[end.visit]) for end in (writer, reader)]
             cells = [(e.node, e.visit, p.loop, p.layer, e.component) for e, p in at]
-            rows.append((*cells[0], *cells[1], reader.input))
-        frame = pd.DataFrame(rows, columns=[*sides, "input"])
+            rows.append((*cells[0], *cells[1], reader.input, reader.position))
+        frame = pd.DataFrame(rows, columns=[*sides, "input", "position"])
         whole = [column for column in sides if column.endswith(("_loop", "_layer"))]
-        frame = frame.astype(dict.fromkeys(whole, "Int64"))
+        frame = frame.astype(dict.fromkeys([*whole, "position"], "Int64"))
         frame["distance"] = frame["reader_loop"] - frame["writer_loop"]
         return frame.assign(score=pd.Series(self.scores, dtype="float64"))
 
@@ -182,14 +191,15 @@ class Circuit(OneScreen):
         nodes = pd.DataFrame({"node": self.nodes})
         loops = {p.name: p.loop for p in self.schedule}
         nodes["component"] = [self.folded_name(node) for node in self.nodes]
-        nodes["loop"] = [loops.get(end_of(node).visit) for node in self.nodes]
+        nodes["visit"] = [end_of(node).visit for node in self.nodes]
+        nodes["loop"] = nodes["visit"].map(loops)
         for name, side in (("edges_in", into), ("edges_out", out)):
             nodes[name] = nodes["node"].map(side["size"]).fillna(0).astype(int)
         counted = nodes["node"].map(out["score"]).fillna(nodes["node"].map(into["score"]))
         groups = nodes.assign(score=counted).groupby("component", sort=False)
         return groups.agg(
             loops=("loop", _loops),
-            visits=("node", "size"),
+            visits=("visit", "nunique"),
             edges_in=("edges_in", "sum"),
             edges_out=("edges_out", "sum"),
             score=("score", "sum"),
@@ -251,7 +261,9 @@ class Circuit(OneScreen):
                 f" {about.get('version')!r}"
             )
         try:
-            rows = [(str(writer), str(reader), float(score)) for writer, reader, score in about["edges"]]
+            rows = [
+                (str(writer), str(reader), float(score)) for writer, reader, score in about["edges"]
+            ]
             positions = about.get("positions")
             return cls(
                 tuple(Edge(writer, reader) for writer, reader, _ in rows),
@@ -270,6 +282,10 @@ class Circuit(OneScreen):
     @cached_property
     def _blocks(self) -> dict[str, str]:
         return {place.name: place.block for place in self.schedule}
+
+    @cached_property
+    def _writing(self) -> frozenset[str]:
+        return frozenset(edge.writer for edge in self.edges)
 
     @cached_property
     def _visits(self) -> dict[str, int]:

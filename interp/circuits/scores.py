@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.attribution.gradients import gradients_with_metric
+from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.gates import gate_scores
 from loopscope.interp.circuits.gradients import (
     Skeleton,
@@ -24,7 +25,6 @@ from loopscope.interp.circuits.gradients import (
     last_stream,
     sites_of,
 )
-from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.circuits.record import Circuit, CircuitCall
@@ -260,7 +260,11 @@ class _Job:
         return self.change.new_zeros(self.graph.every.shape)
 
     def circuit(
-        self, scores: Float[Tensor, "reader writer span"], method: Method, steps: int, name: str | None
+        self,
+        scores: Float[Tensor, "reader writer span"],
+        method: Method,
+        steps: int,
+        name: str | None,
     ) -> Circuit:
         """The record of all edges."""
         clean, corrupted = (

@@ -136,9 +136,7 @@ def smallest_circuit(
     while most - least > 1:
         middle = (most + least) // 2
         least, most = (least, middle) if faithful(middle) else (middle, most)
-    return scores.take(
-        chosen(most), f"{rule} {most}, faithfulness at least {wanted} by {replace}"
-    )
+    return scores.take(chosen(most), f"{rule} {most}, faithfulness at least {wanted} by {replace}")
 
 
 def _ranked(scores: Circuit, rule: Rule) -> Sequence[int]:

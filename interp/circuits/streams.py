@@ -47,7 +47,10 @@ class SummedStreams:
     """
 
     def __init__(
-        self, graph: Graph, replacement: Replacement, masks: Float[Tensor, "circuit reader writer span"]
+        self,
+        graph: Graph,
+        replacement: Replacement,
+        masks: Float[Tensor, "circuit reader writer span"],
     ) -> None:
         self.graph, self.outputs = graph, replacement.outputs
         self.stream = replacement.begin.resid.to(self.outputs)
