@@ -28,8 +28,8 @@ def graph_of(
         by_position: Whether nodes at different positions of the inputs are different nodes.
 
     Raises:
-        ValueError: A block whose attention and MLP cannot be told apart, heads that cannot, or inputs
-            whose positions do not match.
+        ValueError: A block whose attention and MLP cannot be told apart, heads that cannot, or
+            inputs whose positions do not match.
     """
     visits = model.schedule(n_loops)
     _check_sites(model, visits)
@@ -47,8 +47,8 @@ def _check_sites(model: LoopedModel, visits: list[Visit]) -> None:
     for visit in visits:
         if visit.frozen:
             raise ValueError(
-                f"every visit must read the stream, but {visit.name} is frozen: what it adds is that"
-                " of an earlier visit; run a circuit without the edit that freezes it"
+                f"every visit must read the stream, but {visit.name} is frozen and adds what an"
+                " earlier visit does; find circuits without the edit that freezes it"
             )
         missing = [s for s in (*READ.values(), *ADDED.values()) if s not in visit.sites]
         if missing:
@@ -91,13 +91,19 @@ def graph_with(model: LoopedModel, batch: Batch, circuits: Sequence[Circuit]) ->
     return graph
 
 
+def aligned(batch: Batch) -> bool:
+    """Whether all inputs have one length and are read at one position."""
+    same = (batch.mask == batch.mask[:1]).all() and (batch.readout == batch.readout[:1]).all()
+    return bool(same)
+
+
 def positions_of(model: LoopedModel, batch: Batch) -> Positions:
     """The positions of inputs that are alike position by position.
 
     Raises:
         ValueError: Inputs of several lengths, or that are read at several positions.
     """
-    if not bool((batch.mask == batch.mask[:1]).all()) or len(set(batch.readout.tolist())) > 1:
+    if not aligned(batch):
         raise ValueError(
             "a circuit by position needs inputs of one length that are read at one position, but"
             f" these have {sorted(set(batch.mask.sum(1).tolist()))} tokens and are read at"

@@ -44,8 +44,8 @@ def select_circuit(
         raise ValueError(f"rule must be 'top' or 'greedy', got {rule!r}")
     if not 0 <= n_edges <= len(scores.edges):
         raise ValueError(f"n_edges must be in 0..{len(scores.edges)}, got {n_edges}")
-    ranked = _ranked(scores, rule)[:n_edges]
-    kept = _connected(scores, ranked) if prune else ranked
+    first = ranked(scores, rule)[:n_edges]
+    kept = _connected(scores, first) if prune else first
     return scores.take(kept, f"{rule} {n_edges}")
 
 
@@ -116,11 +116,11 @@ def smallest_circuit(
     )
     low, high = measured.replaced.mean(), measured.whole.mean()
 
-    ranked = _ranked(scores, rule)
+    order = ranked(scores, rule)
     numbers = measured.runs.graph.numbers(scores.edges)
 
     def chosen(n_edges: int) -> Sequence[int]:
-        first = ranked[:n_edges]
+        first = order[:n_edges]
         return _connected(scores, first) if replace in NEUTRAL else first
 
     def faithful(n_edges: int) -> bool:
@@ -128,7 +128,7 @@ def smallest_circuit(
         mask[numbers[chosen(n_edges)].unbind(1)] = True
         return bool((measured.values(mask[None]).mean() - low) / (high - low) >= wanted)
 
-    most, least = len(ranked), 0
+    most, least = len(order), 0
     if not faithful(most):
         raise ValueError(
             f"the scored edges must reach the wanted faithfulness {wanted} together, but do not"
@@ -139,8 +139,8 @@ def smallest_circuit(
     return scores.take(chosen(most), f"{rule} {most}, faithfulness at least {wanted} by {replace}")
 
 
-def _ranked(scores: Circuit, rule: Rule) -> Sequence[int]:
-    """The edges' numbers in the order in which they are chosen."""
+def ranked(scores: Circuit, rule: Rule) -> Sequence[int]:
+    """The edges' numbers in the order in which `select_circuit` takes them."""
     sizes = [abs(score) for score in scores.scores]
     if rule == "top":
         return sorted(range(len(sizes)), key=lambda number: -sizes[number])
