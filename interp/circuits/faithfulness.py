@@ -18,7 +18,7 @@ from loopscope.interp.circuits.masked import MaskedRuns, Replace
 from loopscope.interp.circuits.names import end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
-from loopscope.interp.common.metrics import measure, metric_name, minus_kl
+from loopscope.interp.common.metrics import measure, metric_name, metric_or_kl
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Pair
 from loopscope.interp.common.shown import OneScreen
@@ -105,8 +105,7 @@ class Faithfulness(OneScreen):
         )
 
     def _share(self, values: Float[Tensor, "circuit batch"]) -> Float[Tensor, " circuit"]:
-        low, high = self.replaced.mean(), self.whole.mean()
-        return (values.mean(1) - low) / (high - low)
+        return share_kept(values, self.whole, self.replaced)
 
     def _area(self, heights: Tensor, empty: float = 0.0, whole: float = 1.0) -> float:
         order = self.edges.argsort(stable=True)
@@ -114,6 +113,26 @@ class Faithfulness(OneScreen):
         ends = heights.new_tensor([[0.0, 1.0], [empty, whole]])
         x = torch.cat([ends[0, :1], share, ends[0, 1:]])
         return float(torch.trapezoid(torch.cat([ends[1, :1], heights[order], ends[1, 1:]]), x))
+
+
+def share_kept(
+    values: Float[Tensor, "circuit batch"],
+    whole: Float[Tensor, " batch"],
+    replaced: Float[Tensor, " batch"],
+) -> Float[Tensor, " circuit"]:
+    """The share of the metric's mean difference between two runs that values keep.
+
+    Raises:
+        ValueError: The two runs do not differ by more than rounding, so there is nothing to share.
+    """
+    low, high = replaced.mean(), whole.mean()
+    scale = torch.maximum(whole.abs().max(), replaced.abs().max())
+    if not (high - low).abs() > 8 * torch.finfo(whole.dtype).eps * scale:
+        raise ValueError(
+            "faithfulness is a share of the metric's difference between the whole model and the"
+            f" replaced one, but both give {high:.6g}; choose inputs whose metrics differ"
+        )
+    return (values.mean(1) - low) / (high - low)
 
 
 @torch.no_grad()
@@ -150,8 +169,9 @@ def evaluate_circuit(
             side.
 
     Raises:
-        ValueError: Inputs that do not match, circuits of another model or of several lengths, or a
-            model whose stream is not made of what its attentions and MLPs add.
+        ValueError: Inputs that do not match, circuits of another model or of several lengths, a
+            model whose stream is not made of what its attentions and MLPs add, or a metric that
+            does not tell the whole model from the replaced one.
 
     Source:
         Wang et al. 2022 (arXiv 2211.00593), section 4, the three criteria; Hanna et al. 2024 (arXiv
@@ -178,6 +198,7 @@ def evaluate_circuit(
         metric_name(measured.metric),
         replace,
     )
+    share_kept(found.values, found.whole, found.replaced)
     return _with_least_loss(found, measured, chosen) if minimality else found
 
 
@@ -226,7 +247,7 @@ class Measured:
                 f" {float((whole - own).abs().max()):.3g}; something else writes to the residual"
                 " stream: a hook that is attached now, or the family itself"
             )
-        chosen = minus_kl(own) if metric == "kl" else metric
+        chosen = metric_or_kl(metric, own)
         return cls(runs, chosen, measure(chosen, whole), measure(chosen, replaced))
 
     def values(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
@@ -126,9 +126,26 @@ def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tens
             raise ValueError(
                 "to resample, all inputs must have one length; use replace='corrupted'"
             )
-        order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-        return outputs[:, order.to(outputs.device)], embedding[order.to(outputs.device)]
+        order = _others(len(batch), seed).to(outputs.device)
+        return outputs[:, order], embedding[order]
     return outputs, embedding
+
+
+def _others(count: int, seed: int) -> Int[Tensor, " row"]:
+    """For each row another one, each taken once: the next one in a random order.
+
+    Raises:
+        ValueError: Fewer than two rows.
+    """
+    if count < 2:
+        raise ValueError(
+            "another input to resample from needs at least two inputs, got 1; use"
+            " replace='corrupted'"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    found = torch.empty_like(order)
+    found[order] = order.roll(-1)
+    return found
 
 
 def _hooks(

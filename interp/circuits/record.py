@@ -183,7 +183,7 @@ class Circuit(OneScreen):
         """One row per component of the shared blocks: component (the block's module with the
         component behind it), loops (the iterations in which it acts), visits (how many times it
         acts), edges_in, edges_out, score (the sum of the absolute scores of its edges out; for
-        "final" of its edges in).
+        what writes nothing itself, "final" and shared keys and values, of its edges in).
         """
         frame = self.unrolled().assign(size=1)
         frame["score"] = frame["score"].abs()
@@ -261,23 +261,22 @@ class Circuit(OneScreen):
                 f" {about.get('version')!r}"
             )
         try:
-            rows = [
-                (str(writer), str(reader), float(score)) for writer, reader, score in about["edges"]
-            ]
-            positions = about.get("positions")
-            return cls(
+            rows, positions = about["edges"], about.get("positions")
+            fields = (
                 tuple(Edge(writer, reader) for writer, reader, _ in rows),
-                tuple(score for *_, score in rows),
+                tuple(float(score) for *_, score in rows),
                 CircuitCall(**about["call"]),
                 int(about["n_loops"]),
                 tuple(ScheduleEntry(*place) for place in about["schedule"]),
                 int(about["n_possible"]),
                 None if positions is None else Positions(*positions),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"the circuit in {path} lacks a field or has another: {error}"
+                f"the circuit in {path} lacks a field, or one is not what Circuit.save writes:"
+                f" {error}"
             ) from None
+        return cls(*fields)
 
     @cached_property
     def _blocks(self) -> dict[str, str]:

@@ -29,7 +29,7 @@ from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
-from loopscope.interp.common.metrics import measure, metric_name, minus_kl, row_by_row
+from loopscope.interp.common.metrics import measure, metric_name, metric_or_kl, row_by_row
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.models.basis.tokens import Batch
@@ -139,7 +139,8 @@ class _Job:
     ) -> _Job:
         base, _ = base_and_source(direction, pair.clean, pair.corrupted)
         runs = [Written.of(model, batch, graph) for batch in (pair.clean, pair.corrupted)]
-        chosen = metric_of(metric, model, runs[0], pair.clean)
+        with torch.no_grad():
+            chosen = metric_or_kl(metric, model.readout(runs[0].end, pair.clean.readout))
         return cls(model, graph, base, chosen, direction, *runs)
 
     @property
@@ -286,16 +287,6 @@ class _Job:
     def _measured(self, run: Written) -> Tensor:
         with torch.no_grad():
             return measure(self.metric, self.model.readout(run.end, self.base.readout))
-
-
-def metric_of(
-    metric: Metric | Literal["kl"], model: LoopedModel, clean: Written, batch: Batch
-) -> Metric:
-    """The metric; "kl" by the distribution of the clean run."""
-    if metric != "kl":
-        return metric
-    with torch.no_grad():
-        return minus_kl(model.readout(clean.end, batch.readout))
 
 
 def _midpoints(steps: int) -> list[float]:

@@ -50,9 +50,9 @@ def exact_scores(
     Raises:
         ValueError: As for `evaluate_circuit`, or no edge.
     """
-    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
     if not scores.edges:
         raise ValueError("at least one edge is needed to be measured, got none")
+    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, memory_gb)
     chosen = job.graph.mask(scores.edges)
     falls = job.measured.whole.mean() - job.without_each(chosen)
     return job.circuit(chosen, falls, {"replace": "corrupted"}, scores.call.selection)
@@ -112,6 +112,7 @@ class _Search:
 
     graph: Graph
     measured: Measured
+    checkpoint: str | None
 
     @classmethod
     def of(
@@ -123,7 +124,7 @@ class _Search:
         memory_gb: float,
     ) -> _Search:
         runs = masked_runs(model, pair, [scores], "corrupted", 0, memory_gb)
-        return cls(runs.graph, Measured.of(runs, pair, metric))
+        return cls(runs.graph, Measured.of(runs, pair, metric), scores.call.checkpoint)
 
     def without_each(self, chosen: Bool[Tensor, "reader writer span"]) -> Float[Tensor, " edge"]:
         """The metric's mean without one edge, for each edge of a mask."""
@@ -172,9 +173,8 @@ class _Search:
         """The record of some edges."""
         graph, measured = self.graph, self.measured
         ends = (measured.whole.mean().item(), measured.replaced.mean().item())
-        call = CircuitCall(
-            "exact", metric_name(measured.metric), *ends, None, dict(settings), selection
-        )
+        name = metric_name(measured.metric)
+        call = CircuitCall("exact", name, *ends, None, dict(settings), selection, self.checkpoint)
         return Circuit(
             graph.chosen(kept),
             tuple(scores.tolist()),
@@ -200,12 +200,17 @@ def compare_scores(
         correlation (Spearman's, of the absolute scores of all edges).
 
     Raises:
-        ValueError: They do not have the same edges.
+        ValueError: They do not have the same edges, or none; or a size below 1.
     """
     if estimate.edges != exact.edges:
         raise ValueError(
             f"two scorings of the same edges are needed, got {len(estimate)} and {len(exact)} edges"
             " that are not the same"
+        )
+    if not len(exact) or min(sizes, default=0) < 1:
+        raise ValueError(
+            f"scorings are compared by the top edges, at least one, of some; got sizes {sizes} of"
+            f" {len(exact)} edges"
         )
     frame = pd.DataFrame({"estimate": estimate.scores, "exact": exact.scores}).abs()
     correlation = frame["estimate"].rank().corr(frame["exact"].rank())

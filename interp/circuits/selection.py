@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from loopscope.interp.circuits.faithfulness import Measured, masked_runs
+from loopscope.interp.circuits.faithfulness import Measured, masked_runs, share_kept
 from loopscope.interp.circuits.masked import Replace
 from loopscope.interp.circuits.names import EMBED, FINAL, end_of
 from loopscope.interp.circuits.record import Circuit
@@ -114,7 +114,6 @@ def smallest_circuit(
     measured = Measured.of(
         masked_runs(model, pair, [scores], replace, seed, memory_gb), pair, metric
     )
-    low, high = measured.replaced.mean(), measured.whole.mean()
 
     order = ranked(scores, rule)
     numbers = measured.runs.graph.numbers(scores.edges)
@@ -126,7 +125,8 @@ def smallest_circuit(
     def faithful(n_edges: int) -> bool:
         mask = torch.zeros_like(measured.runs.graph.every)
         mask[numbers[chosen(n_edges)].unbind(1)] = True
-        return bool((measured.values(mask[None]).mean() - low) / (high - low) >= wanted)
+        kept = share_kept(measured.values(mask[None]), measured.whole, measured.replaced)
+        return bool(kept >= wanted)
 
     most, least = len(order), 0
     if not faithful(most):

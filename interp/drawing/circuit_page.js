@@ -101,7 +101,7 @@ const axes = () => {
   const width = right + 8;
   graph.setAttribute("viewBox", `0 0 ${width} ${bottom + 20}`);
   graph.style.minWidth = `${0.8 * width}px`;
-  graph.style.maxWidth = `${1.3 * width}px`;
+  graph.style.maxWidth = `${width * Math.max(0.8, Math.min(1.3, 800 / bottom))}px`;
 };
 
 const drawNodes = lines => {

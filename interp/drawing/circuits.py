@@ -131,14 +131,16 @@ def add_unrolled(
         tokens: Names of the positions, where they are known.
     """
     at, place = spots(record), {"row": row, "col": col}
-    _add_moves(plot, record, at, place)
+    drawn = [record.edges[number] for number in strongest(record, MOST)]
+    nodes = list(record.in_order(record.end(name).node for edge in drawn for name in edge))
+    _add_moves(plot, record, {node: at[node] for node in nodes}, place)
     for color, width, x, y in _lines(record, at):
         line = {"color": color, "width": width}
         plot.add_scatter(
             x=x, y=y, mode="lines", line=line, opacity=0.5, hoverinfo="skip", showlegend=False,
             **place,
         )  # fmt: skip
-    nodes, sums = list(at), _sums(record)
+    sums = _sums(record)
     most, small = max(sums.values(), default=0.0) or 1.0, 3 if record.positions else 6
     plot.add_scatter(
         x=[at[node].x for node in nodes],
@@ -170,8 +172,8 @@ def add_unrolled(
 def _add_moves(
     plot: go.Figure, record: Circuit, at: Mapping[str, Spot], place: Mapping[str, int]
 ) -> None:
-    """Dotted lines for what heads move between positions."""
-    pairs = [(at[start], at[end]) for start, end in moves(record)]
+    """Dotted lines for what heads move between positions, where both ends are drawn."""
+    pairs = [(at[start], at[end]) for start, end in moves(record) if {start, end} <= set(at)]
     if pairs:
         plot.add_scatter(
             x=[x for start, end in pairs for x in (start.x, end.x, None)],

@@ -15,7 +15,7 @@ from loopscope.analyses.common.configs import PairConfig
 from loopscope.analyses.common.pairs_of import TextPairs, open_pairs
 from loopscope.analyses.common.sections import Opened, Section, of_pairs
 from loopscope.analyses.common.subject import Subject
-from loopscope.analyses.figures.circuit._found_circuit import FoundCircuit, found_circuit
+from loopscope.analyses.figures.circuit._found_circuit import SHARES, FoundCircuit, found_circuit
 from loopscope.interp.circuits.building import aligned, graph_of
 from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
@@ -118,7 +118,7 @@ def figure(record: FoundCircuit) -> go.Figure:
     add_unrolled(plot, record.circuit, 1, 1, record.tokens)
     add_folded(plot, record.circuit, 2, 1)
     _add_curves(plot, record)
-    legend = {"x": 0.57, "xanchor": "left", "y": 0.36, "yanchor": "top", "font": {"size": 11}}
+    legend = {"x": 0.57, "xanchor": "left", "y": 0.18, "yanchor": "middle", "font": {"size": 11}}
     return styled(plot, 760).update_layout(legend=legend, margin={"l": 110})
 
 
@@ -165,7 +165,9 @@ def _add_curves(plot: go.Figure, record: FoundCircuit) -> None:
         marker={"color": MARK, "size": 12, "symbol": "diamond"},
         **place,
     )
-    plot.update_xaxes(title="share of all edges", type="log", tickformat=".0%", **place)
+    plot.update_xaxes(
+        title="share of all edges", type="log", tickformat=".0%", tickvals=list(SHARES), **place
+    )
     plot.update_yaxes(title="share of the margin kept", range=[-0.1, 1.1], **place)
 
 
@@ -177,18 +179,19 @@ def _found(record: FoundCircuit) -> str:
     kept, left = float(record.faithful[0, record.own]), float(record.left[record.own])
     change, chance = record.faithful[1:, record.own].tolist()
     heard = record.circuit.folded().query("visits > 1")
-    where = ", each at one position," if record.circuit.positions else ""
+    where = " by position" if record.circuit.positions else ""
     most = next(heard.nlargest(1, "score").itertuples(), None)
     again = (
         f" The component of largest score is {most.component}, in {most.visits} visits."
         if most is not None
         else ""
     )
+    share = f"{record.circuit.share:.1%}"
     said = (
-        f"{len(record.circuit)} of {record.circuit.n_possible} edges{where}"
-        f" ({record.circuit.share:.1%}) keep {kept:.2f} of the difference between the margins of"
-        f" the clean and the corrupted run; all others together keep {left:.2f}. As many edges by"
-        f" the change of their writers keep {change:.2f}, random ones {chance:.2f}.{again}"
+        f"{len(record.circuit)} of {record.circuit.n_possible} edges{where} ({share}) keep"
+        f" {kept:.2f} of the difference between the margins of the clean and the corrupted run; all"
+        f" others together keep {left:.2f}. As many edges by the change of their writers keep"
+        f" {change:.2f}, random ones {chance:.2f}.{again}"
     )
     return said.replace("-0.00", "0.00")
 
@@ -199,8 +202,8 @@ SECTION = Section(
         "A line is one component's output as one later component reads it; blue moves the margin"
         " towards the clean run, orange away from it, and the"
         f" {MOST} strongest are drawn. Where all texts have one length, columns are positions and a"
-        " dotted line is what a head moves from one to another. Everything outside the circuit is given the corrupted run."
-        " Below, each component of the shared blocks has one row: a row that is filled over"
+        " dotted line is what a head moves from one to another. Everything outside the circuit is"
+        " given the corrupted run. Below, each component of the shared blocks has one row: a row that is filled over"
         " several loops does its work again at each of them. A circuit means something where the"
         " blue curve rises long before the two controls, and the dotted one stays at 0."
     ),
