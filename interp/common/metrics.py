@@ -130,7 +130,7 @@ def row_by_row(
     return torch.cat([measure(metric, part) for part in logits.split(size)])
 
 
-def metric_or_kl(metric: Metric | Literal[kl], clean: Float[Tensor, "batch d_vocab"]) -> Metric:
+def metric_or_kl(metric: Metric | Literal["kl"], clean: Float[Tensor, "batch d_vocab"]) -> Metric:
     """The metric; "kl" is minus the divergence from the distribution of the clean run.
 
     Raises:

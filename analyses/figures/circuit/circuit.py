@@ -203,9 +203,10 @@ SECTION = Section(
         " towards the clean run, orange away from it, and the"
         f" {MOST} strongest are drawn. Where all texts have one length, columns are positions and a"
         " dotted line is what a head moves from one to another. Everything outside the circuit is"
-        " given the corrupted run. Below, each component of the shared blocks has one row: a row that is filled over"
-        " several loops does its work again at each of them. A circuit means something where the"
-        " blue curve rises long before the two controls, and the dotted one stays at 0."
+        " given the corrupted run. Below, each component of the shared blocks has one row: a row"
+        " that is filled over several loops does its work again at each of them. A circuit means"
+        " something where the blue curve rises long before the two controls, and the dotted one"
+        " stays at 0."
     ),
     measure=_of_report,
     found=_found,
