@@ -150,8 +150,8 @@ class Graph:
         """Where readers can reach the readout."""
         if self.positions is None:
             return torch.ones(len(self.readers), 1, dtype=torch.bool)
-        found = torch.zeros(len(self.readers), self.positions.count, dtype=torch.bool)
-        heeded = torch.arange(self.positions.count) == self.positions.readout
+        found = torch.zeros(len(self.readers), self.positions.size, dtype=torch.bool)
+        heeded = torch.arange(self.positions.size) == self.positions.readout
         found[-1] = heeded
         for stage in reversed(self.stages):
             found[stage.readers] = heeded

@@ -38,18 +38,18 @@ class Positions(NamedTuple):
     """The positions of a circuit by position.
 
     Attributes:
-        count: How many the inputs have.
+        size: How many the inputs have.
         readout: The one at which the answer is read.
         causal: Whether attention at a position reads no later one.
     """
 
-    count: int
+    size: int
     readout: int
     causal: bool
 
     def reached(self, position: int) -> range:
         """The positions at which attention can read a position."""
-        return range(position if self.causal else 0, self.count)
+        return range(position if self.causal else 0, self.size)
 
 
 class ScheduleEntry(NamedTuple):

@@ -102,7 +102,7 @@ class Circuit(OneScreen):
 
     def _check_positions(self) -> None:
         """Both ends of an edge are at one of the positions, or at none where there are none."""
-        known = {None} if self.positions is None else set(range(self.positions.count))
+        known = {None} if self.positions is None else set(range(self.positions.size))
         for edge in self.edges:
             writer, reader = (end_of(name).position for name in edge)
             if writer != reader or writer not in known:

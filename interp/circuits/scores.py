@@ -253,9 +253,12 @@ class _Job:
         change: Float[Tensor, "writer batch pos d_model"],
     ) -> Float[Tensor, "reader writer span"]:
         """Gradients times changes, summed over the batch and over the positions of each span."""
-        ends = [x.unflatten(2, (self.graph.every.shape[-1], -1)) for x in (grads, change)]
-        form = "reader batch span pos d_model, writer batch span pos d_model"
-        return einsum(*ends, f"{form} -> reader writer span")
+        spans = (self.graph.every.shape[-1], -1)
+        ends = "reader batch span pos d_model, writer batch span pos d_model"
+        found: Tensor = einsum(
+            grads.unflatten(2, spans), change.unflatten(2, spans), f"{ends} -> reader writer span"
+        )
+        return found
 
     def _zeros(self) -> Float[Tensor, "reader writer span"]:
         return self.change.new_zeros(self.graph.every.shape)

@@ -186,10 +186,11 @@ def summed(
 ) -> Float[Tensor, "circuit reader batch pos d_model"]:
     """The sum of the kept writers' changes for every reader, position by position."""
     if masks.shape[-1] == 1:
-        return (masks[..., 0] @ changes.flatten(2)).unflatten(-1, changes.shape[2:])
+        over_all = masks[..., 0] @ changes.flatten(2)
+        return over_all.view(*masks.shape[:2], *changes.shape[2:])
     by_position = changes.permute(0, 3, 1, 2, 4).flatten(3)
-    found: Tensor = masks.permute(0, 3, 1, 2) @ by_position
-    return found.unflatten(-1, (changes.shape[2], -1)).permute(0, 2, 3, 1, 4)
+    found = masks.permute(0, 3, 1, 2) @ by_position
+    return found.view(*found.shape[:3], changes.shape[2], -1).permute(0, 2, 3, 1, 4)
 
 
 def _own(visit: Visit) -> Visit:

@@ -51,10 +51,10 @@ def viewer_graph(
     """
     if not tokens:
         raise ValueError("the viewer's graph needs the tokens of an input, got none")
-    if circuit.positions and len(tokens) < circuit.positions.count:
+    if circuit.positions and len(tokens) < circuit.positions.size:
         raise ValueError(
             f"the viewer's graph needs a token for each of the circuit's"
-            f" {circuit.positions.count} positions, got {len(tokens)}"
+            f" {circuit.positions.size} positions, got {len(tokens)}"
         )
     links = _links(circuit)
     sent = _sent(circuit, len(tokens) - 1)

@@ -106,7 +106,7 @@ def axes(circuit: Circuit, tokens: Sequence[str] = ()) -> Axes:
     if circuit.positions is None:
         rows = {float(row): name for row, name in enumerate(components(circuit))}
         return Axes(visits, rows, "visit (loop.block)", "")
-    count = circuit.positions.count
+    count = circuit.positions.size
     words = [f"{at} {token}" for at, token in enumerate(tokens)] or map(str, range(count))
     columns = {float(at): word for at, word in enumerate(words)}
     return Axes(columns, visits, "position", "visit (loop.block)")
