@@ -33,7 +33,7 @@ from loopscope.models.basis.tokens import Batch
 
 WANTED, TOP, QUESTIONS = 0.9, 50, 24
 METHODS: tuple[Method, ...] = ("eap", "eap-ig-inputs", "ig-edges")
-EXACT_HOPS, EXACT_QUESTIONS, EXACT_EDGES = 2, 12, 500
+EXACT_HOPS, EXACT_QUESTIONS, EXACT_EDGES = 2, 8, 400
 STAGES = ("train", "id", "ood")
 _FOLDER = "mini/systematicity/r4_l2"
 
