@@ -113,8 +113,8 @@ class End(NamedTuple):
         if self.position is None or positions is None:
             return tuple(nodes)
         moves = self.component.startswith("attn") and self.input != "q"
-        places = positions.reached(self.position) if moves else [self.position]
-        return tuple(placed(node, place) for node in nodes for place in places)
+        reached = positions.reached(self.position) if moves else [self.position]
+        return tuple(placed(node, at) for node in nodes for at in reached)
 
 
 def placed(name: str, position: int | None) -> str:
@@ -129,18 +129,18 @@ def end_of(name: str) -> End:
     Raises:
         ValueError: It is no such name.
     """
-    whole, mark, place = name.partition("@")
+    whole, mark, at = name.partition("@")
     node, _, last = whole.rpartition(".")
     node, read = (node, last) if last in HEAD_INPUTS else (whole, "")
     steps = node.split(".")
     first = len(steps) - (1 if steps[-1] in ("attn", "mlp") else 2)
     known = node in (EMBED, FINAL) or (first >= 1 and steps[first] in ("attn", "mlp"))
-    if not known or bool(mark) != place.isdecimal():
+    if not known or bool(mark) != at.isdecimal():
         raise ValueError(
             "a node is 'embed', 'final', or a visit's name with 'attn', 'attn.HEAD' or 'mlp' behind"
             f" it, and in a circuit by position '@POSITION' behind that, got {name!r}"
         )
-    position = int(place) if mark else None
+    position = int(at) if mark else None
     if node in (EMBED, FINAL):
         return End(placed(node, position), "", node, read, position)
     return End(

@@ -85,7 +85,7 @@ class Axes:
     """The ticks of the unrolled view.
 
     Attributes:
-        columns, rows: Places with their names.
+        columns, rows: The name of each tick, by where it is.
         column, row: The axes' titles.
     """
 
