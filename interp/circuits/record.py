@@ -176,8 +176,8 @@ class Circuit(OneScreen):
         frame = pd.DataFrame(rows, columns=[*sides, "input", "position"])
         whole = [column for column in sides if column.endswith(("_loop", "_layer"))]
         frame = frame.astype(dict.fromkeys([*whole, "position"], "Int64"))
-        frame["distance"] = frame["reader_loop"] - frame["writer_loop"]
-        return frame.assign(score=pd.Series(self.scores, dtype="float64"))
+        distance = frame["reader_loop"] - frame["writer_loop"]
+        return frame.assign(distance=distance, score=pd.Series(self.scores, dtype="float64"))
 
     def folded(self) -> pd.DataFrame:
         """One row per component of the shared blocks: component (the block's module with the
@@ -189,10 +189,9 @@ class Circuit(OneScreen):
         frame["score"] = frame["score"].abs()
         into, out = (frame.groupby(side)[["size", "score"]].sum() for side in ("reader", "writer"))
         nodes = pd.DataFrame({"node": self.nodes})
-        loops = {p.name: p.loop for p in self.schedule}
         nodes["component"] = [self.folded_name(node) for node in self.nodes]
         nodes["visit"] = [end_of(node).visit for node in self.nodes]
-        nodes["loop"] = nodes["visit"].map(loops)
+        nodes["loop"] = nodes["visit"].map({place.name: place.loop for place in self.schedule})
         for name, side in (("edges_in", into), ("edges_out", out)):
             nodes[name] = nodes["node"].map(side["size"]).fillna(0).astype(int)
         counted = nodes["node"].map(out["score"]).fillna(nodes["node"].map(into["score"]))
