@@ -119,6 +119,7 @@ def figure(record: FoundCircuit) -> go.Figure:
     add_folded(plot, record.circuit, 2, 1)
     _add_curves(plot, record)
     legend = {"x": 0.57, "xanchor": "left", "y": 0.18, "yanchor": "middle", "font": {"size": 11}}
+    legend["bgcolor"] = "rgba(0, 0, 0, 0)"  # hides no curve
     return styled(plot, 760).update_layout(legend=legend, margin={"l": 110})
 
 
