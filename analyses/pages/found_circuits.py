@@ -4,6 +4,7 @@ the stages of training of a two-hop one.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,15 +14,16 @@ import pandas as pd
 
 from loopscope.analyses.common.configs import PairConfig, SourceConfig
 from loopscope.analyses.common.look import GROUP_NAMES
-from loopscope.analyses.common.pairs_of import make_pairs, rows_of
+from loopscope.analyses.common.pairs_of import TextPairs, make_pairs, rows_of
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.common.two_hop import GROUPS, ask, with_other_start
-from loopscope.analyses.figures.circuit.circuit import CircuitConfig, FoundCircuit, measure
+from loopscope.analyses.figures.circuit._found_circuit import FoundCircuit
+from loopscope.analyses.figures.circuit.circuit import CircuitConfig, measure
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.record import Circuit
-from loopscope.interp.circuits.scores import circuit_scores
-from loopscope.interp.circuits.search import compare_scores
+from loopscope.interp.circuits.scores import Method, circuit_scores
+from loopscope.interp.circuits.search import compare_scores, exact_scores
 from loopscope.interp.circuits.selection import smallest_circuit
 from loopscope.interp.common.inputs import Metric
 from loopscope.interp.common.metrics import logit_margin
@@ -30,6 +32,8 @@ from loopscope.interp.lens.lens import readout_lens
 from loopscope.models.basis.tokens import Batch
 
 WANTED, TOP, QUESTIONS = 0.9, 50, 24
+METHODS: tuple[Method, ...] = ("eap", "eap-ig-inputs", "ig-edges")
+EXACT_HOPS, EXACT_QUESTIONS, EXACT_EDGES = 2, 8, 400
 STAGES = ("train", "id", "ood")
 _FOLDER = "mini/systematicity/r4_l2"
 
@@ -52,7 +56,10 @@ def section(subject: Subject, hops: int, movers: pd.DataFrame) -> str:
         hops=hops,
         possible=found.circuit.n_possible,
         wanted=WANTED,
-        share=f"{found.circuit.share:.2f}",
+        share=f"{found.circuit.share:.1%}",
+        exact_hops=EXACT_HOPS,
+        exact_questions=EXACT_QUESTIONS,
+        exact_edges=EXACT_EDGES,
         same=int((heads["most by hand"] == heads["most in the circuit"]).sum()),
         steps=len(heads),
         top=TOP,
@@ -63,7 +70,9 @@ def section(subject: Subject, hops: int, movers: pd.DataFrame) -> str:
         questions=QUESTIONS,
     )
     tables = {
+        "SHARES": shares(pairs, subject),
         "SIZES": sizes(found),
+        "EXACT": against_exact(subject),
         "FOLDED": folded(found.circuit),
         "HEADS": heads,
         "STAGES": by_stage(stages),
@@ -88,20 +97,57 @@ def folded(circuit: Circuit) -> pd.DataFrame:
 
 def by_hand(circuit: Circuit, movers: pd.DataFrame) -> pd.DataFrame:
     """For each step the head whose clean output restores most, and the one with the largest score
-    in the circuit.
+    in the circuit at the position of the step's relation.
     """
     frame = circuit.unrolled()
     frame = frame[frame["writer_component"].str.startswith("attn.")]
     frame = frame.assign(size=frame["score"].abs())
-    scores = frame.groupby(["writer_loop", "writer_layer", "writer_component"])["size"].sum()
+    sides = ["position", "writer_loop", "writer_layer", "writer_component"]
+    scores = frame.groupby(sides)["size"].sum()
     rows = []
     for (hop, loop, block), heads in movers.groupby(["hop", "loop", "block"]):
         best = int(heads.nlargest(1, "restores")["head"].tolist()[0])
-        here = scores.get((loop, block))
+        here = scores.get((hop, loop, block))
         most = -1 if here is None else int(str(here.idxmax()).removeprefix("attn."))
         rows.append((hop, loop, block, best, most))
     columns = ["hop", "loop", "block", "most by hand", "most in the circuit"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def shares(pairs: TextPairs, subject: Subject) -> pd.DataFrame:
+    """The share of edges that is wanted by two ways to score them, over all positions and by
+    position.
+    """
+    both = pairs.clean_batch, pairs.corrupted_batch
+    rows = []
+    for method in METHODS[1:]:
+        for by in (False, True):
+            given = subject.model, *both
+            scores = circuit_scores(*given, pairs.metric(), method=method, steps=10, by_position=by)
+            found = smallest_circuit(*given, scores, pairs.metric(), WANTED, rule="top")
+            where = "by position" if by else "over all positions"
+            rows.append((method, where, len(scores), len(found), found.share))
+    return pd.DataFrame(rows, columns=["scores", "edges", "all", "circuit", "share"])
+
+
+def against_exact(subject: Subject) -> pd.DataFrame:
+    """How well the ways to score edges agree with exact patching, on some edges by position of a
+    shorter question.
+    """
+    pairs = make_pairs(subject, rows_of(subject, PairConfig(hops=EXACT_HOPS)))
+    rows = slice(0, EXACT_QUESTIONS)
+    given = (subject.model, pairs.clean_batch[rows], pairs.corrupted_batch[rows])
+    metric = logit_margin(pairs.answers.ids[rows])
+    measured: Circuit | None = None
+    table = []
+    for method in METHODS:
+        scores = circuit_scores(*given, metric, method=method, steps=10, by_position=True)
+        chosen = random.Random(0).sample(range(len(scores)), EXACT_EDGES)
+        scores = scores.take(chosen, "some")
+        measured = measured or exact_scores(*given, scores, metric)
+        found = compare_scores(scores, measured, (TOP,)).iloc[0]
+        table.append((method, float(found["overlap"]), float(found["rank correlation"])))
+    return pd.DataFrame(table, columns=["scores", "overlap", "rank correlation"])
 
 
 @dataclass(frozen=True)
@@ -198,13 +244,25 @@ _TEXT = """
 ## The circuit that a search finds
 
 `loopscope circuit --hops {hops}` scores all {possible} edges between heads and MLPs of all
-iterations, by integrated gradients between the two runs of each pair, and takes edges from the
-readout backwards, the largest first, until they alone keep {wanted} of the difference between the
-margins; everything else is given the corrupted run. That takes {share} of the edges, and {left} is
-left without them: the circuit lacks nothing, but it is not small. The controls are as many edges
-whose writers change most between the two runs, and random ones.
+iterations, each at one position, by integrated gradients over how much of every edge is kept
+("ig-edges"), and takes edges from the readout backwards, the largest first, until they alone keep
+{wanted} of the difference between the margins; everything else is given the corrupted run. That
+takes {share} of the edges, and {left} is left without them. The controls are as many edges whose
+writers change most between the two runs, and random ones. The circuit is measured on the questions
+that it was found on.
 
 SIZES
+
+Both choices matter: edges over all positions, or scores by integrated gradients of the embedding
+("eap-ig-inputs"), need more of the edges for as much.
+
+SHARES
+
+How well the scores agree with exact patching: {exact_edges} edges drawn at random from those of
+{exact_hops} hops, each alone given the corrupted run on {exact_questions} questions; the overlap of
+the {top} edges of largest effect, and Spearman's rank correlation over the {exact_edges}.
+
+EXACT
 
 Folded over the iterations: the share of the circuit's score that each component of the two blocks
 writes in each loop.
@@ -212,8 +270,8 @@ writes in each loop.
 FOLDED
 
 By hand and by search: for each step above, the head whose clean output alone restores most, and
-the head with the largest score there. They are the same in {same} of {steps} steps. A score also
-counts what a head does at other positions and for later iterations.
+the head with the largest score at that position. They are the same in {same} of {steps} steps. A
+score also counts what a head does for later iterations.
 
 HEADS
 

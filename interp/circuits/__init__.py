@@ -1,6 +1,7 @@
 """Circuits found by the machine: edges between components of all iterations that carry an answer.
 
-Start with `record.py`, the circuit as it is saved. `scores.py` scores all edges, `selection.py`
-chooses, `faithfulness.py` evaluates by `masked.py`, `search.py` is the exact search. Imports
-`common` and `attribution`.
+Start with `record.py`, the circuit as it is saved. `building.py` makes the graph of a model, over
+all positions or by position; `scores.py` scores all edges, `selection.py` chooses,
+`faithfulness.py` evaluates by `masked.py`, `search.py` is the exact search. Imports `common` and
+`attribution`.
 """

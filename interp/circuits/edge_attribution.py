@@ -15,8 +15,9 @@ from torch import Tensor
 
 from loopscope.interp.attribution.direct_logit import check_sum, require_additive
 from loopscope.interp.attribution.gradients import activations_with_metric, gradients_with_metric
+from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.gradients import by_stage, last_stream, sites_of
-from loopscope.interp.circuits.graph import Graph, graph_of
+from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.names import end_of
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import metric_name

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.interp.circuits.graph import Graph, close, graph_with
+from loopscope.interp.circuits.building import close, graph_with
+from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MaskedRuns, Replace
-from loopscope.interp.circuits.names import EMBED, FINAL, end_of
+from loopscope.interp.circuits.names import end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
-from loopscope.interp.common.metrics import measure, metric_name, minus_kl
+from loopscope.interp.common.metrics import measure, metric_name, metric_or_kl
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Pair
 from loopscope.interp.common.shown import OneScreen
@@ -104,8 +105,7 @@ class Faithfulness(OneScreen):
         )
 
     def _share(self, values: Float[Tensor, "circuit batch"]) -> Float[Tensor, " circuit"]:
-        low, high = self.replaced.mean(), self.whole.mean()
-        return (values.mean(1) - low) / (high - low)
+        return share_kept(values, self.whole, self.replaced)
 
     def _area(self, heights: Tensor, empty: float = 0.0, whole: float = 1.0) -> float:
         order = self.edges.argsort(stable=True)
@@ -113,6 +113,26 @@ class Faithfulness(OneScreen):
         ends = heights.new_tensor([[0.0, 1.0], [empty, whole]])
         x = torch.cat([ends[0, :1], share, ends[0, 1:]])
         return float(torch.trapezoid(torch.cat([ends[1, :1], heights[order], ends[1, 1:]]), x))
+
+
+def share_kept(
+    values: Float[Tensor, "circuit batch"],
+    whole: Float[Tensor, " batch"],
+    replaced: Float[Tensor, " batch"],
+) -> Float[Tensor, " circuit"]:
+    """The share of the metric's mean difference between two runs that values keep.
+
+    Raises:
+        ValueError: The two runs do not differ by more than rounding, so there is nothing to share.
+    """
+    low, high = replaced.mean(), whole.mean()
+    scale = torch.maximum(whole.abs().max(), replaced.abs().max())
+    if not (high - low).abs() > 8 * torch.finfo(whole.dtype).eps * scale:
+        raise ValueError(
+            "faithfulness is a share of the metric's difference between the whole model and the"
+            f" replaced one, but both give {high:.6g}; choose inputs whose metrics differ"
+        )
+    return (values.mean(1) - low) / (high - low)
 
 
 @torch.no_grad()
@@ -149,8 +169,9 @@ def evaluate_circuit(
             side.
 
     Raises:
-        ValueError: Inputs that do not match, circuits of another model or of several lengths, or a
-            model whose stream is not made of what its attentions and MLPs add.
+        ValueError: Inputs that do not match, circuits of another model or of several lengths, a
+            model whose stream is not made of what its attentions and MLPs add, or a metric that
+            does not tell the whole model from the replaced one.
 
     Source:
         Wang et al. 2022 (arXiv 2211.00593), section 4, the three criteria; Hanna et al. 2024 (arXiv
@@ -165,7 +186,7 @@ def evaluate_circuit(
     values = measured.values(torch.cat([masks, graph.every & ~masks]))
     sizes = [_weights(graph, circuit) for circuit in chosen]
     found = Faithfulness(
-        masks.sum((1, 2)),
+        masks.sum((1, 2, 3)),
         torch.tensor(sizes),
         len(graph.edges),
         _weights(graph, None),
@@ -177,6 +198,7 @@ def evaluate_circuit(
         metric_name(measured.metric),
         replace,
     )
+    share_kept(found.values, found.whole, found.replaced)
     return _with_least_loss(found, measured, chosen) if minimality else found
 
 
@@ -189,12 +211,7 @@ def masked_runs(
     max_bytes: int,
 ) -> MaskedRuns:
     """The runs in which circuits of one model are measured."""
-    if not circuits:
-        raise ValueError("at least one circuit is needed, got none")
-    lengths = sorted({circuit.n_loops for circuit in circuits})
-    if len(lengths) > 1:
-        raise ValueError(f"all circuits must have the same iterations, got n_loops={lengths}")
-    graph = graph_with(model, pair.clean, lengths[0], circuits[0].n_possible)
+    graph = graph_with(model, pair.clean, circuits)
     return MaskedRuns.of(model, graph, pair.clean, pair.corrupted, replace, seed, max_bytes)
 
 
@@ -230,14 +247,15 @@ class Measured:
                 f" {float((whole - own).abs().max()):.3g}; something else writes to the residual"
                 " stream: a hook that is attached now, or the family itself"
             )
-        chosen = minus_kl(own) if metric == "kl" else metric
+        chosen = metric_or_kl(metric, own)
         return cls(runs, chosen, measure(chosen, whole), measure(chosen, replaced))
 
     def values(
-        self, masks: Bool[Tensor, "circuit reader writer"]
+        self, masks: Bool[Tensor, "circuit reader writer span"]
     ) -> Float[Tensor, "circuit batch"]:
         """The metric with only the masked edges kept."""
-        return torch.stack([measure(self.metric, logits) for logits in self.runs.logits(masks)])
+        found = [measure(self.metric, logits) for part in self.runs.parts(masks) for logits in part]
+        return torch.stack(found)
 
 
 def _with_least_loss(
@@ -246,7 +264,7 @@ def _with_least_loss(
     """The record with the smallest loss when one node is taken out of each circuit."""
     losses = []
     for circuit, whole in zip(circuits, found.faithfulness, strict=True):
-        nodes = [node for node in circuit.nodes if node not in (EMBED, FINAL)]
+        nodes = [node for node in circuit.nodes if end_of(node).visit]
         without = [
             measured.runs.graph.mask(
                 edge

@@ -9,13 +9,10 @@ from typing import Any, Literal
 
 import torch
 from einops import einsum
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.interp.circuits.names import EMBED, FINAL, HEAD_INPUTS, Edge, ScheduleEntry
-from loopscope.interp.common.collecting import collect
-from loopscope.models.basis.tokens import Batch
-from loopscope.models.core.base import LoopedModel
+from loopscope.interp.circuits.names import Edge, Positions, ScheduleEntry, placed
 from loopscope.models.core.hooks import NO_TAPS
 from loopscope.models.core.state import Visit
 
@@ -41,6 +38,15 @@ class Stage:
     readers: slice
     writers: slice
     heads: bool
+
+    @property
+    def moving(self) -> slice:
+        """Its readers of whose input at one position its outputs at others are made: keys and
+        values, or attention as a whole.
+        """
+        queries = self.writers.stop - self.writers.start if self.heads else 0
+        start = self.readers.start + queries if self.kind == "attn" else self.readers.stop
+        return slice(start, self.readers.stop)
 
     @property
     def stream(self) -> str:
@@ -100,12 +106,15 @@ class Stage:
 class Graph:
     """Nodes and edges of a model in a run of some length.
 
+    A span is one position where nodes at different positions are different nodes, else all of them.
+
     Attributes:
         stages: In the order of the run.
         writers, readers: Their names, in the order of the run; the last reader is "final".
         before: For each reader how many of the writers it can read.
         n_loops: Iterations.
         schedule: The visits.
+        positions: The inputs' positions, where nodes at different positions are different nodes.
     """
 
     stages: tuple[Stage, ...]
@@ -114,42 +123,83 @@ class Graph:
     before: tuple[int, ...]
     n_loops: int
     schedule: tuple[ScheduleEntry, ...]
+    positions: Positions | None = None
 
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
-        """Every edge, by reader."""
+        """Every edge, by reader, then by writer, then by position."""
+        return self.chosen(self.every)
+
+    def chosen(self, mask: Bool[Tensor, "reader writer span"]) -> tuple[Edge, ...]:
+        """The edges of a mask."""
         return tuple(
-            Edge(writer, reader)
-            for reader, count in zip(self.readers, self.before, strict=True)
-            for writer in self.writers[:count]
+            Edge(placed(self.writers[writer], at), placed(self.readers[reader], at))
+            for reader, writer, span in mask.nonzero().tolist()
+            for at in [span if self.positions else None]
         )
 
-    def edge(self, reader: int, writer: int) -> Edge:
-        """The edge between two numbers."""
-        return Edge(self.writers[writer], self.readers[reader])
-
     @cached_property
-    def every(self) -> Bool[Tensor, "reader writer"]:
-        """Where there is an edge."""
-        return torch.arange(len(self.writers)) < torch.tensor(self.before)[:, None]
+    def every(self) -> Bool[Tensor, "reader writer span"]:
+        """Where there is an edge: from each writer to each later reader, and by position only where
+        the reader can reach the readout.
+        """
+        there = torch.arange(len(self.writers)) < torch.tensor(self.before)[:, None]
+        return there[:, :, None] & self._heeded()[:, None, :]
 
-    def mask(self, edges: Iterable[Edge]) -> Bool[Tensor, "reader writer"]:
+    def _heeded(self) -> Bool[Tensor, "reader span"]:
+        """Where readers can reach the readout."""
+        if self.positions is None:
+            return torch.ones(len(self.readers), 1, dtype=torch.bool)
+        found = torch.zeros(len(self.readers), self.positions.size, dtype=torch.bool)
+        heeded = torch.arange(self.positions.size) == self.positions.readout
+        found[-1] = heeded
+        for stage in reversed(self.stages):
+            found[stage.readers] = heeded
+            if stage.kind == "attn":
+                reached = map(self.positions.reached, range(len(heeded)))
+                heeded = torch.tensor([bool(heeded[list(later)].any()) for later in reached])
+                found[stage.moving] = heeded
+        return found
+
+    def mask(self, edges: Iterable[Edge]) -> Bool[Tensor, "reader writer span"]:
         """Some of the edges.
 
         Raises:
             ValueError: One that the graph does not have.
         """
         found = torch.zeros_like(self.every)
+        found[self.numbers(edges).unbind(1)] = True
+        return found
+
+    def numbers(self, edges: Iterable[Edge]) -> Int[Tensor, "edge 3"]:
+        """The numbers of each edge's reader, writer and span.
+
+        Raises:
+            ValueError: One that the graph does not have.
+        """
+        rows = []
         for edge in edges:
-            row, column = self._readers.get(edge.reader), self._writers.get(edge.writer)
-            if row is None or column is None or not self.every[row, column]:
+            writer, _, at = edge.writer.partition("@")
+            reader, _, to = edge.reader.partition("@")
+            row = (self._readers.get(reader, -1), self._writers.get(writer, -1), int(at or 0))
+            if at != to or bool(at) != bool(self.positions) or not self._has(*row):
                 raise ValueError(
                     f"every edge must be one of this model's with n_loops={self.n_loops}"
-                    f" {'and heads' if any(s.heads for s in self.stages) else 'without heads'}, but"
+                    f" {'and heads' if any(s.heads for s in self.stages) else 'without heads'}"
+                    f" {'by position' if self.positions else 'over all positions'}, but"
                     f" {edge.writer} -> {edge.reader} is none"
                 )
-            found[row, column] = True
-        return found
+            rows.append(row)
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+    def _has(self, reader: int, writer: int, span: int) -> bool:
+        """Whether there is such an edge."""
+        there = min(reader, writer) >= 0 and span < self.every.shape[2]
+        return there and self._every[reader][writer][span]
+
+    @cached_property
+    def _every(self) -> list[list[list[bool]]]:
+        return self.every.tolist()
 
     @cached_property
     def _readers(self) -> dict[str, int]:
@@ -158,123 +208,3 @@ class Graph:
     @cached_property
     def _writers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.writers)}
-
-
-def graph_of(model: LoopedModel, batch: Batch, n_loops: int, heads: bool | None) -> Graph:
-    """The graph of a model.
-
-    Args:
-        batch: Inputs whose first row is used to see whether heads can be told apart.
-        heads: Whether heads are nodes; None where they can be told apart.
-
-    Raises:
-        ValueError: A block whose attention and MLP cannot be told apart, or heads that cannot.
-    """
-    visits = model.schedule(n_loops)
-    for visit in visits:
-        for site in (*READ.values(), *ADDED.values()):
-            if site not in visit.sites or visit.frozen:
-                raise ValueError(
-                    f"every block must have the site {site!r} to tell its readers apart, but"
-                    f" {visit.name} has none"
-                )
-    if "hook_embed" not in model.edge_sites()[0]:
-        raise ValueError(f"a circuit begins at 'hook_embed', which {type(model).__name__} lacks")
-    if heads is False:
-        return _graph(visits, n_loops, False)
-    reason = _heads_apart(model, batch, visits, n_loops)
-    if heads and reason:
-        raise ValueError(f"{reason}, so its heads cannot be nodes; pass heads=False")
-    return _graph(visits, n_loops, not reason)
-
-
-def graph_with(model: LoopedModel, batch: Batch, n_loops: int, n_edges: int) -> Graph:
-    """The graph of a circuit: with heads where it then has as many edges as the circuit's own."""
-    graph = graph_of(model, batch, n_loops, None)
-    return graph if len(graph.edges) == n_edges else graph_of(model, batch, n_loops, False)
-
-
-def _graph(visits: list[Visit], n_loops: int, heads: bool) -> Graph:
-    stages: list[Stage] = []
-    writers, readers, before = [EMBED], list[str](), list[int]()
-    for visit in visits:
-        for kind in ("attn", "mlp"):
-            by_head = heads and kind == "attn"
-            reads, writes = _ends(visit, kind, by_head)
-            stage = Stage(
-                visit,
-                kind,
-                slice(len(readers), len(readers) + len(reads)),
-                slice(len(writers), len(writers) + len(writes)),
-                by_head,
-            )
-            before += [len(writers)] * len(reads)
-            readers += reads
-            writers += writes
-            stages.append(stage)
-    places = tuple(ScheduleEntry(v.name, v.loop, v.layer, str(v.block.name)) for v in visits)
-    return Graph(
-        tuple(stages),
-        tuple(writers),
-        (*readers, FINAL),
-        (*before, len(writers)),
-        n_loops,
-        places,
-    )
-
-
-def _ends(visit: Visit, kind: str, by_head: bool) -> tuple[list[str], list[str]]:
-    """The readers and the writers of one stage."""
-    name = f"{visit.name}.{kind}"
-    if not by_head:
-        return [name], [name]
-    attn: Any = visit.block.attn
-    n_heads, n_kv = len(attn.W_Q), len(attn.W_K)
-    group = n_heads // n_kv
-    shared = [
-        f"{name}.{h}" if group == 1 else f"{name}.{group * h}-{group * (h + 1) - 1}"
-        for h in range(n_kv)
-    ]
-    heads = [f"{name}.{head}" for head in range(n_heads)]
-    made = {"q": heads, "k": shared, "v": shared}
-    return [f"{node}.{read}" for read in HEAD_INPUTS for node in made[read]], heads
-
-
-def _heads_apart(model: LoopedModel, batch: Batch, visits: list[Visit], n_loops: int) -> str:
-    """Why heads cannot be told apart; empty where they can: queries, keys and values are linear in
-    the normed stream, and what attention adds is the sum of the heads.
-    """
-    stages = [stage for stage in _graph(visits, n_loops, False).stages if stage.kind == "attn"]
-    stages = [Stage(s.visit, s.kind, s.readers, s.writers, True) for s in stages]
-    for stage in stages:
-        if not hasattr(stage.visit.block, "norm_readers"):
-            return f"what reads the norms of {stage.visit.name} is not declared"
-        missing = [site for site in HEAD_SITES if site not in stage.visit.sites]
-        missing += [
-            part
-            for part in ("W_Q", "W_K", "W_V", "W_O", "b_Q")
-            if not hasattr(getattr(stage.visit.block, "attn", None), part)
-        ]
-        if missing:
-            return f"{stage.visit.name} has no {missing[0]}"
-    names = [name for s in stages for name in (s.stream, s.added, *s.head_names())]
-    with torch.no_grad():
-        seen = collect(model, batch[:1], names, n_loops).values
-        for stage in stages:
-            q, k, v, z = (seen[name] for name in stage.head_names())
-            n_readers = q.shape[2] + k.shape[2] + v.shape[2]
-            made = stage.projected(seen[stage.stream].expand(n_readers, -1, -1, -1))
-            summed = stage.outputs(z).sum(0) + stage.constant(z)
-            pairs = zip((*made, summed), (q, k, v, seen[stage.added]), strict=True)
-            for what, (ours, theirs) in zip(("q", "k", "v", "sum"), pairs, strict=True):
-                if not close(ours, theirs):
-                    wrong = "do not add up to its attention"
-                    made_of = f"have a {what} that is not made of the normed stream alone"
-                    return f"the heads of {stage.visit.name} {wrong if what == 'sum' else made_of}"
-    return ""
-
-
-def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors are the same but for rounding, measured by the largest entry."""
-    off, scale = (ours - theirs).abs().max(), theirs.abs().max()
-    return ours.shape == theirs.shape and bool(off <= torch.finfo(ours.dtype).eps ** 0.5 * scale)

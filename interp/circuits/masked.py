@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
@@ -62,20 +62,24 @@ class MaskedRuns:
         return cls(model, graph, clean, Replacement(outputs, begin, kept), max_bytes)
 
     def logits(
-        self, masks: Shaped[Tensor, "circuit reader writer"]
+        self, masks: Shaped[Tensor, "circuit reader writer span"]
     ) -> Float[Tensor, "circuit batch d_vocab"]:
         """The logits at the readout with only the masked edges kept; between 0 and 1 a reader is
         given a mixture.
         """
-        found = []
+        return torch.cat(list(self.parts(masks)))
+
+    def parts(
+        self, masks: Shaped[Tensor, "circuit reader writer span"]
+    ) -> Iterator[Float[Tensor, "part batch d_vocab"]]:
+        """The same logits, some circuits at a time."""
         with tqdm(total=len(masks), desc="circuits", leave=False, delay=2) as bar:
-            for part in masks.split(self._side_by_side()):
-                found.append(self._run(part))
+            for part in masks.split(self.side_by_side):
+                yield self._run(part)
                 bar.update(len(part))
-        return torch.cat(found)
 
     def _run(
-        self, masks: Shaped[Tensor, "circuit reader writer"]
+        self, masks: Shaped[Tensor, "circuit reader writer span"]
     ) -> Float[Tensor, "circuit batch d_vocab"]:
         masks = masks.to(self.replacement.outputs)
         streams: Streams = (
@@ -91,7 +95,8 @@ class MaskedRuns:
         logits: Tensor = self.model.readout(end, batch.readout).unflatten(0, (len(masks), -1))
         return logits
 
-    def _side_by_side(self) -> int:
+    @property
+    def side_by_side(self) -> int:
         """How many circuits are run at once."""
         if not self.model.batch_independent:
             return 1
@@ -120,9 +125,26 @@ def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tens
             raise ValueError(
                 "to resample, all inputs must have one length; use replace='corrupted'"
             )
-        order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-        return outputs[:, order.to(outputs.device)], embedding[order.to(outputs.device)]
+        order = _others(len(batch), seed).to(outputs.device)
+        return outputs[:, order], embedding[order]
     return outputs, embedding
+
+
+def _others(count: int, seed: int) -> Int[Tensor, " row"]:
+    """For each row another one, each taken once: the next one in a random order.
+
+    Raises:
+        ValueError: Fewer than two rows.
+    """
+    if count < 2:
+        raise ValueError(
+            "another input to resample from needs at least two inputs, got 1; use"
+            " replace='corrupted'"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    found = torch.empty_like(order)
+    found[order] = order.roll(-1)
+    return found
 
 
 def _hooks(

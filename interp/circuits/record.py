@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from loopscope.interp.circuits.names import FINAL, Edge, End, ScheduleEntry, end_of
+from loopscope.interp.circuits.names import Edge, End, Positions, ScheduleEntry, end_of
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.files import atomic_path
 
@@ -28,12 +28,13 @@ class CircuitCall:
     """How a circuit was found.
 
     Attributes:
-        method: How its edges were scored: "eap", "eap-ig-inputs", "eap-ig-activations", "exact", or
-            a word of the caller's.
+        method: How its edges were scored: "eap", "eap-ig-inputs", "eap-ig-activations", "ig-edges",
+            "exact", or a word of the caller's.
         metric: The metric's name.
         clean, corrupted: The metric of the two runs, as means over the batch.
-        first_order_error: How far the scores of all edges into "final" are from the difference of
-            the two metrics, as a share of it; None where no such sum was made.
+        first_order_error: How far the scores of all edges into "final" (with "ig-edges" of all
+            edges) are from the difference of the two metrics, as a share of it; None where no such
+            sum was made.
         settings: What else was given to the scoring call, by name.
         selection: How the edges were chosen, in words; empty for all edges.
         checkpoint: The checkpoint's name, where it is known.
@@ -54,12 +55,14 @@ class Circuit(OneScreen):
     """Edges between components of all iterations.
 
     Attributes:
-        edges: By reader, in the order in which readers read; see `Edge` for the names.
+        edges: By reader, in the order in which readers read, then by writer; edges given in another
+            order are put into this one. See `Edge` for the names.
         scores: One number per edge.
         call: How it was found.
         n_loops: Iterations of the runs.
         schedule: The visits of the runs, in order.
         n_possible: The edges of the whole graph.
+        positions: Of the inputs, where nodes at different positions are different nodes.
     """
 
     edges: tuple[Edge, ...]
@@ -68,6 +71,7 @@ class Circuit(OneScreen):
     n_loops: int
     schedule: tuple[ScheduleEntry, ...]
     n_possible: int
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         if len(self.edges) != len(self.scores):
@@ -91,6 +95,21 @@ class Circuit(OneScreen):
                     f"a node's visit must be one of the schedule with n_loops={self.n_loops}, but"
                     f" {name!r} is at none"
                 )
+        self._check_positions()
+        order = sorted(range(len(self.edges)), key=lambda number: self._when(self.edges[number]))
+        for field_, values in (("edges", self.edges), ("scores", self.scores)):
+            object.__setattr__(self, field_, tuple(values[number] for number in order))
+
+    def _check_positions(self) -> None:
+        """Both ends of an edge are at one of the positions, or at none where there are none."""
+        known = {None} if self.positions is None else set(range(self.positions.size))
+        for edge in self.edges:
+            writer, reader = (end_of(name).position for name in edge)
+            if writer != reader or writer not in known:
+                where = "no position" if self.positions is None else f"one of {self.positions}"
+                raise ValueError(
+                    f"both ends of an edge must be at {where}, got {edge.writer} -> {edge.reader}"
+                )
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -98,8 +117,20 @@ class Circuit(OneScreen):
     @property
     def nodes(self) -> tuple[str, ...]:
         """Every node at either end of an edge, in the order of the run."""
-        found = {end_of(name).node for edge in self.edges for name in edge}
-        return tuple(sorted(found, key=self._order))
+        return self.in_order(end_of(name).node for edge in self.edges for name in edge)
+
+    def in_order(self, nodes: Iterable[str]) -> tuple[str, ...]:
+        """Nodes in the order of the run, each once."""
+        return tuple(sorted(set(nodes), key=lambda node: (end_of(node).order(self._visits), node)))
+
+    def feeds(self, reader: str) -> tuple[str, ...]:
+        """The nodes whose outputs depend on what a reader reads; see `End.feeds`."""
+        return end_of(reader).feeds(self.positions)
+
+    def passed_on(self, reader: str) -> tuple[str, ...]:
+        """Those of these nodes that write in this circuit; all of them where none does."""
+        found = self.feeds(reader)
+        return tuple(node for node in found if node in self._writing) or found
 
     @property
     def share(self) -> float:
@@ -127,8 +158,9 @@ class Circuit(OneScreen):
 
     def unrolled(self) -> pd.DataFrame:
         """One row per edge: writer, writer_visit, writer_loop, writer_layer, writer_component, the
-        same of the reader, input ("q", "k", "v" of a head, else empty), distance (iterations from
-        writer to reader, missing outside the loop), score.
+        same of the reader, input ("q", "k", "v" of a head, else empty), position (missing in a
+        circuit over all positions), distance (iterations from writer to reader, missing outside the
+        loop), score.
         """
         places = {place.name: place for place in self.schedule} | {
             "": ScheduleEntry("", None, None, "")
@@ -140,33 +172,33 @@ class Circuit(OneScreen):
             writer, reader = (end_of(name) for name in edge)
             at = [(end, places[end.visit]) for end in (writer, reader)]
             cells = [(e.node, e.visit, p.loop, p.layer, e.component) for e, p in at]
-            rows.append((*cells[0], *cells[1], reader.input))
-        frame = pd.DataFrame(rows, columns=[*sides, "input"])
+            rows.append((*cells[0], *cells[1], reader.input, reader.position))
+        frame = pd.DataFrame(rows, columns=[*sides, "input", "position"])
         whole = [column for column in sides if column.endswith(("_loop", "_layer"))]
-        frame = frame.astype(dict.fromkeys(whole, "Int64"))
-        frame["distance"] = frame["reader_loop"] - frame["writer_loop"]
-        return frame.assign(score=pd.Series(self.scores, dtype="float64"))
+        frame = frame.astype(dict.fromkeys([*whole, "position"], "Int64"))
+        distance = frame["reader_loop"] - frame["writer_loop"]
+        return frame.assign(distance=distance, score=pd.Series(self.scores, dtype="float64"))
 
     def folded(self) -> pd.DataFrame:
         """One row per component of the shared blocks: component (the block's module with the
         component behind it), loops (the iterations in which it acts), visits (how many times it
         acts), edges_in, edges_out, score (the sum of the absolute scores of its edges out; for
-        "final" of its edges in).
+        what writes nothing itself, "final" and shared keys and values, of its edges in).
         """
         frame = self.unrolled().assign(size=1)
         frame["score"] = frame["score"].abs()
         into, out = (frame.groupby(side)[["size", "score"]].sum() for side in ("reader", "writer"))
         nodes = pd.DataFrame({"node": self.nodes})
-        loops = {p.name: p.loop for p in self.schedule}
         nodes["component"] = [self.folded_name(node) for node in self.nodes]
-        nodes["loop"] = [loops.get(end_of(node).visit) for node in self.nodes]
+        nodes["visit"] = [end_of(node).visit for node in self.nodes]
+        nodes["loop"] = nodes["visit"].map({place.name: place.loop for place in self.schedule})
         for name, side in (("edges_in", into), ("edges_out", out)):
             nodes[name] = nodes["node"].map(side["size"]).fillna(0).astype(int)
         counted = nodes["node"].map(out["score"]).fillna(nodes["node"].map(into["score"]))
         groups = nodes.assign(score=counted).groupby("component", sort=False)
         return groups.agg(
             loops=("loop", _loops),
-            visits=("node", "size"),
+            visits=("visit", "nunique"),
             edges_in=("edges_in", "sum"),
             edges_out=("edges_out", "sum"),
             score=("score", "sum"),
@@ -205,7 +237,7 @@ class Circuit(OneScreen):
         about = {"kind": _KIND, "version": _VERSION, "call": asdict(self.call)}
         rows = [(*edge, score) for edge, score in zip(self.edges, self.scores, strict=True)]
         about |= {"n_loops": self.n_loops, "n_possible": self.n_possible}
-        about |= {"schedule": self.schedule, "edges": rows}
+        about |= {"positions": self.positions, "schedule": self.schedule, "edges": rows}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(about, separators=(",", ":")) + "\n")
 
@@ -228,34 +260,39 @@ class Circuit(OneScreen):
                 f" {about.get('version')!r}"
             )
         try:
-            rows = about["edges"]
-            return cls(
+            rows, positions = about["edges"], about.get("positions")
+            fields = (
                 tuple(Edge(writer, reader) for writer, reader, _ in rows),
                 tuple(float(score) for *_, score in rows),
                 CircuitCall(**about["call"]),
                 int(about["n_loops"]),
                 tuple(ScheduleEntry(*place) for place in about["schedule"]),
                 int(about["n_possible"]),
+                None if positions is None else Positions(*positions),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"the circuit in {path} lacks a field or has another: {error}"
+                f"the circuit in {path} lacks a field, or one is not what Circuit.save writes:"
+                f" {error}"
             ) from None
+        return cls(*fields)
 
     @cached_property
     def _blocks(self) -> dict[str, str]:
         return {place.name: place.block for place in self.schedule}
 
     @cached_property
+    def _writing(self) -> frozenset[str]:
+        return frozenset(edge.writer for edge in self.edges)
+
+    @cached_property
     def _visits(self) -> dict[str, int]:
         return {place.name: index for index, place in enumerate(self.schedule)}
 
-    def _order(self, node: str) -> tuple[int, int, str]:
-        """When a node of the circuit runs."""
-        end = end_of(node)
-        if not end.visit:
-            return (len(self.schedule) if node == FINAL else -1, 0, node)
-        return (self._visits[end.visit], int(end.component == "mlp"), node)
+    def _when(self, edge: Edge) -> tuple[int, ...]:
+        """The order of edges: the reader's, then the writer's with the position."""
+        writer, reader = (end_of(name).order(self._visits) for name in edge)
+        return (*reader[:-1], *writer)
 
 
 def _loops(values: pd.Series) -> tuple[int, ...]:

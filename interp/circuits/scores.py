@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.attribution.gradients import gradients_with_metric
+from loopscope.interp.circuits.building import graph_of
+from loopscope.interp.circuits.gates import gate_scores
 from loopscope.interp.circuits.gradients import (
     Skeleton,
     Written,
@@ -23,17 +25,18 @@ from loopscope.interp.circuits.gradients import (
     last_stream,
     sites_of,
 )
-from loopscope.interp.circuits.graph import Graph, graph_of
+from loopscope.interp.circuits.graph import Graph
+from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
-from loopscope.interp.common.metrics import measure, metric_name, minus_kl, row_by_row
+from loopscope.interp.common.metrics import measure, metric_name, metric_or_kl, row_by_row
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
-Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations"]
+Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "ig-edges"]
 
 
 @differentiated
@@ -48,6 +51,7 @@ def circuit_scores(
     steps: int = 5,
     direction: Direction = "denoise",
     heads: bool | None = None,
+    by_position: bool = False,
     readout: ReadoutColumn = None,
     checkpoint: str | None = None,
 ) -> Circuit:
@@ -70,10 +74,20 @@ def circuit_scores(
         n_loops: Iterations; None means what the checkpoint records.
         method: "eap" takes the gradient of the base run; "eap-ig-inputs" the mean over runs whose
             embeddings lie between the two; "eap-ig-activations" for each writer the mean over runs
-            in which what its attention or MLP adds lies between the two.
+            in which what its attention or MLP adds lies between the two; "ig-edges" the mean over
+            runs in which every edge carries a mixture of the two, so that the scores of all edges
+            sum to the difference of the metrics in every family (up to the steps' error), and no
+            score is a linearisation through norms and maps between.
         steps: Of integrated gradients: midpoints of so many equal parts of the line.
         direction: The base run: "denoise" the corrupted one, "noise" the clean one.
         heads: Whether heads are nodes; None where a family lets them be told apart.
+        by_position: Whether a component is another node at each position. A writer at a position is
+            what it adds to the stream there; an edge leads to a reader's input at the same
+            position. A head's result at a position is made of its queries there and of its keys and
+            values at all positions that it attends to: a head moves information inside. Readers
+            from which no path leads to the readout's position have no edges. The scores of an
+            edge's positions sum to the edge's score over all positions. All inputs must have one
+            length.
         checkpoint: The checkpoint's name, for the record.
 
     Returns:
@@ -86,7 +100,9 @@ def circuit_scores(
 
     Source:
         Syed et al. 2023 (arXiv 2310.10348); Hanna et al. 2024 (arXiv 2403.17806), integrated
-        gradients of inputs; Marks et al. 2024 (arXiv 2403.19647), of activations.
+        gradients of inputs; Marks et al. 2024 (arXiv 2403.19647), of activations. "ig-edges" is
+        the path integral of Sundararajan et al. 2017 (arXiv 1703.01365) over the edges' masks of
+        Bhaskar et al. 2024 (arXiv 2406.16778).
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
@@ -94,11 +110,9 @@ def circuit_scores(
         raise ValueError(f"steps must be at least 1, got {steps}")
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     pair = Pair.of(model, clean, corrupted, readout)
-    job = _Job.of(model, pair, metric, n_loops, heads, direction)
-    if method == "eap":
-        scores = job.plain()
-    else:
-        scores = job.inputs(steps) if method == "eap-ig-inputs" else job.activations(steps)
+    graph = graph_of(model, pair.clean, n_loops, heads, by_position)
+    job = _Job.of(model, pair, metric, graph, direction)
+    scores = job.by_method(pair, method, steps)
     return job.circuit(scores, method, steps, checkpoint)
 
 
@@ -120,14 +134,13 @@ class _Job:
         model: LoopedModel,
         pair: Pair,
         metric: Metric | Literal["kl"],
-        n_loops: int,
-        heads: bool | None,
+        graph: Graph,
         direction: Direction,
     ) -> _Job:
         base, _ = base_and_source(direction, pair.clean, pair.corrupted)
-        graph = graph_of(model, pair.clean, n_loops, heads)
         runs = [Written.of(model, batch, graph) for batch in (pair.clean, pair.corrupted)]
-        chosen = metric_of(metric, model, runs[0], pair.clean)
+        with torch.no_grad():
+            chosen = metric_or_kl(metric, model.readout(runs[0].end, pair.clean.readout))
         return cls(model, graph, base, chosen, direction, *runs)
 
     @property
@@ -138,11 +151,24 @@ class _Job:
     def last(self) -> str:
         return last_stream(self.model, self.graph.n_loops)
 
-    def plain(self) -> Float[Tensor, "reader writer"]:
+    def by_method(
+        self, pair: Pair, method: Method, steps: int
+    ) -> Float[Tensor, "reader writer span"]:
+        """The scores by one of the methods."""
+        if method == "eap":
+            return self.plain()
+        if method == "ig-edges":
+            runs = MaskedRuns.of(
+                self.model, self.graph, pair.clean, pair.corrupted, "corrupted", 0, 1.0
+            )
+            return gate_scores(runs, self.metric, _midpoints(steps))
+        return self.inputs(steps) if method == "eap-ig-inputs" else self.activations(steps)
+
+    def plain(self) -> Float[Tensor, "reader writer span"]:
         """EAP: one gradient, of the base run."""
         return self._scored(self.base, self.metric, ())
 
-    def inputs(self, steps: int) -> Float[Tensor, "reader writer"]:
+    def inputs(self, steps: int) -> Float[Tensor, "reader writer span"]:
         """EAP-IG of inputs."""
         total = self._zeros()
         for share in _midpoints(steps):
@@ -150,7 +176,7 @@ class _Job:
             total += self._scored(self.base, self.metric, [("hook_embed", moved)]) / steps
         return self._with_readout(total)
 
-    def activations(self, steps: int) -> Float[Tensor, "reader writer"]:
+    def activations(self, steps: int) -> Float[Tensor, "reader writer span"]:
         """EAP-IG of activations; the steps of one stage are run side by side where rows do not
         depend on each other.
         """
@@ -159,7 +185,7 @@ class _Job:
             return self._with_readout(torch.stack(each).mean(0))
         return self._with_readout(self._activations(_midpoints(steps)))
 
-    def _activations(self, shares: Sequence[float]) -> Float[Tensor, "reader writer"]:
+    def _activations(self, shares: Sequence[float]) -> Float[Tensor, "reader writer span"]:
         """The scores by gradients at some shares of the way, as their mean."""
         total = self._zeros()
         metric = partial(row_by_row, self.metric, len(self.base))
@@ -176,7 +202,7 @@ class _Job:
 
     def _scored(
         self, batch: Batch, metric: Metric, moved: Sequence[tuple[str, Tensor]], first: int = 0
-    ) -> Float[Tensor, "reader writer"]:
+    ) -> Float[Tensor, "reader writer span"]:
         """The scores by the gradient of one run.
 
         Args:
@@ -197,16 +223,15 @@ class _Job:
         total = self._zeros()
         for number, readers, stream, through in by_stage(graph, values, grads, self.last):
             before = graph.before[readers.start]
-            form = "reader batch pos d_model, writer batch pos d_model -> reader writer"
             if skeleton is None:
-                total[readers, :before] = einsum(through, change[:before], form)
+                total[readers, :before] = self._products(through, change[:before])
                 continue
             at = [slice(0, 1), *(s.writers for s in stages[:number])]
             for writers, pulled in zip(at, skeleton.pulled(stream, number, through), strict=True):
-                total[readers, writers] = einsum(pulled, change[writers], form)
+                total[readers, writers] = self._products(pulled, change[writers])
         return total / len(batch)
 
-    def _with_readout(self, scores: Tensor) -> Float[Tensor, "reader writer"]:
+    def _with_readout(self, scores: Tensor) -> Float[Tensor, "reader writer span"]:
         """Scores whose edges into the readout are those of the integrated gradient."""
         through = integrated_readout(
             self.model, self.base, self.metric, self.corrupted.end, self.clean.end
@@ -218,16 +243,32 @@ class _Job:
             values = dict(zip(names, self.corrupted.added, strict=True))
             skeleton = Skeleton.of(self.model, self.base, self.graph, values)
             pulled = skeleton.pulled(self.last, n_stages, through)
-        form = "reader batch pos d_model, writer batch pos d_model -> reader writer"
         for writers, grad in zip([slice(0, 1), *(s.writers for s in stages)], pulled, strict=True):
-            scores[-1:, writers] = einsum(grad, self.change[writers], form) / len(self.base)
+            scores[-1:, writers] = self._products(grad, self.change[writers]) / len(self.base)
         return scores
 
-    def _zeros(self) -> Float[Tensor, "reader writer"]:
-        return self.change.new_zeros(len(self.graph.readers), len(self.graph.writers))
+    def _products(
+        self,
+        grads: Float[Tensor, "reader batch pos d_model"],
+        change: Float[Tensor, "writer batch pos d_model"],
+    ) -> Float[Tensor, "reader writer span"]:
+        """Gradients times changes, summed over the batch and over the positions of each span."""
+        spans = (self.graph.every.shape[-1], -1)
+        ends = "reader batch span pos d_model, writer batch span pos d_model"
+        found: Tensor = einsum(
+            grads.unflatten(2, spans), change.unflatten(2, spans), f"{ends} -> reader writer span"
+        )
+        return found
+
+    def _zeros(self) -> Float[Tensor, "reader writer span"]:
+        return self.change.new_zeros(self.graph.every.shape)
 
     def circuit(
-        self, scores: Float[Tensor, "reader writer"], method: Method, steps: int, name: str | None
+        self,
+        scores: Float[Tensor, "reader writer span"],
+        method: Method,
+        steps: int,
+        name: str | None,
     ) -> Circuit:
         """The record of all edges."""
         clean, corrupted = (
@@ -235,26 +276,20 @@ class _Job:
         )
         settings = {"direction": self.direction} | ({} if method == "eap" else {"steps": steps})
         whole = clean - corrupted
-        error = abs(scores[-1].sum().item() - whole) / abs(whole) if whole else None
+        summed = scores if method == "ig-edges" else scores[-1]
+        error = abs(summed.sum().item() - whole) / abs(whole) if whole else None
         call = CircuitCall(
             method, metric_name(self.metric), clean, corrupted, error, settings, checkpoint=name
         )
         every, values = self.graph.edges, tuple(scores[self.graph.every.to(scores.device)].tolist())
-        return Circuit(every, values, call, self.graph.n_loops, self.graph.schedule, len(every))
+        graph = self.graph
+        return Circuit(
+            every, values, call, graph.n_loops, graph.schedule, len(every), graph.positions
+        )
 
     def _measured(self, run: Written) -> Tensor:
         with torch.no_grad():
             return measure(self.metric, self.model.readout(run.end, self.base.readout))
-
-
-def metric_of(
-    metric: Metric | Literal["kl"], model: LoopedModel, clean: Written, batch: Batch
-) -> Metric:
-    """The metric; "kl" by the distribution of the clean run."""
-    if metric != "kl":
-        return metric
-    with torch.no_grad():
-        return minus_kl(model.readout(clean.end, batch.readout))
 
 
 def _midpoints(steps: int) -> list[float]:

@@ -50,14 +50,11 @@ def exact_scores(
     Raises:
         ValueError: As for `evaluate_circuit`, or no edge.
     """
-    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, max_bytes)
     if not scores.edges:
         raise ValueError("at least one edge is needed to be measured, got none")
+    job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, max_bytes)
     chosen = job.graph.mask(scores.edges)
-    numbers = chosen.nonzero()
-    masks = job.graph.every.repeat(len(numbers), 1, 1)
-    masks[torch.arange(len(numbers)), numbers[:, 0], numbers[:, 1]] = False
-    falls = job.measured.whole.mean() - job.measured.values(masks).mean(1)
+    falls = job.measured.whole.mean() - job.without_each(chosen)
     return job.circuit(chosen, falls, {"replace": "corrupted"}, scores.call.selection)
 
 
@@ -115,6 +112,7 @@ class _Search:
 
     graph: Graph
     measured: Measured
+    checkpoint: str | None
 
     @classmethod
     def of(
@@ -126,11 +124,22 @@ class _Search:
         max_bytes: int,
     ) -> _Search:
         runs = masked_runs(model, pair, [scores], "corrupted", 0, max_bytes)
-        return cls(runs.graph, Measured.of(runs, pair, metric))
+        return cls(runs.graph, Measured.of(runs, pair, metric), scores.call.checkpoint)
+
+    def without_each(self, chosen: Bool[Tensor, "reader writer span"]) -> Float[Tensor, " edge"]:
+        """The metric's mean without one edge, for each edge of a mask."""
+        numbers, found = chosen.nonzero(), []
+        with tqdm(total=len(numbers), desc="exact scores", leave=False, delay=2) as bar:
+            for part in numbers.split(self.measured.runs.side_by_side):
+                masks = self.graph.every.repeat(len(part), 1, 1, 1)
+                masks[(torch.arange(len(part)), *part.unbind(1))] = False
+                found.append(self.measured.values(masks).mean(1))
+                bar.update(len(part))
+        return torch.cat(found)
 
     def backwards(
-        self, kept: Bool[Tensor, "reader writer"], threshold: float, together: int
-    ) -> tuple[Bool[Tensor, "reader writer"], Float[Tensor, "reader writer"]]:
+        self, kept: Bool[Tensor, "reader writer span"], threshold: float, together: int
+    ) -> tuple[Bool[Tensor, "reader writer span"], Float[Tensor, "reader writer span"]]:
         """The edges that stay, and the change of the metric when each was tried."""
         value = self.measured.values(kept[None]).mean()
         scores = torch.zeros(kept.shape, dtype=value.dtype)
@@ -139,16 +148,16 @@ class _Search:
         with tqdm(total=len(order), desc="exact search", leave=False, delay=2) as bar:
             while done < len(order):
                 tried = order[done : done + together]
-                masks = kept.repeat(len(tried), 1, 1)
-                for number, (reader, writer) in enumerate(tried.tolist()):
-                    masks[number:, reader, writer] = False
+                masks = kept.repeat(len(tried), 1, 1, 1)
+                for number, (reader, writer, span) in enumerate(tried.tolist()):
+                    masks[number:, reader, writer, span] = False
                 values = self.measured.values(masks).mean(1)
                 falls = torch.cat([value[None], values[:-1]]) - values
                 stays = (falls.abs() >= threshold).nonzero()
                 count = int(stays[0]) + 1 if len(stays) else len(tried)
-                scores[tried[:count, 0], tried[:count, 1]] = falls[:count].to(scores)
+                scores[tried[:count].unbind(1)] = falls[:count].to(scores)
                 out = tried[: count - 1] if len(stays) else tried
-                kept[out[:, 0], out[:, 1]] = False
+                kept[out.unbind(1)] = False
                 value = values[len(out) - 1] if len(out) else value
                 done += count
                 bar.update(count)
@@ -156,25 +165,24 @@ class _Search:
 
     def circuit(
         self,
-        kept: Bool[Tensor, "reader writer"],
+        kept: Bool[Tensor, "reader writer span"],
         scores: Float[Tensor, " edge"],
         settings: dict[str, str | float],
         selection: str,
     ) -> Circuit:
         """The record of some edges."""
         graph, measured = self.graph, self.measured
-        edges = [graph.edge(reader, writer) for reader, writer in kept.nonzero().tolist()]
         ends = (measured.whole.mean().item(), measured.replaced.mean().item())
-        call = CircuitCall(
-            "exact", metric_name(measured.metric), *ends, None, dict(settings), selection
-        )
+        name = metric_name(measured.metric)
+        call = CircuitCall("exact", name, *ends, None, dict(settings), selection, self.checkpoint)
         return Circuit(
-            tuple(edges),
+            graph.chosen(kept),
             tuple(scores.tolist()),
             call,
             graph.n_loops,
             graph.schedule,
             len(graph.edges),
+            graph.positions,
         )
 
 
@@ -192,12 +200,17 @@ def compare_scores(
         correlation (Spearman's, of the absolute scores of all edges).
 
     Raises:
-        ValueError: They do not have the same edges.
+        ValueError: They do not have the same edges, or none; or a size below 1.
     """
     if estimate.edges != exact.edges:
         raise ValueError(
             f"two scorings of the same edges are needed, got {len(estimate)} and {len(exact)} edges"
             " that are not the same"
+        )
+    if not len(exact) or min(sizes, default=0) < 1:
+        raise ValueError(
+            f"scorings are compared by the top edges, at least one, of some; got sizes {sizes} of"
+            f" {len(exact)} edges"
         )
     frame = pd.DataFrame({"estimate": estimate.scores, "exact": exact.scores}).abs()
     correlation = frame["estimate"].rank().corr(frame["exact"].rank())

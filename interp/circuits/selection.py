@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import replace as replace_field
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 
-from loopscope.interp.circuits.faithfulness import Measured, masked_runs
+from loopscope.interp.circuits.faithfulness import Measured, masked_runs, share_kept
 from loopscope.interp.circuits.masked import Replace
 from loopscope.interp.circuits.names import EMBED, FINAL, end_of
 from loopscope.interp.circuits.record import Circuit
@@ -19,6 +18,8 @@ from loopscope.interp.common.pairs import Pair
 from loopscope.models.core.base import LoopedModel
 
 Rule = Literal["top", "greedy"]
+NEUTRAL: tuple[Replace, ...] = ("corrupted", "resample")
+"""The replacements under which pruning changes nothing."""
 
 
 def select_circuit(
@@ -31,8 +32,7 @@ def select_circuit(
         n_edges: How many, before pruning.
         rule: "top" takes the largest of all; "greedy" starts at "final" and takes at each step the
             largest edge into a node that is there, so that every edge leads to the readout.
-        prune: Leave out edges that do nothing: whose writer hears nothing of the embedding, or
-            whose reader leads nowhere.
+        prune: Leave out the edges that `prune_circuit` leaves out.
 
     Raises:
         ValueError: Another rule, or a number of edges that there is not.
@@ -44,29 +44,39 @@ def select_circuit(
         raise ValueError(f"rule must be 'top' or 'greedy', got {rule!r}")
     if not 0 <= n_edges <= len(scores.edges):
         raise ValueError(f"n_edges must be in 0..{len(scores.edges)}, got {n_edges}")
-    ranked = _ranked(scores, rule)[:n_edges]
-    chosen = scores.take(ranked, f"{rule} {n_edges}")
-    return prune_circuit(chosen) if prune else chosen
+    first = ranked(scores, rule)[:n_edges]
+    kept = _connected(scores, first) if prune else first
+    return scores.take(kept, f"{rule} {n_edges}")
 
 
 def prune_circuit(circuit: Circuit) -> Circuit:
-    """The circuit without edges that do nothing: those whose writer has no path from "embed" and
-    those whose reader has no path to "final".
+    """The circuit without the edges whose writer has no path from "embed" and those whose reader
+    has no path to "final".
+
+    Such edges do nothing where excluded edges carry one run of the model ("corrupted",
+    "resample"). With "mean" or "zero" an edge whose writer hears nothing of the embedding still
+    carries what the writer makes of the replaced values, so that pruning can change the result.
     """
-    heard = {EMBED}
-    for edge in circuit.edges:  # readers in the order of the run, so every writer is settled
-        if edge.writer in heard:
-            heard.update(end_of(edge.reader).writers)
-    heeded = {FINAL}
-    for edge in reversed(circuit.edges):
-        if heeded.intersection(end_of(edge.reader).writers):
-            heeded.add(edge.writer)
-    kept = [
-        number
-        for number, edge in enumerate(circuit.edges)
-        if edge.writer in heard and heeded.intersection(end_of(edge.reader).writers)
-    ]
+    kept = _connected(circuit, range(len(circuit)))
     return circuit.take(kept, circuit.call.selection)
+
+
+def _connected(circuit: Circuit, chosen: Iterable[int]) -> list[int]:
+    """Those of some edges that lie on a path from "embed" to "final" through these edges."""
+    ends = [(number, *circuit.edges[number]) for number in sorted(chosen)]
+    fed = {reader: circuit.feeds(reader) for reader in {reader for _, _, reader in ends}}
+    heard = {writer for _, writer, _ in ends if end_of(writer).component == EMBED}
+    for _, writer, reader in ends:  # readers in the order of the run, so every writer is settled
+        if writer in heard:
+            heard.update(fed[reader])
+    heeded = {node for nodes in fed.values() for node in nodes if end_of(node).component == FINAL}
+    kept = []
+    for number, writer, reader in reversed(ends):
+        if heeded.intersection(fed[reader]):
+            heeded.add(writer)
+            if writer in heard:
+                kept.append(number)
+    return kept[::-1]
 
 
 @torch.no_grad()
@@ -87,7 +97,8 @@ def smallest_circuit(
 ) -> Circuit:
     """The smallest circuit of a wanted faithfulness, by bisection on the number of edges.
 
-    Faithfulness need not grow with every edge, so that a smaller circuit may have it too.
+    Faithfulness need not grow with every edge, so that a smaller circuit may have it too. The
+    circuit is pruned where excluded edges carry one run of the model; see `prune_circuit`.
 
     Args:
         scores: All edges with their scores.
@@ -103,13 +114,21 @@ def smallest_circuit(
     measured = Measured.of(
         masked_runs(model, pair, [scores], replace, seed, max_bytes), pair, metric
     )
-    low, high = measured.replaced.mean(), measured.whole.mean()
+
+    order = ranked(scores, rule)
+    numbers = measured.runs.graph.numbers(scores.edges)
+
+    def chosen(n_edges: int) -> Sequence[int]:
+        first = order[:n_edges]
+        return _connected(scores, first) if replace in NEUTRAL else first
 
     def faithful(n_edges: int) -> bool:
-        mask = measured.runs.graph.mask(select_circuit(scores, n_edges, rule).edges)
-        return bool((measured.values(mask[None]).mean() - low) / (high - low) >= wanted)
+        mask = torch.zeros_like(measured.runs.graph.every)
+        mask[numbers[chosen(n_edges)].unbind(1)] = True
+        kept = share_kept(measured.values(mask[None]), measured.whole, measured.replaced)
+        return bool(kept >= wanted)
 
-    most, least = len(scores.edges), 0
+    most, least = len(order), 0
     if not faithful(most):
         raise ValueError(
             f"the scored edges must reach the wanted faithfulness {wanted} together, but do not"
@@ -117,19 +136,18 @@ def smallest_circuit(
     while most - least > 1:
         middle = (most + least) // 2
         least, most = (least, middle) if faithful(middle) else (middle, most)
-    found = select_circuit(scores, most, rule)
-    words = f"{rule} {most}, faithfulness at least {wanted} by {replace}"
-    return replace_field(found, call=replace_field(found.call, selection=words))
+    return scores.take(chosen(most), f"{rule} {most}, faithfulness at least {wanted} by {replace}")
 
 
-def _ranked(scores: Circuit, rule: Rule) -> Sequence[int]:
-    """The edges' numbers in the order in which they are chosen."""
+def ranked(scores: Circuit, rule: Rule) -> Sequence[int]:
+    """The edges' numbers in the order in which `select_circuit` takes them."""
     sizes = [abs(score) for score in scores.scores]
     if rule == "top":
         return sorted(range(len(sizes)), key=lambda number: -sizes[number])
+    fed = {reader: scores.feeds(reader) for reader in {edge.reader for edge in scores.edges}}
     into: dict[str, list[int]] = {}
     for number, edge in enumerate(scores.edges):
-        for node in end_of(edge.reader).writers:
+        for node in fed[edge.reader]:
             into.setdefault(node, []).append(number)
     heap: list[tuple[float, int]] = []
     order: dict[int, None] = {}
@@ -138,7 +156,8 @@ def _ranked(scores: Circuit, rule: Rule) -> Sequence[int]:
         for number in into.pop(node, ()):
             heapq.heappush(heap, (-sizes[number], number))
 
-    open_node(FINAL)
+    for node in [node for node in into if end_of(node).component == FINAL]:
+        open_node(node)
     while heap:
         number = heapq.heappop(heap)[1]
         if number not in order:

@@ -1,7 +1,8 @@
 """The stream of every reader in a run of which only some edges are kept: along a kept edge comes
 what the writer adds in this run, along any other what it adds in the run that replaces it.
 
-Axes: circuit reader writer batch pos d_model.
+Axes: circuit reader writer span batch pos d_model. A mask has one span, all positions, or one span
+for each position.
 """
 
 from __future__ import annotations
@@ -46,13 +47,16 @@ class SummedStreams:
     """
 
     def __init__(
-        self, graph: Graph, replacement: Replacement, masks: Float[Tensor, "circuit reader writer"]
+        self,
+        graph: Graph,
+        replacement: Replacement,
+        masks: Float[Tensor, "circuit reader writer span"],
     ) -> None:
         self.graph, self.outputs = graph, replacement.outputs
         self.stream = replacement.begin.resid.to(self.outputs)
         self.masks = masks
         embedded = (replacement.kept.resid - replacement.begin.resid).to(self.outputs)
-        self.changes = [embedded.flatten().expand(len(masks), 1, -1)]
+        self.changes = [embedded.expand(len(masks), 1, *embedded.shape)]
 
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
         """The streams of a stage's readers."""
@@ -63,7 +67,7 @@ class SummedStreams:
     ) -> None:
         """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
-        self.changes.append((outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2))
+        self.changes.append((outputs.to(replaced) - replaced[:, None]).transpose(0, 1))
         self.stream = self.stream + replaced.sum(0) + stage.constant(replaced)
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
@@ -72,9 +76,8 @@ class SummedStreams:
 
     def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
         before = self.graph.before[readers.start]
-        kept: Tensor = self.masks[:, readers, :before] @ torch.cat(self.changes, dim=1)
-        found: Tensor = self.stream + kept.unflatten(-1, self.stream.shape)
-        return found
+        masks = self.masks[:, readers, :before]
+        return self.stream + summed(masks, torch.cat(self.changes, dim=1))
 
 
 class CarriedStreams:
@@ -88,7 +91,7 @@ class CarriedStreams:
         self,
         model: LoopedModel,
         replacement: Replacement,
-        masks: Float[Tensor, "circuit reader writer"],
+        masks: Float[Tensor, "circuit reader writer span"],
     ) -> None:
         self.model, self.masks, self.outputs = model, masks, replacement.outputs
         kept, begin = replacement.kept, replacement.begin
@@ -119,9 +122,9 @@ class CarriedStreams:
     ) -> None:
         """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
-        change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1).flatten(2)
-        kept = self.masks[:, self.first :, stage.writers] @ change
-        total = kept.unflatten(-1, replaced.shape[1:]) + replaced.sum(0) + stage.constant(replaced)
+        change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1)
+        kept = summed(self.masks[:, self.first :, stage.writers], change)
+        total = kept + replaced.sum(0) + stage.constant(replaced)
         self.added[stage.kind] = total.flatten(0, 2).to(self.resid)
         if stage.kind == "mlp":
             visit = _own(stage.visit)
@@ -155,9 +158,11 @@ class CarriedStreams:
         """A part of the first state for every stream: of the one run or the other, by whether the
         reader's edge from the embedding is kept.
         """
-        wanted = self.masks[:, :, :1].reshape(*self.masks.shape[:2], *[1] * kept.ndim)
+        n_circuits, n_readers, _, n_spans = self.masks.shape
         if not kept.is_floating_point():
-            return kept.expand(*wanted.shape[:2], *kept.shape).flatten(0, 2)
+            return kept.expand(n_circuits, n_readers, *kept.shape).flatten(0, 2)
+        behind = (n_spans, *[1] * (kept.ndim - 2)) if kept.ndim > 1 else ()
+        wanted = self.masks[:, :, 0].reshape(n_circuits, n_readers, 1, *behind)
         return (replaced + wanted.to(kept) * (kept - replaced)).flatten(0, 2)
 
     def _lanes(self, rows: Tensor) -> Tensor:
@@ -173,6 +178,19 @@ class CarriedStreams:
 
 
 Streams = SummedStreams | CarriedStreams
+
+
+def summed(
+    masks: Float[Tensor, "circuit reader writer span"],
+    changes: Float[Tensor, "circuit writer batch pos d_model"],
+) -> Float[Tensor, "circuit reader batch pos d_model"]:
+    """The sum of the kept writers' changes for every reader, position by position."""
+    if masks.shape[-1] == 1:
+        over_all = masks[..., 0] @ changes.flatten(2)
+        return over_all.view(*masks.shape[:2], *changes.shape[2:])
+    by_position = changes.permute(0, 3, 1, 2, 4).flatten(3)
+    found = masks.permute(0, 3, 1, 2) @ by_position
+    return found.view(*found.shape[:3], changes.shape[2], -1).permute(0, 2, 3, 1, 4)
 
 
 def _own(visit: Visit) -> Visit:

@@ -17,7 +17,9 @@ class _Sent(NamedTuple):
 
     layer: str
     feature: int
+    position: int
     id: str
+    component: str
 
 
 def viewer_graph(
@@ -28,8 +30,10 @@ def viewer_graph(
 
     The viewer's layers are the visits of the run, from 0. Its features are the components of a
     visit: the head's number, and for attention as a whole and MLPs the numbers behind the heads'.
-    All nodes stand at the last token, because a circuit's scores are sums over positions. An edge
-    into keys or values that several heads share is given to these heads in equal parts. Components
+    In a circuit by position a node stands at the token of its position; else all nodes stand at the
+    last token, because scores are then sums over positions. An edge into keys or values that
+    several heads share, or that several positions read, is given to the heads at these positions in
+    equal parts. Components
     of the shared blocks that act in several iterations are the viewer's groups (supernodes).
 
     Args:
@@ -39,7 +43,7 @@ def viewer_graph(
         slug: The graph's name in an address.
 
     Raises:
-        ValueError: No token.
+        ValueError: No token, or fewer than a circuit by position has positions.
 
     Source:
         The JSON schema of Neuronpedia's attribution graphs (apps/webapp/app/api/graph in
@@ -47,12 +51,18 @@ def viewer_graph(
     """
     if not tokens:
         raise ValueError("the viewer's graph needs the tokens of an input, got none")
-    sent, links = _sent(circuit, len(tokens) - 1), _links(circuit)
-    scores = {node: sum(abs(w) for (own, _), w in links.items() if own == node) for node in sent}
-    influence = _influence({node: score for node, score in scores.items() if node not in _KINDS})
-    nodes = [
-        _node(node, to, influence.get(node), answer, len(tokens) - 1) for node, to in sent.items()
-    ]
+    if circuit.positions and len(tokens) < circuit.positions.size:
+        raise ValueError(
+            f"the viewer's graph needs a token for each of the circuit's"
+            f" {circuit.positions.size} positions, got {len(tokens)}"
+        )
+    links = _links(circuit)
+    sent = _sent(circuit, len(tokens) - 1)
+    scores = dict.fromkeys(sent, 0.0)
+    for (writer, _), weight in links.items():
+        scores[writer] += abs(weight)
+    influence = _influence({node: score for node, score in scores.items() if end_of(node).visit})
+    nodes = [_node(node, to, influence.get(node), answer) for node, to in sent.items()]
     groups = _groups(circuit, sent)
     return {
         "metadata": {
@@ -69,7 +79,7 @@ def viewer_graph(
             "pinnedIds": [node for group in groups for node in group[1:]],
             "supernodes": groups,
             "linkType": "both",
-            "clickedId": sent[FINAL].id if FINAL in sent else "",
+            "clickedId": next((to.id for to in sent.values() if to.component == FINAL), ""),
             "sg_pos": "",
         },
         "nodes": nodes,
@@ -80,10 +90,12 @@ def viewer_graph(
     }
 
 
-def _sent(circuit: Circuit, position: int) -> dict[str, _Sent]:
+def _sent(circuit: Circuit, last: int) -> dict[str, _Sent]:
     """Every node that is an end of a link, in the order of the run."""
     visits = {place.name: number for number, place in enumerate(circuit.schedule)}
-    nodes = dict.fromkeys(writer for node in circuit.nodes for writer in end_of(node).writers)
+    ends = [edge.writer for edge in circuit.edges]
+    ends += [node for edge in circuit.edges for node in circuit.passed_on(edge.reader)]
+    nodes = circuit.in_order(ends)
     heads = [end_of(node).component.removeprefix("attn.") for node in nodes]
     n_heads = max((int(head) + 1 for head in heads if head.isdecimal()), default=0)
     found = {}
@@ -91,9 +103,11 @@ def _sent(circuit: Circuit, position: int) -> dict[str, _Sent]:
         end = end_of(node)
         head = end.component.removeprefix("attn.")
         number = int(head) if head.isdecimal() else n_heads + (end.component == "mlp")
-        layer = {EMBED: "E", FINAL: str(len(visits))}.get(node) or str(visits[end.visit])
+        ends_at = {EMBED: "E", FINAL: str(len(visits))}
+        layer = ends_at.get(end.component) or str(visits[end.visit])
         feature = number if end.visit else 0
-        found[node] = _Sent(layer, feature, f"{layer}_{feature}_{position}")
+        at = last if end.position is None else end.position
+        found[node] = _Sent(layer, feature, at, f"{layer}_{feature}_{at}", end.component)
     return found
 
 
@@ -101,7 +115,7 @@ def _links(circuit: Circuit) -> dict[tuple[str, str], float]:
     """The weight of each pair of nodes: queries, keys and values together."""
     found: dict[tuple[str, str], float] = {}
     for edge, score in zip(circuit.edges, circuit.scores, strict=True):
-        readers = end_of(edge.reader).writers
+        readers = circuit.passed_on(edge.reader)
         for reader in readers:
             pair = edge.writer, reader
             found[pair] = found.get(pair, 0.0) + score / len(readers)
@@ -118,21 +132,19 @@ def _influence(scores: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(order, shares, strict=True))
 
 
-def _node(
-    node: str, sent: _Sent, influence: float | None, answer: str, position: int
-) -> dict[str, Any]:
+def _node(node: str, sent: _Sent, influence: float | None, answer: str) -> dict[str, Any]:
     return {
         "node_id": sent.id,
         "feature": sent.feature,
         "layer": sent.layer,
-        "ctx_idx": position,
-        "feature_type": _KINDS.get(node, "component"),
+        "ctx_idx": sent.position,
+        "feature_type": _KINDS.get(sent.component, "component"),
         "token_prob": 0.0,
-        "is_target_logit": node == FINAL,
+        "is_target_logit": sent.component == FINAL,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
         "jsNodeId": f"{sent.layer}_{sent.feature}-0",
-        "clerp": answer if node == FINAL and answer else node,
+        "clerp": answer if sent.component == FINAL and answer else node,
         "influence": influence,
         "activation": None,
     }

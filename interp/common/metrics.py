@@ -6,6 +6,7 @@ Every method calls a metric through `measure`, which checks what it gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -128,6 +129,20 @@ def row_by_row(
 ) -> Float[Tensor, " row"]:
     """The metric of several batches side by side, each of `size` rows."""
     return torch.cat([measure(metric, part) for part in logits.split(size)])
+
+
+def metric_or_kl(metric: Metric | Literal["kl"], clean: Float[Tensor, "batch d_vocab"]) -> Metric:
+    """The metric; "kl" is minus the divergence from the distribution of the clean run.
+
+    Raises:
+        ValueError: Another word.
+    """
+    if isinstance(metric, str) and metric != "kl":
+        raise ValueError(
+            "a metric is a function of the logits, such as logit_diff(right, wrong) or"
+            f" logit_margin(answers), or the word 'kl'; got {metric!r}"
+        )
+    return minus_kl(clean) if isinstance(metric, str) else metric
 
 
 def metric_name(metric: Metric) -> str:

@@ -2,7 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = id => document.getElementById(id);
 const graph = by("graph"), slider = by("threshold"), tip = by("tip"), name = by("name");
-const DX = 76, DY = 74, LEFT = 110, TOP = 54;
+const LEFT = 110, TOP = 54;
 let view = "unrolled";
 
 const made = (tag, attributes, text) => {
@@ -34,7 +34,7 @@ const shownEdges = () => {
 /* What is drawn: lines between places, with the names of both ends. */
 const unrolledLines = edges => edges.map(([writer, reader, input, score]) => {
   const [from, to] = [data.nodes[writer], data.nodes[reader]];
-  const end = input ? `${to.name}.${input}` : to.name;
+  const end = input ? to.name.replace(/(@\d+)?$/, `.${input}$1`) : to.name;
   return { from, to, score, later: false, names: `${from.name} → ${end}`, about: `score ${score.toPrecision(3)}` };
 });
 
@@ -59,16 +59,19 @@ const foldedLines = edges => {
   return [...lines.values()];
 };
 
-const spread = () => (view === "folded" ? 2.6 : 1) * DX;
-const at = node => {
-  const [x, y] = node[`${view}_at`];
-  return [LEFT + (x + 1) * spread(), TOP + (data.rows.length - 1 - y) * DY];
-};
+const shape = () => data.views[view];
+const lowest = ticks => Math.min(...ticks.map(([place]) => place));
+const highest = ticks => Math.max(...ticks.map(([place]) => place));
+const pixels = (x, y) => [
+  LEFT + (x - lowest(shape().columns)) * shape().width + (view === "unrolled" && data.moves.length ? 40 : 0),
+  TOP + (highest(shape().rows) - y) * shape().height,
+];
+const at = node => pixels(...node[`${view}_at`]);
 
 const curve = line => {
   const [[x0, y0], [x1, y1]] = [at(line.from), at(line.to)];
   if (x0 === x1 && y0 === y1) return `M${x0 - 5},${y0} C${x0 - 36},${y0 - 46} ${x0 + 36},${y0 - 46} ${x0 + 5},${y0}`;
-  const bow = (y0 === y1 || line.later ? 9 : 3) * Math.sqrt(Math.abs(x1 - x0) / DX + 0.2) * (x1 < x0 ? -2 : 1);
+  const bow = (y0 === y1 || line.later ? 9 : 3) * Math.sqrt(Math.abs(x1 - x0) / 76 + 0.2) * (x1 < x0 ? -2 : 1);
   return `M${x0},${y0} Q${(x0 + x1) / 2},${(y0 + y1) / 2 - 2 * bow} ${x1},${y1}`;
 };
 
@@ -91,14 +94,14 @@ const acts = (element, names, about) => {
 };
 
 const axes = () => {
-  const bottom = TOP + (data.rows.length - 1) * DY + 52;
-  data.rows.forEach((row, y) => made("text", { x: 12, y: TOP + (data.rows.length - 1 - y) * DY + 4 }, row));
-  ["embed", ...data.ticks[view], "final"].forEach((tick, x) =>
-    made("text", { x: LEFT + x * spread(), y: bottom, "text-anchor": "middle" }, tick));
-  const width = LEFT + (data.ticks[view].length + 1) * spread() + 60;
+  const { columns, rows } = shape();
+  const [right, bottom] = pixels(highest(columns), lowest(rows)).map(size => size + 52);
+  for (const [y, row] of rows) made("text", { x: 12, y: pixels(0, y)[1] + 4 }, row);
+  for (const [x, tick] of columns) made("text", { x: pixels(x, 0)[0], y: bottom, "text-anchor": "middle" }, tick);
+  const width = right + 8;
   graph.setAttribute("viewBox", `0 0 ${width} ${bottom + 20}`);
   graph.style.minWidth = `${0.8 * width}px`;
-  graph.style.maxWidth = `${1.3 * width}px`;
+  graph.style.maxWidth = `${width * Math.max(0.8, Math.min(1.3, 800 / bottom))}px`;
 };
 
 const drawNodes = lines => {
@@ -122,11 +125,21 @@ const drawNodes = lines => {
   }
 };
 
+/* What heads move between positions inside, where both ends are drawn. */
+const drawMoves = edges => {
+  const shown = new Set(edges.flatMap(([writer, reader]) => [writer, reader]));
+  for (const [start, end] of data.moves) if (shown.has(start) && shown.has(end)) {
+    const [[x0, y0], [x1, y1]] = [at(data.nodes[start]), at(data.nodes[end])];
+    made("path", { class: "move", d: `M${x0},${y0} Q${(x0 + x1) / 2},${y0 - 16} ${x1},${y1}` });
+  }
+};
+
 const draw = () => {
   const edges = shownEdges(), lines = view === "folded" ? foldedLines(edges) : unrolledLines(edges);
   graph.replaceChildren();
   tip.hidden = true;
   axes();
+  if (view === "unrolled") drawMoves(edges);
   const most = Math.max(...lines.map(line => Math.abs(line.score)), 1e-30);
   for (const line of [...lines].sort((a, b) => Math.abs(a.score) - Math.abs(b.score))) {
     const kind = `edge ${line.score < 0 ? "away" : "towards"}${line.later ? " later" : ""}`;
@@ -136,7 +149,7 @@ const draw = () => {
   drawNodes(lines);
   const least = edges.length ? Math.abs(edges[edges.length - 1][3]).toPrecision(2) : "0";
   by("shown").textContent = `${edges.length} of ${counted(data.edges.length, "edge")}, score at least ${least}`;
-  by("hint").textContent = view === "folded" ? "· dashed: read in a later iteration" : "";
+  by("hint").textContent = view === "folded" ? "· dashed: read in a later iteration" : data.moves.length ? "· dotted: moved by a head" : "";
 };
 
 for (const each of ["unrolled", "folded"]) by(each).addEventListener("click", () => {

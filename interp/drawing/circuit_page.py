@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopscope.interp.drawing.circuits import EMBED, FINAL, components, spots
-from loopscope.interp.drawing.labels import tick
+from loopscope.interp.drawing.circuits import EMBED, FINAL, axes, components, moves, spots
 
 if TYPE_CHECKING:
     from loopscope.interp.circuits.record import Circuit
@@ -19,15 +19,16 @@ _STYLE, _SCRIPT = (
 )
 
 
-def circuit_page(circuit: Circuit, title: str, lead: str = "") -> str:
+def circuit_page(circuit: Circuit, title: str, lead: str = "", tokens: Sequence[str] = ()) -> str:
     """One HTML page that fetches nothing.
 
     Args:
         circuit: The circuit.
         title: The heading, such as the checkpoint's name.
         lead: What is said below it.
+        tokens: Names of the positions of a circuit by position, where they are known.
     """
-    data = json.dumps(_data(circuit), separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(_data(circuit, tokens), separators=(",", ":")).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -49,7 +50,7 @@ def circuit_page(circuit: Circuit, title: str, lead: str = "") -> str:
 """
 
 
-def _data(circuit: Circuit) -> dict[str, Any]:
+def _data(circuit: Circuit, tokens: Sequence[str]) -> dict[str, Any]:
     """Everything that the page draws: nodes with their places in both views, and edges by the
     numbers of their nodes, strongest first.
     """
@@ -61,16 +62,16 @@ def _data(circuit: Circuit) -> dict[str, Any]:
     for node, spot in places.items():
         end = circuit.end(node)
         visit = schedule.get(end.visit)
-        column = {EMBED: -1.0, FINAL: float(len(blocks))}.get(node)
+        column = {EMBED: -1.0, FINAL: float(len(blocks))}.get(end.component)
         if visit is not None:
-            column = blocks.index(visit.block) + (spot.x - int(spot.x))
+            column = blocks.index(visit.block) + 0.3 * (end.component == "mlp")
         nodes.append(
             {
                 "name": node,
                 "folded": circuit.folded_name(node),
                 "loop": None if visit is None else visit.loop,
                 "unrolled_at": [spot.x, spot.y],
-                "folded_at": [column, spot.y if visit is not None else middle],
+                "folded_at": [column, rows.index(end.component) if visit else middle],
             }
         )
     number = {node: index for index, node in enumerate(places)}
@@ -81,5 +82,21 @@ def _data(circuit: Circuit) -> dict[str, Any]:
         for edge in [circuit.edges[index]]
         for end in [circuit.end(edge.reader)]
     ]
-    ticks = {"unrolled": [tick(place.name) for place in circuit.schedule], "folded": blocks}
-    return {"nodes": nodes, "edges": edges, "rows": rows, "ticks": ticks}
+    named = axes(circuit, tokens)
+    columns = {float(at - 1): name for at, name in enumerate(["embed", *blocks, "final"])}
+    views = {
+        "unrolled": _view(
+            named.columns, named.rows, *((132, 52) if circuit.positions else (76, 74))
+        ),
+        "folded": _view(columns, dict(enumerate(rows)), 198, 74),
+    }
+    moved = [[number[start], number[end]] for start, end in moves(circuit)]
+    return {"nodes": nodes, "edges": edges, "moves": moved, "views": views}
+
+
+def _view(
+    columns: Mapping[float, str], rows: Mapping[float, str], width: int, height: int
+) -> dict[str, Any]:
+    """The ticks of a view, and its pixels per column and per row."""
+    ticks = {"columns": list(columns.items()), "rows": list(rows.items())}
+    return {**ticks, "width": width, "height": height}

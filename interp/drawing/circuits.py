@@ -5,7 +5,7 @@ the shared blocks act.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from loopscope.interp.drawing.labels import spoken, tick
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, INK, styled, titled
+from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, FAINT, INK, styled, titled
 
 if TYPE_CHECKING:
     from loopscope.interp.circuits.names import End
@@ -33,8 +33,10 @@ class Spot:
     """The place of a node in the unrolled view.
 
     Attributes:
-        x: The visit's number, with an MLP a little behind its attention; -1 for "embed".
-        y: The component's row.
+        x: The visit's number, with an MLP a little behind its attention; -1 for "embed". In a
+            circuit by position the position, with the components side by side.
+        y: The component's row. In a circuit by position the visit's number, with an MLP a little
+            above its attention; -1 for "embed".
     """
 
     x: float
@@ -43,7 +45,7 @@ class Spot:
 
 def components(circuit: Circuit) -> list[str]:
     """The components of any one visit: heads (or attention) first, then the MLP."""
-    found = {circuit.end(node).component for node in circuit.nodes} - {EMBED, FINAL}
+    found = {end.component for end in map(circuit.end, circuit.nodes) if end.visit}
     return sorted(found, key=lambda name: (name == "mlp", [len(name), name]))
 
 
@@ -52,13 +54,62 @@ def spots(circuit: Circuit) -> dict[str, Spot]:
     rows = {name: row for row, name in enumerate(components(circuit))}
     visits = {place.name: number for number, place in enumerate(circuit.schedule)}
     middle = (len(rows) - 1) / 2
-    ends = {EMBED: Spot(-1.0, middle), FINAL: Spot(float(len(visits)), middle)}
-    return {
-        node: ends.get(node) or Spot(visits[end.visit] + 0.3 * (end.component == "mlp"), y)
-        for node in circuit.nodes
-        for end in [circuit.end(node)]
-        for y in [float(rows.get(end.component, 0))]
-    }
+    found = {}
+    for node in circuit.nodes:
+        end = circuit.end(node)
+        visit = float({EMBED: -1, FINAL: len(visits)}.get(end.component, visits.get(end.visit, 0)))
+        row = float(rows.get(end.component, middle))
+        if end.position is None:
+            found[node] = Spot(visit + 0.3 * (end.component == "mlp"), row)
+        else:
+            beside = 0.8 * (row - middle) / max(1, len(rows))
+            found[node] = Spot(end.position + beside, visit + 0.45 * (end.component == "mlp"))
+    return found
+
+
+def moves(circuit: Circuit) -> list[tuple[str, str]]:
+    """What heads move between positions inside: the node that reads keys or values, and each node
+    at another position that is fed by it and writes.
+    """
+    pairs = [
+        (circuit.end(edge.reader).node, fed)
+        for edge in circuit.edges
+        for fed in circuit.passed_on(edge.reader)
+    ]
+    at = {name: circuit.end(name).position for pair in pairs for name in pair}
+    return list(dict.fromkeys(pair for pair in pairs if at[pair[0]] != at[pair[1]]))
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The ticks of the unrolled view.
+
+    Attributes:
+        columns, rows: The name of each tick, by where it is.
+        column, row: The axes' titles.
+    """
+
+    columns: dict[float, str]
+    rows: dict[float, str]
+    column: str
+    row: str
+
+
+def axes(circuit: Circuit, tokens: Sequence[str] = ()) -> Axes:
+    """The ticks of the unrolled view.
+
+    Args:
+        tokens: Names of the positions, where they are known.
+    """
+    ticks = ["embed", *(tick(place.name) for place in circuit.schedule), "final"]
+    visits = {float(number - 1): name for number, name in enumerate(ticks)}
+    if circuit.positions is None:
+        rows = {float(row): name for row, name in enumerate(components(circuit))}
+        return Axes(visits, rows, "visit (loop.block)", "")
+    count = circuit.positions.size
+    words = [f"{at} {token}" for at, token in enumerate(tokens)] or map(str, range(count))
+    columns = {float(at): word for at, word in enumerate(words)}
+    return Axes(columns, visits, "position", "visit (loop.block)")
 
 
 def circuit(record: Circuit, title: str) -> go.Figure:
@@ -69,25 +120,34 @@ def circuit(record: Circuit, title: str) -> go.Figure:
     return titled(styled(plot, 460).update_layout(showlegend=False), title)
 
 
-def add_unrolled(plot: go.Figure, record: Circuit, row: int, col: int) -> None:
-    """Columns are visits, rows are components; blue edges move the metric towards the clean run,
-    orange ones away from it.
+def add_unrolled(
+    plot: go.Figure, record: Circuit, row: int, col: int, tokens: Sequence[str] = ()
+) -> None:
+    """Columns are visits, rows are components; in a circuit by position columns are positions, rows
+    are visits, and dotted lines are what heads move between positions. Blue edges move the metric
+    towards the clean run, orange ones away from it.
+
+    Args:
+        tokens: Names of the positions, where they are known.
     """
     at, place = spots(record), {"row": row, "col": col}
+    drawn = [record.edges[number] for number in strongest(record, MOST)]
+    nodes = list(record.in_order(record.end(name).node for edge in drawn for name in edge))
+    _add_moves(plot, record, {node: at[node] for node in nodes}, place)
     for color, width, x, y in _lines(record, at):
         line = {"color": color, "width": width}
         plot.add_scatter(
             x=x, y=y, mode="lines", line=line, opacity=0.75, hoverinfo="skip", showlegend=False,
             **place,
         )  # fmt: skip
-    nodes, sums = list(at), _sums(record)
-    most = max(sums.values(), default=0.0) or 1.0
+    sums = _sums(record)
+    most, small = max(sums.values(), default=0.0) or 1.0, 3 if record.positions else 6
     plot.add_scatter(
         x=[at[node].x for node in nodes],
         y=[at[node].y for node in nodes],
         mode="markers",
         marker={
-            "size": [6 + 14 * math.sqrt(sums[node] / most) for node in nodes],
+            "size": [small + 14 * math.sqrt(sums[node] / most) for node in nodes],
             "color": INK,
             "line": {"color": "white", "width": 1},
             "opacity": 1,
@@ -99,15 +159,28 @@ def add_unrolled(plot: go.Figure, record: Circuit, row: int, col: int) -> None:
         showlegend=False,
         **place,
     )
-    names = components(record)
-    ticks = ["embed", *(tick(place.name) for place in record.schedule), "final"]
-    plot.update_xaxes(
-        title="visit (loop.block)", tickvals=list(range(-1, len(ticks) - 1)), ticktext=ticks,
-        range=[-1.5, len(ticks) - 1.5], **place,
-    )  # fmt: skip
-    plot.update_yaxes(
-        tickvals=list(range(len(names))), ticktext=names, range=[-0.6, len(names) - 0.4], **place
-    )
+    named = axes(record, tokens)
+    for update, title, ticks in (
+        (plot.update_xaxes, named.column, named.columns),
+        (plot.update_yaxes, named.row, named.rows),
+    ):
+        ends = [min(ticks, default=0.0) - 0.6, max(ticks, default=0.0) + 0.6]
+        shown = {"tickvals": list(ticks), "ticktext": list(ticks.values()), "range": ends}
+        update(title=title, **shown, **place)
+
+
+def _add_moves(
+    plot: go.Figure, record: Circuit, at: Mapping[str, Spot], place: Mapping[str, int]
+) -> None:
+    """Dotted lines for what heads move between positions, where both ends are drawn."""
+    pairs = [(at[start], at[end]) for start, end in moves(record) if {start, end} <= set(at)]
+    if pairs:
+        plot.add_scatter(
+            x=[x for start, end in pairs for x in (start.x, end.x, None)],
+            y=[y for start, end in pairs for y in (start.y, end.y, None)],
+            mode="lines", line={"color": FAINT, "width": 1, "dash": "dot"}, hoverinfo="skip",
+            showlegend=False, name="moved by a head", **place,
+        )  # fmt: skip
 
 
 def add_folded(plot: go.Figure, record: Circuit, row: int, col: int) -> None:
@@ -143,7 +216,7 @@ def folded_scores(record: Circuit) -> pd.DataFrame:
     iteration (-1 for what lies outside the loop), components by loops; empty cells are missing.
     """
     frame = record.unrolled()
-    frame = frame[frame["writer"] != EMBED]
+    frame = frame[frame["writer_component"] != EMBED]
     frame = frame.assign(
         component=[record.folded_name(node) for node in frame["writer"]],
         loop=frame["writer_loop"].fillna(-1).astype(int),
@@ -183,9 +256,10 @@ def _lines(
         x, y = lines.setdefault(key, ([], []))
         start, end = at[edge.writer], at[record.end(edge.reader).node]
         bow = 0.12 * math.sqrt(abs(end.x - start.x)) * (1 if start.y == end.y else 0.5)
+        aside = 0.05 * math.sqrt(abs(end.y - start.y)) if record.positions else 0.0
         for step in range(_STEPS + 1):
             share = step / _STEPS
-            x.append(start.x + share * (end.x - start.x))
+            x.append(start.x + share * (end.x - start.x) + 4 * aside * share * (1 - share))
             y.append(start.y + share * (end.y - start.y) + 4 * bow * share * (1 - share))
         x.append(None)
         y.append(None)
@@ -195,4 +269,5 @@ def _lines(
 
 def _said(end: End) -> str:
     """A node in a sentence."""
-    return f"{spoken(end.visit)}, {end.component}" if end.visit else end.component
+    at = "" if end.position is None else f", position {end.position}"
+    return (f"{spoken(end.visit)}, {end.component}" if end.visit else end.component) + at

@@ -74,10 +74,13 @@ def test_every_view_of_the_weights(family: str) -> None:
     assert all(isinstance(view, torch.Tensor) for view in views.values())
 
 
-@pytest.mark.parametrize("method", ["eap", "eap-ig-activations"])
-def test_circuits_by_the_divergence(method: Method) -> None:
+@pytest.mark.parametrize(
+    ("method", "by_position"), [("eap", False), ("eap-ig-activations", False), ("ig-edges", True)]
+)
+def test_circuits_by_the_divergence(method: Method, by_position: bool) -> None:
     model, clean, corrupted = toy(), full(1), full(2)
-    scores = circuit_scores(model, clean, corrupted, "kl", 1, method=method, steps=2)
+    given = (model, clean, corrupted, "kl", 1)
+    scores = circuit_scores(*given, method=method, steps=2, by_position=by_position)
     chosen = select_circuit(scores, 9)
     said = evaluate_circuit(model, clean, corrupted, chosen, "kl", minimality=True)
     assert len(said.frame()) == 1

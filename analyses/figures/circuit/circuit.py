@@ -5,32 +5,25 @@ machine, against two controls.
 from __future__ import annotations
 
 import json
-import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import pandas as pd
 import plotly.graph_objects as go
-from jaxtyping import Float
 from plotly.subplots import make_subplots
-from torch import Tensor
 
 from loopscope.analyses.common.configs import PairConfig
 from loopscope.analyses.common.pairs_of import TextPairs, open_pairs
-from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_pairs
-from loopscope.analyses.common.subject import Subject, words
-from loopscope.interp.circuits.changes import writer_changes
-from loopscope.interp.circuits.faithfulness import Faithfulness, evaluate_circuit
-from loopscope.interp.circuits.record import Circuit
-from loopscope.interp.circuits.scores import circuit_scores
+from loopscope.analyses.common.subject import Subject
+from loopscope.analyses.figures.circuit._found_circuit import SHARES, FoundCircuit, found_circuit
+from loopscope.interp.circuits.building import aligned, graph_of
+from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
 from loopscope.interp.circuits.viewer import viewer_graph
 from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.interp.drawing.circuits import MOST, add_folded, add_unrolled
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, MARK, styled
+from loopscope.models.core.state import checked_loops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,74 +40,20 @@ class CircuitConfig(PairConfig):
     """
     edges: int | None = None
     """Take so many edges instead."""
-    method: Literal["eap", "eap-ig-inputs", "eap-ig-activations"] = "eap-ig-inputs"
+    method: Method = "ig-edges"
     """How edges are scored."""
-    steps: int = 5
+    steps: int = 10
     """Steps of integrated gradients."""
+    by_position: bool | None = None
+    """Whether a component is another node at each position; by default where all texts have one
+    length and there are no more than a hundred thousand edges then.
+    """
     heads: bool | None = None
     """Whether heads are nodes; by default where the family lets them be told apart."""
 
 
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
-"""Sizes of the curve, as shares of all edges; the circuit's own size is put among them."""
-RANKINGS = ("score", "change", "random")
-
-
-@dataclass(frozen=True)
-class FoundCircuit(Record):
-    """A circuit, and how faithful circuits of other sizes and of two controls are.
-
-    Attributes:
-        circuit: The circuit.
-        clean, corrupted: The texts, pair by pair.
-        measured: The answer in words, with the token that it is compared with.
-        tokens: Of the first clean text.
-        sizes: Numbers of edges.
-        faithful: Float[Tensor, "ranking size"], the share of the margin's difference that is kept:
-            by edges of largest score, by edges whose writers' output changes most between the two
-            runs, and by edges in random order.
-        left: Float[Tensor, " size"], the share that is kept without the edges of largest score.
-    """
-
-    circuit: Circuit
-    clean: tuple[str, ...]
-    corrupted: tuple[str, ...]
-    measured: str
-    tokens: tuple[str, ...]
-    sizes: tuple[int, ...]
-    faithful: Float[Tensor, "ranking size"]
-    left: Float[Tensor, " size"]
-
-    @property
-    def own(self) -> int:
-        """The number of the circuit's own size."""
-        return self.sizes.index(len(self.circuit))
-
-    def heading(self) -> str:
-        """The pair, or the first of several, with the answer."""
-        many = f" and {len(self.clean) - 1} more pairs" * (len(self.clean) > 1)
-        return f"{self.clean[0]} against {self.corrupted[0]}{many}, answer {self.measured}"
-
-    def frame(self) -> pd.DataFrame:
-        """The edges of the circuit, as `Circuit.unrolled` gives them."""
-        return self.circuit.unrolled()
-
-    def summary(self) -> pd.DataFrame:
-        """One row per size: edges, their share, faithfulness of the edges of largest score, what is
-        left without them, and faithfulness of the two controls.
-        """
-        score, change, chance = (row.tolist() for row in self.faithful)
-        return pd.DataFrame(
-            {
-                "edges": self.sizes,
-                "share": [size / self.circuit.n_possible for size in self.sizes],
-                "faithfulness": score,
-                "left without them": self.left.tolist(),
-                "ranked by change": change,
-                "random": chance,
-                "circuit": ["yes" if number == self.own else "" for number in range(len(score))],
-            }
-        )
+MOST_EDGES = 100_000
+"""Edges of a circuit by position, above which it must be asked for."""
 
 
 def run(config: CircuitConfig) -> FoundCircuit:
@@ -139,51 +78,24 @@ def measure(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> FoundC
         method=config.method,
         steps=config.steps,
         heads=config.heads,
+        by_position=_by_position(subject, pairs, config),
         checkpoint=subject.name,
     )
     if config.edges is None:
         chosen = smallest_circuit(model, *both, scores, metric, config.wanted)
     else:
         chosen = select_circuit(scores, config.edges)
-    sizes = sorted({len(chosen), *(max(1, round(share * len(scores))) for share in SHARES)})
-    circuits = [
-        chosen if size == len(chosen) else select_circuit(scores, size, prune=False)
-        for size in sizes
-    ]
-    orders = _by_change(subject, pairs, scores), _at_random(len(scores))
-    controls = [scores.take(order[:size], "control") for order in orders for size in sizes]
-    found = evaluate_circuit(model, *both, [*circuits, *controls], metric)
-    return _record(subject, pairs, chosen, sizes, found)
+    return found_circuit(subject, pairs, scores, chosen)
 
 
-def _record(
-    subject: Subject,
-    pairs: TextPairs,
-    chosen: Circuit,
-    sizes: Sequence[int],
-    found: Faithfulness,
-) -> FoundCircuit:
-    return FoundCircuit(
-        circuit=chosen,
-        clean=pairs.clean,
-        corrupted=pairs.corrupted,
-        measured=pairs.measured,
-        tokens=words(subject.model, pairs.clean_batch.tokens[0][pairs.clean_batch.mask[0].bool()]),
-        sizes=tuple(sizes),
-        faithful=found.faithfulness.view(len(RANKINGS), -1).double().cpu(),
-        left=found.completeness[: len(sizes)].double().cpu(),
-    )
-
-
-def _by_change(subject: Subject, pairs: TextPairs, scores: Circuit) -> list[int]:
-    """The edges' numbers by how much the output of their writer changes between the two runs."""
-    change = writer_changes(subject.model, pairs.clean_batch, pairs.corrupted_batch, scores)
-    return sorted(range(len(scores)), key=lambda number: -change[scores.edges[number].writer])
-
-
-def _at_random(count: int) -> list[int]:
-    """The edges' numbers in random order."""
-    return random.Random(0).sample(range(count), count)
+def _by_position(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> bool:
+    """Whether components at different positions are different nodes."""
+    batch, model = pairs.clean_batch, subject.model
+    if config.by_position is not None or not aligned(batch):
+        return bool(config.by_position)
+    n_loops = checked_loops(config.n_loops, model.cfg.n_loops)
+    graph = graph_of(model, batch, n_loops, config.heads)
+    return len(graph.edges) * batch.tokens.shape[1] <= MOST_EDGES
 
 
 def figure(record: FoundCircuit) -> go.Figure:
@@ -203,7 +115,7 @@ def figure(record: FoundCircuit) -> go.Figure:
         ),
     )
     plot.update_annotations(font_size=13)
-    add_unrolled(plot, record.circuit, 1, 1)
+    add_unrolled(plot, record.circuit, 1, 1, record.tokens)
     add_folded(plot, record.circuit, 2, 1)
     _add_curves(plot, record)
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.12, "yanchor": "top"}
@@ -221,7 +133,7 @@ def _page(record: FoundCircuit) -> bytes:
     """The circuit as a page to act on."""
     name = record.circuit.call.checkpoint or "a model"
     lead = f"{record.heading()}. {_found(record)}"
-    return circuit_page(record.circuit, name, lead).encode()
+    return circuit_page(record.circuit, name, lead, record.tokens).encode()
 
 
 FILES = {"graph.json": _graph, "page.html": _page}
@@ -253,7 +165,9 @@ def _add_curves(plot: go.Figure, record: FoundCircuit) -> None:
         marker={"color": MARK, "size": 12, "symbol": "diamond"},
         **place,
     )
-    plot.update_xaxes(title="share of all edges", type="log", dtick="D2", tickformat=".0%", **place)
+    plot.update_xaxes(
+        title="share of all edges", type="log", tickformat=".0%", tickvals=list(SHARES), **place
+    )
     plot.update_yaxes(title="share of the margin kept", range=[-0.1, 1.1], **place)
 
 
@@ -265,17 +179,19 @@ def _found(record: FoundCircuit) -> str:
     kept, left = float(record.faithful[0, record.own]), float(record.left[record.own])
     change, chance = record.faithful[1:, record.own].tolist()
     heard = record.circuit.folded().query("visits > 1")
+    where = " by position" if record.circuit.positions else ""
     most = next(heard.nlargest(1, "score").itertuples(), None)
     again = (
         f" The component of largest score is {most.component}, in {most.visits} visits."
         if most is not None
         else ""
     )
+    share = f"{record.circuit.share:.1%}"
     said = (
-        f"{len(record.circuit)} of {record.circuit.n_possible} edges"
-        f" ({record.circuit.share:.1%}) keep {kept:.2f} of the difference between the margins of"
-        f" the clean and the corrupted run; all others together keep {left:.2f}. As many edges by"
-        f" the change of their writers keep {change:.2f}, random ones {chance:.2f}.{again}"
+        f"{len(record.circuit)} of {record.circuit.n_possible} edges{where} ({share}) keep"
+        f" {kept:.2f} of the difference between the margins of the clean and the corrupted run; all"
+        f" others together keep {left:.2f}. As many edges by the change of their writers keep"
+        f" {change:.2f}, random ones {chance:.2f}.{again}"
     )
     return said.replace("-0.00", "0.00")
 
@@ -285,10 +201,12 @@ SECTION = Section(
     look_for=(
         "A line is one component's output as one later component reads it; blue moves the margin"
         " towards the clean run, orange away from it, and the"
-        f" {MOST} strongest are drawn. Everything outside the circuit is given the corrupted run."
-        " Below, each component of the shared blocks has one row: a row that is filled over"
-        " several loops does its work again at each of them. A circuit means something where the"
-        " blue curve rises long before the two controls, and the dotted one stays at 0."
+        f" {MOST} strongest are drawn. Where all texts have one length, columns are positions and a"
+        " dotted line is what a head moves from one to another. Everything outside the circuit is"
+        " given the corrupted run. Below, each component of the shared blocks has one row: a row"
+        " that is filled over several loops does its work again at each of them. A circuit means"
+        " something where the blue curve rises long before the two controls, and the dotted one"
+        " stays at 0."
     ),
     measure=_of_report,
     found=_found,

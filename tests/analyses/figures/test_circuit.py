@@ -12,11 +12,12 @@ from loopscope.analyses.common.configs import OutputConfig
 from loopscope.analyses.common.pairs_of import open_pairs
 from loopscope.analyses.common.records import files_of
 from loopscope.analyses.figures.circuit import circuit as page
-from loopscope.analyses.figures.circuit.circuit import CircuitConfig, FoundCircuit
+from loopscope.analyses.figures.circuit._found_circuit import RANKINGS, SHARES, FoundCircuit
+from loopscope.analyses.figures.circuit.circuit import CircuitConfig
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
-from loopscope.interp.circuits.names import EMBED, FINAL
+from loopscope.interp.circuits.names import EMBED, FINAL, Edge
 from loopscope.interp.circuits.selection import prune_circuit
-from loopscope.interp.drawing.circuits import components, folded_scores, spots, strongest
+from loopscope.interp.drawing.circuits import components, folded_scores, moves, spots, strongest
 from small_figures import small_config, small_figure
 
 
@@ -40,9 +41,9 @@ def test_the_record_says_what_a_measurement_of_its_circuit_says(record: FoundCir
 
 
 def test_sizes_are_the_shares_and_the_circuits_own(record: FoundCircuit) -> None:
-    shares = {max(1, round(share * record.circuit.n_possible)) for share in page.SHARES}
+    shares = {max(1, round(share * record.circuit.n_possible)) for share in SHARES}
     assert set(record.sizes) == shares | {len(record.circuit)}
-    assert record.faithful.shape == (len(page.RANKINGS), len(record.sizes))
+    assert record.faithful.shape == (len(RANKINGS), len(record.sizes))
     assert record.summary()["circuit"].tolist().count("yes") == 1
     assert len(record.frame()) == len(record.circuit)
 
@@ -66,9 +67,30 @@ def test_every_node_has_a_place_of_its_own(record: FoundCircuit) -> None:
     places = spots(record.circuit)
     assert set(places) == set(record.circuit.nodes)
     assert len(set(places.values())) == len(places)
-    assert places[EMBED].x < min(spot.x for node, spot in places.items() if node != EMBED)
-    assert places[FINAL].x == len(record.circuit.schedule)
+    ends = {node: record.circuit.end(node) for node in places}
+    for node, spot in places.items():
+        assert abs(spot.x - (ends[node].position or 0)) < 0.5
+        visit = {EMBED: -1, FINAL: len(record.circuit.schedule)}.get(ends[node].component)
+        if visit is not None:
+            assert spot.y == visit
+        else:
+            assert -1 < spot.y < len(record.circuit.schedule)
     assert components(record.circuit)[-1] == "mlp"
+
+
+def test_nodes_over_all_positions_stand_by_visit_and_component(record: FoundCircuit) -> None:
+    edges = {Edge(*(name.partition("@")[0] for name in edge)): 1.0 for edge in record.circuit.edges}
+    found = replace(
+        record.circuit, edges=tuple(edges), scores=tuple(edges.values()), positions=None
+    )
+    places = spots(found)
+    assert set(places) == set(found.nodes)
+    assert len(set(places.values())) == len(places)
+    assert places[EMBED].x < min(spot.x for node, spot in places.items() if node != EMBED)
+    assert places[FINAL].x == len(found.schedule)
+    assert moves(found) == []
+    assert moves(record.circuit)
+    assert all(len({record.circuit.end(n).position for n in p}) == 2 for p in moves(record.circuit))
 
 
 def test_the_folded_view_shares_out_all_scores_but_the_embeddings(record: FoundCircuit) -> None:
@@ -76,7 +98,7 @@ def test_the_folded_view_shares_out_all_scores_but_the_embeddings(record: FoundC
     assert float(table.sum().sum()) == pytest.approx(1.0)
     assert list(table.columns) == list(range(record.circuit.n_loops))
     frame = record.frame()
-    own = frame[frame["writer"] != EMBED]
+    own = frame[frame["writer_component"] != EMBED]
     first = own[own["writer"].str.startswith("loops.0.")]
     expected = first["score"].abs().sum() / own["score"].abs().sum()
     assert float(table[0].sum()) == pytest.approx(expected)
@@ -87,7 +109,11 @@ def test_the_strongest_edges_are_drawn(record: FoundCircuit) -> None:
     sizes = sorted(map(abs, record.circuit.scores))
     assert sorted(abs(record.circuit.scores[number]) for number in kept) == sizes[-3:]
     figure = small_figure("circuit")[1]
-    lines = [trace for trace in figure.data if trace.type == "scatter" and trace.mode == "lines"]
+    lines = [
+        trace
+        for trace in figure.data
+        if trace.type == "scatter" and trace.mode == "lines" and trace.line.dash is None
+    ]
     assert sum(list(trace.x).count(None) for trace in lines) == len(record.circuit)
 
 

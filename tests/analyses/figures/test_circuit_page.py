@@ -10,8 +10,10 @@ import pytest
 from browser import Tab, opened
 from looks.colours import blend, contrast, rgb
 from looks.pages import dress, faint
-from loopscope.analyses.figures.circuit.circuit import FILES, FoundCircuit
+from loopscope.analyses.figures.circuit._found_circuit import FoundCircuit
+from loopscope.analyses.figures.circuit.circuit import FILES
 from loopscope.interp.drawing.circuit_page import circuit_page
+from loopscope.interp.drawing.circuits import moves
 from small_figures import small_figure
 
 EDGES, SHOWN = "document.querySelectorAll('path.edge').length", "by('shown').textContent"
@@ -58,6 +60,7 @@ def test_the_threshold_takes_edges_away_and_the_views_change(tmp_path: Path) -> 
         writer, reader = tab.value("by('name').textContent").split(" → ")
         assert (writer, reader) in [tuple(edge) for edge in found.edges]
         tab.value(to(100))
+        assert tab.value("document.querySelectorAll('path.move').length") == len(moves(found))
         tab.click_on("#folded")
         pairs = found.folded_edges().assign(later=lambda frame: frame["distance"].fillna(0) > 0)
         assert tab.value(EDGES) == len(pairs[["writer", "reader", "later"]].drop_duplicates())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loopscope.interp.circuits.names import Edge, ScheduleEntry
+from loopscope.interp.circuits.names import Edge, Positions, ScheduleEntry
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.circuits.viewer import viewer_graph
 
@@ -124,3 +124,27 @@ def test_a_component_of_several_iterations_is_a_group(graph: dict[str, Any]) -> 
 def test_a_graph_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="needs the tokens of an input, got none"):
         viewer_graph(CIRCUIT, [])
+
+
+def test_nodes_of_a_circuit_by_position_stand_at_its_tokens() -> None:
+    ends = (
+        ("embed@0", "loops.0.blocks.0.attn.0-1.k@0"),
+        ("embed@1", "loops.0.blocks.0.attn.1.q@1"),
+        ("loops.0.blocks.0.attn.0@2", "final@2"),
+        ("loops.0.blocks.0.attn.1@1", "loops.0.blocks.0.mlp@1"),
+    )
+    found = Circuit(
+        tuple(Edge(*names) for names in ends), (4.0, 1.0, 2.0, 3.0), CIRCUIT.call, 2, SCHEDULE, 90,
+        Positions(3, 2, True),
+    )  # fmt: skip
+    made = viewer_graph(found, ["<a>", "<b>", "<c>"])
+    at = {node["clerp"]: node["ctx_idx"] for node in made["nodes"]}
+    assert at["embed@0"] == 0
+    assert at["loops.0.blocks.0.attn.0@2"] == at["final@2"] == 2
+    names = {node["node_id"]: node["clerp"] for node in made["nodes"]}
+    links = {(names[x["source"]], names[x["target"]]): x["weight"] for x in made["links"]}
+    assert links["embed@0", "loops.0.blocks.0.attn.0@2"] == 2.0
+    assert links["embed@0", "loops.0.blocks.0.attn.1@1"] == 2.0
+    assert made["qParams"]["clickedId"] in names
+    with pytest.raises(ValueError, match="a token for each of the circuit's 3 positions, got 1"):
+        viewer_graph(found, ["<a>"])

@@ -1,0 +1,201 @@
+"""The graph of a model: whether its heads can be told apart, and the positions of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopscope.interp.circuits.graph import ADDED, HEAD_SITES, READ, Graph, Stage
+from loopscope.interp.circuits.names import EMBED, FINAL, HEAD_INPUTS, Positions, ScheduleEntry
+from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.common.collecting import collect
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import Visit
+
+
+def graph_of(
+    model: LoopedModel, batch: Batch, n_loops: int, heads: bool | None, by_position: bool = False
+) -> Graph:
+    """The graph of a model.
+
+    Args:
+        batch: Inputs whose first row is used to see whether heads can be told apart.
+        heads: Whether heads are nodes; None where they can be told apart.
+        by_position: Whether nodes at different positions of the inputs are different nodes.
+
+    Raises:
+        ValueError: A block whose attention and MLP cannot be told apart, heads that cannot, or
+            inputs whose positions do not match.
+    """
+    visits = model.schedule(n_loops)
+    _check_sites(model, visits)
+    positions = positions_of(model, batch) if by_position else None
+    if heads is False:
+        return _graph(visits, n_loops, False, positions)
+    reason = _heads_apart(model, batch, visits, n_loops)
+    if heads and reason:
+        raise ValueError(f"{reason}, so its heads cannot be nodes; pass heads=False")
+    return _graph(visits, n_loops, not reason, positions)
+
+
+def _check_sites(model: LoopedModel, visits: list[Visit]) -> None:
+    """Raise unless the stream is seen wherever components read it and add to it."""
+    for visit in visits:
+        if visit.frozen:
+            raise ValueError(
+                f"every visit must read the stream, but {visit.name} is frozen and adds what an"
+                " earlier visit does; find circuits without the edit that freezes it"
+            )
+        missing = [s for s in (*READ.values(), *ADDED.values()) if s not in visit.sites]
+        if missing:
+            raise ValueError(
+                f"every block must have the site {missing[0]!r} to tell its readers apart, but"
+                f" {visit.name} has none"
+            )
+    if "hook_embed" not in model.edge_sites()[0]:
+        raise ValueError(f"a circuit begins at 'hook_embed', which {type(model).__name__} lacks")
+
+
+def graph_with(model: LoopedModel, batch: Batch, circuits: Sequence[Circuit]) -> Graph:
+    """The graph in which circuits lie: with heads where it then has as many edges as theirs.
+
+    Raises:
+        ValueError: Circuits of several lengths or graphs, of another model, or of inputs with other
+            positions.
+    """
+    if not circuits:
+        raise ValueError("at least one circuit is needed, got none")
+    lengths = sorted({circuit.n_loops for circuit in circuits})
+    if len(lengths) > 1:
+        raise ValueError(f"all circuits must have the same iterations, got n_loops={lengths}")
+    n_edges, positions = circuits[0].n_possible, circuits[0].positions
+    for heads in (None, False):
+        graph = graph_of(model, batch, lengths[0], heads, positions is not None)
+        if graph.positions != positions:
+            raise ValueError(
+                f"a circuit by position holds for inputs of one kind: it is of {positions}, but the"
+                f" inputs have {graph.positions}"
+            )
+        if len(graph.edges) == n_edges:
+            break
+    for circuit in circuits:
+        if (circuit.n_possible, circuit.positions) != (len(graph.edges), positions):
+            raise ValueError(
+                f"every circuit must be one of this model's graph of {len(graph.edges)} edges, but"
+                f" one is of a graph of {circuit.n_possible}"
+            )
+    return graph
+
+
+def aligned(batch: Batch) -> bool:
+    """Whether all inputs have one length and are read at one position."""
+    same = (batch.mask == batch.mask[:1]).all() and (batch.readout == batch.readout[:1]).all()
+    return bool(same)
+
+
+def positions_of(model: LoopedModel, batch: Batch) -> Positions:
+    """The positions of inputs that are alike position by position.
+
+    Raises:
+        ValueError: Inputs of several lengths, or that are read at several positions.
+    """
+    if not aligned(batch):
+        raise ValueError(
+            "a circuit by position needs inputs of one length that are read at one position, but"
+            f" these have {sorted(set(batch.mask.sum(1).tolist()))} tokens and are read at"
+            f" {sorted(set(batch.readout.tolist()))}; give those of one length"
+        )
+    return Positions(batch.tokens.shape[1], int(batch.readout[0]), model.causal)
+
+
+def _graph(
+    visits: list[Visit], n_loops: int, heads: bool, positions: Positions | None = None
+) -> Graph:
+    stages: list[Stage] = []
+    writers, readers, before = [EMBED], list[str](), list[int]()
+    for visit in visits:
+        for kind in ("attn", "mlp"):
+            by_head = heads and kind == "attn"
+            reads, writes = _ends(visit, kind, by_head)
+            stage = Stage(
+                visit,
+                kind,
+                slice(len(readers), len(readers) + len(reads)),
+                slice(len(writers), len(writers) + len(writes)),
+                by_head,
+            )
+            before += [len(writers)] * len(reads)
+            readers += reads
+            writers += writes
+            stages.append(stage)
+    places = tuple(ScheduleEntry(v.name, v.loop, v.layer, str(v.block.name)) for v in visits)
+    return Graph(
+        tuple(stages),
+        tuple(writers),
+        (*readers, FINAL),
+        (*before, len(writers)),
+        n_loops,
+        places,
+        positions,
+    )
+
+
+def _ends(visit: Visit, kind: str, by_head: bool) -> tuple[list[str], list[str]]:
+    """The readers and the writers of one stage."""
+    name = f"{visit.name}.{kind}"
+    if not by_head:
+        return [name], [name]
+    attn: Any = visit.block.attn
+    n_heads, n_kv = len(attn.W_Q), len(attn.W_K)
+    group = n_heads // n_kv
+    shared = [
+        f"{name}.{h}" if group == 1 else f"{name}.{group * h}-{group * (h + 1) - 1}"
+        for h in range(n_kv)
+    ]
+    heads = [f"{name}.{head}" for head in range(n_heads)]
+    made = {"q": heads, "k": shared, "v": shared}
+    return [f"{node}.{read}" for read in HEAD_INPUTS for node in made[read]], heads
+
+
+def _heads_apart(model: LoopedModel, batch: Batch, visits: list[Visit], n_loops: int) -> str:
+    """Why heads cannot be told apart; empty where they can: queries, keys and values are linear in
+    the normed stream, and what attention adds is the sum of the heads.
+    """
+    stages = [stage for stage in _graph(visits, n_loops, False).stages if stage.kind == "attn"]
+    stages = [Stage(s.visit, s.kind, s.readers, s.writers, True) for s in stages]
+    for stage in stages:
+        if not hasattr(stage.visit.block, "norm_readers"):
+            return f"what reads the norms of {stage.visit.name} is not declared"
+        missing = [site for site in HEAD_SITES if site not in stage.visit.sites]
+        missing += [
+            part
+            for part in ("W_Q", "W_K", "W_V", "W_O", "b_Q")
+            if not hasattr(getattr(stage.visit.block, "attn", None), part)
+        ]
+        if missing:
+            return f"{stage.visit.name} has no {missing[0]}"
+    names = [name for s in stages for name in (s.stream, s.added, *s.head_names())]
+    with torch.no_grad():
+        seen = collect(model, batch[:1], names, n_loops).values
+        for stage in stages:
+            q, k, v, z = (seen[name] for name in stage.head_names())
+            n_readers = q.shape[2] + k.shape[2] + v.shape[2]
+            made = stage.projected(seen[stage.stream].expand(n_readers, -1, -1, -1))
+            summed = stage.outputs(z).sum(0) + stage.constant(z)
+            pairs = zip((*made, summed), (q, k, v, seen[stage.added]), strict=True)
+            for what, (ours, theirs) in zip(("q", "k", "v", "sum"), pairs, strict=True):
+                if not close(ours, theirs):
+                    wrong = "do not add up to its attention"
+                    made_of = f"have a {what} that is not made of the normed stream alone"
+                    return f"the heads of {stage.visit.name} {wrong if what == 'sum' else made_of}"
+    return ""
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding, measured by the largest entry."""
+    off, scale = (ours - theirs).abs().max(), theirs.abs().max()
+    return ours.shape == theirs.shape and bool(off <= torch.finfo(ours.dtype).eps ** 0.5 * scale)

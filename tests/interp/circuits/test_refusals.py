@@ -1,0 +1,115 @@
+"""What cannot be a circuit, a measurement or a file of one is refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from circuits_by_hand import SHORT, difference
+from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.masked import _others
+from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.circuits.scores import circuit_scores
+from loopscope.interp.circuits.search import compare_scores, exact_scores
+from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
+from toy import assert_close, full, projection, toy
+
+
+@pytest.fixture(scope="module")
+def scores() -> Circuit:
+    """All edges of a toy without heads."""
+    given = (toy("learned"), full(1), full(2), projection(), SHORT)
+    return circuit_scores(*given, method="eap", heads=False, checkpoint="a toy")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_runs_in_few_digits_are_measured(dtype: torch.dtype) -> None:
+    model = toy("learned").to(dtype)
+    both = [full(1).repeat(9), full(2).repeat(9)]
+    found = circuit_scores(model, *both, difference, SHORT, method="eap", heads=False)
+    said = evaluate_circuit(model, *both, found, difference)
+    assert_close(said.faithfulness, torch.ones_like(said.faithfulness))
+
+
+def test_inputs_that_do_not_differ_have_no_share(scores: Circuit) -> None:
+    with pytest.raises(ValueError, match="faithfulness is a share of the metric's difference"):
+        evaluate_circuit(toy("learned"), full(1), full(1), scores, projection())
+    with pytest.raises(ValueError, match="faithfulness is a share of the metric's difference"):
+        smallest_circuit(toy("learned"), full(1), full(1), scores, projection())
+
+
+@pytest.mark.parametrize("how", ["mean", "zero"])
+def test_a_circuit_by_mean_or_zero_is_as_faithful_as_was_wanted(how: str, scores: Circuit) -> None:
+    given = (toy("learned"), full(1), full(2))
+    found = smallest_circuit(*given, scores, projection(), 0.8, replace=how)  # type: ignore[arg-type]
+    said = evaluate_circuit(*given, found, projection(), replace=how)  # type: ignore[arg-type]
+    assert float(said.faithfulness[0]) >= 0.8
+    assert len(found) == int(found.call.selection.split(",")[0].split()[1])
+
+
+def test_a_word_is_no_metric(scores: Circuit) -> None:
+    given = (toy("learned"), full(1), full(2))
+    with pytest.raises(ValueError, match="or the word 'kl'; got 'margin'"):
+        circuit_scores(*given, "margin", SHORT)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="or the word 'kl'; got 'margin'"):
+        evaluate_circuit(*given, scores, "margin")  # type: ignore[arg-type]
+
+
+def test_another_input_is_another_one() -> None:
+    for seed in range(5):
+        order = _others(5, seed)
+        assert sorted(order.tolist()) == list(range(5))
+        assert (order != torch.arange(5)).all()
+    with pytest.raises(ValueError, match="needs at least two inputs, got 1"):
+        _others(1, 0)
+
+
+def test_the_checkpoints_name_and_the_order_of_edges_do_not_get_lost(scores: Circuit) -> None:
+    few = select_circuit(scores, 4, "top", prune=False)
+    exact = exact_scores(toy("learned"), full(1), full(2), few, projection())
+    assert exact.call.checkpoint == "a toy"
+    turned = replace(few, edges=few.edges[::-1], scores=few.scores[::-1])
+    assert compare_scores(turned, exact).equals(compare_scores(few, exact))
+
+
+def test_scorings_are_compared_by_at_least_one_edge(scores: Circuit) -> None:
+    with pytest.raises(ValueError, match=r"got sizes \(0, 3\) of"):
+        compare_scores(scores, scores, (0, 3))
+    none = scores.take([], "none")
+    with pytest.raises(ValueError, match="of 0 edges"):
+        compare_scores(none, none)
+    with pytest.raises(ValueError, match="at least one edge is needed"):
+        exact_scores(toy("learned"), full(1), full(2), none, projection())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"edges": [["embed", "final"]]},
+        {"edges": [["embed", "final", "high"]]},
+        {"positions": [3]},
+        {"call": {"method": "eap"}},
+    ],
+)
+def test_a_file_with_a_wrong_field_is_refused(
+    wrong: dict[str, Any], scores: Circuit, tmp_path: Path
+) -> None:
+    path = tmp_path / "circuit.json"
+    scores.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(ValueError, match="lacks a field, or one is not what"):
+        Circuit.load(path)
+
+
+def test_a_frozen_visit_is_refused_by_what_it_is() -> None:
+    model = toy("learned")
+    model._schedules.made[SHORT] = [
+        replace(visit, frozen="attn" if visit.index else "") for visit in model.schedule(SHORT)
+    ]
+    with pytest.raises(ValueError, match=r"loops\.0\.blocks\.1 is frozen"):
+        circuit_scores(model, full(1), full(2), projection(), SHORT)
