@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import memory, overhead, patching, results, sweep, training
+from benchmarks import compiled, memory, overhead, patching, results, sweep, training
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(results.machine(), flush=True)
     lines = []
-    for benchmark in (overhead, memory, sweep, training, patching):
+    for benchmark in (overhead, memory, compiled, sweep, training, patching):
         for line in benchmark.run().splitlines():
             lines.append(f"* {line}")
             print(line, flush=True)

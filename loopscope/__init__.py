@@ -11,6 +11,8 @@ import ast
 import importlib
 from pathlib import Path
 
+from loopscope._in_parts import import_in_parts
+
 __version__ = "0.2.0"
 
 _HERE = Path(__file__).parent
@@ -19,6 +21,15 @@ if not (_HERE / "models").is_dir():
     # (Windows without the right to make them), the same folders are found through the package's
     # search path.
     __path__.append(str(_HERE.parent))
+
+# The models need the hook points of TransformerLens, and not the data sets, tokenizers and bridges
+# that its packages import along with them.
+import_in_parts(
+    "transformer_lens",
+    "transformer_lens.utilities",
+    "transformer_lens.conversion_utils",
+    "transformer_lens.conversion_utils.conversion_steps",
+)
 
 
 def _public_calls() -> dict[str, str]:

@@ -31,6 +31,7 @@ from loopscope.training.recipes import Recipe, Stage
 from loopscope.training.setup import (
     Answering,
     TrainingBatch,
+    clip_,
     finite_loss,
     fresh_model,
     fresh_optimizer,
@@ -230,7 +231,7 @@ class Trainer:
         if isinstance(shared, SharedGradients):
             shared.check()
         if self.recipe.clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            clip_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         return value
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from loopscope.interp.common.places import (
     Picked,
     Place,
@@ -70,6 +74,14 @@ class Cell:
     def columns(self) -> tuple[int, ...]:
         """Every column that is patched, in increasing order."""
         return self.positions if self.position is None else (self.position,)
+
+
+def columns_of(cells: Sequence[Cell], width: int) -> Bool[Tensor, "cell column"]:
+    """Which of so many columns each cell patches."""
+    grid = torch.zeros(len(cells), width, dtype=torch.bool)
+    places = [(index, column) for index, cell in enumerate(cells) for column in cell.columns]
+    grid[tuple(torch.tensor(places, dtype=torch.int64).view(-1, 2).T)] = True
+    return grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,16 +6,23 @@ Every method calls a metric through `measure`, which checks what it gives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopscope.interp.common.inputs import Metric
+from loopscope.interp.common.inputs import LOGITS_AT_ONCE, Metric
 from loopscope.interp.common.precision import widened
 
 Answers = Int[Tensor, " batch"] | Sequence[int] | int
+AnyMetric = TypeVar("AnyMetric", bound=Metric)
+
+
+def of_many(metric: AnyMetric) -> AnyMetric:
+    """Declare that a metric also takes the logits of many runs, "cell batch d_vocab"."""
+    metric.of_many = True  # type: ignore[attr-defined]  # a mark on the function
+    return metric
 
 
 def margin(
@@ -34,7 +41,8 @@ def logit_margin(answers: Answers) -> Metric:
         answers: One token per row, or an int for the same token in all rows.
     """
 
-    def logit_margin(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+    @of_many
+    def logit_margin(logits: Float[Tensor, "*any d_vocab"]) -> Float[Tensor, "*any"]:
         return margin(logits, _tokens_of("answers", answers, logits))
 
     return logit_margin
@@ -47,10 +55,11 @@ def logit_diff(right: Answers, wrong: Answers) -> Metric:
         right, wrong: One token per row each, or an int for the same token in all rows.
     """
 
-    def logit_diff(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+    @of_many
+    def logit_diff(logits: Float[Tensor, "*any d_vocab"]) -> Float[Tensor, "*any"]:
         sides = [_tokens_of("right", right, logits), _tokens_of("wrong", wrong, logits)]
         picked = logits.gather(-1, torch.stack(sides, dim=-1))
-        return picked[:, 0] - picked[:, 1]
+        return picked[..., 0] - picked[..., 1]
 
     return logit_diff
 
@@ -63,15 +72,16 @@ def minus_kl(logits: Float[Tensor, "batch d_vocab"]) -> Metric:
     """
     given = widened(logits).log_softmax(-1)
 
-    def minus_kl(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+    @of_many
+    def minus_kl(logits: Float[Tensor, "*any d_vocab"]) -> Float[Tensor, "*any"]:
         return -(given.exp() * (given - logits.log_softmax(-1))).sum(-1)
 
     return minus_kl
 
 
-def _tokens_of(what: str, tokens: Answers, logits: Tensor) -> Int[Tensor, " batch"]:
-    rows, d_vocab = logits.shape
-    return one_per_row(what, tokens, rows, d_vocab, logits.device)
+def _tokens_of(what: str, tokens: Answers, logits: Tensor) -> Int[Tensor, "*any"]:
+    *_, rows, d_vocab = logits.shape
+    return one_per_row(what, tokens, rows, d_vocab, logits.device).expand(logits.shape[:-1])
 
 
 def one_per_row(
@@ -124,11 +134,21 @@ def measure(metric: Metric, logits: Float[Tensor, "batch d_vocab"]) -> Float[Ten
     return widened(values)
 
 
+def measure_each(
+    metric: Metric, logits: Float[Tensor, "cell batch d_vocab"]
+) -> Float[Tensor, "cell batch"]:
+    """The metric of several runs of a batch, as `measure` gives it for one."""
+    if not getattr(metric, "of_many", False):
+        return torch.stack([measure(metric, part) for part in logits])
+    pieces = logits.split(max(1, LOGITS_AT_ONCE // logits[0].numel()))
+    return torch.cat([widened(metric(widened(piece))) for piece in pieces])
+
+
 def row_by_row(
     metric: Metric, size: int, logits: Float[Tensor, "row d_vocab"]
 ) -> Float[Tensor, " row"]:
     """The metric of several batches side by side, each of `size` rows."""
-    return torch.cat([measure(metric, part) for part in logits.split(size)])
+    return measure_each(metric, logits.unflatten(0, (-1, size))).flatten()
 
 
 def metric_or_kl(metric: Metric | Literal["kl"], clean: Float[Tensor, "batch d_vocab"]) -> Metric:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from loopscope.interp.common.inputs import (
     begin_batch,
     checked_batch_size,
 )
-from loopscope.interp.common.metrics import measure, metric_name
+from loopscope.interp.common.metrics import measure_each, metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
 from loopscope.interp.common.places import Picked, VisitNames, Where
@@ -134,13 +135,17 @@ def activation_patch(
     if group_by is not None:
         checked_labels(group_by, tuple(base.tokens.shape))
     metrics = _named(metric, also or {})
-    facts = facts_of(model, cells, (base, source), (n_loops, direction, metrics))
+    options = (n_loops, direction, metrics)
     job = _Job(model, cells, base, source, n_loops, metrics, max_bytes)
-    ours = Team() if in_pieces(save_to, shard) else team(lambda: facts)
+    ours = (
+        Team()
+        if in_pieces(save_to, shard)
+        else team(lambda: facts_of(model, cells, (base, source), options))
+    )
     if ours.size > 1:
         common, found = job.shared(ours)
         return sweep_of(cells, list(metrics), direction, common, found, group_by)
-    groups = job.groups()
+    groups = job.groups
 
     def manifest() -> Manifest:
         settings = {"n_loops": n_loops, "max_bytes": max_bytes}
@@ -181,6 +186,7 @@ class _Job:
     metrics: Mapping[str, Metric]
     max_bytes: int
 
+    @cached_property
     def groups(self) -> list[list[int]]:
         """The cells, by their index, of each group."""
         if packable(self.model, self.base):
@@ -189,8 +195,7 @@ class _Job:
 
     def compute(self, items: list[int]) -> tuple[Results, Iterator[Results]]:
         """The metrics of the two runs without a patch, and of some groups of cells."""
-        every = self.groups()
-        groups = [[self.cells[index] for index in every[item]] for item in items]
+        groups = [[self.cells[index] for index in self.groups[item]] for item in items]
         # of all cells, since what is cached may change how a visit is computed
         names = sorted({name for cell in self.cells for name in cell.names}) if items else []
         cache = self._activations(names) if names else {}
@@ -200,8 +205,8 @@ class _Job:
         )  # by the kernels of the base run, which caching may switch
         patched = self._patched(groups, cache)
         common = {
-            "base": self._measure(next(patched)),
-            "source": self._measure(logits),
+            "base": self._measure(next(patched))[:, 0],
+            "source": self._measure(logits[None])[:, 0],
             "present": present(self.model, self.base, self.cells),
         }
         return common, self._rows(groups, patched)
@@ -210,7 +215,7 @@ class _Job:
         """All cells, of which each process of a team computes its share."""
         mine = ours.share(list(range(len(self.cells))))
         part = replace(self, cells=[self.cells[index] for index in mine])
-        common, found = part.compute(list(range(len(part.groups()))))
+        common, found = part.compute(list(range(len(part.groups))))
         values = torch.cat([each["values"] for each in found], dim=1).unbind(1)
         everything = ours.gathered(dict(zip(mine, values, strict=True)))
         device = self.base.tokens.device
@@ -220,8 +225,8 @@ class _Job:
 
     def _patched(
         self, groups: Sequence[Sequence[Cell]], cache: Mapping[str, Tensor]
-    ) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-        """Logits of the base run and of every patched one."""
+    ) -> Iterator[Float[Tensor, "cell batch d_vocab"]]:
+        """Logits of the base run, and of the patched ones of each group."""
         given = self.model, self.base, groups, cache, self.n_loops
         if packable(self.model, self.base):
             return packed_logits(*given, self.max_bytes)
@@ -234,10 +239,9 @@ class _Job:
         total = sum(map(len, groups))
         short = total * len(self.base) < _BAR_FROM
         with tqdm(desc="patching", leave=False, disable=short, total=total) as bar:
-            for group in groups:
-                rows = [self._measure(next(patched)) for _ in group]
-                bar.update(len(group))
-                yield {"values": torch.stack(rows, dim=1)}
+            for logits in patched:
+                bar.update(len(logits))
+                yield {"values": self._measure(logits)}
 
     def _activations(self, names: list[str]) -> dict[str, Tensor]:
         with keeping(self.model, names, self.n_loops) as values:
@@ -246,5 +250,7 @@ class _Job:
                 self.model.readout(state)  # at every position, which takes memory for all logits
         return values
 
-    def _measure(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "metric batch"]:
-        return torch.stack([measure(metric, logits) for metric in self.metrics.values()])
+    def _measure(
+        self, logits: Float[Tensor, "cell batch d_vocab"]
+    ) -> Float[Tensor, "metric cell batch"]:
+        return torch.stack([measure_each(metric, logits) for metric in self.metrics.values()])

@@ -40,19 +40,20 @@ def continued_logits(
     groups: Sequence[Sequence[Cell]],
     source: Mapping[str, Tensor],
     n_loops: int,
-) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-    """The logits at the readout of the base run, and then with each cell patched, group by group.
+) -> Iterator[Float[Tensor, "cell batch d_vocab"]]:
+    """The logits at the readout of the base run as a cell, and then with each cell of a group
+    patched, group by group.
 
     Args:
         groups: Cells of one hook point each, in the order of the schedule; those of one group are
             run side by side.
         source: The values that are put in, by hook name, with the whole batch.
     """
-    yield model.readout(model.advance(begin_batch(model, base, n_loops)), base.readout)
+    yield model.readout(model.advance(begin_batch(model, base, n_loops)), base.readout)[None]
     by_name = {name: list(own) for name, own in groupby(groups, key=lambda group: group[0].name)}
     for name, before in _starts(model, base, n_loops, list(by_name)):
         for cells in by_name[name]:
-            yield from _continue(model, before, base, n_loops, cells, source).split(len(base))
+            yield _continue(model, before, base, n_loops, cells, source)
 
 
 def _starts(
@@ -79,8 +80,8 @@ def _continue(
     n_loops: int,
     cells: Sequence[Cell],
     source: Mapping[str, Tensor],
-) -> Float[Tensor, "row d_vocab"]:
-    """Logits at the readout of the base run with each cell patched; rows are (cell, batch)."""
+) -> Float[Tensor, "cell batch d_vocab"]:
+    """Logits at the readout of the base run with each cell patched."""
     times = len(cells)
     columns = repeat(base.readout, "batch -> (cell batch)", cell=times)
     names = dict.fromkeys(name for cell in cells for name in cell.names)
@@ -92,7 +93,8 @@ def _continue(
             state = begin_batch(model, base.repeat(times), n_loops)
         else:
             state = before.map(lambda x: repeat(x, "batch ... -> (cell batch) ...", cell=times))
-        return at_columns(model.readout(model.advance(state)), columns)
+        logits = at_columns(model.readout(model.advance(state)), columns)
+    return logits.unflatten(0, (times, len(base)))
 
 
 def _put(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopscope.interp.common.cells import Cell
+from loopscope.interp.common.cells import Cell, columns_of
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.check import check_attends
@@ -94,25 +94,22 @@ class BaseRun:
 
 
 def lanes_of(model: LoopedModel, batch: Batch, cells: Sequence[Cell], n_loops: int) -> Lanes:
-    """The lanes of all cells that can reach an example's answer, in the order in which they
-    join.
+    """The lanes of all cells that can reach an example's answer, in the order in which they join;
+    those that join together are in the order of their examples.
     """
     joins = _joins(model, n_loops)
     last = len(model.schedule(n_loops))
     visit = torch.tensor([joins[cell.name] for cell in cells], dtype=torch.int64)[:, None]
     first = torch.tensor([min(cell.columns) for cell in cells], dtype=torch.int64)[:, None]
     stop = batch.readout.cpu()[None, :].expand(len(cells), -1)
-    read = torch.tensor(
-        [[column in cell.columns for column in batch.readout.tolist()] for cell in cells],
-        dtype=torch.bool,
-    )
-    reached = torch.where(visit == last, read.view(stop.shape), first <= stop)
+    read = columns_of(cells, batch.tokens.shape[1])[:, batch.readout.cpu()]
+    reached = torch.where(visit == last, read, first <= stop)
     start = torch.where(visit == last, stop, first.expand_as(stop))
     cell, example = torch.meshgrid(
         torch.arange(len(cells)), torch.arange(len(batch)), indexing="ij"
     )
     kept = [x.expand_as(stop)[reached] for x in (cell, example, start, stop, visit)]
-    order = kept[-1].argsort(stable=True)
+    order = (kept[4] * len(batch) + kept[1]).argsort(stable=True)
     return Lanes(*(x[order].to(batch.tokens.device) for x in kept))
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -27,10 +27,10 @@ from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
 from loopscope.models.core.hooks import live
-from loopscope.models.core.packed_rows import PackedRows, RowPlaces
+from loopscope.models.core.packed_rows import ROWS, PackedRows, RowPlaces, Tiles
 
 _GROUPS = 32  # groups that a sweep is cut into, where each still has
-_LEAST = 512  # so many rows
+_LEAST = 2048  # so many rows
 
 
 def packable(model: LoopedModel, batch: Batch) -> bool:
@@ -76,8 +76,9 @@ def packed_logits(
     source: Mapping[str, Tensor],
     n_loops: int,
     max_bytes: int,
-) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-    """The logits at the readout of the base run, and then with each cell patched, group by group.
+) -> Iterator[Float[Tensor, "cell batch d_vocab"]]:
+    """The logits at the readout of the base run as a cell, and then with each cell of a group
+    patched, group by group.
 
     Args:
         groups: Cells in the order of the schedule; those of one group are run side by side.
@@ -87,13 +88,13 @@ def packed_logits(
     packed = [lanes_of(model, base, cells, n_loops) for cells in groups]
     joins = {visit for lanes in packed for visit in lanes.visit.tolist()}
     run = BaseRun.of(model, base, n_loops, joins)
-    yield run.logits
+    yield run.logits[None]
     for cells, lanes in zip(groups, packed, strict=True):
         logits = run.logits.repeat(len(cells), 1, 1)
         for part in cut(lane_bytes(model, lanes, cells, base.tokens.shape[1]), max_bytes):
             chunk = lanes[part]
             logits[chunk.cell, chunk.example] = run_lanes(run, cells, source, chunk)
-        yield from logits
+        yield logits
 
 
 def run_lanes(
@@ -129,6 +130,7 @@ def _pass(base: BaseRun, lanes: Lanes) -> Tensor:
     row_example = lanes.example[row_lane]
     places = [x[row_example, row_column][None] for x in (base.end.positions, base.end.mask)]
     tags = None if base.end.tags is None else base.end.tags[row_example, row_column][None]
+    tiles = _tiles(lanes, allowed, width)
     counts = _counts(lanes, len(schedule))
     joined, rows = counts[BEFORE]
     running = _embedded(base, row_example[:rows], row_column[:rows]) if rows else None
@@ -156,9 +158,22 @@ def _pass(base: BaseRun, lanes: Lanes) -> Tensor:
             slots=row_lane[:rows] * width + row_column[:rows],
             width=width,
             base=base.store[visit.name],
+            tiles=tiles,
         )
         resid, parts = model.run_visit(visit, resid, parts, packed, hooked=True)
     return _read(base, lanes, joined, resid, parts)
+
+
+def _tiles(
+    lanes: Lanes, allowed: Bool[Tensor, "example 1 column column"] | None, width: int
+) -> Tiles | None:
+    """The rows in tiles; None where a lane may be too long for one."""
+    if width > ROWS:
+        return None
+    if allowed is None:
+        one = torch.ones(1, 1, width, width, dtype=torch.bool, device=lanes.cell.device)
+        allowed = one.tril()
+    return Tiles.make(lanes.example, lanes.start, lanes.lengths, allowed)
 
 
 def _counts(lanes: Lanes, n_visits: int) -> dict[int, tuple[int, int]]:

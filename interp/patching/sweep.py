@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.interp.common.cells import Cell
+from loopscope.interp.common.cells import Cell, columns_of
 from loopscope.interp.common.pairs import Direction
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
@@ -260,7 +260,8 @@ def present(model: LoopedModel, batch: Batch, cells: Sequence[Cell]) -> Bool[Ten
     has = batch.mask.bool() | (column == read)
     if model.causal:
         has &= column <= read
-    return torch.stack([has[:, list(cell.columns)].any(1) for cell in cells])
+    patched = columns_of(cells, batch.tokens.shape[1]).to(has.device)
+    return (patched.float() @ has.float().T) > 0
 
 
 def _drawn(count: int, resamples: int, seed: int) -> Int[Tensor, "resample example"]:

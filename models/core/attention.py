@@ -8,7 +8,7 @@ a generation cache).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -193,9 +193,7 @@ class Rows:
         k, v = self._with_supplied(k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         grouped = k.shape[1] != q.shape[1]
-        hooked = "attn.hook_attn_scores" in taps or "attn.hook_pattern" in taps
-        stepwise = hooked or scoring.cap is not None
-        if stepwise or not (torch.compiler.is_compiling() or _are_finite(q, k, v)):
+        if not is_fused((q, k, v), taps, scoring):
             if grouped:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             z = self._explicit(q, k, v, taps, dropout, scoring)
@@ -331,6 +329,13 @@ class Rows:
         if self.supplied is not None:
             keys = torch.cat([self.supplied.positions, keys], dim=1)
         return here[:, :, None] - keys[:, None, :]
+
+
+def is_fused(numbers: Sequence[Tensor], taps: Taps, scoring: Scoring) -> bool:
+    """Whether a fused kernel may compute attention from some numbers."""
+    if "attn.hook_attn_scores" in taps or "attn.hook_pattern" in taps or scoring.cap is not None:
+        return False
+    return torch.compiler.is_compiling() or _are_finite(*numbers)
 
 
 def _are_finite(*tensors: Tensor) -> bool:

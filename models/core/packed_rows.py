@@ -1,20 +1,27 @@
 """Rows of several sequences side by side, without padding: one sequence of all rows, which attend
 only within their own.
+
+For short sequences a call of the attention kernel costs more than its arithmetic. So `Tiles` lets
+several lanes share a call; a mask keeps each row within its own lane.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from loopscope.models.core.attention import PLAIN, KeyValues, Rows, Scoring
+from loopscope.models.core.attention import PLAIN, KeyValues, Rows, Scoring, is_fused
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps
 from loopscope.models.core.state import State
+
+ROWS = 32  # of a tile at most: what the kernel takes at a time
+_KEYS = 8  # numbers that a vector holds: rows and keys of a tile are a multiple
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,106 @@ class RowPlaces:
     positions: Int[Tensor, "one row"]
     mask: Bool[Tensor, "one row"]
     tags: Int[Tensor, "one row"] | None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of several lanes in tiles of `size` places; a tile holds whole lanes of one example,
+    and tiles are begun in the order of the lanes.
+
+    A row sees keys of the base run before its lane's first column, and keys of its own lane.
+
+    Attributes:
+        size: Places of a tile.
+        places: Int[Tensor, " row"], each row's place among those of all tiles.
+        example: Int[Tensor, " tile"], the example of the lanes in each tile.
+        allowed: Bool[Tensor, "tile 1 place key"], where a tile's keys are those of its places, of
+            the base run's columns, and padding.
+    """
+
+    size: int
+    places: Int[Tensor, " row"]
+    example: Int[Tensor, " tile"]
+    allowed: Bool[Tensor, "tile 1 place key"]
+
+    @classmethod
+    def make(
+        cls,
+        example: Int[Tensor, " lane"],
+        start: Int[Tensor, " lane"],
+        lengths: Int[Tensor, " lane"],
+        sees: Bool[Tensor, "example 1 column column"],
+    ) -> Tiles:
+        """Put lanes into tiles in their order.
+
+        Args:
+            example, start, lengths: Of each lane its example, first column and number of columns.
+            sees: Which columns each column sees, in each example or (one) in all; at most `ROWS`
+                columns.
+        """
+        width = sees.shape[-1]
+        size = width + -width % _KEYS
+        first, of_tile = _filled(zip(lengths.tolist(), example.tolist(), strict=True), size)
+        row_lane = torch.repeat_interleave(lengths)
+        within = torch.arange(len(row_lane), device=row_lane.device)
+        within = within - (lengths.cumsum(0) - lengths)[row_lane]
+        places = torch.tensor(first, device=row_lane.device)[row_lane] + within
+        tiles = torch.tensor(of_tile, device=row_lane.device)
+
+        def spread(values: Tensor, empty: int) -> Int[Tensor, "tile place"]:
+            grid = values.new_full((len(tiles) * size,), empty).index_copy(0, places, values)
+            return grid.view(-1, size)
+
+        lane, column = spread(row_lane, -1), spread(within + start[row_lane], 0)
+        begins = spread(start[row_lane], 0)
+        columns = torch.arange(width, device=row_lane.device)
+        seen = sees[tiles if len(sees) > 1 else torch.zeros_like(tiles), 0]
+        tile = torch.arange(len(tiles), device=row_lane.device)[:, None, None]
+        own = lane[:, :, None] == lane[:, None, :]
+        mine = own & (seen[tile, column[:, :, None], column[:, None, :]] | (lane < 0)[:, :, None])
+        before = seen[tile[..., 0], column] & (columns < begins[..., None])
+        padding = size - width
+        return cls(
+            size, places, tiles, F.pad(torch.cat([mine, before], dim=-1), (0, padding))[:, None]
+        )
+
+    def attend(
+        self,
+        q: Float[Tensor, "one row head d_head"],
+        k: Float[Tensor, "one row kv_head d_head"],
+        v: Float[Tensor, "one row kv_head d_head"],
+        base: KeyValues,
+        dropout: float,
+        scale: float | None,
+    ) -> Float[Tensor, "one row head d_head"]:
+        """Attention of the first rows, as many as are given, over their own keys and those of the
+        base run.
+        """
+        places = self.places[: q.shape[1]]
+        count = int(places.max()) // self.size + 1
+        example, allowed = self.example[:count], self.allowed[:count]
+
+        def spread(x: Tensor, size: int) -> Float[Tensor, "tile place head d_head"]:
+            at = places + places // self.size * (size - self.size)
+            flat = x.new_zeros(count * size, x.shape[2] * x.shape[3])
+            return flat.index_copy_(0, at, x[0].flatten(1)).view(count, size, *x.shape[2:])
+
+        keys, values = spread(k, allowed.shape[-1]), spread(v, allowed.shape[-1])
+        earlier = slice(self.size, self.size + base.k.shape[1])
+        keys[:, earlier] = base.k.index_select(0, example)
+        values[:, earlier] = base.v.index_select(0, example)
+        z = F.scaled_dot_product_attention(
+            spread(q, self.size).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=allowed,
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=k.shape[2] != q.shape[2],
+        )
+        return (
+            z.transpose(1, 2).reshape(count * self.size, *q.shape[2:]).index_select(0, places)[None]
+        )
 
 
 @dataclass(frozen=True)
@@ -39,12 +146,14 @@ class PackedRows(Rows):
         width: Columns of the grid.
         base: Keys and values of the columns that are not run, by example; None where nothing that
             is run reads them.
+        tiles: The rows in tiles, for the fused kernel; None has them attend on the grid.
     """
 
     example: Int[Tensor, " lane"] | None = None
     slots: Int[Tensor, " row"] | None = None
     width: int = 0
     base: KeyValues | None = None
+    tiles: Tiles | None = None
 
     def attend(
         self,
@@ -55,32 +164,40 @@ class PackedRows(Rows):
         dropout: float = 0.0,
         scoring: Scoring = PLAIN,
     ) -> Float[Tensor, "one row head d_head"]:
-        """Attention on the grid of lanes and columns; what the rows do not fill is read from the
-        base run, or not used.
+        """Attention in tiles, or on the grid of lanes and columns; what the rows do not fill is
+        read from the base run, or not used.
         """
+        if self.tiles is not None and self.base is not None:
+            numbers = (q, k, v, self.base.k, self.base.v)
+            if is_fused(numbers, taps, scoring):
+                return self.tiles.attend(q, k, v, self.base, dropout, scoring.scale)
         assert self.example is not None, "packed rows belong to sequences"
         assert self.slots is not None, "packed rows have places"
-        grid = (len(self.example), self.width)
-        keys, values = (
-            (self.base.k[self.example], self.base.v[self.example])
-            if self.base
-            else (k.new_zeros(*grid, *k.shape[2:]),) * 2
-        )
-        keys, values = (
-            x.flatten(0, 1).index_put((self.slots,), new[0]).view(*grid, *new.shape[2:])
-            for x, new in ((keys, k), (values, v))
-        )
-        queries = (
-            q.new_zeros(grid[0] * grid[1], *q.shape[2:])
-            .index_put((self.slots,), q[0])
-            .view(*grid, *q.shape[2:])
-        )
+        kept = (None, None) if self.base is None else (self.base.k, self.base.v)
+        keys, values, queries = map(self._on_grid, (k, v, q), (*kept, None))
         allowed = self.allowed
         if allowed is not None and len(allowed) > 1:
             allowed = allowed[self.example]
         whole = Rows(self.places, allowed)
         z = whole.attend(queries, keys, values, taps, dropout, scoring)
-        return z.reshape(-1, *q.shape[2:])[self.slots][None]
+        return z.reshape(-1, *q.shape[2:]).index_select(0, self.slots)[None]
+
+    def _on_grid(
+        self,
+        new: Float[Tensor, "one row head d_head"],
+        kept: Float[Tensor, "example column head d_head"] | None,
+    ) -> Float[Tensor, "lane column head d_head"]:
+        """The rows' own values at their places, and elsewhere those kept of their example, or 0."""
+        assert self.example is not None, "packed rows belong to sequences"
+        assert self.slots is not None, "packed rows have places"
+        shape = (len(self.example), self.width, *new.shape[2:])
+        grid = new.new_zeros(shape) if kept is None else kept.index_select(0, self.example)
+        flat = grid.flatten(0, 1).flatten(1)
+        return flat.index_copy_(0, self.slots, new[0].flatten(1)).view(shape)
+
+    def within(self, window: int) -> Rows:
+        near = super().within(window)
+        return near if near is self else replace(near, tiles=None)  # tiles see without a window
 
     def _distances(self) -> Int[Tensor, "batch query key"]:
         columns = torch.arange(self.width, device=self.places.positions.device)
@@ -126,3 +243,22 @@ def advance_unpadded(model: LoopedModel, state: State, readout: Int[Tensor, " ba
         mask=pick(state.mask, read)[:, None],
         parts={name: part[0, last][:, None] for name, part in parts.items()},
     )
+
+
+def _filled(lanes: Iterable[tuple[int, int]], size: int) -> tuple[list[int], list[int]]:
+    """The first place of each lane, given its length and example, and the example of each tile; a
+    lane goes into the first tile of its example that has room.
+    """
+    first: list[int] = []
+    examples: list[int] = []
+    free: dict[int, dict[int, int]] = {}  # by example and tile
+    for length, example in lanes:
+        rooms = free.setdefault(example, {})
+        tile = next((tile for tile, room in rooms.items() if room >= length), len(examples))
+        if tile == len(examples):
+            examples.append(example)
+        room = rooms.pop(tile, size)
+        first.append((tile + 1) * size - room)
+        if room > length:
+            rooms[tile] = room - length
+    return first, examples

@@ -131,7 +131,7 @@ def test_without_links_the_folders_are_found_beside_the_package(tmp_path: Path) 
 
 # What is left for later
 
-HEAVY = {"torch", "pandas", "plotly", "transformer_lens", "transformers"}
+HEAVY = {"torch", "pandas", "plotly", "transformer_lens.hook_points", "transformers"}
 
 
 def test_import_loopscope_does_not_import_torch(tmp_path: Path) -> None:

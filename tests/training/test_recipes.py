@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from loopscope.training.catalog import RECIPES, extrapolation
 from loopscope.training.language.recipes import LANGUAGE_RECIPES
 from loopscope.training.minis import PLACES, ship
 from loopscope.training.puzzles.recipes import PUZZLE_RECIPES
 from loopscope.training.recipes import Loops, Recipe, Stage, curriculum
-from loopscope.training.setup import fresh_model
+from loopscope.training.setup import clip_, fresh_model
 
 
 def test_loops_are_clipped_poisson_draws() -> None:
@@ -150,3 +151,24 @@ def test_shipping_copies_the_log_and_the_stages_of_a_finished_run(tmp_path: Path
     ):
         ship("mini/multi_hop/r_dyn", run, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("most", [1e-3, 0.7, 50.0, 1e9])
+def test_gradients_are_clipped_as_pytorch_clips_them(most: float) -> None:
+    layers = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer in layers:
+        layer(torch.arange(10.0).view(2, 5)).square().sum().backward()
+    clip_(layers[0].parameters(), most)
+    torch.nn.utils.clip_grad_norm_(layers[1].parameters(), most)
+    for ours, theirs in zip(*(layer.parameters() for layer in layers), strict=True):
+        assert ours.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_gradient_that_is_no_number_stays_one() -> None:
+    layer = torch.nn.Linear(2, 1)
+    layer(torch.tensor([[float("nan"), 1.0]])).sum().backward()
+    clip_(layer.parameters(), 1.0)
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.isnan().all()

@@ -12,7 +12,14 @@ from torch import Tensor
 from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.circuits.edge_attribution import edge_attribution
-from loopscope.interp.common.metrics import logit_diff, logit_margin, measure
+from loopscope.interp.common.metrics import (
+    logit_diff,
+    logit_margin,
+    measure,
+    measure_each,
+    minus_kl,
+    of_many,
+)
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.path_ends import Receiver, Sender
 from loopscope.interp.patching.paths import path_patch, path_patch_sweep
@@ -89,3 +96,32 @@ def test_a_metric_is_measured_in_float32_or_wider() -> None:
     assert found.tolist() == [299.0, 299.0]  # in bfloat16 it would be 300
     assert found.dtype == torch.float32
     assert measure(lambda x: x.argmax(-1) == 0, logits.double()).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        logit_margin([1, 4, 0]),
+        logit_diff(torch.tensor([2, 2, 5]), 1),
+        minus_kl(torch.arange(21.0).view(3, 7).sin()),
+        lambda logits: logits.amax(-1),
+    ],
+    ids=["margin", "diff", "kl", "one of the user's"],
+)
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_many_runs_are_measured_as_each_is(metric: Any, kind: torch.dtype) -> None:
+    logits = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0)).to(kind)
+    found = measure_each(metric, logits)
+    assert torch.equal(found, torch.stack([measure(metric, each) for each in logits]))
+
+
+def test_many_runs_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loopscope.interp.common.metrics.LOGITS_AT_ONCE", 50)
+    logits, seen = torch.randn(5, 3, 7), []
+
+    def metric(piece: Tensor) -> Tensor:
+        seen.append(len(piece))
+        return piece[..., 0]
+
+    assert torch.equal(measure_each(of_many(metric), logits), logits[..., 0])
+    assert seen == [2, 2, 1]
