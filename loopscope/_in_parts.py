@@ -55,7 +55,7 @@ class PackageInParts(ModuleType):
                 self.__spec__.loader.exec_module(self)
             finally:
                 del vars(self)["_running"]
-            self.__class__ = ModuleType
+            self.__class__ = ModuleType  # type: ignore[assignment]  # mypy knows no way back
 
 
 def import_in_parts(*packages: str) -> None:

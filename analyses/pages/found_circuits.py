@@ -18,8 +18,7 @@ from loopscope.analyses.common.pairs_of import TextPairs, make_pairs, rows_of
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.common.two_hop import GROUPS, ask, with_other_start
-from loopscope.analyses.figures.circuit._found_circuit import FoundCircuit
-from loopscope.analyses.figures.circuit.circuit import CircuitConfig, measure
+from loopscope.analyses.figures.circuit.circuit import CircuitConfig, FoundCircuit, measure
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores

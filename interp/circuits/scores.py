@@ -159,7 +159,7 @@ class _Job:
             return self.plain()
         if method == "ig-edges":
             runs = MaskedRuns.of(
-                self.model, self.graph, pair.clean, pair.corrupted, "corrupted", 0, 1.0
+                self.model, self.graph, pair.clean, pair.corrupted, "corrupted", 0, 1 << 30
             )
             return gate_scores(runs, self.metric, _midpoints(steps))
         return self.inputs(steps) if method == "eap-ig-inputs" else self.activations(steps)

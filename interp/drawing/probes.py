@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from loopscope.interp.common.places import Place
     from loopscope.interp.probes.differences import DifferenceProbe
-    from loopscope.interp.probes.probe import Probe
+    from loopscope.interp.probes.record import Probe
     from loopscope.interp.probes.transfer import TransferMatrix
 
 

@@ -94,7 +94,8 @@ def _continue(
         else:
             state = before.map(lambda x: repeat(x, "batch ... -> (cell batch) ...", cell=times))
         logits = at_columns(model.readout(model.advance(state)), columns)
-    return logits.unflatten(0, (times, len(base)))
+    by_cell: Tensor = logits.unflatten(0, (times, len(base)))
+    return by_cell
 
 
 def _put(

@@ -121,7 +121,9 @@ class ReadStates:
 
     def pieces(self, rows: Int[Tensor, " row"]) -> tuple[Int[Tensor, " row"], ...]:
         """The rows that are run at a time."""
-        return rows.split(self.batch_size if self.model.batch_independent else len(rows))
+        size = self.batch_size if self.model.batch_independent else len(rows)
+        parts: tuple[Tensor, ...] = rows.split(size)
+        return parts
 
     def run(self, rows: Int[Tensor, " row"]) -> States:
         """The states of some rows at each place."""

@@ -197,7 +197,10 @@ class PackedRows(Rows):
 
     def within(self, window: int) -> Rows:
         near = super().within(window)
-        return near if near is self else replace(near, tiles=None)  # tiles see without a window
+        if near is self:
+            return self
+        assert isinstance(near, PackedRows), "of the class of what it is made from"
+        return replace(near, tiles=None)  # tiles see without a window
 
     def _distances(self) -> Int[Tensor, "batch query key"]:
         columns = torch.arange(self.width, device=self.places.positions.device)

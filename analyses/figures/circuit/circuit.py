@@ -5,20 +5,27 @@ machine, against two controls.
 from __future__ import annotations
 
 import json
+import random
 import re
 from dataclasses import dataclass
 
+import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from loopscope.analyses.common.configs import PairConfig
 from loopscope.analyses.common.pairs_of import TextPairs, open_pairs
+from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_pairs
-from loopscope.analyses.common.subject import Subject
-from loopscope.analyses.figures.circuit._found_circuit import SHARES, FoundCircuit, found_circuit
+from loopscope.analyses.common.subject import Subject, words
 from loopscope.interp.circuits.building import aligned, graph_of
+from loopscope.interp.circuits.changes import writer_changes
+from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores
-from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
+from loopscope.interp.circuits.selection import ranked, select_circuit, smallest_circuit
 from loopscope.interp.circuits.viewer import viewer_graph
 from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.interp.drawing.circuits import MOST, add_folded, add_unrolled
@@ -54,6 +61,107 @@ class CircuitConfig(PairConfig):
 
 MOST_EDGES = 100_000
 """Edges of a circuit by position, above which it must be asked for."""
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Sizes of the curve, as shares of all edges; the circuit's own size is put among them."""
+RANKINGS = ("score", "change", "random")
+
+
+@dataclass(frozen=True)
+class FoundCircuit(Record):
+    """A circuit, and how faithful circuits of other sizes and of two controls are.
+
+    Attributes:
+        circuit: The circuit.
+        clean, corrupted: The texts, pair by pair.
+        measured: The answer in words, with the token that it is compared with.
+        tokens: Of the first clean text.
+        sizes: Numbers of edges.
+        faithful: Float[Tensor, "ranking size"], the share of the margin's difference that is kept:
+            by edges of largest score, by edges whose writers' output changes most between the two
+            runs, and by edges in random order.
+        left: Float[Tensor, " size"], the share that is kept without the edges of largest score.
+    """
+
+    circuit: Circuit
+    clean: tuple[str, ...]
+    corrupted: tuple[str, ...]
+    measured: str
+    tokens: tuple[str, ...]
+    sizes: tuple[int, ...]
+    faithful: Float[Tensor, "ranking size"]
+    left: Float[Tensor, " size"]
+
+    @property
+    def own(self) -> int:
+        """The number of the circuit's own size."""
+        return self.sizes.index(len(self.circuit))
+
+    def heading(self) -> str:
+        """The pair, or the first of several, with the answer."""
+        many = f" and {len(self.clean) - 1} more pairs" * (len(self.clean) > 1)
+        return f"{self.clean[0]} against {self.corrupted[0]}{many}, answer {self.measured}"
+
+    def frame(self) -> pd.DataFrame:
+        """The edges of the circuit, as `Circuit.unrolled` gives them."""
+        return self.circuit.unrolled()
+
+    def summary(self) -> pd.DataFrame:
+        """One row per size: edges, their share, faithfulness of the edges of largest score, what is
+        left without them, and faithfulness of the two controls.
+        """
+        score, change, chance = (row.tolist() for row in self.faithful)
+        return pd.DataFrame(
+            {
+                "edges": self.sizes,
+                "share": [size / self.circuit.n_possible for size in self.sizes],
+                "faithfulness": score,
+                "left without them": self.left.tolist(),
+                "ranked by change": change,
+                "random": chance,
+                "circuit": ["yes" if number == self.own else "" for number in range(len(score))],
+            }
+        )
+
+
+def found_circuit(
+    subject: Subject, pairs: TextPairs, scores: Circuit, chosen: Circuit
+) -> FoundCircuit:
+    """Measure a circuit, circuits of other sizes, and the controls.
+
+    Args:
+        scores: All edges.
+        chosen: The circuit.
+    """
+    sizes = sorted({len(chosen), *(max(1, round(share * len(scores))) for share in SHARES)})
+    orders = ranked(scores, "greedy"), _by_change(subject, pairs, scores), _at_random(len(scores))
+    circuits = [
+        chosen if order is orders[0] and size == len(chosen) else scores.take(order[:size], "size")
+        for order in orders
+        for size in sizes
+    ]
+    both = pairs.clean_batch, pairs.corrupted_batch
+    found = evaluate_circuit(subject.model, *both, circuits, pairs.metric())
+    return FoundCircuit(
+        circuit=chosen,
+        clean=pairs.clean,
+        corrupted=pairs.corrupted,
+        measured=pairs.measured,
+        tokens=words(subject.model, pairs.clean_batch.tokens[0][pairs.clean_batch.mask[0].bool()]),
+        sizes=tuple(sizes),
+        faithful=found.faithfulness.view(len(RANKINGS), -1).double().cpu(),
+        left=found.completeness[: len(sizes)].double().cpu(),
+    )
+
+
+def _by_change(subject: Subject, pairs: TextPairs, scores: Circuit) -> list[int]:
+    """The edges' numbers by how much the output of their writer changes between the two runs."""
+    change = writer_changes(subject.model, pairs.clean_batch, pairs.corrupted_batch, scores)
+    return sorted(range(len(scores)), key=lambda number: -change[scores.edges[number].writer])
+
+
+def _at_random(count: int) -> list[int]:
+    """The edges' numbers in random order."""
+    return random.Random(0).sample(range(count), count)
 
 
 def run(config: CircuitConfig) -> FoundCircuit:

@@ -12,8 +12,7 @@ from loopscope.analyses.common.configs import OutputConfig
 from loopscope.analyses.common.pairs_of import open_pairs
 from loopscope.analyses.common.records import files_of
 from loopscope.analyses.figures.circuit import circuit as page
-from loopscope.analyses.figures.circuit._found_circuit import RANKINGS, SHARES, FoundCircuit
-from loopscope.analyses.figures.circuit.circuit import CircuitConfig
+from loopscope.analyses.figures.circuit.circuit import RANKINGS, SHARES, CircuitConfig, FoundCircuit
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.names import EMBED, FINAL, Edge
 from loopscope.interp.circuits.selection import prune_circuit

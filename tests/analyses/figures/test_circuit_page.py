@@ -10,8 +10,7 @@ import pytest
 from browser import Tab, opened
 from looks.colours import blend, contrast, rgb
 from looks.pages import dress, faint
-from loopscope.analyses.figures.circuit._found_circuit import FoundCircuit
-from loopscope.analyses.figures.circuit.circuit import FILES
+from loopscope.analyses.figures.circuit.circuit import FILES, FoundCircuit
 from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.interp.drawing.circuits import moves
 from small_figures import small_figure
