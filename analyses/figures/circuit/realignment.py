@@ -225,7 +225,10 @@ def figure(record: Realignment) -> go.Figure:
         shared_yaxes="rows",
         vertical_spacing=0.16,
         horizontal_spacing=0.04,
-        subplot_titles=[f"stage {label(stage)}" for stage in record.stages],
+        subplot_titles=[
+            f"{len(found['OOD'].explored) + 1} iterations, stage {label(stage)}"
+            for stage, found in zip(record.stages, record.outcomes, strict=True)
+        ],
     )
     frame = record.frame()
     for col, (name, found) in enumerate(
