@@ -73,6 +73,9 @@ def import_in_parts(*packages: str) -> None:
         vars(package)["_homes"] = dict(_homes(name, tree))
         package.__class__ = PackageInParts
         sys.modules[name] = package
+        parent, _, own = name.rpartition(".")
+        if parent:
+            vars(sys.modules[parent])[own] = package
 
 
 def _homes(package: str, init: ast.Module) -> Iterator[tuple[str, tuple[str, str]]]:

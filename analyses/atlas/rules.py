@@ -170,6 +170,8 @@ QUESTIONS: tuple[Question, ...] = (
             Bound("2 iterations: realigned", "at least", 0.85, 0.75),
             Bound("2 iterations: realigned minus base", "at least", 0.1, 0.05),
             Bound("2 iterations: random entity", "at most", 0.1, 0.2),
+            Bound("2 iterations: second-best token", "at most", 0.1, 0.2),
+            Bound("2 iterations: rescaled minus base, without its sign", "at most", 0.03, 0.06),
         ),
         control=(
             "random entity",

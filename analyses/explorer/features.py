@@ -55,7 +55,7 @@ class FeaturePart:
         Raises:
             ValueError: A folder that holds no dictionary, or one of another model.
         """
-        dictionary = load_dictionary(folder)
+        dictionary = load_dictionary(folder).to(subject.model.device)
         dictionary.check(subject.model)
         if not subject.questions:
             return cls(subject, dictionary, asked_of(subject, [text]), lock)

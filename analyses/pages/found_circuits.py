@@ -253,7 +253,8 @@ that it was found on.
 SIZES
 
 Both choices matter: edges over all positions, or scores by integrated gradients of the embedding
-("eap-ig-inputs"), need more of the edges for as much.
+("eap-ig-inputs"), need more of the edges for as much. Here the edges of largest score are taken,
+wherever they are.
 
 SHARES
 

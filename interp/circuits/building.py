@@ -12,6 +12,7 @@ from loopscope.interp.circuits.graph import ADDED, HEAD_SITES, READ, Graph, Stag
 from loopscope.interp.circuits.names import EMBED, FINAL, HEAD_INPUTS, Positions, ScheduleEntry
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.collecting import collect
+from loopscope.interp.common.inputs import begin_batch
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit
@@ -83,7 +84,12 @@ def graph_with(model: LoopedModel, batch: Batch, circuits: Sequence[Circuit]) ->
         if len(graph.edges) == n_edges:
             break
     for circuit in circuits:
-        if (circuit.n_possible, circuit.positions) != (len(graph.edges), positions):
+        if circuit.positions != positions:
+            raise ValueError(
+                "all circuits must be by the same positions, or all over all positions, but one"
+                f" has {positions} and another {circuit.positions}"
+            )
+        if circuit.n_possible != len(graph.edges):
             raise ValueError(
                 f"every circuit must be one of this model's graph of {len(graph.edges)} edges, but"
                 f" one is of a graph of {circuit.n_possible}"
@@ -109,7 +115,8 @@ def positions_of(model: LoopedModel, batch: Batch) -> Positions:
             f" these have {sorted(set(batch.mask.sum(1).tolist()))} tokens and are read at"
             f" {sorted(set(batch.readout.tolist()))}; give those of one length"
         )
-    return Positions(batch.tokens.shape[1], int(batch.readout[0]), model.causal)
+    causal = model.causal and begin_batch(model, batch[:1], 1).tags is None  # no prefix both ways
+    return Positions(batch.tokens.shape[1], int(batch.readout[0]), causal)
 
 
 def _graph(

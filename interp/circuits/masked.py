@@ -104,8 +104,8 @@ class MaskedRuns:
         streams = (
             len(self.graph.writers) if self.model.additive_residual else 4 * len(self.graph.readers)
         )
-        size = streams * one[0].numel() * one.element_size()
-        return max(1, self.max_bytes // size)
+        values = 3 * streams * one[0].numel() + 2 * self.graph.every.numel()  # with copies
+        return max(1, self.max_bytes // (values * one.element_size()))
 
 
 def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tensor, Tensor]:

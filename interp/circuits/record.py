@@ -88,6 +88,14 @@ class Circuit(OneScreen):
             raise ValueError(
                 f"a circuit's edges must differ, got {len(self.edges) - len(set(self.edges))} twice"
             )
+        self._check_visits()
+        self._check_positions()
+        order = sorted(range(len(self.edges)), key=lambda number: self._when(self.edges[number]))
+        for field_, values in (("edges", self.edges), ("scores", self.scores)):
+            object.__setattr__(self, field_, tuple(values[number] for number in order))
+
+    def _check_visits(self) -> None:
+        """Every node is at a visit of the schedule."""
         known = {place.name for place in self.schedule} | {""}
         for name in dict.fromkeys(name for edge in self.edges for name in edge):
             if end_of(name).visit not in known:
@@ -95,10 +103,6 @@ class Circuit(OneScreen):
                     f"a node's visit must be one of the schedule with n_loops={self.n_loops}, but"
                     f" {name!r} is at none"
                 )
-        self._check_positions()
-        order = sorted(range(len(self.edges)), key=lambda number: self._when(self.edges[number]))
-        for field_, values in (("edges", self.edges), ("scores", self.scores)):
-            object.__setattr__(self, field_, tuple(values[number] for number in order))
 
     def _check_positions(self) -> None:
         """Both ends of an edge are at one of the positions, or at none where there are none."""

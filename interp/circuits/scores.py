@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.attribution.gradients import gradients_with_metric
 from loopscope.interp.circuits.building import graph_of
+from loopscope.interp.circuits.faithfulness import Measured
 from loopscope.interp.circuits.gates import gate_scores
 from loopscope.interp.circuits.gradients import (
     Skeleton,
@@ -77,9 +78,11 @@ def circuit_scores(
             in which what its attention or MLP adds lies between the two; "ig-edges" the mean over
             runs in which every edge carries a mixture of the two, so that the scores of all edges
             sum to the difference of the metrics in every family (up to the steps' error), and no
-            score is a linearisation through norms and maps between.
+            score is a linearisation through norms and maps between; its gradient keeps what every
+            reader was given, so memory grows with the square of the iterations.
         steps: Of integrated gradients: midpoints of so many equal parts of the line.
-        direction: The base run: "denoise" the corrupted one, "noise" the clean one.
+        direction: The base run: "denoise" the corrupted one, "noise" the clean one; "ig-edges" has
+            none.
         heads: Whether heads are nodes; None where a family lets them be told apart.
         by_position: Whether a component is another node at each position. A writer at a position is
             what it adds to the stream there; an edge leads to a reader's input at the same
@@ -108,6 +111,11 @@ def circuit_scores(
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if method == "ig-edges" and direction != "denoise":
+        raise ValueError(
+            f"'ig-edges' goes from one run to the other and has no base run, got direction="
+            f"{direction!r}; leave direction out"
+        )
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     pair = Pair.of(model, clean, corrupted, readout)
     graph = graph_of(model, pair.clean, n_loops, heads, by_position)
@@ -161,6 +169,8 @@ class _Job:
             runs = MaskedRuns.of(
                 self.model, self.graph, pair.clean, pair.corrupted, "corrupted", 0, 1 << 30
             )
+            with torch.no_grad():
+                Measured.of(runs, pair, self.metric)  # refuses a stream of which edges are not all
             return gate_scores(runs, self.metric, _midpoints(steps))
         return self.inputs(steps) if method == "eap-ig-inputs" else self.activations(steps)
 

@@ -151,8 +151,15 @@ def _node(node: str, sent: _Sent, influence: float | None, answer: str) -> dict[
 
 
 def _groups(circuit: Circuit, sent: Mapping[str, _Sent]) -> list[list[str]]:
-    """The viewer's groups: a name, and the nodes of one component in several iterations."""
-    groups: dict[str, list[str]] = {}
+    """The viewer's groups: a name, and the nodes of one component, at one position if they have
+    positions, in several iterations.
+    """
+    groups: dict[tuple[str, int | None], list[str]] = {}
     for node, to in sent.items():
-        groups.setdefault(circuit.folded_name(node), []).append(to.id)
-    return [[name, *nodes] for name, nodes in groups.items() if len(nodes) > 1]
+        key = circuit.folded_name(node), circuit.end(node).position
+        groups.setdefault(key, []).append(to.id)
+    return [
+        [name if at is None else f"{name}@{at}", *nodes]
+        for (name, at), nodes in groups.items()
+        if len(nodes) > 1
+    ]

@@ -21,7 +21,7 @@ AnyMetric = TypeVar("AnyMetric", bound=Metric)
 
 def of_many(metric: AnyMetric) -> AnyMetric:
     """Declare that a metric also takes the logits of many runs, "cell batch d_vocab"."""
-    metric.of_many = True  # type: ignore[attr-defined]  # a mark on the function
+    metric.of_many = metric  # type: ignore[attr-defined]  # a wrapper that copies it is another
     return metric
 
 
@@ -138,7 +138,7 @@ def measure_each(
     metric: Metric, logits: Float[Tensor, "cell batch d_vocab"]
 ) -> Float[Tensor, "cell batch"]:
     """The metric of several runs of a batch, as `measure` gives it for one."""
-    if not getattr(metric, "of_many", False):
+    if getattr(metric, "of_many", None) is not metric:
         return torch.stack([measure(metric, part) for part in logits])
     pieces = logits.split(max(1, LOGITS_AT_ONCE // logits[0].numel()))
     return torch.cat([widened(metric(widened(piece))) for piece in pieces])

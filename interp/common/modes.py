@@ -81,7 +81,10 @@ def ungraphed(model: LoopedModel) -> AbstractContextManager[None]:
     """A context for runs of which no tensor escapes: inference mode; or, where hooks of a caller
     see the tensors and may keep them, no gradients.
     """
-    return torch.no_grad() if model.any_hook() else torch.inference_mode()
+    watched = model.any_hook() or any(
+        part._forward_hooks or part._forward_pre_hooks for part in existing_modules(model)
+    )
+    return torch.no_grad() if watched else torch.inference_mode()
 
 
 def _model_of(*args: object, **kwargs: object) -> nn.Module:

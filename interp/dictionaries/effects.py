@@ -76,7 +76,7 @@ def feature_effects(
 
     Args:
         answers: The token whose margin is measured in each row.
-        feature: From 0; None means the one with the largest activation at the iteration.
+        feature: From 0; None means the one with the largest activation where it is looked for.
         loop: The iteration at which it is looked for; None means all, and of a per_iteration
             dictionary the last one.
         k: Rows to show.
@@ -88,12 +88,12 @@ def feature_effects(
     dictionary.check(model)
     n_loops = dictionary.n_loops
     at = n_loops - 1 if loop is None else in_range("loop", loop, n_loops)[0]
+    searched = list(range(n_loops)) if loop is None and _at_all_loops(dictionary) else [at]
     if feature is None:
-        feature = strongest_feature(model, dictionary, batch, at)
+        feature = strongest_feature(model, dictionary, batch, searched)
     in_range("feature", feature, dictionary.n_features)
     loops = list(range(n_loops)) if dictionary.same_features else [at]
     found = activations(model, dictionary, batch, feature)
-    searched = loops if loop is None and dictionary.kind != "crosscoder" else [at]
     most = found[..., searched].nan_to_num(-1.0).flatten(1).max(1)
     live = (most.values > 0).nonzero().flatten()
     if k < 1 or not len(live):
@@ -120,6 +120,11 @@ def feature_effects(
         ),
         **dict(zip(("margin", "changed"), _spread(changes, [*loops, n_loops]), strict=True)),
     )  # fmt: skip
+
+
+def _at_all_loops(dictionary: Dictionary) -> bool:
+    """Whether a feature has an activation of its own at each iteration, and is the same one."""
+    return dictionary.kind != "crosscoder" and dictionary.same_features
 
 
 def _over_loops(
@@ -161,12 +166,14 @@ def activations(
 
 
 @torch.no_grad()
-def strongest_feature(model: LoopedModel, dictionary: Dictionary, batch: Batch, loop: int) -> int:
-    """The feature with the largest activation in any token at an iteration."""
+def strongest_feature(
+    model: LoopedModel, dictionary: Dictionary, batch: Batch, loops: Sequence[int]
+) -> int:
+    """The feature with the largest activation in any token at some iterations."""
     states = loop_states(model, batch, dictionary.n_loops, hook=dictionary.reading.hook)
     parts = (dictionary.encode(part).expand(-1, dictionary.n_loops, -1) for part in
              states.split(_READS))  # fmt: skip
-    return int(torch.stack([part[:, loop].amax(0) for part in parts]).amax(0).argmax())
+    return int(torch.stack([part[:, list(loops)].amax((0, 1)) for part in parts]).amax(0).argmax())
 
 
 @torch.no_grad()

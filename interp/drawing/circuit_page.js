@@ -60,8 +60,8 @@ const foldedLines = edges => {
 };
 
 const shape = () => data.views[view];
-const lowest = ticks => Math.min(...ticks.map(([place]) => place));
-const highest = ticks => Math.max(...ticks.map(([place]) => place));
+const lowest = ticks => ticks.length ? Math.min(...ticks.map(([place]) => place)) : 0;
+const highest = ticks => ticks.length ? Math.max(...ticks.map(([place]) => place)) : 0;
 const pixels = (x, y) => [
   LEFT + (x - lowest(shape().columns)) * shape().width + (view === "unrolled" && data.moves.length ? 40 : 0),
   TOP + (highest(shape().rows) - y) * shape().height,

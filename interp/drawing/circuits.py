@@ -68,13 +68,15 @@ def spots(circuit: Circuit) -> dict[str, Spot]:
 
 
 def moves(circuit: Circuit) -> list[tuple[str, str]]:
-    """What heads move between positions inside: the node that reads keys or values, and each node
-    at another position that is fed by it and writes.
+    """The moves of heads between positions inside: the node that reads keys or values, and each
+    node at another position that is fed by it and writes.
     """
+    writers = {edge.writer for edge in circuit.edges}
     pairs = [
         (circuit.end(edge.reader).node, fed)
         for edge in circuit.edges
         for fed in circuit.passed_on(edge.reader)
+        if fed in writers
     ]
     at = {name: circuit.end(name).position for pair in pairs for name in pair}
     return list(dict.fromkeys(pair for pair in pairs if at[pair[0]] != at[pair[1]]))

@@ -151,11 +151,16 @@ def cell_maps(maps: Sequence[CellMap], title: str = "") -> go.Figure:
         plot.update_xaxes(title=each.axes[0], type="category", tickangle=-30, **place)
         plot.update_yaxes(title=each.axes[1], type="category", **place)
     plot.update_annotations(font_size=13)
+    bottom, height = _below(maps, rows)
+    return titled(styled(plot, height).update_layout(margin_b=bottom), title)
+
+
+def _below(maps: Sequence[CellMap], rows: int) -> tuple[int, int]:
+    """The room for the names of columns, and the height of the whole, in pixels."""
     longest = max((len(str(name)) for each in maps for name in each.columns), default=0)
     bottom = 60 + min(110, 4 * longest)
     tallest = max(len(each.rows) for each in maps)
-    height = 58 + bottom + rows * (70 + 24 * max(5, tallest))
-    return titled(styled(plot, height).update_layout(margin_b=bottom), title)
+    return bottom, 58 + bottom + rows * (70 + 24 * max(5, tallest))
 
 
 def _reach(maps: Sequence[CellMap]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class TunedJob:
         resids, finals = material(self.model, self.batch, how.positions, self.start.n_loops, visits)
         generator = torch.Generator().manual_seed(how.seed)
         order = (torch.randperm(len(finals), generator=generator) for _ in range(how.steps))
-        drawn = torch.stack([reads[: how.batch_size] for reads in order]).to(finals.device)
+        drawn = torch.stack([reads[: how.batch_size].clone() for reads in order]).to(finals.device)
         bar = tqdm(
             total=how.steps * len(pieces),
             desc="training a tuned lens",
@@ -169,7 +169,7 @@ def kept_tuned(manifest: Manifest, found: Sequence[Results]) -> TunedLens:
     about = manifest.about
     none = torch.empty(0, 0)
     start = TunedLens(
-        weights=none,
+        weights=torch.empty(0, 0, 0),
         biases=none,
         names=tuple(about["names"]),
         n_loops=about["n_loops"],

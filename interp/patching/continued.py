@@ -28,7 +28,7 @@ def continued_groups(
     """The cells, by their index, that are run side by side: those of one hook point, as many as the
     memory holds.
     """
-    size = max(1, max_bytes // run_bytes(model, base)) if model.batch_independent else 1
+    size = max(1, max_bytes // run_bytes(model, base, cells)) if model.batch_independent else 1
     names = groupby(range(len(cells)), key=lambda index: cells[index].name)
     at_once = [list(group) for _, group in names]
     return [group[at : at + size] for group in at_once for at in range(0, len(group), size)]

@@ -15,12 +15,14 @@ from torch import Tensor
 from loopscope.interp.common.cells import HEAD_AXIS, Cell
 from loopscope.interp.patching.lanes import Lanes
 from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.attention import Scoring
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
+from loopscope.models.core.hooks import existing_modules
 
 _MLPS, _STREAMS = 3, 16  # tensors of the widths d_mlp and d_model that a visit holds per row
 _ATTENTION = 8  # queries, keys, values and outputs, with the lanes' rows put in and without
-_SCORES = 4  # scores and pattern, each as they are and patched
+_SCORES = 6  # scores and pattern, each as they are, masked or capped, and patched
 _LOGITS = 3  # those that the head gives, those that are kept, and a metric's
 
 
@@ -33,17 +35,30 @@ def lane_bytes(
         cells: What the lanes patch.
         width: Columns of the inputs.
     """
-    cfg = model.cfg
-    by_column = _ATTENTION * cfg.n_heads * cfg.d_head
-    if any(HEAD_AXIS.get(site_of(name)) == 1 for cell in cells for name in cell.names):
-        by_column += _SCORES * cfg.n_heads * width
-    once = width * by_column + _LOGITS * cfg.d_vocab
+    once = width * _by_column(model, cells, width) + _LOGITS * model.cfg.d_vocab
     return _size(model) * (lanes.lengths * _row(model) + once)
 
 
-def run_bytes(model: LoopedModel, base: Batch) -> int:
+def answer_bytes(model: LoopedModel, base: Batch) -> int:
+    """The bytes of a cell's logits at the readout, which also a cell without a lane has."""
+    return _size(model) * len(base) * model.cfg.d_vocab
+
+
+def run_bytes(model: LoopedModel, base: Batch, cells: Sequence[Cell]) -> int:
     """The bytes of a run of whole sequences, whose logits are made at every position."""
-    return _size(model) * base.tokens.numel() * (_row(model) + _LOGITS * model.cfg.d_vocab)
+    by_token = _row(model) + _by_column(model, cells, base.tokens.shape[1])
+    return _size(model) * base.tokens.numel() * (by_token + _LOGITS * model.cfg.d_vocab)
+
+
+def _by_column(model: LoopedModel, cells: Sequence[Cell], width: int) -> int:
+    """The numbers of attention per column: with the scores, where they are made one by one."""
+    patched = any(HEAD_AXIS.get(site_of(name)) == 1 for cell in cells for name in cell.names)
+    capped = any(
+        isinstance(scoring := getattr(part, "scoring", None), Scoring) and scoring.cap is not None
+        for part in existing_modules(model)
+    )
+    scores = _SCORES * width if patched or capped else 0
+    return model.cfg.n_heads * (_ATTENTION * model.cfg.d_head + scores)
 
 
 def cut(costs: Int[Tensor, " lane"], most: int) -> Iterator[slice]:

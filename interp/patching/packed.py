@@ -21,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.common.cells import HEAD_AXIS, Cell
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.patching.lanes import BEFORE, BaseRun, Lanes, lanes_of
-from loopscope.interp.patching.memory import cut, lane_bytes
+from loopscope.interp.patching.memory import answer_bytes, cut, lane_bytes
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
@@ -49,13 +49,15 @@ def packed_groups(
     model: LoopedModel, base: Batch, cells: Sequence[Cell], n_loops: int, max_bytes: int
 ) -> list[list[int]]:
     """The cells, by their index, that are run side by side: neighbours in the order of the
-    schedule, as many as the memory holds, but not so many that nothing is left to share.
+    schedule, as many as the memory holds, but not so many that nothing is left to share. A sweep
+    below `_LEAST` rows is one group.
 
     A cell's logits depend to the last bit on the cells of its group, and on no other.
     """
     lanes, width = lanes_of(model, base, cells, n_loops), base.tokens.shape[1]
     own = torch.stack([lanes.lengths, lane_bytes(model, lanes, cells, width)], 1)
-    costs = own.new_zeros(len(cells), 2).index_add(0, lanes.cell, own).tolist()
+    each = own.new_tensor([[0, answer_bytes(model, base)]]).repeat(len(cells), 1)
+    costs = each.index_add(0, lanes.cell, own).tolist()
     most = max(_LEAST, sum(rows for rows, _ in costs) // _GROUPS), max_bytes
     groups: list[list[int]] = [[]]
     held = 0, 0

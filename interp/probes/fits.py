@@ -89,7 +89,7 @@ class ProbeFit:
             n_test=len(test.reads),
         )
 
-    def of_shard(self, train: Int[Tensor, " read"], test: Int[Tensor, " read"]) -> Probe:
+    def of_shard(self, train: Int[Tensor, " read"], test: Int[Tensor, " held_out"]) -> Probe:
         """The record of a shard, which fits no probe."""
         return replace(self, places=()).of(Side(train, ()), Side(test, ()))
 

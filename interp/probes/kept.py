@@ -32,7 +32,7 @@ class Fit(Protocol[_Record]):
     def of(self, train: Side, test: Side) -> _Record:
         """Fit on one side, and score on the other."""
 
-    def of_shard(self, train: Int[Tensor, " read"], test: Int[Tensor, " read"]) -> _Record:
+    def of_shard(self, train: Int[Tensor, " read"], test: Int[Tensor, " held_out"]) -> _Record:
         """The record of a shard, which fits nothing."""
 
 

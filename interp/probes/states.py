@@ -119,7 +119,7 @@ class ReadStates:
         for part in self.pieces(rows):
             yield self.reads(part), self.run(part)
 
-    def pieces(self, rows: Int[Tensor, " row"]) -> tuple[Int[Tensor, " row"], ...]:
+    def pieces(self, rows: Int[Tensor, " row"]) -> tuple[Int[Tensor, " _"], ...]:
         """The rows that are run at a time."""
         size = self.batch_size if self.model.batch_independent else len(rows)
         parts: tuple[Tensor, ...] = rows.split(size)

@@ -134,7 +134,9 @@ class TransferFit:
         sizes = len(train.reads), len(test.reads)
         return TransferMatrix(tuple(self.blocks), score, self.task.metric, constant, *sizes)
 
-    def of_shard(self, train: Int[Tensor, " read"], test: Int[Tensor, " read"]) -> TransferMatrix:
+    def of_shard(
+        self, train: Int[Tensor, " read"], test: Int[Tensor, " held_out"]
+    ) -> TransferMatrix:
         """The record of a shard, which fits no probe."""
         return replace(self, blocks={}).of(Side(train, ()), Side(test, ()))
 

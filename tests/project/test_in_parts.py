@@ -64,6 +64,7 @@ def test_a_name_is_found_in_its_module_and_the_rest_does_not_run(shop: ModuleTyp
     assert shop.Shape is Shape  # and not the module of that name
     assert shop.counted == 7
     assert shop.low is sys.modules["shop_of_parts.low"]
+    assert shop.broken is sys.modules["shop_of_parts.broken"]
     assert type(shop) is PackageInParts
     assert not hasattr(shop, "__wrapped__")
     assert type(shop) is PackageInParts

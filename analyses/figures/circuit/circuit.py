@@ -53,7 +53,7 @@ class CircuitConfig(PairConfig):
     """Steps of integrated gradients."""
     by_position: bool | None = None
     """Whether a component is another node at each position; by default where all texts have one
-    length and there are no more than a hundred thousand edges then.
+    length and edges times positions are at most a hundred thousand.
     """
     heads: bool | None = None
     """Whether heads are nodes; by default where the family lets them be told apart."""

@@ -141,7 +141,7 @@ def run(config: FeatureConfig) -> Feature:
         model = asked.subject.model
         dictionary = train_dictionary(model, group.batch, training=_SMALL)
     else:
-        dictionary = load_dictionary(config.dictionary)
+        dictionary = load_dictionary(config.dictionary).to(asked.subject.model.device)
     return measure(asked, group, dictionary, config.feature, config.loop, config.examples)
 
 
@@ -290,7 +290,8 @@ def _of_report(opened: Opened) -> Feature:
     folder = opened.config.dictionary
     assert folder is not None, "the section serves no other report"
     group = everything(opened.asked, opened.config.hops)
-    return measure(opened.asked, group, load_dictionary(folder), opened.config.feature)
+    dictionary = load_dictionary(folder).to(opened.asked.subject.model.device)
+    return measure(opened.asked, group, dictionary, opened.config.feature)
 
 
 SECTION = Section(
@@ -299,7 +300,7 @@ SECTION = Section(
         "The tokens in which the feature is strongest say what it is about, and its profile at"
         " which loops it is written. Its direct effect is what it adds to the logits, if the model"
         " stopped where the feature is strongest; its ablation shows what the rest of the run makes"
-        " of it."
+        " of it, the dotted line at all loops together."
     ),
     measure=_of_report,
     found=_found,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits_by_hand import (
+from circuits.by_hand import (
     SHORT,
     added_by,
     by_hand,
@@ -24,7 +24,7 @@ from circuits_by_hand import (
     recorded,
     stream_by_hand,
 )
-from compiled import ANSWER, EDGES, asked, two_hops
+from circuits.compiled import ANSWER, EDGES, asked, two_hops
 from family_toys import TOYS
 from family_toys import full as full_of
 from loopscope.interp.circuits.building import close, graph_of
@@ -92,7 +92,7 @@ def test_a_masked_run_is_every_other_edge_patched_by_hand(name: str) -> None:
         model = kind.make()
         clean, corrupted = full_of(kind, model, 1), full_of(kind, model, 2)
     graph = graph_of(model, clean, SHORT, heads=None if name in ("toy", "huginn") else False)
-    runs = MaskedRuns.of(model, graph, clean, corrupted, "corrupted", 0, 0.5)
+    runs = MaskedRuns.of(model, graph, clean, corrupted, "corrupted", 0, 1 << 29)
     chances = torch.rand(graph.every.shape, generator=torch.Generator().manual_seed(1))
     masks = torch.stack([graph.every, torch.zeros_like(graph.every), graph.every & (chances < 0.6)])
     whole, replaced, mixed = runs.logits(masks)

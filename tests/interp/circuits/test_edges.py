@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compiled import NoNorm
+from circuits.compiled import NoNorm
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.circuits.edge_attribution import (
     ComponentEnd,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits_by_hand import SHORT, by_hand, difference, logits_of
-from compiled import ANSWER, EDGES, PLACES, asked, two_hops
+from circuits.by_hand import SHORT, by_hand, difference, logits_of
+from circuits.compiled import ANSWER, EDGES, PLACES, asked, two_hops
 from family_toys import TOYS
 from family_toys import full as full_of
 from loopscope.interp.circuits.building import graph_of
@@ -24,7 +24,7 @@ from loopscope.interp.circuits.names import Edge, Positions, end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.search import exact_scores, search_circuit
-from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
+from loopscope.interp.circuits.selection import prune_circuit, select_circuit, smallest_circuit
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -70,7 +70,7 @@ def test_a_masked_run_is_every_other_edge_patched_by_hand(name: str) -> None:
     graph = graph_of(
         model, clean, SHORT, None if name in ("toy", "huginn") else False, by_position=True
     )
-    runs = MaskedRuns.of(model, graph, clean, corrupted, "corrupted", 0, 0.5)
+    runs = MaskedRuns.of(model, graph, clean, corrupted, "corrupted", 0, 1 << 29)
     chances = torch.rand(graph.every.shape, generator=torch.Generator().manual_seed(1))
     masks = torch.stack([graph.every, torch.zeros_like(graph.every), graph.every & (chances < 0.6)])
     whole, replaced, mixed = runs.logits(masks)
@@ -85,7 +85,7 @@ def masked_metric(
 ) -> Tensor:
     """The mean of the metric in a run under a mask that is made of all edges."""
     graph = graph_of(model, pair[0], SHORT, None, by_position=True)
-    runs = MaskedRuns.of(model, graph, *pair, "corrupted", 0, 0.5)
+    runs = MaskedRuns.of(model, graph, *pair, "corrupted", 0, 1 << 29)
     return difference(runs.logits(mask(graph.every.double())[None])[0]).mean()
 
 
@@ -121,6 +121,27 @@ def test_the_scores_of_all_gates_sum_to_the_difference() -> None:
     ]
     assert errors[1] < 1e-2
     assert errors[1] < errors[0] / 30
+
+
+def test_what_reads_a_prefix_both_ways_reaches_later_positions() -> None:
+    kind = TOYS["hrm_text_prefix"]
+    model = kind.make()
+    pair = [full_of(kind, model, seed) for seed in (1, 2)]
+    scores = circuit_scores(
+        model, *pair, difference, 1, method="eap", heads=False, by_position=True
+    )
+    few = [
+        scores.take(
+            torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))[
+                :200
+            ].tolist(),
+            "at random",
+        )
+        for seed in (0, 1)
+    ]
+    for circuit in few:
+        said = evaluate_circuit(model, *pair, [circuit, prune_circuit(circuit)], difference)
+        assert_close(said.faithfulness[0], said.faithfulness[1])
 
 
 def written() -> set[tuple[str, str]]:
@@ -221,5 +242,5 @@ def test_what_has_no_positions_in_common_is_refused() -> None:
     with pytest.raises(ValueError, match="both ends of an edge must be at no position"):
         replace(found, positions=None)
     plain = circuit_scores(model, full(1), full(2), projection(), SHORT, method="eap")
-    with pytest.raises(ValueError, match="every circuit must be one of this model's graph"):
+    with pytest.raises(ValueError, match="all circuits must be by the same positions"):
         evaluate_circuit(model, full(1), full(2), [found, plain], projection())

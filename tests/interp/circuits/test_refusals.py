@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from circuits_by_hand import SHORT, difference
+from circuits.by_hand import SHORT, difference
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.masked import _others
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import circuit_scores
 from loopscope.interp.circuits.search import compare_scores, exact_scores
 from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
+from loopscope.interp.drawing.circuit_page import circuit_page
 from toy import assert_close, full, projection, toy
 
 
@@ -113,3 +114,23 @@ def test_a_frozen_visit_is_refused_by_what_it_is() -> None:
     ]
     with pytest.raises(ValueError, match=r"loops\.0\.blocks\.1 is frozen"):
         circuit_scores(model, full(1), full(2), projection(), SHORT)
+
+
+def test_gates_of_a_stream_with_another_writer_are_refused() -> None:
+    model = toy("learned")
+    given = (model, full(1), full(2), projection(), SHORT)
+    with (
+        model.hooks([("loops.0.blocks.0.hook_resid_post", lambda value, hook: value * 2)]),
+        pytest.raises(ValueError, match="with all edges kept the logits must be the model's own"),
+    ):
+        circuit_scores(*given, method="ig-edges")
+    with pytest.raises(ValueError, match="has no base run, got direction='noise'"):
+        circuit_scores(*given, method="ig-edges", direction="noise")
+
+
+def test_a_circuit_that_is_not_pruned_is_drawn(scores: Circuit) -> None:
+    found = circuit_scores(
+        toy("learned"), full(1), full(2), projection(), SHORT, method="eap", by_position=True
+    )
+    page = circuit_page(select_circuit(found, 10, "top", prune=False), "not pruned")
+    assert page.count("<script") >= 1

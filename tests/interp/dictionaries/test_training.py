@@ -97,7 +97,7 @@ def test_units_come_from_all_states_in_memory() -> None:
     for kind in KINDS[:3]:
         found = fit_dictionary(data, READING, kind, few)
         assert found.losses.isfinite().all()
-    assert found.losses[0, 0] > 1e-6
+        assert found.losses[0, 0] > 1e-6
 
 
 def test_a_threshold_has_the_gradient_of_a_wide_step() -> None:

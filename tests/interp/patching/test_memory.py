@@ -12,7 +12,7 @@ import torch
 
 from loopscope.interp.common.cells import Selection, choose
 from loopscope.interp.patching.lanes import lanes_of
-from loopscope.interp.patching.memory import cut, lane_bytes
+from loopscope.interp.patching.memory import answer_bytes, cut, lane_bytes
 from loopscope.interp.patching.packed import packed_groups
 from paths import ROOT
 from toy import LAYERS, padded, toy
@@ -22,6 +22,7 @@ CASES = {
     "attention": (20, 217, {"sites": ["z"], "heads": "all", "positions": [46]}),
     "rows": (8, 217, {"sites": ["mlp_out"], "positions": [0, 10, 20]}),
     "logits": (12, 20_000, {"positions": [45, 46]}),
+    "answers": (12, 20_000, {"positions": list(range(24)), "visits": ["loops.1.blocks.1"]}),
 }
 MEASURE = """
 import ctypes, json, sys, torch
@@ -74,7 +75,7 @@ def test_cells_run_side_by_side_as_far_as_their_lanes_fit(
     cells = choose(model, 2, batch.tokens.shape[1], Selection(sites=[site]))
     lanes = lanes_of(model, batch, cells, 2)
     costs = lane_bytes(model, lanes, cells, batch.tokens.shape[1])
-    own = costs.new_zeros(len(cells)).index_add(0, lanes.cell, costs)
+    own = costs.new_full((len(cells),), answer_bytes(model, batch)).index_add(0, lanes.cell, costs)
     most = int(own.max()) + int(own.max()) // 2
     groups = packed_groups(model, batch, cells, 2, most)
     assert [index for group in groups for index in group] == list(range(len(cells)))

@@ -1,0 +1,1 @@
+"""Circuits that are measured by hand, and a model whose circuit is known."""
