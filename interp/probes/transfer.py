@@ -162,8 +162,8 @@ def transfer_matrix(
     """Fit a ridge probe of each block at every iteration, and test it at every other one.
 
     Args:
-        inputs, targets, n_loops, positions, strength, held_out, readout, batch_size, seed, save_to,
-            shard: As for `probe`.
+        inputs, targets, n_loops, positions, strength, held_out: As for `probe`.
+        readout, batch_size, seed, save_to, shard: As for `probe`.
         site: A site of the blocks in the loop; None means the residual after each.
 
     Returns:
