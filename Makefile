@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip install -q --no-compile
+PIP := $(BIN)/pip install -q
 
 .PHONY: report test lint fast shapes slow docs browser lowest bench minis real install dev clean
 
