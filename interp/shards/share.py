@@ -40,6 +40,10 @@ def parse_shard(text: str) -> Shard:
 
 
 def own(items: Sequence[_Item], shard: Shard) -> list[_Item]:
-    """The items of a shard: every n-th one, since neighbours cost about the same."""
+    """The items of a shard: one of each n neighbours, which cost about the same; the first of one n
+    and the last of the next, since in a sweep the costs fall from item to item.
+    """
     index, count = shard
-    return list(items[index::count])
+    turns = (index, count - 1 - index)
+    places = (start + turns[turn % 2] for turn, start in enumerate(range(0, len(items), count)))
+    return [items[place] for place in places if place < len(items)]

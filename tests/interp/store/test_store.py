@@ -131,8 +131,8 @@ def test_shards_an_interruption_and_a_restart_give_the_files_of_one_run(
     options: dict[str, Any] = {"n_loops": 3, "per_file": 2, "batch_size": 1}
     collect(model, TEXTS, to=tmp_path / "one", **options)
     part = collect(model, TEXTS, to=tmp_path / "two", shard=(1, 2), **options)
-    assert sorted(set(part.example.tolist())) == [2, 3]
-    with pytest.raises(ValueError, match="2 of 3 ranges of examples are missing"):
+    assert sorted(set(part.example.tolist())) == [2, 3, 4]  # the last of two, the first of two
+    with pytest.raises(ValueError, match="1 of 3 ranges of examples are missing"):
         ActivationStore(tmp_path / "two")
 
     def stop(*_: object) -> None:
@@ -142,7 +142,7 @@ def test_shards_an_interruption_and_a_restart_give_the_files_of_one_run(
         patched.setattr("loopscope.interp.store.collect.write_tensors", stop)
         with pytest.raises(KeyboardInterrupt):
             collect(model, TEXTS, to=tmp_path / "two", shard=(0, 2), **options)
-    for name in ("0000000.resid_post", "0000002.tokens"):  # as a kill leaves them
+    for name in ("0000000.resid_post", "0000000.tokens"):  # as a kill leaves them
         (tmp_path / "two" / f".{name}.safetensors.x8_y").write_bytes(b"half")
     written = (tmp_path / "two" / "0000001.tokens.safetensors").stat().st_mtime_ns
     whole = collect(model, TEXTS, to=tmp_path / "two", **options)
