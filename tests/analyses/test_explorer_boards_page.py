@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from browser import Tab, opened, require_chromium
-from looks.pages import crowded, dress, faint, wide
+from looks.pages import check_looks
 from loopscope.analyses.common.configs import ExploreConfig
 from loopscope.analyses.explorer.app import make_explorer
 from loopscope.analyses.explorer.boards.model import judged
@@ -90,13 +90,4 @@ def test_nothing_is_wider_than_the_window(tab: Tab, width: int) -> None:
 
 
 def test_the_boards_are_read_in_a_narrow_window_in_light_and_in_dark(tab: Tab) -> None:
-    tab.resize(700, 900)
-    tab.wait(f"window.innerWidth === 700 && {plot('boards')}._fullLayout.width < 700")
-    tab.wait("document.documentElement.scrollWidth <= 700")
-    assert crowded(tab) == []
-    for scheme in ("dark", "light"):
-        dress(tab, scheme)
-        ground = f"{plot('boards')}._fullLayout.paper_bgcolor"
-        tab.wait(f"{ground} {'!==' if scheme == 'dark' else '==='} 'white'")
-        assert faint(tab) == {}, scheme
-        assert wide(tab) == [], scheme
+    check_looks(tab, [plot("boards")])

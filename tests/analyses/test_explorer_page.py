@@ -13,7 +13,7 @@ import pytest
 
 from browser import Tab, opened, require_chromium
 from language_toys import CAT, DOG, ouro_folder
-from looks.pages import crowded, dress, faint, wide
+from looks.pages import check_looks
 from loopscope.analyses.common.configs import ExploreConfig
 from loopscope.analyses.explorer.app import make_explorer
 
@@ -98,17 +98,7 @@ def test_nothing_is_wider_than_the_window_and_no_parts_overlap(tab: Tab, width: 
 
 
 def test_the_page_is_read_in_a_narrow_window_in_light_and_in_dark(tab: Tab) -> None:
-    tab.resize(700, 900)
-    tab.wait(f"window.innerWidth === 700 && {plot('lens')}._fullLayout.width < 700")
-    tab.wait("document.documentElement.scrollWidth <= 700")
-    assert crowded(tab) == []
-    for scheme in ("dark", "light"):
-        dress(tab, scheme)
-        for part in PARTS:
-            ground = f"{plot(part)}._fullLayout.paper_bgcolor"
-            tab.wait(f"{ground} {'!==' if scheme == 'dark' else '==='} 'white'")
-        assert faint(tab) == {}, scheme
-        assert wide(tab) == [], scheme
+    check_looks(tab, [plot(part) for part in PARTS])
     tab.resize(1280, 900)
 
 

@@ -8,12 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from family_toys import TOYS
+from family_toys import full as full_of
+from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.graph import Graph
+from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.circuits.names import end_of
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
+from toy import assert_close, full, toy
 
 SHORT = 2
 difference = logit_diff(1, 2)
@@ -148,3 +153,27 @@ def by_hand(
     last = model.schedule(SHORT)[-1].hook_names()[-1]
     end = model.advance(begin_batch(model, clean, SHORT))
     return model.readout(replace(end, resid=stream(len(mask) - 1, last)), clean.readout)
+
+
+def check_masked_runs(name: str, by_position: bool) -> None:
+    """All edges give the clean run, none the corrupted one, and some what by hand gives.
+
+    Args:
+        name: "toy", "toy_injected" or a toy of a family.
+    """
+    if name.startswith("toy"):
+        model: LoopedModel = toy("learned", name.endswith("injected"))
+        clean, corrupted = full(1), full(2)
+    else:
+        model = TOYS[name].make()
+        clean, corrupted = (full_of(TOYS[name], model, seed) for seed in (1, 2))
+    heads = None if name in ("toy", "huginn") else False
+    graph = graph_of(model, clean, SHORT, heads, by_position)
+    runs = MaskedRuns.of(model, graph, clean, corrupted, "corrupted", 0, 1 << 29)
+    chances = torch.rand(graph.every.shape, generator=torch.Generator().manual_seed(1))
+    masks = torch.stack([graph.every, torch.zeros_like(graph.every), graph.every & (chances < 0.6)])
+    whole, replaced, mixed = runs.logits(masks)
+    assert_close(whole, logits_of(model, clean))
+    assert_close(replaced, logits_of(model, corrupted))
+    assert_close(mixed, by_hand(model, graph, masks[2], clean, corrupted))
+    assert not torch.allclose(mixed, whole)

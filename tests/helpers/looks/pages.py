@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from browser import Tab
@@ -78,3 +79,22 @@ def faint(tab: Tab) -> dict[str, float]:
 def _opacity(color: str) -> float:
     parts = color.partition("(")[2].rstrip(")").split(",")
     return float(parts[3]) if len(parts) == 4 else 1.0
+
+
+def check_looks(tab: Tab, figures: Sequence[str]) -> None:
+    """In a window of 700 pixels nothing is cut, and in light and in dark all can be read.
+
+    Args:
+        figures: JavaScript that finds each figure.
+    """
+    tab.resize(700, 900)
+    tab.wait(f"window.innerWidth === 700 && {figures[0]}._fullLayout.width < 700")
+    tab.wait("document.documentElement.scrollWidth <= 700")
+    assert crowded(tab) == []
+    for scheme in ("dark", "light"):
+        dress(tab, scheme)
+        for figure in figures:
+            ground = f"{figure}._fullLayout.paper_bgcolor"
+            tab.wait(f"{ground} {'!==' if scheme == 'dark' else '==='} 'white'")
+        assert faint(tab) == {}, scheme
+        assert wide(tab) == [], scheme

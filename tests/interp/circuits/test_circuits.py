@@ -17,9 +17,8 @@ from torch import Tensor
 from circuits.by_hand import (
     SHORT,
     added_by,
-    by_hand,
+    check_masked_runs,
     difference,
-    logits_of,
     read_by_hand,
     recorded,
     stream_by_hand,
@@ -29,7 +28,7 @@ from family_toys import TOYS
 from family_toys import full as full_of
 from loopscope.interp.circuits.building import close, graph_of
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
-from loopscope.interp.circuits.masked import MaskedRuns, Replace
+from loopscope.interp.circuits.masked import Replace
 from loopscope.interp.circuits.names import Edge, end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores
@@ -84,22 +83,7 @@ def test_a_score_is_the_finite_difference_of_one_edge(name: str) -> None:
 )
 @torch.no_grad()
 def test_a_masked_run_is_every_other_edge_patched_by_hand(name: str) -> None:
-    if name.startswith("toy"):
-        model: LoopedModel = toy("learned", name.endswith("injected"))
-        clean, corrupted = full(1), full(2)
-    else:
-        kind = TOYS[name]
-        model = kind.make()
-        clean, corrupted = full_of(kind, model, 1), full_of(kind, model, 2)
-    graph = graph_of(model, clean, SHORT, heads=None if name in ("toy", "huginn") else False)
-    runs = MaskedRuns.of(model, graph, clean, corrupted, "corrupted", 0, 1 << 29)
-    chances = torch.rand(graph.every.shape, generator=torch.Generator().manual_seed(1))
-    masks = torch.stack([graph.every, torch.zeros_like(graph.every), graph.every & (chances < 0.6)])
-    whole, replaced, mixed = runs.logits(masks)
-    assert_close(whole, logits_of(model, clean))
-    assert_close(replaced, logits_of(model, corrupted))
-    assert_close(mixed, by_hand(model, graph, masks[2], clean, corrupted))
-    assert not torch.allclose(mixed, whole)
+    check_masked_runs(name, by_position=False)
 
 
 @pytest.mark.parametrize("method", METHODS[1:3])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.by_hand import SHORT, by_hand, difference, logits_of
+from circuits.by_hand import SHORT, check_masked_runs, difference
 from circuits.compiled import ANSWER, EDGES, PLACES, asked, two_hops
 from family_toys import TOYS
 from family_toys import full as full_of
@@ -61,23 +61,7 @@ def test_scores_by_position_sum_to_the_scores_over_all_positions(name: str, meth
 @pytest.mark.parametrize("name", ["toy", "toy_injected", "huginn", "nanbeige"])
 @torch.no_grad()
 def test_a_masked_run_is_every_other_edge_patched_by_hand(name: str) -> None:
-    if name.startswith("toy"):
-        model: LoopedModel = toy("learned", name.endswith("injected"))
-        clean, corrupted = full(1), full(2)
-    else:
-        model = TOYS[name].make()
-        clean, corrupted = (full_of(TOYS[name], model, seed) for seed in (1, 2))
-    graph = graph_of(
-        model, clean, SHORT, None if name in ("toy", "huginn") else False, by_position=True
-    )
-    runs = MaskedRuns.of(model, graph, clean, corrupted, "corrupted", 0, 1 << 29)
-    chances = torch.rand(graph.every.shape, generator=torch.Generator().manual_seed(1))
-    masks = torch.stack([graph.every, torch.zeros_like(graph.every), graph.every & (chances < 0.6)])
-    whole, replaced, mixed = runs.logits(masks)
-    assert_close(whole, logits_of(model, clean))
-    assert_close(replaced, logits_of(model, corrupted))
-    assert_close(mixed, by_hand(model, graph, masks[2], clean, corrupted))
-    assert not torch.allclose(mixed, whole)
+    check_masked_runs(name, by_position=True)
 
 
 def masked_metric(
