@@ -67,7 +67,7 @@ def functions(node: ast.AST, owner: str = "") -> Iterator[tuple[ast.FunctionDef,
             yield child, owner
             yield from functions(child, f"{owner}{child.name}.<locals>.")
         elif isinstance(child, ast.ClassDef):
-            if "Protocol" not in {ast.unparse(base) for base in child.bases}:
+            if "Protocol" not in {ast.unparse(base).split("[")[0] for base in child.bases}:
                 yield from functions(child, f"{owner}{child.name}.")
         else:
             yield from functions(child, owner)

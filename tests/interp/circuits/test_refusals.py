@@ -61,6 +61,7 @@ def test_a_word_is_no_metric(scores: Circuit) -> None:
         evaluate_circuit(*given, scores, "margin")  # type: ignore[arg-type]
 
 
+@pytest.mark.shapes
 def test_another_input_is_another_one() -> None:
     for seed in range(5):
         order = _others(5, seed)
