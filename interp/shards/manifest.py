@@ -7,7 +7,8 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,18 @@ class Manifest:
     about: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: _installed())
 
-    @property
+    @cached_property
     def call(self) -> str:
         """A hash of the whole call."""
-        decisive = {key: value for key, value in asdict(self).items() if key != "about"}
+        decisive = {key: value for key, value in self._content().items() if key != "about"}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def write(self, folder: Path) -> None:
         """Write the manifest, whole or not at all, unless another process was faster."""
-        content = {"format": _FORMAT, "call": self.call, **asdict(self)}
+        content = {"format": _FORMAT, "call": self.call, **self._content()}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as drafts:
             draft = Path(drafts, MANIFEST)
             draft.write_text(json.dumps(content, indent=1) + "\n")
