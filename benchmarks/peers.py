@@ -350,7 +350,9 @@ def pyvene(case: Case) -> Tensor:
 
 
 def nnterp(case: Case) -> Tensor:
-    """`StandardizedTransformer`."""
+    """`StandardizedTransformer`, which needs nnsight below 0.8 and finds no layers in a model that
+    has none by that name.
+    """
     from nnterp import StandardizedTransformer
 
     theirs = getattr(case.module, "model", case.module)
@@ -406,7 +408,9 @@ def main() -> None:
             answers[tool] = _apart(tool, case)
             print(case, tool, answers[tool].seconds, answers[tool].refusal, flush=True)
         tables.append(f"## {case}\n\n{table(answers)}")
-    how = [f"* **{tool}**: {run.__doc__}" for tool, (_, run) in TOOLS.items()]
+    how = [
+        f"* **{tool}**: {' '.join((run.__doc__ or '').split())}" for tool, (_, run) in TOOLS.items()
+    ]
     PAGE.write_text(
         _TEXT.format(
             machine=machine(), tables="\n\n".join(tables), how="\n".join(how), blocks=BLOCKS,
