@@ -7,7 +7,8 @@ PIP := $(BIN)/pip install -q
 report: install
 	$(BIN)/loopscope report --out out/report.html --overwrite
 
-test: lint browser
+test: dev
+	$(MAKE) -j2 lint browser
 	$(MAKE) fast shapes
 
 lint: dev

@@ -23,7 +23,7 @@ PLACES: dict[str, dict[str, str]] = {
     "mini/systematicity/r1_l8": {"train": "train", "id": "id"},
     "mini/systematicity/r1_l2": {},
     "mini/systematicity/r2_l2": {"ood": "ood"},
-    "mini/systematicity/r8_l2": {},
+    "mini/systematicity/r8_l2": {"ood": "ood"},
     "mini/smiles": _LAST,
     "mini/sudoku/trm": _LAST | {"first": "first"},
     "mini/sudoku/trm6": _LAST | {"first": "first"},

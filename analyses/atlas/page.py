@@ -26,6 +26,7 @@ MEASURES: dict[str, Callable[[], Numbers]] = {
     "recall": motion.recall,
     "stability": motion.stability,
     "realignment": reading.realigned,
+    "realignment_depths": reading.realigned_depths,
     "wandering": motion.wandering,
     "cancellation": motion.cancellation,
     "relational": reading.relational,

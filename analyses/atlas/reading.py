@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from loopscope.analyses.atlas.material import Numbers, asked, opened
+from loopscope.analyses.atlas.rules import OTHER_DEPTHS, REALIGNED
 from loopscope.analyses.common.claims import EXTRAPOLATES
 from loopscope.analyses.common.configs import DEFAULT_CHECKPOINT
 from loopscope.analyses.common.subject import Subject
@@ -20,10 +23,6 @@ from loopscope.interp.probes.differences import difference_probe
 
 _HOPS = 4
 _SHUFFLES = 10
-_REALIGNED = {
-    "mini/systematicity/r4_l2/ood": "",
-    "mini/systematicity/r2_l2/ood": "2 iterations: ",
-}
 
 
 def deeper() -> Numbers:
@@ -112,13 +111,23 @@ def _with_next_head(text: str, n_entities: int) -> str:
 
 
 def realigned() -> Numbers:
-    """The realignment of the bridge's state in the models of 4 and of 2 iterations."""
-    config = realignment.RealignmentConfig(checkpoints=tuple(_REALIGNED))
+    """The realignment of the bridge's state in the model of 4 iterations."""
+    return _realigned({"": REALIGNED})
+
+
+def realigned_depths() -> Numbers:
+    """The same in the models of 2 and of 8 iterations."""
+    return _realigned(OTHER_DEPTHS)
+
+
+def _realigned(checkpoints: Mapping[str, str]) -> Numbers:
+    """The numbers of checkpoints, each under the words before it."""
+    config = realignment.RealignmentConfig(checkpoints=tuple(checkpoints.values()))
     frame = realignment.run(config).frame()
     table = frame[frame["group"] == "OOD"]
     return {
         before + what: value
-        for name, before in _REALIGNED.items()
+        for before, name in checkpoints.items()
         for what, value in _of_one(table[table["checkpoint"] == name]).items()
     }
 

@@ -41,7 +41,7 @@ class RealignmentConfig(TwoHopConfig):
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(
         f"mini/systematicity/{stage}"
-        for stage in ("r4_l2/train", "r4_l2/id", "r4_l2/ood", "r2_l2/ood")
+        for stage in ("r4_l2/train", "r4_l2/id", "r4_l2/ood", "r2_l2/ood", "r8_l2/ood")
     )
     """Names from `loopscope list`, checkpoint files, or folders."""
     resamples: int = 2000
