@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from loopscope.analyses.explorer.model import (
     SITE,
@@ -16,6 +17,8 @@ from loopscope.analyses.explorer.model import (
     Patterns,
 )
 from loopscope.analyses.explorer.questions import Query
+from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.drawing.circuits import add_unrolled, axes, curve, spots
 from loopscope.interp.drawing.labels import AXIS, label, spoken, tick, visible
 from loopscope.interp.drawing.look import (
     ACCURACY_SCALE,
@@ -263,3 +266,24 @@ def cell_mark(blocks: list[str], block: str, position: int) -> list[Figure]:
     row = blocks.index(block)
     frame = {"x0": position - 0.5, "x1": position + 0.5, "y0": row - 0.5, "y1": row + 0.5}
     return [{"type": "rect", **frame, "line": {"color": INK, "width": 3}}]
+
+
+def circuit_figure(drawn: Circuit, query: Query) -> Figure:
+    """The edges of a circuit, each with its name on hover."""
+    plot = make_subplots(1, 1)
+    add_unrolled(plot, drawn, 1, 1, query.tokens, named=True)
+    rows = len(axes(drawn, query.tokens).rows)
+    styled(plot, 150 + (30 if drawn.positions else 60) * max(6, rows))
+    plot.update_layout(hovermode="closest", hoverdistance=30, margin={"t": 20})
+    figure: Figure = plot.to_plotly_json()
+    return figure
+
+
+def edge_mark(drawn: Circuit, name: str) -> list[Figure]:
+    """The shape that marks one edge of the drawn ones; none where it is not drawn."""
+    names = [edge.said for edge in drawn.edges]
+    if name not in names:
+        return []
+    points = curve(drawn, spots(drawn), names.index(name))
+    path = "M" + " L".join(f"{x:.4f},{y:.4f}" for x, y in points)
+    return [{"type": "path", "path": path, "line": {"color": WARM, "width": 4}}]

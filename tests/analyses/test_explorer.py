@@ -480,18 +480,18 @@ def test_what_can_be_asked_is_passed_on_and_what_cannot_is_explained(made: Explo
         "",
         "",
         "",
-        callbacks.FRESH_MAP,
+        "",
     )
     assert made.check("<w_1><w_2>", "<w_3><w_2>", "<w_1><w_2>")[0] is keep
     wrong = made.check("<x>", "<w_3><w_2>", "<w_1><w_2>")
     assert wrong[:2] == (keep, keep)
     assert wrong[2].startswith("A: '<x>' is not one of the 29 tokens")
-    assert wrong[5:] == (callbacks.STALE, callbacks.STALE_MAP)
+    assert wrong[5:] == (callbacks.STALE, callbacks.STALE)
     assert made.check(None, "<w_1>", None)[2].startswith("A: a text must hold at least one token")
     longer = made.check("<w_1><w_2>", "<w_3>", "<w_1><w_2>")
     assert longer[1:3] == (keep, "")
     assert longer[3].startswith("B: B must have as many tokens as A, which has 2, got 1; nothing")
-    assert longer[5:] == ("", callbacks.STALE_MAP)
+    assert longer[5:] == ("", callbacks.STALE)
 
 
 @pytest.mark.shapes
@@ -520,7 +520,7 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
     assert shown["n_loops"] == 2
     assert took.endswith(" ms")
     table, frame, _ = made.show_cell("loops.1.blocks.0", 3, shown)
-    after = patch_cell(made.subject.model, *made._pair(asked), 2, "loops.1.blocks.0", 3)[1]
+    after = patch_cell(made.subject.model, *made.pair(asked), 2, "loops.1.blocks.0", 3)[1]
     assert f"to {after.margin:.2f} logits" in str(table)
     assert "shapes" in str(frame.to_plotly_json())
     assert made.show_cell(None, 3, shown)[2] == ""
@@ -542,7 +542,7 @@ def test_the_answer_is_read_at_the_chosen_position_of_both_texts(made: Explorer)
     asked = {"a": A_TEXT, "b": B_TEXT}
     shown = made.show_map(asked, 2, "all", None, None, 2)[1]
     assert shown["read"] == 2
-    a, b = made._pair(shown)
+    a, b = made.pair(shown)
     assert (a.readout, b.readout) == (2, 2)
     assert "Top tokens at 2 <w_2>" in str(made.show_margin(A_TEXT, 3, 2)[2])
 

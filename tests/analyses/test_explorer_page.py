@@ -223,8 +223,8 @@ def test_a_language_model_is_explored_by_sentences() -> None:
         page.wait(f"{text_of('b-wrong')}.includes('which has 6, got 2; nothing is patched')")
         settle(page)
         grey = "[...document.querySelectorAll('.stale')].map(e => e.id)"
-        assert page.value(grey) == ["patched"]
-        filters = "getComputedStyle(document.querySelector('#patched .figure')).filter"
+        assert page.value(grey) == ["of-pair"]
+        filters = "getComputedStyle(document.querySelector('#of-pair .figure')).filter"
         assert page.value(filters) == "grayscale(1)"
         page.type_into("#a", "the cat")
         page.wait(f"{plot('map')}.data[0].x.length === 2 && {plot('lens')}.data[0].x.length === 2")
