@@ -128,10 +128,9 @@ class CircuitPart:
             one = scored.one(str(text))
             before, after = patch_edge(self.explorer.subject.model, a, b, one)
             name = one.edges[0].said
+            copied = dcc.Clipboard(content=name, title="copy")
             parts = [
-                html.P(
-                    [html.Code(name, id="edge-name"), dcc.Clipboard(content=name, title="copy")]
-                ),
+                html.P([html.Code(name), copied], className="named"),
                 html.P(edge_said(one, before, after, a), className="found"),
                 answer_table(before, after, a),
             ]

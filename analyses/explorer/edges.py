@@ -10,7 +10,6 @@ import torch
 
 from loopscope.analyses.explorer.model import Answers, answers
 from loopscope.analyses.explorer.questions import Query
-from loopscope.analyses.figures.circuit.circuit import MOST_EDGES
 from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.faithfulness import Measured, masked_runs
 from loopscope.interp.circuits.names import Edge
@@ -21,7 +20,7 @@ from loopscope.interp.common.pairs import Pair
 from loopscope.models.core.base import LoopedModel
 
 QUICK_EDGES = 30_000
-"""Edges of a circuit by position, above which it is over all positions: about 3 s on one slow core."""
+"""Edges above which positions, and then heads, are not told apart: about 3 s on one slow core."""
 MAX_BYTES = 1 << 29
 
 
@@ -59,8 +58,8 @@ class ScoredEdges:
 
 
 def score_edges(model: LoopedModel, a: Query, b: Query, n_loops: int) -> ScoredEdges:
-    """The scores of all edges; positions are told apart where that makes at most `QUICK_EDGES`
-    edges, and heads where it makes at most `MOST_EDGES`.
+    """The scores of all edges; positions, and heads, are told apart where that makes at most
+    `QUICK_EDGES` edges.
 
     Raises:
         ValueError: A model whose stream is not made of what its attentions and MLPs add, or
@@ -73,7 +72,7 @@ def score_edges(model: LoopedModel, a: Query, b: Query, n_loops: int) -> ScoredE
         b.batch,
         a.metric,
         n_loops,
-        heads=None if count <= MOST_EDGES else False,
+        heads=None if count <= QUICK_EDGES else False,
         by_position=count * len(a.tokens) <= QUICK_EDGES,
     )
     if not any(circuit.scores):

@@ -186,7 +186,7 @@ def circuit_section() -> Component:
         ),
         html.Div(
             [html.Label("Edge: click, choose or type it", htmlFor="edge"), edge],
-            className="control wide typed",
+            className="control wide typed edge",
         ),
     ]
     parts = [
@@ -198,10 +198,10 @@ def circuit_section() -> Component:
         html.P(id="edge-wrong", className="wrong", role="alert"),
         html.Div(
             [
-                html.Div(id="edge-said", className="said", role="status"),
                 html.P(id="circuit-said"),
                 html.P(id="kept-said"),
-                graph("circuit", 500),
+                graph("circuit", 400),
+                html.Div(id="edge-said", className="said", role="status"),
             ],
             id="of-circuit",
         ),

@@ -121,10 +121,13 @@ def answer_table(before: Answers, after: Answers, query: Query) -> Component:
 def circuit_caption(scores: Circuit, drawn: Circuit) -> str:
     """The caption of the drawn edges."""
     where = "by position" if scores.positions else "over all positions"
+    heads = any(edge.reader.partition("@")[0].endswith(".q") for edge in scores.edges)
+    parts = "heads" if heads else "attentions"
+    call = scores.call
     return (
-        f"The {len(drawn)} strongest of {len(scores)} edges {where}, each of which leads to the"
-        f" answer; scored by {scores.call.method} in {scores.call.settings['steps']} steps. A's"
-        f" margin is {scores.call.clean:.2f} logits, in B {scores.call.corrupted:.2f}."
+        f"The {len(drawn)} strongest of {len(scores)} edges between {parts} and MLPs, {where}, each"
+        f" of which leads to the answer; scored by {call.method} in {call.settings['steps']} steps."
+        f" A's margin is {call.clean:.2f} logits, in B {call.corrupted:.2f}."
     )
 
 

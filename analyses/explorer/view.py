@@ -273,7 +273,7 @@ def circuit_figure(drawn: Circuit, query: Query) -> Figure:
     plot = make_subplots(1, 1)
     add_unrolled(plot, drawn, 1, 1, query.tokens, named=True)
     rows = len(axes(drawn, query.tokens).rows)
-    styled(plot, 150 + (30 if drawn.positions else 60) * max(6, rows))
+    styled(plot, 150 + (30 if drawn.positions else 60) * max(8 if drawn.positions else 4, rows))
     plot.update_layout(hovermode="closest", hoverdistance=30, margin={"t": 20})
     figure: Figure = plot.to_plotly_json()
     return figure
@@ -285,5 +285,6 @@ def edge_mark(drawn: Circuit, name: str) -> list[Figure]:
     if name not in names:
         return []
     points = curve(drawn, spots(drawn), names.index(name))
+    line = {"line": {"color": INK, "width": 5}}
     path = "M" + " L".join(f"{x:.4f},{y:.4f}" for x, y in points)
-    return [{"type": "path", "path": path, "line": {"color": WARM, "width": 4}}]
+    return [{"type": "path", "path": path, "fillcolor": "rgba(0, 0, 0, 0)", **line}]
