@@ -298,17 +298,8 @@ def make_app(
     methods = {wire.method: getattr(explorer, wire.method, choose) for wire in wires}
     connect(app, wires, methods, BUSY)
     part = CircuitPart(explorer)
-    connect(
-        app,
-        CIRCUIT_WIRES,
-        {
-            "show_circuit": part.show_circuit,
-            "show_kept": part.show_kept,
-            "show_edge": part.show_edge,
-            "choose_edge": choose_edge,
-        },
-        BUSY,
-    )
+    methods = {wire.method: getattr(part, wire.method, choose_edge) for wire in CIRCUIT_WIRES}
+    connect(app, CIRCUIT_WIRES, methods, BUSY)
     if features is not None:
         connect(app, FEATURE_WIRES, {"show_feature": features.show_feature}, BUSY)
     return app

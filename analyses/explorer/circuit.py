@@ -21,6 +21,7 @@ from loopscope.analyses.explorer.sentences import (
 from loopscope.analyses.explorer.view import Figure, circuit_figure, edge_mark
 from loopscope.analyses.explorer.wiring import Wire
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.drawing.circuits import MOST, strongest
 
 if TYPE_CHECKING:
     from loopscope.analyses.explorer.callbacks import Explorer
@@ -30,13 +31,14 @@ REMEMBERED = 4
 WIRES = (
     Wire("show_circuit", "circuit.figure scored.data circuit-wrong.children circuit-said.children"
          " drawn-edges.children of-circuit.className circuit-took.children",
-         "circuit-open.open pair.data loops.value edges.value read.value", "edge.value",
+         "circuit-open.open pair.data loops.value edges.value read.value", "edge.value scored.data",
          busy="circuit"),
     Wire("choose_edge", "edge.value circuit.clickData", "circuit.clickData", at_once=False),
     Wire("show_kept", "kept-said.children kept-took.children", "scored.data edges.value",
          busy="kept", at_once=False),
-    Wire("show_edge", "edge-said.children edge-wrong.children circuit.figure! edge-took.children",
-         "edge.value scored.data", "edges.value", busy="edge", at_once=False),
+    Wire("show_edge", "edge-said.children edge-wrong.children of-edge.className circuit.figure!"
+         " edge-took.children", "edge.value scored.data", "edges.value", busy="edge",
+         at_once=False),
 )  # fmt: skip
 
 
@@ -67,60 +69,63 @@ class CircuitPart:
         opened: bool | None,
         pair: dict[str, str] | None,
         n_loops: int | None,
-        count: int,
+        count: int | None,
         read: int | None = None,
         edge: str | None = None,
+        before: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
-        """The picture, what it is of, no refusal, a sentence, the edges to choose from, how the
-        part looks, and how long it took; of a circuit that cannot be had the sentence that says
-        why. Nothing is computed while the part is closed.
+        """The picture, what it is of where that was something else `before`, no refusal, a
+        sentence, the edges to choose from, how the part looks, and how long it took; of a circuit
+        that cannot be had the sentence that says why. Nothing is computed while the part is closed.
         """
         if not opened or pair is None:
             return (no_update,) * 7
         asked = {**pair, "read": read, "n_loops": self.explorer.loops(n_loops)}
 
-        def work(loops: int) -> tuple[Figure, str, list[Component]]:
+        def work(loops: int) -> tuple[Figure, str, list[html.Option]]:
             a, b = self.explorer.pair(asked)
             scored = self.scored(a, b, loops)
-            drawn = scored.drawn(count)
-            figure = circuit_figure(drawn, a)
-            figure["layout"]["shapes"] = edge_mark(drawn, edge or "")
+            circuit = scored.first(count)
+            figure = circuit_figure(circuit, a)
+            figure["layout"]["shapes"] = edge_mark(circuit, edge or "")
             options = [
-                html.Option(value=each.said, label=f"{score:.3g}")
-                for each, score in zip(drawn.edges, drawn.scores, strict=True)
+                html.Option(value=circuit.edges[i].said, label=f"{circuit.scores[i]:.3g}")
+                for i in reversed(strongest(circuit, MOST))
             ]
-            return figure, circuit_caption(scored.circuit, drawn), options
+            return figure, circuit_caption(circuit), options
 
         try:
             (figure, said, options), took = self.explorer.timed("circuit", n_loops, work)
         except ValueError as error:
             return no_update, None, f"{error}.", no_update, no_update, "stale", ""
-        return figure, asked, "", said, options, "", took
+        return figure, no_update if asked == before else asked, "", said, options, "", took
 
-    def show_kept(self, asked: dict[str, Any] | None, count: int) -> tuple[Any, str]:
-        """A sentence about a run with the drawn edges alone, and how long it took."""
-        if asked is None:
+    def show_kept(self, asked: dict[str, Any] | None, count: int | None) -> tuple[Any, str]:
+        """A sentence about a run with the circuit's edges alone, and how long it took."""
+        if asked is None or count is None:
             return no_update, ""
 
         def work(loops: int) -> str:
             a, b = self.explorer.pair(asked)
-            drawn = self.scored(a, b, loops).drawn(count)
+            circuit = self.scored(a, b, loops).first(count)
             model = self.explorer.subject.model
-            return kept_said(evaluate_circuit(model, a.batch, b.batch, drawn, a.metric))
+            return kept_said(evaluate_circuit(model, a.batch, b.batch, circuit, a.metric))
 
         try:
-            return self.explorer.timed("drawn edges", asked["n_loops"], work)
+            return self.explorer.timed("circuit alone", asked["n_loops"], work)
         except ValueError as error:
             return f"{error}.", ""
 
     def show_edge(
-        self, text: str | None, asked: dict[str, Any] | None, count: int
-    ) -> tuple[Any, str, Any, str]:
-        """The exact effect of one edge, no refusal, its mark in the picture, and how long it took;
-        for a text that names no edge the sentence that says so.
+        self, text: str | None, asked: dict[str, Any] | None, count: int | None
+    ) -> tuple[Any, ...]:
+        """The exact effect of one edge, no refusal, how it looks, its mark in the picture, and how
+        long it took; for a text that names no edge the sentence that says so.
         """
-        if asked is None or not (text or "").strip():
-            return "", "", marked([]), ""
+        if asked is None:
+            return *(no_update,) * 4, ""
+        if not (text or "").strip():
+            return "", "", "", marked([]), ""
 
         def work(loops: int) -> tuple[Component, list[Figure]]:
             a, b = self.explorer.pair(asked)
@@ -134,13 +139,13 @@ class CircuitPart:
                 html.P(edge_said(one, before, after, a), className="found"),
                 answer_table(before, after, a),
             ]
-            return html.Div(parts), edge_mark(scored.drawn(count), name)
+            return html.Div(parts), edge_mark(scored.first(count), name)
 
         try:
             (said, mark), took = self.explorer.timed("edge", asked["n_loops"], work)
         except ValueError as error:
-            return no_update, f"{error}.", no_update, ""
-        return said, "", marked(mark), took
+            return no_update, f"{error}.", "stale", marked([]), ""
+        return said, "", "", marked(mark), took
 
 
 def marked(shapes: list[Figure]) -> Patch:

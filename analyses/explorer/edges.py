@@ -30,15 +30,22 @@ class ScoredEdges:
 
     Attributes:
         circuit: The edges with their scores, in logits of A's margin.
-        order: Their numbers in the order in which they are drawn: every edge leads to the answer
+        order: Their numbers in the order in which they are taken: every edge leads to the answer
             through edges before it.
     """
 
     circuit: Circuit
     order: tuple[int, ...]
 
-    def drawn(self, count: int) -> Circuit:
-        """The first edges of the order; all of them where there are fewer."""
+    def first(self, count: int | None) -> Circuit:
+        """The first edges of the order.
+
+        Raises:
+            ValueError: A number of edges that there is not.
+        """
+        if count is None or not 1 <= count <= len(self.order):
+            given = "" if count is None else f", got {count}"
+            raise ValueError(f"the circuit has between 1 and {len(self.order)} edges{given}")
         return self.circuit.take(self.order[:count], f"greedy {count}")
 
     def one(self, text: str) -> Circuit:
@@ -49,9 +56,9 @@ class ScoredEdges:
         """
         edge = Edge.parsed(text)
         if edge not in self.circuit.edges:
-            few = self.circuit.edges[self.order[0]]
+            best = self.circuit.edges[self.order[0]]
             raise ValueError(
-                f"an edge is named as writer → reader, such as {few.said}, but {text!r} is none of"
+                f"an edge is named as writer → reader, such as {best.said}, but {text!r} is none of"
                 f" the {len(self.circuit)} edges between A and B"
             )
         return self.circuit.take([self.circuit.edges.index(edge)], "one edge")

@@ -22,10 +22,9 @@ from loopscope.analyses.explorer.controls import (
 )
 from loopscope.analyses.explorer.model import blocks_per_loop
 from loopscope.analyses.explorer.questions import MAX_TOKENS, hint
-from loopscope.interp.drawing.circuits import MOST
 from loopscope.interp.drawing.labels import AXIS
 
-EDGES = 40  # drawn at first
+EDGES = 100  # of the circuit at first
 BUSY = {
     "lens": "the lens",
     "margin": "the margins",
@@ -33,7 +32,7 @@ BUSY = {
     "map": "the patching map",
     "cell": "the patch",
     "circuit": "the scores of the edges",
-    "kept": "the drawn edges alone",
+    "kept": "the circuit alone",
     "edge": "the patch of the edge",
     "feature": "the feature",
 }
@@ -180,10 +179,9 @@ def circuit_section() -> Component:
         id="edge", type="text", value="", debounce=True, spellCheck=False, autoComplete="off",
         list="drawn-edges", placeholder="writer → reader",
     )  # fmt: skip
+    number = dcc.Input(id="edges", type="number", value=EDGES, min=1, step=1, debounce=True)
     pickers = [
-        control(
-            "edges", "Edges drawn", slider("edges", EDGES, MOST, (1, 50, 100, MOST)), wide=True
-        ),
+        control("edges", "Edges of the circuit", number),
         html.Div(
             [html.Label("Edge: click, choose or type it", htmlFor="edge"), edge],
             className="control wide typed edge",
@@ -201,7 +199,7 @@ def circuit_section() -> Component:
                 html.P(id="circuit-said"),
                 html.P(id="kept-said"),
                 graph("circuit", 400),
-                html.Div(id="edge-said", className="said", role="status"),
+                html.Div(html.Div(id="edge-said", className="said", role="status"), id="of-edge"),
             ],
             id="of-circuit",
         ),

@@ -9,6 +9,7 @@ from loopscope.analyses.explorer.model import Answers, MarginCurve, PatchGrid
 from loopscope.analyses.explorer.questions import Query
 from loopscope.interp.circuits.faithfulness import Faithfulness
 from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.drawing.circuits import MOST
 from loopscope.interp.drawing.labels import visible
 
 OVERTHINKING = 0.5  # logits below the best margin
@@ -118,16 +119,15 @@ def answer_table(before: Answers, after: Answers, query: Query) -> Component:
     return html.Table([html.Thead(head), html.Tbody([*rows, html.Tr(sizes)])])
 
 
-def circuit_caption(scores: Circuit, drawn: Circuit) -> str:
-    """The caption of the drawn edges."""
-    where = "by position" if scores.positions else "over all positions"
-    heads = any(edge.reader.partition("@")[0].endswith(".q") for edge in scores.edges)
-    parts = "heads" if heads else "attentions"
-    call = scores.call
+def circuit_caption(circuit: Circuit) -> str:
+    """The caption of a circuit of some of the edges."""
+    count, call = len(circuit), circuit.call
+    where = "by position" if circuit.positions else "over all positions"
+    drawn = f" ({MOST} of them are drawn)" if count > MOST else ""
     return (
-        f"The {len(drawn)} strongest of {len(scores)} edges between {parts} and MLPs, {where}, each"
-        f" of which leads to the answer; scored by {call.method} in {call.settings['steps']} steps."
-        f" A's margin is {call.clean:.2f} logits, in B {call.corrupted:.2f}."
+        f"The {count} strongest{drawn} of {circuit.n_possible} edges {where}, taken from"
+        f" the answer backwards, by {call.method} in {call.settings['steps']} steps. A's margin is"
+        f" {call.clean:.2f} logits, in B {call.corrupted:.2f}."
     )
 
 
@@ -137,7 +137,7 @@ def kept_said(found: Faithfulness) -> str:
         float(values.mean()) for values in (found.values, found.whole, found.replaced)
     )
     return (
-        f"With the drawn edges alone, and all others as in B, the margin is {value:.2f} logits:"
+        f"With these edges alone, and all others as in B, the margin is {value:.2f} logits:"
         f" they keep {float(found.faithfulness[0]):.2f} of the way from {replaced:.2f} (no edge"
         f" kept) to {whole:.2f} (every edge kept); all others together keep"
         f" {float(found.completeness[0]):.2f}."

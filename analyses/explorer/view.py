@@ -32,6 +32,8 @@ from loopscope.interp.drawing.look import (
 )
 
 ACCENT, WARM = "#0b4f8a", MARK
+_MARK = {"fillcolor": "rgba(0, 0, 0, 0)", "opacity": 1}
+"""A shape of which only the line is seen, whatever the template's shapes are."""
 PER_ROW = 4  # attention patterns side by side
 
 
@@ -265,7 +267,7 @@ def cell_mark(blocks: list[str], block: str, position: int) -> list[Figure]:
         return []
     row = blocks.index(block)
     frame = {"x0": position - 0.5, "x1": position + 0.5, "y0": row - 0.5, "y1": row + 0.5}
-    return [{"type": "rect", **frame, "line": {"color": INK, "width": 3}}]
+    return [{"type": "rect", **frame, **_MARK, "line": {"color": INK, "width": 3}}]
 
 
 def circuit_figure(drawn: Circuit, query: Query) -> Figure:
@@ -285,6 +287,5 @@ def edge_mark(drawn: Circuit, name: str) -> list[Figure]:
     if name not in names:
         return []
     points = curve(drawn, spots(drawn), names.index(name))
-    line = {"line": {"color": INK, "width": 5}}
     path = "M" + " L".join(f"{x:.4f},{y:.4f}" for x, y in points)
-    return [{"type": "path", "path": path, "fillcolor": "rgba(0, 0, 0, 0)", **line}]
+    return [{"type": "path", "path": path, **_MARK, "line": {"color": INK, "width": 5}}]

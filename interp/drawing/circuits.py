@@ -168,10 +168,10 @@ def add_unrolled(
         showlegend=False,
         **place,
     )
-    named = axes(record, tokens)
+    found = axes(record, tokens)
     for update, title, ticks in (
-        (plot.update_xaxes, named.column, named.columns),
-        (plot.update_yaxes, named.row, named.rows),
+        (plot.update_xaxes, found.column, found.columns),
+        (plot.update_yaxes, found.row, found.rows),
     ):
         ends = [min(ticks, default=0.0) - 0.6, max(ticks, default=0.0) + 0.6]
         shown = {"tickvals": list(ticks), "ticktext": [*map(label, ticks.values())], "range": ends}
