@@ -79,7 +79,7 @@ class CircuitPart:
         that cannot be had the sentence that says why. Nothing is computed while the part is closed.
         """
         if not opened or pair is None:
-            return (no_update,) * 7
+            return *(no_update,) * 6, ""
         asked = {**pair, "read": read, "n_loops": self.explorer.loops(n_loops)}
 
         def work(loops: int) -> tuple[Figure, str, list[html.Option]]:

@@ -153,7 +153,7 @@ def margin_figure(record: MarginCurve, chosen: int, trained: int) -> Figure:
         {"xaxis": iterations, "yaxis": {**logits, "showgrid": True}},
         showlegend=False,
         margin={"l": 62, "r": 20, "t": 30, "b": 48},
-        annotations=[_margin_note(*each) for each in notes],
+        annotations=[_margin_note(*each, inward=each[0] > count / 2) for each in notes],
         shapes=[_margin_line(*each) for each in lines],
     )
 
@@ -175,9 +175,11 @@ def _margin_traces(record: MarginCurve, chosen: int) -> list[Figure]:
     ]
 
 
-def _margin_note(x: int, y: float, yref: str, shift: int, text: str) -> Figure:
-    place = {"x": x, "y": y, "yref": yref, "yshift": shift, "xshift": 3}
-    look = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "font": {"size": 11}}
+def _margin_note(x: int, y: float, yref: str, shift: int, text: str, inward: bool) -> Figure:
+    """A note beside a number of iterations; `inward` puts it on the left, away from the border."""
+    side, aside = ("right", -3) if inward else ("left", 3)
+    place = {"x": x, "y": y, "yref": yref, "yshift": shift, "xshift": aside}
+    look = {"showarrow": False, "xanchor": side, "yanchor": "bottom", "font": {"size": 11}}
     return {"text": text, **place, **look}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from explored import A_TEXT, B_TEXT, around, serving
 from language_toys import CAT, DOG, ouro_folder
 from looks.marks import hard_to_see
 from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
@@ -54,27 +54,10 @@ from loopscope.analyses.explorer.view import (
 )
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.drawing.labels import label
-from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
-from loopscope.tasks.questions import Question
-from toy import D_VOCAB, HEADS, LOOPS, ShortEnding, odd_one, toy
+from toy import HEADS, LOOPS, ShortEnding, odd_one, toy
 
-A_TEXT, B_TEXT = "<w_3><w_8><w_2><w_20><w_11>", "<w_4><w_8><w_5><w_20><w_13>"
 MOST = 6  # more iterations than the toy records
-
-
-def around(model: LoopedModel) -> Subject:
-    """A subject without a graph, whose answers are read at a padding column; it knows the answer of
-    one question.
-    """
-    model.vocab, model.read_at = (
-        Vocabulary([f"<w_{i}>" for i in range(1, D_VOCAB)]),
-        Readout("first_pad"),
-    )
-    known = Question("<w_1><w_2><w_3>", "<w_9>", 2)
-    return Subject(
-        "toy", model.eval(), {2: [known, Question("<w_1><w_2><w_4>", "<w_8>", 2)]}, None, {}
-    )
 
 
 @pytest.fixture
@@ -574,13 +557,8 @@ def test_iterations_outside_the_slider_are_brought_inside(made: Explorer) -> Non
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    server = make_explorer(ExploreConfig(port=0, per_hop=3))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.port}/"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(ExploreConfig(port=0, per_hop=3)) as found:
+        yield found
 
 
 def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
