@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from dash import Dash, Patch, ctx, html, no_update
 
 from loopscope.analyses.common.subject import Subject
+from loopscope.analyses.explorer.circuit import WIRES as CIRCUIT_WIRES
+from loopscope.analyses.explorer.circuit import CircuitPart, choose_edge
 from loopscope.analyses.explorer.features import WIRES as FEATURE_WIRES
 from loopscope.analyses.explorer.features import FeaturePart
 from loopscope.analyses.explorer.model import (
@@ -43,7 +45,7 @@ from loopscope.analyses.explorer.view import (
 from loopscope.analyses.explorer.wiring import Wire, connect, new_app
 from loopscope.interp.drawing.labels import spoken, tick
 
-STALE, STALE_MAP, FRESH_MAP = "stale", "two map stale", "two map"
+STALE = "stale"
 REACH = 3  # the slider goes to so many times the trained number of iterations
 _Result = TypeVar("_Result")
 
@@ -92,13 +94,13 @@ class Explorer:
             try:
                 a = ask(self.subject, a_text or "", self.trained)
             except ValueError as error:
-                return no_update, no_update, f"A: {error}.", no_update, "", STALE, STALE_MAP
+                return no_update, no_update, f"A: {error}.", no_update, "", STALE, STALE
             shown = no_update if a.text == asked else a.text
             try:
                 b = ask_beside(self.subject, b_text or "", a, self.trained)
             except ValueError as error:
-                return shown, no_update, "", f"B: {error}.", "", "", STALE_MAP
-        return shown, {"a": a.text, "b": b.text}, "", "", "", "", FRESH_MAP
+                return shown, no_update, "", f"B: {error}.", "", "", STALE
+        return shown, {"a": a.text, "b": b.text}, "", "", "", "", ""
 
     def reads(self, text: str, read: int | None) -> tuple[Any, Any]:
         """The columns at which the answer of A may be read, and the chosen one where A has it."""
@@ -109,7 +111,7 @@ class Explorer:
 
     def limit(self, n_loops: int | None, loop: int | None) -> tuple[int, int]:
         """The last loop whose attention can be shown, and the loop that is shown."""
-        last = self._loops(n_loops) - 1
+        last = self.loops(n_loops) - 1
         return last, min(loop or 0, last)
 
     def show_lens(
@@ -123,7 +125,7 @@ class Explorer:
                 lens_table(self.subject.model, query, loops), query, rows == "blocks"
             )
 
-        return self._timed("lens", n_loops, work)
+        return self.timed("lens", n_loops, work)
 
     def show_margin(
         self, text: str, n_loops: int | None, read: int | None = None
@@ -141,7 +143,7 @@ class Explorer:
                 top_table(query, record, loops),
             )
 
-        found, took = self._timed("margin", n_loops, work)
+        found, took = self.timed("margin", n_loops, work)
         return *found, took
 
     def show_attention(
@@ -157,7 +159,7 @@ class Explorer:
                 )
             return attention_figure(loops_of(model, query, loops, block, head), query)
 
-        figure, took = self._timed("attention", n_loops, work)
+        figure, took = self.timed("attention", n_loops, work)
         return figure, view != "heads", view == "heads", took
 
     def show_map(
@@ -172,14 +174,14 @@ class Explorer:
         """The patching map, what it is of, the choices of a cell, and how long it took."""
 
         def work(loops: int) -> tuple[PatchGrid, Query, Query, Figure, dict[str, str]]:
-            a, b = self._pair({**pair, "read": read})
+            a, b = self.pair({**pair, "read": read})
             grid = patch_grid(
                 self.subject.model, a, b, loops, SWEEP_BUDGET if extent == "quick" else math.inf
             )
             return grid, a, b, patch_figure(grid, a, b), self._labels(loops)
 
-        (grid, a, b, figure, labels), took = self._timed("patching map", n_loops, work)
-        loops = self._loops(n_loops)
+        (grid, a, b, figure, labels), took = self.timed("patching map", n_loops, work)
+        loops = self.loops(n_loops)
         shown = {**pair, "read": read, "n_loops": loops, "blocks": list(grid.blocks)}
         blocks = [{"value": name, "label": label} for name, label in labels.items()]
         positions = [{"value": i, "label": name} for i, name in enumerate(a.columns)]
@@ -208,11 +210,11 @@ class Explorer:
             )
 
         def work(loops: int) -> Any:
-            a, b = self._pair(shown)
+            a, b = self.pair(shown)
             label = f"{spoken(block)} at {a.columns[position]}"
             return said(*patch_cell(self.subject.model, a, b, loops, block, position), a, label)
 
-        table, took = self._timed("patch", shown["n_loops"], work)
+        table, took = self.timed("patch", shown["n_loops"], work)
         frame["layout"]["shapes"] = cell_mark(shown["blocks"], block, position)
         return table, frame, took
 
@@ -220,20 +222,29 @@ class Explorer:
         """The short name of each visit, by its full name."""
         return {visit.name: tick(visit.name) for visit in self.subject.model.schedule(n_loops)}
 
-    def _loops(self, n_loops: int | None) -> int:
+    def loops(self, n_loops: int | None) -> int:
+        """The number of iterations that is meant, between 1 and the most."""
         return min(max(int(n_loops or self.start), 1), self.most)
 
-    def _pair(self, pair: dict[str, Any]) -> tuple[Query, Query]:
+    def pair(self, pair: dict[str, Any]) -> tuple[Query, Query]:
+        """The questions A and B, read at the column of the pair where it has one."""
         read = pair.get("read")
         a = ask(self.subject, pair["a"], self.trained, read)
         return a, ask_beside(self.subject, pair["b"], a, self.trained, read)
 
-    def _timed(
+    def timed(
         self, what: str, n_loops: int | None, work: Callable[[int], _Result]
     ) -> tuple[_Result, str]:
+        """The result of a computation under the lock, and how long it took.
+
+        Args:
+            what: Its name.
+            n_loops: Iterations that are asked for.
+            work: The computation, of the iterations that are meant.
+        """
         with self.lock:
             start = time.perf_counter()
-            result = work(self._loops(n_loops))
+            result = work(self.loops(n_loops))
         return result, f"{what} {1000 * (time.perf_counter() - start):.0f} ms"
 
 
@@ -255,7 +266,7 @@ WIRES = (
     Wire("suggest", "a.value b.value", "next-a.n_clicks hops.value next-b.n_clicks", "a.value",
          at_once=False),
     Wire("check", "asked.data pair.data a-wrong.children b-wrong.children problem.children"
-         " of-a.className patched.className", "a.value b.value", "asked.data"),
+         " of-a.className of-pair.className", "a.value b.value", "asked.data"),
     Wire("reads", "read.options read.value", "asked.data", "read.value"),
     Wire("limit", "loop.max loop.value", "loops.value", "loop.value"),
     Wire("show_lens", "lens.figure lens-took.children",
@@ -286,6 +297,9 @@ def make_app(
     wires = WIRES if explorer.subject.questions else WIRES[1:]
     methods = {wire.method: getattr(explorer, wire.method, choose) for wire in wires}
     connect(app, wires, methods, BUSY)
+    part = CircuitPart(explorer)
+    methods = {wire.method: getattr(part, wire.method, choose_edge) for wire in CIRCUIT_WIRES}
+    connect(app, CIRCUIT_WIRES, methods, BUSY)
     if features is not None:
         connect(app, FEATURE_WIRES, {"show_feature": features.show_feature}, BUSY)
     return app

@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.analyses.common.subject import answer_logits, words
 from loopscope.analyses.explorer.questions import Query
-from loopscope.interp.common.metrics import logit_margin, margin
+from loopscope.interp.common.metrics import margin
 from loopscope.interp.common.places import in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_tokens
@@ -204,7 +204,7 @@ def patch_grid(
             third, ... iteration is patched.
     """
     width = len(a.tokens)
-    metric = logit_margin(a.batch.readout.new_tensor([a.answer_id]))
+    metric = a.metric
     strides = (
         stride for stride in range(1, n_loops + 1) if _cost(model, a, n_loops, stride) <= budget
     )

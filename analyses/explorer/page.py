@@ -24,12 +24,16 @@ from loopscope.analyses.explorer.model import blocks_per_loop
 from loopscope.analyses.explorer.questions import MAX_TOKENS, hint
 from loopscope.interp.drawing.labels import AXIS
 
+EDGES = 100  # of the circuit at first
 BUSY = {
     "lens": "the lens",
     "margin": "the margins",
     "attention": "the attention patterns",
     "map": "the patching map",
     "cell": "the patch",
+    "circuit": "the scores of the edges",
+    "kept": "the circuit alone",
+    "edge": "the patch of the edge",
     "feature": "the feature",
 }
 
@@ -57,18 +61,17 @@ def page(
         f" {cfg.d_model}, {trained} iterations"
     )
     loops = slider("loops", start, most, (1, *range(trained, most + 1, trained)))
-    stores = [dcc.Store(id=name) for name in ("asked", "pair", "shown")]
+    stores = [dcc.Store(id=name) for name in ("asked", "pair", "shown", "scored")]
     sections = [
         _ask_section(subject, loops, texts[0]),
         _lens_section(),
         _attention_section(subject, start),
-        _patch_section(subject, texts[1]),
     ]
-    of_a = html.Div(sections[:-1], id="of-a")
+    of_pair = html.Div([_patch_section(subject, texts[1]), circuit_section()], id="of-pair")
     return html.Div(
         [
             heading(subject, "A looped transformer", facts),
-            html.Main([*stores, of_a, sections[-1], *more]),
+            html.Main([*stores, html.Div(sections, id="of-a"), of_pair, *more]),
             status(BUSY),
         ]
     )
@@ -160,6 +163,46 @@ def _patch_section(subject: Subject, text: str) -> Component:
         html.P(id="b-wrong", className="wrong", role="alert"),
         radio("extent", "Map", extent),
         html.P(id="map-caption"),
-        html.Div([graph("map", 500), cell], className="two map", id="patched"),
+        html.Div([graph("map", 500), cell], className="two map"),
     ]
     return section("patch-section", "Patching B into A", parts)
+
+
+def circuit_section() -> Component:
+    """The circuit between A and B, which is computed when it is opened."""
+    text = (
+        "A line is what one component writes, as one later component reads it; blue keeps A's"
+        " answer, orange works against it, and a dotted line is what a head moves between"
+        " positions. Click a line to give that reader alone what the writer adds in B."
+    )
+    edge = dcc.Input(
+        id="edge", type="text", value="", debounce=True, spellCheck=False, autoComplete="off",
+        list="drawn-edges", placeholder="writer → reader",
+    )  # fmt: skip
+    number = dcc.Input(id="edges", type="number", value=EDGES, min=1, step=1, debounce=True)
+    pickers = [
+        control("edges", "Edges of the circuit", number),
+        html.Div(
+            [html.Label("Edge: click, choose or type it", htmlFor="edge"), edge],
+            className="control wide typed edge",
+        ),
+    ]
+    parts = [
+        html.Summary("Score every edge, and draw the strongest"),
+        html.P(text),
+        html.Div(pickers, className="controls"),
+        html.Datalist(id="drawn-edges"),
+        html.P(id="circuit-wrong", className="wrong", role="alert"),
+        html.P(id="edge-wrong", className="wrong", role="alert"),
+        html.Div(
+            [
+                html.P(id="circuit-said"),
+                html.P(id="kept-said"),
+                graph("circuit", 400),
+                html.Div(html.Div(id="edge-said", className="said", role="status"), id="of-edge"),
+            ],
+            id="of-circuit",
+        ),
+    ]
+    opened = html.Details(parts, id="circuit-open", open=False)
+    return section("circuit-section", "The circuit that tells A from B", [opened])

@@ -12,6 +12,8 @@ import torch
 
 from loopscope.analyses.common.pairs_of import other_head
 from loopscope.analyses.common.subject import Subject, own_answers, token_id, words
+from loopscope.interp.common.inputs import Metric
+from loopscope.interp.common.metrics import logit_margin
 from loopscope.interp.drawing.labels import visible
 from loopscope.models.basis.tokens import Batch, Vocabulary
 
@@ -45,6 +47,11 @@ class Query:
     def readout(self) -> int:
         """The column where the answer is read."""
         return int(self.batch.readout[0])
+
+    @property
+    def metric(self) -> Metric:
+        """The margin of the answer, in logits."""
+        return logit_margin(self.batch.readout.new_tensor([self.answer_id]))
 
     @property
     def columns(self) -> list[str]:

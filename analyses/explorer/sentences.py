@@ -7,6 +7,9 @@ from dash.development.base_component import Component
 
 from loopscope.analyses.explorer.model import Answers, MarginCurve, PatchGrid
 from loopscope.analyses.explorer.questions import Query
+from loopscope.interp.circuits.faithfulness import Faithfulness
+from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.drawing.circuits import MOST
 from loopscope.interp.drawing.labels import visible
 
 OVERTHINKING = 0.5  # logits below the best margin
@@ -89,7 +92,16 @@ def _iterations(count: int) -> str:
 
 
 def said(before: Answers, after: Answers, query: Query, place: str) -> Component:
-    """The answers of A before and after one patch, side by side."""
+    """The answers of A before and after one patch of a residual, side by side."""
+    sentence = (
+        f"B's residual after {place} put into A: the margin of {visible(query.answer)} goes from"
+        f" {before.margin:.2f} to {after.margin:.2f} logits."
+    )
+    return html.Div([html.P(sentence, className="found"), answer_table(before, after, query)])
+
+
+def answer_table(before: Answers, after: Answers, query: Query) -> Component:
+    """The most likely tokens and the margin before and after one patch, side by side."""
     head = html.Tr([html.Th(text) for text in ("rank", "before", "p", "after", "p")])
     rows = []
     for i, (old, new) in enumerate(zip(before.top, after.top, strict=True)):
@@ -104,13 +116,45 @@ def said(before: Answers, after: Answers, query: Query, place: str) -> Component
         html.Td("margin"),
         *(html.Td(f"{run.margin:.2f} logits", colSpan=2) for run in (before, after)),
     ]
-    sentence = (
-        f"B's residual after {place} put into A: the margin of {visible(query.answer)} goes from"
-        f" {before.margin:.2f} to {after.margin:.2f} logits."
+    return html.Table([html.Thead(head), html.Tbody([*rows, html.Tr(sizes)])])
+
+
+def circuit_caption(circuit: Circuit) -> str:
+    """The caption of a circuit of some of the edges."""
+    count, call = len(circuit), circuit.call
+    where = "by position" if circuit.positions else "over all positions"
+    drawn = f" ({MOST} of them are drawn)" if count > MOST else ""
+    return (
+        f"The {count} strongest{drawn} of {circuit.n_possible} edges {where}, taken from"
+        f" the answer backwards, by {call.method} in {call.settings['steps']} steps. A's margin is"
+        f" {call.clean:.2f} logits, in B {call.corrupted:.2f}."
     )
-    return html.Div(
-        [
-            html.P(sentence, className="found"),
-            html.Table([html.Thead(head), html.Tbody([*rows, html.Tr(sizes)])]),
-        ]
+
+
+def kept_said(found: Faithfulness) -> str:
+    """A run with some edges alone, in a sentence."""
+    value, whole, replaced = (
+        float(values.mean()) for values in (found.values, found.whole, found.replaced)
+    )
+    return (
+        f"With these edges alone, and all others as in B, the margin is {value:.2f} logits:"
+        f" they keep {float(found.faithfulness[0]):.2f} of the way from {replaced:.2f} (no edge"
+        f" kept) to {whole:.2f} (every edge kept); all others together keep"
+        f" {float(found.completeness[0]):.2f}."
+    ).replace("-0.00", "0.00")
+
+
+def edge_said(edge: Circuit, before: Answers, after: Answers, query: Query) -> str:
+    """The estimated and the exact effect of one edge, in a sentence.
+
+    Args:
+        edge: A circuit of this one edge.
+    """
+    fall = before.margin - after.margin
+    says = [f"{visible(run.top[0][0])} (p = {run.top[0][1]:.3f})" for run in (before, after)]
+    return (
+        f"This reader is given what the writer adds in B: the margin of {visible(query.answer)}"
+        f" goes from {before.margin:.2f} to {after.margin:.2f} logits. The exact effect of the edge"
+        f" is {fall:.3f} logits, its score estimates {edge.scores[0]:.3f}. The model says {says[0]}"
+        f" before and {says[1]} after."
     )

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from loopscope.analyses.explorer.model import (
     SITE,
@@ -16,6 +17,8 @@ from loopscope.analyses.explorer.model import (
     Patterns,
 )
 from loopscope.analyses.explorer.questions import Query
+from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.drawing.circuits import add_unrolled, axes, curve, spots
 from loopscope.interp.drawing.labels import AXIS, label, spoken, tick, visible
 from loopscope.interp.drawing.look import (
     ACCURACY_SCALE,
@@ -29,6 +32,8 @@ from loopscope.interp.drawing.look import (
 )
 
 ACCENT, WARM = "#0b4f8a", MARK
+_MARK = {"fillcolor": "rgba(0, 0, 0, 0)", "opacity": 1}
+"""A shape of which only the line is seen, whatever the template's shapes are."""
 PER_ROW = 4  # attention patterns side by side
 
 
@@ -148,7 +153,7 @@ def margin_figure(record: MarginCurve, chosen: int, trained: int) -> Figure:
         {"xaxis": iterations, "yaxis": {**logits, "showgrid": True}},
         showlegend=False,
         margin={"l": 62, "r": 20, "t": 30, "b": 48},
-        annotations=[_margin_note(*each) for each in notes],
+        annotations=[_margin_note(*each, inward=each[0] > count / 2) for each in notes],
         shapes=[_margin_line(*each) for each in lines],
     )
 
@@ -170,9 +175,11 @@ def _margin_traces(record: MarginCurve, chosen: int) -> list[Figure]:
     ]
 
 
-def _margin_note(x: int, y: float, yref: str, shift: int, text: str) -> Figure:
-    place = {"x": x, "y": y, "yref": yref, "yshift": shift, "xshift": 3}
-    look = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "font": {"size": 11}}
+def _margin_note(x: int, y: float, yref: str, shift: int, text: str, inward: bool) -> Figure:
+    """A note beside a number of iterations; `inward` puts it on the left, away from the border."""
+    side, aside = ("right", -3) if inward else ("left", 3)
+    place = {"x": x, "y": y, "yref": yref, "yshift": shift, "xshift": aside}
+    look = {"showarrow": False, "xanchor": side, "yanchor": "bottom", "font": {"size": 11}}
     return {"text": text, **place, **look}
 
 
@@ -262,4 +269,25 @@ def cell_mark(blocks: list[str], block: str, position: int) -> list[Figure]:
         return []
     row = blocks.index(block)
     frame = {"x0": position - 0.5, "x1": position + 0.5, "y0": row - 0.5, "y1": row + 0.5}
-    return [{"type": "rect", **frame, "line": {"color": INK, "width": 3}}]
+    return [{"type": "rect", **frame, **_MARK, "line": {"color": INK, "width": 3}}]
+
+
+def circuit_figure(drawn: Circuit, query: Query) -> Figure:
+    """The edges of a circuit, each with its name on hover."""
+    plot = make_subplots(1, 1)
+    add_unrolled(plot, drawn, 1, 1, query.tokens, named=True)
+    rows = len(axes(drawn, query.tokens).rows)
+    styled(plot, 150 + (30 if drawn.positions else 60) * max(8 if drawn.positions else 4, rows))
+    plot.update_layout(hovermode="closest", hoverdistance=30, margin={"t": 20})
+    figure: Figure = plot.to_plotly_json()
+    return figure
+
+
+def edge_mark(drawn: Circuit, name: str) -> list[Figure]:
+    """The shape that marks one edge of the drawn ones; none where it is not drawn."""
+    names = [edge.said for edge in drawn.edges]
+    if name not in names:
+        return []
+    points = curve(drawn, spots(drawn), names.index(name))
+    path = "M" + " L".join(f"{x:.4f},{y:.4f}" for x, y in points)
+    return [{"type": "path", "path": path, **_MARK, "line": {"color": INK, "width": 5}}]

@@ -188,7 +188,7 @@ def evaluate_circuit(
     found = Faithfulness(
         masks.sum((1, 2, 3)),
         torch.tensor(sizes),
-        len(graph.edges),
+        graph.n_edges,
         _weights(graph, None),
         values[: len(chosen)],
         values[len(chosen) :],

@@ -130,6 +130,11 @@ class Graph:
         """Every edge, by reader, then by writer, then by position."""
         return self.chosen(self.every)
 
+    @cached_property
+    def n_edges(self) -> int:
+        """How many edges there are."""
+        return int(self.every.sum())
+
     def chosen(self, mask: Bool[Tensor, "reader writer span"]) -> tuple[Edge, ...]:
         """The edges of a mask."""
         return tuple(

@@ -33,6 +33,17 @@ class Edge(NamedTuple):
     writer: str
     reader: str
 
+    @property
+    def said(self) -> str:
+        """Both names in one text, as pages show and copy them."""
+        return f"{self.writer} → {self.reader}"
+
+    @classmethod
+    def parsed(cls, text: str) -> Edge:
+        """The edge that such a text names; "->" may stand for the arrow."""
+        writer, _, reader = text.replace("->", "→").partition("→")
+        return cls(writer.strip(), reader.strip())
+
 
 class Positions(NamedTuple):
     """The positions of a circuit by position.

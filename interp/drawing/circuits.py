@@ -7,13 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.interp.drawing.labels import spoken, tick
+from loopscope.interp.drawing.labels import label, spoken, tick, visible
 from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, FAINT, INK, styled, titled
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def axes(circuit: Circuit, tokens: Sequence[str] = ()) -> Axes:
         rows = {float(row): name for row, name in enumerate(components(circuit))}
         return Axes(visits, rows, "visit (loop.block)", "")
     count = circuit.positions.size
-    words = [f"{at} {token}" for at, token in enumerate(tokens)] or map(str, range(count))
+    words = [f"{at} {visible(token)}" for at, token in enumerate(tokens)] or map(str, range(count))
     columns = {float(at): word for at, word in enumerate(words)}
     return Axes(columns, visits, "position", "visit (loop.block)")
 
@@ -123,7 +123,12 @@ def circuit(record: Circuit, title: str) -> go.Figure:
 
 
 def add_unrolled(
-    plot: go.Figure, record: Circuit, row: int, col: int, tokens: Sequence[str] = ()
+    plot: go.Figure,
+    record: Circuit,
+    row: int,
+    col: int,
+    tokens: Sequence[str] = (),
+    named: bool = False,
 ) -> None:
     """Columns are visits, rows are components; in a circuit by position columns are positions, rows
     are visits, and dotted lines are what heads move between positions. Blue edges move the metric
@@ -131,16 +136,18 @@ def add_unrolled(
 
     Args:
         tokens: Names of the positions, where they are known.
+        named: Whether the lines say on hover which edge they are; its name is then the first entry
+            of their points' `customdata`.
     """
     at, place = spots(record), {"row": row, "col": col}
     drawn = [record.edges[number] for number in strongest(record, MOST)]
     nodes = list(record.in_order(record.end(name).node for edge in drawn for name in edge))
     _add_moves(plot, record, {node: at[node] for node in nodes}, place)
-    for color, width, x, y in _lines(record, at):
-        line = {"color": color, "width": width}
+    for line in _lines(record, at):
+        hover = _hover(record, line) if named else {"hoverinfo": "skip"}
         plot.add_scatter(
-            x=x, y=y, mode="lines", line=line, opacity=0.75, hoverinfo="skip", showlegend=False,
-            **place,
+            x=line.x, y=line.y, mode="lines", line={"color": line.color, "width": line.width},
+            opacity=0.75, showlegend=False, **hover, **place,
         )  # fmt: skip
     sums = _sums(record)
     most, small = max(sums.values(), default=0.0) or 1.0, 3 if record.positions else 6
@@ -161,13 +168,13 @@ def add_unrolled(
         showlegend=False,
         **place,
     )
-    named = axes(record, tokens)
+    found = axes(record, tokens)
     for update, title, ticks in (
-        (plot.update_xaxes, named.column, named.columns),
-        (plot.update_yaxes, named.row, named.rows),
+        (plot.update_xaxes, found.column, found.columns),
+        (plot.update_yaxes, found.row, found.rows),
     ):
         ends = [min(ticks, default=0.0) - 0.6, max(ticks, default=0.0) + 0.6]
-        shown = {"tickvals": list(ticks), "ticktext": list(ticks.values()), "range": ends}
+        shown = {"tickvals": list(ticks), "ticktext": [*map(label, ticks.values())], "range": ends}
         update(title=title, **shown, **place)
 
 
@@ -244,29 +251,70 @@ def _sums(record: Circuit) -> dict[str, float]:
     return {node: out[node] or into[node] for node in out}
 
 
-def _lines(
-    record: Circuit, at: dict[str, Spot]
-) -> Iterator[tuple[str, float, list[float | None], list[float | None]]]:
-    """Curved lines of one colour and width together: colour, width, x and y."""
+class _Line(NamedTuple):
+    """Curved lines of one colour and width together, with gaps between them.
+
+    Attributes:
+        x, y: The places of their points.
+        edges: The number of each point's edge.
+    """
+
+    color: str
+    width: float
+    x: list[float | None]
+    y: list[float | None]
+    edges: list[int | None]
+
+
+def _lines(record: Circuit, at: Mapping[str, Spot]) -> Iterator[_Line]:
+    """The lines of the strongest edges, thin ones first."""
     drawn = strongest(record, MOST)
     most = max((abs(record.scores[number]) for number in drawn), default=0.0) or 1.0
-    lines: dict[tuple[float, str], tuple[list[float | None], list[float | None]]] = {}
+    lines: dict[tuple[float, str], _Line] = {}
     for number in drawn:
-        edge, score = record.edges[number], record.scores[number]
+        score = record.scores[number]
         level = min(len(_WIDTHS) - 1, int(len(_WIDTHS) * math.sqrt(abs(score) / most)))
-        key = _WIDTHS[level], TOWARDS if score >= 0 else AWAY
-        x, y = lines.setdefault(key, ([], []))
-        start, end = at[edge.writer], at[record.end(edge.reader).node]
-        bow = 0.12 * math.sqrt(abs(end.x - start.x)) * (1 if start.y == end.y else 0.5)
-        aside = 0.05 * math.sqrt(abs(end.y - start.y)) if record.positions else 0.0
-        for step in range(_STEPS + 1):
-            share = step / _STEPS
-            x.append(start.x + share * (end.x - start.x) + 4 * aside * share * (1 - share))
-            y.append(start.y + share * (end.y - start.y) + 4 * bow * share * (1 - share))
-        x.append(None)
-        y.append(None)
-    for (width, color), (x, y) in sorted(lines.items()):
-        yield color, width, x, y
+        width, color = _WIDTHS[level], TOWARDS if score >= 0 else AWAY
+        line = lines.setdefault((width, color), _Line(color, width, [], [], []))
+        for x, y in curve(record, at, number):
+            line.x.append(x)
+            line.y.append(y)
+            line.edges.append(number)
+        for part in (line.x, line.y, line.edges):
+            part.append(None)
+    for _, line in sorted(lines.items()):
+        yield line
+
+
+def curve(record: Circuit, at: Mapping[str, Spot], number: int) -> list[tuple[float, float]]:
+    """The points of an edge's line from its writer to its reader.
+
+    Args:
+        at: The place of every node, from `spots`.
+        number: The edge's.
+    """
+    edge = record.edges[number]
+    start, end = at[edge.writer], at[record.end(edge.reader).node]
+    bow = 0.12 * math.sqrt(abs(end.x - start.x)) * (1 if start.y == end.y else 0.5)
+    aside = 0.05 * math.sqrt(abs(end.y - start.y)) if record.positions else 0.0
+    shares = [step / _STEPS for step in range(_STEPS + 1)]
+    return [
+        (
+            start.x + share * (end.x - start.x) + 4 * aside * share * (1 - share),
+            start.y + share * (end.y - start.y) + 4 * bow * share * (1 - share),
+        )
+        for share in shares
+    ]
+
+
+def _hover(record: Circuit, line: _Line) -> dict[str, Any]:
+    """The name and the score of the edge at each point."""
+    named = [
+        None if number is None else (record.edges[number].said, record.scores[number])
+        for number in line.edges
+    ]
+    said = "%{customdata[0]}<br>score %{customdata[1]:.3g}<extra></extra>"
+    return {"customdata": named, "hovertemplate": said}
 
 
 def _said(end: End) -> str:

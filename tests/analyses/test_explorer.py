@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from explored import A_TEXT, B_TEXT, around, serving
 from language_toys import CAT, DOG, ouro_folder
 from looks.marks import hard_to_see
 from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
@@ -54,27 +54,10 @@ from loopscope.analyses.explorer.view import (
 )
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.drawing.labels import label
-from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
-from loopscope.tasks.questions import Question
-from toy import D_VOCAB, HEADS, LOOPS, ShortEnding, odd_one, toy
+from toy import HEADS, LOOPS, ShortEnding, odd_one, toy
 
-A_TEXT, B_TEXT = "<w_3><w_8><w_2><w_20><w_11>", "<w_4><w_8><w_5><w_20><w_13>"
 MOST = 6  # more iterations than the toy records
-
-
-def around(model: LoopedModel) -> Subject:
-    """A subject without a graph, whose answers are read at a padding column; it knows the answer of
-    one question.
-    """
-    model.vocab, model.read_at = (
-        Vocabulary([f"<w_{i}>" for i in range(1, D_VOCAB)]),
-        Readout("first_pad"),
-    )
-    known = Question("<w_1><w_2><w_3>", "<w_9>", 2)
-    return Subject(
-        "toy", model.eval(), {2: [known, Question("<w_1><w_2><w_4>", "<w_8>", 2)]}, None, {}
-    )
 
 
 @pytest.fixture
@@ -480,18 +463,18 @@ def test_what_can_be_asked_is_passed_on_and_what_cannot_is_explained(made: Explo
         "",
         "",
         "",
-        callbacks.FRESH_MAP,
+        "",
     )
     assert made.check("<w_1><w_2>", "<w_3><w_2>", "<w_1><w_2>")[0] is keep
     wrong = made.check("<x>", "<w_3><w_2>", "<w_1><w_2>")
     assert wrong[:2] == (keep, keep)
     assert wrong[2].startswith("A: '<x>' is not one of the 29 tokens")
-    assert wrong[5:] == (callbacks.STALE, callbacks.STALE_MAP)
+    assert wrong[5:] == (callbacks.STALE, callbacks.STALE)
     assert made.check(None, "<w_1>", None)[2].startswith("A: a text must hold at least one token")
     longer = made.check("<w_1><w_2>", "<w_3>", "<w_1><w_2>")
     assert longer[1:3] == (keep, "")
     assert longer[3].startswith("B: B must have as many tokens as A, which has 2, got 1; nothing")
-    assert longer[5:] == ("", callbacks.STALE_MAP)
+    assert longer[5:] == ("", callbacks.STALE)
 
 
 @pytest.mark.shapes
@@ -520,7 +503,7 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
     assert shown["n_loops"] == 2
     assert took.endswith(" ms")
     table, frame, _ = made.show_cell("loops.1.blocks.0", 3, shown)
-    after = patch_cell(made.subject.model, *made._pair(asked), 2, "loops.1.blocks.0", 3)[1]
+    after = patch_cell(made.subject.model, *made.pair(asked), 2, "loops.1.blocks.0", 3)[1]
     assert f"to {after.margin:.2f} logits" in str(table)
     assert "shapes" in str(frame.to_plotly_json())
     assert made.show_cell(None, 3, shown)[2] == ""
@@ -542,7 +525,7 @@ def test_the_answer_is_read_at_the_chosen_position_of_both_texts(made: Explorer)
     asked = {"a": A_TEXT, "b": B_TEXT}
     shown = made.show_map(asked, 2, "all", None, None, 2)[1]
     assert shown["read"] == 2
-    a, b = made._pair(shown)
+    a, b = made.pair(shown)
     assert (a.readout, b.readout) == (2, 2)
     assert "Top tokens at 2 <w_2>" in str(made.show_margin(A_TEXT, 3, 2)[2])
 
@@ -574,13 +557,8 @@ def test_iterations_outside_the_slider_are_brought_inside(made: Explorer) -> Non
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    server = make_explorer(ExploreConfig(port=0, per_hop=3))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.port}/"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(ExploreConfig(port=0, per_hop=3)) as found:
+        yield found
 
 
 def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:

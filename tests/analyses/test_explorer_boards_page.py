@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pytest
 
-from browser import Tab, opened, require_chromium
+from browser import Tab
+from explored import plot, served, text_of
 from looks.pages import check_looks
 from loopscope.analyses.common.configs import ExploreConfig
-from loopscope.analyses.explorer.app import make_explorer
 from loopscope.analyses.explorer.boards.model import judged
 from loopscope.tasks.puzzles.sudoku import Sudoku
 
@@ -22,27 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Tab]:
-    require_chromium()
-    server = make_explorer(ExploreConfig(checkpoint="mini/sudoku/trm", port=0))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        with opened(f"http://127.0.0.1:{server.port}/") as page:
-            page.resize(1400, 900)
-            page.wait(f"{text_of('boards-took')}")
-            yield page
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def text_of(key: str) -> str:
-    return f"document.getElementById('{key}')?.innerText"
-
-
-def plot(key: str) -> str:
-    return f"document.querySelector('#{key} .js-plotly-plot')"
+    config = ExploreConfig(checkpoint="mini/sudoku/trm", port=0)
+    with served(config, text_of("boards-took")) as page:
+        page.resize(1400, 900)
+        yield page
 
 
 def place_of(cell: tuple[int, int]) -> str:

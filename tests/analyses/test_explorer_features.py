@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from dash import no_update
 
-from browser import opened, require_chromium
+from explored import served, text_of
 from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.explorer.app import make_explorer
@@ -61,18 +61,9 @@ def test_a_dictionary_that_does_not_fit_is_refused_before_there_is_a_page(folder
 @pytest.mark.browser
 @pytest.mark.slow
 def test_the_page_shows_another_feature_when_its_number_is_typed(folder: Path) -> None:
-    require_chromium()
-    server = make_explorer(ExploreConfig(checkpoint=NAME, port=0, per_hop=1, dictionary=folder))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    said = "document.getElementById('feature-said')?.innerText"
-    try:
-        with opened(f"http://127.0.0.1:{server.port}/") as page:
-            page.wait(said)
-            page.wait("document.querySelectorAll('#feature-page .heatmaplayer image').length")
-            page.type_into("#feature", "5")
-            page.wait(f"{said}.includes('eature 5 ')")
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    config = ExploreConfig(checkpoint=NAME, port=0, per_hop=1, dictionary=folder)
+    said = text_of("feature-said")
+    with served(config, said) as page:
+        page.wait("document.querySelectorAll('#feature-page .heatmaplayer image').length")
+        page.type_into("#feature", "5")
+        page.wait(f"{said}.includes('eature 5 ')")

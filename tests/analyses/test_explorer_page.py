@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-import threading
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from urllib.parse import urlsplit
 
 import pytest
 
-from browser import Tab, opened, require_chromium
+from browser import Tab
+from explored import plot, served, settle, text_of
 from language_toys import CAT, DOG, ouro_folder
 from looks.pages import check_looks
-from loopscope.analyses.common.configs import ExploreConfig
-from loopscope.analyses.explorer.app import make_explorer
+from loopscope.analyses.common.configs import ExploreConfig, SourceConfig
+from loopscope.analyses.common.subject import open_subject
+from loopscope.analyses.explorer import questions
+from loopscope.interp.circuits.names import Edge
+from loopscope.interp.circuits.scores import circuit_scores
+from loopscope.interp.circuits.search import exact_scores
 
 PARTS = ("lens", "margin", "attention", "map")
+DRAWN = " && ".join(text_of(f"{part}-took") for part in PARTS)
 FIRST, SECOND = "<e_3><r_1><r_4>", "<e_8><r_1><r_4>"
 
 pytestmark = pytest.mark.browser
@@ -25,43 +30,8 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Tab]:
-    with served(ExploreConfig(port=0, per_hop=3)) as page:
+    with served(ExploreConfig(port=0, per_hop=3), DRAWN) as page:
         yield page
-
-
-@contextmanager
-def served(config: ExploreConfig) -> Iterator[Tab]:
-    """A page of the explorer in a browser, with everything drawn."""
-    require_chromium()
-    server = make_explorer(config)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        with opened(f"http://127.0.0.1:{server.port}/") as page:
-            page.resize(1280, 900)
-            page.wait(" && ".join(f"{text_of(f'{part}-took')}" for part in PARTS))
-            settle(page)
-            yield page
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def text_of(key: str) -> str:
-    return f"document.getElementById('{key}')?.innerText"
-
-
-def settle(page: Tab) -> None:
-    """Wait until nothing is being computed."""
-    page.wait(
-        "[...document.querySelectorAll('.status .busy')].every(e => !e.innerText) &&"
-        " !document.querySelector('[data-dash-is-loading]')"
-    )
-
-
-def plot(key: str) -> str:
-    return f"document.querySelector('#{key} .js-plotly-plot')"
 
 
 def ask(page: Tab, a: str, b: str) -> None:
@@ -87,11 +57,11 @@ def test_nothing_is_wider_than_the_window_and_no_parts_overlap(tab: Tab, width: 
         "[...document.querySelectorAll('section')].map(s => [s.getBoundingClientRect().top,"
         " s.getBoundingClientRect().bottom])"
     )
-    assert len(boxes) == 4
+    assert len(boxes) == 5
     assert all(above[1] <= below[0] for above, below in pairwise(boxes))
     inside = (
-        "[...document.querySelectorAll('.js-plotly-plot')].every(g =>"
-        " g.closest('section').getBoundingClientRect().bottom >= "
+        "[...document.querySelectorAll('.js-plotly-plot')].filter(g => g.checkVisibility()).every("
+        "g => g.closest('section').getBoundingClientRect().bottom >= "
     )
     assert tab.value(inside + "g.querySelector('.main-svg').getBoundingClientRect().bottom)")
     tab.resize(1280, 900)
@@ -111,7 +81,7 @@ def test_every_control_has_a_name(tab: Tab) -> None:
     assert tab.value(unnamed) == []
     groups = (
         "[...document.querySelectorAll('[role=group]')].map(g =>"
-        " document.getElementById(g.getAttribute('aria-labelledby')).innerText)"
+        " document.getElementById(g.getAttribute('aria-labelledby')).textContent)"
     )
     assert all(tab.value(groups))
 
@@ -145,6 +115,49 @@ def test_a_click_on_a_cell_patches_exactly_that_cell(tab: Tab) -> None:
     tab.wait(
         f"{plot('map')}.layout.shapes?.[0]?.x0 === 0.5 && {plot('map')}.layout.shapes[0].y0 === 1.5"
     )
+
+
+def test_a_click_on_an_edge_of_the_circuit_patches_that_edge_alone(tab: Tab) -> None:
+    ask(tab, FIRST, SECOND)
+    assert tab.value(text_of("circuit-took")) == "", "nothing is scored while the part is closed"
+    tab.click_on("#circuit-open summary")
+    tab.wait(text_of("kept-took"))
+    settle(tab)
+    tab.value(f"{plot('circuit')}.scrollIntoView({{block: 'center'}})")
+    x, y, name = tab.value(
+        f"(() => {{ const g = {plot('circuit')}, l = g._fullLayout, r = g.getBoundingClientRect();"
+        " const t = g.data.filter(t => t.mode === 'lines' && t.customdata).at(-1);"
+        " return [r.x + l.xaxis._offset + l.xaxis.c2p(t.x[6]),"
+        " r.y + l.yaxis._offset + l.yaxis.c2p(t.y[6]), t.customdata[6][0]]; })()"
+    )
+    tab.click(x, y)
+    tab.wait(f"document.querySelector('#edge').value === {json.dumps(name)}")
+    tab.wait(f"{text_of('edge-said')}.includes('exact effect')")
+    settle(tab)
+    loops = tab.value(
+        "document.querySelector('#loops [role=slider]').getAttribute('aria-valuenow')"
+    )
+    effect = re.search(r"edge is (\S+) logits", tab.value(text_of("edge-said")))
+    assert effect is not None
+    assert float(effect[1]) == pytest.approx(exact_effect(name, int(loops)), abs=0.002)
+    assert tab.value(f"{plot('circuit')}.layout.shapes.length") == 1
+    tab.type_into("#edge", "embed -> nowhere")
+    tab.wait(f"{text_of('edge-wrong')}.includes('is none of the')")
+    settle(tab)
+    check_looks(tab, [plot("circuit")])
+    tab.resize(1280, 900)
+    tab.click_on("#circuit-open summary")
+
+
+def exact_effect(name: str, n_loops: int) -> float:
+    """The exact score of one edge between the two questions."""
+    subject = open_subject(SourceConfig(per_hop=3))
+    a = questions.ask(subject, FIRST, 8)
+    b = questions.ask_beside(subject, SECOND, a, 8)
+    both = subject.model, a.batch, b.batch
+    every = circuit_scores(*both, a.metric, n_loops, by_position=True)
+    one = every.take([every.edges.index(Edge.parsed(name))], "one")
+    return exact_scores(*both, one, a.metric).scores[0]
 
 
 def test_moving_the_slider_moves_all_parts(tab: Tab) -> None:
@@ -214,7 +227,7 @@ def test_the_page_logs_no_error_and_asks_this_machine_alone(tab: Tab) -> None:
 
 def test_a_language_model_is_explored_by_sentences() -> None:
     config = ExploreConfig(checkpoint=ouro_folder(), port=0, text=CAT, second=DOG)
-    with served(config) as page:
+    with served(config, DRAWN) as page:
         assert page.value("document.querySelector('#hops, #next-a, #next-b')") is None
         assert page.value(f"{plot('map')}.data[0].x")[1] == "1 ␣cat / ␣dog"
         assert "own top token after 4 iterations" in page.value(text_of("verdict"))
@@ -223,8 +236,8 @@ def test_a_language_model_is_explored_by_sentences() -> None:
         page.wait(f"{text_of('b-wrong')}.includes('which has 6, got 2; nothing is patched')")
         settle(page)
         grey = "[...document.querySelectorAll('.stale')].map(e => e.id)"
-        assert page.value(grey) == ["patched"]
-        filters = "getComputedStyle(document.querySelector('#patched .figure')).filter"
+        assert page.value(grey) == ["of-pair"]
+        filters = "getComputedStyle(document.querySelector('#of-pair .figure')).filter"
         assert page.value(filters) == "grayscale(1)"
         page.type_into("#a", "the cat")
         page.wait(f"{plot('map')}.data[0].x.length === 2 && {plot('lens')}.data[0].x.length === 2")

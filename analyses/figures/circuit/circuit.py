@@ -203,7 +203,7 @@ def _by_position(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> b
         return bool(config.by_position)
     n_loops = checked_loops(config.n_loops, model.cfg.n_loops)
     graph = graph_of(model, batch, n_loops, config.heads)
-    return len(graph.edges) * batch.tokens.shape[1] <= MOST_EDGES
+    return graph.n_edges * batch.tokens.shape[1] <= MOST_EDGES
 
 
 def figure(record: FoundCircuit) -> go.Figure:

@@ -17,6 +17,7 @@ from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.names import EMBED, FINAL, Edge
 from loopscope.interp.circuits.selection import prune_circuit
 from loopscope.interp.drawing.circuits import components, folded_scores, moves, spots, strongest
+from loopscope.interp.drawing.labels import label
 from small_figures import small_config, small_figure
 
 
@@ -114,6 +115,9 @@ def test_the_strongest_edges_are_drawn(record: FoundCircuit) -> None:
         if trace.type == "scatter" and trace.mode == "lines" and trace.line.dash is None
     ]
     assert sum(list(trace.x).count(None) for trace in lines) == len(record.circuit)
+    words = [f"{at} {token}" for at, token in enumerate(record.tokens)]
+    assert "<e_" in words[0]
+    assert list(figure.layout.xaxis.ticktext) == list(map(label, words)), "plotly reads HTML"
 
 
 def test_a_circuit_has_a_picture_of_its_own(record: FoundCircuit) -> None:
