@@ -200,8 +200,8 @@ QUESTIONS: tuple[Question, ...] = (
         control=tuple(before + bound.number for before in OTHER_DEPTHS for bound in _CONTROLS),
         differs="One checkpoint for each number of iterations, each trained as its recipe says;"
         " whether more training would close the gap is not asked.",
-        known="nothing; both models were trained after the limits were written, which were one"
-        " question with the model of 4 iterations",
+        known="nothing: the limits are those of the model of 4 iterations, and both models were"
+        " trained after they were written",
         note="The gain is there in every model, and is smaller than in the model of 4 iterations."
         " In the model of 8 iterations the rescaled state, which was to be a control, helps by"
         " itself, so there a part of the gain is the state's length.",
