@@ -18,7 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.file_download
+import huggingface_hub.utils._http
 import pytest
 
 MAIN, OTHER = "a" * 40, "b" * 40
