@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph, Stage
 from loopscope.interp.circuits.streams import CarriedStreams, Replacement, Streams, SummedStreams
+from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.inputs import begin_batch, checked_batch_size
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -116,8 +117,8 @@ def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tens
     if how == "zero":
         return torch.zeros_like(outputs), torch.zeros_like(embedding)
     if how == "mean":
-        real = batch.mask.to(outputs)[:, :, None]
-        mean = (outputs * real).sum(1, keepdim=True) / real.sum(0).clamp(min=1)
+        used = used_columns(batch).to(outputs)[:, :, None]
+        mean = (outputs * used).sum(1, keepdim=True) / used.sum(0).clamp(min=1)
         mean = mean.expand_as(outputs)
         return mean, mean[0].to(embedding)
     if how == "resample":

@@ -28,6 +28,12 @@ def read_columns(batch: Batch, positions: Picked | int | None) -> Int[Tensor, "b
     return chosen.to(batch.tokens.device).expand(len(batch), -1)
 
 
+def used_columns(batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """Where a row holds a token or is read: an answer may be read at a column of padding."""
+    column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    return batch.mask.bool() | (column == batch.readout[:, None])
+
+
 def at_positions(
     resid: Float[Tensor, "batch pos d_model"], columns: Int[Tensor, "batch k"]
 ) -> Float[Tensor, "batch k d_model"]:
