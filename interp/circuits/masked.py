@@ -17,6 +17,7 @@ from loopscope.interp.circuits.graph import Graph, Stage
 from loopscope.interp.circuits.streams import CarriedStreams, Replacement, Streams, SummedStreams
 from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.inputs import begin_batch, checked_batch_size
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -142,7 +143,7 @@ def _others(count: int, seed: int) -> Int[Tensor, " row"]:
             "another input to resample from needs at least two inputs, got 1; use"
             " replace='corrupted'"
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=seeded(seed), device="cpu")
     found = torch.empty_like(order)
     found[order] = order.roll(-1)
     return found

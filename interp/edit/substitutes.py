@@ -16,6 +16,7 @@ from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.inputs import Inputs, in_chunks, reference_batch
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -84,7 +85,7 @@ def other_rows(count: int, seed: int) -> Int[Tensor, " row"]:
     """
     if count < 2:
         raise ValueError(f"a reference to resample from needs at least two rows, got {count}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=seeded(seed), device="cpu")
     return torch.empty_like(order).scatter(0, order, order.roll(-1))
 
 

@@ -18,6 +18,7 @@ from loopscope.interp.common.pairs import Direction
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.patching.grouped import GroupedEffects, Labels, grouped
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -265,8 +266,8 @@ def present(model: LoopedModel, batch: Batch, cells: Sequence[Cell]) -> Bool[Ten
 
 def _drawn(count: int, resamples: int, seed: int) -> Int[Tensor, "resample example"]:
     """How often each example is drawn in each resample."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(count, (resamples, count), generator=generator)
+    generator = seeded(seed)
+    draws = torch.randint(count, (resamples, count), generator=generator, device="cpu")
     return torch.stack([draw.bincount(minlength=count) for draw in draws])
 
 

@@ -19,6 +19,7 @@ from loopscope.interp.probes.ridge import check_strength
 from loopscope.interp.probes.states import ReadStates, split_rows
 from loopscope.interp.probes.tasks import Task, types_of
 from loopscope.interp.shards.share import Shard
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.names import NamesFilter
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -99,7 +100,7 @@ def probe(
     states = ReadStates.of(model, batch, places, positions, n_loops, batch_size)
     task = Task.of(states, targets)
     _check_kind(kind, task, bits)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     train, test = split_rows(len(batch), held_out, seed)
     tasks = [task]
     if control:

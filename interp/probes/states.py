@@ -17,6 +17,7 @@ from loopscope.interp.common.inputs import checked_batch_size
 from loopscope.interp.common.modes import ungraphed
 from loopscope.interp.common.places import Picked, Place, places_of
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.names import NamesFilter
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -159,7 +160,7 @@ def split_rows(
     Raises:
         ValueError: No row on one of the sides, or not one entry per row.
     """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=seeded(seed), device="cpu")
     if isinstance(held_out, Tensor):
         if held_out.shape != (count,) or held_out.dtype != torch.bool:
             raise ValueError(
