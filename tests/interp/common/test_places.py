@@ -12,8 +12,8 @@ from torch import Tensor
 
 from family_toys import LOOPS, TOYS
 from loopscope.interp.attribution.patching import attribution_patch
-from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.common.columns import shown_columns
+from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.common.places import (
     Place,
     Where,
