@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,14 @@ def test_the_mean_at_a_column_of_padding_is_that_of_the_rows_read_there(scores: 
     said = evaluate_circuit(model, other, same, scores, projection(), replace="mean")
     end = model.advance(begin_batch(model, same, SHORT))
     assert_close(said.replaced, projection()(model.readout(end, same.readout)))
+
+
+def test_a_record_of_numpys_numbers_can_be_saved(scores: Circuit, tmp_path: Path) -> None:
+    settings = {"steps": np.int64(5), "threshold": np.float32(0.5), "direction": "noise"}
+    call = replace(scores.call, settings=settings, checkpoint=tmp_path)
+    record = replace(scores, call=call)
+    record.save(tmp_path / "circuit.json")
+    assert Circuit.load(tmp_path / "circuit.json") == record
 
 
 def test_a_word_is_no_metric(scores: Circuit) -> None:
