@@ -126,8 +126,11 @@ class ActivationStore:
         return found
 
     def group(self, site: str | None = None) -> Group:
-        """The group of a site by its label; None where there is only one."""
+        """The group of a site by its label, or by the end of one ("z" for "attn.z") where no other
+        ends so; None where there is only one.
+        """
         found = [group for group in self.groups if site in (None, group.label)]
+        found = found or [group for group in self.groups if group.label.endswith(f".{site}")]
         if len(found) != 1:
             raise KeyError(f"this store has the sites {', '.join(self.sites)}; got {site!r}")
         return found[0]
@@ -271,6 +274,8 @@ def _index(wanted: Picked | int | None, has: Sequence[int | None], what: str) ->
     if wanted is None or (isinstance(wanted, str) and wanted == "all"):
         return list(range(len(has)))
     chosen = whole_numbers(what, wanted)
+    if not chosen:
+        raise ValueError(f"{what} must be 'all' or name at least one of {list(has)}, got none")
     absent = [each for each in chosen if each not in has]
     if absent:
         raise ValueError(f"{what} of this site are {list(has)} in the store, got {absent[0]}")
