@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) 
             raise ValueError(
                 "a Batch says where its answers are read; readout= goes with tokens only"
             )
-        return _fit(inputs.to(model.device))
+        return _fit(_checked_batch(inputs).to(model.device))
     if not isinstance(inputs, Tensor):
         texts = [inputs] if isinstance(inputs, str) else [x for x in inputs if isinstance(x, str)]
         if isinstance(inputs, str) or len(texts) == len(inputs):
@@ -52,6 +53,28 @@ def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) 
         )
     tokens = checked_tokens(_token_matrix(inputs), model.cfg.d_vocab).to(model.device)
     return _fit(Batch(tokens, torch.ones_like(tokens), _read_at(readout, tokens)))
+
+
+def _checked_batch(batch: Batch) -> Batch:
+    """A caller's batch, of which each row is read at one of its columns.
+
+    Raises:
+        TypeError: A readout that is no integer.
+        ValueError: No row, another number of readouts than rows, or a column outside the input.
+    """
+    rows = len(batch)
+    if not rows:
+        raise ValueError("at least one input is needed, got a Batch without rows")
+    if batch.readout.shape != (rows,):
+        raise ValueError(
+            f"a Batch needs one readout column per row: there are {rows} rows, got the shape"
+            f" {list(batch.readout.shape)}"
+        )
+    if bool((batch.readout < 0).any()):
+        raise ValueError(
+            f"the readout columns of a Batch count from 0, got {int(batch.readout.min())}"
+        )
+    return replace(batch, readout=_read_at(batch.readout, batch.tokens))
 
 
 def _token_matrix(inputs: Tensor | Sequence[Any]) -> Tensor:
