@@ -40,6 +40,14 @@ def test_runs_in_few_digits_are_measured(dtype: torch.dtype) -> None:
     assert_close(said.faithfulness, torch.ones_like(said.faithfulness))
 
 
+def test_streams_that_an_iteration_adds_to_are_measured_under_autocast() -> None:
+    model, both = toy("learned", injection=True).float(), [full(1), full(2)]
+    found = circuit_scores(model, *both, difference, SHORT, method="eap", heads=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        said = evaluate_circuit(model, *both, found, difference)
+    assert_close(said.faithfulness, torch.ones_like(said.faithfulness))
+
+
 def test_inputs_that_do_not_differ_have_no_share(scores: Circuit) -> None:
     with pytest.raises(ValueError, match="faithfulness is a share of the metric's difference"):
         evaluate_circuit(toy("learned"), full(1), full(1), scores, projection())
