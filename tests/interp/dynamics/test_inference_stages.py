@@ -130,7 +130,7 @@ def test_states_that_are_not_finite_have_no_statistics() -> None:
     model = toy(injection=True)
     with torch.no_grad():
         model.blocks[1].mlp.W_in.fill_(torch.inf)
-    with pytest.raises(ValueError, match="the states at loops.0.blocks.1.hook_resid_post hold nan"):
+    with pytest.raises(ValueError, match=r"the states at loops.* hold nan"):
         inference_stages(model, padded(), 2)
     with pytest.raises(ValueError, match="the distances between the states hold nan"):
         input_dependence(model, *pair(), 3)
