@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) 
             )
         return _fit(_checked_batch(inputs).to(model.device))
     if not isinstance(inputs, Tensor):
+        _refuse_unsized(inputs)
         texts = [inputs] if isinstance(inputs, str) else [x for x in inputs if isinstance(x, str)]
         if isinstance(inputs, str) or len(texts) == len(inputs):
             return model.encode(texts)
@@ -84,11 +85,22 @@ def _token_matrix(inputs: Tensor | Sequence[Any]) -> Tensor:
     try:
         return torch.as_tensor(inputs)
     except (TypeError, ValueError):
-        raise TypeError(
-            "inputs must be a Batch, texts, or unpadded tokens [batch, pos], got a"
-            f" {type(inputs).__name__} that is no matrix of integers; rows of unequal length go"
-            " through model.encode"
+        raise _no_inputs(
+            inputs, " that is no matrix of integers; rows of unequal length go through model.encode"
         ) from None
+
+
+def _refuse_unsized(inputs: object) -> None:
+    """Refuse what can be no inputs, such as a generator of texts."""
+    if not isinstance(inputs, Sized):
+        raise _no_inputs(inputs, "; make a list of several")
+
+
+def _no_inputs(inputs: object, advice: str) -> TypeError:
+    return TypeError(
+        "inputs must be a Batch, texts, or unpadded tokens [batch, pos], got a"
+        f" {type(inputs).__name__}{advice}"
+    )
 
 
 def _read_at(readout: ReadoutColumn, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:

@@ -100,8 +100,12 @@ def ungraphed(model: LoopedModel) -> AbstractContextManager[None]:
     return torch.no_grad() if watched else torch.inference_mode()
 
 
-def _model_of(*args: object, **kwargs: object) -> nn.Module:
+def _model_of(*args: object, **kwargs: object) -> LoopedModel:
     model = args[0] if args else kwargs.get("model")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the first argument must be a model, got {type(model).__name__}")
+    if not isinstance(model, LoopedModel):
+        raise TypeError(
+            "the first argument must be a looped model, got"
+            f" {type(model).__name__}; load(name) makes one of a checkpoint, wrap(module, ...) of a"
+            " module of your own"
+        )
     return model

@@ -250,6 +250,18 @@ def test_a_batch_is_read_at_a_column_of_each_row(
         as_batch(plain, replace(full(), readout=torch.as_tensor(readout)))
 
 
+@pytest.mark.parametrize("inputs", [(text for text in ("<t_1>",)), None, 5])
+def test_inputs_have_a_length(inputs: object, plain: RecurrentDepth) -> None:
+    with pytest.raises(TypeError, match=r"inputs must be a Batch, .*, got a \w+; make a list"):
+        as_batch(plain, inputs, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [None, "ltg_trained", torch.nn.Linear(3, 2)])
+def test_a_method_asks_for_a_looped_model(model: object) -> None:
+    with pytest.raises(TypeError, match=r"must be a looped model, got (NoneType|str|Linear); load"):
+        readout_lens(model, full())  # type: ignore[arg-type]
+
+
 def test_a_batch_has_a_row(plain: RecurrentDepth) -> None:
     with pytest.raises(ValueError, match="at least one input is needed, got a Batch without rows"):
         as_batch(plain, full()[:0])
