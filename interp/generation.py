@@ -20,6 +20,7 @@ from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import check_order, has_no_order, in_order, top_token
 from loopscope.interp.common.shown import OneScreen
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel, at_columns
@@ -143,7 +144,7 @@ def generate(
         )
     sampling, stops = sampling or Sampling(), _stops(model, stop_at)
     run = _Run(model, _widened(batch, max_new_tokens), n_loops, use_cache)
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = seeded(sampling.seed)
     going = torch.ones(len(batch), dtype=torch.bool, device=model.device)
     new, logits = [], []
     for _ in tqdm(range(max_new_tokens), desc="generate", leave=False, disable=max_new_tokens < 8):

@@ -11,7 +11,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.collecting import keeping
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
-from loopscope.interp.common.metrics import measure
+from loopscope.interp.common.metrics import measure, measure_graphed
 from loopscope.interp.common.modes import differentiated
 from loopscope.models.basis.names import NamesFilter
 from loopscope.models.basis.tokens import Batch
@@ -56,7 +56,7 @@ def gradients(
 
     with torch.enable_grad(), model.hooks([(names, watch)], n_loops=n_loops):
         state = model.advance(begin_batch(model, batch, n_loops))
-        total = measure(metric, logits_read(model, state, batch.readout)).sum()
+        total = measure_graphed(metric, logits_read(model, state, batch.readout)).sum()
         found = torch.autograd.grad(total, list(seen.values()), allow_unused=True)
     grads = {
         name: torch.zeros_like(value) if grad is None else grad
@@ -92,7 +92,7 @@ def gradients_with_metric(
     measured: list[Tensor] = []
 
     def remembered(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-        value = measure(metric, logits)
+        value = measure_graphed(metric, logits)
         measured.append(value.detach())
         return value
 

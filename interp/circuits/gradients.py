@@ -19,7 +19,7 @@ from loopscope.interp.attribution.direct_logit import check_sum
 from loopscope.interp.circuits.graph import Graph, Stage
 from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.inputs import Metric, begin_batch
-from loopscope.interp.common.metrics import measure
+from loopscope.interp.common.metrics import measure_graphed
 from loopscope.interp.common.precision import widened
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -175,6 +175,6 @@ def integrated_readout(
         for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
             stream = torch.lerp(start.resid, end.resid, float(place)).requires_grad_()
             logits = model.readout(replace(start, resid=stream), batch.readout)
-            (found,) = torch.autograd.grad(measure(metric, logits).sum(), stream)
+            (found,) = torch.autograd.grad(measure_graphed(metric, logits).sum(), stream)
             total += float(weight) * widened(found)
     return total

@@ -15,7 +15,9 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph, Stage
 from loopscope.interp.circuits.streams import CarriedStreams, Replacement, Streams, SummedStreams
+from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.inputs import begin_batch, checked_batch_size
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -116,8 +118,8 @@ def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tens
     if how == "zero":
         return torch.zeros_like(outputs), torch.zeros_like(embedding)
     if how == "mean":
-        real = batch.mask.to(outputs)[:, :, None]
-        mean = (outputs * real).sum(1, keepdim=True) / real.sum(0).clamp(min=1)
+        used = used_columns(batch).to(outputs)[:, :, None]
+        mean = (outputs * used).sum(1, keepdim=True) / used.sum(0).clamp(min=1)
         mean = mean.expand_as(outputs)
         return mean, mean[0].to(embedding)
     if how == "resample":
@@ -141,7 +143,7 @@ def _others(count: int, seed: int) -> Int[Tensor, " row"]:
             "another input to resample from needs at least two inputs, got 1; use"
             " replace='corrupted'"
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=seeded(seed), device="cpu")
     found = torch.empty_like(order)
     found[order] = order.roll(-1)
     return found

@@ -49,6 +49,17 @@ class CircuitCall:
     selection: str = ""
     checkpoint: str | None = None
 
+    def __post_init__(self) -> None:
+        plain = {name: _plain(value) for name, value in self.settings.items()}
+        object.__setattr__(self, "settings", plain)
+        if self.checkpoint is not None:
+            object.__setattr__(self, "checkpoint", str(self.checkpoint))
+
+
+def _plain(value: Any) -> Any:
+    """A number of Python in place of one of numpy or PyTorch, so that a file can hold it."""
+    return value.item() if hasattr(value, "item") else value
+
 
 @dataclass(frozen=True)
 class Circuit(OneScreen):

@@ -203,7 +203,7 @@ def held(added: Parts) -> dict[str, HookPoint]:
 
 
 def _to(to: Tensor, value: Tensor) -> Tensor:
-    return to
+    return to.to(value)  # autocast may have made it narrower
 
 
 def watched(site: str, react: Callable[[Tensor], Tensor | None]) -> HookPoint:

@@ -25,7 +25,15 @@ def read_columns(batch: Batch, positions: Picked | int | None) -> Int[Tensor, "b
     if positions is None:
         return batch.readout[:, None]
     chosen = torch.tensor(in_range("positions", positions, batch.tokens.shape[1]))
+    if not len(chosen):
+        raise ValueError("positions must name at least one column, got none")
     return chosen.to(batch.tokens.device).expand(len(batch), -1)
+
+
+def used_columns(batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """Where a row holds a token or is read: an answer may be read at a column of padding."""
+    column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    return batch.mask.bool() | (column == batch.readout[:, None])
 
 
 def at_positions(
@@ -37,14 +45,17 @@ def at_positions(
 
 def shown_columns(batch: Batch, positions: Shown) -> ShownColumns:
     """The columns to show, and which of them are no padding or were asked for all the same."""
-    if positions == "real":
+    if not isinstance(positions, str):
+        columns = read_columns(batch, positions)
+    elif positions == "real":
         longest = int(batch.mask.sum(1).max())
         return read_columns(batch, range(longest)), batch.mask[:, :longest].bool()
-    if isinstance(positions, str) and positions not in ("readout", "all"):
+    elif positions in ("readout", "all"):
+        columns = read_columns(batch, None if positions == "readout" else "all")
+    else:
         raise ValueError(
             f"positions must be 'real', 'readout', 'all' or columns, got {positions!r}"
         )
-    columns = read_columns(batch, None if positions == "readout" else positions)
     return columns, torch.ones_like(columns, dtype=torch.bool)
 
 

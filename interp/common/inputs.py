@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) 
             raise ValueError(
                 "a Batch says where its answers are read; readout= goes with tokens only"
             )
-        return _fit(inputs.to(model.device))
+        return _fit(_checked_batch(inputs).to(model.device))
     if not isinstance(inputs, Tensor):
+        _refuse_unsized(inputs)
         texts = [inputs] if isinstance(inputs, str) else [x for x in inputs if isinstance(x, str)]
         if isinstance(inputs, str) or len(texts) == len(inputs):
             return model.encode(texts)
@@ -54,6 +56,28 @@ def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) 
     return _fit(Batch(tokens, torch.ones_like(tokens), _read_at(readout, tokens)))
 
 
+def _checked_batch(batch: Batch) -> Batch:
+    """A caller's batch, of which each row is read at one of its columns.
+
+    Raises:
+        TypeError: A readout that is no integer.
+        ValueError: No row, another number of readouts than rows, or a column outside the input.
+    """
+    rows = len(batch)
+    if not rows:
+        raise ValueError("at least one input is needed, got a Batch without rows")
+    if batch.readout.shape != (rows,):
+        raise ValueError(
+            f"a Batch needs one readout column per row: there are {rows} rows, got the shape"
+            f" {list(batch.readout.shape)}"
+        )
+    if bool((batch.readout < 0).any()):
+        raise ValueError(
+            f"the readout columns of a Batch count from 0, got {int(batch.readout.min())}"
+        )
+    return replace(batch, readout=_read_at(batch.readout, batch.tokens))
+
+
 def _token_matrix(inputs: Tensor | Sequence[Any]) -> Tensor:
     """Tokens as a tensor, given as one or as lists."""
     if isinstance(inputs, Tensor):
@@ -61,11 +85,22 @@ def _token_matrix(inputs: Tensor | Sequence[Any]) -> Tensor:
     try:
         return torch.as_tensor(inputs)
     except (TypeError, ValueError):
-        raise TypeError(
-            "inputs must be a Batch, texts, or unpadded tokens [batch, pos], got a"
-            f" {type(inputs).__name__} that is no matrix of integers; rows of unequal length go"
-            " through model.encode"
+        raise _no_inputs(
+            inputs, " that is no matrix of integers; rows of unequal length go through model.encode"
         ) from None
+
+
+def _refuse_unsized(inputs: object) -> None:
+    """Refuse what can be no inputs, such as a generator of texts."""
+    if not isinstance(inputs, Sized):
+        raise _no_inputs(inputs, "; make a list of several")
+
+
+def _no_inputs(inputs: object, advice: str) -> TypeError:
+    return TypeError(
+        "inputs must be a Batch, texts, or unpadded tokens [batch, pos], got a"
+        f" {type(inputs).__name__}{advice}"
+    )
 
 
 def _read_at(readout: ReadoutColumn, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:

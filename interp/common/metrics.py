@@ -134,6 +134,24 @@ def measure(metric: Metric, logits: Float[Tensor, "batch d_vocab"]) -> Float[Ten
     return widened(values)
 
 
+def measure_graphed(
+    metric: Metric, logits: Float[Tensor, "batch d_vocab"]
+) -> Float[Tensor, " batch"]:
+    """The metric of some logits, as `measure`, where its gradient is to be taken.
+
+    Raises:
+        ValueError: As for `measure`; or the metric has no gradient.
+    """
+    values = measure(metric, logits)
+    if not values.requires_grad:
+        raise ValueError(
+            f"the metric {metric_name(metric)!r} has no gradient, as it does not depend on the"
+            " logits, or only through argmax, a comparison or detach; give one that does, such as"
+            " logit_diff(right, wrong)"
+        )
+    return values
+
+
 def measure_each(
     metric: Metric, logits: Float[Tensor, "cell batch d_vocab"]
 ) -> Float[Tensor, "cell batch"]:

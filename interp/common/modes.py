@@ -1,4 +1,5 @@
-"""The modes that methods run in: evaluation for all of them, gradients for some.
+"""The modes that methods run in: evaluation for all of them, gradients for some; and the turns that
+they take, since the hooks of one would act in the runs of another.
 
 A method's own decorator stands closest to it: `@evaluated` above `def`, other decorators above.
 """
@@ -6,9 +7,11 @@ A method's own decorator stands closest to it: `@evaluated` above `def`, other d
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,6 +19,8 @@ from torch import nn
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import existing_modules
 
+_TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_MAKING = threading.Lock()  # of a model's turn
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -58,8 +63,16 @@ def differentiated(method: Callable[_P, _R]) -> Callable[_P, _R]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block a model is in evaluation mode; afterwards, also after an error, every
-    module has the mode that it had.
+    module has the mode that it had. Other threads that come to such a block of the same model wait.
     """
+    with _MAKING:
+        turn = _TURNS.setdefault(model, threading.RLock())
+    with turn, _evaluating(model):
+        yield
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     whole = model.training
     training = [module for module in existing_modules(model) if module.training]
     if not training:
@@ -87,8 +100,12 @@ def ungraphed(model: LoopedModel) -> AbstractContextManager[None]:
     return torch.no_grad() if watched else torch.inference_mode()
 
 
-def _model_of(*args: object, **kwargs: object) -> nn.Module:
+def _model_of(*args: object, **kwargs: object) -> LoopedModel:
     model = args[0] if args else kwargs.get("model")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the first argument must be a model, got {type(model).__name__}")
+    if not isinstance(model, LoopedModel):
+        raise TypeError(
+            "the first argument must be a looped model, got"
+            f" {type(model).__name__}; load(name) makes one of a checkpoint, wrap(module, ...) of a"
+            " module of your own"
+        )
     return model

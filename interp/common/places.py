@@ -14,8 +14,11 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
 
 from loopscope.models.basis.names import resolve
 from loopscope.models.core.base import LoopedModel
@@ -136,13 +139,18 @@ def whole_numbers(what: str, wanted: Iterable[int] | int) -> list[int]:
     """One number or several as Python's integers, each once.
 
     Raises:
-        TypeError: Something else than integers.
+        TypeError: Something else than integers; a mask of bools is no list of numbers.
     """
-    try:
+    with suppress(TypeError):
         given = list(wanted) if isinstance(wanted, Iterable) else [wanted]
-        return list(dict.fromkeys(operator.index(number) for number in given))
-    except TypeError:
-        raise TypeError(f"{what} must be 'all', an integer or several, got {wanted!r}") from None
+        if not any(map(is_bool, given)):
+            return list(dict.fromkeys(operator.index(number) for number in given))
+    raise TypeError(f"{what} must be 'all', an integer or several, got {wanted!r}")
+
+
+def is_bool(number: object) -> bool:
+    """Whether something is True or False, also in a tensor: Python would take it for 1 or 0."""
+    return isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool
 
 
 def places_of(model: LoopedModel, n_loops: int) -> list[Place]:

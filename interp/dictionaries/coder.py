@@ -5,6 +5,7 @@ Axes: d_in (of what is read), feature, d_out (of what is written).
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +47,8 @@ class Coder(OneScreen):
             raise ValueError(
                 f"k must be in 1..{self.n_features}, the number of features, got {self.k}"
             )
+        if self.k is not None:
+            object.__setattr__(self, "k", operator.index(self.k))  # as a file can hold it
         if self.centred and self.d_in != self.d_out:
             raise ValueError(
                 f"b_dec can be taken from the input only where both are as wide, got d_in="

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.interp.common.precision import widened
 from loopscope.interp.dictionaries.coder import Coder
 from loopscope.interp.dictionaries.dictionary import Dictionary
-from loopscope.interp.dictionaries.reading import Reading
+from loopscope.interp.dictionaries.reading import Reading, checked_states
+from loopscope.models.basis.draws import normal_rows, seeded
 
 
 def pca_dictionary(states: Float[Tensor, "read loop d_in"], reading: Reading, k: int) -> Dictionary:
@@ -18,8 +18,11 @@ def pca_dictionary(states: Float[Tensor, "read loop d_in"], reading: Reading, k:
 
     Args:
         k: Features of a code.
+
+    Raises:
+        ValueError: States that are not finite, or of another number of iterations.
     """
-    vectors, mean = _centred(states)
+    vectors, mean = _centred(states, reading)
     found = torch.linalg.eigh(vectors.T @ vectors).eigenvectors.T
     return _shared(torch.cat([found, -found]), mean, reading, k)
 
@@ -37,15 +40,17 @@ def random_dictionary(
         n_features: Directions.
         k: Features of a code.
         seed: Of the directions.
+
+    Raises:
+        TypeError, ValueError: As for `pca_dictionary`, and a seed that is no integer.
     """
-    vectors, mean = _centred(states)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(n_features, vectors.shape[1], generator=generator).to(vectors)
+    vectors, mean = _centred(states, reading)
+    drawn = normal_rows(n_features, vectors.shape[1], seeded(seed)).to(vectors)
     return _shared(drawn / drawn.norm(dim=1, keepdim=True), mean, reading, k)
 
 
-def _centred(states: Float[Tensor, "read loop d_in"]) -> tuple[Tensor, Tensor]:
-    vectors = widened(states).flatten(0, 1)
+def _centred(states: Float[Tensor, "read loop d_in"], reading: Reading) -> tuple[Tensor, Tensor]:
+    vectors = checked_states(states, reading.n_loops).flatten(0, 1)
     mean = vectors.mean(0)
     return vectors - mean, mean
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dictionaries.dictionary import Dictionary
 
@@ -91,7 +92,8 @@ def feature_labels(
         held_states, held_labels: To measure F1 on.
 
     Raises:
-        ValueError: Labels that are not one per read and iteration, or none at all.
+        ValueError: Labels that are not one per read and iteration, or none at all; states that are
+            not finite.
     """
     for x, y in ((states, labels), (held_states, held_labels)):
         if y.shape != x.shape[:2] or not bool((y >= 0).any()):
@@ -99,6 +101,7 @@ def feature_labels(
                 f"labels must be one per read and iteration, {list(x.shape[:2])}, and not all -1,"
                 f" got the shape {list(y.shape)}"
             )
+        refuse_nonfinite("the states to find features in", x)
     count = int(torch.stack([labels.max(), held_labels.max()]).max()) + 1
     codes = dictionary.encode(states).expand(-1, dictionary.n_loops, -1)
     held = dictionary.encode(held_states).expand(-1, dictionary.n_loops, -1)

@@ -13,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.interp.common.fingerprint import described
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import Picked, points_by_block
+from loopscope.interp.common.precision import widened
 from loopscope.interp.probes.states import ReadStates
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -101,6 +103,23 @@ def _last_residual(model: LoopedModel, n_loops: int) -> str:
     if not whole:
         raise ValueError("no block is visited at every iteration; pass hook=")
     return f"{whole[-1]}.{model.lens_site}"
+
+
+def checked_states(
+    states: Float[Tensor, "read loop d_in"], n_loops: int
+) -> Float[Tensor, "read loop d_in"]:
+    """States to make a dictionary of, in float32 or wider, without the graph that they come from.
+
+    Raises:
+        ValueError: States that are not finite, or of another shape or number of iterations.
+    """
+    if states.ndim != 3 or states.shape[1] != n_loops:
+        raise ValueError(
+            f"states must be [read, {n_loops} iterations, width], got the shape"
+            f" {list(states.shape)}"
+        )
+    refuse_nonfinite("the states to make a dictionary of", states)
+    return widened(states.detach())
 
 
 @torch.no_grad()

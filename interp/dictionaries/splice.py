@@ -18,7 +18,7 @@ from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import at_columns_of, checked_columns
 from loopscope.interp.common.inputs import Inputs, reference_batch
 from loopscope.interp.common.modes import evaluating
-from loopscope.interp.common.places import Picked, in_range
+from loopscope.interp.common.places import Picked, in_range, is_bool
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.models.core.base import LoopedModel
 
@@ -57,7 +57,7 @@ class FeatureEdit:
                 table of numbers, or `into` of another size.
         """
         outside = set(in_range("loops", self.loops, dictionary.n_loops)) - set(chosen)
-        if outside and self.loops != "all":
+        if outside and not isinstance(self.loops, str):
             raise ValueError(
                 f"an edit's loops must be among those of splice, {list(chosen)}, got"
                 f" {sorted(outside)}"
@@ -94,7 +94,8 @@ class FeatureEdit:
 
 
 def _check_range(features: Tensor, count: int) -> None:
-    if features.is_floating_point() or not bool(((features >= 0) & (features < count)).all()):
+    inside = (features >= 0) & (features < count)
+    if features.is_floating_point() or is_bool(features) or not bool(inside.all()):
         raise ValueError(
             f"features must be integers in 0..{count - 1}, got {features.flatten().tolist()}"
         )

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.interp.dictionaries.coder import Coder
+from loopscope.models.basis.draws import normal_rows, seeded
 
 Activation = Literal["topk", "batch_topk", "jumprelu"]
 _FALLS = 0.5  # the share of the steps, the last ones, over which the learning rate falls to zero
@@ -76,11 +77,11 @@ class Trainer:
         self.training, self.centred = training, centred
         self.spread = (y - y.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
         self.size = (x - x.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
-        generator = torch.Generator().manual_seed(training.seed)
-        drawn = torch.randn(training.n_features, y.shape[1], generator=generator).to(y)
+        generator = seeded(training.seed)
+        drawn = normal_rows(training.n_features, y.shape[1], generator).to(y)
         self.W_dec = F.normalize(drawn, dim=1).requires_grad_()
         if not centred:
-            drawn = torch.randn(training.n_features, x.shape[1], generator=generator).to(x)
+            drawn = normal_rows(training.n_features, x.shape[1], generator).to(x)
         self.W_enc = F.normalize(drawn, dim=1).T.contiguous().requires_grad_()
         self.b_enc = x.new_zeros(training.n_features)
         if not centred:

@@ -13,15 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn
 from loopscope.interp.common.places import Picked
-from loopscope.interp.common.precision import widened
 from loopscope.interp.dictionaries.dictionary import KINDS, Dictionary, Kind
-from loopscope.interp.dictionaries.reading import Reading, loop_states
+from loopscope.interp.dictionaries.reading import Reading, checked_states, loop_states
 from loopscope.interp.dictionaries.stored import Pair, StoredStates, refuse_choice
 from loopscope.interp.dictionaries.trainer import DictionaryTraining, Trainer
 from loopscope.interp.store.reading import ActivationStore
+from loopscope.models.basis.draws import seeded
 from loopscope.models.core.base import LoopedModel
 
 Batches = Float[Tensor, "read loop d_in"] | Iterable[Tensor]
@@ -124,9 +123,9 @@ def _fitted(
             vectors = (_by_coder(part, kind) for part in (x, y, even.expand_as(y)))
             for trainer, *own in zip(trainers, *vectors, strict=True):
                 trainer.step(*own)
-    losses = torch.stack([torch.stack(trainer.losses) for trainer in trainers])
-    shares = losses / reading.n_loops if kind == "crosscoder" else losses
-    return Dictionary(kind, tuple(trainer.coder() for trainer in trainers), reading, shares)
+        losses = torch.stack([torch.stack(trainer.losses) for trainer in trainers])
+        shares = losses / reading.n_loops if kind == "crosscoder" else losses
+        return Dictionary(kind, tuple(trainer.coder() for trainer in trainers), reading, shares)
 
 
 def _check_kind(kind: Kind, written: bool) -> None:
@@ -141,20 +140,14 @@ def _check_kind(kind: Kind, written: bool) -> None:
 
 
 def _checked(pair: tuple[Tensor, Tensor], n_loops: int) -> Pair:
-    """A batch of what is read and of what is written, in float32 or wider."""
-    for states in pair:
-        if states.ndim != 3 or states.shape[1] != n_loops:
-            raise ValueError(
-                f"batches of states must be [read, {n_loops} iterations, width], got the shape"
-                f" {list(states.shape)}"
-            )
-        refuse_nonfinite("the states to train a dictionary on", states)
+    """A batch of what is read and of what is written, as `checked_states`."""
+    x, y = (checked_states(states, n_loops) for states in pair)
     if len(pair[0]) != len(pair[1]):
         raise ValueError(
             "a batch of targets must have as many reads as its batch of states, got"
             f" {len(pair[1])} and {len(pair[0])}"
         )
-    return widened(pair[0]), widened(pair[1])
+    return x, y
 
 
 def _evenly(states: Float[Tensor, "read loop d"]) -> Float[Tensor, "1 loop 1"]:
@@ -194,9 +187,9 @@ def _pairs(
             f" {len(states)} reads of the states"
         )
     yield states, written
-    generator = torch.Generator().manual_seed(training.seed)
+    generator, size = seeded(training.seed), (training.batch_size,)
     while True:
-        drawn = torch.randint(len(states), (training.batch_size,), generator=generator)
+        drawn = torch.randint(len(states), size, generator=generator, device="cpu")
         yield states[drawn.to(states.device)], written[drawn.to(written.device)]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -73,11 +73,16 @@ class Varying:
     def draw(
         self, values: Mapping[str, Tensor], k: int, generator: torch.Generator
     ) -> Float[Tensor, "batch k n"]:
-        """Normal numbers where the state varies, the same for every example; zeros elsewhere."""
+        """Normal numbers where the state varies, the same for every example; zeros elsewhere.
+
+        They are drawn column by column, so that those of a column do not depend on how many
+        columns of padding the batch has.
+        """
         like = next(iter(values.values()))
         pos = self.free.shape[1]
         width = self.size(values) // pos
-        drawn = torch.randn(pos, k, width, generator=generator, dtype=torch.float64)
+        how: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        drawn = torch.stack([torch.randn(k, width, **how) for _ in range(pos)])
         kind = torch.float64 if like.dtype == torch.float64 else torch.float32
         return (drawn.movedim(0, 1).to(like.device, kind) * self.free[:, None, :, None]).flatten(2)
 

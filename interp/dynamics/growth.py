@@ -36,6 +36,7 @@ from loopscope.interp.dynamics.starts import changed_start
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
+from loopscope.models.basis.draws import seeded
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -274,7 +275,7 @@ def perturbation_growth(
     stops = [iteration_start(model, start, n_loops), *model.iteration_ends(n_loops)[start:]]
     found = []
     for part, free in zip(in_chunks(batch, rows, "growth"), whole.split(rows), strict=True):
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         state = model.advance(begin_batch(model, part, n_loops), stops[0])
         values = free.values(model, state)
         changes = free.matched(values, free.draw(values, n_directions, generator), scale)

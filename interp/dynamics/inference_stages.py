@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.interp.common.collecting import keeping
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import (
     Inputs,
     ReadoutColumn,
@@ -87,7 +88,8 @@ def inference_stages(
         batch_size: Rows run at a time.
 
     Raises:
-        ValueError: No block of the loop has attention patterns, or an input has a single token.
+        ValueError: No block of the loop has attention patterns, an input has a single token, or
+            states are not finite.
 
     Source:
         Stages of inference that repeat in each cycle: arXiv 2604.11791.
@@ -122,7 +124,10 @@ def _summed(value: Tensor, name: str, lengths: Sequence[int], causal: bool) -> T
     rows = zip(value.double(), lengths, strict=True)
     if name.endswith(_PATTERN):
         return torch.stack([_of_pattern(x[:, :n, :n], causal) for x, n in rows]).sum(0)
-    return torch.stack([_of_states(x[:n]) for x, n in rows]).sum(0)
+    real = [x[:n] for x, n in rows]
+    for states in real:
+        refuse_nonfinite(f"the states at {name}", states)
+    return torch.stack([_of_states(states) for states in real]).sum(0)
 
 
 def _of_states(states: Float[Tensor, "pos d"]) -> Float[Tensor, ""]:

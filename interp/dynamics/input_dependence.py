@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, begin_batch
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Pair
@@ -101,8 +102,8 @@ def input_dependence(
         after: Iterations that are run before the exchange, at least 1.
 
     Raises:
-        ValueError: Inputs that do not match, an exchange that no iteration follows, or states of
-            both inputs that are equal at the exchange.
+        ValueError: Inputs that do not match, an exchange that no iteration follows, states that
+            are not finite, or states of both inputs that are equal at the exchange.
 
     Source:
         Reachability and input dependence of fixed points: arXiv 2604.15259.
@@ -127,6 +128,7 @@ def input_dependence(
             for a, b, m in points
         ]
     )
+    refuse_nonfinite("the distances between the states", distances)
     unit = distances[0, 2]
     if not bool((unit > 0).all()):
         raise ValueError(

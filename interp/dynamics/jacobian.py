@@ -35,6 +35,7 @@ from loopscope.interp.dynamics.changes import (
     varying,
 )
 from loopscope.interp.dynamics.states import iteration_start
+from loopscope.models.basis.draws import seeded
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 
@@ -141,7 +142,7 @@ def jacobian_spectrum(
                 begin_batch(model, rows, n_loops), iteration_start(model, loop, n_loops)
             )
         values = free.values(model, state)
-        start = free.draw(values, 1, torch.Generator().manual_seed(0))[:, 0]
+        start = free.draw(values, 1, seeded(0))[:, 0]
         times = partial(_times, model, free, state, model.iteration_ends(n_loops)[loop])
         most = min(_MOST if krylov is None else krylov, start.shape[1])
         found.append(_ritz(_arnoldi(times, start, most, grows=krylov is None)))

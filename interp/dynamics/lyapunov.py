@@ -28,6 +28,7 @@ from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dynamics.changes import Space, checked_space, checked_start, varying
 from loopscope.interp.dynamics.followed import Followed
+from loopscope.models.basis.draws import seeded
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -165,7 +166,7 @@ def lyapunov_spectrum(
     for rows, free in zip(
         in_chunks(batch, batch_size, "lyapunov"), whole.split(batch_size), strict=True
     ):
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         followed = Followed(model, free, checked_space(space), n_loops)
         found = list(followed.run(begin_batch(model, rows, n_loops), start, k, generator))
         triangles.append(torch.stack([triangle for triangle, _ in found]))

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from loopscope.interp.common.ranking import top_token
 from loopscope.interp.dynamics.changes import Space, Varying, added, checked_start
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import norm_of
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State
@@ -65,7 +65,7 @@ def starts(
             drawn = replace(batch, options={**options, "seed": each})
             yield model.advance(begin_batch(model, drawn, n_loops), stop)
             continue
-        generator = torch.Generator().manual_seed(each)
+        generator = seeded(each)
         change = free.draw(values, 1, generator)
         change = free.matched(values, change, _SCALE if scale is None else scale)
         yield free.beside(first, values, change, added)

@@ -13,8 +13,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from loopscope.interp.common.collecting import recorded
+from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.inputs import Inputs, in_chunks, reference_batch
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -83,7 +85,7 @@ def other_rows(count: int, seed: int) -> Int[Tensor, " row"]:
     """
     if count < 2:
         raise ValueError(f"a reference to resample from needs at least two rows, got {count}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=seeded(seed), device="cpu")
     return torch.empty_like(order).scatter(0, order, order.roll(-1))
 
 
@@ -91,8 +93,7 @@ def _means(model: LoopedModel, batch: Batch, names: list[str], n_loops: int) -> 
     totals: dict[str, Tensor] = {}
     count = 0
     for part in _pieces(model, batch):
-        kept = part.mask.bool()
-        kept[torch.arange(len(part), device=kept.device), part.readout] = True
+        kept = used_columns(part)
         count += int(kept.sum())
         for name, value in recorded(model, part, names, n_loops).items():
             totals[name] = totals.get(name, 0.0) + widened(value[kept]).sum(0)

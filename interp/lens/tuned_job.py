@@ -25,6 +25,7 @@ from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.run import run_items
 from loopscope.interp.shards.share import Shard, checked_shard
 from loopscope.interp.shards.work import Results, settings_of
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -95,8 +96,10 @@ class TunedJob:
         pieces = [every[item] for item in items]
         visits = sorted(visit for piece in pieces for visit in piece)
         resids, finals = material(self.model, self.batch, how.positions, self.start.n_loops, visits)
-        generator = torch.Generator().manual_seed(how.seed)
-        order = (torch.randperm(len(finals), generator=generator) for _ in range(how.steps))
+        generator = seeded(how.seed)
+        order = (
+            torch.randperm(len(finals), generator=generator, device="cpu") for _ in range(how.steps)
+        )
         drawn = torch.stack([reads[: how.batch_size].clone() for reads in order]).to(finals.device)
         bar = tqdm(
             total=how.steps * len(pieces),

@@ -13,10 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.cells import Cell, columns_of
+from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.pairs import Direction
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.patching.grouped import GroupedEffects, Labels, grouped
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -255,19 +257,17 @@ def present(model: LoopedModel, batch: Batch, cells: Sequence[Cell]) -> Bool[Ten
     """Whether each example has a cell's place: one of its columns holds a token or is read, and in
     a causal model does not come after the readout.
     """
-    column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    read = batch.readout[:, None]
-    has = batch.mask.bool() | (column == read)
+    has = used_columns(batch)
     if model.causal:
-        has &= column <= read
+        has &= torch.arange(has.shape[1], device=has.device) <= batch.readout[:, None]
     patched = columns_of(cells, batch.tokens.shape[1]).to(has.device)
     return (patched.float() @ has.float().T) > 0
 
 
 def _drawn(count: int, resamples: int, seed: int) -> Int[Tensor, "resample example"]:
     """How often each example is drawn in each resample."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(count, (resamples, count), generator=generator)
+    generator = seeded(seed)
+    draws = torch.randint(count, (resamples, count), generator=generator, device="cpu")
     return torch.stack([draw.bincount(minlength=count) for draw in draws])
 
 

@@ -16,7 +16,7 @@ from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import Place
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.probes.ridge import Linear, RidgeSums, check_strength
-from loopscope.interp.probes.states import ReadStates, split_rows
+from loopscope.interp.probes.states import HeldOut, ReadStates, split_rows
 from loopscope.models.basis.names import NamesFilter
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -103,7 +103,7 @@ def difference_probe(
     n_loops: int | None = None,
     *,
     strength: float = 1.0,
-    held_out: float | Bool[Tensor, " batch"] = 0.25,
+    held_out: HeldOut = 0.25,
     readout: ReadoutColumn = None,
     batch_size: int = 512,
     seed: int = 0,

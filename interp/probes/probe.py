@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 from loopscope.interp.common.fingerprint import described
@@ -16,9 +16,10 @@ from loopscope.interp.probes.fits import Kind, ProbeFit
 from loopscope.interp.probes.kept import StatesJob
 from loopscope.interp.probes.record import Probe
 from loopscope.interp.probes.ridge import check_strength
-from loopscope.interp.probes.states import ReadStates, split_rows
+from loopscope.interp.probes.states import HeldOut, ReadStates, split_rows
 from loopscope.interp.probes.tasks import Task, types_of
 from loopscope.interp.shards.share import Shard
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.names import NamesFilter
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -40,7 +41,7 @@ def probe(
     permutations: int = 0,
     bits: bool = False,
     strength: float = 1.0,
-    held_out: float | Bool[Tensor, " batch"] = 0.25,
+    held_out: HeldOut = 0.25,
     readout: ReadoutColumn = None,
     batch_size: int = 512,
     seed: int = 0,
@@ -99,13 +100,13 @@ def probe(
     states = ReadStates.of(model, batch, places, positions, n_loops, batch_size)
     task = Task.of(states, targets)
     _check_kind(kind, task, bits)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     train, test = split_rows(len(batch), held_out, seed)
     tasks = [task]
     if control:
         tasks.append(task.control(types_of(states, types), generator))
     tasks += [task.shuffled(states, generator) for _ in range(permutations)]
-    fit = ProbeFit(states.places, tuple(tasks), control, kind, bits, strength)
+    fit = ProbeFit(states.places, tuple(tasks), control, kind, bits, float(strength))
     settings = {
         "control": control,
         "permutations": permutations,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -17,11 +17,13 @@ from loopscope.interp.common.inputs import checked_batch_size
 from loopscope.interp.common.modes import ungraphed
 from loopscope.interp.common.places import Picked, Place, places_of
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.names import NamesFilter
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 
+HeldOut = float | Sequence[bool] | Bool[Tensor, " batch"]
 States = dict[str, Float[Tensor, "read _d"]]
 
 
@@ -149,7 +151,7 @@ class ReadStates:
 
 
 def split_rows(
-    count: int, held_out: float | Bool[Tensor, " batch"], seed: int
+    count: int, held_out: HeldOut, seed: int
 ) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
     """The rows that probes are fitted on, in a random order, and those that are held out.
 
@@ -159,16 +161,17 @@ def split_rows(
     Raises:
         ValueError: No row on one of the sides, or not one entry per row.
     """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    if isinstance(held_out, Tensor):
-        if held_out.shape != (count,) or held_out.dtype != torch.bool:
-            raise ValueError(
-                f"held_out must be a share or one bool per row: there are {count} rows, got"
-                f" {held_out.dtype} of the shape {list(held_out.shape)}"
-            )
-        apart = held_out.cpu()[order]
+    order = torch.randperm(count, generator=seeded(seed), device="cpu")
+    given = torch.as_tensor(held_out).cpu()
+    if given.ndim == 0:
+        apart = torch.arange(count) < round(cast(float, held_out) * count)
+    elif given.shape == (count,) and given.dtype == torch.bool:
+        apart = given[order]
     else:
-        apart = torch.arange(count) < round(held_out * count)
+        raise ValueError(
+            f"held_out must be a share or one bool per row: there are {count} rows, got"
+            f" {given.dtype} of the shape {list(given.shape)}"
+        )
     train, test = order[~apart], order[apart]
     if not len(train) or not len(test):
         raise ValueError(

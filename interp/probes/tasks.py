@@ -88,7 +88,7 @@ class Task:
     def shuffled(self, states: ReadStates, generator: torch.Generator) -> Task:
         """The task with the rows' values in a random order, which no state can know."""
         by_row = self.values.view(len(states.columns), -1)
-        order = torch.randperm(len(by_row), generator=generator)
+        order = torch.randperm(len(by_row), generator=generator, device="cpu")
         return replace(self, values=by_row[order].flatten())
 
     def control(self, types: Shaped[Tensor, " read"], generator: torch.Generator) -> Task:
@@ -106,7 +106,10 @@ class Task:
                 " types= (which entity, word or question each row is about), or control=False"
             )
         while True:
-            drawn = self.values[torch.randint(len(self.values), (len(kinds),), generator=generator)]
+            turns = torch.randint(
+                len(self.values), (len(kinds),), generator=generator, device="cpu"
+            )
+            drawn = self.values[turns]
             if bool((drawn != drawn[0]).any()) or bool((self.values == drawn[0]).all()):
                 return replace(self, values=drawn[index])
 

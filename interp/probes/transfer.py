@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
@@ -19,7 +19,7 @@ from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.probes.fits import tasks_of, tensors_of
 from loopscope.interp.probes.kept import StatesJob
 from loopscope.interp.probes.ridge import check_strength, ridge_maps
-from loopscope.interp.probes.states import ReadStates, Side, split_rows
+from loopscope.interp.probes.states import HeldOut, ReadStates, Side, split_rows
 from loopscope.interp.probes.tasks import Task
 from loopscope.interp.shards.share import Shard
 from loopscope.interp.shards.work import Results
@@ -152,7 +152,7 @@ def transfer_matrix(
     site: str | None = None,
     positions: Picked | int | None = None,
     strength: float = 1.0,
-    held_out: float | Bool[Tensor, " batch"] = 0.25,
+    held_out: HeldOut = 0.25,
     readout: ReadoutColumn = None,
     batch_size: int = 512,
     seed: int = 0,
@@ -181,6 +181,6 @@ def transfer_matrix(
     states = ReadStates.of(model, batch, names, positions, n_loops, batch_size)
     task = Task.of(states, targets)
     train, test = split_rows(len(batch), held_out, seed)
-    fit = TransferFit(blocks, n_loops, task, strength)
+    fit = TransferFit(blocks, n_loops, task, float(strength))
     job = StatesJob("transfer_matrix", states, train, test, save_to, shard)
     return job.record(fit, {"seed": seed})

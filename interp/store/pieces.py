@@ -56,7 +56,7 @@ def checked_positions(source: Source, positions: Picked | int | None, batch_size
         real = batch.mask.bool().any(0).nonzero().flatten().tolist()
         absent, longest = absent.difference(real), max([longest, *real])
         if not absent:
-            return columns
+            return sorted(columns)
     raise ValueError(
         f"positions must be in 0..{longest}, the columns of the longest example, got {min(absent)}"
     )

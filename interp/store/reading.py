@@ -23,6 +23,7 @@ from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.work import opened, read_tensors
 from loopscope.interp.store.files import ACTIVATIONS, file_of
 from loopscope.interp.store.groups import Group
+from loopscope.models.basis.draws import seeded
 from loopscope.models.core.base import LoopedModel
 
 TOKENS = "tokens"
@@ -125,8 +126,11 @@ class ActivationStore:
         return found
 
     def group(self, site: str | None = None) -> Group:
-        """The group of a site by its label; None where there is only one."""
+        """The group of a site by its label, or by the end of one ("z" for "attn.z") where no other
+        ends so; None where there is only one.
+        """
         found = [group for group in self.groups if site in (None, group.label)]
+        found = found or [group for group in self.groups if group.label.endswith(f".{site}")]
         if len(found) != 1:
             raise KeyError(f"this store has the sites {', '.join(self.sites)}; got {site!r}")
         return found[0]
@@ -219,10 +223,10 @@ class ActivationStore:
         size, group = checked_batch_size(size, "size"), self.group(site)
         self._refuse_empty()
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
-        draw = None if seed is None else torch.Generator().manual_seed(seed)
+        draw = None if seed is None else seeded(seed)
         order = torch.arange(len(self.items))
         if draw is not None:
-            order = torch.randperm(len(self.items), generator=draw)
+            order = torch.randperm(len(self.items), generator=draw, device="cpu")
         per_read = self.dtype.itemsize * len(chosen[0]) * len(chosen[1]) * math.prod(group.shape)
         wanted = size if draw is None else max(size, buffer // per_read)
         held: list[StoredReads] = []
@@ -234,7 +238,7 @@ class ActivationStore:
             found = StoredReads.joined(held)
             reads = torch.arange(len(found))
             if draw is not None:
-                reads = torch.randperm(len(found), generator=draw)
+                reads = torch.randperm(len(found), generator=draw, device="cpu")
             whole = len(found) if last else len(found) // size * size
             yield from (found[reads[at : min(at + size, whole)]] for at in range(0, whole, size))
             held = [found[reads[whole:]]]
@@ -270,6 +274,8 @@ def _index(wanted: Picked | int | None, has: Sequence[int | None], what: str) ->
     if wanted is None or (isinstance(wanted, str) and wanted == "all"):
         return list(range(len(has)))
     chosen = whole_numbers(what, wanted)
+    if not chosen:
+        raise ValueError(f"{what} must be 'all' or name at least one of {list(has)}, got none")
     absent = [each for each in chosen if each not in has]
     if absent:
         raise ValueError(f"{what} of this site are {list(has)} in the store, got {absent[0]}")

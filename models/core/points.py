@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from loopscope.models.basis.names import NamesFilter, is_pattern, loop_of, resolve
@@ -49,7 +50,7 @@ class HookPoints:
         self.longest = 0
         self.watch = HookWatch()
         self._by_loop: list[tuple[int, HookPoint]] = []
-        self._by_pattern: list[tuple[int, object, list[LensHandle]]] = []
+        self._by_pattern: list[tuple[int, object, list[RemovableHandle]]] = []
         self._edited: tuple[int, dict[str, str]] | None = None
         self._foreign: set[str] = set()  # names of points that were asked for during an edit
 
@@ -244,8 +245,11 @@ class HookPoints:
         return [name for name in self.hooked() if name in aside]
 
     def belongs_to(self, n_loops: int, handles: list[LensHandle]) -> None:
-        """Note that hooks were chosen by a pattern for calls of `n_loops` iterations."""
-        self._by_pattern.append((n_loops, self._edited, handles))
+        """Note that hooks were chosen by a pattern for calls of `n_loops` iterations.
+
+        The functions are not kept: what they hold is free as soon as they are taken off.
+        """
+        self._by_pattern.append((n_loops, self._edited, [handle.hook for handle in handles]))
 
     def refuse_late(self, n_loops: int) -> None:
         """Raise if one of the hooks would silently never fire in a call of `n_loops` iterations.
@@ -296,9 +300,9 @@ def refuse_other_length(n_loops: int, edited: int) -> None:
         )
 
 
-def is_attached(handle: LensHandle) -> bool:
+def is_attached(handle: RemovableHandle) -> bool:
     """Whether a hook is still where it was attached."""
-    return handle.hook.id in (handle.hook.hooks_dict_ref() or ())
+    return handle.id in (handle.hooks_dict_ref() or ())
 
 
 def _names_of(slots: Sequence[Slot]) -> dict[str, str]:

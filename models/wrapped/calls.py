@@ -27,6 +27,9 @@ class _Stopped(Exception):  # no error: a run has come to where it was to stop
 class Calls:
     """The calls of the blocks in one run, each with its hooks.
 
+    A module may write into its own tensors (`x += ...`). So hooks are shown copies of them, and
+    what a hook or a state puts in is copied before the module goes on with it.
+
     A run always begins at the tokens. The calls before visit `start` are made again, with the hooks
     that are attached there; then `resid` takes the place of the last one's output (of the first
     block's input where `start` is 0).
@@ -108,8 +111,9 @@ class Calls:
         if self.stop == 0:
             self.resid = given
             raise _Stopped
-        x = self.resid if self.start == self.count == 0 and self.resid is not None else given
-        x = tap(self._taps(visit), BEFORE, x)
+        given_state = self.resid if self.start == self.count == 0 else None
+        x = given if given_state is None else given_state.clone()
+        x = _through(self._taps(visit), BEFORE, x)
         if x is given:
             return None
         return (args, {**kwargs, STREAM: x}) if named else ((x, *args[1:]), kwargs)
@@ -117,12 +121,12 @@ class Calls:
     def _after(self, block: nn.Module, args: Any, output: Any) -> Any:
         visit = self.schedule[self.count]
         given = first_tensor(output, self.paths[block])
-        y = tap(self._taps(visit), AFTER, given)
+        y = _through(self._taps(visit), AFTER, given)
         self.count += 1
         if self.count == self.start and self.resid is not None:
-            y = self.resid
+            y = self.resid.clone()
         if self.count == self.stop:
-            self.resid = y
+            self.resid = y.clone()
             if self.stop < len(self.schedule):
                 raise _Stopped
         return None if y is given else with_first(output, y)
@@ -130,7 +134,7 @@ class Calls:
     def _part(self, site: str) -> Callable[..., Any]:
         def show(part: nn.Module, args: Any, output: Any) -> Any:
             given = first_tensor(output, site)
-            value = tap(self._taps(self.schedule[self.count]), site, given)
+            value = _through(self._taps(self.schedule[self.count]), site, given)
             return None if value is given else with_first(output, value)
 
         return show
@@ -171,6 +175,17 @@ class Calls:
                 " respect to what is computed there are zero",
                 stacklevel=2,
             )
+
+
+def _through(taps: Taps, site: str, given: Tensor) -> Tensor:
+    """The tensor with which the module goes on: its own, or a copy of what hooks put in its
+    place.
+    """
+    if site not in taps:
+        return given
+    shown = given.clone()
+    passed = tap(taps, site, shown)
+    return given if passed is shown else passed.clone()
 
 
 def first_tensor(output: Any, name: str) -> Tensor:

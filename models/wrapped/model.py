@@ -148,8 +148,8 @@ class Wrapped(LoopedModel):
             parts[OPTION + name] = value
 
         def embedded(value: Tensor) -> Tensor:
-            parts[EMBEDDED] = tap(taps, "hook_embed", value)
-            return parts[EMBEDDED]
+            parts[EMBEDDED] = tap(taps, "hook_embed", value.clone())
+            return parts[EMBEDDED].clone()  # as the module may write into it
 
         mask = torch.ones_like(tokens) if padding is None else padding
         calls, _ = self._call(parts, mask, (0, None, 0), embedded, hooked=False)
@@ -180,7 +180,7 @@ class Wrapped(LoopedModel):
             self.refuse_late_hooks(state.n_loops)
         given = (state.visit, state.resid, stop)
         calls, output = self._call(
-            state.parts, state.mask, given, lambda value: state.parts[EMBEDDED], hooked
+            state.parts, state.mask, given, lambda value: state.parts[EMBEDDED].clone(), hooked
         )
         assert calls.resid is not None, "a run leaves a stream"
         parts = state.parts

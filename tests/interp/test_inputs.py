@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -230,6 +231,40 @@ def test_inputs_that_cannot_be_meant_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         as_batch(plain, inputs, readout)
+
+
+@pytest.mark.parametrize(
+    ("readout", "error", "message"),
+    [
+        ([6, -1, 4], ValueError, "the readout columns of a Batch count from 0, got -1"),
+        ([6, 7, 4], ValueError, "must be within the 7 positions of the input"),
+        ([6, 3], ValueError, r"one readout column per row: there are 3 rows, got the shape \[2\]"),
+        (6, ValueError, r"one readout column per row: there are 3 rows, got the shape \[\]"),
+        ([6.0, 3.0, 4.0], TypeError, "must be an integer"),
+    ],
+)
+def test_a_batch_is_read_at_a_column_of_each_row(
+    readout: object, error: type[Exception], message: str, plain: RecurrentDepth
+) -> None:
+    with pytest.raises(error, match=message):
+        as_batch(plain, replace(full(), readout=torch.as_tensor(readout)))
+
+
+@pytest.mark.parametrize("inputs", [(text for text in ("<t_1>",)), None, 5])
+def test_inputs_have_a_length(inputs: object, plain: RecurrentDepth) -> None:
+    with pytest.raises(TypeError, match=r"inputs must be a Batch, .*, got a \w+; make a list"):
+        as_batch(plain, inputs, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [None, "ltg_trained", torch.nn.Linear(3, 2)])
+def test_a_method_asks_for_a_looped_model(model: object) -> None:
+    with pytest.raises(TypeError, match=r"must be a looped model, got (NoneType|str|Linear); load"):
+        readout_lens(model, full())  # type: ignore[arg-type]
+
+
+def test_a_batch_has_a_row(plain: RecurrentDepth) -> None:
+    with pytest.raises(ValueError, match="at least one input is needed, got a Batch without rows"):
+        as_batch(plain, full()[:0])
 
 
 @pytest.mark.parametrize("size", [0, -2, 1.5])

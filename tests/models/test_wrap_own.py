@@ -317,3 +317,60 @@ def test_a_module_that_cuts_gradients_says_so(module: ByHand) -> None:
     model = wrapped(module, sites={"hook_attn_out": "attention"})
     with pytest.warns(UserWarning, match=r"switches gradients off at 'loops\.0\.blocks\.0'"):
         loopscope.gradients(model, pair()[0], metric, "**.hook_attn_out", readout=-1)
+
+
+class Writing(nn.Module):
+    """A block that adds to its stream in place, and whose activation writes into what it reads."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(15, 22), nn.Linear(22, 15)
+        self.activation, self.in_place = nn.ReLU(inplace=in_place), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = self.down(self.activation(self.up(x))).cumsum(1)
+        return x.add_(added) if self.in_place else x + added
+
+
+class AllWriting(nn.Module):
+    """A looped model in which positions are added in place too."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(WORDS, 15), nn.Parameter(torch.zeros(5, 15))
+        self.layers = nn.ModuleList(Writing(in_place) for _ in range(LAYERS))
+        self.head, self.in_place = nn.Linear(15, WORDS), in_place
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens)
+        x = x.add_(self.places) if self.in_place else x + self.places
+        for layer in [*self.layers] * LOOPS:
+            x = layer(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@torch.no_grad()
+def test_a_module_that_writes_into_its_tensors_is_one_that_does_not() -> None:
+    modules = [randomize_(AllWriting(flag)).double().eval() for flag in (True, False)]
+    tokens, other = pair()
+    models = [
+        loopscope.wrap(each, "layers", n_loops=LOOPS, head="head", sites={"hook_up": "up"})
+        for each in modules
+    ]
+    close(models[0](tokens), modules[0](tokens))
+    caches = [model.run_with_cache(tokens, names_filter="**")[1] for model in models]
+    assert set(caches[0]) == set(caches[1])
+    for name, value in caches[0].items():
+        close(value, caches[1][name])
+    name = "loops.1.blocks.0.hook_resid_pre"
+    source = models[1].run_with_cache(other, names_filter=name)[1][name]
+    held, ends = source.clone(), []
+    for model in models:
+        with model.hooks([(name, lambda value, hook: source)], n_loops=LOOPS):
+            ends.append(model(tokens))
+    close(*ends)
+    assert torch.equal(source, held)
+    state = models[0].advance(models[0].begin(tokens), "loops.1.blocks.1")
+    again = [models[0].advance(state).resid for _ in range(2)]
+    assert torch.equal(*again)

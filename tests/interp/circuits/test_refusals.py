@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +18,10 @@ from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import circuit_scores
 from loopscope.interp.circuits.search import compare_scores, exact_scores
 from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
+from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.drawing.circuit_page import circuit_page
-from toy import assert_close, full, projection, toy
+from loopscope.models.basis.tokens import Batch
+from toy import assert_close, full, projection, random_tokens, toy
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,14 @@ def test_runs_in_few_digits_are_measured(dtype: torch.dtype) -> None:
     assert_close(said.faithfulness, torch.ones_like(said.faithfulness))
 
 
+def test_streams_that_an_iteration_adds_to_are_measured_under_autocast() -> None:
+    model, both = toy("learned", injection=True).float(), [full(1), full(2)]
+    found = circuit_scores(model, *both, difference, SHORT, method="eap", heads=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        said = evaluate_circuit(model, *both, found, difference)
+    assert_close(said.faithfulness, torch.ones_like(said.faithfulness))
+
+
 def test_inputs_that_do_not_differ_have_no_share(scores: Circuit) -> None:
     with pytest.raises(ValueError, match="faithfulness is a share of the metric's difference"):
         evaluate_circuit(toy("learned"), full(1), full(1), scores, projection())
@@ -51,6 +62,26 @@ def test_a_circuit_by_mean_or_zero_is_as_faithful_as_was_wanted(how: str, scores
     said = evaluate_circuit(*given, found, projection(), replace=how)  # type: ignore[arg-type]
     assert float(said.faithfulness[0]) >= 0.8
     assert len(found) == int(found.call.selection.split(",")[0].split()[1])
+
+
+@torch.no_grad()
+def test_the_mean_at_a_column_of_padding_is_that_of_the_rows_read_there(scores: Circuit) -> None:
+    model, mask = toy("learned"), (torch.arange(7) < 4).long().expand(3, 7)
+    same, other = (
+        Batch(tokens * mask, mask, torch.full((3,), 4))
+        for tokens in (random_tokens(1)[:1].repeat(3, 1), random_tokens(2))
+    )
+    said = evaluate_circuit(model, other, same, scores, projection(), replace="mean")
+    end = model.advance(begin_batch(model, same, SHORT))
+    assert_close(said.replaced, projection()(model.readout(end, same.readout)))
+
+
+def test_a_record_of_numpys_numbers_can_be_saved(scores: Circuit, tmp_path: Path) -> None:
+    settings = {"steps": np.int64(5), "threshold": np.float32(0.5), "direction": "noise"}
+    call = replace(scores.call, settings=settings, checkpoint=tmp_path)
+    record = replace(scores, call=call)
+    record.save(tmp_path / "circuit.json")
+    assert Circuit.load(tmp_path / "circuit.json") == record
 
 
 def test_a_word_is_no_metric(scores: Circuit) -> None:

@@ -67,6 +67,17 @@ def test_a_metric_gives_one_number_per_row(method: str, wrong: str, plain: Recur
     assert not plain.any_hook()
 
 
+@pytest.mark.shapes
+@pytest.mark.parametrize("method", ["attribution_patch", "steps", "edge_attribution", "gradients"])
+def test_a_metric_without_a_gradient_is_refused(method: str, plain: RecurrentDepth) -> None:
+    def is_right(logits: Tensor) -> Tensor:
+        return (logits.argmax(-1) == 3).float()
+
+    with pytest.raises(ValueError, match="the metric 'is_right' has no gradient, as it does not"):
+        METHODS[method](plain, padded(1), padded(2), is_right, 1)
+    assert not plain.any_hook()
+
+
 def test_an_int_is_the_answer_of_every_row() -> None:
     logits = torch.randn(3, D_VOCAB, generator=torch.Generator().manual_seed(0))
     each = torch.tensor([4, 4, 4])

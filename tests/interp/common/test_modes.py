@@ -4,6 +4,7 @@ are.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from loopscope.interp.common.modes import evaluating
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.edit.injection import swap_input
 from loopscope.interp.edit.steering import steering_vector
+from loopscope.interp.lens.lens import logit_lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.path_ends import Receiver, Sender
 from loopscope.interp.patching.paths import path_patch, path_patch_sweep
@@ -130,3 +132,29 @@ def test_the_injected_input_of_another_question_is_taken_in_evaluation_mode() ->
     with swap_input(model, padded(2), n_loops=2):
         assert set(seen) == {False}
     assert model.blocks[0].training
+
+
+def test_methods_of_one_model_take_turns_in_threads(plain: LoopedModel) -> None:
+    """The first thread waits in the middle of its run; the second one must not run meanwhile."""
+    entered, go, found = threading.Event(), threading.Event(), {}
+
+    def lens(number: int) -> None:
+        found[number] = logit_lens(plain, padded(number), 2).prob(ANSWERS)
+
+    def wait(value: Tensor, hook: object) -> None:
+        if threading.current_thread() is threads[0] and not entered.is_set():
+            entered.set()
+            go.wait(60)
+
+    threads = [threading.Thread(target=lens, args=(number,)) for number in range(2)]
+    with plain.hooks([("loops.1.blocks.0.hook_resid_pre", wait)], n_loops=2):
+        threads[0].start()
+        assert entered.wait(60)
+        threads[1].start()
+        threads[1].join(0.2)
+        go.set()
+        for thread in threads:
+            thread.join(60)
+    for number, answers in found.items():
+        assert torch.equal(answers, logit_lens(plain, padded(number), 2).prob(ANSWERS))
+    assert set(found) == {0, 1}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from family_toys import LOOPS, TOYS
 from loopscope.interp.attribution.patching import attribution_patch
+from loopscope.interp.common.columns import shown_columns
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.common.places import (
     Place,
@@ -33,7 +34,7 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.registry import build
 from loopscope.models.families.hrm_text import HrmTextConfig
-from toy import LENGTHS, POS, randomize_
+from toy import LENGTHS, POS, padded, randomize_
 
 D_MODEL, D_VOCAB = 12, 19
 ONE = "loops.1.low.1.blocks.0"
@@ -140,9 +141,19 @@ def test_indices_are_integers_each_once() -> None:
     assert in_range("heads", torch.tensor([2, 0, 2]), 3) == [2, 0]
     assert in_range("heads", 1, 3) == [1]
     assert in_range("heads", "all", 3) == in_range("heads", None, 3) == [0, 1, 2]
-    for wrong in ("first", [1.5], 0.5, [[1]]):
+    masks = ([True, False], torch.tensor([True, False]), torch.tensor([True, False]).numpy(), True)
+    for wrong in ("first", [1.5], 0.5, [[1]], *masks):
         with pytest.raises(TypeError, match="heads must be 'all', an integer or several, got"):
             in_range("heads", wrong, 3)
+
+
+@pytest.mark.shapes
+def test_columns_are_at_least_one_and_of_any_integers() -> None:
+    expected = shown_columns(padded(), [1, 3])[0]
+    for given in (torch.tensor([1, 3]), torch.tensor([1, 3]).numpy(), range(1, 4, 2)):
+        assert torch.equal(shown_columns(padded(), given)[0], expected)
+    with pytest.raises(ValueError, match="positions must name at least one column, got none"):
+        shown_columns(padded(), [])
 
 
 def test_each_visit_has_cells_of_its_own(nested: LoopedModel) -> None:

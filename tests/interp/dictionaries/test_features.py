@@ -125,6 +125,8 @@ def test_a_label_that_does_not_occur_has_no_f1() -> None:
         feature_labels(IDENTITY, x, labels[:, :1], x, labels)
     with pytest.raises(ValueError, match="not all -1"):
         feature_labels(IDENTITY, x, labels, x, torch.full((4, 2), -1))
+    with pytest.raises(ValueError, match="the states to find features in hold nan"):
+        feature_labels(IDENTITY, x, labels, x * torch.nan, labels)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,7 +56,7 @@ def test_what_sae_lens_wrote_opens_here(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", [5, None])
+@pytest.mark.parametrize("k", [np.int64(5), None])
 def test_a_saved_dictionary_is_read_back(kind: Kind, k: int | None, tmp_path: Path) -> None:
     own = dictionary(kind, k)
     if kind == "transcoder" and k is not None:

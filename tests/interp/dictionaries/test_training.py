@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dictionary_toys import MLP_IN, MLP_OUT, model, states
+from loopscope.interp.dictionaries.controls import pca_dictionary, random_dictionary
 from loopscope.interp.dictionaries.dictionary import KINDS, Dictionary, Kind
 from loopscope.interp.dictionaries.reading import Reading
 from loopscope.interp.dictionaries.trainer import DictionaryTraining, jump_relu
@@ -149,3 +150,34 @@ def test_what_cannot_be_trained_is_refused() -> None:
         DictionaryTraining(steps=0)
     with pytest.raises((ValueError, TypeError), match="per_iteration"):
         fit_dictionary(torch.ones(5, 3, 2), READING, "one", few)  # type: ignore[arg-type]
+
+
+def test_states_may_come_with_their_graph() -> None:
+    own, training = states(), DictionaryTraining(**FEW)
+    reading = Reading("blocks.1.hook_resid_post", "blocks.1.hook_resid_post", LOOPS)
+    wanted = own.clone().requires_grad_()
+    found = fit_dictionary(wanted * 1, reading, training=training)
+    assert torch.equal(found.losses, fit_dictionary(own, reading, training=training).losses)
+    assert wanted.grad is None
+    for control in (pca_dictionary(wanted, reading, 3), random_dictionary(wanted, reading, 9, 3)):
+        assert not control.coders[0].b_dec.requires_grad
+
+
+def test_a_dictionary_made_in_inference_mode_passes_gradients_on() -> None:
+    with torch.inference_mode():
+        own = train_dictionary(model(), padded(), LOOPS, training=DictionaryTraining(**FEW))
+    scale = torch.ones(1, requires_grad=True, dtype=torch.float64)
+    own.encode(states() * scale).sum().backward()
+    assert scale.grad is not None
+
+
+@pytest.mark.parametrize("make", [pca_dictionary, random_dictionary])
+def test_controls_are_of_states_of_the_reading(make: Any) -> None:
+    more = () if make is pca_dictionary else (9,)
+    for wrong, said in (
+        (torch.ones(5, ROUNDS - 1, WIDTH), "3 iterations, width"),
+        (torch.ones(5, WIDTH), "3 iterations, width"),
+        (torch.full((5, ROUNDS, WIDTH), torch.nan), "hold nan"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(wrong, READING, *more, 3)

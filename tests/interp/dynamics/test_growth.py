@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from loopscope.interp.dynamics.growth import (
 )
 from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
 from loopscope.models.families.recurrent_depth import RecurrentDepth
-from toy import BATCH, LOOPS, padded, toy
+from toy import BATCH, LOOPS, assert_close, padded, toy
 
 pytestmark = pytest.mark.shapes
 ANSWERS = torch.tensor([5, 3, 2])
@@ -104,3 +105,10 @@ def test_a_state_of_zeros_is_changed_one_iteration_later() -> None:
     assert found.growth.isfinite().all()
     with pytest.raises(ValueError, match=r"the state of example 0 is zeros, .* \(start=1\)"):
         perturbation_growth(model, batch, 3, start=0)
+
+
+def test_a_draw_does_not_depend_on_the_columns_of_padding(plain: RecurrentDepth) -> None:
+    wide, narrow = (padded(lengths=(5, 4), width=width) for width in (11, 5))
+    narrow = replace(narrow, tokens=wide.tokens[:, :5])
+    found = [finite_time_exponent(plain, batch, LOOPS).growth for batch in (wide, narrow)]
+    assert_close(*found)

@@ -124,3 +124,13 @@ def test_every_family_exchanges_all_that_an_iteration_hands_on(family: str) -> N
 def test_an_exchange_needs_iterations_around_it(after: int) -> None:
     with pytest.raises(ValueError, match="below the 4 iterations"):
         input_dependence(toy(), *pair(), 4, after=after)
+
+
+def test_states_that_are_not_finite_have_no_statistics() -> None:
+    model = toy(injection=True)
+    with torch.no_grad():
+        model.blocks[1].mlp.W_in.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"the states at loops.* hold nan"):
+        inference_stages(model, padded(), 2)
+    with pytest.raises(ValueError, match="the distances between the states hold nan"):
+        input_dependence(model, *pair(), 3)

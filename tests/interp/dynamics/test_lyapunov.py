@@ -109,9 +109,9 @@ def short() -> Batch:
 def test_exponents_are_those_of_the_exact_jacobian(found: LyapunovSpectrum) -> None:
     """The first directions are drawn again, and pushed by autograd's matrices."""
     model, batch = toy(), short()
-    drawn = torch.randn(
-        4, K, D_MODEL, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).movedim(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    columns = [torch.randn(K, D_MODEL, generator=generator, dtype=torch.float64) for _ in range(4)]
+    drawn = torch.stack(columns, 1)
     for row, length in enumerate((2, 3, 1)):
         directions = torch.linalg.qr(drawn[:, :length].flatten(1).T)[0]
         for loop in range(LOOPS):

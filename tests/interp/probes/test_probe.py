@@ -229,6 +229,9 @@ def test_rows_to_hold_out_can_be_named() -> None:
     held_out = torch.arange(ROWS) < 20
     record = found("ridge", classes(), held_out=held_out)
     assert (record.n_train, record.n_test) == (41, 20)
+    for given in (held_out.numpy(), held_out.tolist()):
+        again = split_rows(ROWS, given, 3)
+        assert all(map(torch.equal, again, split_rows(ROWS, held_out, 3)))
     train, test = split_rows(ROWS, held_out, 3)
     assert set(test.tolist()) == set(range(20))
     assert set(train.tolist()) == set(range(20, ROWS))

@@ -208,6 +208,25 @@ def test_a_picked_column_is_stored_for_the_examples_that_have_it(
     assert_close(last.read().values, store.read().values[3:4])
 
 
+def test_no_iteration_is_no_choice(store: ActivationStore) -> None:
+    for seed in (None, 0):
+        with pytest.raises(ValueError, match=r"loops must be 'all' or name at least one of \[0, 1"):
+            next(store.batches(5, loops=[], seed=seed))
+    with pytest.raises(ValueError, match=r"layers must be 'all' or name at least one of"):
+        store.read(layers=[])
+
+
+def test_a_site_is_called_as_it_was_and_columns_are_in_any_order(
+    model: RecurrentDepth, tmp_path: Path
+) -> None:
+    given: Any = {"sites": ["resid_post", "z"], "n_loops": LOOPS, "to": tmp_path}
+    store = collect(model, padded(), **given, positions=[2, 0])
+    assert torch.equal(store.read("z").values, store.read("attn.z").values)
+    assert collect(model, padded(), **given, positions=[0, 2]).position.tolist() == [0, 2] * BATCH
+    with pytest.raises(KeyError, match="this store has the sites"):
+        store.read("post")
+
+
 def test_exports_hold_the_same_numbers(store: ActivationStore, tmp_path: Path) -> None:
     from datasets import load_from_disk
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from loopscope.interp.edit.steering import steer
 from loopscope.models.families.recurrent_depth import RecurrentDepth
-from toy import Calls, hook_count, nothing, random_tokens
+from toy import D_MODEL, Calls, full, hook_count, nothing, random_tokens, run
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -69,3 +74,15 @@ def test_hooks_of_which_one_matches_nothing_are_not_attached(plain: RecurrentDep
         raise AssertionError("not entered")
     assert hook_count(plain) == 0
     assert plain.context_level == 0
+
+
+def test_a_context_that_was_left_holds_nothing(plain: RecurrentDepth) -> None:
+    vector = torch.ones(D_MODEL)
+    seen = weakref.ref(vector)
+    with steer(plain, vector, loops=1, layers=0):
+        pass
+    del vector
+    gc.collect()
+    assert seen() is None
+    copied = pickle.loads(pickle.dumps(plain))
+    assert torch.equal(run(copied, full()), run(plain, full()))
