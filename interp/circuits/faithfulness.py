@@ -266,11 +266,7 @@ def _with_least_loss(
     for circuit, whole in zip(circuits, found.faithfulness, strict=True):
         nodes = [node for node in circuit.nodes if end_of(node).visit]
         without = [
-            measured.runs.graph.mask(
-                edge
-                for edge in circuit.edges
-                if node not in (edge.writer, end_of(edge.reader).node)
-            )
+            measured.runs.graph.mask(circuit.edges[number] for number in circuit.away_from(node))
             for node in nodes
         ]
         left = found._share(measured.values(torch.stack(without))) if nodes else whole[None]
