@@ -21,6 +21,7 @@ from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import differentiated
+from loopscope.interp.common.places import in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dictionaries.attribution import FeatureAttribution, feature_attribution
@@ -121,6 +122,7 @@ def feature_graph(
     inputs: Inputs,
     metric: Metric,
     *,
+    row: int = 0,
     most: int = 64,
     readout: ReadoutColumn = None,
 ) -> FeatureGraph:
@@ -135,14 +137,15 @@ def feature_graph(
 
     Args:
         dictionary: Of this model; no crosscoder.
-        inputs: One example: a batch, a text, or tokens with `readout`.
+        inputs: A batch, texts, or tokens with `readout`.
         metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
             batch"].
+        row: The example of the inputs that is meant, from 0.
         most: Features to show, those with the largest effect on the metric along all paths; the
             others are counted in the nodes of kind "other".
 
     Raises:
-        KeyError, ValueError: As for `feature_attribution`; or a crosscoder, several examples, or
+        KeyError, ValueError: As for `feature_attribution`; or a crosscoder, a row out of range, or
             fewer than one feature.
 
     Source:
@@ -150,14 +153,14 @@ def feature_graph(
         times activation.
     """
     batch = as_batch(model, inputs, readout)
-    if dictionary.kind == "crosscoder" or len(batch) != 1 or most < 1:
+    (row,) = in_range("row", row, len(batch))
+    if dictionary.kind == "crosscoder" or most < 1:
         raise ValueError(
-            "a graph of features needs a dictionary with a code for each iteration, one example,"
-            f" and most of at least 1, got a {dictionary.kind} dictionary, {len(batch)} examples"
-            f" and most={most}"
+            "a graph of features needs a dictionary with a code for each iteration, and most of at"
+            f" least 1, got a {dictionary.kind} dictionary and most={most}"
         )
-    effects = _by_place(feature_attribution(model, dictionary, batch, metric), batch)
-    run = _LocalRun.of(model, dictionary, batch, metric, _largest(effects, most))
+    effects = _by_place(feature_attribution(model, dictionary, batch, metric), batch, row)
+    run = _LocalRun.of(model, dictionary, batch, metric, row, _largest(effects, most))
     nodes, links = run.graph()
     numbers = {node: number for number, node in enumerate(nodes)}
     return FeatureGraph(
@@ -174,12 +177,14 @@ def feature_graph(
     )
 
 
-def _by_place(effects: FeatureAttribution, batch: Batch) -> Float[Tensor, "loop pos feature"]:
+def _by_place(
+    effects: FeatureAttribution, batch: Batch, row: int
+) -> Float[Tensor, "loop pos feature"]:
     """The effects in one example by the position of the token; 0 for padding."""
-    values = effects.values[0].transpose(0, 1)
-    found = values.new_zeros(len(values), batch.tokens.shape[1], values.shape[2])
-    found[:, effects.columns[0]] = values
-    return found
+    values, real = effects.values[row].transpose(0, 1), batch.mask[row].bool()
+    found = values.new_zeros(len(values), len(real), values.shape[2])
+    found[:, effects.columns[row]] = values
+    return found * real[:, None]
 
 
 def _largest(
@@ -207,7 +212,8 @@ class _LocalRun:
     """One run as a function of the embedding and of what stands at the dictionary's hooks.
 
     Attributes:
-        batch: What ran.
+        position: Where the answer is read.
+        row: The example that is meant.
         sources: The embedding, and what stands at the hook of each iteration; each is held, with a
             gradient.
         codes: Float[Tensor, "pos feature"] of each iteration, as functions of the sources.
@@ -216,7 +222,8 @@ class _LocalRun:
     """
 
     dictionary: Dictionary
-    batch: Batch
+    position: int
+    row: int
     sources: tuple[Tensor, ...]
     codes: tuple[Tensor, ...]
     value: Float[Tensor, ""]
@@ -229,6 +236,7 @@ class _LocalRun:
         dictionary: Dictionary,
         batch: Batch,
         metric: Metric,
+        row: int,
         chosen: Bool[Tensor, "loop pos feature"],
     ) -> _LocalRun:
         """Run twice: once for what is held, once with it held."""
@@ -252,16 +260,17 @@ class _LocalRun:
         hooks = [(reading.names, keep), (names, hold), (divisors, detach)]
         with torch.enable_grad(), model.hooks(hooks, n_loops=n_loops):
             end = model.advance(begin_batch(model, batch, n_loops))
-            value = measure(metric, logits_read(model, end, batch.readout)).sum()
+            value = measure(metric, logits_read(model, end, batch.readout))[row]
             codes = tuple(
-                dictionary.coder(loop).encode(seen[name][0])
+                dictionary.coder(loop).encode(seen[name][row])
                 for loop, name in enumerate(reading.names)
             )
-        return cls(dictionary, batch, tuple(held.values()), codes, value, chosen)
+        position = int(batch.readout[row])
+        return cls(dictionary, position, row, tuple(held.values()), codes, value, chosen)
 
     def graph(self) -> tuple[list[FeatureNode], list[tuple[FeatureNode, FeatureNode, float]]]:
         """All nodes in the order of the run, and all links that are not zero."""
-        answer = FeatureNode("answer", None, int(self.batch.readout[0]))
+        answer = FeatureNode("answer", None, self.position)
         targets = [FeatureNode("feature", loop, at, n) for loop, at, n in self.chosen.nonzero()
                    .tolist()]  # fmt: skip
         links = [
@@ -291,9 +300,9 @@ class _LocalRun:
         if not goal.requires_grad:
             return
         found = torch.autograd.grad(goal, self.sources, retain_graph=True, allow_unused=True)
-        slopes = [None if slope is None else slope[0] for slope in found]
+        slopes = [None if slope is None else slope[self.row] for slope in found]
         if slopes[0] is not None:
-            yield from _at_tokens("embed", None, (slopes[0] * self.sources[0][0]).sum(-1))
+            yield from _at_tokens("embed", None, (slopes[0] * self.sources[0][self.row]).sum(-1))
         for loop, slope in enumerate(slopes[1:]):
             if slope is not None:
                 yield from self._from(loop, widened(slope))
@@ -315,7 +324,7 @@ class _LocalRun:
         """The code "pos feature", the bias "d_out" and the error "pos d_out" of one iteration."""
         code = self.codes[loop].detach()
         bias = self.dictionary.bias(loop).to(code)
-        held = self.sources[loop + 1].detach()[0].to(code)
+        held = self.sources[loop + 1].detach()[self.row].to(code)
         return code, bias, held - code @ self._directions[loop].to(code) - bias
 
     @cached_property
