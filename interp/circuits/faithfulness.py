@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
-from itertools import chain
 from typing import Any, Literal
 
 import pandas as pd
@@ -184,17 +183,15 @@ def evaluate_circuit(
     runs = masked_runs(model, pair, chosen, replace, seed, max_bytes)
     graph = runs.graph
     measured = Measured.of(runs, pair, metric)
-    kept = (graph.mask(circuit.edges) for circuit in chosen)
-    left = (graph.every & ~graph.mask(circuit.edges) for circuit in chosen)
-    values = measured.values(chain(kept, left), 2 * len(chosen))
+    values = measured.values(_both(graph, chosen), 2 * len(chosen))
     sizes = [_weights(graph, circuit) for circuit in chosen]
     found = Faithfulness(
         torch.tensor(list(map(len, chosen))),
         torch.tensor(sizes),
         len(graph.edges),
         _weights(graph, None),
-        values[: len(chosen)],
-        values[len(chosen) :],
+        values[::2],
+        values[1::2],
         measured.whole,
         measured.replaced,
         None,
@@ -203,6 +200,16 @@ def evaluate_circuit(
     )
     share_kept(found.values, found.whole, found.replaced)
     return _with_least_loss(found, measured, chosen) if minimality else found
+
+
+def _both(
+    graph: Graph, circuits: Sequence[Circuit]
+) -> Iterator[Bool[Tensor, "reader writer span"]]:
+    """The mask of each circuit, followed by that of all other edges."""
+    for circuit in circuits:
+        mask = graph.mask(circuit.edges)
+        yield mask
+        yield graph.every & ~mask
 
 
 def masked_runs(
