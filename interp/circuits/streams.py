@@ -78,12 +78,9 @@ class SummedStreams:
         return self._at(slice(-1, None))[:, 0]
 
     def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
-        found, first = self.stream, 0
-        for changes in self.changes:
-            end = first + changes.shape[2]
-            found = found + summed(self.masks[:, readers, first:end], changes, found.shape[-3:])
-            first = end
-        return found
+        sizes = [changes.shape[2] for changes in self.changes]
+        masks = self.masks[:, readers, : sum(sizes)].split(sizes, dim=2)
+        return self.stream + summed(masks, self.changes, self.stream.shape[-3:])
 
 
 class CarriedStreams:
@@ -130,7 +127,7 @@ class CarriedStreams:
         replaced = self.outputs[stage.writers]
         change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1)
         masks = self.masks[:, self.first :, stage.writers]
-        kept = summed(masks, by_span(change, masks.shape[-1]), change.shape[2:])
+        kept = summed([masks], [by_span(change, masks.shape[-1])], change.shape[2:])
         total = kept + replaced.sum(0) + stage.constant(replaced)
         self.added[stage.kind] = total.flatten(0, 2).to(self.resid)
         if stage.kind == "mlp":
@@ -199,18 +196,23 @@ def by_span(
 
 
 def summed(
-    masks: Float[Tensor, "circuit reader writer span"],
-    changes: Float[Tensor, "circuit span writer _rest"],
+    masks: Sequence[Float[Tensor, "circuit reader _writer span"]],
+    changes: Sequence[Float[Tensor, "circuit span _writer _rest"]],
     shape: Sequence[int],
 ) -> Float[Tensor, "circuit reader batch pos d_model"]:
     """The sum of the kept writers' changes for every reader, position by position.
 
     Args:
-        changes: By span.
+        masks, changes: Of some writers each, the changes by span.
         shape: Of one writer's change: batch, pos and d_model.
     """
-    found: Tensor = masks.permute(0, 3, 1, 2) @ changes
-    if masks.shape[-1] == 1:
+    pairs = [
+        (mask.permute(0, 3, 1, 2), change) for mask, change in zip(masks, changes, strict=True)
+    ]
+    found: Tensor = pairs[0][0] @ pairs[0][1]
+    for mask, change in pairs[1:]:
+        found = found + mask @ change
+    if found.shape[1] == 1:
         return found[:, 0].view(*found.shape[:1], -1, *shape)
     return found.view(*found.shape[:3], shape[0], -1).permute(0, 2, 3, 1, 4)
 
