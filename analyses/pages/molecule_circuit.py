@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -79,18 +80,31 @@ def bracket_rows(texts: Sequence[str]) -> list[PairRow]:
     The clean text ends before the closing bracket, which is the answer. In the corrupted one the
     opening bracket is a carbon, so that the text may end there.
     """
-    words, found = SmilesVocabulary(), []
+    found = []
     for text in texts:
         parts = [part for part in pieces(text) if part not in (BOS, EOS)]
-        depth = words.branch_depth(ids := torch.tensor(words.ids("".join(parts))).numpy())
-        whole = (depth == 0) & (words.open_rings(ids) == 0)
-        for end in [at for at, part in enumerate(parts) if part == CLOSE and whole[at]]:
-            start = max(at for at in range(end) if parts[at] == OPEN and depth[at] == 1)
+        for start, end in _branches(parts):
             if end - start >= FAR:
                 before = [BOS, *parts[:end]]
                 without = [BOS, *parts[:start], INSTEAD, *parts[start + 1 : end]]
                 found.append(PairRow("".join(before), "".join(without), CLOSE, EOS))
     return found
+
+
+def _branches(parts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The opening and the closing bracket of each branch that is closed where nothing else is open,
+    by their places among the tokens.
+    """
+    words = SmilesVocabulary()
+    ids = np.array(words.ids("".join(parts)))
+    depth = words.branch_depth(ids)
+    whole = (depth == 0) & (words.open_rings(ids) == 0)
+    start = 0
+    for at, part in enumerate(parts):
+        if part == OPEN and depth[at] == 1:
+            start = at
+        elif part == CLOSE and whole[at]:
+            yield start, at
 
 
 def strongest_head(circuit: Circuit) -> int:

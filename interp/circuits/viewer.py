@@ -101,17 +101,7 @@ def viewer_graph(
         The JSON schema of Neuronpedia's attribution graphs (apps/webapp/app/api/graph in
         hijohnnylin/neuronpedia), version 1.0.0.
     """
-    if not tokens:
-        raise ValueError("the viewer's graph needs the tokens of an input, got none")
-    if isinstance(circuit, FeatureGraph):
-        what, size = "graph", 1 + max(node.position for node in circuit.nodes)
-    else:
-        what, size = "circuit", circuit.positions.size if circuit.positions else 1
-    if len(tokens) < size:
-        raise ValueError(
-            f"the viewer's graph needs a token for each of the {what}'s {size} positions, got"
-            f" {len(tokens)}"
-        )
+    _check_tokens(circuit, tokens)
     graph = (
         _of_features(circuit, answer)
         if isinstance(circuit, FeatureGraph)
@@ -141,6 +131,21 @@ def viewer_graph(
     }
 
 
+def _check_tokens(circuit: Circuit | FeatureGraph, tokens: Sequence[str]) -> None:
+    """Refuse fewer tokens than there are positions."""
+    if not tokens:
+        raise ValueError("the viewer's graph needs the tokens of an input, got none")
+    if isinstance(circuit, FeatureGraph):
+        what, size = "graph", 1 + max(node.position for node in circuit.nodes)
+    else:
+        what, size = "circuit", circuit.positions.size if circuit.positions else 1
+    if len(tokens) < size:
+        raise ValueError(
+            f"the viewer's graph needs a token for each of the {what}'s {size} positions, got"
+            f" {len(tokens)}"
+        )
+
+
 def _of_circuit(circuit: Circuit, last: int, answer: str) -> _Graph:
     """The parts of a circuit's graph."""
     links, call = _links(circuit), circuit.call
@@ -168,10 +173,6 @@ def _of_features(graph: FeatureGraph, answer: str) -> _Graph:
     influence = _influence(
         {to.id: abs(e) for to, e in zip(sent, graph.effects, strict=True) if e is not None}
     )
-    groups: dict[str, list[str]] = {}
-    for node, to in zip(graph.nodes, sent, strict=True):
-        if graph.same_features and node.kind == "feature":
-            groups.setdefault(f"feature {node.feature}@{node.position}", []).append(to.id)
     about = {
         "scan": f"loopscope: {graph.hook}",
         "generation_settings": {"method": "gradient times activation", "metric": graph.metric},
@@ -181,8 +182,17 @@ def _of_features(graph: FeatureGraph, answer: str) -> _Graph:
         about,
         [to.fields(influence.get(to.id), a) for to, a in zip(sent, graph.activations, strict=True)],
         {(sent[link.source].id, sent[link.target].id): link.weight for link in graph.links},
-        [[name, *nodes] for name, nodes in groups.items() if len(nodes) > 1],
+        _same_features(graph, sent) if graph.same_features else [],
     )
+
+
+def _same_features(graph: FeatureGraph, sent: Sequence[_Sent]) -> list[list[str]]:
+    """The viewer's groups: a name, and one feature at one token in several iterations."""
+    groups: dict[str, list[str]] = {}
+    for node, to in zip(graph.nodes, sent, strict=True):
+        if node.kind == "feature":
+            groups.setdefault(f"feature {node.feature}@{node.position}", []).append(to.id)
+    return [[name, *nodes] for name, nodes in groups.items() if len(nodes) > 1]
 
 
 def _of_feature(graph: FeatureGraph, node: FeatureNode, answer: str) -> _Sent:

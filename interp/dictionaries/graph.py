@@ -49,7 +49,7 @@ class FeatureNode(NamedTuple):
 
 
 class FeatureLink(NamedTuple):
-    """What one node gives to another.
+    """An effect of one node on another.
 
     Attributes:
         source, target: The nodes' numbers.
@@ -293,7 +293,7 @@ class _LocalRun:
         return [*nodes, answer], links
 
     def given(self, target: FeatureNode) -> Iterator[tuple[FeatureNode, float]]:
-        """What each source gives to a target."""
+        """The weight of every source for a target."""
         goal = self.value
         if target.loop is not None:
             goal = self.codes[target.loop][target.position, target.feature]
@@ -310,7 +310,7 @@ class _LocalRun:
     def _from(
         self, loop: int, slope: Float[Tensor, "pos d_in"]
     ) -> Iterator[tuple[FeatureNode, float]]:
-        """What stands at the hook of one iteration, by what it is made of."""
+        """The weights of the parts of the vector at the hook of one iteration."""
         each, bias, error = self._parts(loop)
         along = slope.to(each)
         effects = each * (along @ self._directions[loop].T.to(along))
