@@ -45,6 +45,19 @@ class TextPairs:
             return logit_diff(self.answers.ids, self.wrong_ids)
         return logit_margin(self.answers.ids)
 
+    def first(self) -> TextPairs:
+        """The first pair alone."""
+        given = self.answers
+        return TextPairs(
+            self.clean[:1],
+            self.corrupted[:1],
+            self.clean_batch[:1],
+            self.corrupted_batch[:1],
+            AnswerTokens(given.words[:1], given.ids[:1], given.own),
+            self.wrong[:1],
+            self.wrong_ids[:1],
+        )
+
     @property
     def measured(self) -> str:
         """The metric in words."""

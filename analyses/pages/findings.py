@@ -17,7 +17,7 @@ from torch import Tensor
 from loopscope.analyses.common.configs import DEFAULT_CHECKPOINT, SourceConfig
 from loopscope.analyses.common.records import markdown_table, write_text
 from loopscope.analyses.common.subject import Subject, open_subject
-from loopscope.analyses.pages import found_circuits
+from loopscope.analyses.pages import found_circuits, molecule_circuit
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.metrics import logit_margin
 from loopscope.interp.common.ranking import top_token
@@ -324,7 +324,8 @@ def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:
         ("FRONT", "RESTORED", "WRITERS", "MOVERS", "ESTIMATES"), tables, strict=True
     ):
         text = text.replace(mark, markdown_table(frame))
-    return text + found_circuits.section(pairs.subject, HOPS, by_head)
+    found = found_circuits.section(pairs.subject, HOPS, by_head)
+    return text + found + molecule_circuit.section()
 
 
 def write(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopscope.interp.circuits.building import close, graph_with
+from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MaskedRuns, Replace
 from loopscope.interp.circuits.names import end_of
@@ -181,17 +182,16 @@ def evaluate_circuit(
     pair = Pair.of(model, clean, corrupted, readout)
     runs = masked_runs(model, pair, chosen, replace, seed, max_bytes)
     graph = runs.graph
-    masks = torch.stack([graph.mask(circuit.edges) for circuit in chosen])
     measured = Measured.of(runs, pair, metric)
-    values = measured.values(torch.cat([masks, graph.every & ~masks]))
+    values = measured.values(_both(graph, chosen), 2 * len(chosen))
     sizes = [_weights(graph, circuit) for circuit in chosen]
     found = Faithfulness(
-        masks.sum((1, 2, 3)),
+        torch.tensor(list(map(len, chosen))),
         torch.tensor(sizes),
         graph.n_edges,
         _weights(graph, None),
-        values[: len(chosen)],
-        values[len(chosen) :],
+        values[::2],
+        values[1::2],
         measured.whole,
         measured.replaced,
         None,
@@ -200,6 +200,16 @@ def evaluate_circuit(
     )
     share_kept(found.values, found.whole, found.replaced)
     return _with_least_loss(found, measured, chosen) if minimality else found
+
+
+def _both(
+    graph: Graph, circuits: Sequence[Circuit]
+) -> Iterator[Bool[Tensor, "reader writer span"]]:
+    """The mask of each circuit, followed by that of all other edges."""
+    for circuit in circuits:
+        mask = graph.mask(circuit.edges)
+        yield mask
+        yield graph.every & ~mask
 
 
 def masked_runs(
@@ -212,7 +222,8 @@ def masked_runs(
 ) -> MaskedRuns:
     """The runs in which circuits of one model are measured."""
     graph = graph_with(model, pair.clean, circuits)
-    return MaskedRuns.of(model, graph, pair.clean, pair.corrupted, replace, seed, max_bytes)
+    corrupted = Written.of(model, pair.corrupted, graph)
+    return MaskedRuns.of(model, graph, pair.clean, corrupted, replace, seed, max_bytes)
 
 
 @dataclass(frozen=True)
@@ -241,21 +252,37 @@ class Measured:
         end = model.advance(begin_batch(model, pair.clean, runs.graph.n_loops))
         own = model.readout(end, pair.clean.readout)
         whole, replaced = runs.logits(torch.stack([every, torch.zeros_like(every)]))
-        if not close(whole, own):
-            raise ValueError(
-                "with all edges kept the logits must be the model's own, but are off by up to"
-                f" {float((whole - own).abs().max()):.3g}; something else writes to the residual"
-                " stream: a hook that is attached now, or the family itself"
-            )
+        check_whole(whole, own)
         chosen = metric_or_kl(metric, own)
         return cls(runs, chosen, measure(chosen, whole), measure(chosen, replaced))
 
     def values(
-        self, masks: Bool[Tensor, "circuit reader writer span"]
+        self, masks: Iterable[Bool[Tensor, "reader writer span"]], total: int | None = None
     ) -> Float[Tensor, "circuit batch"]:
-        """The metric with only the masked edges kept."""
-        found = [measure(self.metric, logits) for part in self.runs.parts(masks) for logits in part]
-        return torch.stack(found)
+        """The metric with only the masked edges kept.
+
+        Args:
+            masks, total: As for `MaskedRuns.parts`.
+        """
+        parts = self.runs.parts(masks, total)
+        return torch.stack([measure(self.metric, logits) for part in parts for logits in part])
+
+
+def check_whole(whole: Float[Tensor, "batch d_vocab"], own: Float[Tensor, "batch d_vocab"]) -> None:
+    """Raise unless a run with all edges kept is the model's own.
+
+    Args:
+        whole, own: The logits of the two.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not close(whole, own):
+        raise ValueError(
+            "with all edges kept the logits must be the model's own, but are off by up to"
+            f" {float((whole - own).abs().max()):.3g}; something else writes to the residual"
+            " stream: a hook that is attached now, or the family itself"
+        )
 
 
 def _with_least_loss(
@@ -265,15 +292,11 @@ def _with_least_loss(
     losses = []
     for circuit, whole in zip(circuits, found.faithfulness, strict=True):
         nodes = [node for node in circuit.nodes if end_of(node).visit]
-        without = [
-            measured.runs.graph.mask(
-                edge
-                for edge in circuit.edges
-                if node not in (edge.writer, end_of(edge.reader).node)
-            )
+        without = (
+            measured.runs.graph.mask(circuit.edges[number] for number in circuit.away_from(node))
             for node in nodes
-        ]
-        left = found._share(measured.values(torch.stack(without))) if nodes else whole[None]
+        )
+        left = found._share(measured.values(without, len(nodes))) if nodes else whole[None]
         losses.append((whole - left).min())
     return replace_field(found, least_loss=torch.stack(losses))
 

@@ -29,11 +29,30 @@ def gate_scores(
         shares: Each one run with its gradient.
     """
     every = runs.graph.every.to(runs.replacement.outputs)
-    total = torch.zeros_like(every)
+    total, parts = torch.zeros_like(every), runs.by_examples()
     for share in tqdm(shares, desc="gates", leave=False, delay=2):
+        gates = (share * every).requires_grad_()
+        total += _gradient(parts, metric, gates) / len(shares)
+    return total
+
+
+def _gradient(
+    parts: Sequence[MaskedRuns], metric: Metric, gates: Float[Tensor, "reader writer span"]
+) -> Float[Tensor, "reader writer span"]:
+    """The gradient of the metric's mean over all examples by the gates. The metric is that of all
+    examples together, so where they are run in parts their logits are made first.
+    """
+    if len(parts) == 1:
         with torch.enable_grad():
-            gates = (share * every).requires_grad_()
-            (logits,) = runs.logits(gates[None])
-            (found,) = torch.autograd.grad(measure(metric, logits).mean(), gates)
-        total += found / len(shares)
+            (logits,) = parts[0].logits(gates[None])
+            return torch.autograd.grad(measure(metric, logits).mean(), gates)[0]
+    with torch.no_grad():
+        logits = torch.cat([part.logits(gates[None])[0] for part in parts])
+    with torch.enable_grad():
+        mean = measure(metric, logits.requires_grad_()).mean()
+        (slopes,) = torch.autograd.grad(mean, logits)
+        total = torch.zeros_like(gates)
+        for part, slope in zip(parts, slopes.split([len(p.batch) for p in parts]), strict=True):
+            (found,) = torch.autograd.grad(part.logits(gates[None])[0], gates, slope)
+            total += found
     return total

@@ -34,25 +34,35 @@ class Written:
     """The additions of every writer to the stream in one run.
 
     Attributes:
+        batch: What ran.
         outputs: Float[Tensor, "writer batch pos d_model"].
         added: The embedding and what each stage adds, each "batch pos d_model".
         end: The state at the end.
     """
 
+    batch: Batch
     outputs: Float[Tensor, "writer batch pos d_model"]
     added: tuple[Tensor, ...]
     end: State
 
     @classmethod
     def of(cls, model: LoopedModel, batch: Batch, graph: Graph) -> Written:
-        """Run once and keep it."""
+        """Run once and keep it.
+
+        Raises:
+            ValueError: A stream that should be the plain sum of the writers' additions is not.
+        """
+        before, last = model.edge_sites()[0], last_stream(model, graph.n_loops)
         added = ["hook_embed", *(stage.added for stage in graph.stages)]
-        names = dict.fromkeys([*added, *(stage.written for stage in graph.stages)])
+        names = dict.fromkeys([*before, *added, *(s.written for s in graph.stages), last])
         with torch.no_grad():
             seen, end = collect(model, batch, list(names), graph.n_loops)
+            if model.additive_residual:
+                parts = torch.stack([widened(seen[name]) for name in (*before, *added[1:])])
+                check_sum(parts, widened(seen[last]), "the residual stream", seen[last].dtype)
             outputs = [seen["hook_embed"][None]]
             outputs += [stage.outputs(seen[stage.written]) for stage in graph.stages]
-        return cls(widened(torch.cat(outputs)), tuple(seen[name] for name in added), end)
+        return cls(batch, widened(torch.cat(outputs)), tuple(seen[name] for name in added), end)
 
 
 def last_stream(model: LoopedModel, n_loops: int) -> str:

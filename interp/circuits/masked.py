@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from operator import length_hint
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +24,8 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
 Replace = Literal["corrupted", "mean", "zero", "resample"]
+_MLPS, _STREAMS = 3, 20  # tensors of the widths d_mlp and d_model that a visit keeps per stream
+_GIVEN = 3  # tensors that are kept of the stream that a reader is given
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class MaskedRuns:
         model: LoopedModel,
         graph: Graph,
         clean: Batch,
-        corrupted: Batch,
+        corrupted: Written,
         how: Replace,
         seed: int,
         max_bytes: int,
@@ -57,7 +61,7 @@ class MaskedRuns:
             ValueError: No such replacement, or inputs of unequal length to resample from.
         """
         max_bytes = checked_batch_size(max_bytes, "max_bytes")
-        outputs, embedding = _replaced(Written.of(model, corrupted, graph), corrupted, how, seed)
+        outputs, embedding = _replaced(corrupted, how, seed)
         with model.hooks([("hook_embed", lambda value, hook: embedding)], n_loops=graph.n_loops):
             begin = begin_batch(model, clean, graph.n_loops)
         kept = begin_batch(model, clean, graph.n_loops)
@@ -72,12 +76,17 @@ class MaskedRuns:
         return torch.cat(list(self.parts(masks)))
 
     def parts(
-        self, masks: Shaped[Tensor, "circuit reader writer span"]
+        self, masks: Iterable[Shaped[Tensor, "reader writer span"]], total: int | None = None
     ) -> Iterator[Float[Tensor, "part batch d_vocab"]]:
-        """The same logits, some circuits at a time."""
-        with tqdm(total=len(masks), desc="circuits", leave=False, delay=2) as bar:
-            for part in masks.split(self.side_by_side):
-                yield self._run(part)
+        """The same logits, some circuits at a time; masks are asked for when their turn comes.
+
+        Args:
+            total: How many masks there are, for the bar; by default what `masks` says.
+        """
+        left = iter(masks)
+        with tqdm(total=total or length_hint(masks), desc="circuits", leave=False, delay=2) as bar:
+            while part := list(islice(left, self.side_by_side)):
+                yield self._run(torch.stack(part))
                 bar.update(len(part))
 
     def _run(
@@ -85,7 +94,7 @@ class MaskedRuns:
     ) -> Float[Tensor, "circuit batch d_vocab"]:
         masks = masks.to(self.replacement.outputs)
         streams: Streams = (
-            SummedStreams(self.graph, self.replacement, masks)
+            SummedStreams(self.replacement, masks)
             if self.model.additive_residual
             else CarriedStreams(self.model, self.replacement, masks)
         )
@@ -96,6 +105,35 @@ class MaskedRuns:
         end = replace(end, resid=streams.last().flatten(0, 1).to(end.resid))
         logits: Tensor = self.model.readout(end, batch.readout).unflatten(0, (len(masks), -1))
         return logits
+
+    def by_examples(self) -> list[MaskedRuns]:
+        """The runs of some examples each, so that the gradient of one circuit keeps at most about
+        `max_bytes`; examples that depend on each other stay together.
+        """
+        if not self.model.batch_independent:
+            return [self]
+        numbers = self._kept_by_gradient() * self.replacement.outputs[0, 0].numel()
+        most = max(1, self.max_bytes // (numbers * self.replacement.outputs.element_size()))
+        starts = range(0, len(self.batch), most)
+        return [self._of_rows(slice(start, start + most)) for start in starts]
+
+    def _kept_by_gradient(self) -> int:
+        """How many times the stream of one example the gradient of its run keeps, at most."""
+        cfg, n_readers = self.model.cfg, len(self.graph.readers)
+        visit = _STREAMS + _MLPS * cfg.d_mlp // cfg.d_model
+        ends: list[int] = [stage.readers.stop for stage in self.graph.stages if stage.kind == "mlp"]
+        given = _GIVEN * n_readers + 2 * len(self.graph.writers)
+        if self.model.additive_residual:
+            return given + visit * len(ends)
+        return given + visit * sum(n_readers - end + 1 for end in ends)
+
+    def _of_rows(self, rows: slice) -> MaskedRuns:
+        """The same runs of some examples."""
+        old = self.replacement
+        new = Replacement(
+            old.outputs[:, rows], *(state.map(lambda x: x[rows]) for state in (old.begin, old.kept))
+        )
+        return replace(self, batch=self.batch[rows], replacement=new)
 
     @property
     def side_by_side(self) -> int:
@@ -110,8 +148,9 @@ class MaskedRuns:
         return max(1, self.max_bytes // (values * one.element_size()))
 
 
-def _replaced(run: Written, batch: Batch, how: Replace, seed: int) -> tuple[Tensor, Tensor]:
+def _replaced(run: Written, how: Replace, seed: int) -> tuple[Tensor, Tensor]:
     """The values that excluded edges carry, and the embedding that belongs to them."""
+    batch = run.batch
     if how not in get_args(Replace):
         raise ValueError(f"replace must be one of {', '.join(get_args(Replace))}, got {how!r}")
     outputs, embedding = run.outputs, run.added[0]

@@ -167,6 +167,11 @@ class Circuit(OneScreen):
             call=replace(self.call, selection=selection),
         )
 
+    def away_from(self, node: str) -> list[int]:
+        """The numbers of the edges that have a node at neither end."""
+        ends = [(edge.writer, end_of(edge.reader).node) for edge in self.edges]
+        return [number for number, pair in enumerate(ends) if node not in pair]
+
     def frame(self) -> pd.DataFrame:
         """The same as `unrolled`."""
         return self.unrolled()

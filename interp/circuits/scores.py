@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.attribution.gradients import gradients_with_metric
 from loopscope.interp.circuits.building import graph_of
-from loopscope.interp.circuits.faithfulness import Measured
+from loopscope.interp.circuits.faithfulness import check_whole
 from loopscope.interp.circuits.gates import gate_scores
 from loopscope.interp.circuits.gradients import (
     Skeleton,
@@ -55,6 +55,7 @@ def circuit_scores(
     by_position: bool = False,
     readout: ReadoutColumn = None,
     checkpoint: str | None = None,
+    max_bytes: int = 1 << 29,
 ) -> Circuit:
     """Score every edge between the components of all iterations: (clean - corrupted output of the
     writer) times the gradient of the metric through the reader alone.
@@ -78,8 +79,7 @@ def circuit_scores(
             in which what its attention or MLP adds lies between the two; "ig-edges" the mean over
             runs in which every edge carries a mixture of the two, so that the scores of all edges
             sum to the difference of the metrics in every family (up to the steps' error), and no
-            score is a linearisation through norms and maps between; its gradient keeps what every
-            reader was given, so memory grows with the square of the iterations.
+            score is a linearisation through norms and maps between.
         steps: Of integrated gradients: midpoints of so many equal parts of the line.
         direction: The base run: "denoise" the corrupted one, "noise" the clean one; "ig-edges" has
             none.
@@ -92,6 +92,9 @@ def circuit_scores(
             edge's positions sum to the edge's score over all positions. All inputs must have one
             length.
         checkpoint: The checkpoint's name, for the record.
+        max_bytes: About how many bytes the gradient of "ig-edges" may keep; it decides how many
+            examples run side by side, one at least. What one example needs grows with the
+            iterations, and with their square where the family's stream is no plain sum.
 
     Returns:
         All edges with the mean score over the batch; positive for what moves the metric towards the
@@ -120,7 +123,7 @@ def circuit_scores(
     pair = Pair.of(model, clean, corrupted, readout)
     graph = graph_of(model, pair.clean, n_loops, heads, by_position)
     job = _Job.of(model, pair, metric, graph, direction)
-    scores = job.by_method(pair, method, steps)
+    scores = job.by_method(pair, method, steps, max_bytes)
     return job.circuit(scores, method, steps, checkpoint)
 
 
@@ -160,17 +163,17 @@ class _Job:
         return last_stream(self.model, self.graph.n_loops)
 
     def by_method(
-        self, pair: Pair, method: Method, steps: int
+        self, pair: Pair, method: Method, steps: int, max_bytes: int
     ) -> Float[Tensor, "reader writer span"]:
         """The scores by one of the methods."""
         if method == "eap":
             return self.plain()
         if method == "ig-edges":
-            runs = MaskedRuns.of(
-                self.model, self.graph, pair.clean, pair.corrupted, "corrupted", 0, 1 << 30
-            )
+            given = (self.model, self.graph, pair.clean, self.corrupted)
+            runs = MaskedRuns.of(*given, "corrupted", 0, max_bytes)
             with torch.no_grad():
-                Measured.of(runs, pair, self.metric)  # refuses a stream of which edges are not all
+                own = self.model.readout(self.clean.end, pair.clean.readout)
+                check_whole(runs.logits(self.graph.every[None])[0], own)
             return gate_scores(runs, self.metric, _midpoints(steps))
         return self.inputs(steps) if method == "eap-ig-inputs" else self.activations(steps)
 

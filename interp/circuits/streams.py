@@ -7,7 +7,7 @@ for each position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.circuits.graph import ADDED, READ, Graph, Stage
+from loopscope.interp.circuits.graph import ADDED, READ, Stage
 from loopscope.interp.common.frozen_norm import watching
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
@@ -44,19 +44,19 @@ class Replacement:
 class SummedStreams:
     """Streams of a model whose residual stream is a plain sum: the replacing run's stream plus the
     differences of the kept writers, as one matrix product per stage.
+
+    Where gradients are kept it is one product per pair of stages, so that what the products keep
+    grows with the stages, not with their square.
     """
 
     def __init__(
-        self,
-        graph: Graph,
-        replacement: Replacement,
-        masks: Float[Tensor, "circuit reader writer span"],
+        self, replacement: Replacement, masks: Float[Tensor, "circuit reader writer span"]
     ) -> None:
-        self.graph, self.outputs = graph, replacement.outputs
+        self.masks, self.outputs = masks, replacement.outputs
         self.stream = replacement.begin.resid.to(self.outputs)
-        self.masks = masks
         embedded = (replacement.kept.resid - replacement.begin.resid).to(self.outputs)
-        self.changes = [embedded.expand(len(masks), 1, *embedded.shape)]
+        embedded = embedded.expand(len(masks), 1, *embedded.shape)
+        self.changes = [by_span(embedded, masks.shape[-1])]
 
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
         """The streams of a stage's readers."""
@@ -67,7 +67,10 @@ class SummedStreams:
     ) -> None:
         """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
-        self.changes.append((outputs.to(replaced) - replaced[:, None]).transpose(0, 1))
+        change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1)
+        self.changes.append(by_span(change, self.masks.shape[-1]))
+        if not self.masks.requires_grad:
+            self.changes = [torch.cat(self.changes, dim=2)]
         self.stream = self.stream + replaced.sum(0) + stage.constant(replaced)
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
@@ -75,9 +78,9 @@ class SummedStreams:
         return self._at(slice(-1, None))[:, 0]
 
     def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
-        before = self.graph.before[readers.start]
-        masks = self.masks[:, readers, :before]
-        return self.stream + summed(masks, torch.cat(self.changes, dim=1))
+        sizes = [changes.shape[2] for changes in self.changes]
+        masks = self.masks[:, readers, : sum(sizes)].split(sizes, dim=2)
+        return self.stream + summed(masks, self.changes, self.stream.shape[-3:])
 
 
 class CarriedStreams:
@@ -123,7 +126,8 @@ class CarriedStreams:
         """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
         change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1)
-        kept = summed(self.masks[:, self.first :, stage.writers], change)
+        masks = self.masks[:, self.first :, stage.writers]
+        kept = summed([masks], [by_span(change, masks.shape[-1])], change.shape[2:])
         total = kept + replaced.sum(0) + stage.constant(replaced)
         self.added[stage.kind] = total.flatten(0, 2).to(self.resid)
         if stage.kind == "mlp":
@@ -180,17 +184,37 @@ class CarriedStreams:
 Streams = SummedStreams | CarriedStreams
 
 
+def by_span(
+    changes: Float[Tensor, "circuit writer batch pos d_model"], n_spans: int
+) -> Float[Tensor, "circuit span writer _rest"]:
+    """Changes as the matrices that masks are multiplied with: all that belongs to a span in a row
+    for each writer.
+    """
+    if n_spans == 1:
+        return changes.flatten(2)[:, None]
+    return changes.permute(0, 3, 1, 2, 4).flatten(3)
+
+
 def summed(
-    masks: Float[Tensor, "circuit reader writer span"],
-    changes: Float[Tensor, "circuit writer batch pos d_model"],
+    masks: Sequence[Float[Tensor, "circuit reader _writer span"]],
+    changes: Sequence[Float[Tensor, "circuit span _writer _rest"]],
+    shape: Sequence[int],
 ) -> Float[Tensor, "circuit reader batch pos d_model"]:
-    """The sum of the kept writers' changes for every reader, position by position."""
-    if masks.shape[-1] == 1:
-        over_all = masks[..., 0] @ changes.flatten(2)
-        return over_all.view(*masks.shape[:2], *changes.shape[2:])
-    by_position = changes.permute(0, 3, 1, 2, 4).flatten(3)
-    found = masks.permute(0, 3, 1, 2) @ by_position
-    return found.view(*found.shape[:3], changes.shape[2], -1).permute(0, 2, 3, 1, 4)
+    """The sum of the kept writers' changes for every reader, position by position.
+
+    Args:
+        masks, changes: Of some writers each, the changes by span.
+        shape: Of one writer's change: batch, pos and d_model.
+    """
+    pairs = [
+        (mask.permute(0, 3, 1, 2), change) for mask, change in zip(masks, changes, strict=True)
+    ]
+    found: Tensor = pairs[0][0] @ pairs[0][1]
+    for mask, change in pairs[1:]:
+        found = found + mask @ change
+    if found.shape[1] == 1:
+        return found[:, 0].view(*found.shape[:1], -1, *shape)
+    return found.view(*found.shape[:3], shape[0], -1).permute(0, 2, 3, 1, 4)
 
 
 def _own(visit: Visit) -> Visit:

@@ -1,4 +1,4 @@
-"""A circuit in the JSON that viewers of attribution graphs read."""
+"""A circuit or a graph of features in the JSON that viewers of attribution graphs read."""
 
 from __future__ import annotations
 
@@ -8,89 +8,206 @@ from typing import Any, NamedTuple
 
 from loopscope.interp.circuits.names import EMBED, FINAL, end_of
 from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.dictionaries.graph import FeatureGraph, FeatureNode
 
 _KINDS = {EMBED: "embedding", FINAL: "logit"}
+_OF_FEATURES = {
+    "embed": "embedding",
+    "feature": "cross layer transcoder",
+    "error": "mlp reconstruction error",
+    "other": "component",
+    "answer": "logit",
+}
+"""The viewer's word for each kind of node of a graph of features."""
 
 
 class _Sent(NamedTuple):
-    """A node as the viewer knows it."""
+    """A node as the viewer knows it.
+
+    Attributes:
+        layer, feature, position: Its coordinates.
+        kind: The viewer's word for its kind.
+        label: Its name for a reader.
+    """
 
     layer: str
     feature: int
     position: int
-    id: str
-    component: str
+    kind: str
+    label: str
+
+    @property
+    def id(self) -> str:
+        """Its name for the viewer."""
+        return f"{self.layer}_{self.feature}_{self.position}"
+
+    def fields(self, influence: float | None, activation: float | None) -> dict[str, Any]:
+        """The JSON of the node."""
+        return {
+            "node_id": self.id,
+            "feature": self.feature,
+            "layer": self.layer,
+            "ctx_idx": self.position,
+            "feature_type": self.kind,
+            "token_prob": 0.0,
+            "is_target_logit": self.kind == "logit",
+            "run_idx": 0,
+            "reverse_ctx_idx": 0,
+            "jsNodeId": f"{self.layer}_{self.feature}-0",
+            "clerp": self.label,
+            "influence": influence,
+            "activation": activation,
+        }
+
+
+class _Graph(NamedTuple):
+    """The parts of a viewer's graph."""
+
+    about: dict[str, Any]
+    nodes: Sequence[dict[str, Any]]
+    links: Mapping[tuple[str, str], float]
+    groups: Sequence[list[str]]
 
 
 def viewer_graph(
-    circuit: Circuit, tokens: Sequence[str], answer: str = "", slug: str = "circuit"
+    circuit: Circuit | FeatureGraph, tokens: Sequence[str], answer: str = "", slug: str = "circuit"
 ) -> dict[str, Any]:
-    """The graph of a circuit as circuit-tracer and Neuronpedia's viewer read it: `metadata`,
-    `qParams`, `nodes` and `links`, to be written by `json.dump`.
+    """The graph of a circuit or of features as circuit-tracer and Neuronpedia's viewer read it:
+    `metadata`, `qParams`, `nodes` and `links`, to be written by `json.dump`.
 
-    The viewer's layers are the visits of the run, from 0. Its features are the components of a
-    visit: the head's number, and for attention as a whole and MLPs the numbers behind the heads'.
-    In a circuit by position a node stands at the token of its position; else all nodes stand at the
-    last token, because scores are then sums over positions. An edge into keys or values that
-    several heads share, or that several positions read, is given to the heads at these positions in
-    equal parts. Components
-    of the shared blocks that act in several iterations are the viewer's groups (supernodes).
+    Of a circuit the viewer's layers are the visits of the run, from 0. Its features are the
+    components of a visit: the head's number, and for attention as a whole and MLPs the numbers
+    behind the heads'. In a circuit by position a node stands at the token of its position; else all
+    nodes stand at the last token, because scores are then sums over positions. An edge into keys or
+    values that several heads share, or that several positions read, is given to the heads at these
+    positions in equal parts. Components of the shared blocks that act in several iterations are the
+    viewer's groups (supernodes).
+
+    Of a graph of features the viewer's layers are the iterations, from 0, and its features those of
+    the dictionary, with their activations. The two numbers behind them are the error and the other
+    features with the bias. Where a feature is the same at every iteration, its nodes at one token
+    are a group.
 
     Args:
-        circuit: The circuit.
+        circuit: The circuit, or the graph that `feature_graph` made.
         tokens: The tokens of the input, or of one of the inputs, in words.
         answer: The answer in words.
         slug: The graph's name in an address.
 
     Raises:
-        ValueError: No token, or fewer than a circuit by position has positions.
+        ValueError: No token, or fewer than there are positions.
 
     Source:
         The JSON schema of Neuronpedia's attribution graphs (apps/webapp/app/api/graph in
         hijohnnylin/neuronpedia), version 1.0.0.
     """
-    if not tokens:
-        raise ValueError("the viewer's graph needs the tokens of an input, got none")
-    if circuit.positions and len(tokens) < circuit.positions.size:
-        raise ValueError(
-            f"the viewer's graph needs a token for each of the circuit's"
-            f" {circuit.positions.size} positions, got {len(tokens)}"
-        )
-    links = _links(circuit)
-    sent = _sent(circuit, len(tokens) - 1)
-    scores = dict.fromkeys(sent, 0.0)
-    for (writer, _), weight in links.items():
-        scores[writer] += abs(weight)
-    influence = _influence({node: score for node, score in scores.items() if end_of(node).visit})
-    nodes = [_node(node, to, influence.get(node), answer) for node, to in sent.items()]
-    groups = _groups(circuit, sent)
+    _check_tokens(circuit, tokens)
+    graph = (
+        _of_features(circuit, answer)
+        if isinstance(circuit, FeatureGraph)
+        else _of_circuit(circuit, len(tokens) - 1, answer)
+    )
+    last = [node["node_id"] for node in graph.nodes if node["is_target_logit"]]
     return {
         "metadata": {
             "slug": slug,
-            "scan": circuit.call.checkpoint or "loopscope",
             "prompt_tokens": list(tokens),
             "prompt": "".join(tokens),
             "info": {"generator": {"name": "loopscope"}},
-            "generation_settings": {"method": circuit.call.method, "metric": circuit.call.metric}
-            | dict(circuit.call.settings),
-            "pruning_settings": {"selection": circuit.call.selection},
+            **graph.about,
         },
         "qParams": {
-            "pinnedIds": [node for group in groups for node in group[1:]],
-            "supernodes": groups,
+            "pinnedIds": [node for group in graph.groups for node in group[1:]],
+            "supernodes": list(graph.groups),
             "linkType": "both",
-            "clickedId": next((to.id for to in sent.values() if to.component == FINAL), ""),
+            "clickedId": next(iter(last), ""),
             "sg_pos": "",
         },
-        "nodes": nodes,
+        "nodes": list(graph.nodes),
         "links": [
-            {"source": sent[writer].id, "target": sent[reader].id, "weight": weight}
-            for (writer, reader), weight in links.items()
+            {"source": source, "target": target, "weight": weight}
+            for (source, target), weight in graph.links.items()
         ],
     }
 
 
-def _sent(circuit: Circuit, last: int) -> dict[str, _Sent]:
+def _check_tokens(circuit: Circuit | FeatureGraph, tokens: Sequence[str]) -> None:
+    """Refuse fewer tokens than there are positions."""
+    if not tokens:
+        raise ValueError("the viewer's graph needs the tokens of an input, got none")
+    if isinstance(circuit, FeatureGraph):
+        what, size = "graph", 1 + max(node.position for node in circuit.nodes)
+    else:
+        what, size = "circuit", circuit.positions.size if circuit.positions else 1
+    if len(tokens) < size:
+        raise ValueError(
+            f"the viewer's graph needs a token for each of the {what}'s {size} positions, got"
+            f" {len(tokens)}"
+        )
+
+
+def _of_circuit(circuit: Circuit, last: int, answer: str) -> _Graph:
+    """The parts of a circuit's graph."""
+    links, call = _links(circuit), circuit.call
+    sent = _sent(circuit, last, answer)
+    scores = dict.fromkeys(sent, 0.0)
+    for (writer, _), weight in links.items():
+        scores[writer] += abs(weight)
+    influence = _influence({node: score for node, score in scores.items() if end_of(node).visit})
+    about = {
+        "scan": call.checkpoint or "loopscope",
+        "generation_settings": {"method": call.method, "metric": call.metric} | dict(call.settings),
+        "pruning_settings": {"selection": call.selection},
+    }
+    return _Graph(
+        about,
+        [to.fields(influence.get(node), None) for node, to in sent.items()],
+        {(sent[writer].id, sent[reader].id): weight for (writer, reader), weight in links.items()},
+        _groups(circuit, sent),
+    )
+
+
+def _of_features(graph: FeatureGraph, answer: str) -> _Graph:
+    """The parts of a graph of features."""
+    sent = [_of_feature(graph, node, answer) for node in graph.nodes]
+    influence = _influence(
+        {to.id: abs(e) for to, e in zip(sent, graph.effects, strict=True) if e is not None}
+    )
+    about = {
+        "scan": f"loopscope: {graph.hook}",
+        "generation_settings": {"method": "gradient times activation", "metric": graph.metric},
+        "pruning_settings": {"features": len(influence)},
+    }
+    return _Graph(
+        about,
+        [to.fields(influence.get(to.id), a) for to, a in zip(sent, graph.activations, strict=True)],
+        {(sent[link.source].id, sent[link.target].id): link.weight for link in graph.links},
+        _same_features(graph, sent) if graph.same_features else [],
+    )
+
+
+def _same_features(graph: FeatureGraph, sent: Sequence[_Sent]) -> list[list[str]]:
+    """The viewer's groups: a name, and one feature at one token in several iterations."""
+    groups: dict[str, list[str]] = {}
+    for node, to in zip(graph.nodes, sent, strict=True):
+        if node.kind == "feature":
+            groups.setdefault(f"feature {node.feature}@{node.position}", []).append(to.id)
+    return [[name, *nodes] for name, nodes in groups.items() if len(nodes) > 1]
+
+
+def _of_feature(graph: FeatureGraph, node: FeatureNode, answer: str) -> _Sent:
+    """A node of a graph of features as the viewer knows it."""
+    behind = {"error": graph.n_features, "other": graph.n_features + 1}
+    number = behind.get(node.kind, 0) if node.feature is None else node.feature
+    layers = {"embed": "E", "answer": str(graph.n_loops)}
+    names = {"feature": f"feature {number}", "answer": answer or graph.metric}
+    name = names.get(node.kind, node.kind)
+    where = "" if node.loop is None else f", loop {node.loop}"
+    layer = layers.get(node.kind, str(node.loop))
+    return _Sent(layer, number, node.position, _OF_FEATURES[node.kind], name + where)
+
+
+def _sent(circuit: Circuit, last: int, answer: str) -> dict[str, _Sent]:
     """Every node that is an end of a link, in the order of the run."""
     visits = {place.name: number for number, place in enumerate(circuit.schedule)}
     ends = [edge.writer for edge in circuit.edges]
@@ -107,7 +224,10 @@ def _sent(circuit: Circuit, last: int) -> dict[str, _Sent]:
         layer = ends_at.get(end.component) or str(visits[end.visit])
         feature = number if end.visit else 0
         at = last if end.position is None else end.position
-        found[node] = _Sent(layer, feature, at, f"{layer}_{feature}_{at}", end.component)
+        kind = _KINDS.get(end.component, "component")
+        found[node] = _Sent(
+            layer, feature, at, kind, answer if kind == "logit" and answer else node
+        )
     return found
 
 
@@ -130,24 +250,6 @@ def _influence(scores: Mapping[str, float]) -> dict[str, float]:
     total = sum(scores.values()) or 1.0
     shares = accumulate(scores[node] / total for node in order)
     return dict(zip(order, shares, strict=True))
-
-
-def _node(node: str, sent: _Sent, influence: float | None, answer: str) -> dict[str, Any]:
-    return {
-        "node_id": sent.id,
-        "feature": sent.feature,
-        "layer": sent.layer,
-        "ctx_idx": sent.position,
-        "feature_type": _KINDS.get(sent.component, "component"),
-        "token_prob": 0.0,
-        "is_target_logit": sent.component == FINAL,
-        "run_idx": 0,
-        "reverse_ctx_idx": 0,
-        "jsNodeId": f"{sent.layer}_{sent.feature}-0",
-        "clerp": answer if sent.component == FINAL and answer else node,
-        "influence": influence,
-        "activation": None,
-    }
 
 
 def _groups(circuit: Circuit, sent: Mapping[str, _Sent]) -> list[list[str]]:

@@ -186,6 +186,12 @@ class BatchCentred(RecurrentDepth):
         return super().leave(visit, resid - resid.mean(0), parts, taps)
 
 
+class CentredStream(BatchCentred):
+    """The same, which says that its stream is no plain sum."""
+
+    additive_residual = False
+
+
 def odd_one(family: type[Model]) -> Model:
     """A toy of a family that exists only to say no to one of the declared facts."""
     return randomize_(family(toy_config()).eval()).double()

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -27,9 +28,12 @@ from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.selection import ranked, select_circuit, smallest_circuit
 from loopscope.interp.circuits.viewer import viewer_graph
+from loopscope.interp.dictionaries.graph import FeatureGraph, feature_graph
+from loopscope.interp.dictionaries.sae_files import load_dictionary
 from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.interp.drawing.circuits import MOST, add_folded, add_unrolled
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, MARK, styled
+from loopscope.models.basis.arguments import Argument, ArgumentError
 from loopscope.models.core.state import checked_loops
 
 
@@ -57,6 +61,10 @@ class CircuitConfig(PairConfig):
     """
     heads: bool | None = None
     """Whether heads are nodes; by default where the family lets them be told apart."""
+    dictionary: Path | None = None
+    """Folder of a dictionary of the checkpoint: the graph for viewers then shows its features in
+    the first clean text, with what each gives to later ones and to the answer.
+    """
 
 
 MOST_EDGES = 100_000
@@ -80,6 +88,7 @@ class FoundCircuit(Record):
             by edges of largest score, by edges whose writers' output changes most between the two
             runs, and by edges in random order.
         left: Float[Tensor, " size"], the share that is kept without the edges of largest score.
+        features: The features of the first clean text; None without a dictionary.
     """
 
     circuit: Circuit
@@ -90,6 +99,7 @@ class FoundCircuit(Record):
     sizes: tuple[int, ...]
     faithful: Float[Tensor, "ranking size"]
     left: Float[Tensor, " size"]
+    features: FeatureGraph | None = None
 
     @property
     def own(self) -> int:
@@ -178,6 +188,7 @@ def run(config: CircuitConfig) -> FoundCircuit:
 def measure(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> FoundCircuit:
     """The record for some pairs of an open checkpoint."""
     model, both, metric = subject.model, (pairs.clean_batch, pairs.corrupted_batch), pairs.metric()
+    features = _features(subject, pairs.first(), config)
     scores = circuit_scores(
         model,
         *both,
@@ -193,7 +204,22 @@ def measure(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> FoundC
         chosen = smallest_circuit(model, *both, scores, metric, config.wanted)
     else:
         chosen = select_circuit(scores, config.edges)
-    return found_circuit(subject, pairs, scores, chosen)
+    return replace(found_circuit(subject, pairs, scores, chosen), features=features)
+
+
+def _features(subject: Subject, pair: TextPairs, config: CircuitConfig) -> FeatureGraph | None:
+    """The graph of the features of a clean text, where a dictionary is given."""
+    if config.dictionary is None:
+        return None
+    dictionary = load_dictionary(config.dictionary).to(subject.model.device)
+    n_loops = checked_loops(config.n_loops, subject.model.cfg.n_loops)
+    if dictionary.n_loops != n_loops:
+        raise ArgumentError(
+            f"the circuit and its features must be of one run, but the circuit is of {n_loops}"
+            f" iterations and the dictionary of {dictionary.n_loops}; pass ",
+            Argument("n_loops", dictionary.n_loops),
+        )
+    return feature_graph(subject.model, dictionary, pair.clean_batch, pair.metric())
 
 
 def _by_position(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> bool:
@@ -231,9 +257,12 @@ def figure(record: FoundCircuit) -> go.Figure:
 
 
 def _graph(record: FoundCircuit) -> bytes:
-    """The circuit for viewers of attribution graphs, on the tokens of the first clean text."""
+    """The circuit, or the features where there are some, for viewers of attribution graphs, on the
+    tokens of the first clean text.
+    """
     slug = re.sub("[^a-z0-9]+", "-", f"loopscope-{record.circuit.call.checkpoint}".lower())
-    graph = viewer_graph(record.circuit, record.tokens, record.measured, slug)
+    shown = record.features or record.circuit
+    graph = viewer_graph(shown, record.tokens, record.measured, slug)
     return json.dumps(graph, separators=(",", ":")).encode()
 
 

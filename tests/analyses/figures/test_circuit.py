@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from loopscope.analyses.figures.circuit.circuit import RANKINGS, SHARES, Circuit
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.names import EMBED, FINAL, Edge
 from loopscope.interp.circuits.selection import prune_circuit
+from loopscope.interp.dictionaries.controls import random_dictionary
+from loopscope.interp.dictionaries.graph import feature_graph
+from loopscope.interp.dictionaries.reading import Reading, loop_states
+from loopscope.interp.dictionaries.sae_files import save_dictionary
 from loopscope.interp.drawing.circuits import components, folded_scores, moves, spots, strongest
 from loopscope.interp.drawing.labels import label
 from small_figures import small_config, small_figure
@@ -61,6 +66,36 @@ def test_the_finding_says_edges_faithfulness_and_controls(record: FoundCircuit) 
     assert "keep 0.50 of the difference" in said
     assert "all others together keep 0.06" in said
     assert "the change of their writers keep 0.25, random ones -0.12" in said
+
+
+def test_with_a_dictionary_the_viewers_graph_is_of_its_features(
+    record: FoundCircuit, tmp_path: Path
+) -> None:
+    config: CircuitConfig = small_config("circuit")
+    subject, pairs = open_pairs(config, config.n_loops)
+    reading = Reading.of(subject.model, config.n_loops)
+    states = loop_states(subject.model, pairs.clean_batch, reading.n_loops)
+    own = random_dictionary(states, reading, n_features=32, k=4)
+    save_dictionary(own, tmp_path / "own")
+    found = page._features(subject, pairs.first(), replace(config, dictionary=tmp_path / "own"))
+    assert found is not None
+    first = pairs.first()
+    alone = feature_graph(subject.model, own, first.clean_batch, pairs.first().metric())
+    assert found.nodes == alone.nodes
+    assert found.total == pytest.approx(alone.total)
+    with torch.no_grad():
+        last = subject.model(first.clean_batch.tokens)[:, -1]
+    whole = pairs.metric()(last.expand(len(pairs.clean), -1))
+    assert found.value == pytest.approx(float(whole[0]), rel=1e-4)
+    graph = json.loads(page._graph(replace(record, features=found)))
+    shown = [node for node in graph["nodes"] if node["feature_type"] == "cross layer transcoder"]
+    assert len(shown) == sum(node.kind == "feature" for node in found.nodes) > 0
+    assert "component" in {
+        node["feature_type"] for node in json.loads(page._graph(record))["nodes"]
+    }
+    more = replace(config, dictionary=tmp_path / "own", n_loops=reading.n_loops + 1)
+    with pytest.raises(ValueError, match=f"the dictionary of {reading.n_loops}"):
+        page._features(subject, pairs.first(), more)
 
 
 def test_every_node_has_a_place_of_its_own(record: FoundCircuit) -> None:

@@ -42,7 +42,7 @@ from loopscope.interp.circuits.selection import (
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from toy import BatchCentred, assert_close, full, hook_count, odd_one, projection, toy
+from toy import CentredStream, assert_close, full, hook_count, odd_one, projection, toy
 
 METHODS: tuple[Method, ...] = ("eap", "eap-ig-inputs", "eap-ig-activations", "ig-edges")
 
@@ -217,7 +217,7 @@ def test_tensors_are_close_by_their_largest_entry() -> None:
 
 
 def test_steps_are_taken_one_by_one_where_rows_depend_on_each_other() -> None:
-    model = odd_one(BatchCentred)
+    model = odd_one(CentredStream)
     pair = (full(1), full(2), difference, SHORT)
     many = circuit_scores(model, *pair, method="eap-ig-activations", steps=2)
     halves = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from loopscope.interp.circuits.names import Edge, Positions, ScheduleEntry
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.circuits.viewer import viewer_graph
+from loopscope.interp.dictionaries.graph import FeatureGraph, FeatureLink, FeatureNode
 
 SCHEDULE = tuple(ScheduleEntry(f"loops.{t}.blocks.0", t, 0, "blocks.0") for t in range(2))
 SCORES = {
@@ -70,7 +72,46 @@ def graph() -> dict[str, Any]:
     return dict(json.loads(json.dumps(made)))
 
 
-def test_every_field_is_one_of_the_schema_and_has_its_type(graph: dict[str, Any]) -> None:
+FEATURES = FeatureGraph(
+    nodes=(
+        FeatureNode("embed", None, 1),
+        FeatureNode("feature", 0, 1, 4),
+        FeatureNode("error", 0, 1),
+        FeatureNode("feature", 1, 1, 4),
+        FeatureNode("other", 1, 1),
+        FeatureNode("answer", None, 1),
+    ),
+    links=tuple(FeatureLink(*link) for link in ((0, 1, 2.0), (1, 3, 0.5), (2, 3, -1.0), (3, 5, 3.0),
+                                                (4, 5, 0.25))),
+    activations=(None, 1.5, None, 2.5, None, None),
+    effects=(None, -1.0, None, 3.0, None, None),
+    value=3.0, metric="logit_diff", hook="blocks.0.hook_resid_post", n_loops=2, n_features=9,
+    same_features=True,
+)  # fmt: skip
+
+
+def test_a_graph_of_features_is_nodes_of_its_dictionary() -> None:
+    made = viewer_graph(FEATURES, ["<a>", "<b>"], answer="<d>")
+    ids = {node["node_id"]: node["clerp"] for node in made["nodes"]}
+    assert ids == {
+        "E_0_1": "embed",
+        "0_4_1": "feature 4, loop 0",
+        "0_9_1": "error, loop 0",
+        "1_4_1": "feature 4, loop 1",
+        "1_10_1": "other, loop 1",
+        "2_0_1": "<d>",
+    }
+    assert made["qParams"]["supernodes"] == [["feature 4@1", "0_4_1", "1_4_1"]]
+    assert [node["influence"] for node in made["nodes"]] == [None, 1.0, None, 0.75, None, None]
+    assert made["links"][2] == {"source": "0_9_1", "target": "1_4_1", "weight": -1.0}
+    apart = viewer_graph(replace(FEATURES, same_features=False), ["<a>", "<b>"])
+    assert apart["qParams"]["supernodes"] == []
+    assert apart["nodes"][-1]["clerp"] == "logit_diff"
+
+
+@pytest.mark.parametrize("which", [CIRCUIT, FEATURES])
+def test_every_field_is_one_of_the_schema_and_has_its_type(which: Circuit | FeatureGraph) -> None:
+    graph = json.loads(json.dumps(viewer_graph(which, ["<a>", "<b>", "<c>"], answer="<d>")))
     assert list(graph) == ["metadata", "qParams", "nodes", "links"]
     parts = [("metadata", graph["metadata"])]
     parts += [(name, each) for name in ("nodes", "links") for each in graph[name]]
