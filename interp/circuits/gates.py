@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.common.inputs import Metric
-from loopscope.interp.common.metrics import measure
+from loopscope.interp.common.metrics import measure_graphed
 
 
 def gate_scores(
@@ -45,11 +45,11 @@ def _gradient(
     if len(parts) == 1:
         with torch.enable_grad():
             (logits,) = parts[0].logits(gates[None])
-            return torch.autograd.grad(measure(metric, logits).mean(), gates)[0]
+            return torch.autograd.grad(measure_graphed(metric, logits).mean(), gates)[0]
     with torch.no_grad():
         logits = torch.cat([part.logits(gates[None])[0] for part in parts])
     with torch.enable_grad():
-        mean = measure(metric, logits.requires_grad_()).mean()
+        mean = measure_graphed(metric, logits.requires_grad_()).mean()
         (slopes,) = torch.autograd.grad(mean, logits)
         total = torch.zeros_like(gates)
         for part, slope in zip(parts, slopes.split([len(p.batch) for p in parts]), strict=True):
