@@ -81,7 +81,7 @@ def graph_with(model: LoopedModel, batch: Batch, circuits: Sequence[Circuit]) ->
                 f"a circuit by position holds for inputs of one kind: it is of {positions}, but the"
                 f" inputs have {graph.positions}"
             )
-        if len(graph.edges) == n_edges:
+        if graph.n_edges == n_edges:
             break
     for circuit in circuits:
         if circuit.positions != positions:
@@ -89,9 +89,9 @@ def graph_with(model: LoopedModel, batch: Batch, circuits: Sequence[Circuit]) ->
                 "all circuits must be by the same positions, or all over all positions, but one"
                 f" has {positions} and another {circuit.positions}"
             )
-        if circuit.n_possible != len(graph.edges):
+        if circuit.n_possible != graph.n_edges:
             raise ValueError(
-                f"every circuit must be one of this model's graph of {len(graph.edges)} edges, but"
+                f"every circuit must be one of this model's graph of {graph.n_edges} edges, but"
                 f" one is of a graph of {circuit.n_possible}"
             )
     return graph

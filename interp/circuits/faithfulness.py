@@ -188,7 +188,7 @@ def evaluate_circuit(
     found = Faithfulness(
         masks.sum((1, 2, 3)),
         torch.tensor(sizes),
-        len(graph.edges),
+        graph.n_edges,
         _weights(graph, None),
         values[: len(chosen)],
         values[len(chosen) :],
@@ -256,6 +256,45 @@ class Measured:
         """The metric with only the masked edges kept."""
         found = [measure(self.metric, logits) for part in self.runs.parts(masks) for logits in part]
         return torch.stack(found)
+
+    def shares(
+        self, masks: Bool[Tensor, "circuit reader writer span"]
+    ) -> Float[Tensor, " circuit"]:
+        """The share of the metric's mean difference that the masked edges alone keep."""
+        return share_kept(self.values(masks), self.whole, self.replaced)
+
+
+@torch.no_grad()
+@evaluated
+def shares_of(
+    model: LoopedModel,
+    pair: Pair,
+    scores: Circuit,
+    metric: Metric,
+    kept: Sequence[Sequence[int]],
+    left: Sequence[Sequence[int]] = (),
+    max_bytes: int = 1 << 27,
+) -> tuple[Float[Tensor, " kept"], Float[Tensor, " left"]]:
+    """The shares that many circuits keep, and those that are left without some, as
+    `evaluate_circuit` measures them with excluded edges "corrupted".
+
+    Args:
+        scores: All edges.
+        kept, left: The numbers of each circuit's edges.
+        model, pair, metric, max_bytes: As for `evaluate_circuit`.
+
+    Raises:
+        ValueError: As for `evaluate_circuit`.
+    """
+    measured = Measured.of(
+        masked_runs(model, pair, [scores], "corrupted", 0, max_bytes), pair, metric
+    )
+    graph = measured.runs.graph
+    numbers = graph.numbers(scores.edges)
+    masks = [graph.marked(numbers[list(each)]) for each in kept]
+    masks += [graph.every & ~graph.marked(numbers[list(each)]) for each in left]
+    found = measured.shares(torch.stack(masks))
+    return found[: len(kept)], found[len(kept) :]
 
 
 def _with_least_loss(

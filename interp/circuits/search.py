@@ -181,7 +181,7 @@ class _Search:
             call,
             graph.n_loops,
             graph.schedule,
-            len(graph.edges),
+            graph.n_edges,
             graph.positions,
         )
 

@@ -54,9 +54,11 @@ class SummedStreams:
     ) -> None:
         self.graph, self.outputs = graph, replacement.outputs
         self.stream = replacement.begin.resid.to(self.outputs)
-        self.masks = masks
+        self.masks = masks.permute(0, 3, 1, 2).contiguous()
         embedded = (replacement.kept.resid - replacement.begin.resid).to(self.outputs)
-        self.changes = [embedded.expand(len(masks), 1, *embedded.shape)]
+        first = by_span(embedded.expand(len(masks), 1, *embedded.shape), masks.shape[-1])
+        self.changes = first.new_empty(*first.shape[:2], len(graph.writers), first.shape[-1])
+        self._keep(slice(0, 1), first)
 
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
         """The streams of a stage's readers."""
@@ -67,7 +69,8 @@ class SummedStreams:
     ) -> None:
         """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
-        self.changes.append((outputs.to(replaced) - replaced[:, None]).transpose(0, 1))
+        change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1)
+        self._keep(stage.writers, by_span(change, self.masks.shape[1]))
         self.stream = self.stream + replaced.sum(0) + stage.constant(replaced)
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
@@ -76,8 +79,15 @@ class SummedStreams:
 
     def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
         before = self.graph.before[readers.start]
-        masks = self.masks[:, readers, :before]
-        return self.stream + summed(masks, torch.cat(self.changes, dim=1))
+        masks, changes = self.masks[:, :, readers, :before], self.changes[:, :, :before]
+        return self.stream + over_positions(masks @ changes, self.stream)
+
+    def _keep(self, writers: slice, change: Float[Tensor, "circuit span writer moved"]) -> None:
+        """Put changes behind those of the writers before; a copy where gradients need those."""
+        if torch.is_grad_enabled():
+            self.changes = torch.cat([self.changes[:, :, : writers.start], change], dim=2)
+        else:
+            self.changes[:, :, writers] = change
 
 
 class CarriedStreams:
@@ -185,12 +195,27 @@ def summed(
     changes: Float[Tensor, "circuit writer batch pos d_model"],
 ) -> Float[Tensor, "circuit reader batch pos d_model"]:
     """The sum of the kept writers' changes for every reader, position by position."""
-    if masks.shape[-1] == 1:
-        over_all = masks[..., 0] @ changes.flatten(2)
-        return over_all.view(*masks.shape[:2], *changes.shape[2:])
-    by_position = changes.permute(0, 3, 1, 2, 4).flatten(3)
-    found = masks.permute(0, 3, 1, 2) @ by_position
-    return found.view(*found.shape[:3], changes.shape[2], -1).permute(0, 2, 3, 1, 4)
+    found = masks.permute(0, 3, 1, 2) @ by_span(changes, masks.shape[-1])
+    return over_positions(found, changes[0, 0])
+
+
+def by_span(
+    changes: Float[Tensor, "circuit writer batch pos d_model"], spans: int
+) -> Float[Tensor, "circuit span writer moved"]:
+    """Changes with everything that one mask decides on one axis: batch, positions of the span and
+    width.
+    """
+    each: Tensor = changes.unflatten(3, (spans, -1))
+    return each.permute(0, 3, 1, 2, 4, 5).flatten(3)
+
+
+def over_positions(
+    found: Float[Tensor, "circuit span reader moved"], like: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "circuit reader batch pos d_model"]:
+    """The reverse of `by_span`, for streams of the shape of `like`."""
+    batch, _, d_model = like.shape
+    each: Tensor = found.unflatten(3, (batch, -1, d_model))
+    return each.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
 
 
 def _own(visit: Visit) -> Visit:
