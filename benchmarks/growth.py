@@ -1,8 +1,8 @@
 """How the time and the memory of the main methods grow with the size of a call, beside the growth
 that their arithmetic asks for.
 
-`python -m benchmarks.growth` measures it in about two minutes on an idle machine, writes its section
-of RESULTS.md and draws docs/growth.png.
+`python -m benchmarks.growth` measures it in about two minutes, writes its section of RESULTS.md
+and draws docs/growth.png.
 """
 
 from __future__ import annotations
