@@ -139,10 +139,10 @@ class Graph:
 
     def chosen(self, mask: Bool[Tensor, "reader writer span"]) -> tuple[Edge, ...]:
         """The edges of a mask."""
+        readers, writers = ({at: name for name, at in own.items()} for own in self._numbered)
         return tuple(
-            Edge(placed(self.writers[writer], at), placed(self.readers[reader], at))
+            Edge(writers[writer, span], readers[reader, span])
             for reader, writer, span in mask.nonzero().tolist()
-            for at in [span if self.positions else None]
         )
 
     @cached_property

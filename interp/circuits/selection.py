@@ -134,9 +134,10 @@ def smallest_circuit(
 
 def ranked(scores: Circuit, rule: Rule) -> Sequence[int]:
     """The edges' numbers in the order in which `select_circuit` takes them."""
-    sizes = [abs(score) for score in scores.scores]
+    largest = sorted(range(len(scores)), key=lambda number: -abs(scores.scores[number]))
     if rule == "top":
-        return sorted(range(len(sizes)), key=lambda number: -sizes[number])
+        return largest
+    place = {number: index for index, number in enumerate(largest)}
     waiting: dict[str, list[int]] = {}
     for number, edge in enumerate(scores.edges):
         waiting.setdefault(edge.reader, []).append(number)
@@ -144,18 +145,18 @@ def ranked(scores: Circuit, rule: Rule) -> Sequence[int]:
     for reader in waiting:
         for node in scores.feeds(reader):
             into.setdefault(node, []).append(reader)
-    heap: list[tuple[float, int]] = []
+    heap: list[int] = []
     order: list[int] = []
 
     def open_node(node: str) -> None:
         for reader in into.pop(node, ()):
             for number in waiting.pop(reader, ()):
-                heapq.heappush(heap, (-sizes[number], number))
+                heapq.heappush(heap, place[number])
 
     for node in [node for node in into if end_of(node).component == FINAL]:
         open_node(node)
     while heap:
-        number = heapq.heappop(heap)[1]
+        number = largest[heapq.heappop(heap)]
         order.append(number)
         open_node(scores.edges[number].writer)
     return order
