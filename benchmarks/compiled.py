@@ -1,7 +1,11 @@
-"""What `torch.compile` gains on a forward, and what a model that was compiled does under hooks."""
+"""What `torch.compile` gains on a forward, and what a model that was compiled does under hooks.
+
+`python -m benchmarks.compiled` writes its section of RESULTS.md. It needs a compiler of C++.
+"""
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from functools import partial
@@ -9,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import results
+from benchmarks.scale import busy
 from benchmarks.timing import interleaved, paper_size
 
 LOOPS, HOPS, QUESTIONS, ROUNDS = 4, 12, 16, 5
@@ -21,7 +27,9 @@ def run(d_model: int = 768, n_layers: int = 4, n_heads: int = 12) -> str:
     after checking that the hook acts in both.
     """
     if shutil.which("g++") is None:
-        return "torch.compile was not measured: there is no g++"
+        return (
+            "torch.compile was not measured, since it needs a compiler of C++ and there is no g++"
+        )
     plain, compiled = (paper_size(d_model, n_layers, n_heads) for _ in range(2))
     tokens = torch.randint(
         1, 217, (QUESTIONS, HOPS + 1), generator=torch.Generator().manual_seed(0)
@@ -54,3 +62,16 @@ def _check(found: Tensor, expected: Tensor) -> None:
     apart = float((found - expected).abs().max() / expected.abs().max())
     if apart > 1e-4:
         raise RuntimeError(f"the compiled model is off by {apart:.1e} of the largest logit")
+
+
+def main() -> None:
+    """Print the line and write the section."""
+    torch.set_num_threads(1)
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it warns of each graph break
+    line = run()
+    print(line, flush=True)
+    results.write("Compiled models", "python -m benchmarks.compiled", [f"* {line}{busy()}"])
+
+
+if __name__ == "__main__":
+    main()

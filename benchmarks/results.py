@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "transformer-lens", "nnsight")
 
 def machine() -> str:
     """The machine and the versions that the numbers are of."""
-    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    versions = ", ".join(filter(None, map(_version, _PACKAGES)))
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} thread"
     return f"{_processor()}, {cores}, Python {platform.python_version()}, {versions}"
 
@@ -29,6 +29,14 @@ def write(title: str, command: str, lines: Sequence[str]) -> None:
     sections[title] = "\n".join([f"One run of `{command}` on: {machine()}.", "", *lines, ""])
     kept = [f"## {name}\n\n{text.strip()}\n" for name, text in sections.items()]
     _RESULTS.write_text("\n".join(["# Benchmarks\n", *kept]), encoding="utf-8")
+
+
+def _version(name: str) -> str:
+    """A package with its version; empty where it is not installed."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def _processor() -> str:

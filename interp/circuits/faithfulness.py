@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_field
+from itertools import chain
 from typing import Any, Literal
 
 import pandas as pd
@@ -267,6 +268,16 @@ class Measured:
         parts = self.runs.parts(masks, total)
         return torch.stack([measure(self.metric, logits) for part in parts for logits in part])
 
+    def shares(
+        self, masks: Iterable[Bool[Tensor, "reader writer span"]], total: int | None = None
+    ) -> Float[Tensor, " circuit"]:
+        """The share of the metric's mean difference that the masked edges alone keep.
+
+        Args:
+            masks, total: As for `MaskedRuns.parts`.
+        """
+        return share_kept(self.values(masks, total), self.whole, self.replaced)
+
 
 def check_whole(whole: Float[Tensor, "batch d_vocab"], own: Float[Tensor, "batch d_vocab"]) -> None:
     """Raise unless a run with all edges kept is the model's own.
@@ -283,6 +294,41 @@ def check_whole(whole: Float[Tensor, "batch d_vocab"], own: Float[Tensor, "batch
             f" {float((whole - own).abs().max()):.3g}; something else writes to the residual"
             " stream: a hook that is attached now, or the family itself"
         )
+
+
+@torch.no_grad()
+@evaluated
+def shares_of(
+    model: LoopedModel,
+    pair: Pair,
+    scores: Circuit,
+    metric: Metric,
+    kept: Sequence[Sequence[int]],
+    left: Sequence[Sequence[int]] = (),
+    max_bytes: int = 1 << 27,
+) -> tuple[Float[Tensor, " kept"], Float[Tensor, " left"]]:
+    """The shares that many circuits keep, and those that are left without some, as
+    `evaluate_circuit` measures them with excluded edges "corrupted".
+
+    Args:
+        scores: All edges.
+        kept, left: The numbers of each circuit's edges.
+        model, pair, metric, max_bytes: As for `evaluate_circuit`.
+
+    Raises:
+        ValueError: As for `evaluate_circuit`.
+    """
+    measured = Measured.of(
+        masked_runs(model, pair, [scores], "corrupted", 0, max_bytes), pair, metric
+    )
+    graph = measured.runs.graph
+    numbers = graph.numbers(scores.edges)
+    masks = chain(
+        (graph.marked(numbers[list(each)]) for each in kept),
+        (graph.every & ~graph.marked(numbers[list(each)]) for each in left),
+    )
+    found = measured.shares(masks, len(kept) + len(left))
+    return found[: len(kept)], found[len(kept) :]
 
 
 def _with_least_loss(

@@ -20,6 +20,8 @@ READ = {"attn": "hook_resid_pre", "mlp": "hook_resid_mid"}
 ADDED = {"attn": "hook_attn_out", "mlp": "hook_mlp_out"}
 HEAD_SITES = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
 
+_NOWHERE = (-1, 0)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -126,21 +128,21 @@ class Graph:
     positions: Positions | None = None
 
     @cached_property
-    def edges(self) -> tuple[Edge, ...]:
-        """Every edge, by reader, then by writer, then by position."""
-        return self.chosen(self.every)
-
-    @cached_property
     def n_edges(self) -> int:
         """How many edges there are."""
         return int(self.every.sum())
 
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, by reader, then by writer, then by position."""
+        return self.chosen(self.every)
+
     def chosen(self, mask: Bool[Tensor, "reader writer span"]) -> tuple[Edge, ...]:
         """The edges of a mask."""
+        readers, writers = ({at: name for name, at in own.items()} for own in self._numbered)
         return tuple(
-            Edge(placed(self.writers[writer], at), placed(self.readers[reader], at))
+            Edge(writers[writer, span], readers[reader, span])
             for reader, writer, span in mask.nonzero().tolist()
-            for at in [span if self.positions else None]
         )
 
     @cached_property
@@ -172,8 +174,12 @@ class Graph:
         Raises:
             ValueError: One that the graph does not have.
         """
+        return self.marked(self.numbers(edges))
+
+    def marked(self, numbers: Int[Tensor, "edge 3"]) -> Bool[Tensor, "reader writer span"]:
+        """The mask of edges given by their numbers."""
         found = torch.zeros_like(self.every)
-        found[self.numbers(edges).unbind(1)] = True
+        found[numbers.unbind(1)] = True
         return found
 
     def numbers(self, edges: Iterable[Edge]) -> Int[Tensor, "edge 3"]:
@@ -182,34 +188,31 @@ class Graph:
         Raises:
             ValueError: One that the graph does not have.
         """
-        rows = []
-        for edge in edges:
-            writer, _, at = edge.writer.partition("@")
-            reader, _, to = edge.reader.partition("@")
-            row = (self._readers.get(reader, -1), self._writers.get(writer, -1), int(at or 0))
-            if at != to or bool(at) != bool(self.positions) or not self._has(*row):
-                raise ValueError(
-                    f"every edge must be one of this model's with n_loops={self.n_loops}"
-                    f" {'and heads' if any(s.heads for s in self.stages) else 'without heads'}"
-                    f" {'by position' if self.positions else 'over all positions'}, but"
-                    f" {edge.writer} -> {edge.reader} is none"
-                )
-            rows.append(row)
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-
-    def _has(self, reader: int, writer: int, span: int) -> bool:
-        """Whether there is such an edge."""
-        there = min(reader, writer) >= 0 and span < self.every.shape[2]
-        return there and self._every[reader][writer][span]
+        given = list(edges)
+        reads, writes = self._numbered
+        rows = [(*reads.get(e.reader, _NOWHERE), *writes.get(e.writer, _NOWHERE)) for e in given]
+        reader, at, writer, to = torch.tensor(rows, dtype=torch.int64).view(-1, 4).unbind(1)
+        has = (at == to) & (reader >= 0) & (writer >= 0) & self.every[reader, writer, at]
+        if not has.all():
+            edge = given[int(has.int().argmin())]
+            raise ValueError(
+                f"every edge must be one of this model's with n_loops={self.n_loops}"
+                f" {'and heads' if any(s.heads for s in self.stages) else 'without heads'}"
+                f" {'by position' if self.positions else 'over all positions'}, but"
+                f" {edge.writer} -> {edge.reader} is none"
+            )
+        return torch.stack([reader, writer, at], dim=1)
 
     @cached_property
-    def _every(self) -> list[list[list[bool]]]:
-        return self.every.tolist()
-
-    @cached_property
-    def _readers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.readers)}
-
-    @cached_property
-    def _writers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.writers)}
+    def _numbered(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+        """The numbers of every reader and of every writer, each with its span's."""
+        spans = range(self.every.shape[2])
+        reads, writes = (
+            {
+                placed(name, at if self.positions else None): (number, at)
+                for number, name in enumerate(names)
+                for at in spans
+            }
+            for names in (self.readers, self.writers)
+        )
+        return reads, writes

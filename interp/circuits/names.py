@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 EMBED, FINAL = "embed", "final"
 HEAD_INPUTS = ("q", "k", "v")
+Order = tuple[int, int, int, int, int]
 
 
 class Edge(NamedTuple):
@@ -96,7 +97,7 @@ class End(NamedTuple):
     input: str
     position: int | None
 
-    def order(self, visits: Mapping[str, int]) -> tuple[int, int, int, int, int]:
+    def order(self, visits: Mapping[str, int]) -> Order:
         """When it runs: the visit, attention or MLP, queries, keys or values, the head, the
         position.
 

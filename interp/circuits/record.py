@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from loopscope.interp.circuits.names import Edge, End, Positions, ScheduleEntry, end_of
+from loopscope.interp.circuits.names import Edge, End, Order, Positions, ScheduleEntry, end_of
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.files import atomic_path
 
@@ -99,28 +100,29 @@ class Circuit(OneScreen):
             raise ValueError(
                 f"a circuit's edges must differ, got {len(self.edges) - len(set(self.edges))} twice"
             )
-        self._check_visits()
-        self._check_positions()
-        order = sorted(range(len(self.edges)), key=lambda number: self._when(self.edges[number]))
+        ends = {name: end_of(name) for name in dict.fromkeys(chain.from_iterable(self.edges))}
+        self._check_visits(ends)
+        self._check_positions(ends)
+        order = sorted(range(len(self.edges)), key=self._when(ends).__getitem__)
         for field_, values in (("edges", self.edges), ("scores", self.scores)):
             object.__setattr__(self, field_, tuple(values[number] for number in order))
 
-    def _check_visits(self) -> None:
+    def _check_visits(self, ends: Mapping[str, End]) -> None:
         """Every node is at a visit of the schedule."""
         known = {place.name for place in self.schedule} | {""}
-        for name in dict.fromkeys(name for edge in self.edges for name in edge):
-            if end_of(name).visit not in known:
+        for name, end in ends.items():
+            if end.visit not in known:
                 raise ValueError(
                     f"a node's visit must be one of the schedule with n_loops={self.n_loops}, but"
                     f" {name!r} is at none"
                 )
 
-    def _check_positions(self) -> None:
+    def _check_positions(self, ends: Mapping[str, End]) -> None:
         """Both ends of an edge are at one of the positions, or at none where there are none."""
         known = {None} if self.positions is None else set(range(self.positions.size))
+        at = {name: end.position for name, end in ends.items()}
         for edge in self.edges:
-            writer, reader = (end_of(name).position for name in edge)
-            if writer != reader or writer not in known:
+            if at[edge.writer] != at[edge.reader] or at[edge.writer] not in known:
                 where = "no position" if self.positions is None else f"one of {self.positions}"
                 raise ValueError(
                     f"both ends of an edge must be at {where}, got {edge.writer} -> {edge.reader}"
@@ -132,7 +134,8 @@ class Circuit(OneScreen):
     @property
     def nodes(self) -> tuple[str, ...]:
         """Every node at either end of an edge, in the order of the run."""
-        return self.in_order(end_of(name).node for edge in self.edges for name in edge)
+        names = set(chain.from_iterable(self.edges))
+        return self.in_order(end_of(name).node for name in names)
 
     def in_order(self, nodes: Iterable[str]) -> tuple[str, ...]:
         """Nodes in the order of the run, each once."""
@@ -309,10 +312,11 @@ class Circuit(OneScreen):
     def _visits(self) -> dict[str, int]:
         return {place.name: index for index, place in enumerate(self.schedule)}
 
-    def _when(self, edge: Edge) -> tuple[int, ...]:
-        """The order of edges: the reader's, then the writer's with the position."""
-        writer, reader = (end_of(name).order(self._visits) for name in edge)
-        return (*reader[:-1], *writer)
+    def _when(self, ends: Mapping[str, End]) -> list[tuple[Order, Order]]:
+        """When each edge runs: the reader's order without the position, then the writer's."""
+        orders = {name: end.order(self._visits) for name, end in ends.items()}
+        readers = {name: (*order[:-1], 0) for name, order in orders.items()}
+        return [(readers[edge.reader], orders[edge.writer]) for edge in self.edges]
 
 
 def _loops(values: pd.Series) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from loopscope.interp.circuits.faithfulness import Measured, masked_runs, share_kept
+from loopscope.interp.circuits.faithfulness import Measured, masked_runs
 from loopscope.interp.circuits.masked import Replace
 from loopscope.interp.circuits.names import EMBED, FINAL, end_of
 from loopscope.interp.circuits.record import Circuit
@@ -114,19 +114,11 @@ def smallest_circuit(
     measured = Measured.of(
         masked_runs(model, pair, [scores], replace, seed, max_bytes), pair, metric
     )
-
-    order = ranked(scores, rule)
-    numbers = measured.runs.graph.numbers(scores.edges)
-
-    def chosen(n_edges: int) -> Sequence[int]:
-        first = order[:n_edges]
-        return _connected(scores, first) if replace in NEUTRAL else first
+    order, graph = ranked(scores, rule), measured.runs.graph
+    numbers = graph.numbers(scores.edges)[order]
 
     def faithful(n_edges: int) -> bool:
-        mask = torch.zeros_like(measured.runs.graph.every)
-        mask[numbers[chosen(n_edges)].unbind(1)] = True
-        kept = share_kept(measured.values(mask[None]), measured.whole, measured.replaced)
-        return bool(kept >= wanted)
+        return bool(measured.shares(graph.marked(numbers[:n_edges])[None]) >= wanted)
 
     most, least = len(order), 0
     if not faithful(most):
@@ -136,31 +128,35 @@ def smallest_circuit(
     while most - least > 1:
         middle = (most + least) // 2
         least, most = (least, middle) if faithful(middle) else (middle, most)
-    return scores.take(chosen(most), f"{rule} {most}, faithfulness at least {wanted} by {replace}")
+    kept = _connected(scores, order[:most]) if replace in NEUTRAL else order[:most]
+    return scores.take(kept, f"{rule} {most}, faithfulness at least {wanted} by {replace}")
 
 
 def ranked(scores: Circuit, rule: Rule) -> Sequence[int]:
     """The edges' numbers in the order in which `select_circuit` takes them."""
-    sizes = [abs(score) for score in scores.scores]
+    largest = sorted(range(len(scores)), key=lambda number: -abs(scores.scores[number]))
     if rule == "top":
-        return sorted(range(len(sizes)), key=lambda number: -sizes[number])
-    fed = {reader: scores.feeds(reader) for reader in {edge.reader for edge in scores.edges}}
-    into: dict[str, list[int]] = {}
+        return largest
+    place = {number: index for index, number in enumerate(largest)}
+    waiting: dict[str, list[int]] = {}
     for number, edge in enumerate(scores.edges):
-        for node in fed[edge.reader]:
-            into.setdefault(node, []).append(number)
-    heap: list[tuple[float, int]] = []
-    order: dict[int, None] = {}
+        waiting.setdefault(edge.reader, []).append(number)
+    into: dict[str, list[str]] = {}
+    for reader in waiting:
+        for node in scores.feeds(reader):
+            into.setdefault(node, []).append(reader)
+    heap: list[int] = []
+    order: list[int] = []
 
     def open_node(node: str) -> None:
-        for number in into.pop(node, ()):
-            heapq.heappush(heap, (-sizes[number], number))
+        for reader in into.pop(node, ()):
+            for number in waiting.pop(reader, ()):
+                heapq.heappush(heap, place[number])
 
     for node in [node for node in into if end_of(node).component == FINAL]:
         open_node(node)
     while heap:
-        number = heapq.heappop(heap)[1]
-        if number not in order:
-            order[number] = None
-            open_node(scores.edges[number].writer)
-    return list(order)
+        number = largest[heapq.heappop(heap)]
+        order.append(number)
+        open_node(scores.edges[number].writer)
+    return order

@@ -7,11 +7,10 @@ for each position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -52,11 +51,15 @@ class SummedStreams:
     def __init__(
         self, replacement: Replacement, masks: Float[Tensor, "circuit reader writer span"]
     ) -> None:
-        self.masks, self.outputs = masks, replacement.outputs
+        self.outputs = replacement.outputs
         self.stream = replacement.begin.resid.to(self.outputs)
+        self.masks = masks.permute(0, 3, 1, 2).contiguous()
         embedded = (replacement.kept.resid - replacement.begin.resid).to(self.outputs)
-        embedded = embedded.expand(len(masks), 1, *embedded.shape)
-        self.changes = [by_span(embedded, masks.shape[-1])]
+        first = by_span(embedded.expand(len(masks), 1, *embedded.shape), masks.shape[-1])
+        self.changes = [first]
+        if not masks.requires_grad:
+            self.buffer = first.new_empty(*first.shape[:2], len(self.outputs), first.shape[-1])
+            self._keep(slice(0, 1), first)
 
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
         """The streams of a stage's readers."""
@@ -68,9 +71,7 @@ class SummedStreams:
         """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
         change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1)
-        self.changes.append(by_span(change, self.masks.shape[-1]))
-        if not self.masks.requires_grad:
-            self.changes = [torch.cat(self.changes, dim=2)]
+        self._keep(stage.writers, by_span(change, self.masks.shape[1]))
         self.stream = self.stream + replaced.sum(0) + stage.constant(replaced)
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
@@ -79,8 +80,21 @@ class SummedStreams:
 
     def _at(self, readers: slice) -> Float[Tensor, "circuit reader batch pos d_model"]:
         sizes = [changes.shape[2] for changes in self.changes]
-        masks = self.masks[:, readers, : sum(sizes)].split(sizes, dim=2)
-        return self.stream + summed(masks, self.changes, self.stream.shape[-3:])
+        masks = self.masks[:, :, readers, : sum(sizes)].split(sizes, dim=3)
+        found = masks[0] @ self.changes[0]
+        for mask, changes in zip(masks[1:], self.changes[1:], strict=True):
+            found = found + mask @ changes
+        return self.stream + over_positions(found, self.stream)
+
+    def _keep(self, writers: slice, change: Float[Tensor, "circuit span writer moved"]) -> None:
+        """Put changes behind those of the writers before: into one tensor, or apart where gradients
+        need all of them.
+        """
+        if self.masks.requires_grad:
+            self.changes.append(change)
+        else:
+            self.buffer[:, :, writers] = change
+            self.changes = [self.buffer[:, :, : writers.stop]]
 
 
 class CarriedStreams:
@@ -127,7 +141,7 @@ class CarriedStreams:
         replaced = self.outputs[stage.writers]
         change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1)
         masks = self.masks[:, self.first :, stage.writers]
-        kept = summed([masks], [by_span(change, masks.shape[-1])], change.shape[2:])
+        kept = summed(masks, change)
         total = kept + replaced.sum(0) + stage.constant(replaced)
         self.added[stage.kind] = total.flatten(0, 2).to(self.resid)
         if stage.kind == "mlp":
@@ -184,37 +198,33 @@ class CarriedStreams:
 Streams = SummedStreams | CarriedStreams
 
 
-def by_span(
-    changes: Float[Tensor, "circuit writer batch pos d_model"], n_spans: int
-) -> Float[Tensor, "circuit span writer _rest"]:
-    """Changes as the matrices that masks are multiplied with: all that belongs to a span in a row
-    for each writer.
-    """
-    if n_spans == 1:
-        return changes.flatten(2)[:, None]
-    return changes.permute(0, 3, 1, 2, 4).flatten(3)
-
-
 def summed(
-    masks: Sequence[Float[Tensor, "circuit reader _writer span"]],
-    changes: Sequence[Float[Tensor, "circuit span _writer _rest"]],
-    shape: Sequence[int],
+    masks: Float[Tensor, "circuit reader writer span"],
+    changes: Float[Tensor, "circuit writer batch pos d_model"],
 ) -> Float[Tensor, "circuit reader batch pos d_model"]:
-    """The sum of the kept writers' changes for every reader, position by position.
+    """The sum of the kept writers' changes for every reader, position by position."""
+    found = masks.permute(0, 3, 1, 2) @ by_span(changes, masks.shape[-1])
+    return over_positions(found, changes[0, 0])
 
-    Args:
-        masks, changes: Of some writers each, the changes by span.
-        shape: Of one writer's change: batch, pos and d_model.
+
+def by_span(
+    changes: Float[Tensor, "circuit writer batch pos d_model"], spans: int
+) -> Float[Tensor, "circuit span writer moved"]:
+    """Changes with everything that one mask decides on one axis: batch, positions of the span and
+    width.
     """
-    pairs = [
-        (mask.permute(0, 3, 1, 2), change) for mask, change in zip(masks, changes, strict=True)
-    ]
-    found: Tensor = pairs[0][0] @ pairs[0][1]
-    for mask, change in pairs[1:]:
-        found = found + mask @ change
-    if found.shape[1] == 1:
-        return found[:, 0].view(*found.shape[:1], -1, *shape)
-    return found.view(*found.shape[:3], shape[0], -1).permute(0, 2, 3, 1, 4)
+    each: Tensor = changes.unflatten(3, (spans, -1))
+    return each.permute(0, 3, 1, 2, 4, 5).flatten(3)
+
+
+def over_positions(
+    found: Float[Tensor, "circuit span reader moved"],
+    like: Float[Tensor, "*circuit batch pos d_model"],
+) -> Float[Tensor, "circuit reader batch pos d_model"]:
+    """The reverse of `by_span`, for streams of the shape of `like`."""
+    batch, _, d_model = like.shape[-3:]
+    each: Tensor = found.unflatten(3, (batch, -1, d_model))
+    return each.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
 
 
 def _own(visit: Visit) -> Visit:

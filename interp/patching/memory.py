@@ -55,7 +55,7 @@ def _by_column(model: LoopedModel, cells: Sequence[Cell], width: int) -> int:
     patched = any(HEAD_AXIS.get(site_of(name)) == 1 for cell in cells for name in cell.names)
     capped = any(
         isinstance(scoring := getattr(part, "scoring", None), Scoring) and scoring.cap is not None
-        for part in existing_modules(model)
+        for part in existing_modules(model, points=False)
     )
     scores = _SCORES * width if patched or capped else 0
     return model.cfg.n_heads * (_ATTENTION * model.cfg.d_head + scores)

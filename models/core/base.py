@@ -29,7 +29,7 @@ from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.compiled import EagerWhileHooked
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.family import Family
-from loopscope.models.core.hooks import NO_TAPS, Hook, Taps, live, tap
+from loopscope.models.core.hooks import NO_TAPS, Hook, Taps, existing_modules, live, tap
 from loopscope.models.core.intervene import (
     RESIDUAL_STREAM,
     Direction,
@@ -587,8 +587,11 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the weights are: the first one, found without a walk through the whole model."""
+        weights = (
+            weight for part in existing_modules(self) for weight in part._parameters.values()
+        )
+        return next(weight.device for weight in weights if weight is not None)
 
     @property
     def texts(self) -> TextInputs:

@@ -129,10 +129,11 @@ class PointTree(nn.Module):
     Args:
         name: The full name of the place.
         training: The model's mode.
-        show: Makes all points below; called where somebody looks for one.
+        show: Makes all points below, called where somebody looks for one; False where a walk looks
+            for weights alone, of which there are none here.
     """
 
-    def __init__(self, name: str, training: bool, show: Callable[[], None] | None = None) -> None:
+    def __init__(self, name: str, training: bool, show: Callable[[], bool] | None = None) -> None:
         super().__init__()
         self.name, self.training, self._show = name, training, show
 
@@ -150,20 +151,23 @@ class PointTree(nn.Module):
         return super().__repr__()
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        self._complete()
-        yield from super().named_modules(*args, **kwargs)
+        if self._complete():
+            yield from super().named_modules(*args, **kwargs)
 
-    def _complete(self) -> None:
-        if self._show is not None:
-            self._show()
+    def _complete(self) -> bool:
+        return self._show is None or self._show()
 
 
-def existing_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all below it, without the hook points that nobody has asked for yet."""
+def existing_modules(module: nn.Module, points: bool = True) -> Iterator[nn.Module]:
+    """A module and all below it, without the hook points that nobody has asked for yet.
+
+    Args:
+        points: Whether the trees of the other hook points are walked.
+    """
     yield module
     for part in module._modules.values():
-        if part is not None:
-            yield from existing_modules(part)
+        if part is not None and (points or not isinstance(part, PointTree)):
+            yield from existing_modules(part, points)
 
 
 def add_point(root: nn.Module, point: HookPoint) -> None:

@@ -190,10 +190,12 @@ class HookPoints:
                     self._hang(name)
         return self._hung
 
-    def show(self) -> None:
-        """Hang all points in the model's tree, unless only weights are looked for there."""
-        if not getattr(_WALK, "hidden", False):
-            self.all()
+    def show(self) -> bool:
+        """Hang all points in the model's tree; False where only weights are looked for there."""
+        if getattr(_WALK, "hidden", False):
+            return False
+        self.all()
+        return True
 
     @contextmanager
     def hidden(self) -> Iterator[None]:

@@ -23,11 +23,12 @@ from loopscope.analyses.common.sections import Opened, Section, of_pairs
 from loopscope.analyses.common.subject import Subject, words
 from loopscope.interp.circuits.building import aligned, graph_of
 from loopscope.interp.circuits.changes import writer_changes
-from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.faithfulness import shares_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.selection import ranked, select_circuit, smallest_circuit
 from loopscope.interp.circuits.viewer import viewer_graph
+from loopscope.interp.common.pairs import Pair
 from loopscope.interp.dictionaries.graph import FeatureGraph, feature_graph
 from loopscope.interp.dictionaries.sae_files import load_dictionary
 from loopscope.interp.drawing.circuit_page import circuit_page
@@ -144,13 +145,11 @@ def found_circuit(
     """
     sizes = sorted({len(chosen), *(max(1, round(share * len(scores))) for share in SHARES)})
     orders = ranked(scores, "greedy"), _by_change(subject, pairs, scores), _at_random(len(scores))
-    circuits = [
-        chosen if order is orders[0] and size == len(chosen) else scores.take(order[:size], "size")
-        for order in orders
-        for size in sizes
-    ]
-    both = pairs.clean_batch, pairs.corrupted_batch
-    found = evaluate_circuit(subject.model, *both, circuits, pairs.metric())
+    number = {edge: i for i, edge in enumerate(scores.edges)}
+    taken = [order[:size] for order in orders for size in sizes]
+    taken[sizes.index(len(chosen))] = [number[edge] for edge in chosen.edges]
+    both = Pair(pairs.clean_batch, pairs.corrupted_batch)
+    kept, left = shares_of(subject.model, both, scores, pairs.metric(), taken, taken[: len(sizes)])
     return FoundCircuit(
         circuit=chosen,
         clean=pairs.clean,
@@ -158,8 +157,8 @@ def found_circuit(
         measured=pairs.measured,
         tokens=words(subject.model, pairs.clean_batch.tokens[0][pairs.clean_batch.mask[0].bool()]),
         sizes=tuple(sizes),
-        faithful=found.faithfulness.view(len(RANKINGS), -1).double().cpu(),
-        left=found.completeness[: len(sizes)].double().cpu(),
+        faithful=kept.view(len(RANKINGS), -1).double().cpu(),
+        left=left.double().cpu(),
     )
 
 

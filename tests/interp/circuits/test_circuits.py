@@ -27,7 +27,7 @@ from circuits.compiled import ANSWER, EDGES, asked, two_hops
 from family_toys import TOYS
 from family_toys import full as full_of
 from loopscope.interp.circuits.building import close, graph_of
-from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.faithfulness import evaluate_circuit, shares_of
 from loopscope.interp.circuits.masked import Replace
 from loopscope.interp.circuits.names import Edge, end_of
 from loopscope.interp.circuits.record import Circuit
@@ -40,6 +40,7 @@ from loopscope.interp.circuits.selection import (
     smallest_circuit,
 )
 from loopscope.interp.common.metrics import logit_diff
+from loopscope.interp.common.pairs import Pair
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from toy import CentredStream, assert_close, full, hook_count, odd_one, projection, toy
@@ -177,6 +178,21 @@ def test_the_curve_goes_from_nothing_to_the_whole_model(how: str) -> None:
     )
     assert said.cpr == pytest.approx(area)
     assert frame["weight_share"].iloc[-1] == 1.0
+
+
+@pytest.mark.shapes
+@pytest.mark.parametrize("by_position", [False, True])
+def test_shares_of_numbered_edges_are_those_of_their_circuits(by_position: bool) -> None:
+    model, clean, corrupted = toy("learned"), full(1), full(2)
+    given = model, clean, corrupted
+    scores = circuit_scores(*given, projection(), SHORT, by_position=by_position)
+    chosen = [range(0, len(scores), 2), [], [5, 3], range(len(scores))]
+    circuits = [scores.take(each, "some") for each in chosen]
+    said = evaluate_circuit(*given, circuits, projection())
+    kept, left = shares_of(model, Pair(*given[1:]), scores, projection(), chosen, chosen[:3])
+    assert_close(kept, said.faithfulness)
+    assert_close(left, said.completeness[:3])
+    assert float(kept[0]) != pytest.approx(float(kept[2]))
 
 
 def test_a_saved_circuit_is_the_same(tmp_path: Path) -> None:
