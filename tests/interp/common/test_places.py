@@ -147,7 +147,6 @@ def test_indices_are_integers_each_once() -> None:
             in_range("heads", wrong, 3)
 
 
-@pytest.mark.shapes
 def test_columns_are_at_least_one_and_of_any_integers() -> None:
     expected = shown_columns(padded(), [1, 3])[0]
     for given in (torch.tensor([1, 3]), torch.tensor([1, 3]).numpy(), range(1, 4, 2)):

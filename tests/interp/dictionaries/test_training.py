@@ -169,15 +169,3 @@ def test_a_dictionary_made_in_inference_mode_passes_gradients_on() -> None:
     scale = torch.ones(1, requires_grad=True, dtype=torch.float64)
     own.encode(states() * scale).sum().backward()
     assert scale.grad is not None
-
-
-@pytest.mark.parametrize("make", [pca_dictionary, random_dictionary])
-def test_controls_are_of_states_of_the_reading(make: Any) -> None:
-    more = () if make is pca_dictionary else (9,)
-    for wrong, said in (
-        (torch.ones(5, ROUNDS - 1, WIDTH), "3 iterations, width"),
-        (torch.ones(5, WIDTH), "3 iterations, width"),
-        (torch.full((5, ROUNDS, WIDTH), torch.nan), "hold nan"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            make(wrong, READING, *more, 3)

@@ -1,0 +1,35 @@
+"""Values that annotations refuse before the code can: they are outside of the shapes stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dictionary_toys import dictionary, model
+from loopscope.interp.dictionaries.controls import pca_dictionary, random_dictionary
+from loopscope.interp.dictionaries.reading import Reading
+from loopscope.interp.dictionaries.splice import FeatureEdit, splice
+
+WIDTH, ROUNDS = 11, 3
+READING = Reading("blocks.0.hook_resid_post", "blocks.0.hook_resid_post", ROUNDS)
+
+
+@pytest.mark.parametrize("make", [pca_dictionary, random_dictionary])
+def test_controls_are_of_states_of_the_reading(make: Any) -> None:
+    more = () if make is pca_dictionary else (9,)
+    for wrong, said in (
+        (torch.ones(5, ROUNDS - 1, WIDTH), "3 iterations, width"),
+        (torch.ones(5, WIDTH), "3 iterations, width"),
+        (torch.full((5, ROUNDS, WIDTH), torch.nan), "hold nan"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(wrong, READING, *more, 3)
+
+
+def test_bools_are_no_features() -> None:
+    edit = FeatureEdit(torch.tensor([True, False]))
+    why = r"must be integers in 0\.\.16, got \[True, F"
+    with pytest.raises(ValueError, match=why), splice(model(), dictionary("shared"), edit):
+        pass
