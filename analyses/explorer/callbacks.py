@@ -167,9 +167,9 @@ class Explorer:
         pair: dict[str, str],
         n_loops: int | None,
         extent: str,
-        block: str | None,
-        position: int | None,
-        read: int | None = None,
+        read: int | None,
+        block: str | None = None,
+        position: int | None = None,
     ) -> tuple[Any, ...]:
         """The patching map, what it is of, the choices of a cell, and how long it took."""
 
@@ -276,8 +276,8 @@ WIRES = (
     Wire("show_attention", "attention.figure loop.disabled head.disabled attention-took.children",
          "asked.data loops.value view.value loop.value layer.value head.value", busy="attention"),
     Wire("show_map", "map.figure shown.data map-caption.children block.options position.options"
-         " block.value position.value map-took.children", "pair.data loops.value extent.value",
-         "block.value position.value read.value", busy="map"),
+         " block.value position.value map-took.children",
+         "pair.data loops.value extent.value read.value", "block.value position.value", busy="map"),
     Wire("choose", "block.value! position.value! map.clickData", "map.clickData", "shown.data",
          at_once=False),
     Wire("show_cell", "said.children map.figure! cell-took.children",

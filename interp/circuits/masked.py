@@ -22,6 +22,8 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
 Replace = Literal["corrupted", "mean", "zero", "resample"]
+MAX_BYTES = 1 << 29
+"""About how many bytes runs side by side take where a caller says nothing."""
 
 
 @dataclass(frozen=True)

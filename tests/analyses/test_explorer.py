@@ -496,7 +496,7 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
     assert len(valid(made.show_attention(A_TEXT, 3, "heads", 9, 1, 0)[0]).data) == HEADS
     assert len(valid(made.show_attention(A_TEXT, 3, "loops", 1, 1, 0)[0]).data) == 3
     figure, shown, _, blocks, positions, block, position, took = made.show_map(
-        asked, 2, "all", "loops.3.blocks.0", 5
+        asked, 2, "all", None, "loops.3.blocks.0", 5
     )
     assert (len(figure["data"][0]["y"]), len(blocks), len(positions)) == (4, 4, 6)
     assert (block, position) == (None, 5), "a block that is no longer there is not kept"
@@ -523,7 +523,7 @@ def test_the_answer_is_read_at_the_chosen_position_of_both_texts(made: Explorer)
     assert not ask(made.subject, known, LOOPS, 1).known, "a true answer is of the own readout"
     assert ask(made.subject, known, LOOPS, 99).readout == ask(made.subject, known, LOOPS).readout
     asked = {"a": A_TEXT, "b": B_TEXT}
-    shown = made.show_map(asked, 2, "all", None, None, 2)[1]
+    shown = made.show_map(asked, 2, "all", 2)[1]
     assert shown["read"] == 2
     a, b = made.pair(shown)
     assert (a.readout, b.readout) == (2, 2)

@@ -156,7 +156,7 @@ def exact_effect(name: str, n_loops: int) -> float:
     b = questions.ask_beside(subject, SECOND, a, 8)
     both = subject.model, a.batch, b.batch
     every = circuit_scores(*both, a.metric, n_loops, by_position=True)
-    one = every.take([every.edges.index(Edge.parsed(name))], "one")
+    one = every.take([every.edges.index(Edge.from_text(name))], "one")
     return exact_scores(*both, one, a.metric).scores[0]
 
 
