@@ -7,9 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dash import Patch, dcc, html, no_update
+from dash import Patch, html, no_update
 from dash.development.base_component import Component
 
+from loopscope.analyses.explorer.controls import copy_button
 from loopscope.analyses.explorer.edges import ScoredEdges, patch_edge, score_edges
 from loopscope.analyses.explorer.questions import Query
 from loopscope.analyses.explorer.sentences import (
@@ -165,9 +166,8 @@ class CircuitPart:
             edge, shown = one.edges[0], scored.first(count) if scored.has(count) else None
             mark = edge_mark(shown, edge) if shown else []
             undrawn = shown if shown and not mark else None
-            copied = dcc.Clipboard(content=edge.text, title="copy")
             parts = [
-                html.P([html.Code(edge.text), copied], className="named"),
+                html.P([html.Code(edge.text), copy_button(edge.text)], className="named"),
                 html.P(edge_said(one, before, after, a, undrawn), className="found"),
                 answer_table(before, after, a),
             ]

@@ -104,6 +104,12 @@ def button(key: str, text: str) -> Component:
     return html.Button(text, id=key, className="do", type="button")
 
 
+def copy_button(text: str) -> Component:
+    """A button that copies a text; a script of the page does it, and says so beside the button."""
+    content: Any = {"data-copy": text}
+    return html.Button("copy", className="do copy", type="button", **content)
+
+
 def blank(height: int) -> dict[str, Any]:
     """An empty figure of a height in pixels."""
     hidden, white = {"visible": False}, {"paper_bgcolor": "white", "plot_bgcolor": "white"}
