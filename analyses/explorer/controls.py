@@ -33,7 +33,7 @@ def status(busy: Iterable[str]) -> Component:
     Args:
         busy: The keys of the parts.
     """
-    parts: list[Component] = [html.Span(id="problem", className="busy")]
+    parts: list[Component] = [html.Span(id="problem", className="problem")]
     for name in busy:
         parts += [html.Span(id=f"{name}-busy", className="busy"), html.Span(id=f"{name}-took")]
     return html.P(parts, className="status", id="status", role="status")
