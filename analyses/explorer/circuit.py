@@ -113,7 +113,7 @@ class CircuitPart:
         except ValueError as error:
             return no_update, known, f"{error}.", no_update, no_update, "stale", ""
         figure = circuit_figure(circuit, a)
-        figure["layout"]["shapes"] = marked_as(circuit, edge)
+        figure["layout"]["shapes"] = mark_of(circuit, edge)
         options = [
             html.Option(value=circuit.edges[i].text, label=f"{circuit.scores[i]:.3g}")
             for i in reversed(strongest(circuit, MOST))
@@ -180,7 +180,7 @@ class CircuitPart:
         return said, "", "", marked(mark), took
 
 
-def marked_as(circuit: Circuit, text: str | None) -> list[Figure]:
+def mark_of(circuit: Circuit, text: str | None) -> list[Figure]:
     """The shape that marks the edge that a text names; none where it names none."""
     try:
         return edge_mark(circuit, Edge.from_text(text or ""))

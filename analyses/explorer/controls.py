@@ -105,7 +105,7 @@ def button(key: str, text: str) -> Component:
 
 
 def copy_button(text: str) -> Component:
-    """A button that copies a text; a script of the page does it, and says so beside the button."""
+    """A button that copies a text; a script of the page does it, and says so on the button."""
     content: Any = {"data-copy": text}
     return html.Button("copy", className="do copy", type="button", **content)
 

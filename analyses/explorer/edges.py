@@ -11,6 +11,7 @@ import torch
 
 from loopscope.analyses.explorer.model import Answers, answers
 from loopscope.analyses.explorer.questions import Query
+from loopscope.analyses.explorer.sentences import iterations
 from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.faithfulness import masked_runs, own_logits
 from loopscope.interp.circuits.masked import MAX_BYTES
@@ -64,8 +65,8 @@ class ScoredEdges:
             best = self.circuit.edges[self.order[0]]
             raise ValueError(
                 f"an edge is named as writer → reader, such as {best.text}, but {text!r} is none of"
-                f" the {len(self.circuit)} edges between A and B after {self.circuit.n_loops}"
-                f" iterations{self._coarse()}"
+                f" the {len(self.circuit)} edges between A and B after"
+                f" {iterations(self.circuit.n_loops)}{self._coarse()}"
             )
         return self.circuit.take([self.circuit.edges.index(edge)], "one edge")
 

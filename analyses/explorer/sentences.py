@@ -20,7 +20,7 @@ def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str
     source = "the true answer, which the checkpoint's graph or questions tell"
     if not query.known:
         source = (
-            f"the model's own top token after {_iterations(trained)}, because the true answer of"
+            f"the model's own top token after {iterations(trained)}, because the true answer of"
             " this text is not known"
         )
     here, best, (says, prob) = (
@@ -30,7 +30,7 @@ def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str
     )
     sentence = (
         f"The answer is taken to be {visible(query.answer)}: {source}."
-        f" After {_iterations(chosen)} the model says "
+        f" After {iterations(chosen)} the model says "
     )
     sentence += (
         f"{'this' if says == query.answer else visible(says)} (p = {prob:.3f});"
@@ -38,7 +38,7 @@ def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str
     )
     if record.best == chosen:
         return sentence + "No other number of iterations on this page gives a larger one."
-    sentence += f"It is largest after {_iterations(record.best)}, at {best:z.2f}."
+    sentence += f"It is largest after {iterations(record.best)}, at {best:z.2f}."
     worse = chosen > record.best and best - here > OVERTHINKING
     return (
         sentence
@@ -73,7 +73,7 @@ def top_table(query: Query, record: MarginCurve, chosen: int) -> Component:
 def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
     """The caption of a patching map."""
     sentence = (
-        f"A {a.text} has the margin {grid.margin_a:z.2f} after {_iterations(n_loops)}; in B"
+        f"A {a.text} has the margin {grid.margin_a:z.2f} after {iterations(n_loops)}; in B"
         f" {b.text} the same answer "
     )
     sentence += (
@@ -87,7 +87,8 @@ def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
     return sentence
 
 
-def _iterations(count: int) -> str:
+def iterations(count: int) -> str:
+    """A number of iterations, in words."""
     return f"{count} iteration" + "s" * (count != 1)
 
 

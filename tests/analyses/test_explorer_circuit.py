@@ -194,8 +194,11 @@ def test_what_cannot_be_had_is_one_sentence_and_takes_nothing_away(part: Circuit
     said, wrong, look, _, _ = part.show_edge("embed@1 -> nowhere@1", shown, 30)
     assert (said, look) == (no_update, "stale")
     assert re.search(r"such as \S+ → final@5, but 'embed@1 -> nowhere@1' is none of the", wrong)
+    assert wrong.endswith(" edges between A and B after 2 iterations.")
+    once = part.show_circuit(True, PAIR, 1, 30)[1]
+    assert part.show_edge(LAST, once, 30)[1].endswith(" after 1 iteration.")
     assert part.show_edge("  ", shown, 30)[:3] == ("", "", "")
-    assert part.show_edge(LAST, None, 30)[0] is no_update
+    assert part.show_edge(LAST, None, 30)[::2] == (no_update, "stale", "")
     assert part.show_kept(None, 30)[0] is no_update
 
 
