@@ -106,6 +106,7 @@ def test_the_effect_of_an_edge_is_the_exact_score_and_a_run_by_hand(
     assert not model.any_hook()
 
 
+@pytest.mark.shapes
 def test_what_is_said_of_an_edge_has_both_effects_and_both_answers(
     part: CircuitPart, pair: tuple[Query, Query]
 ) -> None:
