@@ -187,11 +187,7 @@ def markdown_table(frame: pd.DataFrame) -> str:
 
 
 def _cell(value: object) -> str:
-    return (
-        f"{float(value):.2f}".replace("-0.00", "0.00")
-        if isinstance(value, float | np.floating)
-        else str(value)
-    )
+    return f"{float(value):z.2f}" if isinstance(value, float | np.floating) else str(value)
 
 
 FIGURE_CONFIG = {

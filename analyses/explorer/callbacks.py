@@ -104,7 +104,8 @@ class Explorer:
 
     def reads(self, text: str, read: int | None) -> tuple[Any, Any]:
         """The columns at which the answer of A may be read, and the chosen one where A has it."""
-        query = ask(self.subject, text, self.trained)
+        with self.lock:
+            query = ask(self.subject, text, self.trained)
         options = [{"value": i, "label": name} for i, name in enumerate(query.columns)]
         kept = read is None or read < len(options)
         return options, no_update if kept else None
@@ -164,14 +165,18 @@ class Explorer:
 
     def show_map(
         self,
-        pair: dict[str, str],
+        pair: dict[str, str] | None,
         n_loops: int | None,
         extent: str,
-        block: str | None,
-        position: int | None,
-        read: int | None = None,
+        read: int | None,
+        block: str | None = None,
+        position: int | None = None,
     ) -> tuple[Any, ...]:
-        """The patching map, what it is of, the choices of a cell, and how long it took."""
+        """The patching map, what it is of, the choices of a cell, and how long it took; nothing
+        before there is a pair.
+        """
+        if pair is None:
+            return *(no_update,) * 7, ""
 
         def work(loops: int) -> tuple[PatchGrid, Query, Query, Figure, dict[str, str]]:
             a, b = self.pair({**pair, "read": read})
@@ -276,8 +281,8 @@ WIRES = (
     Wire("show_attention", "attention.figure loop.disabled head.disabled attention-took.children",
          "asked.data loops.value view.value loop.value layer.value head.value", busy="attention"),
     Wire("show_map", "map.figure shown.data map-caption.children block.options position.options"
-         " block.value position.value map-took.children", "pair.data loops.value extent.value",
-         "block.value position.value read.value", busy="map"),
+         " block.value position.value map-took.children",
+         "pair.data loops.value extent.value read.value", "block.value position.value", busy="map"),
     Wire("choose", "block.value! position.value! map.clickData", "map.clickData", "shown.data",
          at_once=False),
     Wire("show_cell", "said.children map.figure! cell-took.children",

@@ -7,9 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dash import Patch, dcc, html, no_update
+from dash import Patch, html, no_update
 from dash.development.base_component import Component
 
+from loopscope.analyses.explorer.controls import copy_button
 from loopscope.analyses.explorer.edges import ScoredEdges, patch_edge, score_edges
 from loopscope.analyses.explorer.questions import Query
 from loopscope.analyses.explorer.sentences import (
@@ -21,6 +22,8 @@ from loopscope.analyses.explorer.sentences import (
 from loopscope.analyses.explorer.view import Figure, circuit_figure, edge_mark
 from loopscope.analyses.explorer.wiring import Wire
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.names import Edge
+from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.drawing.circuits import MOST, strongest
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ WIRES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class CircuitPart:
     """The circuit between the questions A and B of an explorer.
 
@@ -74,56 +77,84 @@ class CircuitPart:
         edge: str | None = None,
         before: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
-        """The picture, what it is of where that was something else `before`, no refusal, a
-        sentence, the edges to choose from, how the part looks, and how long it took; of a circuit
-        that cannot be had the sentence that says why. Nothing is computed while the part is closed.
+        """The circuit of the first edges. Nothing is computed while the part is closed.
+
+        Args:
+            opened: Whether the part is open.
+            pair: The texts A and B; None before they can be asked.
+            n_loops: Iterations.
+            count: How many edges the circuit has.
+            read: The column where the answer is read.
+            edge: The chosen edge's name, which is marked.
+            before: The question whose scores the page shows.
+
+        Returns:
+            figure: The picture.
+            scored: The question whose scores are known; None where they cannot be had.
+            wrong: A sentence that says why there is no such circuit; else empty.
+            said: The caption.
+            options: The edges to choose from.
+            look: "stale" while the picture is an older one.
+            took: How long it took.
         """
         if not opened or pair is None:
             return *(no_update,) * 6, ""
         asked = {**pair, "read": read, "n_loops": self.explorer.loops(n_loops)}
+        known: Any = None
 
-        def work(loops: int) -> tuple[Figure, str, list[html.Option]]:
+        def work(loops: int) -> tuple[Query, ScoredEdges]:
             a, b = self.explorer.pair(asked)
-            scored = self.scored(a, b, loops)
-            circuit = scored.first(count)
-            figure = circuit_figure(circuit, a)
-            figure["layout"]["shapes"] = edge_mark(circuit, edge or "")
-            options = [
-                html.Option(value=circuit.edges[i].said, label=f"{circuit.scores[i]:.3g}")
-                for i in reversed(strongest(circuit, MOST))
-            ]
-            return figure, circuit_caption(circuit), options
+            return a, self.scored(a, b, loops)
 
         try:
-            (figure, said, options), took = self.explorer.timed("circuit", n_loops, work)
+            (a, scored), took = self.explorer.timed("circuit", n_loops, work)
+            known = no_update if asked == before else asked
+            circuit = scored.first(count)
         except ValueError as error:
-            return no_update, None, f"{error}.", no_update, no_update, "stale", ""
-        return figure, no_update if asked == before else asked, "", said, options, "", took
+            return no_update, known, f"{error}.", no_update, no_update, "stale", ""
+        figure = circuit_figure(circuit, a)
+        figure["layout"]["shapes"] = mark_of(circuit, edge)
+        options = [
+            html.Option(value=circuit.edges[i].text, label=f"{circuit.scores[i]:.3g}")
+            for i in reversed(strongest(circuit, MOST))
+        ]
+        return figure, known, "", circuit_caption(circuit), options, "", took
 
     def show_kept(self, asked: dict[str, Any] | None, count: int | None) -> tuple[Any, str]:
-        """A sentence about a run with the circuit's edges alone, and how long it took."""
-        if asked is None or count is None:
+        """A sentence about a run with the circuit's edges alone, and how long it took; the old one
+        stays where there is no such circuit, of which `show_circuit` says why.
+        """
+        if asked is None:
             return no_update, ""
 
-        def work(loops: int) -> str:
+        def work(loops: int) -> Any:
             a, b = self.explorer.pair(asked)
-            circuit = self.scored(a, b, loops).first(count)
-            model = self.explorer.subject.model
+            scored = self.scored(a, b, loops)
+            if not scored.has(count):
+                return no_update
+            circuit, model = scored.first(count), self.explorer.subject.model
             return kept_said(evaluate_circuit(model, a.batch, b.batch, circuit, a.metric))
 
         try:
-            return self.explorer.timed("circuit alone", asked["n_loops"], work)
+            said, took = self.explorer.timed("circuit alone", asked["n_loops"], work)
         except ValueError as error:
             return f"{error}.", ""
+        return said, "" if said is no_update else took
 
     def show_edge(
         self, text: str | None, asked: dict[str, Any] | None, count: int | None
     ) -> tuple[Any, ...]:
         """The exact effect of one edge, no refusal, how it looks, its mark in the picture, and how
         long it took; for a text that names no edge the sentence that says so.
+
+        Args:
+            text: The edge's name.
+            asked: The question whose scores are known; None while there is none.
+            count: How many edges the picture's circuit has; where there is no such circuit the edge
+                is patched and not marked.
         """
         if asked is None:
-            return *(no_update,) * 4, ""
+            return no_update, no_update, "stale", no_update, ""
         if not (text or "").strip():
             return "", "", "", marked([]), ""
 
@@ -132,20 +163,29 @@ class CircuitPart:
             scored = self.scored(a, b, loops)
             one = scored.one(str(text))
             before, after = patch_edge(self.explorer.subject.model, a, b, one)
-            name = one.edges[0].said
-            copied = dcc.Clipboard(content=name, title="copy")
+            edge, shown = one.edges[0], scored.first(count) if scored.has(count) else None
+            mark = edge_mark(shown, edge) if shown else []
+            undrawn = shown if shown and not mark else None
             parts = [
-                html.P([html.Code(name), copied], className="named"),
-                html.P(edge_said(one, before, after, a), className="found"),
+                html.P([html.Code(edge.text), copy_button(edge.text)], className="named"),
+                html.P(edge_said(one, before, after, a, undrawn), className="found"),
                 answer_table(before, after, a),
             ]
-            return html.Div(parts), edge_mark(scored.first(count), name)
+            return html.Div(parts), mark
 
         try:
             (said, mark), took = self.explorer.timed("edge", asked["n_loops"], work)
         except ValueError as error:
             return no_update, f"{error}.", "stale", marked([]), ""
         return said, "", "", marked(mark), took
+
+
+def mark_of(circuit: Circuit, text: str | None) -> list[Figure]:
+    """The shape that marks the edge that a text names; none where it names none."""
+    try:
+        return edge_mark(circuit, Edge.from_text(text or ""))
+    except ValueError:
+        return []
 
 
 def marked(shapes: list[Figure]) -> Patch:

@@ -33,7 +33,7 @@ def status(busy: Iterable[str]) -> Component:
     Args:
         busy: The keys of the parts.
     """
-    parts: list[Component] = [html.Span(id="problem", className="busy")]
+    parts: list[Component] = [html.Span(id="problem", className="problem")]
     for name in busy:
         parts += [html.Span(id=f"{name}-busy", className="busy"), html.Span(id=f"{name}-took")]
     return html.P(parts, className="status", id="status", role="status")
@@ -102,6 +102,12 @@ def counted(key: str, count: int) -> Component:
 def button(key: str, text: str) -> Component:
     """A button."""
     return html.Button(text, id=key, className="do", type="button")
+
+
+def copy_button(text: str) -> Component:
+    """A button that copies a text; a script of the page does it, and says so on the button."""
+    content: Any = {"data-copy": text}
+    return html.Button("copy", className="do copy", type="button", **content)
 
 
 def blank(height: int) -> dict[str, Any]:

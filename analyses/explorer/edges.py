@@ -5,13 +5,16 @@ how much of the answer some of them keep.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
 from loopscope.analyses.explorer.model import Answers, answers
 from loopscope.analyses.explorer.questions import Query
+from loopscope.analyses.explorer.sentences import iterations
 from loopscope.interp.circuits.building import graph_of
-from loopscope.interp.circuits.faithfulness import Measured, masked_runs
+from loopscope.interp.circuits.faithfulness import masked_runs, own_logits
+from loopscope.interp.circuits.masked import MAX_BYTES
 from loopscope.interp.circuits.names import Edge
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import circuit_scores
@@ -20,8 +23,7 @@ from loopscope.interp.common.pairs import Pair
 from loopscope.models.core.base import LoopedModel
 
 QUICK_EDGES = 30_000
-"""Edges above which positions, and then heads, are not told apart: about 3 s on one slow core."""
-MAX_BYTES = 1 << 29
+"""Edges above which positions, and then heads, are not told apart."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,17 @@ class ScoredEdges:
     circuit: Circuit
     order: tuple[int, ...]
 
+    def has(self, count: int | None) -> TypeGuard[int]:
+        """Whether there are so many edges, and at least one."""
+        return count is not None and 1 <= count <= len(self.order)
+
     def first(self, count: int | None) -> Circuit:
         """The first edges of the order.
 
         Raises:
             ValueError: A number of edges that there is not.
         """
-        if count is None or not 1 <= count <= len(self.order):
+        if not self.has(count):
             given = "" if count is None else f", got {count}"
             raise ValueError(f"the circuit has between 1 and {len(self.order)} edges{given}")
         return self.circuit.take(self.order[:count], f"greedy {count}")
@@ -54,14 +60,24 @@ class ScoredEdges:
         Raises:
             ValueError: It names none of the edges.
         """
-        edge = Edge.parsed(text)
+        edge = Edge.from_text(text)
         if edge not in self.circuit.edges:
             best = self.circuit.edges[self.order[0]]
             raise ValueError(
-                f"an edge is named as writer → reader, such as {best.said}, but {text!r} is none of"
-                f" the {len(self.circuit)} edges between A and B"
+                f"an edge is named as writer → reader, such as {best.text}, but {text!r} is none of"
+                f" the {len(self.circuit)} edges between A and B after"
+                f" {iterations(self.circuit.n_loops)}{self._coarse()}"
             )
         return self.circuit.take([self.circuit.edges.index(edge)], "one edge")
+
+    def _coarse(self) -> str:
+        """Why the edges' names have no position, as the end of a sentence."""
+        if self.circuit.positions:
+            return ""
+        return (
+            "; they are over all positions, because positions, and then heads, are told apart only"
+            f" where that makes at most {QUICK_EDGES:,} edges"
+        )
 
 
 def score_edges(model: LoopedModel, a: Query, b: Query, n_loops: int) -> ScoredEdges:
@@ -102,7 +118,7 @@ def patch_edge(model: LoopedModel, a: Query, b: Query, edge: Circuit) -> tuple[A
     """
     pair = Pair.of(model, a.batch, b.batch, None)
     runs = masked_runs(model, pair, [edge], "corrupted", 0, MAX_BYTES)
-    Measured.of(runs, pair, a.metric)  # refuses a stream of which the edges are not all
     every = runs.graph.every
     before, after = runs.logits(torch.stack([every, every & ~runs.graph.mask(edge.edges)]))
+    own_logits(runs, pair, before)  # refuses a stream of which the edges are not all
     return answers(model, before, a.answer_id), answers(model, after, a.answer_id)

@@ -67,7 +67,7 @@ def page(
         _lens_section(),
         _attention_section(subject, start),
     ]
-    of_pair = html.Div([_patch_section(subject, texts[1]), circuit_section()], id="of-pair")
+    of_pair = html.Div([_patch_section(subject, texts[1]), _circuit_section()], id="of-pair")
     return html.Div(
         [
             heading(subject, "A looped transformer", facts),
@@ -168,12 +168,12 @@ def _patch_section(subject: Subject, text: str) -> Component:
     return section("patch-section", "Patching B into A", parts)
 
 
-def circuit_section() -> Component:
+def _circuit_section() -> Component:
     """The circuit between A and B, which is computed when it is opened."""
     text = (
         "A line is what one component writes, as one later component reads it; blue keeps A's"
-        " answer, orange works against it, and a dotted line is what a head moves between"
-        " positions. Click a line to give that reader alone what the writer adds in B."
+        " answer, orange works against it. Click a line to give that reader alone what the writer"
+        " adds in B."
     )
     edge = dcc.Input(
         id="edge", type="text", value="", debounce=True, spellCheck=False, autoComplete="off",
@@ -188,7 +188,7 @@ def circuit_section() -> Component:
         ),
     ]
     parts = [
-        html.Summary("Score every edge, and draw the strongest"),
+        html.Summary("Score every edge, and draw a circuit of the first ones"),
         html.P(text),
         html.Div(pickers, className="controls"),
         html.Datalist(id="drawn-edges"),
@@ -199,10 +199,10 @@ def circuit_section() -> Component:
                 html.P(id="circuit-said"),
                 html.P(id="kept-said"),
                 graph("circuit", 400),
-                html.Div(html.Div(id="edge-said", className="said", role="status"), id="of-edge"),
             ],
             id="of-circuit",
         ),
+        html.Div(html.Div(id="edge-said", className="said", role="status"), id="of-edge"),
     ]
     opened = html.Details(parts, id="circuit-open", open=False)
     return section("circuit-section", "The circuit that tells A from B", [opened])

@@ -20,7 +20,7 @@ def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str
     source = "the true answer, which the checkpoint's graph or questions tell"
     if not query.known:
         source = (
-            f"the model's own top token after {_iterations(trained)}, because the true answer of"
+            f"the model's own top token after {iterations(trained)}, because the true answer of"
             " this text is not known"
         )
     here, best, (says, prob) = (
@@ -30,19 +30,19 @@ def verdict(query: Query, record: MarginCurve, chosen: int, trained: int) -> str
     )
     sentence = (
         f"The answer is taken to be {visible(query.answer)}: {source}."
-        f" After {_iterations(chosen)} the model says "
+        f" After {iterations(chosen)} the model says "
     )
     sentence += (
         f"{'this' if says == query.answer else visible(says)} (p = {prob:.3f});"
-        f" the margin is {here:.2f} logits. "
+        f" the margin is {here:z.2f} logits. "
     )
     if record.best == chosen:
         return sentence + "No other number of iterations on this page gives a larger one."
-    sentence += f"It is largest after {_iterations(record.best)}, at {best:.2f}."
+    sentence += f"It is largest after {iterations(record.best)}, at {best:z.2f}."
     worse = chosen > record.best and best - here > OVERTHINKING
     return (
         sentence
-        + f" The iterations since then took {best - here:.2f} logits away: overthinking." * worse
+        + f" The iterations since then took {best - here:z.2f} logits away: overthinking." * worse
     )
 
 
@@ -73,11 +73,11 @@ def top_table(query: Query, record: MarginCurve, chosen: int) -> Component:
 def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
     """The caption of a patching map."""
     sentence = (
-        f"A {a.text} has the margin {grid.margin_a:.2f} after {_iterations(n_loops)}; in B {b.text}"
-        " the same answer "
+        f"A {a.text} has the margin {grid.margin_a:z.2f} after {iterations(n_loops)}; in B"
+        f" {b.text} the same answer "
     )
     sentence += (
-        f"{visible(a.answer)} has {grid.margin_b:.2f}. Each cell puts one residual of B into A."
+        f"{visible(a.answer)} has {grid.margin_b:z.2f}. Each cell puts one residual of B into A."
     )
     if grid.stride > 1:
         sentence += (
@@ -87,7 +87,8 @@ def map_caption(grid: PatchGrid, a: Query, b: Query, n_loops: int) -> str:
     return sentence
 
 
-def _iterations(count: int) -> str:
+def iterations(count: int) -> str:
+    """A number of iterations, in words."""
     return f"{count} iteration" + "s" * (count != 1)
 
 
@@ -95,7 +96,7 @@ def said(before: Answers, after: Answers, query: Query, place: str) -> Component
     """The answers of A before and after one patch of a residual, side by side."""
     sentence = (
         f"B's residual after {place} put into A: the margin of {visible(query.answer)} goes from"
-        f" {before.margin:.2f} to {after.margin:.2f} logits."
+        f" {before.margin:z.2f} to {after.margin:z.2f} logits."
     )
     return html.Div([html.P(sentence, className="found"), answer_table(before, after, query)])
 
@@ -114,20 +115,22 @@ def answer_table(before: Answers, after: Answers, query: Query) -> Component:
         rows.append(html.Tr(cells))
     sizes = [
         html.Td("margin"),
-        *(html.Td(f"{run.margin:.2f} logits", colSpan=2) for run in (before, after)),
+        *(html.Td(f"{run.margin:z.2f} logits", colSpan=2) for run in (before, after)),
     ]
     return html.Table([html.Thead(head), html.Tbody([*rows, html.Tr(sizes)])])
 
 
 def circuit_caption(circuit: Circuit) -> str:
-    """The caption of a circuit of some of the edges."""
+    """The caption of a circuit of the first edges of the greedy order."""
     count, call = len(circuit), circuit.call
+    first = "The first" if count == 1 else f"The first {count}"
+    drawn = f" (the {MOST} strongest of them are drawn)" if count > MOST else ""
     where = "by position" if circuit.positions else "over all positions"
-    drawn = f" ({MOST} of them are drawn)" if count > MOST else ""
+    moved = " A dotted line is what a head moves between positions." if circuit.positions else ""
     return (
-        f"The {count} strongest{drawn} of {circuit.n_possible} edges {where}, taken from"
-        f" the answer backwards, by {call.method} in {call.settings['steps']} steps. A's margin is"
-        f" {call.clean:.2f} logits, in B {call.corrupted:.2f}."
+        f"{first}{drawn} of {circuit.n_possible} edges {where}, taken greedily from the answer"
+        f" backwards, by {call.method} in {call.settings['steps']} steps. A's margin is"
+        f" {call.clean:z.2f} logits, in B {call.corrupted:z.2f}.{moved}"
     )
 
 
@@ -136,25 +139,38 @@ def kept_said(found: Faithfulness) -> str:
     value, whole, replaced = (
         float(values.mean()) for values in (found.values, found.whole, found.replaced)
     )
+    these, keep = ("this edge", "it keeps") if found.edges[0] == 1 else ("these edges", "they keep")
     return (
-        f"With these edges alone, and all others as in B, the margin is {value:.2f} logits:"
-        f" they keep {float(found.faithfulness[0]):.2f} of the way from {replaced:.2f} (no edge"
-        f" kept) to {whole:.2f} (every edge kept); all others together keep"
-        f" {float(found.completeness[0]):.2f}."
-    ).replace("-0.00", "0.00")
+        f"With {these} alone, and all others as in B, the margin is {value:z.2f} logits:"
+        f" {keep} {float(found.faithfulness[0]):z.2f} of the way from {replaced:z.2f} (no edge"
+        f" kept) to {whole:z.2f} (every edge kept); all others together keep"
+        f" {float(found.completeness[0]):z.2f}."
+    )
 
 
-def edge_said(edge: Circuit, before: Answers, after: Answers, query: Query) -> str:
+def edge_said(
+    edge: Circuit, before: Answers, after: Answers, query: Query, undrawn: Circuit | None = None
+) -> str:
     """The estimated and the exact effect of one edge, in a sentence.
 
     Args:
         edge: A circuit of this one edge.
+        undrawn: The circuit that is drawn, where its picture has no line for the edge.
     """
     fall = before.margin - after.margin
     says = [f"{visible(run.top[0][0])} (p = {run.top[0][1]:.3f})" for run in (before, after)]
     return (
         f"This reader is given what the writer adds in B: the margin of {visible(query.answer)}"
-        f" goes from {before.margin:.2f} to {after.margin:.2f} logits. The exact effect of the edge"
-        f" is {fall:.3f} logits, its score estimates {edge.scores[0]:.3f}. The model says {says[0]}"
-        f" before and {says[1]} after."
+        f" goes from {before.margin:z.2f} to {after.margin:z.2f} logits. The exact effect of the"
+        f" edge is {fall:z.3f} logits, its score estimates {edge.scores[0]:z.3f}. The model says"
+        f" {says[0]} before and {says[1]} after.{_unseen(undrawn)}"
     )
+
+
+def _unseen(circuit: Circuit | None) -> str:
+    """That a picture has no line for an edge, in a sentence; empty where it has one."""
+    if circuit is None:
+        return ""
+    count = len(circuit)
+    edges = "edge" if count == 1 else f"{count} edges"
+    return f" The picture of the first {edges} has no line for it."

@@ -17,8 +17,9 @@ from loopscope.analyses.explorer.model import (
     Patterns,
 )
 from loopscope.analyses.explorer.questions import Query
+from loopscope.interp.circuits.names import Edge
 from loopscope.interp.circuits.record import Circuit
-from loopscope.interp.drawing.circuits import add_unrolled, axes, curve, spots
+from loopscope.interp.drawing.circuits import MOST, add_unrolled, axes, curve, spots, strongest
 from loopscope.interp.drawing.labels import AXIS, label, spoken, tick, visible
 from loopscope.interp.drawing.look import (
     ACCURACY_SCALE,
@@ -283,11 +284,13 @@ def circuit_figure(drawn: Circuit, query: Query) -> Figure:
     return figure
 
 
-def edge_mark(drawn: Circuit, name: str) -> list[Figure]:
-    """The shape that marks one edge of the drawn ones; none where it is not drawn."""
-    names = [edge.said for edge in drawn.edges]
-    if name not in names:
+def edge_mark(circuit: Circuit, edge: Edge) -> list[Figure]:
+    """The shape that marks one edge in the picture of a circuit; none where the picture has no line
+    for it.
+    """
+    number = next((i for i in strongest(circuit, MOST) if circuit.edges[i] == edge), None)
+    if number is None:
         return []
-    points = curve(drawn, spots(drawn), names.index(name))
+    points = curve(circuit, spots(circuit), number)
     path = "M" + " L".join(f"{x:.4f},{y:.4f}" for x, y in points)
     return [{"type": "path", "path": path, **_MARK, "line": {"color": INK, "width": 5}}]

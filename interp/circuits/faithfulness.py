@@ -16,7 +16,7 @@ from torch import Tensor
 from loopscope.interp.circuits.building import close, graph_with
 from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph
-from loopscope.interp.circuits.masked import MaskedRuns, Replace
+from loopscope.interp.circuits.masked import MAX_BYTES, MaskedRuns, Replace
 from loopscope.interp.circuits.names import end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, begin_batch
@@ -150,7 +150,7 @@ def evaluate_circuit(
     minimality: bool = False,
     seed: int = 0,
     readout: ReadoutColumn = None,
-    max_bytes: int = 1 << 29,
+    max_bytes: int = MAX_BYTES,
 ) -> Faithfulness:
     """Run a model on the clean inputs with every edge outside a circuit replaced, and with every
     edge of the circuit replaced.
@@ -227,6 +227,24 @@ def masked_runs(
     return MaskedRuns.of(model, graph, pair.clean, corrupted, replace, seed, max_bytes)
 
 
+def own_logits(
+    runs: MaskedRuns, pair: Pair, whole: Float[Tensor, "batch d_vocab"]
+) -> Float[Tensor, "batch d_vocab"]:
+    """The model's own logits on the clean inputs.
+
+    Args:
+        whole: The logits of the masked run that keeps all edges.
+
+    Raises:
+        ValueError: With all edges kept the run is not the model's own.
+    """
+    model = runs.model
+    end = model.advance(begin_batch(model, pair.clean, runs.graph.n_loops))
+    own = model.readout(end, pair.clean.readout)
+    check_whole(whole, own)
+    return own
+
+
 @dataclass(frozen=True)
 class Measured:
     """The metric of masked runs.
@@ -249,12 +267,9 @@ class Measured:
         Raises:
             ValueError: With all edges kept the run is not the model's own.
         """
-        model, every = runs.model, runs.graph.every
-        end = model.advance(begin_batch(model, pair.clean, runs.graph.n_loops))
-        own = model.readout(end, pair.clean.readout)
+        every = runs.graph.every
         whole, replaced = runs.logits(torch.stack([every, torch.zeros_like(every)]))
-        check_whole(whole, own)
-        chosen = metric_or_kl(metric, own)
+        chosen = metric_or_kl(metric, own_logits(runs, pair, whole))
         return cls(runs, chosen, measure(chosen, whole), measure(chosen, replaced))
 
     def values(

@@ -24,6 +24,8 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
 Replace = Literal["corrupted", "mean", "zero", "resample"]
+MAX_BYTES = 1 << 29
+"""About how many bytes runs side by side take where a caller says nothing."""
 _MLPS, _STREAMS = 3, 20  # tensors of the widths d_mlp and d_model that a visit keeps per stream
 _GIVEN = 3  # tensors that are kept of the stream that a reader is given
 

@@ -35,15 +35,24 @@ class Edge(NamedTuple):
     reader: str
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         """Both names in one text, as pages show and copy them."""
         return f"{self.writer} → {self.reader}"
 
     @classmethod
-    def parsed(cls, text: str) -> Edge:
-        """The edge that such a text names; "->" may stand for the arrow."""
-        writer, _, reader = text.replace("->", "→").partition("→")
-        return cls(writer.strip(), reader.strip())
+    def from_text(cls, text: str) -> Edge:
+        """The edge that such a text names; "->" may stand for the arrow.
+
+        Raises:
+            ValueError: Other than two names with one arrow between them.
+        """
+        names = [name.strip() for name in text.replace("->", "→").split("→")]
+        if len(names) != 2 or not all(names):
+            raise ValueError(
+                "an edge is two names with an arrow between them, such as 'embed → final', got"
+                f" {text!r}"
+            )
+        return cls(*names)
 
 
 class Positions(NamedTuple):

@@ -27,7 +27,7 @@ from loopscope.interp.circuits.gradients import (
     sites_of,
 )
 from loopscope.interp.circuits.graph import Graph
-from loopscope.interp.circuits.masked import MaskedRuns
+from loopscope.interp.circuits.masked import MAX_BYTES, MaskedRuns
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import measure, metric_name, metric_or_kl, row_by_row
@@ -55,7 +55,7 @@ def circuit_scores(
     by_position: bool = False,
     readout: ReadoutColumn = None,
     checkpoint: str | None = None,
-    max_bytes: int = 1 << 29,
+    max_bytes: int = MAX_BYTES,
 ) -> Circuit:
     """Score every edge between the components of all iterations: (clean - corrupted output of the
     writer) times the gradient of the metric through the reader alone.

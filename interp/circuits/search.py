@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from loopscope.interp.circuits.faithfulness import Measured, masked_runs
 from loopscope.interp.circuits.graph import Graph
+from loopscope.interp.circuits.masked import MAX_BYTES
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.circuits.selection import prune_circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
@@ -34,7 +35,7 @@ def exact_scores(
     metric: Metric | Literal["kl"],
     *,
     readout: ReadoutColumn = None,
-    max_bytes: int = 1 << 29,
+    max_bytes: int = MAX_BYTES,
 ) -> Circuit:
     """Measure edges one by one: how far the metric of the whole model falls when that edge alone is
     given what its writer adds in the corrupted run.
@@ -70,7 +71,7 @@ def search_circuit(
     *,
     readout: ReadoutColumn = None,
     together: int = 16,
-    max_bytes: int = 1 << 29,
+    max_bytes: int = MAX_BYTES,
 ) -> Circuit:
     """Find a circuit by exact patching: from the readout backwards, every edge whose exclusion
     changes the metric by less than a threshold is excluded for good.

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from loopscope.interp.circuits.faithfulness import Measured, masked_runs
-from loopscope.interp.circuits.masked import Replace
+from loopscope.interp.circuits.masked import MAX_BYTES, Replace
 from loopscope.interp.circuits.names import EMBED, FINAL, end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
@@ -93,7 +93,7 @@ def smallest_circuit(
     replace: Replace = "corrupted",
     seed: int = 0,
     readout: ReadoutColumn = None,
-    max_bytes: int = 1 << 29,
+    max_bytes: int = MAX_BYTES,
 ) -> Circuit:
     """The smallest circuit of a wanted faithfulness, by bisection on the number of edges.
 

@@ -310,7 +310,7 @@ def curve(record: Circuit, at: Mapping[str, Spot], number: int) -> list[tuple[fl
 def _hover(record: Circuit, line: _Line) -> dict[str, Any]:
     """The name and the score of the edge at each point."""
     named = [
-        None if number is None else (record.edges[number].said, record.scores[number])
+        None if number is None else (record.edges[number].text, record.scores[number])
         for number in line.edges
     ]
     said = "%{customdata[0]}<br>score %{customdata[1]:.3g}<extra></extra>"

@@ -123,7 +123,7 @@ def _named(name: Name) -> Name:
 
 def _written(value: float | int) -> str:
     """A number with two decimals; nothing where there is none."""
-    return f"{value:.2f}".replace("-0.00", "0.00") if value == value else ""
+    return f"{value:z.2f}" if value == value else ""
 
 
 def cell_maps(maps: Sequence[CellMap], title: str = "") -> go.Figure:

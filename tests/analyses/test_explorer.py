@@ -491,12 +491,13 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
 
         monkeypatch.setattr(callbacks, name, watched)
     asked = {"a": A_TEXT, "b": B_TEXT}
+    assert made.show_map(None, 2, "all", None) == (*[callbacks.no_update] * 7, "")
     assert valid(made.show_lens(A_TEXT, 3, "iterations")[0]).data[0].y == ("0.1", "1.1", "2.1")
     assert len(valid(made.show_margin(A_TEXT, 3)[0]).data[0].x) == made.most == 12
     assert len(valid(made.show_attention(A_TEXT, 3, "heads", 9, 1, 0)[0]).data) == HEADS
     assert len(valid(made.show_attention(A_TEXT, 3, "loops", 1, 1, 0)[0]).data) == 3
     figure, shown, _, blocks, positions, block, position, took = made.show_map(
-        asked, 2, "all", "loops.3.blocks.0", 5
+        asked, 2, "all", None, "loops.3.blocks.0", 5
     )
     assert (len(figure["data"][0]["y"]), len(blocks), len(positions)) == (4, 4, 6)
     assert (block, position) == (None, 5), "a block that is no longer there is not kept"
@@ -508,6 +509,22 @@ def test_each_answer_is_drawn_under_the_lock_and_timed(
     assert "shapes" in str(frame.to_plotly_json())
     assert made.show_cell(None, 3, shown)[2] == ""
     assert held == [True] * 6
+
+
+def test_no_question_is_asked_while_another_computation_has_hooks_on_the_model(
+    made: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def watched(*args: Any) -> Any:
+        held.append(made.lock.locked())
+        return ask(*args)
+
+    monkeypatch.setattr(callbacks, "ask", watched)
+    made.reads(A_TEXT, None)
+    made.check(A_TEXT, B_TEXT, None)
+    made.show_lens(A_TEXT, 1, "blocks")
+    assert held == [True] * 3
 
 
 def test_the_answer_is_read_at_the_chosen_position_of_both_texts(made: Explorer) -> None:
@@ -523,7 +540,7 @@ def test_the_answer_is_read_at_the_chosen_position_of_both_texts(made: Explorer)
     assert not ask(made.subject, known, LOOPS, 1).known, "a true answer is of the own readout"
     assert ask(made.subject, known, LOOPS, 99).readout == ask(made.subject, known, LOOPS).readout
     asked = {"a": A_TEXT, "b": B_TEXT}
-    shown = made.show_map(asked, 2, "all", None, None, 2)[1]
+    shown = made.show_map(asked, 2, "all", 2)[1]
     assert shown["read"] == 2
     a, b = made.pair(shown)
     assert (a.readout, b.readout) == (2, 2)

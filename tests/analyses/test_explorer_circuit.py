@@ -5,6 +5,7 @@ hand, without a browser.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -20,8 +21,10 @@ from loopscope.analyses.explorer.callbacks import Explorer
 from loopscope.analyses.explorer.circuit import CircuitPart, choose_edge
 from loopscope.analyses.explorer.edges import patch_edge, score_edges
 from loopscope.analyses.explorer.questions import Query, ask, ask_beside
+from loopscope.analyses.explorer.sentences import edge_said, kept_said
 from loopscope.analyses.explorer.view import circuit_figure, edge_mark
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
+from loopscope.interp.circuits.masked import MaskedRuns
 from loopscope.interp.circuits.names import Edge
 from loopscope.interp.circuits.scores import circuit_scores
 from loopscope.interp.circuits.search import exact_scores
@@ -103,6 +106,7 @@ def test_the_effect_of_an_edge_is_the_exact_score_and_a_run_by_hand(
     assert not model.any_hook()
 
 
+@pytest.mark.shapes
 def test_what_is_said_of_an_edge_has_both_effects_and_both_answers(
     part: CircuitPart, pair: tuple[Query, Query]
 ) -> None:
@@ -114,7 +118,8 @@ def test_what_is_said_of_an_edge_has_both_effects_and_both_answers(
     before, after = patch_edge(model_of(part), *pair, one)
     exact = exact_scores(model_of(part), *(each.batch for each in pair), one, pair[0].metric)
     name, sentence, table = said.children
-    assert [name.children[0].children, name.children[1].content] == [LAST, LAST]
+    assert name.children[0].children == LAST
+    assert name.children[1].to_plotly_json()["props"]["data-copy"] == LAST
     numbers = re.findall(r"-?\d+\.\d+", sentence.children)
     assert numbers == [
         f"{before.margin:.2f}", f"{after.margin:.2f}", f"{exact.scores[0]:.3f}",
@@ -182,7 +187,7 @@ def test_what_cannot_be_had_is_one_sentence_and_takes_nothing_away(part: Circuit
         kept, of, wrong, caption, options, look, _ = part.show_circuit(True, PAIR, SHORT, count)
         assert re.fullmatch(rf"the circuit has between 1 and \d+ edges{why}\.", wrong)
         assert (kept, of, caption, options, look) == (
-            no_update, None, no_update, no_update, "stale",
+            no_update, shown, no_update, no_update, "stale",
         )  # fmt: skip
         assert part.show_kept(shown, count)[1] == ""
     same = {"a": A_TEXT, "b": A_TEXT}
@@ -190,8 +195,11 @@ def test_what_cannot_be_had_is_one_sentence_and_takes_nothing_away(part: Circuit
     said, wrong, look, _, _ = part.show_edge("embed@1 -> nowhere@1", shown, 30)
     assert (said, look) == (no_update, "stale")
     assert re.search(r"such as \S+ → final@5, but 'embed@1 -> nowhere@1' is none of the", wrong)
+    assert wrong.endswith(" edges between A and B after 2 iterations.")
+    once = part.show_circuit(True, PAIR, 1, 30)[1]
+    assert part.show_edge(LAST, once, 30)[1].endswith(" after 1 iteration.")
     assert part.show_edge("  ", shown, 30)[:3] == ("", "", "")
-    assert part.show_edge(LAST, None, 30)[0] is no_update
+    assert part.show_edge(LAST, None, 30)[::2] == (no_update, "stale", "")
     assert part.show_kept(None, 30)[0] is no_update
 
 
@@ -230,29 +238,131 @@ def test_a_drawn_line_names_its_edge_and_the_chosen_one_is_marked(
     lines = [trace for trace in plain["data"] if trace["mode"] == "lines" and "customdata" in trace]
     named = [cell for trace in lines for cell in trace["customdata"] if cell is not None]
     sizes = sorted((abs(score) for score in circuit.scores), reverse=True)[:MOST]
-    assert {name for name, _ in named} <= {edge.said for edge in circuit.edges}
+    assert {name for name, _ in named} <= {edge.text for edge in circuit.edges}
     assert sorted({abs(score) for _, score in named}, reverse=True) == pytest.approx(sizes)
     point = {"customdata": list(lines[0]["customdata"][0])}
     assert choose_edge({"points": [point]}) == (lines[0]["customdata"][0][0], None)
     assert choose_edge({"points": [{"customdata": "embed@1<br>score 3"}]}) == (no_update, None)
     assert choose_edge(None) == (no_update, None)
-    (mark,) = edge_mark(circuit, LAST)
+    (mark,) = edge_mark(circuit, Edge.from_text(LAST))
     places = [tuple(map(float, place.split(","))) for place in mark["path"][1:].split(" L")]
     at = spots(circuit)
     for (x, y), node in ((places[0], "loops.1.blocks.1.mlp@5"), (places[-1], "final@5")):
         assert (x, y) == pytest.approx((at[node].x, at[node].y), abs=1e-4)
-    assert edge_mark(circuit, "embed@0 → final@0") == []
+    assert edge_mark(circuit, Edge("embed@0", "final@0")) == []
+    by_size = sorted(range(200), key=lambda number: -abs(circuit.scores[number]))
+    marks = [edge_mark(circuit, circuit.edges[number]) for number in by_size]
+    assert list(map(len, marks)) == [1] * MOST + [0] * 50
     drawn.update_layout(shapes=[mark])
     shown = part.show_circuit(True, PAIR, SHORT, 200, None, LAST)
     assert shown[0]["layout"]["shapes"] == [mark]
     assert len(shown[4]) == MOST
-    assert "(150 of them are drawn) of" in shown[3]
+    arrow = LAST.replace("→", "->")
+    assert part.show_circuit(True, PAIR, SHORT, 200, None, arrow)[0]["layout"]["shapes"] == [mark]
+    assert part.show_circuit(True, PAIR, SHORT, 200, None, "embed")[0]["layout"]["shapes"] == []
 
 
-def test_an_edge_is_read_as_it_is_said() -> None:
+def test_an_edge_without_a_line_in_the_picture_is_patched_and_said_to_have_none(
+    part: CircuitPart, pair: tuple[Query, Query]
+) -> None:
+    shown, scored = asked(part), part.scored(*pair, SHORT)
+    far, unseen = scored.circuit.edges[scored.order[40]].text, "has no line for it."
+    for count, sentence in ((30, f"The picture of the first 30 edges {unseen}"), (41, "")):
+        said, _, _, mark, _ = part.show_edge(far, shown, count)
+        assert said.children[1].children.partition(" after. ")[2] == sentence
+        assert bool(mark.to_plotly_json()["operations"][0]["params"]["value"]) == (count == 41)
+    alone = part.show_edge(far, shown, 1)[0].children[1].children
+    assert alone.endswith(f" The picture of the first edge {unseen}")
+
+
+def test_a_wrong_number_of_edges_takes_no_edge_away(
+    part: CircuitPart, pair: tuple[Query, Query]
+) -> None:
+    shown = asked(part)
+    whole = part.show_edge(LAST, shown, 30)[0].children[1].children
+    for count in (None, 0, 10**6):
+        assert part.show_circuit(True, PAIR, SHORT, count)[1] == shown
+        assert part.show_circuit(True, PAIR, SHORT, count, before=shown)[1] is no_update
+        said, wrong, look, mark, _ = part.show_edge(LAST, shown, count)
+        assert (said.children[1].children, wrong, look) == (whole, "", "")
+        assert mark.to_plotly_json()["operations"][0]["params"]["value"] == []
+        assert part.show_kept(shown, count)[0] is no_update
+
+
+def test_the_caption_says_how_the_edges_were_taken(
+    part: CircuitPart, pair: tuple[Query, Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = part.scored(*pair, SHORT)
+    total = len(scored.circuit)
+    largest = sorted(range(total), key=lambda number: -abs(scored.circuit.scores[number]))[:100]
+    assert set(scored.order[:100]) != set(largest), "greedy edges are not those of largest score"
+    taken = f" of {total} edges by position, taken greedily from the answer backwards, by "
+    for count, first in (
+        (1, "The first"),
+        (100, "The first 100"),
+        (200, "The first 200 (the 150 strongest of them are drawn)"),
+    ):
+        said = part.show_circuit(True, PAIR, SHORT, count)[3]
+        assert said.startswith(first + taken)
+        assert said.endswith(" A dotted line is what a head moves between positions.")
+    assert part.show_kept(asked(part), 1)[0].startswith("With this edge alone, and all others as")
+    monkeypatch.setattr(edges, "QUICK_EDGES", 700)
+    part.known.clear()
+    said = part.show_circuit(True, PAIR, SHORT, 100)[3]
+    assert "edges over all positions, taken greedily" in said
+    assert "dotted" not in said
+    refused = part.show_edge(LAST, asked(part), 30)[1]
+    why = r"after 2 iterations; they are over all positions, because .* at most 700 edges\.$"
+    assert re.search(why, refused)
+
+
+def test_no_number_is_a_negative_zero(part: CircuitPart, pair: tuple[Query, Query]) -> None:
+    one = part.scored(*pair, SHORT).one(LAST)
+    before = replace(patch_edge(model_of(part), *pair, one)[0], margin=-0.0004)
+    after = replace(before, margin=-0.0001)
+    tiny = replace(one, scores=(-0.0002,))
+    said = edge_said(tiny, before, after, pair[0])
+    assert "from 0.00 to 0.00 logits" in said
+    assert "edge is 0.000 logits, its score estimates 0.000." in said
+    found = evaluate_circuit(model_of(part), *(each.batch for each in pair), one, pair[0].metric)
+    kept = kept_said(replace(found, replaced=found.replaced * 0 - 1e-4))
+    assert "-0.00" not in kept
+    assert "from 0.00 (no edge" in kept
+
+
+def test_one_patch_runs_the_model_itself_once(
+    part: CircuitPart, pair: tuple[Query, Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, rows = part.scored(*pair, SHORT).one(LAST), []
+    run = MaskedRuns._run
+
+    def counted(runs: MaskedRuns, masks: torch.Tensor) -> torch.Tensor:
+        rows.append(len(masks))
+        return run(runs, masks)
+
+    monkeypatch.setattr(MaskedRuns, "_run", counted)
+    patch_edge(model_of(part), *pair, one)
+    assert rows == [2], "every edge, and all but the one"
+
+
+def test_a_stream_that_edges_do_not_make_is_refused(
+    part: CircuitPart, pair: tuple[Query, Query]
+) -> None:
+    model, one = model_of(part), part.scored(*pair, SHORT).one(LAST)
+    with (
+        model.hooks([("loops.0.blocks.0.hook_resid_post", lambda value, hook: value * 2)]),
+        pytest.raises(ValueError, match="components. outputs must sum to the residual stream"),
+    ):
+        patch_edge(model, *pair, one)
+
+
+def test_an_edge_is_read_as_it_is_written() -> None:
     edge = Edge("embed@2", "loops.0.blocks.1.attn.3.q@2")
-    assert Edge.parsed(edge.said) == Edge.parsed(f" {edge.writer}->{edge.reader} ") == edge
-    assert Edge.parsed("embed") == ("embed", "")
+    assert Edge.from_text(edge.text) == edge
+    assert Edge.from_text(f" {edge.writer}->{edge.reader} ") == edge
+    for text in ("embed", "embed →", "-> final", "embed → final → final", ""):
+        with pytest.raises(ValueError, match=f"two names with an arrow .* got {text!r}"):
+            Edge.from_text(text)
 
 
 def test_the_column_at_which_the_answer_is_read_is_the_circuits(part: CircuitPart) -> None:

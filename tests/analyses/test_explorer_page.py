@@ -141,6 +141,21 @@ def test_a_click_on_an_edge_of_the_circuit_patches_that_edge_alone(tab: Tab) -> 
     assert effect is not None
     assert float(effect[1]) == pytest.approx(exact_effect(name, int(loops)), abs=0.002)
     assert tab.value(f"{plot('circuit')}.layout.shapes.length") == 1
+    tab.value("navigator.clipboard.writeText = async text => { window.copied = text; }")
+    tab.value("document.querySelector('#edge-said button').focus()")
+    tab.press("Enter", 13)
+    tab.wait(f"window.copied === {json.dumps(name)}")
+    assert tab.value("document.querySelector('#edge-said button').dataset.said") == "copied"
+    tab.type_into("#edges", "0")
+    tab.wait(f"{text_of('circuit-wrong')}.includes('between 1 and')")
+    settle(tab)
+    tab.type_into("#edge", name.replace("→", "->") + " ")
+    settle(tab)
+    assert f"edge is {effect[1]} logits" in tab.value(text_of("edge-said"))
+    assert tab.value(f"{text_of('edge-wrong')} === '' && !document.querySelector('#of-edge.stale')")
+    tab.type_into("#edges", "100")
+    tab.wait(f"{text_of('circuit-wrong')} === ''")
+    tab.wait(f"{plot('circuit')}.layout.shapes.length === 1")
     tab.type_into("#edge", "embed -> nowhere")
     tab.wait(f"{text_of('edge-wrong')}.includes('is none of the')")
     settle(tab)
@@ -156,7 +171,7 @@ def exact_effect(name: str, n_loops: int) -> float:
     b = questions.ask_beside(subject, SECOND, a, 8)
     both = subject.model, a.batch, b.batch
     every = circuit_scores(*both, a.metric, n_loops, by_position=True)
-    one = every.take([every.edges.index(Edge.parsed(name))], "one")
+    one = every.take([every.edges.index(Edge.from_text(name))], "one")
     return exact_scores(*both, one, a.metric).scores[0]
 
 
@@ -244,8 +259,10 @@ def test_a_language_model_is_explored_by_sentences() -> None:
         settle(page)
         assert page.value(grey) == []
         assert page.value(text_of("b-wrong")) == ""
+        caption = page.value(text_of("map-caption"))
         _choose_position(page)
         page.wait(f"{text_of('tops')}.includes('Top tokens at 0 the after each iteration')")
+        page.wait(f"{text_of('map-caption')} !== {json.dumps(caption)}")
         settle(page)
         assert page.page.errors == []
 

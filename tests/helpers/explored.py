@@ -62,11 +62,12 @@ def served(config: ExploreConfig, ready: str) -> Iterator[Tab]:
 
 
 def settle(page: Tab) -> None:
-    """Wait until nothing is being computed."""
+    """Wait until nothing is being computed, and nothing failed in a way that no check foresaw."""
     page.wait(
         "[...document.querySelectorAll('.status .busy')].every(e => !e.innerText) &&"
         " !document.querySelector('[data-dash-is-loading]')"
     )
+    assert not page.value(text_of("problem"))
 
 
 def text_of(key: str) -> str:

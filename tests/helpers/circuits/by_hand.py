@@ -13,7 +13,7 @@ from family_toys import full as full_of
 from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph
-from loopscope.interp.circuits.masked import MaskedRuns
+from loopscope.interp.circuits.masked import MAX_BYTES, MaskedRuns
 from loopscope.interp.circuits.names import end_of
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.common.metrics import logit_diff
@@ -171,7 +171,7 @@ def check_masked_runs(name: str, by_position: bool) -> None:
     heads = None if name in ("toy", "huginn") else False
     graph = graph_of(model, clean, SHORT, heads, by_position)
     other = Written.of(model, corrupted, graph)
-    runs = MaskedRuns.of(model, graph, clean, other, "corrupted", 0, 1 << 29)
+    runs = MaskedRuns.of(model, graph, clean, other, "corrupted", 0, MAX_BYTES)
     chances = torch.rand(graph.every.shape, generator=torch.Generator().manual_seed(1))
     masks = torch.stack([graph.every, torch.zeros_like(graph.every), graph.every & (chances < 0.6)])
     whole, replaced, mixed = runs.logits(masks)

@@ -20,7 +20,7 @@ from family_toys import full as full_of
 from loopscope.interp.circuits.building import graph_of
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.gradients import Written
-from loopscope.interp.circuits.masked import MaskedRuns
+from loopscope.interp.circuits.masked import MAX_BYTES, MaskedRuns
 from loopscope.interp.circuits.names import Edge, Positions, end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores
@@ -71,7 +71,7 @@ def masked_metric(
     """The mean of the metric in a run under a mask that is made of all edges."""
     graph = graph_of(model, pair[0], SHORT, None, by_position=True)
     other = Written.of(model, pair[1], graph)
-    runs = MaskedRuns.of(model, graph, pair[0], other, "corrupted", 0, 1 << 29)
+    runs = MaskedRuns.of(model, graph, pair[0], other, "corrupted", 0, MAX_BYTES)
     return difference(runs.logits(mask(graph.every.double())[None])[0]).mean()
 
 
