@@ -332,45 +332,70 @@ class Writing(nn.Module):
         return x.add_(added) if self.in_place else x + added
 
 
+class Scale(nn.Module):
+    """A norm, as far as the wrapper is concerned, that may write into its input."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.weight, self.in_place = nn.Parameter(torch.ones(15)), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.weight) if self.in_place else x * self.weight
+
+
 class AllWriting(nn.Module):
-    """A looped model in which positions are added in place too."""
+    """A looped model in which tokens, positions, norm and head write in place too."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(WORDS, 15), nn.Parameter(torch.zeros(5, 15))
         self.layers = nn.ModuleList(Writing(in_place) for _ in range(LAYERS))
-        self.head, self.in_place = nn.Linear(15, WORDS), in_place
+        self.norm, self.in_place = Scale(in_place), in_place
+        self.head = nn.Sequential(nn.Hardtanh(-0.5, 0.5, inplace=in_place), nn.Linear(15, WORDS))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens)
+    def forward(self, tokens: Tensor, shift: Tensor) -> Tensor:
+        moved = tokens.add_(shift) if self.in_place else tokens + shift
+        x = self.words(moved.fmod_(WORDS) if self.in_place else moved.fmod(WORDS))
+        if self.in_place:
+            shift.zero_()
         x = x.add_(self.places) if self.in_place else x + self.places
         for layer in [*self.layers] * LOOPS:
             x = layer(x)
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(self.norm(x))
         return logits
 
 
 @torch.no_grad()
 def test_a_module_that_writes_into_its_tensors_is_one_that_does_not() -> None:
     modules = [randomize_(AllWriting(flag)).double().eval() for flag in (True, False)]
-    tokens, other = pair()
+    (tokens, other), shift = pair(), pair()[1]
+    kept = tokens.clone(), shift.clone()
     models = [
-        loopscope.wrap(each, "layers", n_loops=LOOPS, head="head", sites={"hook_up": "up"})
+        loopscope.wrap(
+            each, "layers", n_loops=LOOPS, norm="norm", head="head", sites={"hook_up": "up"}
+        )
         for each in modules
     ]
-    close(models[0](tokens), modules[0](tokens))
-    caches = [model.run_with_cache(tokens, names_filter="**")[1] for model in models]
+    for model in models:
+        close(model(tokens, shift=shift), modules[1](tokens, shift))
+    caches = [model.run_with_cache(tokens, names_filter="**", shift=shift)[1] for model in models]
     assert set(caches[0]) == set(caches[1])
     for name, value in caches[0].items():
         close(value, caches[1][name])
     name = "loops.1.blocks.0.hook_resid_pre"
-    source = models[1].run_with_cache(other, names_filter=name)[1][name]
+    source = models[1].run_with_cache(other, names_filter=name, shift=shift)[1][name]
     held, ends = source.clone(), []
     for model in models:
         with model.hooks([(name, lambda value, hook: source)], n_loops=LOOPS):
-            ends.append(model(tokens))
+            ends.append(model(tokens, shift=shift))
     close(*ends)
     assert torch.equal(source, held)
-    state = models[0].advance(models[0].begin(tokens), "loops.1.blocks.1")
-    again = [models[0].advance(state).resid for _ in range(2)]
-    assert torch.equal(*again)
+    state = models[0].advance(models[0].begin(tokens, shift=shift), "loops.1.blocks.1")
+    again = [models[0].advance(state) for _ in range(2)]
+    assert torch.equal(*(end.resid for end in again))
+    read = [models[0].readout(again[0]) for _ in range(2)]
+    assert torch.equal(*read)
+    close(read[0], modules[1](tokens, shift))
+    stream = models[0].normalize(again[0].resid)
+    assert torch.equal(models[0].unembed(stream), models[0].unembed(stream))
+    assert all(map(torch.equal, (tokens, shift), kept))
