@@ -163,7 +163,7 @@ def split_rows(
         ValueError: No row on one of the sides, or not one entry per row.
     """
     order = torch.randperm(count, generator=seeded(seed), device="cpu")
-    given = torch.as_tensor(held_out).cpu()
+    given = torch.as_tensor(held_out, device="cpu")
     if given.ndim == 0:
         apart = torch.arange(count, device="cpu") < round(cast(float, held_out) * count)
     elif given.shape == (count,) and given.dtype == torch.bool:

@@ -98,7 +98,7 @@ class ActivationStore:
             read_tensors(file_of(self.folder, item, TOKENS), self.manifest) for item in self.items
         ]
         self.counts = [len(each["tokens"]) for each in tokens]
-        empty = torch.zeros(0, dtype=torch.int32)
+        empty = torch.zeros(0, dtype=torch.int32, device="cpu")
         self.tokens, self.example, self.position = (
             torch.cat([empty, *(each[name] for each in tokens)])
             for name in ("tokens", "example", "position")

@@ -13,7 +13,6 @@ import torch
 
 from circuits.by_hand import SHORT, difference
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
-from loopscope.interp.circuits.masked import _others
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import circuit_scores
 from loopscope.interp.circuits.search import compare_scores, exact_scores
@@ -90,16 +89,6 @@ def test_a_word_is_no_metric(scores: Circuit) -> None:
         circuit_scores(*given, "margin", SHORT)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="or the word 'kl'; got 'margin'"):
         evaluate_circuit(*given, scores, "margin")  # type: ignore[arg-type]
-
-
-@pytest.mark.shapes
-def test_another_input_is_another_one() -> None:
-    for seed in range(5):
-        order = _others(5, seed)
-        assert sorted(order.tolist()) == list(range(5))
-        assert (order != torch.arange(5)).all()
-    with pytest.raises(ValueError, match="needs at least two inputs, got 1"):
-        _others(1, 0)
 
 
 def test_the_checkpoints_name_and_the_order_of_edges_do_not_get_lost(scores: Circuit) -> None:
