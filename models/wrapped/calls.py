@@ -142,10 +142,8 @@ class Calls:
     def _taps(self, visit: Visit) -> Taps:
         if not self.hooked:
             return NO_TAPS
-        taps = live(visit.points)
-        if taps:
-            self._note_gradients(visit)
-        return taps
+        self._note_gradients(visit)
+        return live(visit.points)
 
     def _promised(self, block: nn.Module) -> Visit:
         """The visit of the call that is being made."""
@@ -172,7 +170,7 @@ class Calls:
             self._with_gradients = False
             warnings.warn(
                 f"the wrapped module switches gradients off at {visit.name!r}: gradients with"
-                " respect to what is computed there are zero",
+                " respect to what is computed there or before are zero",
                 stacklevel=2,
             )
 

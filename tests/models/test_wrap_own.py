@@ -319,6 +319,24 @@ def test_a_module_that_cuts_gradients_says_so(module: ByHand) -> None:
         loopscope.gradients(model, pair()[0], metric, "**.hook_attn_out", readout=-1)
 
 
+def test_a_module_without_any_gradient_is_named_as_the_cause(module: ByHand) -> None:
+    module.requires_grad_(False)
+    for layer in module.layers:
+        layer.forward = torch.no_grad()(layer.forward)
+    model = wrapped(module)
+    with pytest.raises(ValueError, match=r"this model computes them under torch\.no_grad\(\)"):
+        loopscope.gradients(model, pair()[0], metric, "hook_embed", readout=-1)
+
+
+def test_a_module_whose_whole_run_cuts_gradients_says_so_also_of_its_embedding(
+    module: ByHand,
+) -> None:
+    module.forward = torch.no_grad()(module.forward)  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="computed there or before are zero"):
+        _, found = loopscope.gradients(wrapped(module), pair()[0], metric, "hook_embed", readout=-1)
+    assert not found["hook_embed"].any()
+
+
 class Writing(nn.Module):
     """A block that adds to its stream in place, and whose activation writes into what it reads."""
 
