@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopscope.models.core.hooks import NO_TAPS, Taps, live, tap
+from loopscope.models.core.hooks import NO_TAPS, LoopHookPoint, Taps, live, tap
 from loopscope.models.core.state import Visit
 
 BEFORE, AFTER = "hook_resid_pre", "hook_resid_post"
@@ -181,7 +181,9 @@ def _through(taps: Taps, site: str, given: Tensor) -> Tensor:
     """
     if site not in taps:
         return given
-    shown = given.clone()
+    point = taps[site]
+    copied = isinstance(point, LoopHookPoint) and point.may_be_written()  # by the point itself
+    shown = given if copied else given.clone()
     passed = tap(taps, site, shown)
     return given if passed is shown else passed.clone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import loopscope
+from loopscope.models.core.hooks import reads_only
 from loopscope.models.core.registry import build
 from loopscope.models.families.ouro import Ouro, OuroConfig
 from loopscope.models.wrapped.model import Wrapped
@@ -335,6 +338,40 @@ def test_a_module_whose_whole_run_cuts_gradients_says_so_also_of_its_embedding(
     with pytest.warns(UserWarning, match="computed there or before are zero"):
         _, found = loopscope.gradients(wrapped(module), pair()[0], metric, "hook_embed", readout=-1)
     assert not found["hook_embed"].any()
+
+
+class Clones(TorchFunctionMode):
+    """Counts the copies that are made inside."""
+
+    count = 0
+
+    def __torch_function__(
+        self, fn: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += fn is Tensor.clone
+        return fn(*args, **(kwargs or {}))
+
+
+def test_a_hook_costs_no_more_copies_than_it_needs(module: ByHand) -> None:
+    """One for a hook that only reads, and two for one that may write."""
+    model, tokens = wrapped(module), pair()[0]
+    model(tokens)  # the first run checks the head
+
+    def copies(*hooks: Callable[..., None]) -> int:
+        names = ["loops.1.blocks.0.hook_resid_pre", "loops.1.blocks.1.hook_resid_post"]
+        with torch.no_grad(), model.hooks([(names, hook) for hook in hooks]), Clones() as counted:
+            model(tokens)
+        return counted.count
+
+    def look(value: Tensor, hook: Any) -> None:
+        pass
+
+    def write(value: Tensor, hook: Any) -> None:
+        value.mul_(2)
+
+    alone = copies()
+    assert copies(reads_only(look)) == alone + 2 * 1
+    assert copies(write) == alone + 2 * 2
 
 
 class Writing(nn.Module):

@@ -100,7 +100,7 @@ def test_a_record_of_numpys_numbers_can_be_saved(scores: Circuit, tmp_path: Path
 
 @pytest.mark.parametrize("wrong", [{1, 2}, [1, Path("here")], 1j, np.array([None, object()])])
 def test_a_setting_that_no_file_can_hold_is_refused(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="setting must be text, a number, .*, got steps="):
+    with pytest.raises(TypeError, match=r"setting must be text, a number, .*, got steps="):
         CircuitCall("exact", "margin", settings={"steps": wrong})
 
 
