@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,11 @@ from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.generation import Sampling, generate
 from loopscope.interp.lens.tuned_training import train_tuned_lens
 from loopscope.interp.patching.activation import activation_patch
-from loopscope.interp.patching.sweep import Sweep
 from loopscope.interp.probes.probe import probe
 from loopscope.interp.probes.states import split_rows
 from loopscope.interp.store.collect import collect
 from loopscope.models.basis.draws import other_rows, seeded
-from toy import LOOPS, SHORT, full, padded, projection, run
+from toy import LOOPS, SHORT, full, padded, run
 
 pytestmark = pytest.mark.shapes
 INPUTS, REFERENCE, BOTH = padded(), full(1), (full(1), full(2))
@@ -51,9 +49,9 @@ def shuffled(folder: Path) -> Tensor:
     return torch.cat([part.values for part in parts])
 
 
-@cache
-def sweep() -> Sweep:
-    return activation_patch(model(), *BOTH, projection(), 1, positions=[2])
+def intervals() -> Tensor:
+    sweep = activation_patch(model(), *BOTH, lambda logits: logits[:, 3], 1, positions=[2])
+    return torch.cat([sweep.values.flatten(), *(x.flatten() for x in sweep.bootstrap(resamples=7))])
 
 
 def probed() -> Tensor:
@@ -72,7 +70,7 @@ def generated() -> Tensor:
 
 DRAWS: Mapping[str, Callable[[Path], Tensor]] = {
     "ActivationStore.batches": shuffled,
-    "Sweep.bootstrap": lambda _: torch.cat(list(sweep().bootstrap(resamples=7))),
+    "Sweep.bootstrap": lambda _: intervals(),
     "ablate": lambda _: ablated(),
     "basins": lambda _: basins(model(), INPUTS, 2, 0.1, LOOPS).distance,
     "fit_dictionary": lambda _: fitted(),
