@@ -58,6 +58,7 @@ class Calls:
 
     def __post_init__(self) -> None:
         self._with_gradients = torch.is_grad_enabled()
+        self._graphed = False  # whether the stream that entered the present block has a gradient
 
     def run(
         self, embedding: tuple[nn.Module, Callable[[Tensor], Tensor]], *args: Any, **kwargs: Any
@@ -114,6 +115,7 @@ class Calls:
         given_state = self.resid if self.start == self.count == 0 else None
         x = given if given_state is None else given_state.clone()
         x = _through(self._taps(visit), BEFORE, x)
+        self._graphed = self.hooked and x.requires_grad
         if x is given:
             return None
         return (args, {**kwargs, STREAM: x}) if named else ((x, *args[1:]), kwargs)
@@ -121,6 +123,7 @@ class Calls:
     def _after(self, block: nn.Module, args: Any, output: Any) -> Any:
         visit = self.schedule[self.count]
         given = first_tensor(output, self.paths[block])
+        self._note_gradients(visit, cut=self._graphed and not given.requires_grad)
         y = _through(self._taps(visit), AFTER, given)
         self.count += 1
         if self.count == self.start and self.resid is not None:
@@ -142,7 +145,7 @@ class Calls:
     def _taps(self, visit: Visit) -> Taps:
         if not self.hooked:
             return NO_TAPS
-        self._note_gradients(visit)
+        self._note_gradients(visit, cut=not torch.is_grad_enabled())
         return live(visit.points)
 
     def _promised(self, block: nn.Module) -> Visit:
@@ -165,8 +168,8 @@ class Calls:
             f" promise, got {got} calls; pass the n_loops that the module runs"
         )
 
-    def _note_gradients(self, visit: Visit) -> None:
-        if self._with_gradients and not torch.is_grad_enabled():
+    def _note_gradients(self, visit: Visit, cut: bool) -> None:
+        if self._with_gradients and cut:
             self._with_gradients = False
             warnings.warn(
                 f"the wrapped module switches gradients off at {visit.name!r}: gradients with"

@@ -327,14 +327,19 @@ def test_a_module_without_any_gradient_is_named_as_the_cause(module: ByHand) -> 
     for layer in module.layers:
         layer.forward = torch.no_grad()(layer.forward)
     model = wrapped(module)
-    with pytest.raises(ValueError, match=r"this model computes them under torch\.no_grad\(\)"):
+    with (
+        pytest.warns(UserWarning, match=r"switches gradients off at 'loops\.0\.blocks\.0'"),
+        pytest.raises(ValueError, match=r"this model computes them under torch\.no_grad\(\)"),
+    ):
         loopscope.gradients(model, pair()[0], metric, "hook_embed", readout=-1)
 
 
-def test_a_module_whose_whole_run_cuts_gradients_says_so_also_of_its_embedding(
-    module: ByHand,
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_that_cuts_gradients_says_so_also_of_its_embedding(
+    whole: bool, module: ByHand
 ) -> None:
-    module.forward = torch.no_grad()(module.forward)  # type: ignore[method-assign]
+    cut: Any = module if whole else module.layers[1]
+    cut.forward = torch.no_grad()(cut.forward)
     with pytest.warns(UserWarning, match="computed there or before are zero"):
         _, found = loopscope.gradients(wrapped(module), pair()[0], metric, "hook_embed", readout=-1)
     assert not found["hook_embed"].any()
