@@ -9,7 +9,7 @@ from operator import length_hint
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
@@ -19,7 +19,7 @@ from loopscope.interp.circuits.graph import Graph, Stage
 from loopscope.interp.circuits.streams import CarriedStreams, Replacement, Streams, SummedStreams
 from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.inputs import begin_batch, checked_batch_size
-from loopscope.models.basis.draws import seeded
+from loopscope.models.basis.draws import other_rows
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -168,26 +168,9 @@ def _replaced(run: Written, how: Replace, seed: int) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 "to resample, all inputs must have one length; use replace='corrupted'"
             )
-        order = _others(len(batch), seed).to(outputs.device)
+        order = other_rows(len(batch), seed).to(outputs.device)
         return outputs[:, order], embedding[order]
     return outputs, embedding
-
-
-def _others(count: int, seed: int) -> Int[Tensor, " row"]:
-    """For each row another one, each taken once: the next one in a random order.
-
-    Raises:
-        ValueError: Fewer than two rows.
-    """
-    if count < 2:
-        raise ValueError(
-            "another input to resample from needs at least two inputs, got 1; use"
-            " replace='corrupted'"
-        )
-    order = torch.randperm(count, generator=seeded(seed), device="cpu")
-    found = torch.empty_like(order)
-    found[order] = order.roll(-1)
-    return found
 
 
 def _hooks(

@@ -11,7 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from loopscope.interp.circuits.names import Edge, End, Order, Positions, ScheduleEntry, end_of
 from loopscope.interp.common.shown import OneScreen
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _KIND, _VERSION = "loopscope circuit", 1
-Setting = str | int | float | bool | None
+Setting = str | int | float | bool | list[Any] | None
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,13 @@ class CircuitCall:
         first_order_error: How far the scores of all edges into "final" (with "ig-edges" of all
             edges) are from the difference of the two metrics, as a share of it; None where no such
             sum was made.
-        settings: What else was given to the scoring call, by name.
+        settings: What else was given to the scoring call, by name: text, numbers, bools, None, or
+            lists of these. Numbers of numpy and PyTorch, arrays and tuples are turned into them.
         selection: How the edges were chosen, in words; empty for all edges.
         checkpoint: The checkpoint's name, where it is known.
+
+    Raises:
+        TypeError: A setting that a file cannot hold.
     """
 
     method: str
@@ -51,15 +57,26 @@ class CircuitCall:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        plain = {name: _plain(value) for name, value in self.settings.items()}
+        plain = {name: _plain(name, value) for name, value in self.settings.items()}
         object.__setattr__(self, "settings", plain)
         if self.checkpoint is not None:
             object.__setattr__(self, "checkpoint", str(self.checkpoint))
 
 
-def _plain(value: Any) -> Any:
-    """A number of Python in place of one of numpy or PyTorch, so that a file can hold it."""
-    return value.item() if hasattr(value, "item") else value
+def _plain(name: str, value: Any) -> Any:
+    """A setting as a file holds it and gives it back: numbers of Python in the place of those of
+    numpy or PyTorch, lists in the place of arrays and tuples.
+    """
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(name, each) for each in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(
+        "a circuit's setting must be text, a number, a bool, None, or a list of these, got"
+        f" {name}={value!r}"
+    )
 
 
 @dataclass(frozen=True)

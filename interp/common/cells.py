@@ -77,10 +77,10 @@ class Cell:
 
 
 def columns_of(cells: Sequence[Cell], width: int) -> Bool[Tensor, "cell column"]:
-    """Which of so many columns each cell patches."""
-    grid = torch.zeros(len(cells), width, dtype=torch.bool)
+    """Which of so many columns each cell patches, on the CPU."""
+    grid = torch.zeros(len(cells), width, dtype=torch.bool, device="cpu")
     places = [(index, column) for index, cell in enumerate(cells) for column in cell.columns]
-    grid[tuple(torch.tensor(places, dtype=torch.int64).view(-1, 2).T)] = True
+    grid[tuple(torch.tensor(places, dtype=torch.int64, device="cpu").view(-1, 2).T)] = True
     return grid
 
 

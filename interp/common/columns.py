@@ -24,10 +24,11 @@ def read_columns(batch: Batch, positions: Picked | int | None) -> Int[Tensor, "b
     """The columns of each row that are read: the readout, or the positions asked for."""
     if positions is None:
         return batch.readout[:, None]
-    chosen = torch.tensor(in_range("positions", positions, batch.tokens.shape[1]))
+    asked = in_range("positions", positions, batch.tokens.shape[1])
+    chosen = torch.tensor(asked, device=batch.tokens.device)
     if not len(chosen):
         raise ValueError("positions must name at least one column, got none")
-    return chosen.to(batch.tokens.device).expand(len(batch), -1)
+    return chosen.expand(len(batch), -1)
 
 
 def used_columns(batch: Batch) -> Bool[Tensor, "batch pos"]:

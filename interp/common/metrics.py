@@ -140,8 +140,13 @@ def measure_graphed(
     """The metric of some logits, as `measure`, where its gradient is to be taken.
 
     Raises:
-        ValueError: As for `measure`; or the metric has no gradient.
+        ValueError: As for `measure`; or the logits have no gradient, or the metric has none.
     """
+    if not logits.requires_grad:
+        raise ValueError(
+            "a gradient needs logits that depend on what it is taken for, but this model computes"
+            " them under torch.no_grad() or from detached tensors; let its forward keep gradients"
+        )
     values = measure(metric, logits)
     if not values.requires_grad:
         raise ValueError(

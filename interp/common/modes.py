@@ -1,5 +1,6 @@
 """The modes that methods run in: evaluation for all of them, gradients for some; and the turns that
-they take, since the hooks of one would act in the runs of another.
+they take, since the hooks of one would act in the runs of another. The methods of the model itself
+(`forward`, `run_with_cache`, ...) take no turn.
 
 A method's own decorator stands closest to it: `@evaluated` above `def`, other decorators above.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import ParamSpec, TypeVar
@@ -21,6 +23,7 @@ from loopscope.models.core.hooks import existing_modules
 
 _TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()  # of a model's turn
+PATIENCE = 60.0  # seconds of waiting for a turn, after which a warning says so
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -63,12 +66,33 @@ def differentiated(method: Callable[_P, _R]) -> Callable[_P, _R]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block a model is in evaluation mode; afterwards, also after an error, every
-    module has the mode that it had. Other threads that come to such a block of the same model wait.
+    module has the mode that it had. Other threads that come to such a block of the same model wait,
+    without end where this block itself waits for them.
+
+    Warns:
+        UserWarning: A thread has waited for a minute.
     """
+    with _turn(model), _evaluating(model):
+        yield
+
+
+@contextmanager
+def _turn(model: nn.Module) -> Iterator[None]:
     with _MAKING:
         turn = _TURNS.setdefault(model, threading.RLock())
-    with turn, _evaluating(model):
+    if not turn.acquire(timeout=PATIENCE):
+        warnings.warn(
+            f"a method has waited {PATIENCE:g} s for its turn, as another thread runs a method of"
+            " the same model; it waits without end where that method's metric or hook waits for"
+            " this thread, so call the model there from the method's own thread, or give each"
+            " thread a copy of the model",
+            stacklevel=2,
+        )
+        turn.acquire()
+    try:
         yield
+    finally:
+        turn.release()
 
 
 @contextmanager

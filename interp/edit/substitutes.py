@@ -16,7 +16,7 @@ from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.inputs import Inputs, in_chunks, reference_batch
 from loopscope.interp.common.precision import widened
-from loopscope.models.basis.draws import seeded
+from loopscope.models.basis.draws import other_rows
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -75,18 +75,6 @@ def _resampled(values: dict[str, Tensor], rows: Int[Tensor, " row"]) -> Substitu
         return source[rows[torch.arange(value.shape[0], device=rows.device) % len(rows)]]
 
     return take
-
-
-def other_rows(count: int, seed: int) -> Int[Tensor, " row"]:
-    """A random permutation that leaves no row in place: each row's successor on a random circle.
-
-    Raises:
-        ValueError: Fewer than two rows.
-    """
-    if count < 2:
-        raise ValueError(f"a reference to resample from needs at least two rows, got {count}")
-    order = torch.randperm(count, generator=seeded(seed), device="cpu")
-    return torch.empty_like(order).scatter(0, order, order.roll(-1))
 
 
 def _means(model: LoopedModel, batch: Batch, names: list[str], n_loops: int) -> Substitute:

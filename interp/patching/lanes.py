@@ -99,15 +99,14 @@ def lanes_of(model: LoopedModel, batch: Batch, cells: Sequence[Cell], n_loops: i
     """
     joins = _joins(model, n_loops)
     last = len(model.schedule(n_loops))
-    visit = torch.tensor([joins[cell.name] for cell in cells], dtype=torch.int64)[:, None]
-    first = torch.tensor([min(cell.columns) for cell in cells], dtype=torch.int64)[:, None]
+    of_cells = [[joins[cell.name], min(cell.columns)] for cell in cells]
+    visit, first = torch.tensor(of_cells, dtype=torch.int64, device="cpu").view(-1, 2, 1).unbind(1)
     stop = batch.readout.cpu()[None, :].expand(len(cells), -1)
     read = columns_of(cells, batch.tokens.shape[1])[:, batch.readout.cpu()]
     reached = torch.where(visit == last, read, first <= stop)
     start = torch.where(visit == last, stop, first.expand_as(stop))
-    cell, example = torch.meshgrid(
-        torch.arange(len(cells)), torch.arange(len(batch)), indexing="ij"
-    )
+    counts = (torch.arange(size, device="cpu") for size in stop.shape)
+    cell, example = torch.meshgrid(*counts, indexing="ij")
     kept = [x.expand_as(stop)[reached] for x in (cell, example, start, stop, visit)]
     order = (kept[4] * len(batch) + kept[1]).argsort(stable=True)
     return Lanes(*(x[order].to(batch.tokens.device) for x in kept))

@@ -74,6 +74,7 @@ class ProbeFit:
                 for own in fitted.answers
             ],
             dtype=torch.float64,
+            device="cpu",
         ).view(len(names), len(self.tasks))
         return Probe(
             places=self.places,

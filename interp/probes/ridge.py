@@ -94,7 +94,7 @@ def fit_ridge(
         names: The hook point of each place.
     """
     maps = ridge_maps(names, tasks, train, strength)
-    widths = [len(task.outputs(torch.tensor([0]))[0]) for task in tasks]
+    widths = [len(task.outputs(torch.tensor([0], device="cpu"))[0]) for task in tasks]
     found: list[list[list[Tensor]]] = [[[] for _ in tasks] for _ in maps]
     for _, states in test.pieces:
         for name, linear, own in zip(names, maps, found, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -23,7 +24,7 @@ from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
 
-HeldOut = float | Sequence[bool] | Bool[Tensor, " batch"]
+HeldOut = float | Sequence[bool] | Bool[Tensor, " batch"] | Bool[np.ndarray, " batch"]
 States = dict[str, Float[Tensor, "read _d"]]
 
 
@@ -162,9 +163,9 @@ def split_rows(
         ValueError: No row on one of the sides, or not one entry per row.
     """
     order = torch.randperm(count, generator=seeded(seed), device="cpu")
-    given = torch.as_tensor(held_out).cpu()
+    given = torch.as_tensor(held_out, device="cpu")
     if given.ndim == 0:
-        apart = torch.arange(count) < round(cast(float, held_out) * count)
+        apart = torch.arange(count, device="cpu") < round(cast(float, held_out) * count)
     elif given.shape == (count,) and given.dtype == torch.bool:
         apart = given[order]
     else:

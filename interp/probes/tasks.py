@@ -33,7 +33,7 @@ class Task:
         Raises:
             ValueError: Targets of another shape, numbers that are not finite, or a single class.
         """
-        targets = torch.as_tensor(targets).cpu()
+        targets = torch.as_tensor(targets, device="cpu")
         rows, columns = states.columns.shape
         if targets.shape not in ((rows,), (rows, columns)):
             raise ValueError(
@@ -62,7 +62,7 @@ class Task:
         values = self.values[reads]
         if self.classes is None:
             return values[:, None]
-        signs = torch.full((len(values), len(self.classes)), -1.0, dtype=torch.float64)
+        signs = values.new_full((len(values), len(self.classes)), -1.0, dtype=torch.float64)
         return signs.scatter_(1, values[:, None], 1.0)
 
     def answer(self, outputs: Float[Tensor, "read output"]) -> Shaped[Tensor, " read"]:
@@ -118,7 +118,7 @@ def types_of(states: ReadStates, types: Shaped[Tensor, ...] | None) -> Int[Tenso
     """The type of each read: as given for each row or read, by default the token that is read."""
     if types is None:
         return states.filled(states.batch.tokens.gather(1, states.columns)).cpu()
-    given = torch.as_tensor(types).cpu()
+    given = torch.as_tensor(types, device="cpu")
     rows, columns = states.columns.shape
     if given.shape not in ((rows,), (rows, columns)) or given.is_floating_point():
         raise ValueError(

@@ -194,9 +194,9 @@ def read_tensors(path: Path, manifest: Manifest) -> Results:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; ValueError where it is cut or something else."""
+    """A safetensors file, read onto the CPU; ValueError where it is cut or something else."""
     try:
-        with safe_open(str(path), "pt") as file:
+        with torch.device("cpu"), safe_open(str(path), "pt") as file:
             yield file
     except SafetensorError as error:
         raise ValueError(

@@ -98,7 +98,7 @@ class ActivationStore:
             read_tensors(file_of(self.folder, item, TOKENS), self.manifest) for item in self.items
         ]
         self.counts = [len(each["tokens"]) for each in tokens]
-        empty = torch.zeros(0, dtype=torch.int32)
+        empty = torch.zeros(0, dtype=torch.int32, device="cpu")
         self.tokens, self.example, self.position = (
             torch.cat([empty, *(each[name] for each in tokens)])
             for name in ("tokens", "example", "position")
@@ -224,7 +224,7 @@ class ActivationStore:
         self._refuse_empty()
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
         draw = None if seed is None else seeded(seed)
-        order = torch.arange(len(self.items))
+        order = torch.arange(len(self.items), device="cpu")
         if draw is not None:
             order = torch.randperm(len(self.items), generator=draw, device="cpu")
         per_read = self.dtype.itemsize * len(chosen[0]) * len(chosen[1]) * math.prod(group.shape)
@@ -236,7 +236,7 @@ class ActivationStore:
             if sum(map(len, held)) < wanted and not last:
                 continue
             found = StoredReads.joined(held)
-            reads = torch.arange(len(found))
+            reads = torch.arange(len(found), device="cpu")
             if draw is not None:
                 reads = torch.randperm(len(found), generator=draw, device="cpu")
             whole = len(found) if last else len(found) // size * size

@@ -6,7 +6,7 @@ import operator
 from typing import SupportsIndex
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -15,13 +15,34 @@ def seeded(seed: SupportsIndex) -> torch.Generator:
 
     Raises:
         TypeError: A seed that is no integer.
+        ValueError: A seed that has more than 64 bits.
     """
     try:
-        return torch.Generator().manual_seed(operator.index(seed))
+        number = None if isinstance(seed, bool) else operator.index(seed)
     except TypeError:
-        raise TypeError(f"a seed must be an integer, got {seed!r}") from None
+        number = None
+    if number is None:
+        raise TypeError(f"a seed must be an integer, got {seed!r}")
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"a seed must be in -2**63..2**64 - 1, got {number}")
+    return torch.Generator(device="cpu").manual_seed(number)
 
 
 def normal_rows(count: int, width: int, generator: torch.Generator) -> Float[Tensor, "row width"]:
     """Rows of normal numbers, in float32."""
     return torch.randn(count, width, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def other_rows(count: int, seed: SupportsIndex) -> Int[Tensor, " row"]:
+    """A random permutation that leaves no row in place: each row's successor on a random circle.
+
+    Raises:
+        ValueError: Fewer than two rows.
+    """
+    if count < 2:
+        raise ValueError(
+            f"to resample from other rows, at least two are needed, got {count}; give more inputs,"
+            " or choose another replacement"
+        )
+    order = torch.randperm(count, generator=seeded(seed), device="cpu")
+    return torch.empty_like(order).scatter(0, order, order.roll(-1))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopscope.models.core.hooks import NO_TAPS, Taps, live, tap
+from loopscope.models.core.hooks import NO_TAPS, LoopHookPoint, Taps, live, tap
 from loopscope.models.core.state import Visit
 
 BEFORE, AFTER = "hook_resid_pre", "hook_resid_post"
@@ -58,6 +58,7 @@ class Calls:
 
     def __post_init__(self) -> None:
         self._with_gradients = torch.is_grad_enabled()
+        self._graphed = False  # whether the stream that entered the present block has a gradient
 
     def run(
         self, embedding: tuple[nn.Module, Callable[[Tensor], Tensor]], *args: Any, **kwargs: Any
@@ -114,6 +115,7 @@ class Calls:
         given_state = self.resid if self.start == self.count == 0 else None
         x = given if given_state is None else given_state.clone()
         x = _through(self._taps(visit), BEFORE, x)
+        self._graphed = self.hooked and x.requires_grad
         if x is given:
             return None
         return (args, {**kwargs, STREAM: x}) if named else ((x, *args[1:]), kwargs)
@@ -121,6 +123,7 @@ class Calls:
     def _after(self, block: nn.Module, args: Any, output: Any) -> Any:
         visit = self.schedule[self.count]
         given = first_tensor(output, self.paths[block])
+        self._note_gradients(visit, cut=self._graphed and not given.requires_grad)
         y = _through(self._taps(visit), AFTER, given)
         self.count += 1
         if self.count == self.start and self.resid is not None:
@@ -142,10 +145,8 @@ class Calls:
     def _taps(self, visit: Visit) -> Taps:
         if not self.hooked:
             return NO_TAPS
-        taps = live(visit.points)
-        if taps:
-            self._note_gradients(visit)
-        return taps
+        self._note_gradients(visit, cut=not torch.is_grad_enabled())
+        return live(visit.points)
 
     def _promised(self, block: nn.Module) -> Visit:
         """The visit of the call that is being made."""
@@ -167,12 +168,12 @@ class Calls:
             f" promise, got {got} calls; pass the n_loops that the module runs"
         )
 
-    def _note_gradients(self, visit: Visit) -> None:
-        if self._with_gradients and not torch.is_grad_enabled():
+    def _note_gradients(self, visit: Visit, cut: bool) -> None:
+        if self._with_gradients and cut:
             self._with_gradients = False
             warnings.warn(
                 f"the wrapped module switches gradients off at {visit.name!r}: gradients with"
-                " respect to what is computed there are zero",
+                " respect to what is computed there or before are zero",
                 stacklevel=2,
             )
 
@@ -183,7 +184,9 @@ def _through(taps: Taps, site: str, given: Tensor) -> Tensor:
     """
     if site not in taps:
         return given
-    shown = given.clone()
+    point = taps[site]
+    copied = isinstance(point, LoopHookPoint) and point.may_be_written()  # by the point itself
+    shown = given if copied else given.clone()
     passed = tap(taps, site, shown)
     return given if passed is shown else passed.clone()
 

@@ -198,8 +198,9 @@ class Wrapped(LoopedModel):
         embedded: Callable[[Tensor], Tensor],
         hooked: bool,
     ) -> tuple[Calls, Any]:
-        """One run of the module on the tokens of a state; `given` is the visit and the stream that
-        the run takes over, and the visit before which it stops.
+        """One run of the module on the tokens of a state, which are copied, as the module may write
+        into them; `given` is the visit and the stream that the run takes over, and the visit before
+        which it stops.
         """
         layout, kwargs = self.layout, dict(self.layout.kwargs)
         if not bool(mask.all()):
@@ -212,11 +213,12 @@ class Wrapped(LoopedModel):
                 )
         if takes(self.module, "use_cache"):
             kwargs.setdefault("use_cache", False)
-        kwargs |= {k.removeprefix(OPTION): v for k, v in parts.items() if k.startswith(OPTION)}
+        options = [name for name in parts if name.startswith(OPTION)]
+        kwargs |= {name.removeprefix(OPTION): parts[name].clone() for name in options}
         start, resid, stop = given
         where = (self.module, self.schedule(), layout.paths, layout.parts)
         calls = Calls(*where, start, resid, stop, hooked)
-        return calls, calls.run((layout.embedding, embedded), parts[TOKENS], **kwargs)
+        return calls, calls.run((layout.embedding, embedded), parts[TOKENS].clone(), **kwargs)
 
     def _check_head(self, resid: Tensor, logits: Tensor) -> None:
         """Raise, at the first whole run, where norm and head do not make the module's logits."""
@@ -273,12 +275,14 @@ class Wrapped(LoopedModel):
             raise ValueError(
                 "a lens needs the module's final norm and head; pass norm= and head= to wrap"
             )
-        return resid if self.layout.norm is None else self.layout.norm(resid)
+        norm = self.layout.norm
+        return resid if norm is None else norm(resid.clone())  # as it may write into its input
 
     def unembed(
         self, normalized: Float[Tensor, "batch pos d_read"]
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        return normalized if self.layout.head is None else self.layout.head(normalized)
+        head = self.layout.head
+        return normalized if head is None else head(normalized.clone())  # likewise
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import loopscope
+from loopscope.models.core.hooks import reads_only
 from loopscope.models.core.registry import build
 from loopscope.models.families.ouro import Ouro, OuroConfig
 from loopscope.models.wrapped.model import Wrapped
@@ -319,6 +322,63 @@ def test_a_module_that_cuts_gradients_says_so(module: ByHand) -> None:
         loopscope.gradients(model, pair()[0], metric, "**.hook_attn_out", readout=-1)
 
 
+def test_a_module_without_any_gradient_is_named_as_the_cause(module: ByHand) -> None:
+    module.requires_grad_(False)
+    for layer in module.layers:
+        layer.forward = torch.no_grad()(layer.forward)
+    model = wrapped(module)
+    with (
+        pytest.warns(UserWarning, match=r"switches gradients off at 'loops\.0\.blocks\.0'"),
+        pytest.raises(ValueError, match=r"this model computes them under torch\.no_grad\(\)"),
+    ):
+        loopscope.gradients(model, pair()[0], metric, "hook_embed", readout=-1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_that_cuts_gradients_says_so_also_of_its_embedding(
+    whole: bool, module: ByHand
+) -> None:
+    cut: Any = module if whole else module.layers[1]
+    cut.forward = torch.no_grad()(cut.forward)
+    with pytest.warns(UserWarning, match="computed there or before are zero"):
+        _, found = loopscope.gradients(wrapped(module), pair()[0], metric, "hook_embed", readout=-1)
+    assert not found["hook_embed"].any()
+
+
+class Clones(TorchFunctionMode):
+    """Counts the copies that are made inside."""
+
+    count = 0
+
+    def __torch_function__(
+        self, fn: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += fn is Tensor.clone
+        return fn(*args, **(kwargs or {}))
+
+
+def test_a_hook_costs_no_more_copies_than_it_needs(module: ByHand) -> None:
+    """One for a hook that only reads, and two for one that may write."""
+    model, tokens = wrapped(module), pair()[0]
+    model(tokens)  # the first run checks the head
+
+    def copies(*hooks: Callable[..., None]) -> int:
+        names = ["loops.1.blocks.0.hook_resid_pre", "loops.1.blocks.1.hook_resid_post"]
+        with torch.no_grad(), model.hooks([(names, hook) for hook in hooks]), Clones() as counted:
+            model(tokens)
+        return counted.count
+
+    def look(value: Tensor, hook: Any) -> None:
+        pass
+
+    def write(value: Tensor, hook: Any) -> None:
+        value.mul_(2)
+
+    alone = copies()
+    assert copies(reads_only(look)) == alone + 2 * 1
+    assert copies(write) == alone + 2 * 2
+
+
 class Writing(nn.Module):
     """A block that adds to its stream in place, and whose activation writes into what it reads."""
 
@@ -332,45 +392,70 @@ class Writing(nn.Module):
         return x.add_(added) if self.in_place else x + added
 
 
+class Scale(nn.Module):
+    """A norm, as far as the wrapper is concerned, that may write into its input."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.weight, self.in_place = nn.Parameter(torch.ones(15)), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.weight) if self.in_place else x * self.weight
+
+
 class AllWriting(nn.Module):
-    """A looped model in which positions are added in place too."""
+    """A looped model in which tokens, positions, norm and head write in place too."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(WORDS, 15), nn.Parameter(torch.zeros(5, 15))
         self.layers = nn.ModuleList(Writing(in_place) for _ in range(LAYERS))
-        self.head, self.in_place = nn.Linear(15, WORDS), in_place
+        self.norm, self.in_place = Scale(in_place), in_place
+        self.head = nn.Sequential(nn.Hardtanh(-0.5, 0.5, inplace=in_place), nn.Linear(15, WORDS))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens)
+    def forward(self, tokens: Tensor, shift: Tensor) -> Tensor:
+        moved = tokens.add_(shift) if self.in_place else tokens + shift
+        x = self.words(moved.fmod_(WORDS) if self.in_place else moved.fmod(WORDS))
+        if self.in_place:
+            shift.zero_()
         x = x.add_(self.places) if self.in_place else x + self.places
         for layer in [*self.layers] * LOOPS:
             x = layer(x)
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(self.norm(x))
         return logits
 
 
 @torch.no_grad()
 def test_a_module_that_writes_into_its_tensors_is_one_that_does_not() -> None:
     modules = [randomize_(AllWriting(flag)).double().eval() for flag in (True, False)]
-    tokens, other = pair()
+    (tokens, other), shift = pair(), pair()[1]
+    kept = tokens.clone(), shift.clone()
     models = [
-        loopscope.wrap(each, "layers", n_loops=LOOPS, head="head", sites={"hook_up": "up"})
+        loopscope.wrap(
+            each, "layers", n_loops=LOOPS, norm="norm", head="head", sites={"hook_up": "up"}
+        )
         for each in modules
     ]
-    close(models[0](tokens), modules[0](tokens))
-    caches = [model.run_with_cache(tokens, names_filter="**")[1] for model in models]
+    for model in models:
+        close(model(tokens, shift=shift), modules[1](tokens, shift))
+    caches = [model.run_with_cache(tokens, names_filter="**", shift=shift)[1] for model in models]
     assert set(caches[0]) == set(caches[1])
     for name, value in caches[0].items():
         close(value, caches[1][name])
     name = "loops.1.blocks.0.hook_resid_pre"
-    source = models[1].run_with_cache(other, names_filter=name)[1][name]
+    source = models[1].run_with_cache(other, names_filter=name, shift=shift)[1][name]
     held, ends = source.clone(), []
     for model in models:
         with model.hooks([(name, lambda value, hook: source)], n_loops=LOOPS):
-            ends.append(model(tokens))
+            ends.append(model(tokens, shift=shift))
     close(*ends)
     assert torch.equal(source, held)
-    state = models[0].advance(models[0].begin(tokens), "loops.1.blocks.1")
-    again = [models[0].advance(state).resid for _ in range(2)]
-    assert torch.equal(*again)
+    state = models[0].advance(models[0].begin(tokens, shift=shift), "loops.1.blocks.1")
+    again = [models[0].advance(state) for _ in range(2)]
+    assert torch.equal(*(end.resid for end in again))
+    read = [models[0].readout(again[0]) for _ in range(2)]
+    assert torch.equal(*read)
+    close(read[0], modules[1](tokens, shift))
+    stream = models[0].normalize(again[0].resid)
+    assert torch.equal(models[0].unembed(stream), models[0].unembed(stream))
+    assert all(map(torch.equal, (tokens, shift), kept))

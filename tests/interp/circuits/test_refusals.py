@@ -13,8 +13,7 @@ import torch
 
 from circuits.by_hand import SHORT, difference
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
-from loopscope.interp.circuits.masked import _others
-from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.circuits.scores import circuit_scores
 from loopscope.interp.circuits.search import compare_scores, exact_scores
 from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
@@ -77,11 +76,32 @@ def test_the_mean_at_a_column_of_padding_is_that_of_the_rows_read_there(scores: 
 
 
 def test_a_record_of_numpys_numbers_can_be_saved(scores: Circuit, tmp_path: Path) -> None:
-    settings = {"steps": np.int64(5), "threshold": np.float32(0.5), "direction": "noise"}
+    settings = {
+        "steps": np.int64(5),
+        "threshold": np.float32(0.5),
+        "direction": "noise",
+        "weights": torch.tensor([1.0, 2.0, 0.5]),
+        "layers": (np.int64(1), [np.bool_(True), None]),
+        "grid": np.arange(4).reshape(2, 2),
+    }
     call = replace(scores.call, settings=settings, checkpoint=tmp_path)
     record = replace(scores, call=call)
+    assert record.call.settings == {
+        "steps": 5,
+        "threshold": 0.5,
+        "direction": "noise",
+        "weights": [1.0, 2.0, 0.5],
+        "layers": [1, [True, None]],
+        "grid": [[0, 1], [2, 3]],
+    }
     record.save(tmp_path / "circuit.json")
     assert Circuit.load(tmp_path / "circuit.json") == record
+
+
+@pytest.mark.parametrize("wrong", [{1, 2}, [1, Path("here")], 1j, np.array([None, object()])])
+def test_a_setting_that_no_file_can_hold_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"setting must be text, a number, .*, got steps="):
+        CircuitCall("exact", "margin", settings={"steps": wrong})
 
 
 def test_a_word_is_no_metric(scores: Circuit) -> None:
@@ -90,16 +110,6 @@ def test_a_word_is_no_metric(scores: Circuit) -> None:
         circuit_scores(*given, "margin", SHORT)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="or the word 'kl'; got 'margin'"):
         evaluate_circuit(*given, scores, "margin")  # type: ignore[arg-type]
-
-
-@pytest.mark.shapes
-def test_another_input_is_another_one() -> None:
-    for seed in range(5):
-        order = _others(5, seed)
-        assert sorted(order.tolist()) == list(range(5))
-        assert (order != torch.arange(5)).all()
-    with pytest.raises(ValueError, match="needs at least two inputs, got 1"):
-        _others(1, 0)
 
 
 def test_the_checkpoints_name_and_the_order_of_edges_do_not_get_lost(scores: Circuit) -> None:

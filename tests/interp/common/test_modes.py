@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from loopscope.interp.attribution.direct_logit import direct_logit_attribution
 from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.circuits.edge_attribution import edge_attribution
+from loopscope.interp.common import modes
 from loopscope.interp.common.modes import evaluating
 from loopscope.interp.edit.ablation import Component, ablate
 from loopscope.interp.edit.injection import swap_input
@@ -134,27 +136,84 @@ def test_the_injected_input_of_another_question_is_taken_in_evaluation_mode() ->
     assert model.blocks[0].training
 
 
-def test_methods_of_one_model_take_turns_in_threads(plain: LoopedModel) -> None:
+class WatchedTurn:
+    """The turn of a model, which tells when a thread must wait for it."""
+
+    def __init__(self) -> None:
+        self.lock, self.awaited = threading.RLock(), threading.Event()
+
+    def acquire(self, timeout: float = -1) -> bool:
+        if self.lock.acquire(blocking=False):
+            return True
+        self.awaited.set()
+        return self.lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+def test_methods_of_one_model_take_turns_in_threads(
+    plain: LoopedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first thread waits in the middle of its run; the second one must not run meanwhile."""
-    entered, go, found = threading.Event(), threading.Event(), {}
+    turn, entered, go = WatchedTurn(), threading.Event(), threading.Event()
+    monkeypatch.setitem(modes._TURNS, plain, turn)
+    found, reached = {}, []
 
     def lens(number: int) -> None:
         found[number] = logit_lens(plain, padded(number), 2).prob(ANSWERS)
 
     def wait(value: Tensor, hook: object) -> None:
-        if threading.current_thread() is threads[0] and not entered.is_set():
+        reached.append(threading.current_thread())
+        if reached == threads[:1]:
             entered.set()
-            go.wait(60)
+            go.wait(20)
 
-    threads = [threading.Thread(target=lens, args=(number,)) for number in range(2)]
+    threads = [threading.Thread(target=lens, args=(number,), daemon=True) for number in range(2)]
     with plain.hooks([("loops.1.blocks.0.hook_resid_pre", wait)], n_loops=2):
         threads[0].start()
-        assert entered.wait(60)
+        assert entered.wait(20)
         threads[1].start()
-        threads[1].join(0.2)
+        assert turn.awaited.wait(20)
+        assert threads[1].is_alive()
+        assert reached == threads[:1]
         go.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(20)
+    assert list(dict.fromkeys(reached)) == threads
+    assert set(found) == {0, 1}
     for number, answers in found.items():
         assert torch.equal(answers, logit_lens(plain, padded(number), 2).prob(ANSWERS))
-    assert set(found) == {0, 1}
+
+
+def test_a_method_inside_a_method_of_the_same_thread_has_the_turn(plain: LoopedModel) -> None:
+    found: list[Tensor] = []
+
+    def asking(logits: Tensor) -> Tensor:
+        found.append(logit_lens(plain, padded(0), 2).prob(ANSWERS))
+        return METRIC(logits)
+
+    def patch() -> None:
+        activation_patch(plain, padded(1), padded(2), asking, 1, positions=[2])
+
+    thread = threading.Thread(target=patch, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert torch.equal(found[0], logit_lens(plain, padded(0), 2).prob(ANSWERS))
+
+
+def test_a_thread_that_waits_for_long_says_why(
+    plain: LoopedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The warning is an error here, so that the thread for which the metric waits ends."""
+    monkeypatch.setattr(modes, "PATIENCE", 0.01)
+
+    def asking(logits: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(logit_lens, plain, padded(0), 2).result(20)
+        return METRIC(logits)
+
+    with pytest.raises(UserWarning, match=r"waited 0.01 s for its turn, .* waits for this thread"):
+        activation_patch(plain, padded(1), padded(2), asking, 1, positions=[2])
+    assert torch.isfinite(logit_lens(plain, padded(0), 2).prob(ANSWERS)).all()

@@ -105,8 +105,8 @@ FAILURES: dict[str, tuple[type[Exception], str, Callable[[LoopedModel, Batch], o
         lambda m, b: logit_lens(m, replace(b, tokens=b.tokens + 1000)),
     ),
     "logit_lens, column": (
-        RuntimeError,
-        "out of bounds",
+        ValueError,
+        "the readout column must be within the 7 positions",
         lambda m, b: logit_lens(m, replace(b, readout=b.readout + 1000)),
     ),
     "readout_lens, tokens": (
