@@ -351,7 +351,7 @@ def test_a_stream_that_edges_do_not_make_is_refused(
     model, one = model_of(part), part.scored(*pair, SHORT).one(LAST)
     with (
         model.hooks([("loops.0.blocks.0.hook_resid_post", lambda value, hook: value * 2)]),
-        pytest.raises(ValueError, match="components. outputs must sum to the residual stream"),
+        pytest.raises(ValueError, match=r"components. outputs must sum to the residual stream"),
     ):
         patch_edge(model, *pair, one)
 
