@@ -26,9 +26,10 @@ shapes: dev
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/pytest -n 2 --dist worksteal -p shape_hook -m shapes
 
 # what takes long: fresh installs, several processes, files of a gigabyte, notebooks, damaged files, and
-# the published numbers of the shipped checkpoints
+# the published numbers of the shipped checkpoints; folders with long files begin
 slow: dev browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow \
+	  $$(ls -dr tests/*/)
 
 # a browser for the pages that the tests open: one that is there, else Debian's where that may be installed
 browser:
