@@ -140,7 +140,7 @@ def written_alone(subject: Subject) -> Float[Tensor, "head token d_model"]:
     tokens = torch.arange(model.cfg.d_vocab)[:, None]
     _, cache = model.run_with_cache(tokens, n_loops=1, names_filter="hook_embed")
     block: Any = model.schedule(1)[0].block
-    normed = block.ln1(cache["hook_embed"][:, 0], NO_TAPS)
+    normed = block.ln1(cache["hook_embed"], NO_TAPS)[:, 0]
     written: Tensor = normed @ block.attn.W_V @ block.attn.W_O
     return written
 

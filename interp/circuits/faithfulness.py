@@ -205,7 +205,7 @@ def evaluate_circuit(
 
 
 def _both(
-    graph: Graph, circuits: Sequence[Int[Tensor, "edge 3"]]
+    graph: Graph, circuits: Sequence[Int[Tensor, "_ 3"]]
 ) -> Iterator[Bool[Tensor, "reader writer span"]]:
     """The mask of each circuit, followed by that of all other edges.
 
