@@ -133,8 +133,8 @@ def by_head(subject: Subject) -> pd.DataFrame:
 
 @torch.no_grad()
 def written_alone(subject: Subject) -> Float[Tensor, "head token d_model"]:
-    """What each head writes in the first iteration for each token of the vocabulary, where it
-    attends to nothing else.
+    """The output of each head in the first iteration for each token of the vocabulary, where the
+    head attends to nothing else.
     """
     model = subject.model
     tokens = torch.arange(model.cfg.d_vocab)[:, None]
@@ -226,7 +226,7 @@ def changes(
 
 @torch.no_grad()
 def moved(subject: Subject, batch: Batch, head: int) -> Float[Tensor, "loop batch pos d_model"]:
-    """What a head moves from each position to the last token."""
+    """The part of a head's output at the last token that comes from each position."""
     model = subject.model
     sites = ["**.attn.hook_pattern", "**.attn.hook_v"]
     _, cache = model.run_with_cache(batch.tokens, mask=batch.mask, names_filter=sites)
