@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,17 +18,16 @@ from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.figures.circuit.circuit import CircuitConfig, measure
 from loopscope.analyses.pages.found_circuits import WANTED, folded, sizes
-from loopscope.interp.circuits.building import graph_with
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
-from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.record import Circuit
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.hooks import NO_TAPS
 from loopscope.models.core.state import checked_loops
 from loopscope.tasks.smiles import BOS, EOS, SmilesVocabulary, pieces
 
 CHECKPOINT = "mini/smiles"
 OPEN, CLOSE, INSTEAD = "(", ")", "C"
-FAR, FOUND_ON = 6, 48
+FAR, FOUND_ON, DEEPEST = 6, 48, 3
 
 
 def section() -> str:
@@ -37,12 +37,10 @@ def section() -> str:
     seen, others = (make_pairs(subject, part) for part in (rows[:FOUND_ON], rows[FOUND_ON:]))
     found = measure(subject, seen, CircuitConfig(wanted=WANTED))
     circuit, call = found.circuit, found.circuit.call
-    head = strongest_head(circuit)
     again = evaluate_circuit(
         subject.model, others.clean_batch, others.corrupted_batch, circuit, others.metric()
     )
-    signs, table = opposites(subject), by_loop(subject, seen, circuit, head)
-    looks = (table["attention to the bracket"] / table["to another token"]).max()
+    head = strongest_head(circuit)
     text = _TEXT.format(
         checkpoint=CHECKPOINT,
         pairs=len(rows),
@@ -59,14 +57,13 @@ def section() -> str:
         kept_again=f"{float(again.faithfulness[0]):.2f}",
         left_again=f"{float(again.completeness[0]):.2f}",
         head=head,
-        looks=f"{looks:.1f}",
-        own_sign=f"{float(signs[head]):.2f}",
-        other_signs=", ".join(f"{sign:.2f}" for n, sign in enumerate(signs.tolist()) if n != head),
     )
     tables = {
         "SIZES": sizes(found),
         "FOLDED": folded(circuit),
-        "AGAIN": table,
+        "BRACKETS": by_head(subject),
+        "DEPTHS": by_depth(subject, head),
+        "LOOPS": by_loop(subject, others, circuit, head),
     }
     for mark, frame in tables.items():
         text = text.replace(mark, markdown_table(frame))
@@ -114,27 +111,95 @@ def strongest_head(circuit: Circuit) -> int:
     return int(heads.nlargest(1, "score")["component"].item().rpartition(".")[2])
 
 
+def by_head(subject: Subject) -> pd.DataFrame:
+    """For each head: the cosine of what it writes for an opening bracket alone with what it writes
+    for a closing one, the norms of the two, and the largest norm for another token.
+    """
+    written = written_alone(subject)
+    size = written.norm(dim=-1)
+    opening, closing = (subject.model.to_single_token(word) for word in (OPEN, CLOSE))
+    rest = [token for token in range(size.shape[1]) if token not in (opening, closing)]
+    columns = {
+        "cosine of the brackets": torch.cosine_similarity(
+            written[:, opening], written[:, closing], dim=-1
+        ),
+        "norm for the opening one": size[:, opening],
+        "norm for the closing one": size[:, closing],
+        "largest norm for another token": size[:, rest].amax(1),
+    }
+    frame = pd.DataFrame({name: column.tolist() for name, column in columns.items()})
+    return frame.rename_axis("head").reset_index()
+
+
+@torch.no_grad()
+def written_alone(subject: Subject) -> Float[Tensor, "head token d_model"]:
+    """The output of each head in the first iteration for each token of the vocabulary, where the
+    head attends to nothing else.
+    """
+    model = subject.model
+    tokens = torch.arange(model.cfg.d_vocab)[:, None]
+    _, cache = model.run_with_cache(tokens, n_loops=1, names_filter="hook_embed")
+    block: Any = model.schedule(1)[0].block
+    normed = block.ln1(cache["hook_embed"], NO_TAPS)[:, 0]
+    written: Tensor = normed @ block.attn.W_V @ block.attn.W_O
+    return written
+
+
+def by_depth(subject: Subject, head: int) -> pd.DataFrame:
+    """For each iteration: the mean of a head's output along what it writes for an opening bracket
+    alone, by how many branches are open at a token of the held-out molecules; its correlation with
+    that number; and the largest correlation, without its sign, of another head.
+    """
+    batch = subject.batch(subject.card["held_out_strings"])
+    real = batch.mask.bool()
+    depth = SmilesVocabulary().branch_depth(batch.tokens.numpy())[real.numpy()]
+    rows = []
+    for loop, along in enumerate(along_opening(subject, batch)):
+        frame = pd.DataFrame(along[:, real].T.numpy().astype(float)).assign(depth=depth)
+        means = frame.groupby("depth")[head].mean()
+        alike = frame.corr()["depth"].drop("depth")
+        values = {f"depth {at}": means[at] for at in range(DEEPEST + 1)}
+        most = alike.drop(head).abs().max()
+        rows.append({"loop": loop, **values, "correlation": alike[head], "another head": most})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def along_opening(subject: Subject, batch: Batch) -> Float[Tensor, "loop head batch pos"]:
+    """The output of each head along the direction that it writes for an opening bracket alone."""
+    model = subject.model
+    direction = written_alone(subject)[:, model.to_single_token(OPEN)]
+    unit = direction / direction.norm(dim=-1, keepdim=True)
+    block: Any = model.schedule(1)[0].block
+    probe = torch.einsum("hdm, hm -> hd", block.attn.W_O, unit)
+    _, cache = model.run_with_cache(batch.tokens, mask=batch.mask, names_filter="**.attn.hook_z")
+    outputs = [cache["z", loop, 0] for loop in range(checked_loops(None, model.cfg.n_loops))]
+    return torch.einsum("lbphd, hd -> lhbp", torch.stack(outputs), probe)
+
+
 def by_loop(subject: Subject, pairs: TextPairs, circuit: Circuit, head: int) -> pd.DataFrame:
     """For each iteration: the share of the margin that the circuit loses without a head's edges of
-    that iteration, the head's attention from the last token to the opening bracket and to another
-    token on average, and how alike the changes are that the head and the other heads write there to
-    those that they write in the first iteration.
+    that iteration, and the most that it loses without another head's; the mean norm of the change
+    that the head writes at the last token, the mean share of it that comes from the bracket's
+    position, and its mean cosine with the change of the first iteration.
     """
-    names = [f"{place.name}.attn.{head}" for place in circuit.schedule]
-    lost = losses(subject, pairs, circuit, names)
-    attention = attention_to_change(subject, pairs, head)
-    alike = likeness(subject, pairs, circuit)
-    others = [number for number in range(alike.shape[1]) if number != head]
-    return pd.DataFrame(
-        {
-            "loop": [place.loop for place in circuit.schedule],
-            "lost without it": lost.tolist(),
-            "attention to the bracket": attention[:, 0].tolist(),
-            "to another token": attention[:, 1].tolist(),
-            "writes as in loop 0": alike[:, head].tolist(),
-            "other heads": alike[:, others].mean(1).tolist(),
-        }
-    )
+    numbers = range(subject.model.cfg.n_heads)
+    names = [f"{place.name}.attn.{number}" for number in numbers for place in circuit.schedule]
+    lost = losses(subject, pairs, circuit, names).view(len(numbers), -1)
+    sources = changes(subject, pairs, head)
+    whole = sources.sum(2)
+    size = whole.norm(dim=-1)
+    bracket = (pairs.clean_batch.tokens != pairs.corrupted_batch.tokens).int().argmax(1)
+    there = sources[:, torch.arange(len(bracket)), bracket]
+    columns = {
+        "lost without it": lost[head],
+        "without another head": lost[[number for number in numbers if number != head]].amax(0),
+        "norm of its change": size.mean(1),
+        "from the bracket": ((there * whole).sum(-1) / size**2).mean(1),
+        "as in loop 0": torch.cosine_similarity(whole, whole[:1], dim=-1).mean(1),
+    }
+    frame = pd.DataFrame({name: column.tolist() for name, column in columns.items()})
+    return frame.rename_axis("loop").reset_index()
 
 
 def losses(
@@ -147,49 +212,31 @@ def losses(
     return kept[0] - kept[1:]
 
 
-def attention_to_change(subject: Subject, pairs: TextPairs, head: int) -> Float[Tensor, "loop 2"]:
-    """A head's mean attention from the last token to the one that the corrupted text changes, and
-    to one of the others.
+def changes(
+    subject: Subject, pairs: TextPairs, head: int
+) -> Float[Tensor, "loop pair pos d_model"]:
+    """The change that a head writes at the last token, from the corrupted run to the clean one, by
+    the position that it comes from.
     """
-    batch = pairs.clean_batch
-    changed = (batch.tokens != pairs.corrupted_batch.tokens).int().argmax(1)
-    rows = torch.arange(len(batch))
-    _, cache = subject.model.run_with_cache(
-        batch.tokens, mask=batch.mask, names_filter="**.attn.hook_pattern"
+    clean, corrupted = (
+        moved(subject, batch, head) for batch in (pairs.clean_batch, pairs.corrupted_batch)
     )
-    found = []
-    for loop in range(checked_loops(None, subject.model.cfg.n_loops)):
-        there = cache["pattern", loop, 0][rows, head, batch.readout, changed]
-        elsewhere = (1 - there) / (batch.mask.sum(1) - 1)
-        found.append(torch.stack([there.mean(), elsewhere.mean()]))
-    return torch.stack(found)
+    return clean - corrupted
 
 
 @torch.no_grad()
-def likeness(subject: Subject, pairs: TextPairs, circuit: Circuit) -> Float[Tensor, "loop head"]:
-    """The mean cosine, over pairs, of the change that each head writes at the last token in an
-    iteration with the one that it writes there in the first iteration.
-    """
-    graph = graph_with(subject.model, pairs.clean_batch, [circuit])
-    batches = pairs.clean_batch, pairs.corrupted_batch
-    clean, corrupted = (Written.of(subject.model, batch, graph).outputs for batch in batches)
-    rows = torch.arange(clean.shape[1])
-    change = (clean - corrupted)[:, rows, pairs.clean_batch.readout]
-    heads = torch.stack([change[stage.writers] for stage in graph.stages if stage.heads])
-    return torch.cosine_similarity(heads, heads[:1], dim=-1).mean(-1)
-
-
-@torch.no_grad()
-def opposites(subject: Subject) -> Float[Tensor, " head"]:
-    """The cosine of what each head writes in the first iteration for an opening bracket with what
-    it writes for a closing one, where it attends to nothing else.
-    """
-    model, block = subject.model, subject.model.schedule(1)[0].block
-    tokens = torch.tensor([[model.to_single_token(word) for word in (OPEN, CLOSE)]])
-    _, cache = model.run_with_cache(tokens, n_loops=1, names_filter="hook_embed")
-    normed = block.ln1(cache["hook_embed"][0], NO_TAPS)  # type: ignore[operator]
-    written = normed @ block.attn.W_V @ block.attn.W_O  # type: ignore[union-attr]
-    return torch.cosine_similarity(written[:, 0], written[:, 1], dim=-1)
+def moved(subject: Subject, batch: Batch, head: int) -> Float[Tensor, "loop batch pos d_model"]:
+    """The part of a head's output at the last token that comes from each position."""
+    model = subject.model
+    sites = ["**.attn.hook_pattern", "**.attn.hook_v"]
+    _, cache = model.run_with_cache(batch.tokens, mask=batch.mask, names_filter=sites)
+    loops = range(checked_loops(None, model.cfg.n_loops))
+    rows = torch.arange(len(batch))
+    weights = torch.stack([cache["pattern", loop, 0][rows, head, batch.readout] for loop in loops])
+    values = torch.stack([cache["v", loop, 0][:, :, head] for loop in loops])
+    block: Any = model.schedule(1)[0].block
+    written: Tensor = (weights[..., None] * values) @ block.attn.W_O[head]
+    return written
 
 
 _TEXT = """
@@ -214,14 +261,30 @@ loop. Attention has done its part after half of the loops; then the MLP carries 
 
 FOLDED
 
-Head {head} has the largest score. What it writes for "(" is opposite to what it writes for ")":
-their cosine is {own_sign} in the first loop ({other_signs} for the other heads). The bracket has at
-most {looks} times the attention of another token, so the head rather counts than points. By loop:
-the share of the margin that the circuit loses without the head's edges of that loop; its attention
-from the last token to the bracket and to another token on average; and the mean cosine of the
-change that it writes at the last token with the one that it writes there in loop 0, next to the
-mean of the other heads. So the same head does its job again in the next two loops: it writes much
-the same, and both times the circuit needs it, if less than the first time.
+Head {head} has the largest score. Alone with "(" or with ")", each head writes something in loop 0.
+What head {head} writes for the two is opposite, as in other heads too; only head {head} writes far
+more for both than for any other token.
 
-AGAIN
+BRACKETS
+
+In the first loops its output grows with the number of open branches: the mean of the output along
+the direction that it writes for "(", over all tokens of the held-out molecules, by how many
+branches are open; and the correlation with that number, next to the largest of another head along
+a direction of its own (without the sign).
+
+DEPTHS
+
+On the {others} other pairs, by loop: the share of the margin that the circuit loses without the
+head's edges of that loop, and the most that it loses without those of another head; how much the
+head writes at the last token when the bracket is there and not when it is a carbon, as the norm of
+the change; the share of the change that comes from the bracket's position; and its cosine with the
+change of loop 0.
+
+LOOPS
+
+So the circuit needs this head in the first three loops, most of all in the first, and hardly any
+other head. In loop 0 it reads the bracket itself. In the next two loops it writes more, in a
+similar direction, but from elsewhere: most of the change comes from other tokens, whose streams
+hold a trace of the bracket by then. The head gathers a mark that has spread. In the last loops it
+writes against the change of loop 0, and nothing is lost without it.
 """

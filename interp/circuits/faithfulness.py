@@ -183,8 +183,9 @@ def evaluate_circuit(
     pair = Pair.of(model, clean, corrupted, readout)
     runs = masked_runs(model, pair, chosen, replace, seed, max_bytes)
     graph = runs.graph
+    numbers = [graph.numbers(circuit.edges) for circuit in chosen]
     measured = Measured.of(runs, pair, metric)
-    values = measured.values(_both(graph, chosen), 2 * len(chosen))
+    values = measured.values(_both(graph, numbers), 2 * len(chosen))
     sizes = [_weights(graph, circuit) for circuit in chosen]
     found = Faithfulness(
         torch.tensor(list(map(len, chosen))),
@@ -204,11 +205,15 @@ def evaluate_circuit(
 
 
 def _both(
-    graph: Graph, circuits: Sequence[Circuit]
+    graph: Graph, circuits: Sequence[Int[Tensor, "_ 3"]]
 ) -> Iterator[Bool[Tensor, "reader writer span"]]:
-    """The mask of each circuit, followed by that of all other edges."""
-    for circuit in circuits:
-        mask = graph.mask(circuit.edges)
+    """The mask of each circuit, followed by that of all other edges.
+
+    Args:
+        circuits: The numbers of each circuit's edges.
+    """
+    for numbers in circuits:
+        mask = graph.marked(numbers)
         yield mask
         yield graph.every & ~mask
 

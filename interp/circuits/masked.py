@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from operator import length_hint
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
@@ -26,8 +27,6 @@ from loopscope.models.core.base import LoopedModel
 Replace = Literal["corrupted", "mean", "zero", "resample"]
 MAX_BYTES = 1 << 29
 """About how many bytes runs side by side take where a caller says nothing."""
-_MLPS, _STREAMS = 3, 20  # tensors of the widths d_mlp and d_model that a visit keeps per stream
-_GIVEN = 3  # tensors that are kept of the stream that a reader is given
 
 
 @dataclass(frozen=True)
@@ -109,25 +108,30 @@ class MaskedRuns:
         return logits
 
     def by_examples(self) -> list[MaskedRuns]:
-        """The runs of some examples each, so that the gradient of one circuit keeps at most about
+        """The runs of some examples each, so that the gradient of one circuit keeps about
         `max_bytes`; examples that depend on each other stay together.
         """
-        if not self.model.batch_independent:
+        if not self.model.batch_independent or len(self.batch) == 1:
             return [self]
-        numbers = self._kept_by_gradient() * self.replacement.outputs[0, 0].numel()
-        most = max(1, self.max_bytes // (numbers * self.replacement.outputs.element_size()))
+        most = max(1, self.max_bytes // self._of_rows(slice(1))._kept_by_gradient())
         starts = range(0, len(self.batch), most)
         return [self._of_rows(slice(start, start + most)) for start in starts]
 
     def _kept_by_gradient(self) -> int:
-        """How many times the stream of one example the gradient of its run keeps, at most."""
-        cfg, n_readers = self.model.cfg, len(self.graph.readers)
-        visit = _STREAMS + _MLPS * cfg.d_mlp // cfg.d_model
-        ends: list[int] = [stage.readers.stop for stage in self.graph.stages if stage.kind == "mlp"]
-        given = _GIVEN * n_readers + 2 * len(self.graph.writers)
-        if self.model.additive_residual:
-            return given + visit * len(ends)
-        return given + visit * sum(n_readers - end + 1 for end in ends)
+        """The bytes that the gradient of one circuit keeps besides the weights."""
+        own = chain(self.model.parameters(), self.model.buffers())
+        weights = {value.untyped_storage().data_ptr() for value in own}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(value: Tensor) -> Tensor:
+            storage = value.untyped_storage()
+            kept[storage.data_ptr()] = storage
+            return value
+
+        gates = self.graph.every[None].to(self.replacement.outputs).requires_grad_()
+        with torch.enable_grad(), saved_tensors_hooks(keep, lambda value: value):
+            self.logits(gates)
+        return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
 
     def _of_rows(self, rows: slice) -> MaskedRuns:
         """The same runs of some examples."""

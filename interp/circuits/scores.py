@@ -93,8 +93,9 @@ def circuit_scores(
             length.
         checkpoint: The checkpoint's name, for the record.
         max_bytes: About how many bytes the gradient of "ig-edges" may keep; it decides how many
-            examples run side by side, one at least. What one example needs grows with the
-            iterations, and with their square where the family's stream is no plain sum.
+            examples run side by side, one at least. A run of the first example measures what one
+            needs. It grows with the iterations, and with their square where the family's stream is
+            no plain sum.
 
     Returns:
         All edges with the mean score over the batch; positive for what moves the metric towards the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -18,6 +19,7 @@ from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MaskedRuns
+from loopscope.interp.circuits.names import Edge
 from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.selection import select_circuit
 from loopscope.models.basis.tokens import Batch
@@ -43,7 +45,8 @@ def masked(given: Given, n_loops: int, max_bytes: int, heads: bool | None = None
 
 
 def kept(runs: MaskedRuns) -> int:
-    """The bytes that the gradient of a run with half open gates keeps."""
+    """The bytes that the gradient of a run with half open gates keeps besides the weights."""
+    weights = {value.untyped_storage().data_ptr() for value in runs.model.parameters()}
     gates = (0.5 * runs.graph.every.to(runs.replacement.outputs)).requires_grad_()
     seen: dict[int, tuple[int, Tensor]] = {}
 
@@ -54,7 +57,7 @@ def kept(runs: MaskedRuns) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         runs.logits(gates[None])
-    return sum(size for size, _ in seen.values())
+    return sum(size for place, (size, _) in seen.items() if place not in weights)
 
 
 def share_of_all(logits: Tensor) -> Tensor:
@@ -79,15 +82,23 @@ def test_scores_by_gates_do_not_depend_on_how_many_examples_run_at_once(
     assert_close(*(torch.tensor(each.scores, dtype=torch.float64) for each in found))
 
 
-@pytest.mark.parametrize("name", ["toy", "ouro"])
+@pytest.mark.parametrize("name", ["toy", *sorted(TOYS.keys() - {"training_free_neox"})])
 def test_the_gradient_keeps_no_more_than_was_allowed(name: str) -> None:
     given = given_of(name)
-    whole = kept(masked(given, SHORT, 1 << 40))
+    whole = kept(masked(given, 1, 1 << 40))
     limit = int(0.9 * whole)
-    parts = masked(given, SHORT, limit).by_examples()
+    parts = masked(given, 1, limit).by_examples()
     assert torch.equal(torch.cat([part.batch.tokens for part in parts]), given[1].tokens)
     assert len(parts) > 1
     assert max(map(kept, parts)) <= limit < whole
+
+
+def test_examples_run_together_as_far_as_they_fit_besides_the_weights() -> None:
+    given = given_of("ouro")
+    one = kept(masked(given, 1, 1).by_examples()[0])
+    for limit, sizes in ((3 * one, [3]), (3 * one - 1, [2, 1]), (2 * one - 1, [1, 1, 1])):
+        parts = masked(given, 1, limit).by_examples()
+        assert [len(part.batch) for part in parts] == sizes
 
 
 def test_what_the_gradient_of_a_plain_sum_keeps_grows_with_the_iterations() -> None:
@@ -124,10 +135,10 @@ def test_masks_of_circuits_are_made_when_their_turn_comes(monkeypatch: pytest.Mo
     circuits = [select_circuit(scores, size) for size in range(20, 80, 10)]
     expected = evaluate_circuit(model, *pair, circuits, projection())
     alive: list[weakref.ref[Tensor]] = []
-    most, mask, run = [], Graph.mask, MaskedRuns._run
+    most, marked, run = [], Graph.marked, MaskedRuns._run
 
-    def watched(self: Graph, edges: Any) -> Tensor:
-        made = mask(self, edges)
+    def watched(self: Graph, numbers: Tensor) -> Tensor:
+        made = marked(self, numbers)
         alive.append(weakref.ref(made))
         return made
 
@@ -135,13 +146,25 @@ def test_masks_of_circuits_are_made_when_their_turn_comes(monkeypatch: pytest.Mo
         most.append((len(masks), sum(each() is not None for each in alive)))
         return run(self, masks)
 
-    monkeypatch.setattr(Graph, "mask", watched)
+    monkeypatch.setattr(Graph, "marked", watched)
     monkeypatch.setattr(MaskedRuns, "_run", counting)
     found = evaluate_circuit(model, *pair, circuits, projection(), max_bytes=1)
     assert_close(found.values, expected.values)
     assert len(alive) == len(circuits)
     assert len(most) == 2 + 2 * len(circuits)  # the ends, and each circuit with what is left
     assert max(most) == (1, 1)
+
+
+def test_an_unknown_edge_of_the_last_circuit_is_refused_before_any_circuit_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, pair = toy("learned"), (full(1), full(2))
+    scores = circuit_scores(model, *pair, projection(), SHORT, method="eap")
+    circuit = select_circuit(scores, 20)
+    edges = (*circuit.edges[:-1], Edge("loops.1.blocks.0.mlp", "loops.0.blocks.0.mlp"))
+    monkeypatch.setattr(MaskedRuns, "_run", lambda self, masks: pytest.fail("a circuit was run"))
+    with pytest.raises(ValueError, match=r"but loops\.1\.\S+ -> loops\.0\.\S+ is none"):
+        evaluate_circuit(model, *pair, [circuit, replace(circuit, edges=edges)], projection())
 
 
 @pytest.mark.parametrize(
