@@ -27,7 +27,6 @@ from loopscope.interp.circuits.faithfulness import shares_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.selection import ranked, select_circuit, smallest_circuit
-from loopscope.interp.circuits.viewer import viewer_graph
 from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.pairs import Pair
 from loopscope.interp.dictionaries.graph import FeatureGraph, feature_graph
@@ -35,6 +34,7 @@ from loopscope.interp.dictionaries.sae_files import load_dictionary
 from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.interp.drawing.circuits import MOST, add_folded, add_unrolled
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, MARK, styled
+from loopscope.interp.viewer.graph import viewer_graph
 from loopscope.models.basis.arguments import Argument, ArgumentError
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.state import checked_loops

@@ -16,12 +16,12 @@ from torch import Tensor
 import family_toys
 from dictionary_toys import FEATURES, K, dictionary, model
 from family_toys import TOYS
-from loopscope.interp.circuits.viewer import viewer_graph
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.dictionaries.controls import random_dictionary
 from loopscope.interp.dictionaries.dictionary import Dictionary, Kind
 from loopscope.interp.dictionaries.graph import FeatureGraph, FeatureNode, feature_graph
 from loopscope.interp.dictionaries.reading import Reading, loop_states
+from loopscope.interp.viewer.graph import viewer_graph
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
