@@ -41,7 +41,6 @@ from .interp.circuits.selection import (
 from .interp.circuits.selection import (
     smallest_circuit as smallest_circuit,
 )
-from .interp.circuits.viewer import viewer_graph as viewer_graph
 from .interp.common.cells import Cell as Cell
 from .interp.common.finite import first_nonfinite as first_nonfinite
 from .interp.common.metrics import (
@@ -252,6 +251,7 @@ from .interp.store.export import (
     export_parquet as export_parquet,
 )
 from .interp.store.reading import ActivationStore as ActivationStore
+from .interp.viewer.graph import viewer_graph as viewer_graph
 from .interp.weights.circuits import (
     composition_scores as composition_scores,
 )

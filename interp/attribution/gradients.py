@@ -11,8 +11,9 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.collecting import keeping
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
-from loopscope.interp.common.metrics import measure, measure_graphed
+from loopscope.interp.common.metrics import measure, measure_graphed, metric_name
 from loopscope.interp.common.modes import differentiated
+from loopscope.interp.common.precision import widened
 from loopscope.models.basis.names import NamesFilter
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
@@ -98,3 +99,26 @@ def gradients_with_metric(
 
     values, grads = gradients(model, batch, remembered, list(names), n_loops)
     return dict(values), dict(grads), measured[0]
+
+
+def alone(
+    model: LoopedModel, batch: Batch, metric: Metric, row: int, n_loops: int
+) -> tuple[Batch, Metric, int]:
+    """An example as a batch of its own, with its metric and its number there, so that nothing is
+    paid for the others.
+
+    The metric is still of all examples' logits, of which the others' are held. Where rows depend on
+    each other, or hooks may be made for the whole batch, the batch stays whole.
+    """
+    if len(batch) == 1 or not model.batch_independent or model.any_hook():
+        return batch, metric, row
+    with torch.no_grad():
+        end = model.advance(begin_batch(model, batch, n_loops))
+        whole = widened(logits_read(model, end, batch.readout))
+    number = torch.tensor([row], device=whole.device)
+
+    def of_row(logits: Float[Tensor, "1 d_vocab"]) -> Float[Tensor, " 1"]:
+        return measure(metric, whole.index_copy(0, number, logits))[number]
+
+    of_row.__name__ = metric_name(metric)
+    return batch[row : row + 1], of_row, 0

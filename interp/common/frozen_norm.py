@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import LoopHookPoint, Taps
 
 Norm = Callable[[Tensor, Taps], Tensor]
@@ -53,3 +54,16 @@ def watching(site: str, hook: Callable[..., Tensor | None]) -> Taps:
     point.name = site
     point.add_hook(hook)
     return {site: point}
+
+
+def held_divisors(
+    model: LoopedModel, n_loops: int
+) -> tuple[list[str], Callable[[Tensor, HookPoint], Tensor]]:
+    """The points at which norms show their divisor in a call, and a hook that takes the divisor's
+    gradient away.
+    """
+
+    def detach(value: Tensor, hook: HookPoint) -> Tensor:
+        return value.detach()
+
+    return [name for name in model.hook_names(n_loops) if name.endswith("hook_scale")], detach

@@ -5,6 +5,7 @@ Axes: batch, pos, loop, feature, d_in.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.attribution.gradients import logits_read
+from loopscope.interp.attribution.gradients import alone, logits_read
 from loopscope.interp.common.collecting import collect
+from loopscope.interp.common.columns import used_columns
+from loopscope.interp.common.frozen_norm import held_divisors
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import differentiated
@@ -26,6 +29,7 @@ from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dictionaries.attribution import FeatureAttribution, feature_attribution
 from loopscope.interp.dictionaries.dictionary import Dictionary
+from loopscope.interp.dictionaries.reading import Reading
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -70,8 +74,8 @@ class FeatureGraph(OneScreen):
         nodes: In the order of the run; the answer is the last one.
         links: By target.
         activations: Of features; None for other nodes.
-        effects: Of features, the effect on the metric along all paths, as `feature_attribution`
-            gives it; None for other nodes.
+        effects: Of features, the effect on the metric along all paths: `feature_attribution` of a
+            run in which divisors of norms are held, as they are for links. None for other nodes.
         value: The metric of the run.
         metric: The metric's name.
         hook: Where the dictionary writes, within an iteration.
@@ -132,34 +136,44 @@ def feature_graph(
     The run is seen as a function of the embedding and of what stands at the dictionary's hooks: the
     sum of the active features, the bias and the error there, all held. A link's weight is what the
     source adds times the gradient of the target with respect to it, through everything between two
-    hooks but not through another hook. The divisors of norms are held too, or all weights into the
-    answer would sum to 0 where a norm stands before it. Attention is differentiated.
+    hooks but not through another hook.
+
+    Divisors of norms are held too, or all weights into the answer would sum to 0 where a norm
+    stands before it. This takes norms that show their divisor, at a point named "hook_scale". Those
+    that show none, such as the norms of queries and keys in some families, are differentiated, and
+    so is attention.
 
     Args:
         dictionary: Of this model; no crosscoder.
         inputs: A batch, texts, or tokens with `readout`.
         metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
-            batch"].
+            batch"]. The logits of other examples are held.
         row: The example of the inputs that is meant, from 0.
         most: Features to show, those with the largest effect on the metric along all paths; the
             others are counted in the nodes of kind "other".
 
     Raises:
-        KeyError, ValueError: As for `feature_attribution`; or a crosscoder, a row out of range, or
-            fewer than one feature.
+        KeyError, ValueError: As for `feature_attribution`; or a crosscoder, a dictionary that reads
+            after it writes, a row out of range, or fewer than one feature.
+        TypeError: A row that is no integer.
 
     Source:
         Marks et al. 2024 (arXiv 2403.19647), links between features with error nodes, by gradient
         times activation.
     """
     batch = as_batch(model, inputs, readout)
-    (row,) = in_range("row", row, len(batch))
+    row = _one_row(row, len(batch))
     if dictionary.kind == "crosscoder" or most < 1:
         raise ValueError(
             "a graph of features needs a dictionary with a code for each iteration, and most of at"
             f" least 1, got a {dictionary.kind} dictionary and most={most}"
         )
-    effects = _by_place(feature_attribution(model, dictionary, batch, metric), batch, row)
+    name = metric_name(metric)
+    batch, metric, row = alone(model, batch, metric, row, dictionary.n_loops)
+    with model.hooks([held_divisors(model, dictionary.n_loops)], n_loops=dictionary.n_loops):
+        found = feature_attribution(model, dictionary, batch, metric)
+    _refuse_late_reading(model, dictionary.reading)
+    effects = _by_place(found, batch, row)
     run = _LocalRun.of(model, dictionary, batch, metric, row, _largest(effects, most))
     nodes, links = run.graph()
     numbers = {node: number for number, node in enumerate(nodes)}
@@ -169,7 +183,7 @@ def feature_graph(
         tuple(_at(run.codes, node) for node in nodes),
         tuple(_at(effects, node) for node in nodes),
         float(run.value.detach()),
-        metric_name(metric),
+        name,
         dictionary.reading.target,
         dictionary.n_loops,
         dictionary.n_features,
@@ -177,14 +191,45 @@ def feature_graph(
     )
 
 
+def _one_row(row: int, rows: int) -> int:
+    """The number of one example.
+
+    Raises:
+        TypeError: Something else than an integer, such as None, "all" or a list.
+        ValueError: A number out of range.
+    """
+    try:
+        (row,) = in_range("row", [operator.index(row)], rows)
+    except TypeError:
+        raise TypeError(
+            f"row must be the number of one example, in 0..{rows - 1}, got {row!r}; a graph of"
+            " features is of one input"
+        ) from None
+    return row
+
+
+def _refuse_late_reading(model: LoopedModel, reading: Reading) -> None:
+    """Refuse a dictionary of which a feature would be a function of what it writes itself."""
+    order = {name: number for number, name in enumerate(model.hook_names(reading.n_loops))}
+    for read, written in zip(reading.names, reading.written, strict=True):
+        if order[read] > order[written]:
+            raise ValueError(
+                "a graph of features needs a dictionary that reads before it writes within an"
+                f" iteration, but {read!r} comes after {written!r}; train one that writes where it"
+                " reads, or later"
+            )
+
+
 def _by_place(
     effects: FeatureAttribution, batch: Batch, row: int
 ) -> Float[Tensor, "loop pos feature"]:
-    """The effects in one example by the position of the token; 0 for padding."""
-    values, real = effects.values[row].transpose(0, 1), batch.mask[row].bool()
-    found = values.new_zeros(len(values), len(real), values.shape[2])
+    """The effects in one example by the position of the token; 0 for padding at which no answer is
+    read.
+    """
+    values, used = effects.values[row].transpose(0, 1), used_columns(batch)[row]
+    found = values.new_zeros(len(values), len(used), values.shape[2])
     found[:, effects.columns[row]] = values
-    return found * real[:, None]
+    return found * used[:, None]
 
 
 def _largest(
@@ -252,12 +297,8 @@ class _LocalRun:
         def hold(value: Tensor, hook: HookPoint) -> Tensor:
             return held[str(hook.name)]
 
-        def detach(value: Tensor, hook: HookPoint) -> Tensor:
-            return value.detach()
-
-        divisors = [name for name in model.hook_names(n_loops) if name.endswith("hook_scale")]
         # what is read is read before it is written
-        hooks = [(reading.names, keep), (names, hold), (divisors, detach)]
+        hooks = [(reading.names, keep), (names, hold), held_divisors(model, n_loops)]
         with torch.enable_grad(), model.hooks(hooks, n_loops=n_loops):
             end = model.advance(begin_batch(model, batch, n_loops))
             value = measure(metric, logits_read(model, end, batch.readout))[row]
@@ -302,7 +343,8 @@ class _LocalRun:
         found = torch.autograd.grad(goal, self.sources, retain_graph=True, allow_unused=True)
         slopes = [None if slope is None else slope[self.row] for slope in found]
         if slopes[0] is not None:
-            yield from _at_tokens("embed", None, (slopes[0] * self.sources[0][self.row]).sum(-1))
+            embedding = widened(self.sources[0][self.row])
+            yield from _at_tokens("embed", None, (widened(slopes[0]) * embedding).sum(-1))
         for loop, slope in enumerate(slopes[1:]):
             if slope is not None:
                 yield from self._from(loop, widened(slope))
@@ -311,25 +353,28 @@ class _LocalRun:
         self, loop: int, slope: Float[Tensor, "pos d_in"]
     ) -> Iterator[tuple[FeatureNode, float]]:
         """The weights of the parts of the vector at the hook of one iteration."""
-        each, bias, error = self._parts(loop)
-        along = slope.to(each)
-        effects = each * (along @ self._directions[loop].T.to(along))
+        code, directions, bias, error = self._parts[loop]
+        along = slope.to(code)
+        effects = code * (along @ directions.T)
         chosen = self.chosen[loop]
         for at, feature in chosen.nonzero().tolist():
             yield FeatureNode("feature", loop, at, feature), float(effects[at, feature])
         yield from _at_tokens("error", loop, (along * error).sum(-1))
         yield from _at_tokens("other", loop, effects.masked_fill(chosen, 0).sum(-1) + along @ bias)
 
-    def _parts(self, loop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The code "pos feature", the bias "d_out" and the error "pos d_out" of one iteration."""
-        code = self.codes[loop].detach()
-        bias = self.dictionary.bias(loop).to(code)
-        held = self.sources[loop + 1].detach()[self.row].to(code)
-        return code, bias, held - code @ self._directions[loop].to(code) - bias
-
     @cached_property
-    def _directions(self) -> list[Tensor]:
-        return [self.dictionary.directions(loop) for loop in range(self.dictionary.n_loops)]
+    def _parts(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The code "pos feature", the directions "feature d_out", the bias "d_out" and the error
+        "pos d_out" of each iteration.
+        """
+        found = []
+        for loop, held in enumerate(self.sources[1:]):
+            code = self.codes[loop].detach()
+            directions = self.dictionary.directions(loop).to(code)
+            bias = self.dictionary.bias(loop).to(code)
+            error = held.detach()[self.row].to(code) - code @ directions - bias
+            found.append((code, directions, bias, error))
+        return found
 
 
 def _at_tokens(

@@ -27,14 +27,16 @@ from loopscope.interp.circuits.faithfulness import shares_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.selection import ranked, select_circuit, smallest_circuit
-from loopscope.interp.circuits.viewer import viewer_graph
+from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.pairs import Pair
 from loopscope.interp.dictionaries.graph import FeatureGraph, feature_graph
 from loopscope.interp.dictionaries.sae_files import load_dictionary
 from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.interp.drawing.circuits import MOST, add_folded, add_unrolled
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, INK, MARK, styled
+from loopscope.interp.viewer.graph import viewer_graph
 from loopscope.models.basis.arguments import Argument, ArgumentError
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.state import checked_loops
 
 
@@ -83,7 +85,8 @@ class FoundCircuit(Record):
         circuit: The circuit.
         clean, corrupted: The texts, pair by pair.
         measured: The answer in words, with the token that it is compared with.
-        tokens: Of the first clean text.
+        tokens: Of the first clean text, by column; a padding column before the one that is read is
+            a token too.
         sizes: Numbers of edges.
         faithful: Float[Tensor, "ranking size"], the share of the margin's difference that is kept:
             by edges of largest score, by edges whose writers' output changes most between the two
@@ -155,11 +158,17 @@ def found_circuit(
         clean=pairs.clean,
         corrupted=pairs.corrupted,
         measured=pairs.measured,
-        tokens=words(subject.model, pairs.clean_batch.tokens[0][pairs.clean_batch.mask[0].bool()]),
+        tokens=_tokens(subject, pairs.clean_batch),
         sizes=tuple(sizes),
         faithful=kept.view(len(RANKINGS), -1).double().cpu(),
         left=left.double().cpu(),
     )
+
+
+def _tokens(subject: Subject, batch: Batch) -> tuple[str, ...]:
+    """The words of the first text, up to the last column that holds a token or is read."""
+    last = int(used_columns(batch)[0].nonzero().max())
+    return words(subject.model, batch.tokens[0, : last + 1])
 
 
 def _by_change(subject: Subject, pairs: TextPairs, scores: Circuit) -> list[int]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import OutputConfig
 from loopscope.analyses.common.pairs_of import open_pairs
 from loopscope.analyses.common.records import files_of
@@ -18,12 +21,12 @@ from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.names import EMBED, FINAL, Edge
 from loopscope.interp.circuits.selection import prune_circuit
 from loopscope.interp.dictionaries.controls import random_dictionary
-from loopscope.interp.dictionaries.graph import feature_graph
+from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import Reading, loop_states
 from loopscope.interp.dictionaries.sae_files import save_dictionary
 from loopscope.interp.drawing.circuits import components, folded_scores, moves, spots, strongest
 from loopscope.interp.drawing.labels import label
-from small_figures import small_config, small_figure
+from small_figures import SMALL, small_config, small_figure
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +71,82 @@ def test_the_finding_says_edges_faithfulness_and_controls(record: FoundCircuit) 
     assert "the change of their writers keep 0.25, random ones -0.12" in said
 
 
-def test_with_a_dictionary_the_viewers_graph_is_of_its_features(
-    record: FoundCircuit, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dictionary, Path]:
+    """A dictionary of the small figure's checkpoint, and the folder where it lies."""
     config: CircuitConfig = small_config("circuit")
     subject, pairs = open_pairs(config, config.n_loops)
     reading = Reading.of(subject.model, config.n_loops)
     states = loop_states(subject.model, pairs.clean_batch, reading.n_loops)
-    own = random_dictionary(states, reading, n_features=32, k=4)
-    save_dictionary(own, tmp_path / "own")
-    found = page._features(subject, pairs.first(), replace(config, dictionary=tmp_path / "own"))
-    assert found is not None
-    first = pairs.first()
-    alone = feature_graph(subject.model, own, first.clean_batch, pairs.first().metric())
-    assert found.nodes == alone.nodes
-    assert found.total == pytest.approx(alone.total)
-    with torch.no_grad():
-        last = subject.model(first.clean_batch.tokens)[:, -1]
-    whole = pairs.metric()(last.expand(len(pairs.clean), -1))
-    assert found.value == pytest.approx(float(whole[0]), rel=1e-4)
-    graph = json.loads(page._graph(replace(record, features=found)))
+    made, folder = random_dictionary(states, reading, 32, 4), tmp_path_factory.mktemp("a") / "own"
+    save_dictionary(made, folder)
+    return made, folder
+
+
+def written(folder: Path, *more: str) -> dict[str, Any]:
+    """The graph for viewers that the command writes."""
+    given: dict[str, Any] = {**SMALL["circuit"], "steps": 1, "out": folder}
+    checkpoint = given.pop("checkpoint")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    main(["circuit", checkpoint, *flags, "--no-html", "--no-csv", *more])
+    graph: dict[str, Any] = json.loads((folder / "circuit.graph.json").read_text())
+    return graph
+
+
+@pytest.mark.parametrize("readout", ["last_real", "first_pad"])
+def test_with_a_dictionary_the_viewers_graph_is_of_its_features(
+    readout: str, own: tuple[Dictionary, Path], tmp_path: Path
+) -> None:
+    dictionary, folder = own
+    graph = written(tmp_path, f"--dictionary={folder}", f"--readout={readout}")
+    config: CircuitConfig = small_config("circuit", readout=readout)
+    subject, pairs = open_pairs(config, config.n_loops)
+    model, batch, n_loops = subject.model, pairs.clean_batch[:1], dictionary.n_loops
+    at, right = int(batch.readout[0]), int(pairs.answers.ids[0])
+    assert bool(batch.mask[0, at]) == (readout == "last_real")
+    words = list(model.to_str_tokens(batch.tokens[0, : at + 1]))
+    assert graph["metadata"]["prompt_tokens"] == words
+    _, cache = model.run_with_cache(batch.tokens, n_loops=n_loops, mask=batch.mask)
+    codes = [dictionary.coder(0).encode(cache[name][0]) for name in dictionary.reading.names]
     shown = [node for node in graph["nodes"] if node["feature_type"] == "cross layer transcoder"]
-    assert len(shown) == sum(node.kind == "feature" for node in found.nodes) > 0
-    assert "component" in {
-        node["feature_type"] for node in json.loads(page._graph(record))["nodes"]
-    }
-    more = replace(config, dictionary=tmp_path / "own", n_loops=reading.n_loops + 1)
-    with pytest.raises(ValueError, match=f"the dictionary of {reading.n_loops}"):
-        page._features(subject, pairs.first(), more)
+    layers = {node["layer"] for node in shown if node["ctx_idx"] == at}
+    assert layers == set(map(str, range(n_loops)))
+    for node in shown:
+        code = codes[int(node["layer"])][node["ctx_idx"], node["feature"]]
+        assert node["activation"] == pytest.approx(float(code), rel=1e-4)
+
+    def answer(last: Tensor) -> Tensor:
+        end = [(dictionary.reading.names[-1], lambda value, hook: last)]
+        with model.hooks(end, n_loops=n_loops), torch.no_grad():
+            return model(batch.tokens, n_loops=n_loops, mask=batch.mask)[0, at]
+
+    last = cache[dictionary.reading.names[-1]]
+    whole, constant = answer(last), answer(last * 0)  # 0 over any divisor: the rest is linear
+    wrong = int(whole.index_fill(0, torch.tensor([right]), -torch.inf).argmax())
+    added = (whole - constant)[right] - (whole - constant)[wrong]
+    (end,) = [node["node_id"] for node in graph["nodes"] if node["is_target_logit"]]
+    into = [link["weight"] for link in graph["links"] if link["target"] == end]
+    assert sum(into) == pytest.approx(float(added), rel=1e-4)
+    assert end.endswith(f"_{at}")
+
+
+def test_an_answer_that_is_read_at_padding_has_its_token_in_the_circuits_graph(
+    tmp_path: Path,
+) -> None:
+    graph = written(tmp_path, "--readout=first_pad")
+    *texts, padding = graph["metadata"]["prompt_tokens"]
+    assert len(texts) == 3
+    assert padding == "<pad>"
+    (end,) = [node for node in graph["nodes"] if node["is_target_logit"]]
+    assert end["ctx_idx"] == len(texts)
+
+
+def test_a_dictionary_of_another_number_of_iterations_is_refused(
+    own: tuple[Dictionary, Path], tmp_path: Path
+) -> None:
+    config = small_config("circuit", dictionary=own[1], n_loops=own[0].n_loops + 1)
+    with pytest.raises(ValueError, match=f"the dictionary of {own[0].n_loops}"):
+        page.run(config)
 
 
 def test_every_node_has_a_place_of_its_own(record: FoundCircuit) -> None:

@@ -5,105 +5,179 @@ sums are first-order totals.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import pytest
 import torch
 from torch import Tensor
 
-from dictionary_toys import FEATURES, dictionary, model
-from loopscope.interp.circuits.viewer import viewer_graph
+import family_toys
+from dictionary_toys import FEATURES, K, dictionary, model
+from family_toys import TOYS
 from loopscope.interp.common.metrics import logit_diff
-from loopscope.interp.dictionaries.attribution import feature_attribution
+from loopscope.interp.dictionaries.controls import random_dictionary
 from loopscope.interp.dictionaries.dictionary import Dictionary, Kind
 from loopscope.interp.dictionaries.graph import FeatureGraph, FeatureNode, feature_graph
-from toy import LOOPS, assert_close, hook_count, padded, run
+from loopscope.interp.dictionaries.reading import Reading, loop_states
+from loopscope.interp.viewer.graph import viewer_graph
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.base import LoopedModel
+from loopscope.models.families.recurrent_depth import RecurrentDepth
+from toy import LOOPS, BatchCentred, assert_close, hook_count, odd_one, padded, run, toy
 
 pytestmark = pytest.mark.shapes
 ROW, STEP = 1, 1e-5
 BATCH = padded()[ROW : ROW + 1]
+AT_PADDING = replace(BATCH, readout=BATCH.mask.sum(1))
 metric = logit_diff(1, 2)
-DIVISORS = [name for name in model().hook_names(LOOPS) if name.endswith("hook_scale")]
 KINDS: tuple[Kind, ...] = ("per_iteration", "shared", "transcoder")
 Values = dict[str, Tensor]
 
 
-def seen(own: Dictionary, held: Values) -> tuple[Values, Tensor]:
-    """What passes the hooks of a dictionary and of norms, and the metric, when some are held."""
-    values: Values = {}
-    names = ["hook_embed", *own.reading.written, *DIVISORS]
+@dataclass(frozen=True)
+class Held:
+    """Runs of one input in which some values are held.
 
-    def keep(value: Tensor, hook: object) -> None:
-        values.setdefault(hook.name, value)  # type: ignore[attr-defined]
+    Attributes:
+        own: A dictionary of the model.
+        batch: One row.
+    """
 
-    def hold(value: Tensor, hook: object) -> Tensor:
-        return held.get(hook.name, value)  # type: ignore[attr-defined]
+    own: Dictionary
+    batch: Batch = BATCH
+    model: LoopedModel = field(default_factory=model)
 
-    hooks = [(list(dict.fromkeys([*names, *own.reading.names])), keep), (names, hold)]
-    with model().hooks(hooks, n_loops=LOOPS), torch.no_grad():
-        logits = run(model(), BATCH)[[0], BATCH.readout]
-    return values, metric(logits).sum()
+    @cached_property
+    def divisors(self) -> list[str]:
+        names = self.model.hook_names(self.own.n_loops)
+        return [name for name in names if name.endswith("hook_scale")]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What is held for a link."""
+        return ["hook_embed", *self.own.reading.written, *self.divisors]
+
+    @cached_property
+    def values(self) -> Values:
+        return self.seen({})[0]
+
+    @cached_property
+    def value(self) -> Tensor:
+        return self.seen({})[1]
+
+    def seen(self, held: Values) -> tuple[Values, Tensor]:
+        """What passes the hooks of the dictionary and of norms, and the metric."""
+        values: Values = {}
+
+        def keep(value: Tensor, hook: object) -> None:
+            values.setdefault(hook.name, value)  # type: ignore[attr-defined]
+
+        def hold(value: Tensor, hook: object) -> Tensor:
+            return held.get(hook.name, value)  # type: ignore[attr-defined]
+
+        kept = list(dict.fromkeys([*self.names, *self.own.reading.names]))
+        hooks = [(kept, keep), (self.names, hold)]
+        with self.model.hooks(hooks, n_loops=self.own.n_loops), torch.no_grad():
+            tokens, options = self.batch.tokens, self.batch.options
+            logits = self.model(tokens, n_loops=self.own.n_loops, mask=self.batch.mask, **options)[
+                [0], self.batch.readout
+            ]
+        return values, metric(logits).sum()
+
+    def part(self, name: str, at: int, vector: Tensor) -> tuple[str, Tensor]:
+        """A hook, and a vector that is added there at one token."""
+        part = torch.zeros_like(self.values[name])
+        part[0, at] = vector
+        return name, part
+
+    def parts(self, graph: FeatureGraph) -> dict[FeatureNode, tuple[str, Tensor]]:
+        """The hook at which each source of the graph adds, and what it adds there, by hand."""
+        own, values = self.own, self.values
+        shown = {node[1:]: node for node in graph.nodes if node.kind == "feature"}
+        found = {}
+        for at in range(self.batch.tokens.shape[1]):
+            embedding = values["hook_embed"][0, at]
+            found[FeatureNode("embed", None, at)] = self.part("hook_embed", at, embedding)
+            for loop, name in enumerate(own.reading.written):
+                code = own.coder(loop).encode(values[own.reading.names[loop]][0, at])
+                left, other = values[name][0, at], own.bias(loop).clone()
+                for feature, size in enumerate(code.tolist()):
+                    added = size * own.directions(loop)[feature]
+                    node = shown.get((loop, at, feature))
+                    if node is None:
+                        other += added
+                    else:
+                        found[node] = self.part(name, at, added)
+                    left = left - added
+                error = left - own.bias(loop)
+                found[FeatureNode("error", loop, at)] = self.part(name, at, error)
+                found[FeatureNode("other", loop, at)] = self.part(name, at, other)
+        return found
+
+    def goal(self, node: FeatureNode, values: Values, value: Tensor) -> Tensor:
+        """A target's activation, or the metric."""
+        if node.loop is None or node.feature is None:
+            return value
+        state = values[self.own.reading.names[node.loop]][0, node.position]
+        return self.own.coder(node.loop).encode(state)[node.feature]
+
+    def slope(
+        self, moved: Values, target: FeatureNode, names: Sequence[str] | None = None
+    ) -> Tensor:
+        """The central difference of a target when what is held at some points moves along some
+        parts.
+        """
+        sides = []
+        for step in (STEP, -STEP):
+            held = {
+                name: self.values[name] + step * moved.get(name, 0)
+                for name in (self.names if names is None else names)
+            }
+            sides.append(self.goal(target, *self.seen(held)))
+        return (sides[0] - sides[1]) / (2 * STEP)
 
 
-def own_parts(own: Dictionary, graph: FeatureGraph) -> dict[FeatureNode, tuple[str, Tensor]]:
-    """The hook at which each source of the graph adds, and what it adds there, by hand."""
-    values, _ = seen(own, {})
-    shown = {node[1:]: node for node in graph.nodes if node.kind == "feature"}
-    found = {}
-    for at in range(BATCH.tokens.shape[1]):
-        part = torch.zeros_like(values["hook_embed"])
-        part[0, at] = values["hook_embed"][0, at]
-        found[FeatureNode("embed", None, at)] = "hook_embed", part
-        for loop, name in enumerate(own.reading.written):
-            code = own.coder(loop).encode(values[own.reading.names[loop]][0, at])
-            left, other = values[name][0, at], own.bias(loop).clone()
-            for feature, size in enumerate(code.tolist()):
-                added = size * own.directions(loop)[feature]
-                node = shown.get((loop, at, feature))
-                if node is None:
-                    other += added
-                else:
-                    part = torch.zeros_like(values[name])
-                    part[0, at] = added
-                    found[node] = name, part
-                left = left - added
-            for kind, vector in (("error", left - own.bias(loop)), ("other", other)):
-                part = torch.zeros_like(values[name])
-                part[0, at] = vector
-                found[FeatureNode(kind, loop, at)] = name, part  # type: ignore[arg-type]
-    return found
-
-
-def goal(own: Dictionary, node: FeatureNode, values: Values, value: Tensor) -> Tensor:
-    """A target's activation, or the metric."""
-    if node.loop is None or node.feature is None:
-        return value
-    state = values[own.reading.names[node.loop]][0, node.position]
-    return own.coder(node.loop).encode(state)[node.feature]
-
-
-def slope(own: Dictionary, moved: Values, target: FeatureNode) -> Tensor:
-    """The central difference of a target when what is held at the hooks moves along some parts."""
-    values, _ = seen(own, {})
-    names = ["hook_embed", *own.reading.written, *DIVISORS]
-    sides = []
-    for step in (STEP, -STEP):
-        held = {name: values[name] + step * moved.get(name, 0) for name in names}
-        sides.append(goal(own, target, *seen(own, held)))
-    return (sides[0] - sides[1]) / (2 * STEP)
+def effects(graph: FeatureGraph) -> dict[FeatureNode, float]:
+    """The features of a graph with their effects."""
+    both = zip(graph.nodes, graph.effects, strict=True)
+    return {node: effect for node, effect in both if effect is not None}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_link_is_the_finite_difference_of_a_run_held_at_the_hooks(kind: Kind) -> None:
     own = dictionary(kind)
     graph = feature_graph(model(), own, BATCH, metric, most=6)
-    parts = own_parts(own, graph)
+    held = Held(own)
+    parts = held.parts(graph)
     order = torch.randperm(len(graph.links), generator=torch.Generator().manual_seed(0))
     for number in order[:12].tolist():
         link = graph.links[number]
         name, part = parts[graph.nodes[link.source]]
-        expected = slope(own, {name: part}, graph.nodes[link.target])
+        expected = held.slope({name: part}, graph.nodes[link.target])
         assert link.weight == pytest.approx(float(expected), rel=1e-5, abs=1e-7)
     assert hook_count(model()) == 0
+
+
+@pytest.mark.parametrize("name", ["parcae", "huginn", "hyperloop", "hrm_text", "spiral"])
+def test_links_of_other_families_are_finite_differences_too(name: str) -> None:
+    small = TOYS[name]
+    other = small.make().requires_grad_(False)
+    batch = family_toys.padded(small, other)
+    states = loop_states(other, batch, family_toys.LOOPS)
+    own = random_dictionary(states, Reading.of(other, family_toys.LOOPS), FEATURES, K)
+    graph = feature_graph(other, own, batch, metric, row=ROW, most=4)
+    held = Held(own, batch[ROW : ROW + 1], other)
+    parts, largest = held.parts(graph), max(abs(link.weight) for link in graph.links)
+    kinds = set()
+    for link in graph.links[:: len(graph.links) // 8]:
+        name, part = parts[graph.nodes[link.source]]
+        expected = held.slope({name: part}, graph.nodes[link.target])
+        assert link.weight == pytest.approx(float(expected), rel=1e-6, abs=1e-7 * largest)
+        kinds.add(graph.nodes[link.source].kind)
+    assert len(kinds) > 1
+    assert graph.value == pytest.approx(float(held.value))
 
 
 @pytest.mark.parametrize("most", [3, 1000])
@@ -111,49 +185,75 @@ def test_a_link_is_the_finite_difference_of_a_run_held_at_the_hooks(kind: Kind) 
 def test_all_links_into_a_target_sum_to_its_first_order_total(kind: Kind, most: int) -> None:
     own = dictionary(kind)
     graph = feature_graph(model(), own, BATCH, metric, most=most)
-    values, value = seen(own, {})
-    assert graph.value == pytest.approx(float(value))
-    values = {name: part for name, part in values.items() if name not in DIVISORS}
+    held = Held(own)
+    assert graph.value == pytest.approx(float(held.value))
+    values = {name: part for name, part in held.values.items() if name not in held.divisors}
     features = [n for n, node in enumerate(graph.nodes) if node.kind == "feature"]
     for number in [*features[-2:], len(graph.nodes) - 1]:
-        expected = slope(own, values, graph.nodes[number])
+        expected = held.slope(values, graph.nodes[number])
         total = sum(link.weight for link in graph.links if link.target == number)
         assert total == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
     assert graph.total == pytest.approx(
-        float(slope(own, values, graph.nodes[-1])), rel=1e-6, abs=1e-9
+        float(held.slope(values, graph.nodes[-1])), rel=1e-6, abs=1e-9
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_features_of_largest_effect_are_shown_with_their_activations(kind: Kind) -> None:
     own = dictionary(kind)
-    graph = feature_graph(model(), own, BATCH, metric, most=7)
-    top = feature_attribution(model(), own, BATCH, metric).top(7)
-    shown = {
-        node: (effect, activation)
-        for node, effect, activation in zip(
-            graph.nodes, graph.effects, graph.activations, strict=True
-        )
-        if node.kind == "feature"
-    }
-    assert len(shown) == 7
-    values, value = seen(own, {})
-    for _, at, loop, feature, effect in top.itertuples(index=False):
-        node = FeatureNode("feature", int(loop), int(at), int(feature))
-        assert shown[node][0] == pytest.approx(effect)
-        assert shown[node][1] == pytest.approx(float(goal(own, node, values, value)))
-    rest = [n for n, node in enumerate(graph.nodes) if node.kind != "feature"]
-    assert {graph.activations[n] for n in rest} == {graph.effects[n] for n in rest} == {None}
+    graph, every = (feature_graph(model(), own, BATCH, metric, most=most) for most in (7, 10_000))
+    shown, held = effects(graph), Held(own)
+    sizes = sorted((abs(effect) for effect in effects(every).values()), reverse=True)
+    assert sorted(map(abs, shown.values()), reverse=True) == pytest.approx(sizes[:7])
+    assert len(sizes) > 7
+    parts = held.parts(graph)
+    for number, node in enumerate(graph.nodes):
+        if node.kind == "feature":
+            name, part = parts[node]
+            moved = held.slope({name: part}, graph.nodes[-1], [name, *held.divisors])
+            assert shown[node] == pytest.approx(float(moved), rel=1e-5)
+            activation = float(held.goal(node, held.values, held.value))
+            assert graph.activations[number] == pytest.approx(activation)
+        else:
+            assert graph.activations[number] is graph.effects[number] is None
+
+
+def test_an_effect_along_one_path_is_the_link() -> None:
+    graph = feature_graph(model(), dictionary("shared"), BATCH, metric, most=40)
+    last = len(graph.nodes) - 1
+    into = {graph.nodes[link.source]: link.weight for link in graph.links if link.target == last}
+    late = {node: effect for node, effect in effects(graph).items() if node.loop == LOOPS - 1}
+    assert len(late) > 1
+    assert {node: into[node] for node in late} == pytest.approx(late)
 
 
 def test_weights_into_an_answer_that_is_linear_in_the_last_state_sum_to_it() -> None:
     own = dictionary("shared")
-    graph = feature_graph(model(), own, BATCH, metric)
-    nothing, value = seen(own, {})
-    last = own.reading.written[-1]
-    _, constant = seen(own, {name: nothing[name] for name in DIVISORS} | {last: nothing[last] * 0})
-    assert graph.total == pytest.approx(float(value - constant))
+    graph, held = feature_graph(model(), own, BATCH, metric), Held(own)
+    last, fixed = own.reading.written[-1], {name: held.values[name] for name in held.divisors}
+    _, constant = held.seen(fixed | {last: held.values[last] * 0})
+    assert graph.total == pytest.approx(float(held.value - constant))
     assert abs(graph.total) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_is_read_at_padding_has_its_features(kind: Kind) -> None:
+    own, at = dictionary(kind), int(AT_PADDING.readout[0])
+    assert not AT_PADDING.mask[0, at]
+    graph = feature_graph(model(), own, AT_PADDING, metric, most=10_000)
+    held = Held(own, AT_PADDING)
+    assert graph.value == pytest.approx(float(held.value))
+    read = [node for node in graph.nodes if node.kind == "feature" and node.position == at]
+    assert {node.loop for node in read} == set(range(LOOPS))
+    last = len(graph.nodes) - 1
+    others = FeatureNode("other", LOOPS - 1, at)
+    (other,) = [
+        link.weight
+        for link in graph.links
+        if link.target == last and graph.nodes[link.source] == others
+    ]
+    bias = held.part(own.reading.written[-1], at, own.bias(LOOPS - 1))
+    assert other == pytest.approx(float(held.slope(dict([bias]), graph.nodes[-1])), rel=1e-5)
 
 
 def test_one_row_of_several_has_the_graph_of_the_row_alone() -> None:
@@ -169,20 +269,57 @@ def test_one_row_of_several_has_the_graph_of_the_row_alone() -> None:
     )
 
 
-def test_with_all_features_shown_the_other_nodes_are_the_bias() -> None:
-    own = dictionary("shared")
-    graph = feature_graph(model(), own, BATCH, metric, most=10_000)
-    parts = own_parts(own, graph)
-    last, name = len(graph.nodes) - 1, own.reading.written[-1]
-    at = int(BATCH.readout[0])
-    bias = torch.zeros_like(parts[FeatureNode("error", LOOPS - 1, at)][1])
-    bias[0, at] = own.bias(LOOPS - 1)
-    (weight,) = [
-        link.weight
-        for link in graph.links
-        if link.target == last and graph.nodes[link.source].kind == "other"
-    ]
-    assert weight == pytest.approx(float(slope(own, {name: bias}, graph.nodes[-1])), rel=1e-5)
+def test_the_metric_of_a_row_sees_the_others_and_only_the_row_is_run_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, rows = dictionary("shared"), []
+    begin = RecurrentDepth.begin
+
+    def centred(logits: Tensor) -> Tensor:
+        return metric(logits) - 2 * metric(logits).mean()
+
+    def counted(self: RecurrentDepth, tokens: Tensor, *args: object, **options: object) -> object:
+        if torch.is_grad_enabled():
+            rows.append(len(tokens))
+        return begin(self, tokens, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RecurrentDepth, "begin", counted)
+    graph = feature_graph(model(), own, padded(), centred, row=ROW, most=8)
+    alone = feature_graph(model(), own, BATCH, metric, most=8)
+    with torch.no_grad():
+        whole = centred(run(model(), padded())[range(len(padded())), padded().readout])
+    assert graph.value == pytest.approx(float(whole[ROW]))
+    assert (graph.metric, graph.nodes) == ("centred", alone.nodes)
+    assert graph.total == pytest.approx(alone.total * (1 - 2 / len(padded())))
+    assert set(rows) == {1}
+    rows.clear()
+    with model().hooks([("hook_embed", lambda value, hook: None)]):
+        hooked = feature_graph(model(), own, padded(), centred, row=ROW, most=8)
+    assert set(rows) == {len(padded())}, "a hook of the caller's may be made for the whole batch"
+    assert hooked.nodes == graph.nodes
+
+
+def test_weights_are_summed_wider_than_a_narrow_model() -> None:
+    narrow = toy(dtype=torch.bfloat16)
+    own = replace(dictionary("shared"), reading=Reading.of(narrow, LOOPS))
+    graph = feature_graph(narrow, own, BATCH, metric, most=30)
+    for kind in ("embed", "error", "feature"):
+        links = [link.weight for link in graph.links if graph.nodes[link.source].kind == kind]
+        weights = torch.tensor(links, dtype=torch.float64)
+        assert len(links) > 3
+        assert not torch.equal(weights.bfloat16().double(), weights), kind
+
+
+def test_rows_that_depend_on_each_other_are_run_together() -> None:
+    odd = odd_one(BatchCentred)
+    reading = Reading.of(odd, LOOPS)
+    own = replace(dictionary("shared"), reading=reading)
+    graph = feature_graph(odd, own, padded(), metric, row=ROW, most=8)
+    with torch.no_grad():
+        logits = run(odd, padded())[range(len(padded())), padded().readout]
+    assert graph.value == pytest.approx(float(metric(logits)[ROW]))
+    apart = feature_graph(odd, own, padded()[ROW:], metric, most=8)
+    assert graph.value != pytest.approx(apart.value)
 
 
 def test_links_go_forward_and_through_no_other_hook() -> None:
@@ -235,3 +372,8 @@ def test_what_cannot_be_a_graph_of_features_is_refused() -> None:
         feature_graph(model(), own, BATCH, metric, row=1)
     with pytest.raises(ValueError, match="and most=0"):
         feature_graph(model(), own, BATCH, metric, most=0)
+    late = Reading.of(model(), LOOPS, "blocks.1.hook_resid_mid", "blocks.0.hook_resid_post")
+    later = replace(dictionary("transcoder"), reading=late)
+    with pytest.raises(ValueError, match=r"'loops.0.blocks.1.hook_resid_mid' comes after 'loops"):
+        feature_graph(model(), later, BATCH, metric)
+    assert hook_count(model()) == 0
