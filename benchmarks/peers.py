@@ -401,6 +401,7 @@ def _apart(tool: str, case: str) -> Answer:
 
 def main() -> None:
     """Ask every tool about every case, each in a new process, and write the page."""
+    torch.set_num_threads(1)
     tables = []
     for case in CASES:
         answers = {}
