@@ -194,7 +194,11 @@ def run(config: CircuitConfig) -> FoundCircuit:
 
 
 def measure(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> FoundCircuit:
-    """The record for some pairs of an open checkpoint."""
+    """The record for some pairs of an open checkpoint.
+
+    Raises:
+        ValueError: As for `run`; or so few edges that none of them is left by pruning.
+    """
     model, both, metric = subject.model, (pairs.clean_batch, pairs.corrupted_batch), pairs.metric()
     features = _features(subject, pairs.first(), config)
     scores = circuit_scores(
@@ -212,6 +216,12 @@ def measure(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> FoundC
         chosen = smallest_circuit(model, *both, scores, metric, config.wanted)
     else:
         chosen = select_circuit(scores, config.edges)
+    if not len(chosen):
+        raise ArgumentError(
+            f"a circuit needs a path from the embedding to the answer, but the first"
+            f" {config.edges} of {len(scores)} edges hold none; take more with ",
+            Argument("edges"),
+        )
     return replace(found_circuit(subject, pairs, scores, chosen), features=features)
 
 

@@ -149,6 +149,13 @@ def test_a_dictionary_of_another_number_of_iterations_is_refused(
         page.run(config)
 
 
+def test_edges_that_hold_no_path_to_the_answer_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"the first 1 of \d+ edges hold none; take more with edges="
+    ):
+        page.run(small_config("circuit", edges=1))
+
+
 def test_every_node_has_a_place_of_its_own(record: FoundCircuit) -> None:
     places = spots(record.circuit)
     assert set(places) == set(record.circuit.nodes)
