@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install -q
 
-.PHONY: report test lint fast shapes slow docs browser lowest bench minis real install dev clean
+.PHONY: report test lint fast shapes slow docs browser parallel lowest bench minis real install dev clean
 
 report: install
 	$(BIN)/loopscope report --out out/report.html --overwrite
@@ -27,7 +27,7 @@ shapes: dev
 
 # what takes long: fresh installs, several processes, files of a gigabyte, notebooks, damaged files, and
 # the published numbers of the shipped checkpoints; folders with long files begin
-slow: dev browser
+slow: dev browser parallel
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow \
 	  $$(ls -dr tests/*/)
 
@@ -36,6 +36,11 @@ browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq chromium >/dev/null || true; fi
+
+# GNU parallel for the recipe that starts shards by it: one that is there, else Debian's likewise
+parallel:
+	@if ! command -v parallel >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq parallel >/dev/null || true; fi
 
 # the fast tests with the lowest version of each dependency that setup.cfg allows, but for torch, of
 # which PyPI has no older build without CUDA
