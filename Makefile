@@ -7,9 +7,9 @@ PIP := $(BIN)/pip install -q
 report: install
 	$(BIN)/loopscope report --out out/report.html --overwrite
 
-test: dev
-	$(MAKE) -j2 lint browser
-	$(MAKE) fast shapes
+test: dev browser
+	$(MAKE) -j2 lint fast
+	$(MAKE) shapes
 
 lint: dev
 	$(BIN)/ruff check .

@@ -197,14 +197,11 @@ def outcome(method: str, model: LoopedModel, batch: Batch) -> Found | str:
         return str(refusal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        pytest.param(
-            family,
-            dtype,
-            marks=() if family in FOUR_KINDS[:2] and dtype == "bf16" else pytest.mark.slow,
-        )
+        (family, dtype)
         for family in FAMILIES
         for dtype in (DTYPES if family in FOUR_KINDS else ("bf16",))
     ],

@@ -54,7 +54,8 @@ def backend(graphs: list[int]) -> Callable[..., Any]:
     return compiler
 
 
-@pytest.mark.parametrize("compile_", [in_place, pytest.param(wrapped, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_", [in_place, wrapped])
 def test_hooks_of_a_compiled_model_fire(
     compile_: Any, backend: Any, graphs: list[int], plain: RecurrentDepth
 ) -> None:
