@@ -13,10 +13,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.interp.attribution.direct_logit import check_sum, require_additive
+from loopscope.interp.attribution.direct_logit import require_additive
 from loopscope.interp.attribution.gradients import activations_with_metric, gradients_with_metric
 from loopscope.interp.circuits.building import graph_of
-from loopscope.interp.circuits.gradients import by_stage, last_stream, sites_of
+from loopscope.interp.circuits.gradients import by_stage, check_stream, last_stream, sites_of
 from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.names import end_of
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
@@ -136,12 +136,7 @@ def edge_attribution(
     base, grads, base_metric = gradients_with_metric(
         model, pair.corrupted, metric, list(names), n_loops
     )
-    check_sum(
-        torch.stack([widened(base[name]) for name in written]),
-        widened(base[last]),
-        "the residual stream",
-        base[last].dtype,
-    )
+    check_stream(base, written, last)
     read = ["hook_embed", *(stage.added for stage in graph.stages)]
     change = torch.stack([widened(source[name] - base[name]) for name in read])
     values = [

@@ -362,7 +362,7 @@ def _with_least_loss(
             measured.runs.graph.mask(circuit.edges[number] for number in circuit.away_from(node))
             for node in nodes
         )
-        left = found._share(measured.values(without, len(nodes))) if nodes else whole[None]
+        left = measured.shares(without, len(nodes)) if nodes else whole[None]
         losses.append((whole - left).min())
     return replace_field(found, least_loss=torch.stack(losses))
 

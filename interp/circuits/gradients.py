@@ -58,11 +58,25 @@ class Written:
         with torch.no_grad():
             seen, end = collect(model, batch, list(names), graph.n_loops)
             if model.additive_residual:
-                parts = torch.stack([widened(seen[name]) for name in (*before, *added[1:])])
-                check_sum(parts, widened(seen[last]), "the residual stream", seen[last].dtype)
+                check_stream(seen, [*before, *added[1:]], last)
             outputs = [seen["hook_embed"][None]]
             outputs += [stage.outputs(seen[stage.written]) for stage in graph.stages]
         return cls(batch, widened(torch.cat(outputs)), tuple(seen[name] for name in added), end)
+
+
+def check_stream(values: Values, added: Sequence[str], last: str) -> None:
+    """Raise unless a stream is the sum of what is added to it.
+
+    Args:
+        values: Activations by name.
+        added: The names of all that is added.
+        last: The name of the stream at the end.
+
+    Raises:
+        ValueError: It is not.
+    """
+    parts = torch.stack([widened(values[name]) for name in added])
+    check_sum(parts, widened(values[last]), "the residual stream", values[last].dtype)
 
 
 def last_stream(model: LoopedModel, n_loops: int) -> str:

@@ -56,10 +56,10 @@ class SummedStreams:
         self.masks = masks.permute(0, 3, 1, 2).contiguous()
         embedded = (replacement.kept.resid - replacement.begin.resid).to(self.outputs)
         first = by_span(embedded.expand(len(masks), 1, *embedded.shape), masks.shape[-1])
-        self.changes = [first]
-        if not masks.requires_grad:
-            self.buffer = first.new_empty(*first.shape[:2], len(self.outputs), first.shape[-1])
-            self._keep(slice(0, 1), first)
+        whole = *first.shape[:2], len(self.outputs), first.shape[-1]
+        self.together = None if masks.requires_grad else first.new_empty(whole)
+        self.changes: list[Tensor] = []
+        self._keep(slice(0, 1), first)
 
     def read(self, stage: Stage) -> Float[Tensor, "circuit reader batch pos d_model"]:
         """The streams of a stage's readers."""
@@ -90,11 +90,11 @@ class SummedStreams:
         """Put changes behind those of the writers before: into one tensor, or apart where gradients
         need all of them.
         """
-        if self.masks.requires_grad:
+        if self.together is None:
             self.changes.append(change)
         else:
-            self.buffer[:, :, writers] = change
-            self.changes = [self.buffer[:, :, : writers.stop]]
+            self.together[:, :, writers] = change
+            self.changes = [self.together[:, :, : writers.stop]]
 
 
 class CarriedStreams:
@@ -140,8 +140,7 @@ class CarriedStreams:
         """Add what a stage's writers add in this run."""
         replaced = self.outputs[stage.writers]
         change = (outputs.to(replaced) - replaced[:, None]).transpose(0, 1)
-        masks = self.masks[:, self.first :, stage.writers]
-        kept = summed(masks, change)
+        kept = summed(self.masks[:, self.first :, stage.writers], change)
         total = kept + replaced.sum(0) + stage.constant(replaced)
         self.added[stage.kind] = total.flatten(0, 2).to(self.resid)
         if stage.kind == "mlp":

@@ -218,8 +218,8 @@ def measure(subject: Subject, pairs: TextPairs, config: CircuitConfig) -> FoundC
         chosen = select_circuit(scores, config.edges)
     if not len(chosen):
         raise ArgumentError(
-            f"a circuit needs a path from the embedding to the answer, but the first"
-            f" {config.edges} of {len(scores)} edges hold none; take more with ",
+            "a circuit needs a path from the embedding to the answer, but the first"
+            f" {config.edges or 'few'} of {len(scores)} edges hold none; take more with ",
             Argument("edges"),
         )
     return replace(found_circuit(subject, pairs, scores, chosen), features=features)
