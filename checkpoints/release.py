@@ -21,6 +21,7 @@ from loopscope.checkpoints.fill import drop_tied_head
 from loopscope.checkpoints.pickles import WHAT_IT_IS
 from loopscope.checkpoints.weight_files import plain_weights
 from loopscope.models.basis.files import atomic_path
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.families.recurrent_depth import (
     Positions,
     RecurrentDepth,
@@ -112,6 +113,7 @@ def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = No
         raise TypeError(
             f"the released layout is that of recurrent-depth models, got {type(model).__name__}"
         )
+    epoch = None if epoch is None else checked_count(epoch, "epoch", least=0)
     ours = model.state_dict()
     table = "pe" if model.cfg.positions == "sinusoidal" else "position_embedding.weight"
     names = {

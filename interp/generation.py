@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,8 @@ from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import check_order, has_no_order, in_order, top_token
 from loopscope.interp.common.shown import OneScreen
-from loopscope.models.basis.draws import seeded
+from loopscope.models.basis.draws import checked_seed, seeded
+from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel, at_columns
@@ -46,12 +46,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be a probability above 0, got {self.top_p}")
+        checked_number(self.temperature, "temperature", least=0)
+        if self.top_k is not None:
+            checked_count(self.top_k, "top_k")
+        checked_number(self.top_p, "top_p", above=0, most=1)
+        checked_seed(self.seed)
 
     def choose(
         self, logits: Float[Tensor, "batch d_vocab"], generator: torch.Generator
@@ -132,8 +131,7 @@ def generate(
             f"this {type(model).__name__} is not causal: a new token would change what was computed"
             " before it, so it cannot generate"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    max_new_tokens = checked_count(max_new_tokens, "max_new_tokens")
     batch = as_batch(model, inputs, readout=-1 if isinstance(inputs, Tensor) else None)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     furthest = int(batch.mask.sum(1).max()) + max_new_tokens - 1

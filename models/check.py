@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loopscope.models.basis.draws import seeded
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import existing_modules
-from loopscope.models.core.state import State
+from loopscope.models.core.state import State, checked_loops
 
 _ROWS, _WIDTH, _LOOPS = 3, 5, 2
 Tokens = Int[Tensor, "batch pos"]
@@ -30,12 +31,13 @@ def check_family(model: LoopedModel, n_loops: int | None = None) -> None:
     Raises:
         ValueError: One sentence for each declaration that does not hold.
     """
-    n_loops = n_loops or model.cfg.n_loops or _LOOPS
+    n_loops = checked_loops(n_loops, model.cfg.n_loops or _LOOPS)
     longest = model.cfg.n_ctx or _WIDTH
     width = longest if model.fixed_length else min(_WIDTH, longest)
-    generator = torch.Generator().manual_seed(0)
     size = (_ROWS, width)
-    tokens = torch.randint(1, model.cfg.d_vocab, size, generator=generator).to(model.device)
+    tokens = torch.randint(1, model.cfg.d_vocab, size, generator=seeded(0), device="cpu").to(
+        model.device
+    )
     modes = [(module, module.training) for module in existing_modules(model)]
     model.eval()
     try:

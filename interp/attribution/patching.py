@@ -23,6 +23,7 @@ from loopscope.interp.common.inputs import (
     Inputs,
     Metric,
     ReadoutColumn,
+    checked_batch_size,
     runs_side_by_side,
 )
 from loopscope.interp.common.metrics import metric_name, row_by_row
@@ -36,6 +37,7 @@ from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.run import run_items
 from loopscope.interp.shards.share import Shard, checked_shard
 from loopscope.interp.shards.work import Results, on_device
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import site_of
@@ -94,11 +96,8 @@ def attribution_patch(
         2403.19647).
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    if steps < 0:
-        raise ValueError(
-            "steps must be 0 (one gradient, at the base run) or the number of parts of the line,"
-            f" got {steps}"
-        )
+    steps = checked_count(steps, "steps", least=0)
+    batch_size = checked_batch_size(batch_size)
     pair = Pair.of(model, clean, corrupted, readout)
     base, source = base_and_source(direction, pair.clean, pair.corrupted)
     selection = Selection(

@@ -19,8 +19,9 @@ from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph, Stage
 from loopscope.interp.circuits.streams import CarriedStreams, Replacement, Streams, SummedStreams
 from loopscope.interp.common.columns import used_columns
-from loopscope.interp.common.inputs import begin_batch, checked_batch_size
-from loopscope.models.basis.draws import other_rows
+from loopscope.interp.common.inputs import begin_batch
+from loopscope.models.basis.draws import checked_seed, other_rows
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -61,8 +62,8 @@ class MaskedRuns:
         Raises:
             ValueError: No such replacement, or inputs of unequal length to resample from.
         """
-        max_bytes = checked_batch_size(max_bytes, "max_bytes")
-        outputs, embedding = _replaced(corrupted, how, seed)
+        max_bytes = checked_count(max_bytes, "max_bytes")
+        outputs, embedding = _replaced(corrupted, how, checked_seed(seed))
         with model.hooks([("hook_embed", lambda value, hook: embedding)], n_loops=graph.n_loops):
             begin = begin_batch(model, clean, graph.n_loops)
         kept = begin_batch(model, clean, graph.n_loops)

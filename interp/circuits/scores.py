@@ -33,6 +33,7 @@ from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import measure, metric_name, metric_or_kl, row_by_row
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -113,8 +114,8 @@ def circuit_scores(
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = checked_count(steps, "steps")
+    max_bytes = checked_count(max_bytes, "max_bytes")
     if method == "ig-edges" and direction != "denoise":
         raise ValueError(
             f"'ig-edges' goes from one run to the other and has no base run, got direction="

@@ -22,6 +22,7 @@ from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.metrics import metric_name
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Pair
+from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
 
 
@@ -96,10 +97,8 @@ def search_circuit(
     Source:
         Conmy et al. 2023 (arXiv 2304.14997), algorithm 1 (ACDC).
     """
-    if not threshold >= 0 or together < 1:
-        raise ValueError(
-            f"threshold must be at least 0 and together at least 1, got {threshold} and {together}"
-        )
+    threshold = checked_number(threshold, "threshold", least=0)
+    together = checked_count(together, "together")
     job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, max_bytes)
     kept, falls = job.backwards(job.graph.mask(scores.edges), threshold, together)
     settings: dict[str, str | float] = {"replace": "corrupted", "threshold": threshold}
@@ -208,7 +207,8 @@ def compare_scores(
             f"two scorings of the same edges are needed, got {len(estimate)} and {len(exact)} edges"
             " that are not the same"
         )
-    if not len(exact) or min(sizes, default=0) < 1:
+    sizes = tuple(checked_count(size, "a size") for size in sizes)
+    if not len(exact) or not sizes:
         raise ValueError(
             f"scorings are compared by the top edges, at least one, of some; got sizes {sizes} of"
             f" {len(exact)} edges"

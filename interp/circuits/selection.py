@@ -15,6 +15,7 @@ from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.pairs import Pair
+from loopscope.models.basis.numbers import checked_integer, checked_number
 from loopscope.models.core.base import LoopedModel
 
 Rule = Literal["top", "greedy"]
@@ -42,6 +43,7 @@ def select_circuit(
     """
     if rule not in ("top", "greedy"):
         raise ValueError(f"rule must be 'top' or 'greedy', got {rule!r}")
+    n_edges = checked_integer(n_edges, "n_edges")
     if not 0 <= n_edges <= len(scores.edges):
         raise ValueError(f"n_edges must be in 0..{len(scores.edges)}, got {n_edges}")
     first = ranked(scores, rule)[:n_edges]
@@ -110,6 +112,7 @@ def smallest_circuit(
     Raises:
         ValueError: As for `evaluate_circuit`; or all the scored edges together are less faithful.
     """
+    checked_number(wanted, "wanted")
     pair = Pair.of(model, clean, corrupted, readout)
     measured = Measured.of(
         masked_runs(model, pair, [scores], replace, seed, max_bytes), pair, metric

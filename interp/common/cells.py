@@ -20,6 +20,7 @@ from loopscope.interp.common.places import (
     in_range,
     places_of,
 )
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit
 
@@ -99,10 +100,12 @@ class Selection:
         wrong = [word for word in self.joined if word not in ("loops", "positions")]
         if wrong:
             raise ValueError(f"together names 'loops' or 'positions', got {wrong[0]!r}")
-        if self.window is not None and (self.window < 1 or "loops" in self.joined):
+        if self.window is not None:
+            checked_count(self.window, "window")
+        if self.window is not None and "loops" in self.joined:
             raise ValueError(
-                "window is a number of iterations, at least 1, and excludes together='loops', got"
-                f" {self.window} and {self.joined}"
+                "window patches some iterations at once and together='loops' all of them, so only"
+                f" one of the two can be given, got {self.window} and {self.joined}"
             )
 
     @property

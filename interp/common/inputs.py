@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_tokens
@@ -150,19 +150,9 @@ def in_chunks(batch: Batch, size: int, label: str) -> Iterator[Batch]:
         yield batch[slice(start, start + size)]
 
 
-def checked_batch_size(size: int, name: str = "batch_size") -> int:
-    """How many rows are run at a time; at least 1.
-
-    Args:
-        name: The argument's, for the error.
-    """
-    try:
-        rows = operator.index(size)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(size).__name__}") from None
-    if rows < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
-    return rows
+def checked_batch_size(size: int) -> int:
+    """How many rows are run at a time; at least 1."""
+    return checked_count(size, "batch_size")
 
 
 def runs_side_by_side(model: LoopedModel, batch: Batch, batch_size: int) -> int:

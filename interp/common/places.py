@@ -18,9 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from loopscope.models.basis.names import resolve
+from loopscope.models.basis.numbers import checked_integer, is_bool
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import is_site
 from loopscope.models.core.state import Visit
@@ -135,6 +134,16 @@ def in_range(what: str, wanted: Picked | int | None, count: int) -> list[int]:
     return chosen
 
 
+def one_in_range(what: str, wanted: int, count: int) -> int:
+    """One index below `count`.
+
+    Raises:
+        TypeError: No integer.
+        ValueError: An index that is not in 0..count - 1.
+    """
+    return in_range(what, checked_integer(wanted, what), count)[0]
+
+
 def whole_numbers(what: str, wanted: Iterable[int] | int) -> list[int]:
     """One number or several as Python's integers, each once.
 
@@ -146,11 +155,6 @@ def whole_numbers(what: str, wanted: Iterable[int] | int) -> list[int]:
         if not any(map(is_bool, given)):
             return list(dict.fromkeys(operator.index(number) for number in given))
     raise TypeError(f"{what} must be 'all', an integer or several, got {wanted!r}")
-
-
-def is_bool(number: object) -> bool:
-    """Whether something is True or False, also in a tensor: Python would take it for 1 or 0."""
-    return isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool
 
 
 def places_of(model: LoopedModel, n_loops: int) -> list[Place]:

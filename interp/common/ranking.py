@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from loopscope.models.basis.numbers import checked_integer
+
 Place = Callable[[tuple[int, ...]], str]
 
 
@@ -40,7 +42,7 @@ def top_tokens(
     Raises:
         ValueError: Logits that have no order, or k outside 1..d_vocab.
     """
-    d_vocab = logits.shape[-1]
+    d_vocab, k = logits.shape[-1], checked_integer(k, "k")
     if not 1 <= k <= d_vocab:
         raise ValueError(f"k must be in 1..{d_vocab} (d_vocab={d_vocab}), got {k}")
     if k == 1:

@@ -21,6 +21,7 @@ from loopscope.interp.common.places import Picked
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dictionaries.dictionary import Dictionary
+from loopscope.models.basis.numbers import checked_integer
 from loopscope.models.core.base import LoopedModel
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class FeatureAttribution(OneScreen):
             ValueError: k outside 1..the number of effects.
         """
         flat = self.values.flatten()
+        k = checked_integer(k, "k")
         if not 1 <= k <= len(flat):
             raise ValueError(f"k must be in 1..{len(flat)}, the number of effects, got {k}")
         chosen = flat.abs().topk(k).indices

@@ -5,7 +5,6 @@ Axes: d_in (of what is read), feature, d_out (of what is written).
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.interp.common.shown import OneScreen
+from loopscope.models.basis.numbers import checked_integer
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Coder(OneScreen):
     def __post_init__(self) -> None:
         if (self.k is None) == (self.threshold is None):
             raise ValueError("a coder needs k or a threshold, and not both")
+        if self.k is not None:  # as a file can hold it
+            object.__setattr__(self, "k", checked_integer(self.k, "k"))
         if self.k is not None and not 1 <= self.k <= self.n_features:
             raise ValueError(
                 f"k must be in 1..{self.n_features}, the number of features, got {self.k}"
             )
-        if self.k is not None:
-            object.__setattr__(self, "k", operator.index(self.k))  # as a file can hold it
         if self.centred and self.d_in != self.d_out:
             raise ValueError(
                 f"b_dec can be taken from the input only where both are as wide, got d_in="

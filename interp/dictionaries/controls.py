@@ -10,6 +10,7 @@ from loopscope.interp.dictionaries.coder import Coder
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import Reading, checked_states
 from loopscope.models.basis.draws import normal_rows, seeded
+from loopscope.models.basis.numbers import checked_count
 
 
 def pca_dictionary(states: Float[Tensor, "read loop d_in"], reading: Reading, k: int) -> Dictionary:
@@ -45,6 +46,7 @@ def random_dictionary(
         TypeError, ValueError: As for `pca_dictionary`, and a seed that is no integer.
     """
     vectors, mean = _centred(states, reading)
+    n_features, k = checked_count(n_features, "n_features"), checked_count(k, "k")
     drawn = normal_rows(n_features, vectors.shape[1], seeded(seed)).to(vectors)
     return _shared(drawn / drawn.norm(dim=1, keepdim=True), mean, reading, k)
 

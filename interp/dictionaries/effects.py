@@ -18,12 +18,13 @@ from loopscope.interp.common.columns import read_columns
 from loopscope.interp.common.inputs import begin_batch, in_chunks
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.common.places import in_range
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_token
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import loop_states
 from loopscope.interp.dictionaries.splice import FeatureEdit, splice
+from loopscope.models.basis.numbers import checked_integer
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -87,15 +88,16 @@ def feature_effects(
     """
     dictionary.check(model)
     n_loops = dictionary.n_loops
-    at = n_loops - 1 if loop is None else in_range("loop", loop, n_loops)[0]
+    at = n_loops - 1 if loop is None else one_in_range("loop", loop, n_loops)
     searched = list(range(n_loops)) if loop is None and _at_all_loops(dictionary) else [at]
     if feature is None:
         feature = strongest_feature(model, dictionary, batch, searched)
-    in_range("feature", feature, dictionary.n_features)
+    feature = one_in_range("feature", feature, dictionary.n_features)
     loops = list(range(n_loops)) if dictionary.same_features else [at]
     found = activations(model, dictionary, batch, feature)
     most = found[..., searched].nan_to_num(-1.0).flatten(1).max(1)
     live = (most.values > 0).nonzero().flatten()
+    k = checked_integer(k, "k")
     if k < 1 or not len(live):
         raise ValueError(
             f"feature {feature} must be on in an input, and at least one input be shown, got"

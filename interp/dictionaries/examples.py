@@ -14,10 +14,11 @@ from torch import Tensor
 from loopscope.interp.common.columns import read_columns
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.common.places import in_range
+from loopscope.interp.common.places import in_range, one_in_range
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import loop_states
+from loopscope.models.basis.numbers import checked_integer
 from loopscope.models.core.base import LoopedModel
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def top_examples(
     states = loop_states(model, batch, reading.n_loops, hook=reading.hook)
     codes = dictionary.encode(states)[..., chosen].expand(-1, reading.n_loops, -1)
     searched = codes[:, loops].flatten(0, 1)
+    k = checked_integer(k, "k")
     if not 1 <= k <= len(searched):
         raise ValueError(f"k must be in 1..{len(searched)}, the number of activations, got {k}")
     values, places = searched.T.topk(k, dim=1)
@@ -125,7 +127,7 @@ def top_examples(
 def _searched(dictionary: Dictionary, loop: int | None) -> list[int]:
     """The iterations at which activations are looked for."""
     if loop is not None:
-        return in_range("loop", loop, dictionary.n_loops)
+        return [one_in_range("loop", loop, dictionary.n_loops)]
     if not dictionary.same_features:
         raise ValueError(
             "loop= must be given for a per_iteration dictionary, whose features belong to one"

@@ -5,7 +5,6 @@ Axes: batch, pos, loop, feature, d_in.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +23,13 @@ from loopscope.interp.common.frozen_norm import held_divisors
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
 from loopscope.interp.common.metrics import measure, metric_name
 from loopscope.interp.common.modes import differentiated
-from loopscope.interp.common.places import in_range
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dictionaries.attribution import FeatureAttribution, feature_attribution
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import Reading
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -163,10 +163,11 @@ def feature_graph(
     """
     batch = as_batch(model, inputs, readout)
     row = _one_row(row, len(batch))
-    if dictionary.kind == "crosscoder" or most < 1:
+    most = checked_count(most, "most")
+    if dictionary.kind == "crosscoder":
         raise ValueError(
-            "a graph of features needs a dictionary with a code for each iteration, and most of at"
-            f" least 1, got a {dictionary.kind} dictionary and most={most}"
+            "a graph of features needs a dictionary with a code for each iteration, got a"
+            " crosscoder"
         )
     name = metric_name(metric)
     batch, metric, row = alone(model, batch, metric, row, dictionary.n_loops)
@@ -199,13 +200,12 @@ def _one_row(row: int, rows: int) -> int:
         ValueError: A number out of range.
     """
     try:
-        (row,) = in_range("row", [operator.index(row)], rows)
+        return one_in_range("row", row, rows)
     except TypeError:
         raise TypeError(
             f"row must be the number of one example, in 0..{rows - 1}, got {row!r}; a graph of"
             " features is of one input"
         ) from None
-    return row
 
 
 def _refuse_late_reading(model: LoopedModel, reading: Reading) -> None:

@@ -25,6 +25,7 @@ from loopscope.interp.dictionaries.reading import Reading, loop_states
 from loopscope.interp.dictionaries.splice import splice
 from loopscope.interp.dictionaries.stored import Pair, StoredStates, refuse_choice
 from loopscope.interp.store.reading import ActivationStore
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -85,6 +86,7 @@ class DictionaryQuality(OneScreen):
         Args:
             least: Iterations that count as several.
         """
+        least = checked_count(least, "least")
         if self.kind == "per_iteration":
             return float("nan")
         return float(((self.on > 0).sum(0) >= least).double().sum() / self.live().sum())

@@ -43,6 +43,9 @@ class Reading:
     family: str = ""
     mark: str = ""
 
+    def __post_init__(self) -> None:
+        checked_loops(self.n_loops, None)
+
     @classmethod
     def of(
         cls,

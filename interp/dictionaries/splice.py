@@ -18,8 +18,9 @@ from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import at_columns_of, checked_columns
 from loopscope.interp.common.inputs import Inputs, reference_batch
 from loopscope.interp.common.modes import evaluating
-from loopscope.interp.common.places import Picked, in_range, is_bool
+from loopscope.interp.common.places import Picked, in_range
 from loopscope.interp.dictionaries.dictionary import Dictionary
+from loopscope.models.basis.numbers import checked_number, is_bool
 from loopscope.models.core.base import LoopedModel
 
 Features = int | Sequence[int] | Int[Tensor, "batch some"]
@@ -45,6 +46,10 @@ class FeatureEdit:
     scale: float = 0.0
     add: float = 0.0
     into: Features | None = None
+
+    def __post_init__(self) -> None:
+        checked_number(self.scale, "scale")
+        checked_number(self.add, "add")
 
     def check(self, dictionary: Dictionary, chosen: Sequence[int]) -> None:
         """Refuse what cannot be applied where a dictionary is in place.

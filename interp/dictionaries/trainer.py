@@ -5,7 +5,6 @@ Axes: read (a token of an example, or one of its iterations), feature.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.interp.dictionaries.coder import Coder
-from loopscope.models.basis.draws import normal_rows, seeded
+from loopscope.models.basis.draws import checked_seed, normal_rows, seeded
+from loopscope.models.basis.numbers import checked_count, checked_number
 
 Activation = Literal["topk", "batch_topk", "jumprelu"]
 _FALLS = 0.5  # the share of the steps, the last ones, over which the learning rate falls to zero
@@ -57,11 +57,12 @@ class DictionaryTraining:
             raise ValueError(
                 f"activation must be 'topk', 'batch_topk' or 'jumprelu', got {self.activation!r}"
             )
-        if min(self.steps, self.batch_size) < 1 or not 0 < self.lr < math.inf:
-            raise ValueError(
-                f"steps and batch_size must be at least 1 and lr positive, got steps={self.steps},"
-                f" batch_size={self.batch_size}, lr={self.lr}"
-            )
+        for name in ("n_features", "k", "steps", "batch_size"):
+            checked_count(getattr(self, name), name)
+        checked_seed(self.seed)
+        checked_number(self.lr, "lr", above=0)
+        checked_number(self.sparsity, "sparsity", least=0)
+        checked_number(self.bandwidth, "bandwidth", above=0)
         if not 1 <= self.k <= self.n_features:
             raise ValueError(f"k must be in 1..n_features={self.n_features}, got {self.k}")
 

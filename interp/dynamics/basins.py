@@ -6,7 +6,6 @@ Axes: start batch; `n` counts the numbers of a state that vary.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,8 @@ from loopscope.interp.dynamics.changes import Space, checked_space, varying
 from loopscope.interp.dynamics.starts import apart, changed_start, ended, starts
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import norm_of
+from loopscope.models.basis.draws import checked_seed
+from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -196,7 +197,8 @@ def basins(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    _check(n_starts, scale)
+    _check(n_starts, scale, tol)
+    seed = checked_seed(seed)
     whole = varying(model, batch, positions, None)
     start = changed_start(model, batch, whole, None, n_loops)
     stop, size = iteration_start(model, start, n_loops), checked_batch_size(batch_size)
@@ -221,11 +223,11 @@ def basins(
     return Basins(space, tol, **found)
 
 
-def _check(n_starts: int, scale: float | int | None) -> None:
-    if n_starts < 2:
-        raise ValueError(f"n_starts must be at least 2, the unchanged run counted, got {n_starts}")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be above 0 and finite, got {scale}")
+def _check(n_starts: int, scale: float | int | None, tol: float | int) -> None:
+    checked_count(n_starts, "n_starts", least=2)
+    checked_number(tol, "tol", above=0)
+    if scale is not None:
+        checked_number(scale, "scale", above=0)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from loopscope.interp.common.columns import Shown, shown_columns
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.dynamics.statistics import norm_of
@@ -219,9 +220,7 @@ def checked_start(
         ValueError: An iteration that the call does not have.
     """
     if start is not None:
-        if not 0 <= start < n_loops:
-            raise ValueError(f"start must be in 0..{n_loops - 1}, got {start}")
-        return start
+        return one_in_range("start", start, n_loops)
     with torch.no_grad():
         state = begin_batch(model, batch[:1], n_loops)
         for loop in range(n_loops):

@@ -4,7 +4,6 @@ right answers from wrong ones, and the same by finite differences.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ from loopscope.interp.dynamics.states import iteration_start
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.basis.draws import seeded
+from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -265,10 +265,8 @@ def perturbation_growth(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be above 0 and finite, got {scale}")
-    if n_directions < 1:
-        raise ValueError(f"n_directions must be at least 1, got {n_directions}")
+    scale = checked_number(scale, "scale", above=0)
+    n_directions = checked_count(n_directions, "n_directions")
     whole = varying(model, batch, positions, None)
     start = changed_start(model, batch, whole, start, n_loops)
     rows = max(1, checked_batch_size(batch_size) // (n_directions + 1))

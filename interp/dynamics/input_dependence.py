@@ -19,6 +19,7 @@ from loopscope.interp.common.pairs import Pair
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.statistics import norm_of
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import State, checked_loops
 
@@ -110,7 +111,8 @@ def input_dependence(
     """
     pair = Pair.of(model, first, second, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    if not 1 <= after < n_loops:
+    after = checked_count(after, "after")
+    if after >= n_loops:
         raise ValueError(
             f"after must be at least 1 and below the {n_loops} iterations of the run, got {after}"
         )

@@ -26,6 +26,7 @@ from loopscope.interp.common.inputs import (
     in_chunks,
 )
 from loopscope.interp.common.modes import differentiated
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.changes import (
     Varying,
@@ -36,6 +37,7 @@ from loopscope.interp.dynamics.changes import (
 )
 from loopscope.interp.dynamics.states import iteration_start
 from loopscope.models.basis.draws import seeded
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 
@@ -127,10 +129,8 @@ def jacobian_spectrum(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    if not 0 <= loop < n_loops:
-        raise ValueError(f"loop must be in 0..{n_loops - 1}, got {loop}")
-    if krylov is not None and krylov < 1:
-        raise ValueError(f"krylov must be at least 1, got {krylov}")
+    loop = one_in_range("loop", loop, n_loops)
+    krylov = None if krylov is None else checked_count(krylov, "krylov")
     batch_size = checked_batch_size(batch_size)
     whole = varying(model, batch, positions, parts)
     found = []

@@ -25,10 +25,12 @@ from loopscope.interp.common.inputs import (
     in_chunks,
 )
 from loopscope.interp.common.modes import differentiated
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dynamics.changes import Space, checked_space, checked_start, varying
 from loopscope.interp.dynamics.followed import Followed
 from loopscope.models.basis.draws import seeded
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -76,9 +78,7 @@ class LyapunovSpectrum(OneScreen):
         Raises:
             ValueError: No iteration is left.
         """
-        if not 0 <= skip < len(self.triangles):
-            raise ValueError(f"skip must be in 0..{len(self.triangles) - 1}, got {skip}")
-        return self.exponents[skip:].mean(0)
+        return self.exponents[one_in_range("skip", skip, len(self.triangles)) :].mean(0)
 
     def singular_rates(self) -> Float[Tensor, "batch k"]:
         """The logarithms of the singular values of all iterations together, over their number, in
@@ -160,6 +160,7 @@ def lyapunov_spectrum(
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     whole = varying(model, batch, positions, parts)
+    k = checked_count(k, "k")
     start = checked_start(model, batch, whole.names, start, n_loops)
     batch_size = checked_batch_size(batch_size)
     triangles, shares = [], []

@@ -35,6 +35,7 @@ from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.statistics import cosine_of, effective_rank, norm_of
+from loopscope.models.basis.numbers import checked_count, checked_integer, checked_number
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 
@@ -163,6 +164,7 @@ class Dynamics(OneScreen):
         """
         rows = self.states[:, self.shown].flatten(0, 1)
         refuse_nonfinite("the states", rows)
+        k = checked_integer(k, "k")
         if not 1 <= k <= min(len(rows) - 1, rows.shape[1]):
             raise ValueError(
                 f"k must be in 1..{min(len(rows) - 1, rows.shape[1])} for {len(rows)} points of"
@@ -193,8 +195,10 @@ class Dynamics(OneScreen):
             ValueError: The window is shorter than two of the largest periods, or longer than the
                 trajectory.
         """
-        window = 2 * max_period if window is None else window
-        if max_period < 1 or not 2 * max_period <= window <= len(self.states):
+        max_period = checked_count(max_period, "max_period")
+        window = 2 * max_period if window is None else checked_count(window, "window")
+        tol = checked_number(tol, "tol", above=0)
+        if not 2 * max_period <= window <= len(self.states):
             raise ValueError(
                 "a period is looked for in a window of at least 2 * max_period points, of the"
                 f" {len(self.states)} that there are; got max_period={max_period}, window={window}:"

@@ -29,6 +29,7 @@ from loopscope.interp.common.places import (
     places_of,
 )
 from loopscope.interp.edit.substitutes import How, substitute_of, zeros
+from loopscope.models.basis.draws import checked_seed
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit, checked_loops
 
@@ -126,6 +127,7 @@ def ablate(
             n_loops, another width, or a run continued inside a skipped iteration.
     """
     n_loops, columns = checked_loops(n_loops, model.cfg.n_loops), checked_columns(positions)
+    seed = checked_seed(seed)
     components = [what] if isinstance(what, Component) else list(what)
     _check(components, how, reference)
     written, skipped = _written(model, components, n_loops), _skipped(model, components, n_loops)

@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.inputs import Inputs, reference_batch
 from loopscope.interp.common.places import Picked, VisitNames, Where, in_range, places_of
+from loopscope.models.basis.numbers import checked_number
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -40,6 +41,7 @@ def attenuate_input(
         ValueError: A model, or an iteration, without injection; from the runs inside: another
             n_loops.
     """
+    factor = checked_number(factor, "factor")
     names = _injections(model, loops, visits, checked_loops(n_loops, model.cfg.n_loops))
     with model.hooks(
         [(set(names).__contains__, lambda value, hook: factor * value)], n_loops=n_loops

@@ -13,9 +13,10 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.columns import at_columns_of, checked_columns
 from loopscope.interp.common.inputs import LOGITS_AT_ONCE
-from loopscope.interp.common.places import Picked, in_range
+from loopscope.interp.common.places import Picked, in_range, one_in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_tokens
+from loopscope.models.basis.numbers import checked_number
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -60,14 +61,12 @@ def realign(
         DiscoLoop, arXiv 2607.00341.
     """
     n_loops, columns = checked_loops(n_loops, model.cfg.n_loops), checked_columns(positions)
-    (loop,) = in_range("at", [at], n_loops)
+    loop = one_in_range("at", at, n_loops)
     d_vocab = model.cfg.d_vocab
-    if how not in ("replace", "rescale", "blend") or not 0 <= weight <= 1:
-        raise ValueError(
-            "how must be 'replace', 'rescale' or 'blend' and weight in 0 to 1, got"
-            f" {how!r} and {weight}"
-        )
-    in_range("rank", [rank], d_vocab)
+    if how not in ("replace", "rescale", "blend"):
+        raise ValueError(f"how must be 'replace', 'rescale' or 'blend', got {how!r}")
+    weight = checked_number(weight, "weight", least=0, most=1)
+    rank = one_in_range("rank", rank, d_vocab)
     given = None if tokens is None else torch.as_tensor(tokens)
     if given is not None:
         in_range("tokens", given.flatten().tolist(), d_vocab)

@@ -31,6 +31,7 @@ from loopscope.interp.common.places import (
     places_of,
 )
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.numbers import checked_number
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.state import checked_loops
@@ -80,6 +81,7 @@ def steer(
     Source:
         Turner et al. 2023 (arXiv 2308.10248), activation addition.
     """
+    scale = checked_number(scale, "scale")
     with _writing(
         model,
         lambda value, name: value + scale * _fitted(vectors, value, name),

@@ -16,6 +16,7 @@ from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begi
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
+from loopscope.models.basis.numbers import checked_number
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.state import State, checked_loops
@@ -146,8 +147,7 @@ def readout_at_threshold(
     Source:
         Ouro (arXiv 2510.25741) and its released forward pass.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be a probability in 0..1, got {threshold}")
+    threshold = checked_number(threshold, "threshold", least=0, most=1)
     batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
     states, gates = _run(model, batch, n_loops)
     pdf, cdf = exit_distribution(gates)

@@ -16,6 +16,7 @@ from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.interp.exits.halting import Stops, check_iterations, first_stop
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
+from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
 
 
@@ -34,10 +35,8 @@ class Criterion(ABC):
     of_states: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.hits < 1 or self.min_loops < 1:
-            raise ValueError(
-                f"hits and min_loops must be at least 1, got {self.hits} and {self.min_loops}"
-            )
+        checked_count(self.hits, "hits")
+        checked_count(self.min_loops, "min_loops")
 
     @abstractmethod
     def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
@@ -47,7 +46,22 @@ class Criterion(ABC):
 
 
 @dataclass(frozen=True)
-class KLBelow(Criterion):
+class Thresholded(Criterion):
+    """A criterion that compares a number of each iteration with a threshold.
+
+    Attributes:
+        threshold: In the number's unit.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked_number(self.threshold, "threshold")
+
+
+@dataclass(frozen=True)
+class KLBelow(Thresholded):
     """KL(p_t || p_{t-1}) of successive answers below a threshold, in nats (arXiv 2502.05171)."""
 
     threshold: float = 1e-3
@@ -57,7 +71,7 @@ class KLBelow(Criterion):
 
 
 @dataclass(frozen=True)
-class EntropyBelow(Criterion):
+class EntropyBelow(Thresholded):
     """Entropy of the answer below a threshold, in nats."""
 
     threshold: float = 3.0
@@ -78,7 +92,7 @@ class TopStable(Criterion):
 
 
 @dataclass(frozen=True)
-class CosineAbove(Criterion):
+class CosineAbove(Thresholded):
     """Cosine of h_t and h_{t-1} above a threshold, h_0 being the first iteration's input."""
 
     threshold: float = 0.999
@@ -89,7 +103,7 @@ class CosineAbove(Criterion):
 
 
 @dataclass(frozen=True)
-class StepBelow(Criterion):
+class StepBelow(Thresholded):
     """||h_t - h_{t-1}|| / ||h_{t-1}|| below a threshold, h_0 being the first iteration's input."""
 
     threshold: float = 0.03
@@ -100,12 +114,11 @@ class StepBelow(Criterion):
 
 
 @dataclass(frozen=True)
-class AccelerationBelow(Criterion):
+class AccelerationBelow(Thresholded):
     """||h_t - 2 h_{t-1} + h_{t-2}|| below a threshold, in units of the state, twice in a row (arXiv
     2509.23314).
     """
 
-    threshold: float
     hits: int = field(default=2, kw_only=True)
     of_states: ClassVar[bool] = True
 

@@ -17,6 +17,7 @@ from loopscope.interp.common.ranking import rank_of
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
+from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -44,6 +45,12 @@ class HaltingRule:
     min_loops: int = 1
     inject_input: bool = True
 
+    def __post_init__(self) -> None:
+        for name, threshold in (("kl", self.kl), ("entropy", self.entropy)):
+            if threshold is not None:
+                checked_number(threshold, name)
+        checked_count(self.min_loops, "min_loops")
+
     @classmethod
     def while_training(cls, padded_length: int) -> HaltingRule:
         """The rule of the evaluations during training of dynamic models.
@@ -53,7 +60,8 @@ class HaltingRule:
         Args:
             padded_length: The width of the padded inputs, in columns.
         """
-        return cls(kl=0.5, entropy=3.0 + 12.0 / padded_length, inject_input=False)
+        width = checked_count(padded_length, "padded_length")
+        return cls(kl=0.5, entropy=3.0 + 12.0 / width, inject_input=False)
 
     def __str__(self) -> str:
         conditions = [f"KL<{self.kl:g}"] if self.kl is not None else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.interp.common.columns import Shown
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, checked_batch_size
 from loopscope.interp.common.modes import differentiated, evaluated
 from loopscope.interp.common.places import loop_and_layer
 from loopscope.interp.common.shown import OneScreen
@@ -27,6 +26,7 @@ from loopscope.interp.lens.tuned_job import (
 )
 from loopscope.interp.lens.tuned_lens import TunedLens, translated
 from loopscope.interp.shards.share import Shard
+from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
 
 if TYPE_CHECKING:
@@ -85,11 +85,9 @@ def train_tuned_lens(
         Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
         2303.08112.
     """
-    if steps < 1 or batch_size < 1 or not 0 < lr < math.inf:
-        raise ValueError(
-            f"steps and batch_size must be at least 1 and lr positive, got steps={steps},"
-            f" batch_size={batch_size}, lr={lr}"
-        )
+    steps, batch_size = checked_count(steps, "steps"), checked_batch_size(batch_size)
+    lr = checked_number(lr, "lr", above=0)
+    weight_decay = checked_number(weight_decay, "weight_decay", least=0)
     start = TunedLens.identity(model, n_loops)
     batch = as_batch(model, inputs, readout)
     settings = TrainingSettings(positions, steps, lr, weight_decay, batch_size, seed)

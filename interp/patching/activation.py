@@ -25,7 +25,6 @@ from loopscope.interp.common.inputs import (
     Metric,
     ReadoutColumn,
     begin_batch,
-    checked_batch_size,
 )
 from loopscope.interp.common.metrics import measure_each, metric_name
 from loopscope.interp.common.modes import evaluated
@@ -41,6 +40,7 @@ from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.run import in_pieces, run_items
 from loopscope.interp.shards.share import Shard, checked_shard
 from loopscope.interp.shards.work import Results, on_device
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -120,7 +120,7 @@ def activation_patch(
             folder with results of another call.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    max_bytes = checked_batch_size(max_bytes, "max_bytes")
+    max_bytes = checked_count(max_bytes, "max_bytes")
     pair = Pair.of(model, clean, corrupted, readout)
     base, source = base_and_source(direction, pair.clean, pair.corrupted)
     selection = Selection(

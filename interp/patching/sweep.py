@@ -19,6 +19,7 @@ from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.patching.grouped import GroupedEffects, Labels, grouped
 from loopscope.models.basis.draws import seeded
+from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -139,10 +140,8 @@ class Sweep(OneScreen):
         return Interval(low, high)
 
     def _check_bootstrap(self, level: float, resamples: int) -> None:
-        if not 0.0 < level < 1.0 or resamples < 1:
-            raise ValueError(
-                f"level is between 0 and 1 and resamples at least 1, got {level} and {resamples}"
-            )
+        checked_number(level, "level", above=0, below=1)
+        checked_count(resamples, "resamples")
         if self.values.shape[1] < 2:
             raise ValueError(
                 "an interval needs at least two examples, but this sweep has one example"

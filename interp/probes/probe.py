@@ -21,6 +21,7 @@ from loopscope.interp.probes.tasks import Task, types_of
 from loopscope.interp.shards.share import Shard
 from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.names import NamesFilter
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -93,8 +94,7 @@ def probe(
         2003.12298.
     """
     check_strength(strength)
-    if permutations < 0:
-        raise ValueError(f"permutations must be at least 0, got {permutations}")
+    permutations = checked_count(permutations, "permutations", least=0)
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     states = ReadStates.of(model, batch, places, positions, n_loops, batch_size)

@@ -5,7 +5,6 @@ Axes: read d output.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from loopscope.interp.probes.states import Side
 from loopscope.interp.probes.tasks import Task
+from loopscope.models.basis.numbers import checked_number
 
 
 def check_strength(strength: float) -> None:
     """Refuse a strength with which a probe may have no unique fit."""
-    if not 0 < strength < math.inf:
-        raise ValueError(f"the strength of a probe must be positive, got {strength}")
+    checked_number(strength, "strength", above=0)
 
 
 class Linear(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from loopscope.interp.common.places import Picked, Place, places_of
 from loopscope.interp.common.precision import widened
 from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.names import NamesFilter
+from loopscope.models.basis.numbers import checked_number
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.cache import position_axis
@@ -163,16 +164,23 @@ def split_rows(
         ValueError: No row on one of the sides, or not one entry per row.
     """
     order = torch.randperm(count, generator=seeded(seed), device="cpu")
+    if np.ndim(held_out) == 0:
+        share = checked_number(held_out, "held_out", above=0, below=1)
+        apart = torch.arange(count, device="cpu") < round(share * count)
+        return _sides(order, apart, count)
     given = torch.as_tensor(held_out, device="cpu")
-    if given.ndim == 0:
-        apart = torch.arange(count, device="cpu") < round(cast(float, held_out) * count)
-    elif given.shape == (count,) and given.dtype == torch.bool:
-        apart = given[order]
-    else:
+    if given.shape != (count,) or given.dtype != torch.bool:
         raise ValueError(
             f"held_out must be a share or one bool per row: there are {count} rows, got"
             f" {given.dtype} of the shape {list(given.shape)}"
         )
+    return _sides(order, given[order], count)
+
+
+def _sides(
+    order: Int[Tensor, " row"], apart: Bool[Tensor, " row"], count: int
+) -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
+    """The rows of an order that are not set apart, and those that are."""
     train, test = order[~apart], order[apart]
     if not len(train) or not len(test):
         raise ValueError(

@@ -33,6 +33,7 @@ from loopscope.interp.store.reading import TOKENS, ActivationStore
 from loopscope.interp.store.texts import Source, Sources, source_of
 from loopscope.models.basis.cpu_copies import begun_copy, wait_for_copies
 from loopscope.models.basis.files import atomic_path
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -100,7 +101,8 @@ def collect(
         groups = groups_of(
             model, source.batches(range(1)), sites, Where(loops, layers, visits), n_loops
         )
-    per_file, batch_size = checked_batch_size(per_file, "per_file"), checked_batch_size(batch_size)
+    per_file, batch_size = checked_count(per_file, "per_file"), checked_batch_size(batch_size)
+    max_bytes = checked_count(max_bytes, "max_bytes")
     positions = checked_positions(source, positions, batch_size)
     if not model.batch_independent and source.count > min(per_file, batch_size):
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from loopscope.interp.common.precision import widened
 from loopscope.interp.store.reading import ActivationStore, StoredReads
 from loopscope.models.basis.files import atomic_path, usual_mode
+from loopscope.models.basis.numbers import checked_count, checked_integer
 
 _NUMPY = {torch.float16: "float16", torch.float64: "float64"}  # all else is widened to float32
 
@@ -54,7 +55,8 @@ def export_dataset(
     target, group = Path(folder), store.group(site)
     if target.exists():
         raise FileExistsError(f"{target} is there already; name another folder")
-    if context < 1 or len(store) < context:
+    context = checked_count(context, "context")
+    if len(store) < context:
         raise ValueError(
             f"a row has from 1 to all {len(store)} tokens of this store, got context={context}"
         )
@@ -145,6 +147,7 @@ def _plain(values: Tensor) -> Tensor:
 def _at(wanted: int | None, has: tuple[int | None, ...], what: str) -> int:
     """The index of one coordinate on an axis."""
     found = has[0] if wanted is None and len(has) == 1 else wanted
+    found = None if found is None else checked_integer(found, what)
     if found not in has:
         raise ValueError(f"{what}= must be one of {list(has)} at this site, got {wanted}")
     return has.index(found)

@@ -17,13 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.interp.common.fingerprint import described, facts_of_model
-from loopscope.interp.common.inputs import checked_batch_size
 from loopscope.interp.common.places import Picked, whole_numbers
 from loopscope.interp.shards.manifest import Manifest
 from loopscope.interp.shards.work import opened, read_tensors
 from loopscope.interp.store.files import ACTIVATIONS, file_of
 from loopscope.interp.store.groups import Group
 from loopscope.models.basis.draws import seeded
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.core.base import LoopedModel
 
 TOKENS = "tokens"
@@ -220,7 +220,8 @@ class ActivationStore:
             `StoredReads`, each with all chosen iterations of its tokens. A batch shares no memory
             with the others.
         """
-        size, group = checked_batch_size(size, "size"), self.group(site)
+        size, group = checked_count(size, "size"), self.group(site)
+        buffer = checked_count(buffer, "buffer")
         self._refuse_empty()
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
         draw = None if seed is None else seeded(seed)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from loopscope.interp.common.fingerprint import described, facts_of_inputs
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, checked_batch_size
+from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -100,7 +101,7 @@ def source_of(
 def _refuse_unused(inputs: Sources, column: str | None, context: int | None) -> None:
     """Raise where an argument would change nothing."""
     if context is not None:
-        checked_batch_size(context, "context")
+        checked_count(context, "context")
         if isinstance(inputs, Batch | Tensor):
             raise ValueError(
                 "context= cuts texts and rows of ids, but a"

@@ -31,6 +31,7 @@ from loopscope.interp.weights.heads import (
     stacked,
     visit_of_layer,
 )
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.core.base import LoopedModel
 
 if TYPE_CHECKING:
@@ -156,10 +157,7 @@ class Composition(OneScreen):
         Raises:
             ValueError: A negative distance.
         """
-        if distance < 0:
-            raise ValueError(
-                f"the later head runs 0 or more iterations after the earlier one, got {distance}"
-            )
+        distance = checked_count(distance, "distance", least=0)
         layers = torch.arange(self.values.shape[0], device=self.values.device)
         earlier = layers[:, None, None, None] < layers[:, None]
         return (earlier | (distance > 0)).expand(self.values.shape)

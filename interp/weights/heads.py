@@ -12,7 +12,9 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.frozen_norm import frozen_norm, watching
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.numbers import checked_integer
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit
 
@@ -24,7 +26,7 @@ def visit_of_layer(model: LoopedModel, layer: int) -> Visit:
             f"keys and values of this {type(model).__name__} are not made of the residual stream,"
             " so weights alone are no circuit"
         )
-    layers = layers_of(model)
+    layers, layer = layers_of(model), checked_integer(layer, "layer")
     if layer not in layers:
         raise ValueError(f"layer must be in {layers[0]}..{layers[-1]}, got {layer}")
     found = [
@@ -51,8 +53,7 @@ def of_head(circuit: FactoredMatrix, model: LoopedModel, head: int | None) -> Fa
     """One head of a circuit, or all."""
     if head is None:
         return circuit
-    if not 0 <= head < model.cfg.n_heads:
-        raise ValueError(f"head must be in 0..{model.cfg.n_heads - 1}, got {head}")
+    head = one_in_range("head", head, model.cfg.n_heads)
     return FactoredMatrix(circuit.A[head], circuit.B[head])
 
 

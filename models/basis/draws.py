@@ -9,23 +9,34 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loopscope.models.basis.numbers import is_bool
+
 
 def seeded(seed: SupportsIndex) -> torch.Generator:
     """The generator of a seed, on the CPU; a draw from it names that device.
+
+    Raises:
+        TypeError, ValueError: As for `checked_seed`.
+    """
+    return torch.Generator(device="cpu").manual_seed(checked_seed(seed))
+
+
+def checked_seed(seed: SupportsIndex) -> int:
+    """A seed as Python's integer.
 
     Raises:
         TypeError: A seed that is no integer.
         ValueError: A seed that has more than 64 bits.
     """
     try:
-        number = None if isinstance(seed, bool) else operator.index(seed)
+        number = None if is_bool(seed) else operator.index(seed)
     except TypeError:
         number = None
     if number is None:
         raise TypeError(f"a seed must be an integer, got {seed!r}")
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"a seed must be in -2**63..2**64 - 1, got {number}")
-    return torch.Generator(device="cpu").manual_seed(number)
+    return number
 
 
 def normal_rows(count: int, width: int, generator: torch.Generator) -> Float[Tensor, "row width"]:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from loopscope.models.basis.numbers import checked_count, checked_integer
+
 PAD = "<pad>"
 
 
@@ -107,6 +109,8 @@ class Readout:
             raise ValueError(
                 f"readout must be 'last_real', 'first_pad' or 'column:K', got {self.kind!r}"
             )
+        if self.column is not None:
+            checked_integer(self.column, "column")
         if (self.column is None) != (self.kind != "column") or (
             self.column is not None and self.column < 0
         ):
@@ -184,6 +188,7 @@ class Batch:
 
     def repeat(self, times: int) -> Batch:
         """The batch several times below itself."""
+        times = checked_count(times, "times", least=0)
         return self._map(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Batch:

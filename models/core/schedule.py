@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.models.basis.numbers import checked_integer
 from loopscope.models.core.hooks import PointTree
 from loopscope.models.core.points import HookPoints, refuse_other_length
 from loopscope.models.core.state import Slot, State, Visit
@@ -150,8 +151,7 @@ class Schedules:
                     f" with {schedule[0].name!r}"
                 )
             until = found[0]
-        if isinstance(until, bool):
-            raise TypeError("until must be a visit's index, its name, or None, got a bool")
+        until = checked_integer(until, "until, where it is no visit's name,")
         if not state.visit <= until <= len(schedule):
             raise ValueError(
                 f"the state stands before visit {state.visit} of {len(schedule)}, so it cannot be"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.models.basis.arguments import Argument, ArgumentError
+from loopscope.models.basis.numbers import is_bool
 
 MOST_LOOPS = 2**14  # iterations of a call: each has visits and hook names of its own
 PAD_ID = 0
@@ -296,7 +297,7 @@ def checked_loops(n_loops: object, recorded: int | None) -> int:
     if n_loops is None:
         unsaid = "this checkpoint records no number of iterations; pass "
         raise ArgumentError(unsaid, Argument("n_loops"))
-    if isinstance(n_loops, bool) or not isinstance(n_loops, SupportsIndex):
+    if is_bool(n_loops) or not isinstance(n_loops, SupportsIndex):
         raise TypeError(f"n_loops must be an integer, got {type(n_loops).__name__}")
     try:
         count = n_loops.__index__()

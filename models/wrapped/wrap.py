@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loopscope.models.core.state import Slot
+from loopscope.models.core.state import Slot, checked_loops
 from loopscope.models.wrapped.calls import AFTER, BEFORE
 from loopscope.models.wrapped.model import Layout, Wrapped, WrappedConfig
 
@@ -60,6 +60,7 @@ def wrap(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"wrap takes a PyTorch module, got a {type(module).__name__}")
+    n_loops = checked_loops(n_loops, None)
     stacks = _stacks(module, {"blocks": blocks} if isinstance(blocks, str) else blocks)
     found = {path: inner for _, (path, inner, _) in stacks.items()}
     paths = {

@@ -182,7 +182,7 @@ def test_a_model_made_inside_inference_mode_has_no_gradients() -> None:
 
 @pytest.mark.parametrize("lr", [float("nan"), float("inf")])
 def test_a_learning_rate_is_finite(lr: float, plain: RecurrentDepth) -> None:
-    with pytest.raises(ValueError, match="lr positive"):
+    with pytest.raises(ValueError, match="lr must be finite and above 0"):
         train_tuned_lens(plain, padded(), LOOPS, steps=2, lr=lr)
 
 

@@ -191,7 +191,7 @@ def test_sampling_is_seeded_and_follows_the_probabilities() -> None:
     [
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 0}, "top_k"),
-        ({"top_p": 0.0}, "top_p must be a probability above 0, got 0"),
+        ({"top_p": 0.0}, "top_p must be finite and above 0 and at most 1, got 0"),
     ],
 )
 def test_sampling_that_cannot_be_is_refused(sampling: dict, message: str) -> None:

@@ -97,7 +97,7 @@ def test_advance_backwards_or_beyond_raises(until: int | str, plain: RecurrentDe
 
 
 def test_until_is_no_truth_value(plain: RecurrentDepth) -> None:
-    with pytest.raises(TypeError, match="until must be a visit's index"):
+    with pytest.raises(TypeError, match="must be an integer, got bool"):
         plain.advance(plain.begin(random_tokens()), True)
 
 

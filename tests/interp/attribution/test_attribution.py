@@ -437,10 +437,7 @@ REFUSED = {
     "steps": (
         {"steps": -1},
         ValueError,
-        (
-            r"steps must be 0 \(one gradient, at the base run\) or the number of parts of the line,"
-            r" got -1"
-        ),
+        "steps must be at least 0, got -1",
     ),
     "a direction": (
         {"direction": "forwards"},

@@ -366,11 +366,11 @@ def test_the_viewers_graph_has_the_features_and_all_weights() -> None:
 
 def test_what_cannot_be_a_graph_of_features_is_refused() -> None:
     own = dictionary("shared")
-    with pytest.raises(ValueError, match="got a crosscoder dictionary"):
+    with pytest.raises(ValueError, match="got a crosscoder"):
         feature_graph(model(), dictionary("crosscoder"), BATCH, metric)
     with pytest.raises(ValueError, match="row must be"):
         feature_graph(model(), own, BATCH, metric, row=1)
-    with pytest.raises(ValueError, match="and most=0"):
+    with pytest.raises(ValueError, match="most must be at least 1, got 0"):
         feature_graph(model(), own, BATCH, metric, most=0)
     late = Reading.of(model(), LOOPS, "blocks.1.hook_resid_mid", "blocks.0.hook_resid_post")
     later = replace(dictionary("transcoder"), reading=late)

@@ -146,7 +146,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         DictionaryTraining(3, 4)
     with pytest.raises(ValueError, match="activation must be 'topk'"):
         DictionaryTraining(activation="relu")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="steps and batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="steps must be at least 1"):
         DictionaryTraining(steps=0)
     with pytest.raises((ValueError, TypeError), match="per_iteration"):
         fit_dictionary(torch.ones(5, 3, 2), READING, "one", few)  # type: ignore[arg-type]

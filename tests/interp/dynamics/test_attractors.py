@@ -192,9 +192,9 @@ def test_what_has_no_attractor_is_refused(plain: RecurrentDepth) -> None:
         path_independence(plain, padded(lengths=(5, 2, 4)), 3)
     with pytest.raises(ValueError, match="at least 2 examples, got 1"):
         path_independence(plain, padded()[:1], 3)
-    with pytest.raises(ValueError, match=r"n_starts must be at least 2, .* got 1"):
+    with pytest.raises(ValueError, match=r"n_starts must be at least 2, got 1"):
         basins(plain, padded(), 1)
-    with pytest.raises(ValueError, match="scale must be above 0 and finite, got -1"):
+    with pytest.raises(ValueError, match="scale must be finite and above 0, got -1"):
         basins(plain, padded(), 2, -1)
     with pytest.raises(ValueError, match="try a smaller max_period or more iterations"):
         fixed_points(plain, padded(), 3, max_period=4)

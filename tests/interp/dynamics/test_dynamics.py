@@ -416,7 +416,6 @@ def test_padding_has_no_period(plain: RecurrentDepth) -> None:
     "options",
     [
         {"max_period": 3},
-        {"max_period": 0},
         {"max_period": 2, "window": 3},
         {"max_period": 1, "window": 6},
     ],

@@ -91,7 +91,7 @@ def test_the_sentence_says_when_the_margin_does_as_well() -> None:
 
 
 def test_changes_that_are_none_are_refused(plain: RecurrentDepth) -> None:
-    with pytest.raises(ValueError, match="scale must be above 0 and finite, got 0"):
+    with pytest.raises(ValueError, match="scale must be finite and above 0, got 0"):
         perturbation_growth(plain, padded(), 2, scale=0)
     with pytest.raises(ValueError, match="n_directions must be at least 1, got 0"):
         perturbation_growth(plain, padded(), 2, n_directions=0)

@@ -84,7 +84,7 @@ def test_the_alignment_is_that_of_the_lenss_token() -> None:
     ("more", "message"),
     [
         ({"at": LOOPS}, "at must be in 0..3, got 4"),
-        ({"weight": 1.5}, "weight in 0 to 1"),
+        ({"weight": 1.5}, "weight must be finite and at least 0 and at most 1"),
         ({"rank": D_VOCAB}, "rank must be in"),
         ({"tokens": [1, 2, D_VOCAB]}, "tokens must be in"),
         ({"tokens": [1, 2]}, "the run has 3 rows"),

@@ -125,8 +125,8 @@ def test_cells_of_several_places(plain: RecurrentDepth) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "window is a number of iterations, at least 1"),
-        ({"window": 2, "together": "loops"}, "excludes together='loops', got 2"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": 2, "together": "loops"}, "only one of the two can be given, got 2"),
     ],
 )
 def test_groups_that_make_no_sense_are_refused(
@@ -192,7 +192,7 @@ def test_bootstrap_intervals_hold_the_mean_and_are_those_of_the_seed() -> None:
     wide, narrow = sweep.bootstrap(level=0.99), sweep.bootstrap(level=0.5)
     assert narrow.high[0] - narrow.low[0] < wide.high[0] - wide.low[0]
     assert torch.equal(sweep.bootstrap().low, sweep.bootstrap().low)
-    with pytest.raises(ValueError, match="level is between 0 and 1"):
+    with pytest.raises(ValueError, match="level must be finite and above 0 and below 1"):
         sweep.bootstrap(level=1.0)
 
 
