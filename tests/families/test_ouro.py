@@ -145,9 +145,7 @@ def test_fields_that_are_not_computed_are_refused(
 
 def test_threshold_out_of_range_is_refused() -> None:
     case = GoldenCase("ouro")
-    with pytest.raises(
-        ValueError, match=r"threshold must be finite and at least 0 and at most 1, got 1\.5"
-    ):
+    with pytest.raises(ValueError, match=r"threshold must be finite .* at most 1, got 1\.5"):
         at_threshold(case, "1.5")
 
 

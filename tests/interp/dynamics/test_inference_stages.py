@@ -122,7 +122,7 @@ def test_every_family_exchanges_all_that_an_iteration_hands_on(family: str) -> N
 
 @pytest.mark.parametrize("after", [0, 4])
 def test_an_exchange_needs_iterations_around_it(after: int) -> None:
-    with pytest.raises(ValueError, match="after must be at least 1.*, got [04]"):
+    with pytest.raises(ValueError, match=r"after must be at least 1.*, got [04]"):
         input_dependence(toy(), *pair(), 4, after=after)
 
 

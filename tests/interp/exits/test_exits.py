@@ -271,7 +271,7 @@ def test_criteria_of_states_need_the_states_of_the_same_reads(
 
 @pytest.mark.parametrize("options", [{"hits": 0}, {"min_loops": 0}])
 def test_criteria_refuse_less_than_one_iteration(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="(hits|min_loops) must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"(hits|min_loops) must be at least 1, got 0"):
         KLBelow(**options)
 
 
