@@ -76,7 +76,9 @@ def pack(recipe: Recipe, facts: Sequence[FactBatch], n_loops: int) -> TrainingBa
         tokens[start : start + len(batch), : batch.hops + 1] = batch.tokens
         start += len(batch)
     mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
-    inputs = Batch(torch.from_numpy(tokens), torch.from_numpy(mask), torch.tensor(columns))
+    inputs = Batch(
+        torch.from_numpy(tokens), torch.from_numpy(mask), torch.tensor(columns, device="cpu")
+    )
     return TrainingBatch(
         inputs, torch.from_numpy(np.concatenate([batch.answers for batch in facts])), n_loops
     )
@@ -91,7 +93,9 @@ class Answering(nn.Module):
 
     def forward(self, batch: TrainingBatch) -> Float[Tensor, "batch d_vocab"]:
         state = self.model.begin(batch.inputs.tokens, batch.inputs.mask, n_loops=batch.n_loops)
-        read_only = ~state.mask[torch.arange(len(state.mask)), batch.inputs.readout]
+        read_only = ~state.mask[
+            torch.arange(len(state.mask), device=state.mask.device), batch.inputs.readout
+        ]
         if int(state.mask.sum() + read_only.sum()) > _WORTH_PACKING * state.mask.numel():
             return self.model.readout(self.model.advance(state), batch.inputs.readout)
         read = advance_unpadded(self.model, state, batch.inputs.readout)

@@ -87,6 +87,11 @@ class _Inputs:
     answers: Tensor
 
     @property
+    def vector(self) -> Tensor:
+        """A vector for the stream."""
+        return torch.ones(self.model.cfg.d_model, dtype=self.model.W_E.dtype, device="cpu")
+
+    @property
     def layer(self) -> int:
         """The first layer that an iteration visits."""
         return min(visit.layer for visit in self.model.schedule(1) if visit.loop is not None)
@@ -121,12 +126,12 @@ def _arguments(x: _Inputs) -> dict[str, Any]:
         "positions": [2], "position": 2, "sites": _patched(model), "site": "attn_out",
         "loop": 1, "visit": x.visit, "loops": [1], "layer": x.layer, "layers": [x.layer],
         "sender": Sender("attn", visit=x.visit), "receivers": Receiver("readout"),
-        "vectors": torch.ones(model.cfg.d_model).double(), "factor": 0.5, "steps": 2,
+        "vectors": x.vector, "factor": 0.5, "steps": 2,
         "what": Component("attn", loops=(1,)), "criterion": TopStable(hits=2),
         "threshold": 0.5, "max_new_tokens": 2, "kind": "V", "k": 2, "n_starts": 2,
         "order": ["loops.0", "loops.0"],
         "first": x.clean, "at": 0, "second": x.corrupted,
-        "preferred": torch.tensor([True, False, True]), "features": [0],
+        "preferred": x.answers > 3, "features": [0],
         "training": _TRAINING, "wanted": -1e6, "krylov": 5,
     }  # fmt: skip
 

@@ -18,7 +18,9 @@ def _open(located: Located, given: Given) -> tuple[LoopedModel, str | None]:
 
 def _family(located: Located) -> str:
     file = GgufFile(located.files.weights)
-    return family_of(located, (config_of(file), dict.fromkeys(keys_of(file), torch.empty(0))))
+    return family_of(
+        located, (config_of(file), dict.fromkeys(keys_of(file), torch.empty(0, device="cpu")))
+    )
 
 
 GGUF = Format(lambda located: located.files.weights.suffix == SUFFIX, _family, _open)

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError
 
-_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+_FP4 = torch.tensor(
+    [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6],
+    dtype=torch.float32,
+    device="cpu",
+)
 _FP4_GROUP, _FP8_GROUP = 16, 32
 
 
@@ -56,7 +60,7 @@ def _nvfp4(
     """
     _require(codes, torch.uint8)
     outer = (amax.float() / outer_scale_denominator.float()).reshape(-1).expand(len(codes))
-    out = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=dtype)
+    out = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1], dtype=dtype, device="cpu")
     for expert, mine in enumerate(codes):  # one at a time, as floats take eight times the memory
         values = _FP4[torch.stack([mine & 15, mine >> 4], dim=-1).flatten(-2).long()]
         scales = scale[expert].float() * outer[expert]
@@ -69,7 +73,7 @@ def _mxfp8(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     _require(codes, torch.float8_e4m3fn)
     _require(scale, torch.uint8, torch.float8_e8m0fnu)
     powers = torch.exp2(scale.view(torch.uint8).float() - 127)
-    out = torch.empty(codes.shape, dtype=dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device="cpu")
     for expert, mine in enumerate(codes):
         out[expert] = _scaled(mine.float(), powers[expert], _FP8_GROUP)
     return out

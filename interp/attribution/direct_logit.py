@@ -208,7 +208,7 @@ def _through_final_norm(
     seen: list[Tensor] = []
     model.normalize(resid, watching(model.final_scale_site, lambda value, hook: seen.append(value)))
     scale = (
-        torch.cat(seen).transpose(0, 1) if seen else torch.ones(())
+        torch.cat(seen).transpose(0, 1) if seen else resid.new_ones(())
     )  # frozen_norm refuses a norm that shows none
     return frozen_norm(model.normalize, model.final_scale_site, stack, scale)
 

@@ -181,7 +181,7 @@ class _Estimates:
         if not self.steps:
             return []
         together = runs_side_by_side(self.model, self.base, self.batch_size)
-        middle = (torch.arange(self.steps, dtype=torch.float64) + 0.5) / self.steps
+        middle = (torch.arange(self.steps, dtype=torch.float64, device="cpu") + 0.5) / self.steps
         return list(middle.split(together))
 
 

@@ -188,8 +188,8 @@ def evaluate_circuit(
     values = measured.values(_both(graph, numbers), 2 * len(chosen))
     sizes = [_weights(graph, circuit) for circuit in chosen]
     found = Faithfulness(
-        torch.tensor(list(map(len, chosen))),
-        torch.tensor(sizes),
+        torch.tensor(list(map(len, chosen)), device="cpu"),
+        torch.tensor(sizes, device="cpu"),
         graph.n_edges,
         _weights(graph, None),
         values[::2],

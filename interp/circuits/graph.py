@@ -150,21 +150,24 @@ class Graph:
         """Where there is an edge: from each writer to each later reader, and by position only where
         the reader can reach the readout.
         """
-        there = torch.arange(len(self.writers)) < torch.tensor(self.before)[:, None]
+        writers = torch.arange(len(self.writers), device="cpu")
+        there = writers < torch.tensor(self.before, device="cpu")[:, None]
         return there[:, :, None] & self._heeded()[:, None, :]
 
     def _heeded(self) -> Bool[Tensor, "reader span"]:
         """Where readers can reach the readout."""
         if self.positions is None:
-            return torch.ones(len(self.readers), 1, dtype=torch.bool)
-        found = torch.zeros(len(self.readers), self.positions.size, dtype=torch.bool)
-        heeded = torch.arange(self.positions.size) == self.positions.readout
+            return torch.ones(len(self.readers), 1, dtype=torch.bool, device="cpu")
+        found = torch.zeros(len(self.readers), self.positions.size, dtype=torch.bool, device="cpu")
+        heeded = torch.arange(self.positions.size, device="cpu") == self.positions.readout
         found[-1] = heeded
         for stage in reversed(self.stages):
             found[stage.readers] = heeded
             if stage.kind == "attn":
                 reached = map(self.positions.reached, range(len(heeded)))
-                heeded = torch.tensor([bool(heeded[list(later)].any()) for later in reached])
+                heeded = torch.tensor(
+                    [bool(heeded[list(later)].any()) for later in reached], device="cpu"
+                )
                 found[stage.moving] = heeded
         return found
 
@@ -191,7 +194,9 @@ class Graph:
         given = list(edges)
         reads, writes = self._numbered
         rows = [(*reads.get(e.reader, _NOWHERE), *writes.get(e.writer, _NOWHERE)) for e in given]
-        reader, at, writer, to = torch.tensor(rows, dtype=torch.int64).view(-1, 4).unbind(1)
+        reader, at, writer, to = (
+            torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4).unbind(1)
+        )
         has = (at == to) & (reader >= 0) & (writer >= 0) & self.every[reader, writer, at]
         if not has.all():
             edge = given[int(has.int().argmin())]

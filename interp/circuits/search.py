@@ -132,7 +132,7 @@ class _Search:
         with tqdm(total=len(numbers), desc="exact scores", leave=False, delay=2) as bar:
             for part in numbers.split(self.measured.runs.side_by_side):
                 masks = self.graph.every.repeat(len(part), 1, 1, 1)
-                masks[(torch.arange(len(part)), *part.unbind(1))] = False
+                masks[(torch.arange(len(part), device="cpu"), *part.unbind(1))] = False
                 found.append(self.measured.values(masks).mean(1))
                 bar.update(len(part))
         return torch.cat(found)
@@ -142,7 +142,7 @@ class _Search:
     ) -> tuple[Bool[Tensor, "reader writer span"], Float[Tensor, "reader writer span"]]:
         """The edges that stay, and the change of the metric when each was tried."""
         value = self.measured.values(kept[None]).mean()
-        scores = torch.zeros(kept.shape, dtype=value.dtype)
+        scores = kept.new_zeros(kept.shape, dtype=value.dtype)
         order = kept.nonzero().flip(0)
         done = 0
         with tqdm(total=len(order), desc="exact search", leave=False, delay=2) as bar:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loopscope.interp.common.cells import Cell
+from loopscope.models.basis.numbers import given_tensor
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -128,7 +129,7 @@ class _Hashes:
         if isinstance(value, nn.Module):
             return type(value), list(value.state_dict().values())
         if hasattr(value, "__array__"):
-            return (torch.as_tensor(value),)
+            return (given_tensor(value),)
         if hasattr(value, "__dict__"):
             return type(value), vars(value)
         raise ValueError(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.models.basis.numbers import checked_count
+from loopscope.models.basis.numbers import checked_count, given_tensor
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_tokens
@@ -83,7 +83,7 @@ def _token_matrix(inputs: Tensor | Sequence[Any]) -> Tensor:
     if isinstance(inputs, Tensor):
         return inputs
     try:
-        return torch.as_tensor(inputs)
+        return given_tensor(inputs)
     except (TypeError, ValueError):
         raise _no_inputs(
             inputs, " that is no matrix of integers; rows of unequal length go through model.encode"

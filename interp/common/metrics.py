@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import LOGITS_AT_ONCE, Metric
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.numbers import given_tensor
 
 Answers = Int[Tensor, " batch"] | Sequence[int] | int
 AnyMetric = TypeVar("AnyMetric", bound=Metric)
@@ -93,7 +94,7 @@ def one_per_row(
         TypeError: Tokens that are no integers.
         ValueError: Another number of tokens than rows, or tokens outside the vocabulary.
     """
-    given = torch.as_tensor(tokens)
+    given = given_tensor(tokens)
     if given.is_floating_point() or given.dtype == torch.bool:
         raise TypeError(f"{what} must be integers, got {given.dtype}")
     if given.ndim == 0 and not isinstance(tokens, Tensor):

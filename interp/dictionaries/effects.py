@@ -139,7 +139,7 @@ def _over_loops(
     lengths[loops] = torch.stack([dictionary.directions(t)[feature].norm() for t in loops]).to(
         lengths
     )
-    share = (found > 0).sum((0, 1)) / (~found[..., 0].isnan()).sum()
+    share = (found > 0).sum((0, 1)).float() / (~found[..., 0].isnan()).sum()
     return {"profile": found.nanmean((0, 1)) * lengths, "share": share * (lengths > 0)}
 
 

@@ -122,7 +122,7 @@ def _best(codes: Float[Tensor, "read feature"], labels: Int[Tensor, " read"], co
     right, most = _hot(labels, count), codes.amax(0) if len(codes) else codes.new_zeros(0)
     best = codes.new_full((codes.shape[1], count), -1.0)
     level = torch.zeros_like(best)
-    for share in (torch.arange(_LEVELS) / _LEVELS).tolist() if len(codes) else ():
+    for share in [level / _LEVELS for level in range(_LEVELS)] if len(codes) else ():
         threshold = share * most
         on = (codes > threshold).float()
         f1 = _f1((on.T @ right), on.sum(0)[:, None], right.sum(0)).nan_to_num(-1.0)

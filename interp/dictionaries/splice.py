@@ -20,7 +20,7 @@ from loopscope.interp.common.inputs import Inputs, reference_batch
 from loopscope.interp.common.modes import evaluating
 from loopscope.interp.common.places import Picked, in_range
 from loopscope.interp.dictionaries.dictionary import Dictionary
-from loopscope.models.basis.numbers import checked_number, is_bool
+from loopscope.models.basis.numbers import checked_number, given_tensor, is_bool
 from loopscope.models.core.base import LoopedModel
 
 Features = int | Sequence[int] | Int[Tensor, "batch some"]
@@ -67,8 +67,8 @@ class FeatureEdit:
                 f"an edit's loops must be among those of splice, {list(chosen)}, got"
                 f" {sorted(outside)}"
             )
-        sizes = [torch.as_tensor(self.features)]
-        sizes += [] if self.into is None else [torch.as_tensor(self.into)]
+        sizes = [given_tensor(self.features)]
+        sizes += [] if self.into is None else [given_tensor(self.into)]
         if any(size.ndim > 2 for size in sizes):
             raise ValueError("features must be one number, a list, or a list for each row")
         for size in sizes:

@@ -261,7 +261,7 @@ def spread(
         stars: Sequence[int | None] = starred or [None] * len(values)
         rows = zip(names, values.tolist(), stars, strict=True)
         return [Curve(name, x, row, star) for name, row, star in rows]
-    shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    shares = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu")
     low, middle, high = torch.nanquantile(values, shares, dim=0).tolist()
     edges = [Curve("quartiles", x, row, dashed=True) for row in (low, high)]
     return [*edges, Curve(f"median of {len(values)}", x, middle)]

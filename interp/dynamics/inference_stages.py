@@ -145,6 +145,6 @@ def _of_pattern(
     got = pattern.sum(1) / length
     concentration = 1 - torch.special.entr(got).sum(-1) / math.log(length)
     seen = range(1, length + 1) if causal else [length] * length
-    largest = torch.tensor(seen).to(pattern).log()[1:]
+    largest = pattern.new_tensor(seen).log()[1:]
     mixing = torch.special.entr(pattern).sum(-1)[:, 1:] / largest
     return torch.stack([concentration.mean(), mixing.mean(), pattern[:, 1:, 0].mean()])

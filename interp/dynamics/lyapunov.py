@@ -87,7 +87,8 @@ class LyapunovSpectrum(OneScreen):
         With as many exponents as the state has dimensions these are those of the whole Jacobian;
         with fewer, of its restriction to the directions that were followed.
         """
-        product = torch.eye(self.triangles.shape[-1]).to(self.triangles)
+        product = torch.eye(self.triangles.shape[-1], device=self.triangles.device)
+        product = product.to(self.triangles)
         scale = torch.zeros_like(self.triangles[0, :, 0, :1])
         for factor in self.triangles:
             product = factor @ product

@@ -235,7 +235,9 @@ class Dynamics(OneScreen):
     def _tidy(self, columns: dict[str, Tensor]) -> pd.DataFrame:
         points, (example, column) = len(self.states), self.shown.nonzero(as_tuple=True)
         places = {
-            "iterations": torch.tensor(self.iterations).repeat_interleave(len(example)),
+            "iterations": torch.tensor(self.iterations, device="cpu").repeat_interleave(
+                len(example)
+            ),
             "example": example.repeat(points),
             "position": self.position[example, column].repeat(points),
         }

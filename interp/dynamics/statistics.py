@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loopscope.interp.common.finite import refuse_nonfinite
 from loopscope.interp.common.precision import widened
+from loopscope.models.basis.numbers import given_tensor
 
 
 def effective_rank(rows: Float[Tensor, "row d"] | Sequence[Sequence[float]]) -> Float[Tensor, ""]:
@@ -30,7 +31,7 @@ def effective_rank(rows: Float[Tensor, "row d"] | Sequence[Sequence[float]]) -> 
     Source:
         Roy & Vetterli, "The effective rank", EUSIPCO 2007.
     """
-    rows = widened(torch.as_tensor(rows))
+    rows = widened(given_tensor(rows))
     if len(rows) < 2:
         raise ValueError(f"an effective rank needs at least two rows, got {len(rows)}")
     refuse_nonfinite("the rows", rows)

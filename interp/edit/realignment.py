@@ -16,7 +16,7 @@ from loopscope.interp.common.inputs import LOGITS_AT_ONCE
 from loopscope.interp.common.places import Picked, in_range, one_in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_tokens
-from loopscope.models.basis.numbers import checked_number
+from loopscope.models.basis.numbers import checked_number, given_tensor
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -67,7 +67,7 @@ def realign(
         raise ValueError(f"how must be 'replace', 'rescale' or 'blend', got {how!r}")
     weight = checked_number(weight, "weight", least=0, most=1)
     rank = one_in_range("rank", rank, d_vocab)
-    given = None if tokens is None else torch.as_tensor(tokens)
+    given = None if tokens is None else given_tensor(tokens)
     if given is not None:
         in_range("tokens", given.flatten().tolist(), d_vocab)
     last = model.schedule(n_loops)[model.iteration_ends(n_loops)[loop] - 1]

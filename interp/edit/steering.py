@@ -31,7 +31,7 @@ from loopscope.interp.common.places import (
     places_of,
 )
 from loopscope.interp.common.precision import widened
-from loopscope.models.basis.numbers import checked_number
+from loopscope.models.basis.numbers import checked_number, given_tensor
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.state import checked_loops
@@ -185,7 +185,7 @@ def _writing(
 
 def _fitted(vectors: Tensor | Sequence[float], value: Tensor, name: str) -> Tensor:
     """The vectors with the axes of a site's value."""
-    vectors = torch.as_tensor(vectors).to(value)
+    vectors = given_tensor(vectors).to(value)
     shared, each = value.shape[2:], (value.shape[0], *value.shape[2:])
     if vectors.shape == shared:
         return vectors
@@ -238,4 +238,5 @@ def _mean_at_readout(
         widened(at_columns(recorded(model, part, [name], n_loops)[name], part.readout)).sum(0)
         for part in parts
     )
-    return torch.as_tensor(total) / len(batch)
+    assert isinstance(total, Tensor), "a batch has rows"
+    return total / len(batch)

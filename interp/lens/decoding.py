@@ -20,6 +20,7 @@ from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.lens.lens import logit_lens
 from loopscope.interp.lens.record import Lens, visit_table
+from loopscope.models.basis.numbers import given_tensor
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
@@ -65,7 +66,7 @@ class RankTrajectory(OneScreen):
         frame = pd.concat(
             [pd.DataFrame({"example": example.cpu(), "position": position.cpu()}), places], axis=1
         )
-        frame["target"] = torch.arange(n_targets).repeat(n_visits * n_reads).numpy()
+        frame["target"] = list(range(n_targets)) * (n_visits * n_reads)
         frame["token"] = self.tokens.cpu().expand(n_visits, -1, -1).flatten().numpy()
         if self.lens.model.vocab is not None:
             frame["token"] = [self.lens.model.vocab.words[token] for token in frame["token"]]
@@ -110,7 +111,7 @@ def _for_every_read(lens: Lens, tokens: Targets | Sequence[str]) -> Int[Tensor, 
     words = [word for word in tokens if isinstance(word, str)]
     if words and len(words) == len(tokens):
         ids = [lens.model.to_single_token(word) for word in words]
-        return torch.tensor(ids).expand(len(lens.example), -1)
+        return torch.tensor(ids, device="cpu").expand(len(lens.example), -1)
     return _matrix("tokens", [row for row in tokens if not isinstance(row, str)])
 
 
@@ -215,7 +216,7 @@ def decodability(
 
 def _matrix(what: str, tokens: Targets) -> Int[Tensor, "row target"]:
     """Tokens by row and target as a tensor."""
-    matrix = torch.as_tensor(tokens)
+    matrix = given_tensor(tokens)
     if matrix.ndim != 2 or matrix.shape[1] < 1:
         raise ValueError(
             f"{what} must hold at least one target token for each read or example, but have"
@@ -234,7 +235,7 @@ def _checked_columns(
             f"one row of targets per example is needed: there are {len(batch)} examples, got the"
             f" shape {list(targets.shape)}"
         )
-    columns = torch.as_tensor(positions)
+    columns = given_tensor(positions)
     if columns.shape not in (targets.shape, targets.shape[1:]):
         raise ValueError(
             f"one position per target is needed: the targets have the shape {list(targets.shape)},"

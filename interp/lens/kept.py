@@ -65,7 +65,7 @@ class LensJob:
         items, _, found = run_items(
             count, part, self._pieces, self.save_to, lambda: self._manifest(count)
         )
-        rows = torch.arange(len(self.batch)).split(size)
+        rows = torch.arange(len(self.batch), device="cpu").split(size)
         mine = torch.cat([rows[item] for item in items]) if items else rows[0][:0]
         if not len(mine):
             raise ValueError(

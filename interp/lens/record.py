@@ -136,7 +136,7 @@ class Lens(OneScreen):
         figure 8 of arXiv 2604.07822).
         """
         correct = self.correct(answers)
-        first = correct.int().argmax(0) + 1.0
+        first = (correct.int().argmax(0) + 1).float()
         return torch.where(correct.any(0), first, torch.nan)
 
     def top(self, k: int) -> TopTokens:
@@ -199,7 +199,8 @@ class Lens(OneScreen):
         """The heat map of the first example in numbers: the top token and its probability, at most
         24 visits by 8 reads.
         """
-        visits = torch.linspace(0, len(self.names) - 1, min(24, len(self.names))).round().long()
+        many = min(24, len(self.names))
+        visits = torch.linspace(0, len(self.names) - 1, many, device="cpu").round().long()
         reads = (self.example == self.example[0]).nonzero()[:8, 0]
         chosen = visits.tolist()
         part = replace(

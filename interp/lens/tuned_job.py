@@ -170,9 +170,9 @@ class TunedJob:
 def kept_tuned(manifest: Manifest, found: Sequence[Results]) -> TunedLens:
     """The whole lens from its folder."""
     about = manifest.about
-    none = torch.empty(0, 0)
+    none = torch.empty(0, 0, device="cpu")
     start = TunedLens(
-        weights=torch.empty(0, 0, 0),
+        weights=torch.empty(0, 0, 0, device="cpu"),
         biases=none,
         names=tuple(about["names"]),
         n_loops=about["n_loops"],

@@ -129,7 +129,7 @@ def grouped(
 
 def _sums(terms: Terms, rows: dict[int, list[int]]) -> list[Float[Tensor, " batch"]]:
     """Each term summed over the cells of a group, example by example."""
-    member = torch.zeros(len(rows), terms[0].shape[1], device=terms[0].device)
+    member = terms[0].new_zeros(len(rows), terms[0].shape[1])
     for i, own in enumerate(rows.values()):
         member[i, own] = 1.0
     chosen = list(rows)

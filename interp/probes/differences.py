@@ -18,6 +18,7 @@ from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.probes.ridge import Linear, RidgeSums, check_strength
 from loopscope.interp.probes.states import HeldOut, ReadStates, split_rows
 from loopscope.models.basis.names import NamesFilter
+from loopscope.models.basis.numbers import given_tensor
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import checked_loops
 
@@ -130,7 +131,7 @@ def difference_probe(
         ReadStates.of(model, as_batch(model, inputs, readout), places, None, n_loops, batch_size)
         for inputs in (first, second)
     ]
-    preferred, count = torch.as_tensor(preferred).cpu(), len(sides[0].batch)
+    preferred, count = given_tensor(preferred).cpu(), len(sides[0].batch)
     if len(sides[1].batch) != count:
         raise ValueError(
             f"each first input needs a second one, got {count} and {len(sides[1].batch)} inputs"

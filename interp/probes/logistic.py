@@ -60,7 +60,7 @@ def fit_logistic(
     for name in names:
         x, held_out = (part[name].double() for part in kept)
         fits = [_fit(x, task.values[train.reads], strength) for task in tasks]
-        answers.append([torch.as_tensor(fit.predict(held_out.numpy())) for fit in fits])
+        answers.append([torch.from_numpy(fit.predict(held_out.numpy())) for fit in fits])
         maps.append(_map(fits[0], tasks[0]))
     return Fitted(tuple(maps), answers), kept[0]
 
@@ -104,7 +104,9 @@ def code_of(kept: States, task: Task, reads: Int[Tensor, " read"], strength: flo
     assert task.classes is not None, "logistic probes have classes"
     values, size = task.values[reads], len(task.classes)
     lengths = [description_length(x, values, size, strength) for x in kept.values()]
-    return Code(torch.tensor(lengths, dtype=torch.float64), len(reads) * math.log2(size))
+    return Code(
+        torch.tensor(lengths, dtype=torch.float64, device="cpu"), len(reads) * math.log2(size)
+    )
 
 
 def description_length(
@@ -121,7 +123,7 @@ def description_length(
     bits = ends[0] * math.log2(n_classes)
     for start, end in pairwise(ends):
         seen, new = values[:start], values[start:end]
-        probabilities = torch.zeros(len(new), n_classes, dtype=torch.float64)
+        probabilities = torch.zeros(len(new), n_classes, dtype=torch.float64, device="cpu")
         if len(seen.unique()) < 2:
             probabilities[:, seen[0]] = 1.0
         else:

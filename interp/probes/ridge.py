@@ -46,7 +46,7 @@ class RidgeSums:
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
-        self._shift = torch.empty(0)
+        self._shift = torch.empty(0, device="cpu")
         self._count = 0
 
     def add(self, x: Float[Tensor, "read d"], y: Float[Tensor, "read output"]) -> None:

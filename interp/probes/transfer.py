@@ -61,7 +61,7 @@ class TransferMatrix(OneScreen):
         """
         above = self.score - self.constant
         at_home = above.diagonal(dim1=1, dim2=2)[:, None].expand_as(above)
-        apart = ~torch.eye(above.shape[1], dtype=torch.bool)
+        apart = ~torch.eye(above.shape[1], dtype=torch.bool, device=above.device)
         counted = apart & (at_home > 0) & ~above.isnan()
         return above.where(counted, 0).sum((1, 2)) / at_home.where(counted, 0).sum((1, 2))
 
@@ -127,7 +127,7 @@ class TransferFit:
             for found, (_, _, _, linear, name) in zip(answers, pairs, strict=True):
                 found.append(self.task.answer(linear(states[name])))
         shape = len(self.blocks), self.n_loops, self.n_loops
-        score = torch.full(shape, torch.nan, dtype=torch.float64)
+        score = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
         for found, (i, s, t, _, _) in zip(answers, pairs, strict=True):
             score[i, s, t] = self.task.score(torch.cat(found), test.reads)
         constant = self.task.constant(train.reads, test.reads)

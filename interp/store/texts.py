@@ -162,7 +162,7 @@ def _of_file(model: LoopedModel, path: Path, column: str | None, context: int | 
     """A source of the lines of a file; only where they begin is held in memory."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; a source of texts is a file with one a line")
-    starts = torch.tensor(list(_starts(path)), dtype=torch.int64)
+    starts = torch.tensor(list(_starts(path)), dtype=torch.int64, device="cpu")
 
     def read(rows: range) -> list[Any]:
         with path.open("rb") as file:

@@ -9,6 +9,7 @@ output before that is added to the stream, belong to the circuit, with their div
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -168,7 +169,7 @@ class Composition(OneScreen):
         `least_distance` is the smallest number of iterations between the two: 0 where the same
         iteration will do, else 1. All larger distances are possible too.
         """
-        places = torch.cartesian_prod(*(torch.arange(size) for size in self.values.shape)).numpy()
+        places = list(itertools.product(*map(range, self.values.shape)))
         frame = pd.DataFrame(places, columns=["src_layer", "src_head", "dst_layer", "dst_head"])
         frame.insert(0, "kind", self.kind)
         frame["least_distance"] = (~self.possible(0)).flatten().int().cpu().numpy()

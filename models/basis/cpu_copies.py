@@ -10,7 +10,7 @@ def begun_copy(value: Tensor) -> Tensor:
     """A value on the CPU; from a GPU it is on its way there until `wait_for_copies`."""
     if value.device.type != "cuda":
         return value.cpu()
-    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True, device="cpu")
     return pinned.copy_(value, non_blocking=True)
 
 

@@ -1,4 +1,4 @@
-"""Numbers that a caller gives: how many of something, and real numbers within bounds."""
+"""Numbers that a caller gives: how many of something, real numbers within bounds, tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import math
 import operator
 import reprlib
 from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def is_bool(number: object) -> bool:
@@ -84,6 +88,13 @@ def checked_number(
         said = " and ".join(f"{word} {end:g}" for word, end in bounds.items() if math.isfinite(end))
         raise ValueError(f"{name} must be finite{' and ' * bool(said)}{said}, got {value}")
     return value
+
+
+def given_tensor(values: Any) -> Tensor:
+    """A caller's tensor where it is, or numbers, lists and arrays of them as a tensor on the CPU:
+    not on the default device, to which `torch.as_tensor` moves tensors too.
+    """
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def _shown(number: object) -> str:

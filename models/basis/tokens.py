@@ -201,10 +201,10 @@ class Batch:
 
 def pad_right(rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
     """Token and mask matrices of a given width; padding has id 0."""
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
+    mask = torch.zeros(len(rows), width, dtype=torch.int64, device="cpu")
     for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
+        tokens[i, : len(row)] = torch.tensor(row, device="cpu")
         mask[i, : len(row)] = 1
     return tokens, mask
 

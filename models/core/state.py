@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.models.basis.arguments import Argument, ArgumentError
-from loopscope.models.basis.numbers import is_bool
+from loopscope.models.basis.numbers import given_tensor, is_bool
 
 MOST_LOOPS = 2**14  # iterations of a call: each has visits and hook names of its own
 PAD_ID = 0
@@ -229,7 +229,7 @@ def integers(values: object) -> Tensor | None:
     """A tensor, a list or an array of whole numbers as a tensor; None where it is none."""
     if not isinstance(values, Tensor):
         try:
-            values = torch.as_tensor(values)
+            values = given_tensor(values)
         except (TypeError, ValueError, RuntimeError):
             return None
     if values.dtype in (torch.int64, torch.int32):

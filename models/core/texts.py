@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.models.basis.arguments import Argument, ArgumentError
+from loopscope.models.basis.numbers import given_tensor
 from loopscope.models.basis.tokens import Batch, Readout, Words, pad_right
 from loopscope.models.core.state import integers
 
@@ -43,7 +44,7 @@ class Given:
                 "the loss is that of foretelling the next token, but this model is not causal"
             )
         targets = torch.as_tensor(self.tokens, device=logits.device).reshape(logits.shape[:2])
-        real = torch.ones_like(targets) if self.mask is None else torch.as_tensor(self.mask)
+        real = torch.ones_like(targets) if self.mask is None else given_tensor(self.mask)
         counted = real.reshape(targets.shape)[:, 1:].bool()
         if not bool(counted.any()):
             raise ValueError("a loss needs inputs of at least two tokens")
@@ -115,7 +116,7 @@ class TextInputs:
         read_at = self.read_at or Readout("last_real")
         columns, width = read_at.place([len(row) for row in rows], self.n_ctx, self.positional)
         tokens, mask = pad_right(rows, width)
-        return Batch(tokens, mask, torch.tensor(columns)).to(self.device)
+        return Batch(tokens, mask, torch.tensor(columns, device="cpu")).to(self.device)
 
     def to_tokens(self, texts: Texts, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
         """Token ids of some texts, padded on the right with id 0."""

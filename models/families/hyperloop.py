@@ -99,7 +99,7 @@ class LoopMixing(nn.Module):
         starts = (
             (-math.log(n - 1), 0.0, -20.0) if self.cfg.gate_bias == "plain" else (0.0, 0.0, 0.0)
         )
-        self.b.copy_(torch.tensor(starts)[:, None].expand(3, n))
+        self.b.copy_(self.b.new_tensor(starts)[:, None].expand(3, n))
         self.embedding.zero_()
 
     def forward(self, streams: Streams, taps: Taps) -> tuple[Tensor, Tensor, Tensor]:

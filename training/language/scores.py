@@ -81,7 +81,7 @@ def sample_strings(
     start, end = words.ids(BOS)[0], words.ids(EOS)[0]
     drawn = generate(
         model,
-        torch.full((count, 1), start),
+        torch.full((count, 1), start, device="cpu"),
         context - 1,
         sampling=Sampling(temperature=float(temperature), seed=seed),
         stop_at=end,

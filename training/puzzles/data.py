@@ -40,7 +40,7 @@ class Copies:
             cells = np.take_along_axis(boards[rows], moved, axis=1)
             return torch.from_numpy(np.take_along_axis(names, cells, axis=1))
 
-        none = torch.zeros(count, dtype=torch.int64)
+        none = torch.zeros(count, dtype=torch.int64, device="cpu")
         return Examples(copied(self.questions), copied(self.answers), none)
 
 

@@ -56,7 +56,7 @@ def by_grade(
     grades = [grade(rules, puzzle.question) for puzzle in puzzles]
     found: dict[str, dict[str, int | float]] = {}
     for each in sorted(set(grades)):
-        of = exact[torch.tensor([one == each for one in grades])]
+        of = exact[torch.tensor([one == each for one in grades], device=exact.device)]
         found[str(each)] = {"puzzles": len(of), "exact": round(float(of.float().mean()), 4)}
     return found
 

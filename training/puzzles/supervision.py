@@ -61,8 +61,8 @@ class Carry:
         """Rows that all begin anew."""
         like = model.embedding
         state = like.new_zeros(batch_size, model.cfg.n_prefix + n_cells, model.cfg.d_model)
-        none = torch.zeros(batch_size, dtype=torch.int64)
-        cells = torch.zeros(batch_size, n_cells, dtype=torch.int64)
+        none = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
+        cells = torch.zeros(batch_size, n_cells, dtype=torch.int64, device="cpu")
         return cls(state, state, none, none == 0, cells, cells, none)
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -86,8 +86,10 @@ class Draws:
     def make(cls, batch_size: int, max_steps: int, generator: torch.Generator) -> Draws:
         """Uniform numbers, and whole ones from 2 to `max_steps`."""
         return cls(
-            torch.rand(batch_size, generator=generator),
-            torch.randint(2, max(3, max_steps + 1), (batch_size,), generator=generator),
+            torch.rand(batch_size, generator=generator, dtype=torch.float32, device="cpu"),
+            torch.randint(
+                2, max(3, max_steps + 1), (batch_size,), generator=generator, device="cpu"
+            ),
         )
 
 

@@ -96,7 +96,7 @@ class TrainingFreeGemma(WindowLoops, LoopedDecoder):
     @property
     def embedding_scale(self) -> float:
         """sqrt(d_model), rounded to the number format of the weights as the release does."""
-        return float(torch.tensor(self.cfg.d_model**0.5).to(self.embedding.dtype))
+        return float(torch.tensor(self.cfg.d_model**0.5, device="cpu").to(self.embedding.dtype))
 
     def unembed(
         self, normalized: Float[Tensor, "batch pos d_model"]
