@@ -325,7 +325,7 @@ def shares_of(
     metric: Metric,
     kept: Sequence[Sequence[int]],
     left: Sequence[Sequence[int]] = (),
-    max_bytes: int = 1 << 27,
+    max_bytes: int = MAX_BYTES,
 ) -> tuple[Float[Tensor, " kept"], Float[Tensor, " left"]]:
     """The shares that many circuits keep, and those that are left without some, as
     `evaluate_circuit` measures them with excluded edges "corrupted".
