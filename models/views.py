@@ -248,6 +248,12 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
         for point in found:
             self.watch.add(point)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # a copy views a copy of the model; folded weights are the view's own
+        if self.cfg.normalization_type != "LNPre":
+            return unrolled, (self._source, self._n_loops)
+        return super().__reduce_ex__(protocol)
+
     def _point(self, name: str) -> LoopHookPoint:
         """A new hook point of the view, at its place."""
         point = new_point(name, False)

@@ -172,8 +172,8 @@ class Calls:
         if self._with_gradients and cut:
             self._with_gradients = False
             warnings.warn(
-                f"the wrapped module switches gradients off at {visit.name!r}: gradients with"
-                " respect to what is computed there or before are zero",
+                f"the wrapped module switches gradients off at {visit.name!r}: gradients leave out"
+                " what passes through it, and are zero where nothing else leads on",
                 stacklevel=2,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.state import Slot, State, Visit
 from loopscope.models.wrapped.calls import Calls, logits_of, takes
 
+_PREFIX = "Wrapped"
 TOKENS, EMBEDDED, LOGITS, OPTION = "tokens", "embedded", "logits", "option."
 
 
@@ -79,6 +81,12 @@ class Wrapped(LoopedModel):
         self.module = module
         self.grow(cfg.n_loops or 1)
         self._checked = False
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # a class that is made for a module stands in no file from which pickle could import it
+        kind = type(self)
+        name = kind.__name__.removeprefix(_PREFIX)
+        return _empty, (name, kind.causal, kind.batch_independent), self.__dict__
 
     @property
     def additive_residual(self) -> bool:
@@ -306,3 +314,21 @@ def _weight(module: object, kind: type[nn.Embedding | nn.Linear], name: str) -> 
             f"this needs {name}= to be an nn.{kind.__name__}, got a {type(module).__name__}"
         )
     return module.weight
+
+
+@cache
+def wrapped_kind(name: str, causal: bool, batch_independent: bool) -> type[Wrapped]:
+    """The class of wrapped modules with some facts.
+
+    Args:
+        name: The name of the modules' own class.
+        causal, batch_independent: As for `wrap`.
+    """
+    facts = {"causal": causal, "batch_independent": batch_independent}
+    return type(f"{_PREFIX}{name}", (Wrapped,), facts)
+
+
+def _empty(name: str, causal: bool, batch_independent: bool) -> Wrapped:
+    """A wrapped module without anything in it, to be filled by pickle."""
+    kind = wrapped_kind(name, causal, batch_independent)
+    return kind.__new__(kind)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loopscope.models.core.state import Slot, checked_loops
 from loopscope.models.wrapped.calls import AFTER, BEFORE
-from loopscope.models.wrapped.model import Layout, Wrapped, WrappedConfig
+from loopscope.models.wrapped.model import Layout, Wrapped, WrappedConfig, wrapped_kind
 
 Stacks = Mapping[str, str | tuple[str, int]]
 Part = str | Callable[[Tensor], Tensor] | None
@@ -82,11 +82,9 @@ def wrap(
         head=_part(module, head),
         kwargs=dict(kwargs or {}),
     )
-    facts = {"causal": causal, "batch_independent": batch_independent}
-    kind = type(f"Wrapped{type(module).__name__}", (Wrapped,), facts)
+    kind = wrapped_kind(type(module).__name__, causal, batch_independent)
     cfg = _config(module, embedding, sum(map(len, found.values())), n_loops)
-    model: Wrapped = kind(cfg, module, layout)
-    return model
+    return kind(cfg, module, layout)
 
 
 def _stacks(module: nn.Module, named: Stacks) -> dict[str, tuple[str, list[nn.Module], int]]:
