@@ -8,21 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import at_columns_of, checked_columns
-from loopscope.interp.common.inputs import Inputs, reference_batch
+from loopscope.interp.common.inputs import Inputs, begin_batch, reference_batch
 from loopscope.interp.common.modes import evaluating
 from loopscope.interp.common.places import Picked, in_range
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.models.basis.numbers import checked_number, given_tensor, is_bool
 from loopscope.models.core.base import LoopedModel
 
+_EMBED = "hook_embed"
 Features = int | Sequence[int] | Int[Tensor, "batch some"]
 
 
@@ -141,13 +143,14 @@ def splice(
             exactly as they were. False leaves the sum of the features alone.
         reference: For a crosscoder only: the inputs of the runs inside. Its code of a token needs
             the states of all iterations, which are taken from one run of these inputs when the
-            context is entered.
+            context is entered. A run of other tokens is refused; what a batch holds besides tokens
+            (`Batch.options`, such as a seed), and what hooks inside change, is not compared.
 
     Raises:
         KeyError: A hook that the model does not have.
         ValueError: A dictionary of another model or width, a feature or place out of range, a
             reference that is missing or not needed; and from the runs inside: another n_loops, or
-            another shape than the reference's.
+            other inputs than the reference.
     """
     dictionary.check(model)
     if (reference is None) == (dictionary.kind == "crosscoder"):
@@ -157,7 +160,7 @@ def splice(
         )
     chosen = in_range("loops", loops, dictionary.n_loops)
     changes = _checked_edits(edits, dictionary, chosen)
-    fixed = None if reference is None else _codes_of(model, dictionary, reference)
+    fixed = None if reference is None else _Reference.of(model, dictionary, reference)
     held: dict[int, Tensor] = {}
     reading, writing = (
         {names[loop]: loop for loop in chosen}
@@ -169,7 +172,7 @@ def splice(
 
     def write(value: Tensor, hook: HookPoint) -> Tensor:
         loop = writing[str(hook.name)]
-        codes = _taken(held, loop, dictionary) if fixed is None else fixed
+        codes = _taken(held, loop, dictionary) if fixed is None else fixed.codes
         if codes.shape[:2] != value.shape[:2]:
             raise ValueError(
                 f"the codes are those of {list(codes.shape[:2])} rows and columns, but the run"
@@ -181,9 +184,8 @@ def splice(
         return _written(value, codes if error else None, new, dictionary, loop)
 
     # predicates, so that another n_loops is refused; what is read is read before it is written
-    hooks = [(writing.__contains__, write)]
-    if fixed is None:
-        hooks.insert(0, (reading.__contains__, read))  # type: ignore[arg-type]
+    first = (reading.__contains__, read) if fixed is None else (_EMBED.__eq__, fixed.check)
+    hooks: list[Any] = [first, (writing.__contains__, write)]
     with model.hooks(hooks, n_loops=dictionary.n_loops):
         yield model
 
@@ -228,14 +230,44 @@ def _taken(held: dict[int, Tensor], loop: int, dictionary: Dictionary) -> Tensor
     return dictionary.coder(loop).encode(held.pop(loop))
 
 
-@torch.no_grad()
-def _codes_of(
-    model: LoopedModel, dictionary: Dictionary, inputs: Inputs
-) -> Float[Tensor, "batch pos feature"]:
-    """A crosscoder's codes of all tokens of some inputs."""
-    batch, names = reference_batch(model, inputs), dictionary.reading.names
-    with evaluating(model):
-        run = recorded(model, batch, names, dictionary.n_loops)
-    states = torch.stack([run[name] for name in names], dim=2)
-    codes = dictionary.encode(states.flatten(0, 1))
-    return codes[:, 0].view(*states.shape[:2], -1)
+@dataclass(frozen=True)
+class _Reference:
+    """The inputs of the runs inside, as a crosscoder reads them.
+
+    Attributes:
+        codes: Float[Tensor, "batch pos feature"], of all tokens.
+        embedded: Float[Tensor, "batch pos d_model"], by which the inputs are known again.
+        real: Bool[Tensor, "batch pos"], False for padding.
+    """
+
+    codes: Float[Tensor, "batch pos feature"]
+    embedded: Float[Tensor, "batch pos d_model"]
+    real: Bool[Tensor, "batch pos"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: LoopedModel, dictionary: Dictionary, inputs: Inputs) -> _Reference:
+        """One run of the inputs."""
+        batch, names = reference_batch(model, inputs), dictionary.reading.names
+        with evaluating(model):
+            run = recorded(model, batch, [_EMBED, *names], dictionary.n_loops)
+        states = torch.stack([run[name] for name in names], dim=2)
+        codes = dictionary.encode(states.flatten(0, 1))
+        real = begin_batch(model, batch, dictionary.n_loops).mask.bool()
+        return cls(codes[:, 0].view(*states.shape[:2], -1), run[_EMBED], real)
+
+    def check(self, value: Tensor, hook: HookPoint) -> None:
+        """Refuse a run of other tokens; one of another shape is refused where codes are written.
+
+        Raises:
+            ValueError: An embedding is not the reference's.
+        """
+        if value.shape != self.embedded.shape:
+            return
+        other = (value.detach() != self.embedded).any(-1) & self.real
+        if bool(other.any()):
+            row, column = other.nonzero()[0].tolist()
+            raise ValueError(
+                "a reference must be the input of the run inside, but the embeddings differ, first"
+                f" in row {row} at position {column}; pass the inputs of the run as reference="
+            )

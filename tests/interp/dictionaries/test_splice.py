@@ -156,3 +156,21 @@ def test_a_state_of_heads_is_no_vector() -> None:
         splice(model(), heads),
     ):
         run(model(), padded())
+
+
+def test_a_crosscoder_refuses_a_run_of_other_tokens() -> None:
+    own, batch = dictionary("crosscoder"), padded(1)
+    column = int(batch.readout[1])
+    assert batch.mask[1, column]
+    tokens = batch.tokens.clone()
+    tokens[1, column] = tokens[1, column] % 28 + 1
+    padding = batch.tokens.where(batch.mask.bool(), 5)
+    assert not torch.equal(padding, batch.tokens)
+    with splice(model(), own, reference=batch):
+        found = run(model(), batch)
+        with pytest.raises(ValueError, match=rf"differ, first in row 1 at position {column};"):
+            run(model(), replace(batch, tokens=tokens))
+        assert torch.equal(
+            run(model(), replace(batch, tokens=padding))[1, column], found[1, column]
+        )
+    assert hook_count(model()) == 0
