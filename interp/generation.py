@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
@@ -20,7 +19,7 @@ from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import check_order, has_no_order, in_order, top_token
 from loopscope.interp.common.shown import OneScreen
 from loopscope.models.basis.draws import checked_seed, seeded
-from loopscope.models.basis.numbers import checked_count, checked_number
+from loopscope.models.basis.numbers import checked_count, checked_integer, checked_number
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel, at_columns
@@ -184,7 +183,7 @@ def _stops(model: LoopedModel, stop_at: StopAt | None) -> Int[Tensor, " token"]:
 
 def _whole(token: SupportsIndex) -> int:
     try:
-        return operator.index(token)
+        return checked_integer(token, "stop_at")
     except TypeError:
         raise TypeError(
             f"stop_at must be a token id, the text of one token, or several of these, got {token!r}"

@@ -41,7 +41,7 @@ def attenuate_input(
         ValueError: A model, or an iteration, without injection; from the runs inside: another
             n_loops.
     """
-    factor = checked_number(factor, "factor")
+    checked_number(factor, "factor")
     names = _injections(model, loops, visits, checked_loops(n_loops, model.cfg.n_loops))
     with model.hooks(
         [(set(names).__contains__, lambda value, hook: factor * value)], n_loops=n_loops

@@ -65,7 +65,7 @@ def realign(
     d_vocab = model.cfg.d_vocab
     if how not in ("replace", "rescale", "blend"):
         raise ValueError(f"how must be 'replace', 'rescale' or 'blend', got {how!r}")
-    weight = checked_number(weight, "weight", least=0, most=1)
+    checked_number(weight, "weight", least=0, most=1)
     rank = one_in_range("rank", rank, d_vocab)
     given = None if tokens is None else given_tensor(tokens)
     if given is not None:

@@ -81,7 +81,7 @@ def steer(
     Source:
         Turner et al. 2023 (arXiv 2308.10248), activation addition.
     """
-    scale = checked_number(scale, "scale")
+    checked_number(scale, "scale")
     with _writing(
         model,
         lambda value, name: value + scale * _fitted(vectors, value, name),

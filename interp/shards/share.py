@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
 from typing import TypeVar
+
+from loopscope.models.basis.numbers import checked_integer
 
 Shard = tuple[int, int]
 _Item = TypeVar("_Item")
@@ -21,7 +22,7 @@ def checked_shard(shard: Sequence[int] | None) -> Shard:
     if shard is None:
         return 0, 1
     try:
-        index, count = map(operator.index, shard)
+        index, count = (checked_integer(number, "a shard") for number in shard)
     except (TypeError, ValueError):
         raise TypeError(f"shard must be two integers (i, n), got {shard!r}") from None
     if not 0 <= index < count:

@@ -80,7 +80,8 @@ def checked_number(
     value = None
     with suppress(TypeError, ValueError, OverflowError, RuntimeError):
         if not is_bool(number) and not isinstance(number, str | bytes):
-            value = float(number)  # type: ignore[arg-type]
+            held = number.detach() if isinstance(number, Tensor) else number
+            value = float(held)  # type: ignore[arg-type]
     if value is None:
         raise TypeError(f"{name} must be a number, got {_shown(number)}")
     if not (above < value < below and least <= value <= most):

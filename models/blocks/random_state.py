@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loopscope.models.basis.numbers import checked_integer
+
 CUT = 3.0  # standard deviations at which the releases truncate their normal distribution
 _PRECISION = 53  # bits of a float64 in [0, 1)
 
@@ -37,8 +39,7 @@ def latent_state(
         TypeError: A seed that is no integer.
         ValueError: A seed out of range, or a negative standard deviation.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    seed = checked_integer(seed, "seed")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be at least 0 and below 2**64, got {seed}")
     if not std >= 0:

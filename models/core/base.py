@@ -48,6 +48,7 @@ from loopscope.models.core.state import (
     checked_loops,
     checked_mask,
     checked_tokens,
+    integers,
     refuse_unmasked_padding,
     running,
 )
@@ -257,8 +258,17 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
 
         Returns:
             Float[Tensor, "batch d_vocab"] at the positions, or Float[Tensor, "batch pos d_vocab"].
+
+        Raises:
+            TypeError: Positions that are no integers.
         """
-        logits = self.unembed(self.read_state(state, positions))
+        columns = None if positions is None else integers(positions)
+        if positions is not None and columns is None:
+            raise TypeError(
+                "positions must be an integer tensor, one column for each row, got"
+                f" {getattr(positions, 'dtype', type(positions).__name__)}"
+            )
+        logits = self.unembed(self.read_state(state, columns))
         return logits if positions is None else logits[:, 0]
 
     def forward(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loopscope.models.basis.files import atomic_path
+from loopscope.models.basis.numbers import checked_integer
 
 Key = str | tuple[str | int, ...]
 _PLACE_WORDS = ("loops", "blocks")
@@ -136,7 +137,7 @@ class LoopCache(Mapping[str, Tensor]):
             key = (key,)
         if not key:
             raise KeyError(self._missing(key))
-        site, place = str(key[0]), key[1:]
+        site, place = str(key[0]), tuple(map(_step, key[1:]))
         here = [name for name in self if is_site(name, site)]
         place = self._from_the_start(place, here)
         found = [name for name in here if coordinate(name) == place]
@@ -171,6 +172,11 @@ class LoopCache(Mapping[str, Tensor]):
             f" {', '.join(nearest) or 'none'}; run_with_cache(names_filter=...) chooses what is"
             " kept"
         )
+
+
+def _step(step: str | int) -> str | int:
+    """A part of a key; TypeError where it is neither a word nor an integer."""
+    return step if isinstance(step, str) else checked_integer(step, "a coordinate of a key")
 
 
 def _in_order(place: tuple[str | int, ...]) -> list[tuple[bool, int, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loopscope.models.basis.numbers import checked_integer
 from loopscope.models.core.state import Slot, checked_loops
 from loopscope.models.wrapped.calls import AFTER, BEFORE
 from loopscope.models.wrapped.model import Layout, Wrapped, WrappedConfig, wrapped_kind
@@ -92,6 +93,7 @@ def _stacks(module: nn.Module, named: Stacks) -> dict[str, tuple[str, list[nn.Mo
     stacks = {}
     for stage, given in named.items():
         path, calls = (given, 1) if isinstance(given, str) else given
+        calls = checked_integer(calls, f"the calls of {stage!r}")
         if calls < 1 or (calls > 1 and stage in _OUTSIDE):
             raise ValueError(
                 f"a stack must be called at least once, and outside the loop exactly once, got"

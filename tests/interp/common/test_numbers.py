@@ -412,3 +412,44 @@ def test_the_checked_number_is_pythons() -> None:
         checked_number(math.inf, "x")
     with pytest.raises(ValueError, match="x must be at least 3, got 2"):
         checked_count(2, "x", least=3)
+
+
+def test_what_is_asked_of_a_model_is_whole() -> None:
+    own, tokens = toy(), CLEAN.tokens
+    end = own.advance(own.begin(tokens, n_loops=RUN))
+    for positions in (1.5, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True])):
+        with pytest.raises(TypeError, match="positions must be an integer tensor"):
+            own.readout(end, positions)
+    assert torch.equal(own.readout(end, [1, 2, 3]), own.readout(end, torch.tensor([1, 2, 3])))
+    _, cache = own.run_with_cache(tokens, n_loops=RUN)
+    for key in (("resid_post", True, 0), ("resid_post", 1.0, 0), ("resid_post", 1, False)):
+        with pytest.raises(TypeError, match="a coordinate of a key must be an integer"):
+            cache[key]
+        assert key not in cache
+    assert torch.equal(cache["resid_post", np.int64(1), 0], cache["resid_post", 1, 0])
+    with pytest.raises(TypeError, match="stop_at must be a token id"):
+        loopscope.generate(own, CLEAN, 1, RUN, stop_at=True)
+    with pytest.raises(TypeError, match=r"shard must be two integers \(i, n\)"):
+        logit_lens(own, CLEAN, RUN, shard=(0, True))
+    with pytest.raises(TypeError, match="the calls of 'blocks' must be an integer, got float"):
+        loopscope.wrap(Own(), {"blocks": ("blocks", 2.0)}, RUN)
+
+
+def test_a_seed_of_numpy_is_a_seed() -> None:
+    drawing = TOYS["huginn"].make()
+    tokens = CLEAN.tokens % 7
+    with torch.no_grad():
+        expected = drawing(tokens, n_loops=RUN, seed=3)
+        assert torch.equal(drawing(tokens, n_loops=RUN, seed=np.int64(3)), expected)
+    for seed in (True, 2.5):
+        with pytest.raises(TypeError, match="seed must be an integer"):
+            drawing(tokens, n_loops=RUN, seed=seed)
+
+
+def test_a_scale_with_a_gradient_keeps_it() -> None:
+    own, vector = toy(), torch.ones(D_MODEL, dtype=torch.float64)
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    with loopscope.steer(own, vector, loops=0, layers=0, scale=scale, n_loops=RUN):
+        own(CLEAN.tokens, n_loops=RUN).sum().backward()
+    assert scale.grad is not None
+    assert scale.grad != 0
