@@ -28,8 +28,8 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     begin_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
@@ -277,13 +277,13 @@ def dynamics(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    batch_size = checked_batch_size(batch_size)
+    size = rows_at_once(model, batch, batch_size)
     chosen = shown_columns(batch, positions)
     stops = [iteration_start(model, 0, n_loops), *model.iteration_ends(n_loops)]
     collected = []
     for rows, columns in zip(
-        in_chunks(batch, batch_size, "dynamics"),
-        chosen[0].split(batch_size),
+        in_chunks(batch, size, "dynamics"),
+        chosen[0].split(size),
         strict=True,
     ):
         state = begin_batch(model, rows, n_loops)

@@ -30,7 +30,7 @@ from loopscope.interp.lens.tuned_lens import TunedLens
 from loopscope.interp.lens.tuned_training import train_tuned_lens
 from loopscope.interp.probes.probe import probe
 from loopscope.models.families.recurrent_depth import RecurrentDepth
-from toy import padded, toy
+from toy import BatchCentred, odd_one, padded, toy
 
 LOOPS = 3
 ANSWERS = [1, 2, 3]
@@ -121,6 +121,17 @@ def test_pieces_have_at_least_one_row(name: str, dropping: RecurrentDepth) -> No
         METHODS[name](dropping, batch_size=0)
     with pytest.raises(TypeError, match="batch_size must be an integer, got float"):
         METHODS[name](dropping, batch_size=2.0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_that_depend_on_one_another_stay_together(name: str) -> None:
+    centred = odd_one(BatchCentred)
+    try:
+        whole = METHODS[name](centred)
+    except ValueError as error:
+        assert "depend on one another" in str(error)
+    else:
+        torch.testing.assert_close(METHODS[name](centred, batch_size=2), whole)
 
 
 # Lists and numpy's numbers
