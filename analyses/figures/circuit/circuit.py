@@ -74,6 +74,8 @@ MOST_EDGES = 100_000
 """Edges of a circuit by position, above which it must be asked for."""
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Sizes of the curve, as shares of all edges; the circuit's own size is put among them."""
+_PAIRS_OF_REPORT = 16
+"""So many pairs show which edges matter; a report with all of them takes twice as long."""
 RANKINGS = ("score", "change", "random")
 
 
@@ -327,7 +329,8 @@ def _add_curves(plot: go.Figure, record: FoundCircuit) -> None:
 
 
 def _of_report(opened: Opened) -> FoundCircuit:
-    return measure(opened.subject, opened.pairs, CircuitConfig(n_loops=opened.n_loops))
+    pairs = opened.pairs.first(_PAIRS_OF_REPORT)
+    return measure(opened.subject, pairs, CircuitConfig(n_loops=opened.n_loops))
 
 
 def _found(record: FoundCircuit) -> str:
@@ -342,8 +345,10 @@ def _found(record: FoundCircuit) -> str:
         else ""
     )
     share = f"{record.circuit.share:.1%}"
+    pairs = len(record.clean)
+    over = f"Over {pairs} pairs of inputs, " * (pairs > 1)
     said = (
-        f"{len(record.circuit)} of {record.circuit.n_possible} edges{where} ({share}) keep"
+        f"{over}{len(record.circuit)} of {record.circuit.n_possible} edges{where} ({share}) keep"
         f" {kept:.2f} of the difference between the margins of the clean and the corrupted run; all"
         f" others together keep {left:.2f}. As many edges by the change of their writers keep"
         f" {change:.2f}, random ones {chance:.2f}.{again}"
