@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import RMSNorm
+from loopscope.models.blocks.components import GatedMLP, RMSNorm
 from loopscope.models.blocks.decoder import stack
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
+from loopscope.models.blocks.decoder_block import Attention, Block
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Visible, every_key
 from loopscope.models.core.base import LoopedModel, stream_at
