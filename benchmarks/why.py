@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopscope.checkpoints.load import load
+from benchmarks.hrm_text import random_pair
 from loopscope.models.core.base import LoopedModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "why.md"
@@ -142,26 +141,11 @@ class Facts:
 def pair(high: int, low: int) -> Pair:
     """Both models with `high` cycles of `low` runs of the low stack and one of the high stack."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
-    from transformers import HrmTextConfig, HrmTextForCausalLM
 
-    torch.manual_seed(0)
-    theirs = HrmTextForCausalLM(
-        HrmTextConfig(
-            vocab_size=41,
-            hidden_size=24,
-            intermediate_size=36,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            head_dim=8,
-            max_position_embeddings=32,
-            H_cycles=high,
-            L_cycles=low,
-            initializer_range=0.2,
-        )
-    ).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = load(folder)
+    theirs, ours = random_pair(
+        high, low, vocab_size=41, hidden_size=24, intermediate_size=36, num_hidden_layers=2,
+        num_attention_heads=3, head_dim=8,
+    )  # fmt: skip
     bridge = build_bridge_from_module(theirs, "HrmTextForCausalLM", hf_config=theirs.config)
     tokens = torch.randint(0, 41, (3, 8), generator=torch.Generator().manual_seed(1))
     if not torch.allclose(bridge(tokens), ours(tokens), atol=SAME):
