@@ -43,19 +43,19 @@ several times under one name. A tool that finds activations by name can then kee
 of these values, or all of them at once. This page measures what follows from that. (One run of one
 block is called a [visit](glossary.md#visit).)
 
-The model is one random HRM-Text with two stacks (low and high) of two blocks each. One forward
-pass makes {high} high cycles, and each of them runs the low stack {low} times and the high stack once.
-The same weights are run twice: through TransformerLens's own wrapper (`TransformerBridge`, "the bridge"
-below, whose adapter for this family names this limit) and through this library ("here"). Both
-compute the same logits.
+The model is one random HRM-Text with two stacks (low and high) of two blocks each. One forward pass
+makes {high} high cycles, and each of them runs the low stack {low} times and the high stack once.
+The same weights are run twice: through TransformerLens's own wrapper (`TransformerBridge`, "the
+bridge" below, whose adapter for this family names this limit) and through this library ("here").
+Both compute the same logits.
 
 ## One name, several values
 
 {names}
 
-`run_with_cache` on the bridge keeps the value of the last visit only. The table compares
-what the bridge cached as `L_blocks.0.hook_resid_pre` with the activation of each visit of that block
-here, by the largest absolute difference. Only the last visit agrees:
+`run_with_cache` on the bridge keeps the value of the last visit only. The table compares what the
+bridge cached as `L_blocks.0.hook_resid_pre` with the activation of each visit of that block here,
+by the largest absolute difference. Only the last visit agrees:
 
 {distance}
 
@@ -63,8 +63,8 @@ here, by the largest absolute difference. Only the last visit agrees:
 
 A patch must change nothing if it writes a run's own value back where it came from. So: cache a run,
 then run again and write the cached value back at the same site, at position {position} of 0 to 7
-(and for head {head} of 0 to 2 where the site has heads). On the bridge the point fires several times,
-and the value of the last visit is written at all of them.
+(and for head {head} of 0 to 2 where the site has heads). On the bridge the point fires several
+times, and the value of the last visit is written at all of them.
 
 The table shows the largest change of a logit, in standard deviations of the logits. *The bridge,
 visited once* is a control: a model of the same sizes whose blocks run only once. *Here* is the
