@@ -34,22 +34,27 @@ CYCLES = (2, 3)
 EXACT = 1e-4
 _BYTES = 1024  # ru_maxrss counts in kibibytes
 
-_TEXT = """# Peers
+_TEXT = """# The same analysis in other tools
 
 Written by `python -m benchmarks.peers` on: {machine}.
 
-The question: a block runs several times in one forward pass. Write the clean run's value at one
-call of it, at one position, and read the logits at the last position. One case is a hand-written
-Ouro-like module ({blocks} blocks, {loops} iterations, d={d_model}, {length} tokens), the other is
-transformers' own HRM-Text ({high} high cycles, {low} low cycles in each). What is right is measured
-by plain PyTorch hooks that count their calls. *off by* is the largest error of the difference
-between two logits over all cells, in standard deviations of that difference over the cells. Every
-tool runs in a process of its own, with one thread; *a cell* is processor time for each cell, and
-*memory* is what the cells added to the largest size of the process.
+This page asks several tools to do the same patching experiment on a model whose blocks run several
+times in one forward pass. One *cell* of the experiment is: at one call of a block, at one position,
+write the value of the clean run, and read the logits at the last position.
+
+There are two models. One is a hand-written module like Ouro ({blocks} blocks, {loops} iterations,
+d={d_model}, {length} tokens); the other is HRM-Text of transformers ({high} high cycles,
+with {low} low cycles in each). The right values come from plain PyTorch hooks that count their
+calls.
+
+* *off by*: the largest error over all cells of the difference between two logits, in standard
+  deviations of that difference over the cells;
+* *a cell*: processor time per cell, in a process of its own with one thread;
+* *memory*: how much the cells added to the largest size of the process.
 
 {tables}
 
-## How each one was asked
+## How each tool was used
 
 {how}
 
@@ -185,7 +190,7 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def plain_hooks(case: Case) -> Tensor:
-    """Forward hooks that count the calls of a block; one run a cell."""
+    """Forward hooks that count the calls of a block; one run per cell."""
     found = []
     kept = _outputs(case)
     for path, call, position in case.cells:
@@ -285,7 +290,7 @@ def transformer_lens(case: Case) -> Tensor:
 
 
 def nnsight(case: Case) -> Tensor:
-    """`tracer.iter[n]`; one trace a cell."""
+    """`tracer.iter[n]`; one trace per cell."""
     from nnsight import NNsight
 
     kept = _outputs(case)
@@ -307,7 +312,7 @@ def _at(traced: Any, path: str) -> Any:
 
 
 def torchlens(case: Case) -> Tensor:
-    """`trace`, then `fork`, `set` at `PATH:CALL` and `push`; one push a cell."""
+    """`trace`, then `fork`, `set` at `PATH:CALL` and `push`; one push per cell."""
     import torchlens as tl
 
     capture = tl.options.CaptureOptions(intervention_ready=True)
