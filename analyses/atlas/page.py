@@ -48,8 +48,9 @@ says which. A yes means that the phenomenon appears at this size. A no may need 
 or data that no miniature was trained on; its reason is given.
 
 In the tables of the sections, *number* says what is measured, *found* is its value, *rule* the
-value that the claim needs, and *role* marks controls. *Shuffled weights* are those of the model with
-the entries of each matrix in random order. The [glossary](glossary.md) explains the other words."""
+value that the claim needs, and *role* marks controls. *Shuffled weights* are those of the model
+with the entries of each matrix in random order. The [glossary](glossary.md) explains the other
+words."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def section(answer: Answer) -> str:
         f"*{question.title}*: {question.claim} **{claim.verdict.capitalize()}.**",
         question.asked,
         markdown_table(table),
-        f"Again: `loopscope atlas --papers {question.name}`, by {calls}.{picture}"
+        f"Run it again: `loopscope atlas --papers {question.name}`, by {calls}.{picture}"
         f" How it differs: {question.differs}"
         f" Known when the rule was written: {question.known}.",
     ]
