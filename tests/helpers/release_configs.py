@@ -36,8 +36,8 @@ says how large one is and downloads it. Then `load(NAME)` loads it. Useful argum
 
 `load(folder, window=(first, last))` loops some layers of an ordinary model without training. This
 works for Llama, SmolLM2, Mistral, Qwen2 and 2.5, Qwen3, Gemma 2, Gemma 3 (text), OLMo-2, GPT-NeoX
-(Pythia) and GPT-2. Llama, Qwen2, Qwen3, Gemma 2, Gemma 3 and GPT-2 may also be one GGUF file. To read
-its fields, tensors and tokenizer install the extra `loopscope[gguf]`. Quantised numbers become
+(Pythia) and GPT-2. Llama, Qwen2, Qwen3, Gemma 2, Gemma 3 and GPT-2 may also be one GGUF file. To
+read its fields, tensors and tokenizer install the extra `loopscope[gguf]`. Quantised numbers become
 float32.
 
 If a tokenizer cannot be used, the weights load all the same and one warning gives the reason. A
