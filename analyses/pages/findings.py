@@ -339,7 +339,7 @@ Written by `loopscope findings`. This page follows one computation from input to
 result: each block follows one relation, and the entity that has been reached moves one position to
 the right per block.
 
-The model is given {count} held-out queries of {hops} hops ("<e><r><r>...": the head entity stands
+The model is given {count} held-out queries of {hops} hops (`<e><r><r>...`: the head entity stands
 at position 0, the relation of hop k at position k). It runs {loops} iterations of its two blocks,
 and answers a share of {accuracy} of the queries right. For patching, each query is paired with the
 same relations asked of another head entity. Every relation is a permutation of the entities, so the
@@ -361,7 +361,8 @@ The clean state of one position after one block is put into the run of the corru
 is one block; *position* is the one at which this brings back most of the answer. *Margin restored*
 is the effect (0: the margin of the corrupted run, 1: that of the clean run), *answered right* the
 share of queries whose clean answer is then on top, and *largest elsewhere* the largest effect of
-any other position. So at each block almost all of the answer is at one position.
+any other position. After most blocks,
+nearly all of the answer is at one position.
 
 RESTORED
 
