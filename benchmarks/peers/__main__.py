@@ -23,22 +23,27 @@ PAGE = Path(__file__).parents[2] / "docs" / "peers.md"
 EXACT = 1e-4
 _BYTES = 1024  # ru_maxrss counts in kibibytes
 
-_TEXT = """# Peers
+_TEXT = """# The same analysis in other tools
 
 Written by `python -m benchmarks.peers` on: {machine}.
 
-The question: a block runs several times in one forward pass. Write the clean run's value at one
-call of it, at one position, and read the logits at the last position. One case is a hand-written
-Ouro-like module ({blocks} blocks, {loops} iterations, d={d_model}, {length} tokens), the other is
-transformers' own HRM-Text ({high} high cycles, {low} low cycles in each). What is right is measured
-by plain PyTorch hooks that count their calls. *off by* is the largest error of the difference
-between two logits over all cells, in standard deviations of that difference over the cells. Every
-tool runs in a process of its own, with one thread; *a cell* is processor time for each cell, and
-*memory* is what the cells added to the largest size of the process.
+This page asks several tools to do the same patching experiment on a model whose blocks run several
+times in one forward pass. One *cell* of the experiment is: at one call of a block, at one position,
+write the value of the clean run, and read the logits at the last position.
+
+There are two models. One is a hand-written module like Ouro ({blocks} blocks, {loops} iterations,
+d={d_model}, {length} tokens); the other is HRM-Text of transformers ({high} high cycles,
+with {low} low cycles in each). The right values come from plain PyTorch hooks that count their
+calls.
+
+* *off by*: the largest error over all cells of the difference between two logits, in standard
+  deviations of that difference over the cells;
+* *a cell*: processor time per cell, in a process of its own with one thread;
+* *memory*: how much the cells added to the largest size of the process.
 
 {tables}
 
-## How each one was asked
+## How each tool was used
 
 {how}
 

@@ -20,7 +20,7 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def plain_hooks(case: Case) -> Tensor:
-    """Forward hooks that count the calls of a block; one run a cell."""
+    """Forward hooks that count the calls of a block; one run per cell."""
     found = []
     kept = _outputs(case)
     for path, call, position in case.cells:
@@ -120,7 +120,7 @@ def transformer_lens(case: Case) -> Tensor:
 
 
 def nnsight(case: Case) -> Tensor:
-    """`tracer.iter[n]`; one trace a cell."""
+    """`tracer.iter[n]`; one trace per cell."""
     from nnsight import NNsight
 
     kept = _outputs(case)
@@ -142,7 +142,7 @@ def _at(traced: Any, path: str) -> Any:
 
 
 def torchlens(case: Case) -> Tensor:
-    """`trace`, then `fork`, `set` at `PATH:CALL` and `push`; one push a cell."""
+    """`trace`, then `fork`, `set` at `PATH:CALL` and `push`; one push per cell."""
     import torchlens as tl
 
     capture = tl.options.CaptureOptions(intervention_ready=True)

@@ -42,8 +42,8 @@ from loopscope.models.core.state import checked_loops
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitConfig(PairConfig):
-    """The smallest circuit by edge scores: the edges between heads and MLPs of all iterations that
-    keep the answer's margin when all others are corrupted.
+    """The smallest circuit by edge scores: the edges between heads and MLPs of all iterations
+    that keep the answer's margin if all other edges carry the corrupted run.
     """
 
     n_loops: int | None = None
@@ -359,14 +359,15 @@ def _found(record: FoundCircuit) -> str:
 SECTION = Section(
     title="The circuit that carries the answer",
     look_for=(
-        "A line is one component's output as one later component reads it; blue moves the margin"
-        " towards the clean run, orange away from it, and the"
-        f" {MOST} strongest are drawn. Where all texts have one length, columns are positions and a"
-        " dotted line is what a head moves from one to another. Everything outside the circuit is"
-        " given the corrupted run. Below, each component of the shared blocks has one row: a row"
-        " that is filled over several loops does its work again at each of them. A circuit means"
-        " something where the blue curve rises long before the two controls, and the dotted one"
-        " stays at 0."
+        "A line is an edge: the output of one component as one later component reads it. Blue"
+        f" edges move the margin towards the clean run, orange ones away from it; the {MOST}"
+        " strongest are drawn. Everything outside the circuit is given the corrupted run. If all"
+        " texts have one length, columns are positions, and a dotted line is what a head moves"
+        " from one position to another. Below, each component of the shared blocks has one row: a"
+        " row that is filled over several loops does its work again at each of them. The last"
+        " panel shows the share of the margin that circuits of each size keep. A circuit means"
+        " something if the blue curve rises long before the two controls, and the dotted one, the"
+        " share that is left without the circuit, stays at 0."
     ),
     measure=_of_report,
     found=_found,

@@ -265,9 +265,9 @@ def _of_report(opened: Opened) -> Steps:
 SECTION = Section(
     title="Step sizes and angles",
     look_for=(
-        "How far and in which direction the state moves at each iteration, one curve per hop count."
-        " While something is computed, steps turn; once the answer is there, they should point the"
-        " same way or vanish. Deeper questions should settle later."
+        "How far and in which direction the state moves at each iteration, one curve per hop"
+        " count. While the model computes, its steps turn. Once the answer is there, they should"
+        " point the same way or vanish. This should come later for deeper questions."
     ),
     measure=_of_report,
     found=_found,
