@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopscope.checkpoints.load import load
+from benchmarks.hrm_text import random_pair
 from loopscope.models.core.base import LoopedModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "why.md"
@@ -38,50 +37,61 @@ _TEXT = """# Why the iteration needs a name
 
 Written by `python -m benchmarks.why` with {versions}.
 
-A looped model runs the same blocks several times. A hook point that belongs to a block then fires
-several times under one name, and a tool that finds activations by name is left with one of the
-values. Here is what that does, on one random HRM-Text with two blocks in each of its two stacks,
-{high} high cycles and {low} runs of the low stack in each: once through TransformerLens's own
-bridge (`TransformerBridge`, whose adapter for this family states the limit), once through this
-library. Both hold the same weights and compute the same logits.
+A looped model runs the same blocks several times, so a hook point that belongs to a block fires
+several times under one name. A tool that finds activations by name can then keep or change only one
+of these values, or all of them at once. This page measures what follows from that. (One run of one
+block is called a [visit](glossary.md#visit).)
+
+The model is one random HRM-Text with two stacks (low and high) of two blocks each. One forward pass
+makes {high} high cycles, and each of them runs the low stack {low} times and the high stack once.
+The same weights are run twice: through TransformerLens's own wrapper (`TransformerBridge`, "the
+bridge" below, whose adapter for this family names this limit) and through this library ("here").
+Both compute the same logits.
 
 ## One name, several values
 
 {names}
 
-`run_with_cache` on the bridge keeps the value of the last visit. The largest difference between
-what it cached as `L_blocks.0.hook_resid_pre` and our activation of each visit of that block:
+`run_with_cache` on the bridge keeps the value of the last visit only. The table compares what the
+bridge cached as `L_blocks.0.hook_resid_pre` with the activation of each visit of that block here,
+by the largest absolute difference. Only the last visit agrees:
 
 {distance}
 
 ## Writing a value back where it came from
 
-Cache a run, then run again with the cached value written back at the same site, at position
-{position} of 0 to 7 (and head {head} of 0 to 2 where the site has heads). This must change nothing.
-Where the point fires several times, the last visit's value is written at all of them. How far the
-logits move, in their standard deviations; as a control, the bridge of a model of the same sizes
-whose blocks are visited once; and the largest change over all visits here (0 is exactly 0):
+A patch must change nothing if it writes a run's own value back where it came from. So: cache a run,
+then run again and write the cached value back at the same site, at position {position} of 0 to 7
+(and for head {head} of 0 to 2 where the site has heads). On the bridge the point fires several
+times, and the value of the last visit is written at all of them.
+
+The table shows the largest change of a logit, in standard deviations of the logits. *The bridge,
+visited once* is a control: a model of the same sizes whose blocks run only once. *Here* is the
+largest change over all visits of the block. 0 means exactly 0.
 
 {moved}
 
-Patching by such a name is patching every visit at once, with a value that belongs to the last one.
+So a patch by such a name changes every visit at once, with a value that belongs to the last one.
 
 ## Other tools
 
-A hook on the bridge can count its own calls, and nnsight 0.8 can address the n-th call of a module.
-TorchLens 2.36 has a name for every pass of a module (`blocks.0:2`, counted from 1). It refuses the
-bare name of a module with several calls, and the one self-patch that was tried on it, of one site
-at one pass, changed nothing. So a name for the visit is not ours alone.
+Other ways to tell the visits apart exist. A hook on the bridge can count its own calls, and nnsight
+0.8 can address the n-th call of a module. TorchLens 2.36 has a name for every pass of a module
+(`blocks.0:2`, counted from 1) and refuses the bare name of a module with several calls. One
+self-patch was tried on TorchLens, of one site at one pass, and it changed nothing. So this library
+is not alone in naming visits.
 
-What is left here is what follows from the name `loops.{{h}}.low.{{l}}.blocks.{{i}}`:
+It adds methods that use the name `loops.{{h}}.low.{{l}}.blocks.{{i}}`:
 
-* The iteration is an axis of caches and records, and a column of every table.
-* Lenses, exits, dynamics, probes, path patching and gradients ask by iteration, in one call each.
-* A sweep runs many patches side by side, and each of them only from the patched visit on.
-* What is injected, what closes an iteration, nested cycles and exit gates belong to the model: a
-  family declares its facts, and a method that they rule out says so.
+* Caches and results have the iteration as an axis, and tables have it as a column.
+* Lenses, exit rules, dynamics, probes, path patching and gradients cover all iterations in one
+  call.
+* A patching sweep runs many patches side by side, and computes each one only from the patched visit
+  on.
+* Each family declares what its iterations do: what is injected, whether a norm closes an iteration,
+  nested cycles, an exit gate. A method that cannot be right for a family refuses it and says why.
 
-[Coming from another tool](migration/index.md) puts the same lines side by side.
+[Coming from another tool](migration/index.md) shows the same lines in other tools and here.
 """
 
 
@@ -142,26 +152,11 @@ class Facts:
 def pair(high: int, low: int) -> Pair:
     """Both models with `high` cycles of `low` runs of the low stack and one of the high stack."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
-    from transformers import HrmTextConfig, HrmTextForCausalLM
 
-    torch.manual_seed(0)
-    theirs = HrmTextForCausalLM(
-        HrmTextConfig(
-            vocab_size=41,
-            hidden_size=24,
-            intermediate_size=36,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            head_dim=8,
-            max_position_embeddings=32,
-            H_cycles=high,
-            L_cycles=low,
-            initializer_range=0.2,
-        )
-    ).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = load(folder)
+    theirs, ours = random_pair(
+        high, low, vocab_size=41, hidden_size=24, intermediate_size=36, num_hidden_layers=2,
+        num_attention_heads=3, head_dim=8,
+    )  # fmt: skip
     bridge = build_bridge_from_module(theirs, "HrmTextForCausalLM", hf_config=theirs.config)
     tokens = torch.randint(0, 41, (3, 8), generator=torch.Generator().manual_seed(1))
     if not torch.allclose(bridge(tokens), ours(tokens), atol=SAME):

@@ -2,9 +2,10 @@
 
 `basis` is the ground below, `core` what every model does (start with `core/base.py`: begin,
 advance, readout), `blocks` the parts that families are built of, `families` one file per family,
-`wrapped` modules of other people, `views.py` the same computation without sharing, and `check.py`
-the trial of what a family declares. A file in `families` that carries the decorator `family` is
-found by itself. Imports nothing else of this project.
+`wrapped` modules of other people, `views.py` the same computation without sharing (`view_parts.py`
+has the parts of its TransformerLens model), and `check.py` the trial of what a family declares. A
+file in `families` that carries the decorator `family` is found by itself. Imports nothing else of
+this project.
 """
 
 from importlib import import_module

@@ -5,16 +5,14 @@ per visit.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 
-from loopscope.models.blocks.components import LayerNorm, Reader
-from loopscope.models.blocks.decoder_block import Block as OutputFirstBlock
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.compiled import EagerWhileHooked
@@ -27,12 +25,16 @@ from loopscope.models.core.hooks import (
     new_point,
 )
 from loopscope.models.core.state import State, checked_loops
-from loopscope.models.families.recurrent_depth import FusedBlock as InputFirstBlock
-from loopscope.models.families.recurrent_depth import RecurrentDepth
-from loopscope.models.families.smollm import SMolLM
-
-Flat = RecurrentDepth | SMolLM
-FlatBlock = InputFirstBlock | OutputFirstBlock
+from loopscope.models.view_parts import (
+    FinalNorm,
+    Flat,
+    FlatBlock,
+    Unembed,
+    UnrolledBlock,
+    UnrolledCache,
+    UnrolledConfig,
+    folded,
+)
 
 
 def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
@@ -86,114 +88,6 @@ def _refuse_edited(model: LoopedModel) -> None:
         )
 
 
-@dataclass(frozen=True)
-class UnrolledConfig:
-    """The fields of a TransformerLens config that its tools read; n_layers counts visits."""
-
-    n_layers: int
-    d_model: int
-    n_heads: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    n_ctx: int
-    act_fn: str
-    normalization_type: str
-    eps: float
-    positional_embedding_type: str
-    device: torch.device
-    dtype: torch.dtype
-    original_architecture: str
-    attn_only: bool = False
-    use_attn_result: bool = False
-    default_prepend_bos: bool = False
-
-
-class UnrolledCache(ActivationCache):
-    """TransformerLens's cache; it refuses decompositions where the residual is not a plain sum of
-    component outputs.
-    """
-
-    def _refuse(self, method: str) -> None:
-        if not cast("Unrolled", self.model).additive_residual:
-            raise ValueError(
-                f"{method} needs a residual stream that is the sum of its components, but this"
-                " model adds the input again before each iteration, so the sum would be wrong"
-            )
-
-    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse("decompose_resid")
-        return super().decompose_resid(*args, **kwargs)
-
-    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse("get_full_resid_decomposition")
-        return super().get_full_resid_decomposition(*args, **kwargs)
-
-    def logit_attrs(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse("logit_attrs")
-        return super().logit_attrs(*args, **kwargs)
-
-
-class _Part(nn.Module):
-    """A place of hook points that also shows some weights of the shared module, without owning
-    them.
-    """
-
-    def __init__(self, weights: nn.Module, shown: tuple[str, ...]) -> None:
-        super().__init__()
-        self.__dict__["_weights"] = weights
-        self.__dict__["_shown"] = shown
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_shown", ()):
-            return getattr(self.__dict__["_weights"], name)
-        return super().__getattr__(name)
-
-
-class _UnrolledBlock(nn.Module):
-    hook_out_is_single_residual_stream = True
-
-    attn: _Part
-    mlp: _Part
-
-    def __init__(self, block: FlatBlock) -> None:
-        super().__init__()
-        self.attn = _Part(block.attn, ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"))
-        self.mlp = _Part(block.mlp, ("W_gate", "W_in", "W_out", "b_gate", "b_in", "b_out"))
-
-
-class _FinalNorm(nn.Module):
-    """The source's final norm, with hook points of this view."""
-
-    def __init__(self, norm: LayerNorm) -> None:
-        super().__init__()
-        self.__dict__["_norm"] = norm  # the source's own, not a part of this module
-        for site in norm.sites:
-            point = LoopHookPoint()
-            point.name = site
-            self.add_module(site.rpartition(".")[2], point)
-
-    @property
-    def points(self) -> dict[str, LoopHookPoint]:
-        """The hook points by name."""
-        return {str(point.name): point for point in self.children()}  # type: ignore[misc]  # all are points
-
-    def forward(self, x: Tensor) -> Tensor:
-        normalized: Tensor = self.__dict__["_norm"](x, live(self.points))
-        return normalized
-
-
-class _Unembed(nn.Module):
-    def __init__(
-        self, weight: Float[Tensor, "d_model d_vocab"], bias: Float[Tensor, " d_vocab"]
-    ) -> None:
-        super().__init__()
-        self.W_U, self.b_U = weight, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.W_U + self.b_U
-
-
 class Unrolled(EagerWhileHooked, HookedRootModule):
     """The model that `unrolled` returns. It shares the looped model's weights (folded copies with
     fold_ln) and runs its steps.
@@ -207,17 +101,17 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
 
     def __init__(self, model: Flat, n_loops: int, fold_ln: bool) -> None:
         super().__init__()
-        source = _folded(model) if fold_ln else model
+        source = folded(model) if fold_ln else model
         self.__dict__["_source"] = source
         self._n_loops, self._visits = n_loops, source.schedule(n_loops)
         self.additive_residual = model.additive_residual
         self.blocks = nn.ModuleList(
-            _UnrolledBlock(cast(FlatBlock, visit.block)) for visit in self._visits
+            UnrolledBlock(cast(FlatBlock, visit.block)) for visit in self._visits
         )
-        self.ln_final = _FinalNorm(source.final_norm)
+        self.ln_final = FinalNorm(source.final_norm)
         weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
         bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
-        self.unembed = _Unembed(weight, bias.detach())
+        self.unembed = Unembed(weight, bias.detach())
         self._edge = {name: self._point(name) for name in source.edge_sites()[0]}
         self._points = [
             {site: self._point(f"blocks.{v.index}.{site}") for site in v.sites}
@@ -338,7 +232,7 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
     ) -> Float[Tensor, " d_model"]:
         """The sum of the output biases of all components before a block."""
         total = torch.zeros_like(self.W_E[0])
-        parts = [cast(_UnrolledBlock, block) for block in self.blocks]
+        parts = [cast(UnrolledBlock, block) for block in self.blocks]
         for block in parts[:layer]:
             total = total + block.attn.b_O + (block.mlp.b_out if include_mlp_biases else 0)
         return total + parts[layer].attn.b_O if mlp_input else total
@@ -349,31 +243,3 @@ def _kind_of_positions(model: Flat) -> str:
     if "hook_pos_embed" in model.edge_sites()[0]:
         return "standard"
     return "rotary" if model.positional else "none"
-
-
-@torch.no_grad()
-def _folded(model: Flat) -> Flat:
-    """A copy whose norms have weight one and bias zero, with theirs folded into the projections
-    that read them.
-    """
-    twin = copy.deepcopy(model)
-    if twin.any_hook():
-        twin.reset_hooks(including_permanent=True)
-    for block in twin.blocks:
-        for norm, readers in cast(FlatBlock, block).norm_readers:
-            assert isinstance(norm, LayerNorm), "the flat families are pre-LayerNorm"
-            for reader in readers:
-                _fold(norm, reader)
-    for norm in (m for m in twin.modules() if isinstance(m, LayerNorm)):
-        norm.w.fill_(1.0)
-        norm.b.zero_()
-    return twin
-
-
-def _fold(norm: LayerNorm, reader: Reader) -> None:
-    """Move a norm's weight and bias into a map that reads its output."""
-    stored, bias = getattr(reader.owner, reader.weight), getattr(reader.owner, reader.bias)
-    matrix = stored if reader.input_first else stored.T
-    moved = norm.b @ matrix
-    matrix *= norm.w[:, None]
-    setattr(reader.owner, reader.bias, nn.Parameter(moved if bias is None else bias + moved))

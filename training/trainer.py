@@ -43,6 +43,7 @@ from loopscope.training.state import Progress, load_state, save_state
 _WIDE = 256  # from this width on it pays on a CPU to multiply the rows of all iterations at once
 
 
+@torch.random.fork_rng()
 def train(
     name: str,
     folder: Path | None = None,

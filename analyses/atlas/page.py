@@ -38,13 +38,19 @@ MEASURES: dict[str, Callable[[], Numbers]] = {
 }
 _HEAD = """# An atlas of claims about looped models
 
-Written by `loopscope atlas` from the shipped checkpoints. Each claim of a paper is put as a
-question that a miniature of 0.1 to 1 million weights can answer, with a control. The rule (yes,
-partly, no) was fixed before the atlas was first run, in a commit of its own. Some numbers could be
-known then from other pages of this project; each question says which. A yes says that the
-phenomenon appears at this size. A no may need the paper's models, or data that no miniature was
-trained on, and its reason is given. Shuffled weights are those of the model with the entries of
-each matrix in random order."""
+Written by `loopscope atlas` from the shipped checkpoints. It tests claims of published papers on
+looped models on the miniatures, small models of 0.1 to 1 million weights that come with this
+package. Each claim has a control.
+
+The rule that decides between yes, partly and no was fixed before the atlas was first run, in a
+commit of its own. Some numbers could be known then from other pages of this project; each section
+says which. A yes means that the phenomenon appears at this size. A no may need the paper's models,
+or data that no miniature was trained on; its reason is given.
+
+In the tables of the sections, *number* says what is measured, *found* is its value, *rule* the
+value that the claim needs, and *role* marks controls. *Shuffled weights* are those of the model
+with the entries of each matrix in random order. The [glossary](glossary.md) explains the other
+words."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def section(answer: Answer) -> str:
         f"*{question.title}*: {question.claim} **{claim.verdict.capitalize()}.**",
         question.asked,
         markdown_table(table),
-        f"Again: `loopscope atlas --papers {question.name}`, by {calls}.{picture}"
+        f"Run it again: `loopscope atlas --papers {question.name}`, by {calls}.{picture}"
         f" How it differs: {question.differs}"
         f" Known when the rule was written: {question.known}.",
     ]

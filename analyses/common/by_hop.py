@@ -15,6 +15,7 @@ from loopscope.analyses.common.configs import AnswersConfig
 from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, open_inputs
 from loopscope.analyses.common.look import ANSWERED
 from loopscope.analyses.common.subject import Subject
+from loopscope.interp.dynamics.states import Dynamics, dynamics, lens_of
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
 
@@ -30,6 +31,17 @@ class HopRun:
 
     lens: Lens
     answers: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class FollowedRun(HopRun):
+    """The same with the motion of the state.
+
+    Attributes:
+        path: The state at the readout, after every iteration.
+    """
+
+    path: Dynamics
 
 
 Runs = Mapping[int, HopRun] | Mapping[str, HopRun]
@@ -58,6 +70,16 @@ def run_by_hop(subject: Subject, n_loops: int, hops: int | None = None) -> dict[
     for hops, questions in tqdm(asked.items(), desc="questions by hops", leave=False):
         batch, answers = subject.encode(questions)
         runs[hops] = HopRun(readout_lens(subject.model, batch, n_loops), answers)
+    return runs
+
+
+def follow_by_hop(subject: Subject, n_loops: int) -> dict[int, FollowedRun]:
+    """The same runs of all questions, with the motion of the state."""
+    runs = {}
+    for hops, questions in tqdm(subject.questions.items(), desc="questions by hops", leave=False):
+        batch, answers = subject.encode(questions)
+        path = dynamics(subject.model, batch, n_loops, positions="readout", with_lens=True)
+        runs[hops] = FollowedRun(lens_of(path), answers, path)
     return runs
 
 

@@ -71,45 +71,47 @@ class RunConfig:
     """The settings of every figure."""
 
     threads: int = 1
-    """CPU threads. One is fastest for small models and on a shared machine; take more for wide
-    ones.
+    """CPU threads. One is fastest for small models and on a shared machine; use more for wide
+    models.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilesConfig(RunConfig):
-    """How a checkpoint is loaded, and what its file lacks."""
+    """How a checkpoint is loaded, and facts that its file does not contain."""
 
     data: Path | None = None
-    """Questions to ask: a test.json, by default the one beside the weights; or pairs as CSV or
-    JSONL.
+    """File of inputs: questions as test.json (default: the one beside the weights), or pairs of
+    texts as CSV or JSONL.
     """
     columns: tuple[str, str, str, str] = ("clean", "corrupted", "answer", "wrong")
-    """How the columns of a CSV or JSONL are called: the clean text, the corrupted text, the answer,
-    and the wrong answer to compare the answer with; only the first one must be there.
+    """Names of the columns in the CSV or JSONL file, in this order: the clean text, the corrupted
+    text, the answer, and a wrong answer to compare with. Only the first column must be there.
     """
     vocab: Path | None = None
-    """vocab.json; by default the one beside the weights."""
+    """File with the vocabulary (vocab.json); by default the one beside the weights."""
     n_heads: int | None = None
-    """Attention heads, where a released pickle does not say."""
+    """Number of attention heads, if a released pickle does not say."""
     input_injection: bool | None = None
-    """Whether the embedding is added again before each later iteration, where a released pickle
-    does not say.
+    """Whether the embedding is added again before each iteration after the first, if a released
+    pickle does not say.
     """
     readout: str | None = None
-    """Where answers are read: last_real, first_pad or column:K."""
+    """Position at which answers are read: last_real (last token that is not padding), first_pad
+    (the position after it), or column:K (position K, from 0).
+    """
     window: tuple[int, int] | None = None
-    """First and last layer to loop, from 0, where the checkpoint is an ordinary model (Llama,
-    Mistral, Qwen2, Qwen3, Gemma 2 or 3, OLMo-2, Pythia or GPT-2).
+    """First and last layer of the part that is looped, from 0, if the checkpoint is an ordinary
+    model (Llama, Mistral, Qwen2, Qwen3, Gemma 2 or 3, OLMo-2, Pythia or GPT-2).
     """
     ignore: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD ...")] = ()
-    """Fields of a release's config.json to read as if they were not there."""
+    """Fields of the release's config.json to ignore."""
     adapter: Path | None = None
     """Folder of a LoRA adapter in peft's layout, to merge into the weights of a release."""
     dtype: str | None = None
-    """Number format to convert the weights to: float32, bfloat16, ...; by default the file's."""
+    """Number format of the weights, such as float32 or bfloat16; by default that of the file."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, ..."""
+    """Device to compute on: cpu, cuda, ..."""
     per_hop: int | None = None
     """Use at most this many questions of each hop count."""
     loaded: tyro.conf.Suppress[Any] = field(default=None, repr=False, compare=False)
@@ -140,10 +142,10 @@ _OF_LOAD = (
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(FilesConfig):
-    """Which checkpoint, and what its file does not say."""
+    """One checkpoint, and facts that its file does not contain."""
 
     checkpoint: Annotated[str, tyro.conf.Positional] = DEFAULT_CHECKPOINT
-    """A name from `loopscope list`, a checkpoint file, or a folder."""
+    """The model: a name from `loopscope list`, a checkpoint file, or a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +153,17 @@ class LogsConfig(RunConfig):
     """Logs of training runs."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names of shipped runs, folders of runs, or log files; by default all that are shipped."""
+    """Training runs: names of shipped runs, folders of runs, or log files; by default all shipped
+    runs.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig(FilesConfig):
-    """Several checkpoints; what is said of their files holds for each."""
+    """Several checkpoints. Flags about a checkpoint's file apply to each of them."""
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names from `loopscope list`, checkpoint files, or folders."""
+    """The models: names from `loopscope list`, checkpoint files, or folders."""
 
     def sources(self) -> list[SourceConfig]:
         """The config of each checkpoint on its own.
@@ -185,9 +189,9 @@ class TwoHopConfig(ComparisonConfig):
 
     per_hop: tyro.conf.Suppress[int | None] = None
     per_group: int | None = None
-    """Use at most this many questions of each group."""
+    """Use at most this many questions of each group of facts."""
     n_loops: int | None = None
-    """Iterations; by default what each checkpoint records."""
+    """Iterations to run; by default the number that each checkpoint records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,19 +201,19 @@ class PanelsConfig(ComparisonConfig):
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(
         f"mini/multi_hop/{run}" for run in ("r2", "r4", "r6", "r_dyn")
     )
-    """Names from `loopscope list`, checkpoint files, or folders."""
+    """The models: names from `loopscope list`, checkpoint files, or folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputsConfig(SourceConfig):
-    """The inputs of a checkpoint: its own questions, or texts, or token ids."""
+    """The inputs: the checkpoint's own questions, or your texts, or token ids."""
 
     text: tuple[str, ...] = ()
-    """Texts to run instead of the questions beside the weights."""
+    """Your texts, instead of the questions from the file beside the weights."""
     tokens: tuple[int, ...] = ()
-    """Token ids of one input, for a checkpoint without a vocabulary."""
+    """Token ids of one input, if the checkpoint has no vocabulary."""
     hops: int | None = None
-    """Hop count of the questions to run."""
+    """Run only the questions with this number of hops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,43 +223,49 @@ class AnswersConfig(InputsConfig):
     n_loops: int = 24
     """Iterations to run; one run gives the answers after each of them."""
     answer: str | None = None
-    """The token that counts as the answer of every text; by default the true one where it is known,
-    else the model's own top token after all iterations.
+    """The token that counts as the answer of every text. By default the true answer if it is known,
+    otherwise the model's own top token after all iterations.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(SourceConfig):
-    """One input of a checkpoint: a question of its own, a text, or token ids."""
+    """One input: a question of the checkpoint's own, your text, or token ids."""
 
     text: str | None = None
-    """The text to run instead of a question beside the weights."""
+    """Your text, instead of a question from the file beside the weights."""
     tokens: tuple[int, ...] = ()
-    """Token ids to run, for a checkpoint without a vocabulary."""
+    """Token ids of your input, if the checkpoint has no vocabulary."""
     answer: str | None = None
-    """The token that counts as the answer; by default the true one where it is known, else the
+    """The token that counts as the answer. By default the true answer if it is known, otherwise the
     model's own top token after all iterations.
     """
     hops: int | None = None
-    """Hop count of the question to run; by default about half of what was trained."""
+    """Number of hops of the question; by default about half of the deepest in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairConfig(SourceConfig):
-    """Two inputs of a checkpoint that are compared: a clean and a corrupted one."""
+    """Pairs of inputs that are compared: a clean and a corrupted one."""
 
     clean: str | None = None
-    """The clean text; by default all questions of one hop count, or all pairs of --data."""
+    """The clean text. By default all questions of one hop count, or all pairs of --data."""
     corrupted: str | None = None
-    """The corrupted text, with as many tokens; by default a question with another head entity."""
+    """The corrupted text, with as many tokens as the clean one. By default the question with
+    another head entity.
+    """
     answer: str | None = None
-    """The token that counts as the answer; by default the true one where it is known, else the
+    """The token that counts as the answer. By default the true answer if it is known, otherwise the
     model's own top token in the clean run.
     """
     wrong: str | None = None
-    """The token with which the answer is compared; by default the strongest other one."""
+    """The token with which the answer is compared. By default the other token with the largest
+    logit.
+    """
     hops: int | None = None
-    """Hop count of the questions to average over; by default about half of what was trained."""
+    """Number of hops of the questions to average over; by default about half of the deepest in
+    training.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,112 +273,118 @@ class ReportConfig(PairConfig):
     """All analyses of one checkpoint in one HTML page that works offline."""
 
     text: str | None = None
-    """The text that the figures of one input show; by default the clean one, or a question, or of a
-    language model a sentence of this project's own, which the page names.
+    """The text for the figures that show one input. By default the clean text or a question; for a
+    language model a sentence that comes with loopscope (the page shows it).
     """
 
     n_loops: int = 24
-    """Iterations of the margin and accuracy figures."""
+    """Iterations to run in the margin and accuracy figures."""
     compare: tuple[str, ...] = ()
-    """Other checkpoints to put beside it, in a tab of their own."""
+    """Other checkpoints to compare with, shown in a tab of their own."""
     dictionary: Path | None = None
-    """Folder of a sparse dictionary of the checkpoint, of which one feature is shown."""
+    """Folder of a sparse dictionary of the checkpoint; the page shows one of its features."""
     feature: int | None = None
-    """The feature to show, from 0; by default the one with the strongest activation."""
+    """Number of the feature to show, from 0; by default the feature with the strongest activation.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExploreConfig(SourceConfig):
-    """A local page to explore a checkpoint: lens, margins, attention and patching of any question,
-    while you change it; of a Sudoku solver the boards, while you change clues.
+    """A local web page to explore a checkpoint. Type a question and see lens, margins, attention
+    and patching change with it; for a Sudoku solver, change clues and see the boards.
     """
 
     n_loops: int | None = None
-    """Iterations to start with; by default what the checkpoint records."""
+    """Iterations when the page opens; by default the number that the checkpoint records."""
     text: str | None = None
-    """Text A to start with; by default a question beside the weights. Of a Sudoku solver a board,
-    row by row, with "." for a blank cell.
+    """Text A when the page opens; by default a question from the file beside the weights. For a
+    Sudoku solver a board, row by row, with "." for a blank cell.
     """
     second: str | None = None
-    """Text B to start with, with as many tokens; by default another question, or text A."""
+    """Text B when the page opens, with as many tokens as text A; by default another question, or
+    text A.
+    """
     dictionary: Path | None = None
     """Folder of a sparse dictionary of the checkpoint, whose features the page shows."""
     port: int = 8050
-    """The port of the page; 0 takes a free one."""
+    """The port of the page; 0 chooses a free one."""
     host: str = "127.0.0.1"
-    """Only 127.0.0.1: the page is for this machine."""
+    """The address of the page. Only 127.0.0.1 is allowed: the page is for this machine alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiHopDataConfig:
-    """Distinct random facts of many hops, split into train and test; the defaults are the paper's
-    sizes (arXiv 2604.07822).
+    """Makes a data set of random facts of many hops, split into train and test. The defaults are
+    the sizes of arXiv 2604.07822.
     """
 
     out: Path
-    """Folder for the files, which must be new or empty."""
+    """Folder for the files; it must be new or empty."""
     graph: Literal["permutation", "random"] = "permutation"
-    """permutation: every relation is a permutation of the entities; random: tails are random, which
-    invites a shortcut.
+    """permutation: every relation is a permutation of the entities. random: the target of each
+    relation is random, so that a shortcut can give the answer.
     """
     n_entities: int = 200
-    """Entities of the graph."""
+    """Number of entities in the graph."""
     n_relations: int = 10
-    """Relations of the graph; every entity has all of them."""
+    """Number of relations in the graph; every entity has all of them."""
     max_hops: int = 40
-    """Facts have 1 to this many hops."""
+    """Largest number of hops of a fact."""
     train: int = 15_000
-    """Facts of each hop count to train on, from 2 hops; those of 1 hop are all trained on."""
+    """Number of training facts of each hop count from 2 on. All facts of 1 hop are training facts.
+    """
     test: int = 750
-    """Facts of each hop count to test on."""
+    """Number of test facts of each hop count."""
     seed: int = 42
-    """Seed of the graph and of the facts."""
+    """Random seed of the graph and of the facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoHopDataConfig:
-    """Atomic facts and their compositions, with some atoms that no training composition uses; the
-    defaults are the paper's sizes.
+    """Makes a data set of atomic facts (one hop) and their compositions (two hops). Some atomic
+    facts are in no training composition (OOD). The defaults are the sizes of arXiv 2604.07822.
     """
 
     out: Path
-    """Folder for the files, which must be new or empty."""
+    """Folder for the files; it must be new or empty."""
     n_entities: int = 2000
-    """Entities of the graph."""
+    """Number of entities in the graph."""
     n_relations: int = 200
-    """Relations of the graph."""
+    """Number of relations in the graph."""
     out_degree: int = 20
-    """Relations that each entity has."""
+    """Number of relations that each entity has."""
     ood_share: float = 0.05
-    """Share of atomic facts that no training fact of two hops uses."""
+    """Share of atomic facts that are in no training fact of two hops."""
     phi: float = 7.2
-    """Training facts of two hops for each atomic fact that they may use."""
+    """Number of training facts of two hops, divided by the number of atomic facts that they may
+    use.
+    """
     iid_share: float = 0.005
-    """Probability with which a fact of two hops that could be trained on is kept for the test."""
+    """Probability that a possible training fact of two hops is kept for the test."""
     test: int = 3000
     """At most this many facts of each group in test.json."""
     seed: int = 42
-    """Seed of the graph and of the split."""
+    """Random seed of the graph and of the split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train a model by a named recipe, or go on with a run that was stopped."""
+    """Train a model by a named recipe, or continue a run that was stopped."""
 
     recipe: Annotated[str, tyro.conf.Positional]
-    """A recipe's name, such as mini/multi_hop/r_dyn."""
+    """Name of the recipe, such as mini/multi_hop/r_dyn; an unknown name prints all recipes."""
     out: Path | None = None
     """Folder of the run: its state, its log and the finished checkpoints; by default
     runs/RECIPE.
     """
     resume: bool = False
-    """Go on from the state in the folder."""
+    """Continue from the saved state in the folder."""
     release: bool = False
-    """Write each checkpoint in the released layout too."""
+    """Also write each checkpoint in the layout of the paper's released files."""
     wandb: bool = False
-    """Report to Weights & Biases, besides log.jsonl and TensorBoard's files."""
+    """Also report to Weights & Biases, in addition to log.jsonl and TensorBoard's files."""
     threads: int = 1
-    """CPU threads; a run resumes bit for bit at the same number of them."""
+    """CPU threads; with the same number, a resumed run gives the same weights bit for bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,22 +396,22 @@ class OutputConfig:
     csv: bool = True
     """Write the numbers as CSV."""
     json: bool = True
-    """Write the record as JSON."""
+    """Write the full result as JSON."""
     html: bool = True
     """Write the figure as an HTML page that works offline."""
     png: bool = False
-    """Write the figure as a picture (needs kaleido and a Chromium or Chrome)."""
+    """Write the figure as PNG (needs kaleido and a Chromium or Chrome)."""
     svg: bool = False
-    """Write the figure as vector graphics (needs the same)."""
+    """Write the figure as SVG (needs kaleido and a Chromium or Chrome)."""
     pdf: bool = False
-    """Write the figure for print (needs the same)."""
+    """Write the figure as PDF (needs kaleido and a Chromium or Chrome)."""
     overwrite: bool = False
-    """Replace files that are there."""
+    """Replace files that exist already."""
     work: Path | None = None
-    """Folder for partial results: a command that was interrupted goes on from there, and `loopscope
-    merge FOLDER` draws the figure once all shards are there.
+    """Folder for partial results. If the command is interrupted, run it again to continue from
+    there. With --shard, `loopscope merge FOLDER` draws the figure when all shards are done.
     """
     shard: str | None = None
-    """i/n: do the i-th of n shares of the sweeps, estimates, lenses and probes into --work (0/8 to
-    7/8).
+    """i/n: compute only share i of n (from 0/8 to 7/8) of the sweeps, estimates, lenses and probes,
+    into the folder --work.
     """

@@ -45,17 +45,17 @@ class TextPairs:
             return logit_diff(self.answers.ids, self.wrong_ids)
         return logit_margin(self.answers.ids)
 
-    def first(self) -> TextPairs:
-        """The first pair alone."""
+    def first(self, count: int = 1) -> TextPairs:
+        """The first pairs alone; all where there are no more."""
         given = self.answers
         return TextPairs(
-            self.clean[:1],
-            self.corrupted[:1],
-            self.clean_batch[:1],
-            self.corrupted_batch[:1],
-            AnswerTokens(given.words[:1], given.ids[:1], given.own),
-            self.wrong[:1],
-            self.wrong_ids[:1],
+            self.clean[:count],
+            self.corrupted[:count],
+            self.clean_batch[:count],
+            self.corrupted_batch[:count],
+            AnswerTokens(given.words[:count], given.ids[:count], given.own),
+            self.wrong[:count],
+            self.wrong_ids[:count],
         )
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from loopscope.analyses.common.by_hop import HopRun, run_by_hop
+from loopscope.analyses.common.by_hop import FollowedRun, follow_by_hop
 from loopscope.analyses.common.configs import (
     ComparisonConfig,
     PairConfig,
@@ -53,9 +53,9 @@ class Opened:
         return make_pairs(self.subject, rows_of(self.subject, settings), self.n_loops)
 
     @cached_property
-    def runs(self) -> dict[int, HopRun]:
-        """Every question run once, for all figures that are about answers."""
-        return run_by_hop(self.subject, self.config.n_loops)
+    def runs(self) -> dict[int, FollowedRun]:
+        """Every question run once, for all figures that are about answers and their states."""
+        return follow_by_hop(self.subject, self.config.n_loops)
 
     @property
     def n_loops(self) -> int:

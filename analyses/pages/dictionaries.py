@@ -194,8 +194,8 @@ def shows(measured: MeasuredDictionaries) -> pd.DataFrame:
 def trained() -> str:
     """How long each dictionary is trained, in words."""
     each = {**SETTINGS, "transcoder": TRAINING, _UNTRAINED: TRAINING}
-    rows = [f"`{name}` {how.steps} of {how.batch_size}" for name, how in each.items()]
-    return f"Steps of training, and tokens of each: {', '.join(rows)}."
+    rows = [f"`{name}` {how.steps} x {how.batch_size}" for name, how in each.items()]
+    return f"Length of training, as steps x tokens of a step: {', '.join(rows)}."
 
 
 def page(checkpoint: str = DEFAULT_CHECKPOINT) -> str:

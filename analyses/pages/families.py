@@ -263,25 +263,36 @@ def _outcome(call: Callable[[], Any]) -> str:
 _PAGE = """# Families
 
 Written by `loopscope families`, which runs every method on a tiny random model of every family.
-`load(folder)` takes a release of each family as it is published (config.json with safetensors,
-or its pickle); `loopscope list` names the known ones.
+Read this page to see which architectures are supported, and which methods work on yours.
+
+A *family* is one architecture. `load(folder)` takes a release of a family in the form in which it
+was published (config.json with safetensors, or its pickle); `loopscope list` names the known
+releases.
 
 ## What each family is
+
+*Blocks* are the [hook names](hooks.md) of its blocks; `*` stands for a number. *Sites of its own*
+are hook points that the main table of hook points does not list.
 
 {families}
 
 ## What each family declares
 
-`causal`: a later token never changes an earlier result. `prefix_readout`: stopping after t
-iterations and reading out equals a call with n_loops=t. `additive_residual`: the stream is a
-plain sum of component outputs. `batch_independent`: a row never depends on the others. "own
-format only" means that nobody has released weights: the family follows its paper's equations.
-What a family takes is given to a call by name (`model(tokens, seed=3)`), and to a method in a
-`Batch`'s `options`.
+Methods use these facts to decide what they can do:
+
+* `causal`: a later token never changes an earlier result.
+* `prefix_readout`: a run that is stopped after t iterations gives the logits of a call with
+  `n_loops=t`.
+* `additive_residual`: the residual stream is a plain sum of the outputs of its components.
+* `batch_independent`: a row of a batch never depends on the other rows.
+* *loads*: "own format only" means that nobody has released weights, and the family follows the
+  equations of its paper.
+* *takes*: inputs besides tokens. Give them to a call by name (`model(tokens, seed=3)`), or to a
+  method in the `options` of a `Batch`.
 
 {facts}
 
-`load` takes for some releases what they do not say:
+Some releases do not contain all that is needed. `load` takes these arguments for them:
 
 {options}
 
@@ -292,6 +303,8 @@ On every family: {everywhere}. Of the others:
 {methods}
 
 ## Why not
+
+Every "no" of the table, with the reason that the error gives:
 
 {reasons}
 """

@@ -333,61 +333,76 @@ def write(path: Path) -> Path:
     return write_text(path, page())
 
 
-_TEXT = """# How a looped model walks: the circuit of `{checkpoint}`
+_TEXT = """# How a small looped model computes its answer: the circuit of `{checkpoint}`
 
-Written by `loopscope findings`. The model is asked {count} held-out questions of {hops} hops
-("<e><r><r>...": the head entity stands at position 0, the relation of hop k at position k),
-runs {loops} iterations of its two blocks, and answers {accuracy} of them. For patching, each
-question is paired with the same relations asked of another entity; relations are permutations,
-so every entity on the way differs. Loops, blocks, positions and heads count from 0, as in the
-hook names.
+Written by `loopscope findings`. This page follows one computation from input to answer. The short
+result: each block follows one relation, and the entity that has been reached moves one position to
+the right per block.
+
+The model is given {count} held-out queries of {hops} hops (`<e><r><r>...`: the head entity stands
+at position 0, the relation of hop k at position k). It runs {loops} iterations of its two blocks,
+and answers a share of {accuracy} of the queries right. For patching, each query is paired with the
+same relations asked of another head entity. Every relation is a permutation of the entities, so the
+two queries of a pair have a different entity after each hop. Loops, blocks, positions and heads
+count from 0, as in the hook names. The [glossary](glossary.md) explains the other words.
 
 ## Where each entity appears
 
-The first block after which the logit lens has the entity after hop k on top, at position k, for
-at least 0.9 of the questions; and the share of questions one block earlier. The answer is there
-after {last}.
+The entity after hop k appears at position k. The table shows the first block after which the
+[logit lens](glossary.md#logit-lens) has that entity as its top token there, for at least 0.9 of the
+queries. *On top* is the share of queries at that block, *one block earlier* the share one block
+before. The answer is there after {last}.
 
 FRONT
 
-## What restores the answer
+## Which states bring the answer back
 
-The clean state of one position after one block, put into the run of the corrupted question (0
-is the corrupted margin, 1 the clean one): the position that restores most, the questions that
-are then answered right, and the largest effect of any other position.
+The clean state of one position after one block is put into the run of the corrupted query. Each row
+is one block; *position* is the one at which this brings back most of the answer. *Margin restored*
+is the effect (0: the margin of the corrupted run, 1: that of the clean run), *answered right* the
+share of queries whose clean answer is then on top, and *largest elsewhere* the largest effect of
+any other position. After most blocks,
+nearly all of the answer is at one position.
 
 RESTORED
 
-## What writes the next entity
+## Attention or MLP: which one writes the next entity
 
-Where an entity appears: the share of the margin that is restored when only the attention's or
-only the MLP's output is clean, at that position; and accuracy on the clean questions when that
-output is replaced, at all positions of that visit, by its mean over questions and positions.
+The places are those of the first table. *Attention restores* and *MLP restores*: the share of the
+margin that comes back if only the output of attention, or only that of the MLP, is the clean one at
+that position. *Accuracy without*: the accuracy on the clean queries if that output is replaced, at
+all positions of that block and loop, by its mean over queries and positions.
 
 WRITERS
 
 ## Which heads move it
 
-One head at a time in the same places: its mean attention from the position to the one before;
-what its clean output alone restores; accuracy on the clean questions with the head replaced by
-its mean over questions and positions, and by its mean over questions at each position. What a
-head restores depends on the entity; a head that restores nothing, cannot be replaced by one
-mean, but can be replaced by its mean at each position, says only where a token stands, which a
-model without positions has to work out for itself.
+The same places, one head at a time. The columns are:
+
+* *attention one back*: the head's mean attention from the position to the one before it;
+* *restores*: the share of the margin that its clean output alone brings back;
+* *accuracy with its mean*: accuracy on the clean queries if the head's output is replaced by its
+  mean over queries and positions;
+* *with its mean per position*: the same with one mean for each position.
+
+What a head restores depends on the entity. But some head may restore nothing and be replaceable by
+its mean at each position, though not by one mean for all positions. Such a head says only at which
+position a token stands. A model without position embeddings has to work this out for itself.
 
 MOVERS
 
 ## What does not break it
 
-Leaving out any one iteration altogether (the state passes unchanged) leaves an accuracy of at
-least {left} (loop {worst}): the blocks do not count iterations, the same step is taken one
-iteration later.
+If any one iteration is left out (the state passes it unchanged), the accuracy is still at least
+{left} (the lowest for loop {worst}). So the blocks do not count iterations: the same step is taken
+one iteration later.
 
 ## How far to trust estimates
 
-Attribution patching estimates every cell of such a sweep from gradients: one of the corrupted
-run (0 steps), or the mean over steps on the way to the clean activation. Spearman's rank
-correlation of the estimated with the exact margins, over all cells:
+[Attribution patching](howto/interventions/estimate_a_sweep.md) estimates every cell of a patching
+sweep from gradients: from one gradient, in the corrupted run (0 steps), or from the mean gradient
+at several steps between the corrupted and the clean activation. The table shows Spearman's rank
+correlation between the estimated and the exact margins over all cells.
 
 ESTIMATES
 """

@@ -242,55 +242,66 @@ def changes(stages: Stages) -> pd.DataFrame:
 _TEXT = """
 ## The circuit that a search finds
 
-`loopscope circuit --hops {hops}` scores all {possible} edges between heads and MLPs of all
-iterations, each at one position, by integrated gradients over how much of every edge is kept
-("ig-edges"), and takes edges from the readout backwards, the largest first, until they alone keep
-{wanted} of the difference between the margins; everything else is given the corrupted run. That
-takes {share} of the edges, and {left} is left without them. The controls are as many edges whose
-writers change most between the two runs, and random ones. The circuit is measured on the questions
-that it was found on.
+A [circuit](glossary.md#circuit) is a set of edges; an edge is what one head or MLP adds to the
+input of a later one, here at one position. `loopscope circuit --hops {hops}` scores all {possible}
+edges of all iterations. The score is the integrated gradient over how much of every edge is kept
+("ig-edges"). Then edges are chosen from the answer backwards, the largest first, until they alone
+keep {wanted} of the difference between the clean and the corrupted margin; all other edges are
+given the corrupted run. This takes {share} of the edges. If these edges are removed instead, {left}
+of the difference is left. The circuit is measured on the queries on which it was found.
+
+In the table, *faithfulness* is the share that a circuit of this size keeps. *Left without them* is
+the share that is left if these edges are removed. There are two controls with as many edges: those
+whose writers change most between the two runs (*ranked by change*), and random ones.
 
 SIZES
 
-Both choices matter: edges over all positions, or scores by integrated gradients of the embedding
-("eap-ig-inputs"), need more of the edges for as much. Here the edges of largest score are taken,
-wherever they are.
+Two choices matter: whether an edge is one position or all positions together, and how edges are
+scored. "eap-ig-inputs" (integrated gradients of the embedding) and edges over all positions need a
+larger share of the edges for the same faithfulness. In this table the edges with the largest scores
+are taken, wherever they are.
 
 SHARES
 
-How well the scores agree with exact patching: {exact_edges} edges drawn at random from those of
-{exact_hops} hops, each alone given the corrupted run on {exact_questions} questions; the overlap of
-the {top} edges of largest effect, and Spearman's rank correlation over the {exact_edges}.
+How well do the scores agree with exact patching? {exact_edges} edges were drawn at random from
+those of {exact_hops} hops, and each one alone was given the corrupted run, on {exact_questions}
+queries. The table shows the share of the {top} edges with the largest exact effect that are also
+among the {top} with the largest score, and Spearman's rank correlation over the {exact_edges}
+edges.
 
 EXACT
 
-Folded over the iterations: the share of the circuit's score that each component of the two blocks
-writes in each loop.
+The next table adds the scores of the circuit's edges up by the component that writes them. It shows
+the share that each component of the two blocks has in each loop.
 
 FOLDED
 
-By hand and by search: for each step above, the head whose clean output alone restores most, and
-the head with the largest score at that position. They are the same in {same} of {steps} steps. A
-score also counts what a head does for later iterations.
+Does the search find the heads that were found by hand? For each step of the tables above: the head
+whose clean output alone restores most, and the head with the largest score in the circuit at that
+position. They are the same in {same} of {steps} steps. The two need not agree, as a score also
+counts what a head does for later iterations.
 
 HEADS
 
 ## Does the circuit change when a model begins to generalise?
 
-`{folder}` was kept at three stages of training: when it had
-learnt its training facts, the held-out combinations of known facts (ID), and the combinations of
-facts that were never combined (OOD). For {questions} questions of each group, paired with another
-head entity and first relation: the smallest circuit that keeps {wanted} of the difference between
-the margins, and how much of it the circuit of the ID facts of the same stage keeps. Where a group
-is hardly answered, the difference is small, and a share of it says little.
+`{folder}` was kept at three stages of training: when it had learnt its training facts ("train"),
+the held-out combinations of facts that were also combined with others ("id"), and the combinations
+of facts that were never combined in training ("ood"). Each group has {questions} queries, paired
+with the same query of another head entity and first relation. For each group and stage the table
+shows the smallest circuit that keeps {wanted} of the difference between the margins. *Kept by the
+ID circuit* is the share that the circuit of the ID facts of the same stage keeps. Where a group is
+hardly answered, the difference is small, and a share of it says little.
 
 STAGES
 
-The scores of one half of the questions at one stage, compared with those of the other half at the
-same stage (the control) and at the next one: the overlap of the {top} edges of largest score, and
-Spearman's rank correlation over all edges. The mean overlap is {between} between stages and
-{within} within one: most of what differs between two stages differs between two halves of the
-questions too. What these scores show of a stage is rather how many edges the ID facts need.
+Do the scores of the edges change from one stage to the next? Each row compares the scores on one
+half of the queries at one stage with those on the other half, at the same stage (the control) or at
+the next one: the overlap of the {top} edges with the largest scores, and Spearman's rank
+correlation over all edges. The mean overlap is {between} between stages and {within} within one
+stage. So most of what differs between two stages also differs between two halves of the queries.
+The scores do show something else about a stage: how many edges the ID facts need (the table
+before).
 
 CHANGES
 """

@@ -29,7 +29,9 @@ Written by `loopscope gallery` from the shipped checkpoints and the logs of thei
 figure for each command, with its numbers. Every command takes other checkpoints by name, file
 or folder, and writes its figure as HTML, PNG, SVG or PDF. The commands that run an input take one
 of yours (`--text`, or `--clean` and `--corrupted`). From Python each figure is a function of a
-loaded model, a name or a path, such as `loopscope.plots.lens(model, text="...")`."""
+loaded model, a name or a path, such as `loopscope.plots.lens(model, text="...")`. Numbers of
+figures in brackets are those of arXiv 2604.07822 unless another paper is named. The
+[glossary](glossary.md) explains the words."""
 
 
 @dataclass(frozen=True)
@@ -117,20 +119,18 @@ def page(drawn: list[Pictured], images: str) -> str:
 
 
 def _section(one: Pictured, images: str) -> str:
-    about = FIGURES[one.entry.name].about()
+    file = FIGURES[one.entry.name]
+    section = getattr(file.module(), "SECTION", None)
     parts = [
         f"## {one.entry.name}",
-        about,
-        *([one.entry.note] if one.entry.note else []),
+        file.about(),
+        one.entry.note,
         f"`{one.entry.command}`",
+        f"![{one.entry.name}]({images}/{one.entry.name}.png)",
+        f"How to read it: {section.look_for}" if section else "",
+        markdown_table(one.record.summary().head(_ROWS)),
     ]
-    return "\n\n".join(
-        [
-            *parts,
-            f"![{one.entry.name}]({images}/{one.entry.name}.png)",
-            markdown_table(one.record.summary().head(_ROWS)),
-        ]
-    )
+    return "\n\n".join(part for part in parts if part)
 
 
 def write(path: Path, draw_all: Callable[[], list[Pictured]] = draw) -> Path:

@@ -14,18 +14,23 @@ from loopscope.analyses.common.records import markdown_table, write_text
 
 _HEAD = """# Methods
 
-Written by `loopscope methods` from the docstrings of the public calls, which say more. A method
-is a function of a model, imported from `loopscope`. Inputs are texts, a `Batch` from
-`model.encode`, or tokens with `readout=` (the column at which the answer is read). `n_loops` is
-the number of iterations; None means what the checkpoint records. Records have a `frame()`
-(pandas). A method that cannot serve a family raises a ValueError that says why: [what runs on
-which family](families.md). The [reference](reference/index.md) has all arguments and an example of
-each call.
+Written by `loopscope methods`. This page has one line for each public call, from its docstring; the
+[reference](reference/index.md) has all arguments and an example.
 
-Under `accelerate launch`, `activation_patch` shares its cells among the processes, and
-`logit_lens` and `readout_lens` (and what is built on them) their examples; each process returns
-the whole result, so all of them must make the same calls. Processes that know nothing of each other
-take `shard=(i, n)` and meet in a folder: [work that outgrows one process](scale.md)."""
+A method is a function of a model, imported from `loopscope`. Its usual arguments are:
+
+* inputs: texts, a `Batch` from `model.encode`, or tokens with `readout=` (the position at which the
+  answer is read);
+* `n_loops`: the number of iterations; None means the number that the checkpoint records.
+
+It returns a [result object](glossary.md#result-object-record) with `frame()`, a pandas table. If a
+method cannot serve a family, it raises a ValueError that says why; [families](families.md) lists
+all of these.
+
+Several processes can share a call in two ways. Under `accelerate launch`, `activation_patch` shares
+its cells among the processes, and the lenses share their examples. Each process returns the whole
+result, so all of them must make the same calls. Independent processes take `shard=(i, n)` and write
+to one folder: see [work that outgrows one process](scale.md)."""
 
 
 def run() -> dict[str, pd.DataFrame]:

@@ -242,49 +242,57 @@ def moved(subject: Subject, batch: Batch, head: int) -> Float[Tensor, "loop batc
 _TEXT = """
 ## The circuit of a language model: is a branch open?
 
-`{checkpoint}` predicts the next token of molecules written as text. A branch that was opened by "("
-must be closed by ")" after any number of tokens, and only then may the text end. {pairs} places of
-the held-out molecules close a branch at least {far} tokens behind its bracket, where nothing else
-is open. The clean text ends before the closing bracket; in the corrupted one the opening bracket is
-a carbon, so that the text may end. The margin is the logit of ")" minus that of the end: {clean}
-in the clean runs and {corrupted} in the corrupted ones. The texts have several lengths, so edges
-are over all positions.
+`{checkpoint}` predicts the next token of molecules written as text. In this notation "(" opens a
+branch. The branch must be closed by ")" after any number of tokens, and only then may the text end.
+The question is how the model remembers that a branch is open.
+
+The held-out molecules have {pairs} places where a branch is closed at least {far} tokens after its
+bracket and nothing else is open. The clean text ends just before the closing bracket. In the
+corrupted text the opening bracket is replaced by a carbon, so that the text may end. The margin is
+the logit of ")" minus the logit of the end: {clean} in the clean runs and {corrupted} in the
+corrupted ones. The texts have several lengths, so an edge is taken over all positions.
 
 On {found_on} pairs the same search takes {edges} of {possible} edges ({share}) to keep {wanted} of
-the difference; {left} is left without them. On the {others} pairs that it was not found on the
-circuit keeps {kept_again}, and {left_again} is left without it.
+the difference, and {left} is left without these edges. On the {others} other pairs, which the
+search did not see, the circuit keeps {kept_again}, and {left_again} is left without it.
 
 SIZES
 
-Folded over the iterations: the share of the circuit's score that each component writes in each
-loop. Attention has done its part after half of the loops; then the MLP carries the answer on.
+The next table shows the share of the circuit's score that each component writes in each loop.
+Attention has done its part after half of the loops; then the MLP carries the answer on.
 
 FOLDED
 
-Head {head} has the largest score. Alone with "(" or with ")", each head writes something in loop 0.
-What head {head} writes for the two is opposite, as in other heads too; only head {head} writes far
-more for both than for any other token.
+Head {head} has the largest score. What does it write? Each head is given the single token "(" or
+the single token ")", and writes something in loop 0. What head {head} writes for the two is
+opposite, as in other heads too; only head {head} writes far more for both than for any other token.
+The columns are the cosine between the two outputs, the norm of each, and the largest norm for
+another token.
 
 BRACKETS
 
-In the first loops its output grows with the number of open branches: the mean of the output along
-the direction that it writes for "(", over all tokens of the held-out molecules, by how many
-branches are open; and the correlation with that number, next to the largest of another head along
-a direction of its own (without the sign).
+In the first loops the head's output grows with the number of open branches. The table takes the
+head's output along the direction that it writes for "(", as a mean over all tokens of the held-out
+molecules with the same number of open branches (*depth*). *Correlation* is that of this output with
+the depth. *Another head* is the largest correlation (without its sign) of any other head, each
+along the direction that it writes for "(" itself.
 
 DEPTHS
 
-On the {others} other pairs, by loop: the share of the margin that the circuit loses without the
-head's edges of that loop, and the most that it loses without those of another head; how much the
-head writes at the last token when the bracket is there and not when it is a carbon, as the norm of
-the change; the share of the change that comes from the bracket's position; and its cosine with the
-change of loop 0.
+On the {others} other pairs the last table shows for each loop:
+
+* *lost without it*: the share of the margin that the circuit loses without this head's edges of
+  that loop, and *without another head*: the most that it loses without the edges of any other head;
+* *norm of its change*: how much the head's output at the last token differs between the clean and
+  the corrupted text;
+* *from the bracket*: the share of this change that the head reads at the position of the bracket;
+* *as in loop 0*: the cosine between this change and that of loop 0.
 
 LOOPS
 
 So the circuit needs this head in the first three loops, most of all in the first, and hardly any
 other head. In loop 0 it reads the bracket itself. In the next two loops it writes more, in a
-similar direction, but from elsewhere: most of the change comes from other tokens, whose streams
-hold a trace of the bracket by then. The head gathers a mark that has spread. In the last loops it
-writes against the change of loop 0, and nothing is lost without it.
+similar direction, but from elsewhere: most of the change comes from other tokens, whose states hold
+a trace of the bracket by then. In the last loops it writes against the change of loop 0, and
+nothing is lost without it.
 """

@@ -98,8 +98,10 @@ def page(found: Measured, images: str) -> str:
         "# A real model, looped without training",
         _head(found, texts),
         "## Which window can be looped",
-        "Perplexity with a window of four layers run two and four times, and the rest once. Layers"
-        " count from 0.",
+        "A window of four layers runs two or four times, and all other layers run once. The"
+        " numbers are perplexities; layers count from 0. A *rule* says how the state moves in each"
+        " of K passes: naive takes the output of the layers, euler moves 1/K of the way to it, and"
+        " blend does the same and in the end mixes the result with the output of the first pass.",
         f"![windows]({images}/windows.png)",
         markdown_table(found.by_window),
         _window_sentence(found, texts),
@@ -107,14 +109,15 @@ def page(found: Measured, images: str) -> str:
         f"![layers]({images}/layers.png)",
         _layer_sentence(found, texts),
         "## More iterations",
-        f"Perplexity with layers {MIDDLE[0]} to {MIDDLE[1]} run more and more often.",
+        f"Perplexity if layers {MIDDLE[0]} to {MIDDLE[1]} run more and more often.",
         f"![iterations]({images}/iterations.png)",
         markdown_table(found.by_iterations),
         "## Ten facts, pass by pass",
-        f"The probability of the answer after each of {PASSES} passes of the same window, with the"
-        " layers behind it run each time: the mean over the ten. Under naive, pass t is what a call"
-        " with t passes gives. Under euler and blend a step is a share of the call's own number of"
-        f" passes, so what is read before pass {PASSES} is of an unfinished step: only the last"
+        "The model is asked ten questions of fact. The table shows the probability of the answer"
+        f" after each of {PASSES} passes of the same window, as a mean over the ten; the layers"
+        " after the window run each time. Under naive, pass t gives what a call with t passes"
+        " gives. Under euler and blend the size of a step depends on the number of passes of the"
+        f" call. So the columns before pass {PASSES} show an unfinished step, and only the last"
         " column is what a call gives.",
         markdown_table(by_rule),
         f"Each fact in the ordinary model and after {PASSES} passes:",
@@ -122,10 +125,12 @@ def page(found: Measured, images: str) -> str:
         "The logit lens after every visit: the mean probability of the answer over the ten facts.",
         f"![lens]({images}/lens.png)",
         "## Where the subject is",
-        "Four pairs of questions that differ in the country alone. The state of one position after"
-        f" one visit, in {PATCHED} passes under blend, is put from the one run into the other: 0 is"
-        " the run of the other country, 1 that of the right one, by the difference of the two"
-        " capitals' logits. The country stands at position 3, the readout at position 4.",
+        "This is activation patching with four pairs of questions that differ only in the"
+        f" country. The model runs {PATCHED} passes under blend. The state of one position after"
+        " one visit is put from one run into the other, and the effect is measured by the"
+        " difference of the logits of the two capitals: 0 is as in the run of the other country,"
+        " 1 as in the run of the right one. The country stands at position 3, and the answer is"
+        " read at position 4.",
         f"![patching]({images}/patching.png)",
         _patching_sentence(found),
     ]

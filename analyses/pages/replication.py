@@ -27,14 +27,18 @@ _CHECKS = (
     two_hop_claims.vanilla,
     two_hop_claims.bridge,
 )
-_HEAD = """# What the miniatures show
+_HEAD = """# Claims of the paper, tested on the miniatures
 
 Written by `loopscope replication` from the shipped checkpoints and the logs of their training;
-`make minis` trains them again. The paper's models have 28 million parameters and 200 or 2,000
-entities; these have 0.1 to 1 million and 40 or 80. What holds here shows that the phenomenon
-appears at this size; what does not hold here may need the paper's. Accuracies are on held-out
-questions (50 per hop count, up to 200 per two-hop group); "best over r" is over 1 to 24
-iterations."""
+`make minis` trains them again. The paper is "Loop, Think, & Generalize" (arXiv 2604.07822); the
+figure numbers are its own. Its models have 28 million parameters and 200 or 2,000 entities. The
+miniatures, small models that come with this package, have 0.1 to 1 million parameters and 40 or 80
+entities. A claim that holds here appears at this size; a claim that does not hold here may need the
+paper's size.
+
+Accuracies are on held-out questions (50 per hop count, up to 200 per two-hop group). R is the
+number of iterations in training, and r the number at test; "best over r" is over 1 to 24
+iterations. The column *rule* says when the claim counts as shown."""
 _BELOW = """## Every accuracy
 
 Multi-hop: questions asked, best accuracy over r and where, accuracy at the last r, and with

@@ -81,7 +81,7 @@ def rotary_by_kind(fields: ConfigFields, n_ctx: int | None) -> dict[str, Any]:
     if fields.given("rope_parameters"):
         inner = fields.section("rope_parameters")
         full, sliding = (_part(inner, f"{kind}_attention") for kind in ("full", "sliding"))
-        inner.done()
+        only_kinds(inner)
     if kind_of(sliding) != "default":
         raise CheckpointError(
             f"{fields.path}: rope_parameters.sliding_attention must have the rope_type 'default',"
@@ -98,6 +98,15 @@ def rotary_by_kind(fields: ConfigFields, n_ctx: int | None) -> dict[str, Any]:
         **_of_parts(fields, parts, n_ctx, 1000000.0, "rope_theta"),
         "sliding_rope_theta": 10000.0 if local is None else local,
     }
+
+
+def only_kinds(rope: ConfigFields) -> None:
+    """Refuse what stands in `rope_parameters` beside the kinds of layers, but for the base and type
+    that early versions of transformers 5 write there and do not read.
+    """
+    rope.only("rope_type", None, "default")
+    rope.only("rope_theta", None)
+    rope.done()
 
 
 def _of_parts(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loopscope.checkpoints.errors import CheckpointError, shown
 from loopscope.checkpoints.fields.config_fields import ConfigFields
+from loopscope.checkpoints.fields.rotary import only_kinds
 from loopscope.checkpoints.table import Table, of_type
 from loopscope.checkpoints.tables.llama import MLP
 from loopscope.models.families.dory import DoryConfig
@@ -128,7 +129,7 @@ def _angles(fields: ConfigFields, kinds: set[str]) -> dict[str, float]:
                 one.only("partial_rotary_factor", 1.0)
                 found[kind] = one.number("rope_theta")
                 one.done()
-        rope.done()
+        only_kinds(rope)
     return {"window_rope_theta": found[_SLIDING], "rope_theta": found[_FULL]}
 
 

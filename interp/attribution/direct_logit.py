@@ -19,8 +19,8 @@ from loopscope.interp.common.inputs import (
     Inputs,
     ReadoutColumn,
     as_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.metrics import Answers, one_per_row
 from loopscope.interp.common.modes import evaluated
@@ -129,7 +129,7 @@ def direct_logit_attribution(
             " on it"
         )
     batch, n_loops = as_batch(model, inputs, readout), checked_loops(n_loops, model.cfg.n_loops)
-    rows, size = len(batch), checked_batch_size(batch_size)
+    rows, size = len(batch), rows_at_once(model, batch, batch_size)
     sides = [
         one_per_row("answers", side, rows, model.cfg.d_vocab, batch.tokens.device)
         for side in (answers, against)

@@ -1,4 +1,4 @@
-"""Circuits found by the machine: edges between components of all iterations that carry an answer.
+"""Circuits found by a search: edges between components of all iterations that carry an answer.
 
 Start with `record.py`, the circuit as it is saved. `building.py` makes the graph of a model, over
 all positions or by position; `scores.py` scores all edges, `selection.py` chooses,

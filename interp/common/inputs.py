@@ -155,6 +155,17 @@ def checked_batch_size(size: int) -> int:
     return checked_count(size, "batch_size")
 
 
+def rows_at_once(model: LoopedModel, batch: Batch, batch_size: int) -> int:
+    """How many rows of a batch are run at a time: at most `batch_size`, but all of them where rows
+    depend on each other.
+
+    Raises:
+        TypeError, ValueError: A size that is no integer of at least 1.
+    """
+    size = checked_batch_size(batch_size)
+    return size if model.batch_independent else max(size, len(batch))
+
+
 def runs_side_by_side(model: LoopedModel, batch: Batch, batch_size: int) -> int:
     """How many copies of a batch are run at once: as many as `batch_size` rows allow, but one where
     rows depend on each other.

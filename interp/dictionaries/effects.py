@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import read_columns
-from loopscope.interp.common.inputs import begin_batch, in_chunks
+from loopscope.interp.common.inputs import begin_batch, in_chunks, rows_at_once
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import one_in_range
@@ -254,8 +254,8 @@ def ablation_effects(
         The mean change of the answers' margin, in logits; and the share of top tokens that change.
     """
     margins, changed = [], []
-    for part, right in zip(in_chunks(batch, batch_size, "ablations"), answers.split(batch_size),
-                           strict=True):  # fmt: skip
+    size = rows_at_once(model, batch, batch_size)
+    for part, right in zip(in_chunks(batch, size, "ablations"), answers.split(size), strict=True):
         clean = _answers(model, part, dictionary.n_loops)
         reference = part if dictionary.kind == "crosscoder" else None
         each = []

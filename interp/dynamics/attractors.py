@@ -16,9 +16,8 @@ from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.shown import OneScreen, tidy
 from loopscope.interp.dynamics.changes import Space, checked_space
 from loopscope.interp.dynamics.growth import auc
-from loopscope.interp.dynamics.states import Dynamics, dynamics
+from loopscope.interp.dynamics.states import Dynamics, dynamics, lens_of
 from loopscope.interp.dynamics.statistics import median_of, norm_of
-from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
@@ -129,7 +128,15 @@ def fixed_points(
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     tol = checked_number(tol, "tol", above=0)
-    path = dynamics(model, batch, n_loops, positions=positions, part=part, batch_size=batch_size)
+    path = dynamics(
+        model,
+        batch,
+        n_loops,
+        positions=positions,
+        part=part,
+        with_lens=True,
+        batch_size=batch_size,
+    )
     whole = joint(path.directions() if checked_space(space) == "direction" else path)
     longest = (
         min(4, (n_loops + 1) // 2)
@@ -137,9 +144,8 @@ def fixed_points(
         else checked_count(max_period, "max_period")
     )
     period = whole.period(longest, tol)[:, 0]
-    lens = readout_lens(model, batch, n_loops, batch_size=batch_size)
     residual = whole.step_norm(relative=True)[1:, :, 0]
-    return FixedPoints(space, tol, period, _until(whole, period, tol), residual, lens)
+    return FixedPoints(space, tol, period, _until(whole, period, tol), residual, lens_of(path))
 
 
 def joint(path: Dynamics) -> Dynamics:

@@ -21,6 +21,7 @@ from loopscope.interp.common.inputs import (
     as_batch,
     begin_batch,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import loop_and_layer, points_by_block
@@ -107,7 +108,7 @@ def inference_stages(
     visits = [v for v in model.schedule(n_loops) if f"{v.name}.{_PATTERN}" in patterns]
     names = [f"{visit.name}.{site}" for visit in visits for site in (model.lens_site, _PATTERN)]
     totals: dict[str, Tensor] = {}
-    for part in in_chunks(batch, batch_size, "stages"):
+    for part in in_chunks(batch, rows_at_once(model, batch, batch_size), "stages"):
         reduce = partial(_summed, lengths=part.mask.sum(1).tolist(), causal=model.causal)
         with keeping(model, names, n_loops, reduce) as values:
             model.advance(begin_batch(model, part, n_loops), model.iteration_ends(n_loops)[-1])

@@ -19,8 +19,8 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     begin_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import heads_at, loop_and_layer, points_by_block
@@ -225,10 +225,10 @@ def _watch(
     batch_size: int,
 ) -> None:
     """Call `see(value "batch pos d", name, shown)` at hook points, of the columns to show."""
-    batch_size = checked_batch_size(batch_size)
+    size = rows_at_once(model, batch, batch_size)
     chunks = zip(
-        in_chunks(batch, batch_size, "iterations"),
-        *(x.split(batch_size) for x in chosen),
+        in_chunks(batch, size, "iterations"),
+        *(x.split(size) for x in chosen),
         strict=True,
     )
     for rows, columns, shown in chunks:

@@ -20,6 +20,7 @@ from loopscope.interp.common.columns import (
     Shown,
     ShownColumns,
     at_positions,
+    read_columns,
     shown_columns,
 )
 from loopscope.interp.common.finite import refuse_nonfinite
@@ -28,14 +29,17 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     begin_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.statistics import cosine_of, effective_rank, norm_of
+from loopscope.interp.lens.lens import heads_input_of, iterations_of
+from loopscope.interp.lens.record import Lens
 from loopscope.models.basis.numbers import checked_count, checked_integer, checked_number
+from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import State, checked_loops
 
@@ -91,6 +95,7 @@ class Dynamics(OneScreen):
         position: Int[Tensor, "batch pos"], the column of the input.
         shown: Bool[Tensor, "batch pos"], False where a column is padding.
         part: The name of the part of the state, or of the site.
+        lens: The answers after every iteration, where they were read in the same run.
     """
 
     states: Float[Tensor, "point batch pos d_model"]
@@ -98,6 +103,7 @@ class Dynamics(OneScreen):
     position: Int[Tensor, "batch pos"]
     shown: Bool[Tensor, "batch pos"]
     part: str
+    lens: Lens | None = None
 
     @classmethod
     def of(
@@ -106,6 +112,7 @@ class Dynamics(OneScreen):
         iterations: Sequence[int],
         chosen: ShownColumns,
         part: str,
+        lens: Lens | None = None,
     ) -> Dynamics:
         """The record of a trajectory at some columns, without the values at padding."""
         position, shown = chosen
@@ -115,6 +122,7 @@ class Dynamics(OneScreen):
             position,
             shown,
             part,
+            lens,
         )
 
     def directions(self) -> Dynamics:
@@ -263,6 +271,7 @@ def dynamics(
     readout: ReadoutColumn = None,
     positions: Shown = "real",
     part: str = "resid",
+    with_lens: bool = False,
     batch_size: int = 512,
 ) -> Dynamics:
     """The state before the first iteration and after every iteration, from one run.
@@ -273,6 +282,8 @@ def dynamics(
         positions: "real" for all tokens that are not padding, "readout" for the column at which
             answers are read (which may be padding), "all" for padding too, or columns.
         part: A part of the state, as `model.state_parts(state)` names it.
+        with_lens: Whether the run also reads the answers after every iteration, as `readout_lens`
+            does; `lens` holds them then.
         batch_size: Rows run at a time.
 
     Raises:
@@ -283,22 +294,39 @@ def dynamics(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    batch_size = checked_batch_size(batch_size)
+    size = rows_at_once(model, batch, batch_size)
     chosen = shown_columns(batch, positions)
-    stops = [iteration_start(model, 0, n_loops), *model.iteration_ends(n_loops)]
-    collected = []
+    ends = model.iteration_ends(n_loops)
+    stops = [iteration_start(model, 0, n_loops), *ends]
+    collected, read = [], []
     for rows, columns in zip(
-        in_chunks(batch, batch_size, "dynamics"),
-        chosen[0].split(batch_size),
+        in_chunks(batch, size, "dynamics"),
+        chosen[0].split(size),
         strict=True,
     ):
         state = begin_batch(model, rows, n_loops)
-        points = []
+        points, heads = [], []
         for stop in stops:
             state = model.advance(state, stop)
             points.append(at_positions(widened(_part(model, state, part).flatten(2)), columns))
+            if with_lens and stop in ends:
+                heads.append(heads_input_of(model, state, rows))
         collected.append(torch.stack(points))
-    return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), chosen, part)
+        read.append(heads)
+    lens = _lens(model, batch, n_loops, read) if with_lens else None
+    return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), chosen, part, lens)
+
+
+def lens_of(path: Dynamics) -> Lens:
+    """The answers of a trajectory that was made with them."""
+    assert path.lens is not None, "the run read the answers"
+    return path.lens
+
+
+def _lens(model: LoopedModel, batch: Batch, n_loops: int, read: Sequence[Sequence[Tensor]]) -> Lens:
+    """The answers after every iteration, of what was read of each piece of the batch."""
+    heads_input = torch.cat([torch.stack(list(heads)) for heads in read], dim=1)
+    return Lens.of(model, heads_input, iterations_of(n_loops), read_columns(batch, None))
 
 
 def iteration_start(model: LoopedModel, loop: int, n_loops: int) -> int:

@@ -20,6 +20,7 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import (
@@ -233,7 +234,7 @@ def _mean_at_readout(
     model: LoopedModel, inputs: Inputs, name: str, n_loops: int, readout: ReadoutColumn
 ) -> Tensor:
     batch = as_batch(model, inputs, readout)
-    parts = in_chunks(batch, _CHUNK if model.batch_independent else len(batch), "activations")
+    parts = in_chunks(batch, rows_at_once(model, batch, _CHUNK), "activations")
     total = sum(
         widened(at_columns(recorded(model, part, [name], n_loops)[name], part.readout)).sum(0)
         for part in parts

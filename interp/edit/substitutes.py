@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import used_columns
-from loopscope.interp.common.inputs import Inputs, in_chunks, reference_batch
+from loopscope.interp.common.inputs import Inputs, in_chunks, reference_batch, rows_at_once
 from loopscope.interp.common.precision import widened
 from loopscope.models.basis.draws import other_rows
 from loopscope.models.basis.tokens import Batch
@@ -54,7 +54,7 @@ def substitute_of(
 
 
 def _pieces(model: LoopedModel, batch: Batch) -> Iterator[Batch]:
-    return in_chunks(batch, _CHUNK if model.batch_independent else len(batch), "reference")
+    return in_chunks(batch, rows_at_once(model, batch, _CHUNK), "reference")
 
 
 def _reference_values(

@@ -1,4 +1,4 @@
-"""After which iteration a model would stop: by its answers, its states, or its own gate.
+"""Rules for stopping early: by the model's answers, its states, or its own exit gate.
 
 Start with `halting.py`. Imports `common`, `lens` and `dynamics`.
 """

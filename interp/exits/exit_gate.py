@@ -12,7 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch, begin_batch, in_chunks
+from loopscope.interp.common.inputs import (
+    Inputs,
+    ReadoutColumn,
+    as_batch,
+    begin_batch,
+    in_chunks,
+    rows_at_once,
+)
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
@@ -90,7 +97,7 @@ def gate_logits(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     names = gate_names(model, n_loops)
     collected = []
-    for rows in in_chunks(batch, batch_size, "gate"):
+    for rows in in_chunks(batch, rows_at_once(model, batch, batch_size), "gate"):
         seen: list[Tensor] = []
 
         def keep(

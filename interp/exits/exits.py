@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.dynamics.states import Dynamics, dynamics
+from loopscope.interp.dynamics.states import Dynamics, dynamics, lens_of
 from loopscope.interp.exits.halting import Stops, check_iterations, first_stop
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
@@ -155,8 +155,10 @@ def exits(
             checkpoint records.
     """
     batch = as_batch(model, inputs, readout)
-    states = dynamics(model, batch, n_loops, positions="readout") if criterion.of_states else None
-    return apply_criterion(readout_lens(model, batch, n_loops), criterion, states)
+    if not criterion.of_states:
+        return apply_criterion(readout_lens(model, batch, n_loops), criterion)
+    states = dynamics(model, batch, n_loops, positions="readout", with_lens=True)
+    return apply_criterion(lens_of(states), criterion, states)
 
 
 def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = None) -> Exits:

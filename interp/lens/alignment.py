@@ -15,8 +15,8 @@ from loopscope.interp.common.inputs import (
     Inputs,
     ReadoutColumn,
     as_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
@@ -105,20 +105,20 @@ def embedding_alignment(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    batch_size = checked_batch_size(batch_size)
+    at_once = rows_at_once(model, batch, batch_size)
     columns, shown = shown_columns(batch, positions)
     visits, embedding = visits_of(model, n_loops), widened(model.W_E)
     tops, cosines, lengths = [], [], []
     for part, read in zip(
-        in_chunks(batch, batch_size, "alignment"), columns.split(batch_size), strict=True
+        in_chunks(batch, at_once, "alignment"), columns.split(at_once), strict=True
     ):
         states = torch.stack(list(residuals(model, part, read, n_loops).values.values()))
         top = Lens.of(model, model.normalize(states), visits, read).top(1).tokens[..., 0]
         states, rows = widened(states), embedding[top]
-        size, other = states.norm(dim=-1), rows.norm(dim=-1)
+        length, other = states.norm(dim=-1), rows.norm(dim=-1)
         tops.append(top)
-        cosines.append((states * rows).sum(-1) / (size * other))
-        lengths.append(size / other)
+        cosines.append((states * rows).sum(-1) / (length * other))
+        lengths.append(length / other)
     real = shown.flatten()
     example = torch.arange(len(batch), device=real.device).repeat_interleave(columns.shape[1])
     loops, layers, names = zip(*visits, strict=True)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopscope.interp.common.inputs import Inputs, as_batch, checked_batch_size, in_chunks
+from loopscope.interp.common.inputs import Inputs, as_batch, in_chunks, rows_at_once
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.lens.lens import logit_lens
@@ -195,13 +195,13 @@ def decodability(
     batch = as_batch(model, inputs, -1 if isinstance(inputs, Tensor) else None)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     targets = _matrix("targets", targets)
-    batch_size = checked_batch_size(batch_size)
+    size = rows_at_once(model, batch, batch_size)
     columns = _checked_columns(batch, targets, positions)
     hits, reciprocal, lens = [], [], None
     for part, tokens, read in zip(
-        in_chunks(batch, batch_size, "depth"),
-        targets.split(batch_size),
-        columns.split(batch_size),
+        in_chunks(batch, size, "depth"),
+        targets.split(size),
+        columns.split(size),
         strict=True,
     ):
         lens = _lens_at(model, part, n_loops, read)

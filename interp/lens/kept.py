@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loopscope.interp.common.columns import read_columns
 from loopscope.interp.common.fingerprint import described, facts_of_inputs, facts_of_model
-from loopscope.interp.common.inputs import checked_batch_size, in_chunks
+from loopscope.interp.common.inputs import in_chunks, rows_at_once
 from loopscope.interp.common.places import Picked
 from loopscope.interp.common.processes import over_ranks
 from loopscope.interp.lens.record import Lens, ReadVisit
@@ -50,8 +50,7 @@ class LensJob:
     @property
     def _size(self) -> int:
         """How many examples are run at a time: all where rows depend on each other."""
-        size = checked_batch_size(self.batch_size)
-        return size if self.model.batch_independent else len(self.batch)
+        return rows_at_once(self.model, self.batch, self.batch_size)
 
     def lens(self, keep_logits: bool) -> Lens:
         """The record; of a shard, that of its examples."""

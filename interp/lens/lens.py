@@ -123,8 +123,7 @@ def readout_lens(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
-    places: list[ReadVisit] = [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
-    stops = dict(zip(model.iteration_ends(n_loops), places, strict=True))
+    stops = dict(zip(model.iteration_ends(n_loops), iterations_of(n_loops), strict=True))
     return LensJob(
         "readout_lens",
         model,
@@ -186,6 +185,11 @@ def coda_lens(
     ).lens(keep_logits)
 
 
+def iterations_of(n_loops: int) -> list[ReadVisit]:
+    """The entries of a lens after every iteration."""
+    return [(loop, None, f"loops.{loop}") for loop in range(n_loops)]
+
+
 def _through(
     model: LoopedModel,
     n_loops: int,
@@ -204,16 +208,22 @@ def _through(
         seen = []
         for stop in stops:
             state = model.advance(state, stop)
-            seen.append(_read(model, model.finish(state), part, positions))
+            seen.append(heads_input_of(model, state, part, positions))
         return torch.stack(seen)
 
     return heads_input
 
 
-def _read(
-    model: LoopedModel, state: State, part: Batch, positions: Literal["all"] | Sequence[int] | None
+def heads_input_of(
+    model: LoopedModel,
+    state: State,
+    part: Batch,
+    positions: Literal["all"] | Sequence[int] | None = None,
 ) -> Float[Tensor, "read d_model"]:
-    """The head's input of a state at the readout of each row, or at some columns."""
+    """The head's input of a state, run through what follows the loop, at the readout of each row or
+    at some columns.
+    """
+    state = model.finish(state)
     if positions is None:
         return model.read_state(state, part.readout)[:, 0]
     return at_positions(model.read_state(state), read_columns(part, positions)).flatten(0, 1)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from loopscope.interp.common.columns import Shown, at_positions, shown_columns
 from loopscope.interp.common.fingerprint import described, facts_of_inputs, facts_of_model
 from loopscope.interp.common.finite import refuse_nonfinite
-from loopscope.interp.common.inputs import LOGITS_AT_ONCE, in_chunks
+from loopscope.interp.common.inputs import LOGITS_AT_ONCE, in_chunks, rows_at_once
 from loopscope.interp.lens.lens import residuals
 from loopscope.interp.lens.tuned_lens import TunedLens, translated
 from loopscope.interp.shards.manifest import Manifest
@@ -228,7 +228,8 @@ def material(
     """
     columns, shown = shown_columns(batch, positions)
     resids, finals = [], []
-    for part, read in zip(in_chunks(batch, _ROWS, "runs"), columns.split(_ROWS), strict=True):
+    size = rows_at_once(model, batch, _ROWS)
+    for part, read in zip(in_chunks(batch, size, "runs"), columns.split(size), strict=True):
         run = residuals(model, part, read, n_loops)
         every = list(run.values.values())
         resids.append(torch.stack([every[visit] for visit in visits]))

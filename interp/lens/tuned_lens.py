@@ -22,8 +22,8 @@ from loopscope.interp.common.inputs import (
     Inputs,
     ReadoutColumn,
     as_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import evaluating
 from loopscope.interp.common.places import loop_and_layer
@@ -125,14 +125,14 @@ class TunedLens(OneScreen):
         """
         self.check(model)
         batch = as_batch(model, inputs, readout)
-        batch_size = checked_batch_size(batch_size)
+        size = rows_at_once(model, batch, batch_size)
         columns = read_columns(batch, positions)
         weights, biases = self.weights.to(model.device), self.biases.to(model.device)
         collected = []
         with torch.no_grad(), evaluating(model):
             for part, read in zip(
-                in_chunks(batch, batch_size, "tuned lens"),
-                columns.split(batch_size),
+                in_chunks(batch, size, "tuned lens"),
+                columns.split(size),
                 strict=True,
             ):
                 run = residuals(model, part, read, self.n_loops)

@@ -1,4 +1,4 @@
-"""Probes: linear readings of the states, each with its controls.
+"""Linear probes of the states, each with its controls.
 
 Start with `probe.py`; `transfer.py` carries a probe from one iteration to another, `differences.py`
 probes pairs of inputs. `states.py` makes the states, `kept.py` keeps them in a folder that shards

@@ -1,4 +1,7 @@
-"""Norms, an MLP, and linear maps in the layouts of the releases."""
+"""Norms, MLPs, and linear maps in the layouts of the releases.
+
+W_gate, W_in, W_out and the biases of MLPs are views in TransformerLens's shapes.
+"""
 
 from __future__ import annotations
 
@@ -161,6 +164,83 @@ class MLP(nn.Module):
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         return self.down.bias
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)).
+
+    Args:
+        fused: One stored matrix `gate_up` with the rows of gate and up below each other, instead of
+            two.
+        bias: Biases of all three projections.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
+
+    def __init__(
+        self,
+        d_model: int,
+        d_mlp: int,
+        act: Callable[[Tensor], Tensor] = F.silu,
+        *,
+        fused: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.act = act
+        if fused:
+            self.gate_up = nn.Linear(d_model, 2 * d_mlp, bias=bias)
+        else:
+            self.gate, self.up = (
+                nn.Linear(d_model, d_mlp, bias=bias),
+                nn.Linear(d_model, d_mlp, bias=bias),
+            )
+        self.down = nn.Linear(d_mlp, d_model, bias=bias)
+        self.fused = fused
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], taps: Taps
+    ) -> Float[Tensor, "batch pos d_model"]:
+        halves = self.gate_up(x).chunk(2, dim=-1) if self.fused else (self.gate(x), self.up(x))
+        gate, up = (
+            half.contiguous() for half in halves
+        )  # one layout, so that a hook's copy goes through the same kernel
+        gate, up = tap(taps, "mlp.hook_pre", gate), tap(taps, "mlp.hook_pre_linear", up)
+        out: Tensor = self.down(tap(taps, "mlp.hook_post", self.act(gate) * up))
+        return out
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.gate_up.weight.chunk(2)[0].T if self.fused else self.gate.weight.T
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.gate_up.weight.chunk(2)[1].T if self.fused else self.up.weight.T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self.down.weight.T
+
+    @property
+    def b_gate(self) -> Float[Tensor, " d_mlp"]:
+        return self._bias(self.gate_up.bias, 0) if self.fused else self._bias(self.gate.bias)
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        return self._bias(self.gate_up.bias, 1) if self.fused else self._bias(self.up.bias)
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        return (
+            self.down.weight.new_zeros(self.down.out_features)
+            if self.down.bias is None
+            else self.down.bias
+        )
+
+    def _bias(self, bias: Tensor | None, half: int | None = None) -> Float[Tensor, " d_mlp"]:
+        if bias is None:
+            return self.down.weight.new_zeros(self.down.in_features)
+        return bias if half is None else bias.chunk(2)[half]
 
 
 def wide(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import BASE_OF_ANGLES
-from loopscope.models.blocks.components import Norm, RMSNorm, norm_sites
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Placement
+from loopscope.models.blocks.components import GatedMLP, Norm, RMSNorm, norm_sites
+from loopscope.models.blocks.decoder_block import Attention, Block, Placement
 from loopscope.models.blocks.rotary import Rotary, checked_scaling
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig

@@ -13,22 +13,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import norm_sites
-from loopscope.models.blocks.decoder_block import (
-    Attention,
-    GatedMLP,
-    Heads,
-    KeyHeads,
-    Stream,
-)
+from loopscope.models.blocks.components import GatedMLP, norm_sites, wide
+from loopscope.models.blocks.decoder_block import Attention, Heads, KeyHeads, Stream
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.hooks import Taps, tap
-
-
-def wide(x: Tensor) -> Tensor:
-    """The numbers in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class UnitNorm(nn.Module):

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import Norm, norm_sites
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Placement, Stream
+from loopscope.models.blocks.components import GatedMLP, Norm, norm_sites
+from loopscope.models.blocks.decoder_block import Attention, Block, Placement, Stream
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.hooks import Taps, tap
 

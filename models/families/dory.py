@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import BASE_OF_ANGLES, MOST_BLOCKS, limits
-from loopscope.models.blocks.components import norm_sites
+from loopscope.models.blocks.components import norm_sites, wide
 from loopscope.models.blocks.decoder import CodaDecoder, DecoderConfig, stack
-from loopscope.models.blocks.dory_block import DoryAttention, DoryBlock, DoryMLP, UnitNorm, wide
+from loopscope.models.blocks.dory_block import DoryAttention, DoryBlock, DoryMLP, UnitNorm
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.core.config import LoopedConfig

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
 from loopscope.models.basis.tokens import checked_token_types
-from loopscope.models.blocks.components import RMSNorm, norm_sites
+from loopscope.models.blocks.components import GatedMLP, RMSNorm, norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Projection, Stream
+from loopscope.models.blocks.decoder_block import Attention, Block, Projection, Stream
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Visible, prefix_keys
 from loopscope.models.core.base import stream_at

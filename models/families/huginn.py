@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
+from loopscope.models.blocks.components import GatedMLP
 from loopscope.models.blocks.decoder import CodaDecoder, DecoderConfig, stack
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Projection, Stream
+from loopscope.models.blocks.decoder_block import Attention, Block, Projection, Stream
 from loopscope.models.blocks.random_state import initial_state
 from loopscope.models.blocks.rotary import Rotary, RotationTable, StoredRotary
 from loopscope.models.core.attention import Rows

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.models.basis.fields import limits
-from loopscope.models.blocks.decoder_block import GatedMLP, Placement
+from loopscope.models.blocks.components import GatedMLP
+from loopscope.models.blocks.decoder_block import Placement
 from loopscope.models.blocks.melt_block import LatentAttention, LatentGate, MeltBlock
 from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
 from loopscope.models.core.hooks import Taps

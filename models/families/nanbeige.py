@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
-from loopscope.models.blocks.components import norm_sites
+from loopscope.models.blocks.components import GatedMLP, norm_sites
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
+from loopscope.models.blocks.decoder_block import Attention, Block
 from loopscope.models.blocks.hyper_connections import (
     Mixing,
     Streams,

@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
+from loopscope.models.blocks.components import GatedMLP
+from loopscope.models.blocks.decoder_block import Attention, Block
 from loopscope.models.blocks.normed_attention import WholeNormedAttention
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.registry import family

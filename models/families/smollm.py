@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
-from loopscope.models.blocks.components import LayerNorm
+from loopscope.models.blocks.components import GatedMLP, LayerNorm
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder, stack
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP, Stream
+from loopscope.models.blocks.decoder_block import Attention, Block, Stream
 from loopscope.models.blocks.rotary import Angles, Rotary
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.hooks import Taps, tap

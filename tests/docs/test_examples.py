@@ -56,3 +56,12 @@ def test_every_public_call_has_an_entry_and_an_example_that_uses_it() -> None:
 def test_a_how_to_is_short_and_shows_how(page: Path) -> None:
     assert len(page.read_text(encoding="utf-8").splitlines()) < 60
     assert blocks(page) or blocks(page, "sh")
+
+
+def test_an_output_that_the_block_does_not_print_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint(2 + 3)\n```\n\n```output\n5\n```\n", encoding="utf-8")
+    run_page(page)
+    page.write_text("```python\nprint(2 + 3)\n```\n\n```output\n7\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError):
+        run_page(page)

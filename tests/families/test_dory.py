@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dory_reference import fresh, slow_attention, slow_logits, slow_mlp, unit
 from golden_cases import Compute, GoldenCase, check_case
 from loopscope.interp.generation import Generated, generate
 from loopscope.interp.lens.lens import logit_lens, readout_lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.models.core.attention import KeyValueStore
 from loopscope.models.families.dory import Dory
+from references.dory import fresh, slow_attention, slow_logits, slow_mlp, unit
 from toy import assert_close, is_close, put
 
 FIRST_CHUNK = 3  # of the golden runs that go on one position at a time

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dory_reference import fresh
 from golden_cases import FLOAT32, GOLDEN
 from loopscope.checkpoints.errors import CheckpointError
 from loopscope.checkpoints.load import load
 from loopscope.interp.weights.circuits import composition_scores, ov_circuit, qk_circuit
 from loopscope.models.families.dory import Dory, DoryConfig
+from references.dory import fresh
 
 HALVES = {"attn_alpha": "lambda_1", "mlp_alpha": "lambda_2"}
 OLDER: dict[str, Any] = {

@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from golden_cases import GOLDEN, GoldenCase, check_case
-from huginn_reference import (
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.load import load
+from loopscope.interp.lens.lens import readout_lens
+from loopscope.models.blocks.random_state import latent_state
+from loopscope.models.core.registry import build
+from loopscope.models.families.huginn import Huginn, HuginnConfig, latent_states
+from references.huginn import (
     STATE,
     TABLE,
     after,
@@ -26,12 +32,6 @@ from huginn_reference import (
     whole_batch,
     without_coda,
 )
-from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.load import load
-from loopscope.interp.lens.lens import readout_lens
-from loopscope.models.blocks.random_state import latent_state
-from loopscope.models.core.registry import build
-from loopscope.models.families.huginn import Huginn, HuginnConfig, latent_states
 from toy import assert_close, randomize_
 
 

@@ -1,28 +1,21 @@
-"""Parcae: its golden outputs, its injections, value embeddings and initial states, and its
-releases.
-"""
+"""Parcae: its golden outputs, its injections, value embeddings and initial states."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from golden_cases import GOLDEN, Compute, GoldenCase, check_case
-from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.load import load
-from loopscope.checkpoints.tables.parcae import TABLE as RELEASE
 from loopscope.interp.dynamics.states import dynamics
-from loopscope.models.blocks.parcae_block import ParcaeBlock
 from loopscope.models.core.registry import build
 from loopscope.models.families.parcae import Parcae, ParcaeConfig
+from references.parcae import made, normed, slow_block, tokens_of
 from toy import assert_close, is_close
 
 MISMATCHED = ParcaeConfig(
@@ -139,68 +132,6 @@ def test_value_embeddings_act_where_the_reference_says() -> None:
         place = places[entry["stage"]] + entry["block"]
         assert entry["value_embeds"] == (place in cfg.value_tables), entry
         assert entry["gate"] == (place in cfg.value_gates), entry
-
-
-def made(cfg: ParcaeConfig, std: float = 0.3) -> Parcae:
-    """A model in float64 with weights that make every part matter."""
-    torch.manual_seed(4)
-    model = build(cfg).double()
-    assert isinstance(model, Parcae)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=std)
-    return model
-
-
-def tokens_of(cfg: ParcaeConfig, seed: int = 3) -> Tensor:
-    return torch.randint(0, cfg.d_vocab, (3, 7), generator=torch.Generator().manual_seed(seed))
-
-
-def normed(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-def turned(x: Tensor, position: int, cfg: ParcaeConfig) -> Tensor:
-    """Each pair of neighbouring channels as one complex number, turned on its own."""
-    angles = position * (
-        1.0
-        / cfg.rope_theta ** (torch.arange(0, cfg.d_head, 2, dtype=torch.float32) / cfg.d_head)
-        / 3
-    )
-    pairs = [torch.complex(x[..., 2 * i], x[..., 2 * i + 1]) for i in range(len(angles))]
-    out = [
-        pair * torch.complex(angle.cos().double(), angle.sin().double())
-        for pair, angle in zip(pairs, angles, strict=True)
-    ]
-    return torch.stack([part for pair in out for part in (pair.real, pair.imag)], dim=-1)
-
-
-def slow_block(block: ParcaeBlock, x: Tensor, cfg: ParcaeConfig, embedded: Tensor | None) -> Tensor:
-    """A block head by head and query by query; `embedded` is "batch pos width" where value
-    embeddings are added.
-    """
-    attn, seen, added = block.attn, normed(x, block.ln1.w, cfg.eps), torch.zeros_like(x)
-    group, eps = cfg.n_heads // attn.n_kv_heads, torch.finfo(x.dtype).eps
-    for head in range(cfg.n_heads):
-        kv = head // group
-        q, k, v = seen @ attn.W_Q[head], seen @ attn.W_K[kv], seen @ attn.W_V[kv]
-        if embedded is not None:
-            gate = 2 / (1 + torch.exp(-(seen[..., :32] @ attn.value_gate.weight[kv])))
-            v = v + gate[..., None] * embedded[..., kv * cfg.d_head : (kv + 1) * cfg.d_head]
-        q, k = (
-            torch.stack(
-                [normed(turned(part[:, i], i, cfg), 1.0, eps) for i in range(x.shape[1])], dim=1
-            )
-            for part in (q, k)
-        )
-        for pos in range(x.shape[1]):
-            weights = ((k[:, : pos + 1] * q[:, pos : pos + 1]).sum(-1) / cfg.d_head**0.5).softmax(
-                -1
-            )
-            added[:, pos] += (weights[..., None] * v[:, : pos + 1]).sum(1) @ attn.W_O[head]
-    x = x + added
-    hidden = (normed(x, block.ln2.w, cfg.eps) @ block.mlp.W_in).clamp(min=0)
-    return x + 0.5 * hidden**2 @ block.mlp.W_out
 
 
 @pytest.mark.shapes
@@ -361,121 +292,6 @@ def test_fresh_model_begins_with_the_release_s_decay_and_identities() -> None:
     assert model(tokens_of(ALIGNED)).isfinite().all()
 
 
-def test_stored_angles_count_and_not_the_config_s(folder_with: Callable[..., Path]) -> None:
-    case = the_case()
-    other = load(
-        folder_with(
-            "parcae",
-            {"rope_settings": {"use_rope": True, "rope_condense_ratio": 1, "rope_base": 7}},
-        )
-    )
-    assert_close(other(case.tokens, **case.begin), case.logits())
-    torch.testing.assert_close(
-        build(golden_model(case).cfg).rotation.freqs_cis, golden_model(case).rotation.freqs_cis
-    )
-    assert not is_close(build(other.cfg).rotation.freqs_cis, golden_model(case).rotation.freqs_cis)
-
-
-def test_the_pickled_release_is_the_same_model(tmp_path: Path) -> None:
-    case = the_case()
-    values = json.loads((GOLDEN / "parcae" / "config.json").read_text())
-    del values[
-        "_class_name"
-    ]  # one of the two ways in which a release's config is written leaves it out
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    torch.save(load_file(GOLDEN / "parcae" / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    assert_close(load(tmp_path)(case.tokens, **case.begin), case.logits())
-
-
-@torch.no_grad()
-def test_half_precision_weights_keep_a_table_of_angles_in_single(
-    folder_with: Callable[..., Path],
-) -> None:
-    case, folder = the_case(), folder_with("parcae", {})
-    tensors = load_file(GOLDEN / "parcae" / "model.safetensors")
-    save_file(
-        {key: value if key == "freqs_cis" else value.bfloat16() for key, value in tensors.items()},
-        folder / "model.safetensors",
-    )
-    half = load(folder)
-    assert half.state_dict()["rotation.freqs_cis"].dtype == torch.float32
-    logits = half(case.tokens, **case.begin)
-    assert logits.dtype == torch.float32
-    assert (logits - case.logits()).norm() < 0.05 * case.logits().norm()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "tables", "gates"),
-    [
-        (
-            {"n_layers_in_prelude": 2, "n_layers_in_coda": 2, "mean_recurrence": 4},
-            (0, 2, 4, 6),
-            (1, 3, 6),
-        ),
-        (
-            {
-                "n_layers_in_prelude": 1,
-                "mean_recurrence": 2,
-                "n_layers_in_recurrent_block": 1,
-                "num_key_value_heads": 2,
-            },
-            (0, 2),
-            (1, 2),
-        ),
-        (
-            {
-                "mean_backprop_depth": 3,
-                "tie_embeddings": False,
-                "prelude_norm": False,
-                "injection_type": "linear",
-            },
-            (1, 3, 5),
-            (0, 2, 4),
-        ),
-    ],
-)
-def test_releases_of_other_sizes_are_read(
-    sizes: dict[str, object],
-    tables: tuple[int, ...],
-    gates: tuple[int, ...],
-    folder_with: Callable[..., Path],
-) -> None:
-    folder = folder_with("parcae", sizes)
-    with pytest.raises(CheckpointError, match=r"(has|lacks) \d+ (unexpected )?key"):
-        load(folder)
-    given = {**json.loads((GOLDEN / "parcae" / "config.json").read_text()), **sizes}
-    cfg = ParcaeConfig(
-        n_layers=given["n_layers_in_recurrent_block"],
-        n_loops=given["mean_recurrence"],
-        n_prelude_layers=given["n_layers_in_prelude"],
-        n_coda_layers=given["n_layers_in_coda"],
-        n_key_value_heads=given["num_key_value_heads"],
-        **{
-            "d_model": 32,
-            "n_heads": 4,
-            "d_mlp": 20,
-            "d_mlp_outside": 24,
-            "d_vocab": 37,
-            "n_ctx": 16,
-            "rope_theta": 50000.0,
-        },
-        injection=given["injection_type"],
-        prelude_norm=given["prelude_norm"],
-        tied=given["tie_embeddings"],
-        value_tables=tables,
-        value_gates=gates,
-    )
-    model = made(cfg).float()
-    state = model.state_dict()
-    save_file(
-        {key: state[name] for key, name in RELEASE.names(cfg).items() if name in state},
-        folder / "model.safetensors",
-    )
-    again = load(folder)
-    assert again.cfg == cfg
-    assert_close(again.double()(tokens_of(cfg)), model.double()(tokens_of(cfg)))
-
-
 def test_value_embeddings_of_grouped_heads_do_not_fit_the_core() -> None:
     with pytest.raises(
         ValueError,
@@ -501,55 +317,3 @@ def test_value_embeddings_of_grouped_heads_do_not_fit_the_core() -> None:
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ParcaeConfig.from_dict({**MISMATCHED.to_dict(), **changes})
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("nonlin_name", "GELU", "nonlin_name must be 'ReLU2', got 'GELU'"),
-        ("norm_class_name", None, "lacks the field 'norm_class_name'"),
-        ("mlp_class_name", "GatedMLP", "mlp_class_name must be 'BaseMLP', got 'GatedMLP'"),
-        ("clip_qkv", 8.0, r"clip_qkv must be None, got 8\.0"),
-        ("qk_bias", True, "qk_bias must be False, got True"),
-        (
-            "init_strategy",
-            "takase",
-            "init_strategy must be 'scaled' or .* got 'takase'; others scale embeddings",
-        ),
-        ("state_init", "unit", "state_init must be 'like-init' or 'zero', got 'unit'"),
-        ("recurrent_embedding_dimension", 64, "recurrent_embedding_dimension must be 32, got 64"),
-        (
-            "recurrent_num_attention_heads",
-            2,
-            "recurrent_num_attention_heads must be None or 4, got 2",
-        ),
-        ("rope_settings", {"use_rope": False}, "use_rope must be True, got False"),
-        (
-            "rope_settings",
-            {"rope_twist": 1},
-            "has the field 'rope_twist' .* which this family's loader does not know",
-        ),
-        (
-            "use_fused_head",
-            "hhe",
-            "use_fused_head must be 'pytorch' or 'cce' or 'full-triton', got 'hhe'",
-        ),
-        ("mean_recurrence", 2.5, r"mean_recurrence must be a whole number, got 2\.5"),
-        ("loop_gain", 2.0, "has the field 'loop_gain' .* which this family's loader does not know"),
-    ],
-)
-def test_fields_that_are_not_computed_are_refused(
-    field: str, value: object, message: str, folder_with: Callable[..., object]
-) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        load(folder_with("parcae", {field: value}))
-
-
-def test_an_untied_head_is_not_read_from_a_transposed_file(
-    folder_with: Callable[..., object],
-) -> None:
-    with pytest.raises(
-        CheckpointError,
-        match="use_fused_head must be 'pytorch' or 'cce', got 'full-triton'; an untied fused head",
-    ):
-        load(folder_with("parcae", {"tie_embeddings": False, "use_fused_head": "full-triton"}))

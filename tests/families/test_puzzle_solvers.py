@@ -19,8 +19,9 @@ from loopscope.checkpoints.load import load
 from loopscope.checkpoints.tables import TABLES
 from loopscope.models.core.cache import LoopCache
 from loopscope.models.core.registry import build
+from loopscope.models.families.puzzle_solvers.config import PuzzleConfig
 from loopscope.models.families.puzzle_solvers.hrm import HrmConfig
-from loopscope.models.families.puzzle_solvers.solver import PuzzleConfig, PuzzleSolver
+from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 from loopscope.models.families.puzzle_solvers.trm import TrmConfig
 from loopscope.training.puzzles.supervision import (
     Carry,

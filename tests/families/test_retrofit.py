@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from golden_cases import GOLDEN, Compute, GoldenCase, check_case
-from huginn_reference import (
+from loopscope.checkpoints.errors import CheckpointError
+from loopscope.checkpoints.load import load
+from loopscope.models.blocks.random_state import latent_state
+from loopscope.models.blocks.rotary import Rotary
+from loopscope.models.core.registry import FAMILIES, build
+from loopscope.models.families.huginn import latent_states
+from loopscope.models.families.retrofit import Retrofit, RetrofitConfig, RetrofitLlama, RetrofitOlmo
+from references.huginn import (
     BLOCK,
     STATE,
     TABLE,
@@ -23,13 +30,6 @@ from huginn_reference import (
     slow_mlp,
     slow_norm,
 )
-from loopscope.checkpoints.errors import CheckpointError
-from loopscope.checkpoints.load import load
-from loopscope.models.blocks.random_state import latent_state
-from loopscope.models.blocks.rotary import Rotary
-from loopscope.models.core.registry import FAMILIES, build
-from loopscope.models.families.huginn import latent_states
-from loopscope.models.families.retrofit import Retrofit, RetrofitConfig, RetrofitLlama, RetrofitOlmo
 from toy import assert_close, randomize_
 
 NORMED_LATER: dict[str, Compute] = {

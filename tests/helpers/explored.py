@@ -5,15 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import plotly.graph_objects as go
 
 from browser import Tab, opened, require_chromium
+from looks.marks import hard_to_see
 from loopscope.analyses.common.configs import ExploreConfig
 from loopscope.analyses.common.subject import Subject
 from loopscope.analyses.explorer.app import make_explorer
+from loopscope.analyses.explorer.questions import Query, ask, ask_beside
 from loopscope.models.basis.tokens import Readout, Vocabulary
 from loopscope.models.core.base import LoopedModel
 from loopscope.tasks.questions import Question
-from toy import D_VOCAB
+from toy import D_VOCAB, LOOPS
 
 A_TEXT, B_TEXT = "<w_3><w_8><w_2><w_20><w_11>", "<w_4><w_8><w_5><w_20><w_13>"
 
@@ -30,6 +35,19 @@ def around(model: LoopedModel) -> Subject:
     return Subject(
         "toy", model.eval(), {2: [known, Question("<w_1><w_2><w_4>", "<w_8>", 2)]}, None, {}
     )
+
+
+def two_questions(subject: Subject) -> tuple[Query, Query]:
+    """The questions A and B to a toy."""
+    a = ask(subject, A_TEXT, LOOPS)
+    return a, ask_beside(subject, B_TEXT, a, LOOPS)
+
+
+def valid(figure: dict[str, Any]) -> go.Figure:
+    """Plotly's own check of a figure that is plain data, and that all of it can be seen."""
+    drawn = go.Figure(figure)
+    assert hard_to_see(drawn) == []
+    return drawn
 
 
 @contextmanager

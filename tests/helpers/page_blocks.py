@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from language_toys import ouro_folder
 from loopscope.analyses.cli import main
 from loopscope.models.core.registry import FAMILIES
 from loopscope.training.trainer import RECIPES
+from shipped_pages import assert_same_page
 from tiny_run import TINY
 
 FOLDERS = ("path/to/Ouro-1.4B", "path/to/my-ouro")  # what the pages call a user's own folders
@@ -39,19 +42,40 @@ def lay_out(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_page(page: Path) -> dict[str, Any]:
     """Run a page's Python from top to bottom, then its `loopscope` commands; families that it adds
-    are forgotten.
+    are forgotten. A block of the language "output" must hold what the block before it prints.
     """
     names: dict[str, Any] = {"__name__": page.stem}
     known = set(FAMILIES)
+    fences = re.findall(
+        r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M
+    )
+    printed = {}
     try:
-        for number, block in enumerate(blocks(page)):
-            place = f"{page.name}, block {number}"
-            exec(compile(block, place, "exec", dont_inherit=True), names)
+        for wanted, run in (("python", _run_python), ("sh", _run_commands)):
+            for number, (language, code) in enumerate(fences):
+                if language == wanted:
+                    with redirect_stdout(io.StringIO()) as out:
+                        run(code, f"{page.name}, block {number}", names)
+                    printed[number] = out.getvalue()
     finally:
         for added in set(FAMILIES) - known:
             del FAMILIES[added]
-    for block in blocks(page, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("loopscope "):
-                main(shlex.split(line, comments=True)[1:])
+    for number, (language, shown) in enumerate(fences):
+        if language == "output":
+            assert_same_page(_words(printed[number - 1]), _words(shown))
+    print(*printed.values(), sep="")
     return names
+
+
+def _run_python(code: str, place: str, names: dict[str, Any]) -> None:
+    exec(compile(code, place, "exec", dont_inherit=True), names)
+
+
+def _run_commands(code: str, place: str, names: dict[str, Any]) -> None:
+    for line in code.replace("\\\n", " ").splitlines():
+        if line.startswith("loopscope "):
+            main(shlex.split(line, comments=True)[1:])
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())

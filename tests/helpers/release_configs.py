@@ -24,8 +24,8 @@ PAGE = ROOT / "docs" / "releases.md"
 _GATE = dict.fromkeys(("model.early_exit_gate.weight", "model.early_exit_gate.bias"), torch.ones(1))
 _ABOUT = """# Releases
 
-`loopscope list` names the known releases; `loopscope fetch NAME` says how large one is and brings
-it. `load` then takes the name, and besides it:
+A release is a published model. `loopscope list` names the known ones, and `loopscope fetch NAME`
+says how large one is and downloads it. Then `load(NAME)` loads it. Useful arguments of `load`:
 
 | argument | what it does |
 |---|---|
@@ -34,17 +34,19 @@ it. `load` then takes the name, and besides it:
 | `adapter=folder` | merges a LoRA adapter in peft's layout, as peft does |
 | `vocab=False` | no vocabulary, and no warning about a tokenizer that cannot be used |
 
-Ordinary models, whose layers `load(folder, window=(first, last))` loops without training, are
-Llama, SmolLM2, Mistral, Qwen2 and 2.5, Qwen3, Gemma 2, Gemma 3 (text), OLMo-2, GPT-NeoX (Pythia)
-and GPT-2. Llama, Qwen2, Qwen3, Gemma 2, Gemma 3 and GPT-2 may also be one GGUF file, whose fields,
-tensors and tokenizer are read with the extra `loopscope[gguf]`; its codes become float32 numbers.
+`load(folder, window=(first, last))` loops some layers of an ordinary model without training. This
+works for Llama, SmolLM2, Mistral, Qwen2 and 2.5, Qwen3, Gemma 2, Gemma 3 (text), OLMo-2, GPT-NeoX
+(Pythia) and GPT-2. Llama, Qwen2, Qwen3, Gemma 2, Gemma 3 and GPT-2 may also be one GGUF file. To
+read its fields, tensors and tokenizer install the extra `loopscope[gguf]`. Quantised numbers become
+float32.
 
-A tokenizer that cannot be used is one warning with the reason, and the weights load. A file that
-mixes number formats of 16 and 32 bits loads in float32 with a warning, unless `dtype=` is given.
+If a tokenizer cannot be used, the weights load all the same and one warning gives the reason. A
+file that mixes number formats of 16 and 32 bits loads in float32 with a warning, unless you give
+`dtype=`.
 
-A puzzle solver's release is one pickle without a suffix, `step_<N>` or `checkpoint`, beside
-`all_config.yaml`; `load` reads it safely. Tests load folders made in this layout; the files below
-are too large for them.
+The release of a puzzle solver is one pickle without a suffix, `step_<N>` or `checkpoint`, beside
+`all_config.yaml`; `load` reads it without executing code from it. The tests load small folders of
+this layout, because the files below are too large for them.
 
 | release | family | what it solves |
 |---|---|---|
@@ -58,21 +60,24 @@ are too large for them.
 | Sanjin2024/TinyRecursiveModels-ARC-AGI-2 | trm | ARC-AGI-2 |
 | arcprize/trm_arc_prize_verification | trm | ARC-AGI-1 and 2, each in a folder of its own |
 
-HRM's are its authors' own. TRM's authors have published none that is known here; these are of
-others who ran their code.
+The HRM releases are those of its authors. The authors of TRM have published none that is known
+here; the TRM releases are from others who ran their code.
 
 ## Fields of config.json, and reference classes
 
-The config fields of each release below are kept at reduced width in `tests/configs/`: those of
-Ouro-1.4B, Ouro-2.6B and Ouro-2.6B-Thinking from the files themselves; the others are put together
-from public descriptions, golden cases and the releases' own code. A test loads each with random
-weights. Where transformers has a class for the release, the logits equal those of the class, to
-5e-5 of the largest one. Where it has none, the family is compared with golden outputs of the
-release's own code (`tests/golden/`), and this test only loads the fields and runs the model.
+Does `load` read the config of each release correctly? The config fields of each release below are
+kept at reduced width in `tests/configs/`. Those of Ouro-1.4B, Ouro-2.6B and Ouro-2.6B-Thinking come
+from the files themselves; the others are put together from public descriptions, golden cases and
+the releases' own code. A test loads each of them with random weights:
 
-Fields that no result depends on are passed over; `checkpoints/fields/harmless.py` lists them with
-the reasons, and the tables in `checkpoints/tables/` list those of one family. Any other field is
-refused by its name, unless `load(..., ignore=("field",))` says to read the config without it.
+* If transformers has a class for the release, the logits must equal those of the class, to 5e-5 of
+  the largest logit ("yes" in the table).
+* If it has none ("no reference"), this test only loads the fields and runs the model. The family is
+  compared with outputs of the release's own code elsewhere (`tests/golden/`).
+
+Fields on which no result depends are ignored; `checkpoints/fields/harmless.py` lists them with the
+reasons, and the tables in `checkpoints/tables/` list those of one family. Any other unknown field
+is an error that names it, unless you write `load(..., ignore=("field",))`.
 
 | fields of | exact to the reference class |
 |---|---|

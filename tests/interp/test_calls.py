@@ -30,7 +30,7 @@ from loopscope.interp.lens.tuned_lens import TunedLens
 from loopscope.interp.lens.tuned_training import train_tuned_lens
 from loopscope.interp.probes.probe import probe
 from loopscope.models.families.recurrent_depth import RecurrentDepth
-from toy import padded, toy
+from toy import BatchCentred, odd_one, padded, toy
 
 LOOPS = 3
 ANSWERS = [1, 2, 3]
@@ -68,6 +68,13 @@ METHODS: Mapping[str, Callable[..., Any]] = {
     "perturbation_growth": lambda m, **o: perturbation_growth(m, padded(), LOOPS, **o).distance,
     "fixed_points": lambda m, **o: fixed_points(m, padded(), LOOPS, **o).residual,
     "basins": lambda m, **o: basins(m, padded(), 2, 0.1, LOOPS, **o).distance,
+}
+OF_ONE_ROW = {
+    "jacobian_spectrum",
+    "lyapunov_spectrum",
+    "finite_time_exponent",
+    "perturbation_growth",
+    "basins",
 }
 OF_ONE_BATCH: Mapping[str, Callable[[RecurrentDepth], Any]] = {
     "halting": lambda m: halting(m, padded(), HaltingRule(None, None), LOOPS).logits,
@@ -121,6 +128,16 @@ def test_pieces_have_at_least_one_row(name: str, dropping: RecurrentDepth) -> No
         METHODS[name](dropping, batch_size=0)
     with pytest.raises(TypeError, match="batch_size must be an integer, got float"):
         METHODS[name](dropping, batch_size=2.0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_that_depend_on_one_another_stay_together(name: str) -> None:
+    centred = odd_one(BatchCentred)
+    if name in OF_ONE_ROW:
+        with pytest.raises(ValueError, match="depend on one another"):
+            METHODS[name](centred)
+    else:
+        torch.testing.assert_close(METHODS[name](centred, batch_size=2), METHODS[name](centred))
 
 
 # Lists and numpy's numbers

@@ -60,7 +60,7 @@ def one_run(tmp_path_factory: pytest.TempPathFactory) -> object:
 @pytest.mark.parametrize("launcher", ["submitit", "ray"])
 def test_a_launcher_gives_the_sweep_of_one_process(launcher: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(launcher) is None:
-        pytest.skip(f"{launcher} is not installed (the extra [scale])")
+        pytest.skip(f"{launcher} is not installed (the extras [slurm] and [ray])")
     run(f"{sys.executable} {RECIPE} {tmp_path}/two 2 {launcher}", tmp_path)
     run(
         f'{sys.executable} -c \'import sys; sys.path.insert(0, "{RECIPE.parent}"); import sweep;'

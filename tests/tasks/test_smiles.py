@@ -11,22 +11,9 @@ import pytest
 from rdkit import Chem
 from rdkit.Chem import Lipinski
 
-from loopscope.tasks.smiles import (
-    BOS,
-    CHAINS,
-    EOS,
-    LINKERS,
-    PAD,
-    RINGS,
-    TERMINALS,
-    WORDS,
-    SmilesVocabulary,
-    make_molecules,
-    pieces,
-    random_writings,
-    valid,
-    well_formed,
-)
+from loopscope.tasks.fragments import CHAINS, LINKERS, RINGS, TERMINALS
+from loopscope.tasks.molecules import make_molecules, random_writings, valid
+from loopscope.tasks.smiles import BOS, EOS, PAD, WORDS, SmilesVocabulary, pieces, well_formed
 
 
 @pytest.fixture(scope="module")

@@ -327,7 +327,9 @@ def lines(folder: Path) -> list[dict[str, object]]:
 @pytest.mark.slow
 def test_a_run_improves_logs_and_exports(run_folder: Path, corpus: Corpus) -> None:
     recipe = replace(TINY, updates=42, eval_every=12)
+    before = torch.get_rng_state()
     done = train_language(recipe, run_folder)
+    assert torch.equal(torch.get_rng_state(), before)
     found = lines(run_folder)
     assert [line["update"] for line in found] == [12, 24, 36, 42]
     assert found[-1]["held_out"] < found[0]["held_out"] < math.log(len(SmilesVocabulary()))

@@ -52,7 +52,9 @@ RECIPE = PuzzleRecipe(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("puzzles") / "run"
+    before = torch.get_rng_state()
     train_solver(RECIPE, folder)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers go on"
     return folder
 
 

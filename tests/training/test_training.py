@@ -21,7 +21,7 @@ from loopscope.tasks.graphs import read_graph
 from loopscope.tasks.questions import by_hops, read_questions
 from loopscope.training.examination import accuracies
 from loopscope.training.setup import fresh_model, fresh_optimizer, pack
-from loopscope.training.trainer import Trainer, train
+from loopscope.training.trainer import RECIPES, Trainer, train
 from paths import HELPERS
 from tiny_run import TINY
 
@@ -263,6 +263,15 @@ def test_a_killed_run_resumes_to_the_identical_weights(tmp_path: Path, delay: fl
         return [{**line, "seconds": 0} for line in found]
 
     assert lines("killed") == lines("whole")
+
+
+def test_training_leaves_the_callers_random_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    before = torch.get_rng_state()
+    train("tiny", tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_unknown_recipe_names_the_known_ones() -> None:

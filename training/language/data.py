@@ -13,7 +13,8 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from loopscope.models.basis.files import atomic_path
-from loopscope.tasks.smiles import BOS, EOS, SmilesVocabulary, make_molecules, random_writings
+from loopscope.tasks.molecules import make_molecules, random_writings
+from loopscope.tasks.smiles import BOS, EOS, SmilesVocabulary
 from loopscope.training.language.recipes import LanguageRecipe
 
 PAD_ID = 0

@@ -14,7 +14,8 @@ from torch import Tensor
 from loopscope.interp.common.ranking import top_token
 from loopscope.interp.generation import Sampling, generate
 from loopscope.models.core.base import LoopedModel
-from loopscope.tasks.smiles import BOS, EOS, SmilesVocabulary, valid, well_formed
+from loopscope.tasks.molecules import valid
+from loopscope.tasks.smiles import BOS, EOS, SmilesVocabulary, well_formed
 from loopscope.training.language.data import PAD_ID, as_tokens
 
 

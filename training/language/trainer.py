@@ -162,6 +162,7 @@ def fresh_language_model(recipe: LanguageRecipe) -> LoopedModel:
     return model
 
 
+@torch.random.fork_rng()
 def train_language(
     recipe: LanguageRecipe, folder: Path, *, resume: bool = False, wandb: bool = False
 ) -> Path:

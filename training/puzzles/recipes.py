@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loopscope.models.families.puzzle_solvers.config import PuzzleConfig
 from loopscope.models.families.puzzle_solvers.hrm import HrmConfig
-from loopscope.models.families.puzzle_solvers.solver import PuzzleConfig
 from loopscope.models.families.puzzle_solvers.trm import TrmConfig
 from loopscope.training.language.recipes import CosineStage
 from loopscope.training.recipes import Loops, Recipe, Stage

@@ -202,6 +202,7 @@ def fresh_solver(recipe: PuzzleRecipe) -> PuzzleSolver:
     return model
 
 
+@torch.random.fork_rng()
 def train_solver(
     recipe: PuzzleRecipe, folder: Path, *, resume: bool = False, wandb: bool = False
 ) -> Path:

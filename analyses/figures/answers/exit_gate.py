@@ -298,9 +298,10 @@ def _has_gate(opened: Opened) -> bool:
 SECTION = Section(
     title="The model's own exit gate",
     look_for=(
-        "When the gate would stop, token by token, and what an earlier exit changes. A gate that"
-        " knows its task stops early at easy tokens, and its exits keep the top token of the last"
-        " iteration."
+        "The gate gives each token a probability of stopping after each iteration. The figure"
+        " shows, token by token, when it is expected to stop, and what an earlier exit changes in"
+        " the answer. A gate that knows its task stops early at easy tokens, and the top token at"
+        " its exit is the same as after the last iteration."
     ),
     measure=lambda opened: measure(
         opened.asked, opened.asked.group(), ExitGateConfig.thresholds, opened.n_loops

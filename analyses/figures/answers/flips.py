@@ -243,8 +243,9 @@ SECTION = Section(
     title="Answer flips",
     look_for=(
         "Each cell is the share of questions of one hop count whose top answer changes at that"
-        " iteration. Right answers should appear along a diagonal, deeper questions later. Changes"
-        " from right to wrong at late iterations are overthinking, question by question."
+        " iteration. Right answers should appear along a diagonal, because deeper questions need"
+        " more iterations. Changes from right to wrong at late iterations are overthinking, seen"
+        " question by question."
     ),
     measure=lambda opened: Flips(
         (Panel.of(opened.subject),), (measure(opened.runs, opened.subject.model.cfg.n_loops),)

@@ -28,8 +28,8 @@ from loopscope.interp.drawing.look import FAINT, INK, SOFT, deeper, styled
 
 @dataclass(frozen=True, kw_only=True)
 class GeneralisationConfig(ComparisonConfig):
-    """Deepest hop count answered over the deepest one trained, along training (figure 19); by
-    default all shipped multi-hop models.
+    """Ratio of the deepest hop count that is answered to the deepest one that was trained,
+    along training (figure 19); by default for all shipped multi-hop models.
     """
 
     n_loops: int = 24

@@ -192,10 +192,11 @@ def _found(record: HaltingCurves) -> str:
 SECTION = Section(
     title="Adaptive halting",
     look_for=(
-        "An adaptive rule watches the model's own answers: it stops when two successive ones agree"
-        " (small KL) and the answer is sure (small entropy). A good rule uses more iterations for"
-        " deeper questions and loses little against the best fixed r (dotted). KL alone tends to"
-        " stop while nothing has happened yet."
+        "A halting rule watches the model's own answers. It stops when two successive answers"
+        " agree (small KL) and the answer is sure (small entropy). A good rule uses more"
+        " iterations for deeper questions, and its accuracy is close to that of the best fixed"
+        " number of iterations r (dotted). KL alone tends to stop too early, before anything has"
+        " happened."
     ),
     measure=lambda opened: measure(opened.runs, HaltingConfig.kl, HaltingConfig.entropy),
     found=_found,

@@ -196,8 +196,9 @@ def _found(record: HaltingCompare) -> str:
 SECTION = Section(
     title="Adaptive halting",
     look_for=(
-        "Iterations used and accuracy with halting on KL and entropy, and on KL alone; the shaded"
-        " hop counts were not in training."
+        "Iterations used, and accuracy when stopped, for two halting rules: KL and entropy"
+        " together, and KL alone. Each column is one checkpoint. Shaded hop counts were not in"
+        " training."
     ),
     measure=lambda opened: run(opened.compared(HaltingCompareConfig)),
     found=_found,

@@ -184,8 +184,9 @@ def _found(record: Margins) -> str:
 SECTION = Section(
     title="Logit margins",
     look_for=(
-        "The mean margin of every hop count, one panel per checkpoint on one scale; dashed lines"
-        " mark the mean first hit t*."
+        "Each panel is one checkpoint and each curve one hop count: the mean logit margin of the"
+        " answer after each iteration, on one scale. Dashed lines mark t*, the mean number of"
+        " iterations after which the answer is first the top token."
     ),
     measure=lambda opened: run(opened.compared(MarginsConfig)),
     found=_found,

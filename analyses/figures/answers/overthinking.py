@@ -212,10 +212,11 @@ def _of_report(opened: Opened) -> Overthinking:
 SECTION = Section(
     title="Logit margin and overthinking",
     look_for=(
-        "Each curve is the mean margin of the right answer over its strongest rival after every"
-        " iteration. A dashed line marks the mean number of iterations at which the answer is first"
-        " on top (t*). A curve that falls after its peak is overthinking: more iterations make the"
-        " answer worse. Questions with more hops should rise later."
+        "Each curve shows the mean logit margin after every iteration: the logit of the right"
+        " answer minus the largest other logit. A dashed line marks t*, the mean number of"
+        " iterations after which the answer is first the top token. Questions with more hops"
+        " should rise later. A curve that falls after its peak is overthinking: more iterations"
+        " make the answer worse."
     ),
     measure=_of_report,
     found=_found,

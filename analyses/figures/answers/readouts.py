@@ -205,9 +205,10 @@ def _of_report(opened: Opened) -> Readouts:
 SECTION = Section(
     title="The model's own readout after each iteration",
     look_for=(
-        "What the model would say if it stopped here, read as the family itself reads it. A"
-        " position whose top token stays is settled. Entropy falls as the model gets sure, and KL"
-        " falls as further iterations change nothing."
+        "The answer that the model would give if it stopped after that iteration, read as the"
+        " family itself reads it. A position whose top token no longer changes has settled."
+        " Entropy falls as the model becomes sure. KL compares each answer with the one before,"
+        " and falls when further iterations change nothing."
     ),
     measure=_of_report,
     found=_found,

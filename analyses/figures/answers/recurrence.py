@@ -219,10 +219,10 @@ def _found(record: RecurrenceGrid) -> str:
 SECTION = Section(
     title="Accuracy by hops and iterations",
     look_for=(
-        "Every cell is the accuracy that the model has when it is stopped after r iterations; all"
-        " rows come from one run. Right of the dotted line no question of that depth was in"
-        " training. Deeper questions need more iterations; columns whose colour fades towards the"
-        " top overthink. The row r* lets an adaptive rule choose when to stop."
+        "Each cell is the accuracy if the model is stopped after r iterations; all rows come from"
+        " one run. Hop counts to the right of the dotted line were not in training. Deeper"
+        " questions need more iterations. A column whose colour fades towards the top overthinks."
+        " In the row r* an adaptive rule chooses when to stop."
     ),
     measure=lambda opened: measure(
         opened.subject, opened.runs, HaltingRule(RecurrenceConfig.kl, RecurrenceConfig.entropy)

@@ -235,8 +235,9 @@ def _found(record: RecurrenceGrids) -> str:
 SECTION = Section(
     title="Accuracy by hops and iterations",
     look_for=(
-        "The grid of every checkpoint with one colour scale; lines mark the training R and the"
-        " deepest hop count learned."
+        "The accuracy of each checkpoint by hop count and number of iterations r, on one colour"
+        " scale. Lines mark R, the number of iterations in training, and the deepest hop count"
+        " learned."
     ),
     measure=lambda opened: run(opened.compared(RecurrenceGridsConfig)),
     found=_found,

@@ -45,8 +45,8 @@ from loopscope.interp.patching.tracing import denoising_map
 
 @dataclass(frozen=True, kw_only=True)
 class CausalGraphConfig(TwoHopConfig):
-    """Where in depth entities of two-hop questions are decodable, and which single states bring
-    back the answer (figure 11).
+    """After which block the logit lens reads the entities of two-hop questions, and which
+    single states bring back the answer (figure 11).
     """
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = (

@@ -42,8 +42,8 @@ from loopscope.models.core.state import checked_loops
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitConfig(PairConfig):
-    """The smallest circuit by edge scores: the edges between heads and MLPs of all iterations that
-    keep the answer's margin when all others are corrupted.
+    """The smallest circuit by edge scores: the edges between heads and MLPs of all iterations
+    that keep the answer's margin if all other edges carry the corrupted run.
     """
 
     n_loops: int | None = None
@@ -74,6 +74,8 @@ MOST_EDGES = 100_000
 """Edges of a circuit by position, above which it must be asked for."""
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Sizes of the curve, as shares of all edges; the circuit's own size is put among them."""
+_PAIRS_OF_REPORT = 16
+"""So many pairs show which edges matter; a report with all of them takes twice as long."""
 RANKINGS = ("score", "change", "random")
 
 
@@ -327,7 +329,8 @@ def _add_curves(plot: go.Figure, record: FoundCircuit) -> None:
 
 
 def _of_report(opened: Opened) -> FoundCircuit:
-    return measure(opened.subject, opened.pairs, CircuitConfig(n_loops=opened.n_loops))
+    pairs = opened.pairs.first(_PAIRS_OF_REPORT)
+    return measure(opened.subject, pairs, CircuitConfig(n_loops=opened.n_loops))
 
 
 def _found(record: FoundCircuit) -> str:
@@ -342,8 +345,10 @@ def _found(record: FoundCircuit) -> str:
         else ""
     )
     share = f"{record.circuit.share:.1%}"
+    pairs = len(record.clean)
+    over = f"Over {pairs} pairs of inputs, " * (pairs > 1)
     said = (
-        f"{len(record.circuit)} of {record.circuit.n_possible} edges{where} ({share}) keep"
+        f"{over}{len(record.circuit)} of {record.circuit.n_possible} edges{where} ({share}) keep"
         f" {kept:.2f} of the difference between the margins of the clean and the corrupted run; all"
         f" others together keep {left:.2f}. As many edges by the change of their writers keep"
         f" {change:.2f}, random ones {chance:.2f}.{again}"
@@ -354,14 +359,15 @@ def _found(record: FoundCircuit) -> str:
 SECTION = Section(
     title="The circuit that carries the answer",
     look_for=(
-        "A line is one component's output as one later component reads it; blue moves the margin"
-        " towards the clean run, orange away from it, and the"
-        f" {MOST} strongest are drawn. Where all texts have one length, columns are positions and a"
-        " dotted line is what a head moves from one to another. Everything outside the circuit is"
-        " given the corrupted run. Below, each component of the shared blocks has one row: a row"
-        " that is filled over several loops does its work again at each of them. A circuit means"
-        " something where the blue curve rises long before the two controls, and the dotted one"
-        " stays at 0."
+        "A line is an edge: the output of one component as one later component reads it. Blue"
+        f" edges move the margin towards the clean run, orange ones away from it; the {MOST}"
+        " strongest are drawn. Everything outside the circuit is given the corrupted run. If all"
+        " texts have one length, columns are positions, and a dotted line is what a head moves"
+        " from one position to another. Below, each component of the shared blocks has one row: a"
+        " row that is filled over several loops does its work again at each of them. The last"
+        " panel shows the share of the margin that circuits of each size keep. A circuit means"
+        " something if the blue curve rises long before the two controls, and the dotted one, the"
+        " share that is left without the circuit, stays at 0."
     ),
     measure=_of_report,
     found=_found,

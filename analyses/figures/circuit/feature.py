@@ -297,10 +297,11 @@ def _of_report(opened: Opened) -> Feature:
 SECTION = Section(
     title="A feature of the dictionary",
     look_for=(
-        "The tokens in which the feature is strongest say what it is about, and its profile at"
-        " which loops it is written. Its direct effect is what it adds to the logits, if the model"
-        " stopped where the feature is strongest; its ablation shows what the rest of the run makes"
-        " of it, the dotted line at all loops together."
+        "The tokens in which the feature is strongest say what it is about; its profile says at"
+        " which loops it is active. Its direct effect is what it adds to the logits if the model"
+        " stops where the feature is strongest. Its ablation shows how the answer's margin changes"
+        " if the feature is taken out at one loop, and what the rest of the run makes of that; the"
+        " dotted line is for all loops together."
     ),
     measure=_of_report,
     found=_found,

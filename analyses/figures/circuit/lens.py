@@ -260,10 +260,10 @@ def _of_report(opened: Opened) -> LensHeatmap:
 SECTION = Section(
     title="Logit lens of one text",
     look_for=(
-        "Read the residual stream as if the model stopped here: the top token at every position"
-        " after every block. In a model that follows the relations one after another, each"
-        " intermediate entity appears at its own relation, one iteration after the one before it."
-        " The right panel follows the rank of each entity at its own relation."
+        "The residual stream after every block, read as if the model stopped there: the top token"
+        " at every position. In a model that follows relations one after another, each"
+        " intermediate entity appears at the position of its own relation, one after the other."
+        " The right panel shows the rank of each entity at that position (0 is the top token)."
     ),
     measure=_of_report,
     found=_found,

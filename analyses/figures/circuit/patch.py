@@ -203,11 +203,11 @@ def _found(record: PatchingMap) -> str:
 SECTION = Section(
     title="What one activation carries",
     look_for=(
-        "The corrupted text differs from the clean one. A cell puts one clean activation into"
-        " the corrupted run and measures how much of the clean margin comes back (1 = all of it)."
-        " Where the colour is, the answer's history is being carried at that moment. In a model"
-        " that follows relations, it should walk along them as the iterations go by, and stay at"
-        " the readout once the answer is known."
+        "The corrupted text differs from the clean one. Each cell puts one clean activation into"
+        " the corrupted run and shows the share of the clean margin that comes back (0: none, 1:"
+        " all of it). Colour means that this activation carries the information for the answer at"
+        " that moment. In a model that follows relations, the colour should move along them from"
+        " iteration to iteration, and stay at the answer position once the answer is known."
     ),
     measure=_of_report,
     found=_found,

@@ -29,8 +29,8 @@ from loopscope.interp.lens.lens import logit_lens
 
 @dataclass(frozen=True, kw_only=True)
 class RanksConfig(InputsConfig):
-    """Rank of the entities on the way, of the answer and of a control after every block: the logit
-    lens over effective depth.
+    """Rank of the intermediate entities, of the answer and of a control token after every
+    block, by the logit lens, over effective depth (blocks run).
     """
 
     n_loops: int | None = None
@@ -422,10 +422,10 @@ def _of_report(opened: Opened) -> Ranks:
 SECTION = Section(
     title="Rank trajectories",
     look_for=(
-        "The rank of each entity on the way, where it should be known, after every block: 0 is the"
-        " top token. Curves that arrive one after another show a step by step computation; a"
-        " control token that nobody asks for should stay where it is. Thin dotted lines mark where"
-        " a loop begins."
+        "The rank of each entity on the way to the answer (0 is the top token), read after every"
+        " block at the position where the entity should be known. Curves that arrive one after"
+        " another show a step-by-step computation. The control is a token that no question asks"
+        " for; its curve should stay where it is. Thin dotted lines mark where a loop begins."
     ),
     measure=_of_report,
     found=_found,

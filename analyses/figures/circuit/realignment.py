@@ -32,11 +32,12 @@ from loopscope.models.core.base import LoopedModel
 
 @dataclass(frozen=True, kw_only=True)
 class RealignmentConfig(TwoHopConfig):
-    """Two-hop accuracy when the bridge's state is put onto the embedding of the token that the lens
-    reads there: iteration and variant chosen on one half of the questions and reported on the
-    other, beside three controls (after arXiv 2607.00341). Look for a realigned bar far above the
-    base on out-of-distribution questions, a rescaled bar like the base, and a random entity and a
-    second-best token near zero.
+    """Accuracy on two-hop questions if the state at the bridge entity's position is replaced by
+    the embedding of the token that the logit lens reads there (realignment, after arXiv
+    2607.00341). Iteration and variant are chosen on one half of the questions and reported on
+    the other, beside three controls. Look for a realigned bar far above the base on
+    out-of-distribution questions. The controls should show a rescaled bar like the base, and
+    bars near zero for a random entity and for the second-best token.
     """
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(

@@ -28,8 +28,8 @@ from loopscope.tasks.questions import Question
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutConfig(PanelsConfig):
-    """Where the answer depends on the question: states of random runs put into the clean run, every
-    position and block (figure 21).
+    """Which positions of the question the answer depends on: the state at each position and
+    block of the clean run is replaced by that of a random run (figure 21).
     """
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = (

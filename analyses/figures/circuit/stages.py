@@ -28,7 +28,9 @@ from loopscope.interp.lens.decoding import decodability
 
 @dataclass(frozen=True, kw_only=True)
 class StagesConfig(TwoHopConfig):
-    """Where in depth the bridge and the target are decodable, stage by stage (figure 4)."""
+    """After which block the logit lens reads the bridge entity and the answer of two-hop
+    questions, at each stage of training (figure 4).
+    """
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional] = (
         "mini/systematicity/r4_l2/train",

@@ -242,9 +242,10 @@ def _found(record: AttentionSettling) -> str:
 SECTION = Section(
     title="Does attention settle?",
     look_for=(
-        "How much each head's attention pattern changes from one iteration to the next, and its"
-        " entropy. Heads that go on changing are still looking; a pattern that stands still over"
-        " all keys alike has stopped to look."
+        "For each head: how much its attention pattern changes from one iteration to the next,"
+        " and the entropy of the pattern. A head that goes on changing is still looking for"
+        " information. A pattern that no longer changes and is spread over all keys alike has"
+        " stopped to look."
     ),
     measure=lambda opened: measure(
         opened.asked, opened.asked.group(opened.config.hops), opened.config.n_loops

@@ -202,10 +202,10 @@ def _found(record: Attractors) -> str:
 SECTION = Section(
     title="Where do iterations lead?",
     look_for=(
-        "The step of the state at each iteration, for right and for wrong answers. Steps that fall"
-        " to nothing end in a fixed point; wrong answers may settle too, at a spurious one. The"
-        " bars say whether runs from changed first states agree, and whether their vote, or the one"
-        " that settles best, is right more often than one run."
+        "The length of the state's step at each iteration, for right and for wrong answers. Steps"
+        " that fall to nothing end in a fixed point; wrong answers may settle too, at a wrong"
+        " fixed point. The bars compare runs from changed first states: do they agree, and is"
+        " their majority vote, or the run that settles best, right more often than a single run?"
     ),
     measure=lambda opened: measure(
         opened.asked,

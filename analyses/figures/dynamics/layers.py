@@ -29,8 +29,8 @@ from loopscope.interp.dynamics.states import Dynamics
 
 @dataclass(frozen=True, kw_only=True)
 class LayersConfig(InputsConfig):
-    """The work of each block over loops: the angle by which it turns the state, its output's
-    norm and steps (after arXiv 2604.11791).
+    """The work of each block over loops: the angle by which it turns the state, and the norm
+    and the steps of its output (after arXiv 2604.11791).
     """
 
     n_loops: int = 16
@@ -247,8 +247,9 @@ def _found(record: Layers) -> str:
 SECTION = Section(
     title="The work of each block",
     look_for=(
-        "How far each block turns the state, and how its output changes from loop to loop. Blocks"
-        " whose steps vanish have come to a fixed point each, which the state visits in a cycle."
+        "How far each block turns the state, and how its output changes from loop to loop. If the"
+        " steps of all blocks vanish, each block has come to a fixed point of its own, and the"
+        " state goes through these points once per iteration."
     ),
     measure=lambda opened: measure(opened.asked, opened.asked.group(), opened.config.n_loops),
     found=_found,

@@ -182,10 +182,10 @@ def _found(record: Lyapunov) -> str:
 SECTION = Section(
     title="Do small changes grow?",
     look_for=(
-        "How fast a small change of the state grows over iterations, for answers that are right and"
-        " for those that are wrong. Above zero the run is chaotic, below zero it forgets the"
-        " change. The margin at half depth is the control: where it tells right from wrong as well,"
-        " the exponent describes failures and does not foretell them."
+        "How fast a small change of the state grows over iterations, for right and for wrong"
+        " answers. Above zero the change grows (the run is chaotic), below zero it shrinks (the"
+        " run forgets it). The control is the margin at half depth: if it tells right from wrong"
+        " equally well, the exponent describes failures but does not foretell them."
     ),
     measure=lambda opened: measure(
         opened.asked,

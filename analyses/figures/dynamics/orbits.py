@@ -343,9 +343,10 @@ def _found(record: OrbitPaths) -> str:
 SECTION = Section(
     title="Orbits of the state",
     look_for=(
-        "The state at the readout after every iteration, in its first principal components, and its"
-        " direction alone, which is what the final norm passes on. A fixed point stops, a slider"
-        " goes on straight ahead, an orbit comes back."
+        "The state at the answer position after every iteration, on its first principal"
+        " components, and the same for its direction alone, which is what the final norm passes"
+        " on. There are three kinds of paths: a fixed point stops, a slider goes straight on, an"
+        " orbit comes back."
     ),
     measure=lambda opened: measure(
         opened.asked,

@@ -192,9 +192,10 @@ def _found(record: ScheduleEdits) -> str:
 SECTION = Section(
     title="Does each iteration matter?",
     look_for=(
-        "The answers when one iteration, or one block of it, is skipped, repeated, or frozen at"
-        " what it added in the iteration before. Where all iterations are alike, skipping any of"
-        " them is one iteration less; a freeze tells which of them work on something new."
+        "The share of right answers if one iteration, or one block of it, is skipped, repeated,"
+        " or frozen (it adds again what it added in the iteration before). If all iterations do"
+        " the same, skipping any of them has the effect of one iteration less. A freeze shows"
+        " which iterations work on something new."
     ),
     measure=lambda opened: measure(
         opened.asked, opened.asked.group(opened.config.hops), opened.n_loops

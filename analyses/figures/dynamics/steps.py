@@ -5,7 +5,7 @@ arXiv 2509.23314).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from loopscope.analyses.common.configs import InputsConfig
 from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.look import hop_colors, hop_name
 from loopscope.analyses.common.records import Record
-from loopscope.analyses.common.sections import Section, of_inputs
+from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.interp.common.columns import Shown
 from loopscope.interp.drawing.labels import label
 from loopscope.interp.drawing.look import CATEGORIES, FAINT, styled
@@ -140,14 +140,18 @@ def measure(
     asked: Asked, groups: tuple[Group, ...], n_loops: int, positions: Shown = "readout"
 ) -> Steps:
     """The record for some groups of inputs of an open checkpoint."""
-    rows = []
-    for group in tqdm(groups, desc="steps", leave=False, disable=len(groups) < 2):
-        path = dynamics(asked.subject.model, group.batch, n_loops, positions=positions)
-        rows.append(
-            torch.stack(
-                [statistic(path)[:, path.shown].mean(1) for statistic in STATISTICS.values()]
-            )
-        )
+    bar = tqdm(groups, desc="steps", leave=False, disable=len(groups) < 2)
+    model = asked.subject.model
+    paths = (dynamics(model, group.batch, n_loops, positions=positions) for group in bar)
+    return _record(asked, groups, paths)
+
+
+def _record(asked: Asked, groups: tuple[Group, ...], paths: Iterable[Dynamics]) -> Steps:
+    """The record of the motion of each group."""
+    rows = [
+        torch.stack([statistic(path)[:, path.shown].mean(1) for statistic in STATISTICS.values()])
+        for path in paths
+    ]
     return Steps(
         groups=tuple(_name(group) for group in groups),
         hops=tuple(group.hops for group in groups),
@@ -250,14 +254,22 @@ def _found(record: Steps) -> str:
     )
 
 
+def _of_report(opened: Opened) -> Steps:
+    asked, groups = opened.asked, opened.asked.groups()
+    if asked.given is not None:
+        return measure(asked, groups, opened.config.n_loops)
+    runs = opened.runs
+    return _record(asked, groups, [runs[hops].path for hops in sorted(runs)])
+
+
 SECTION = Section(
     title="Step sizes and angles",
     look_for=(
-        "How far and in which direction the state moves at each iteration, one curve per hop count."
-        " While something is computed, steps turn; once the answer is there, they should point the"
-        " same way or vanish. Deeper questions should settle later."
+        "How far and in which direction the state moves at each iteration, one curve per hop"
+        " count. While the model computes, its steps turn. Once the answer is there, they should"
+        " point the same way or vanish. This should come later for deeper questions."
     ),
-    measure=lambda opened: measure(opened.asked, opened.asked.groups(), opened.config.n_loops),
+    measure=_of_report,
     found=_found,
     serves=of_inputs,
 )

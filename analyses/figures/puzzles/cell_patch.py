@@ -26,7 +26,9 @@ RELATIONS = ("self", "box", "row", "column", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class CellPatchConfig(SolverConfig):
-    """Effect of a patch of one cell's states on the other cells, by relation of the cells."""
+    """Effect of patching the states of one Sudoku cell on the other cells, by the relation of
+    the two cells (same box, row, column, or none).
+    """
 
     puzzles: int = 12
     """Held-out puzzles to patch."""

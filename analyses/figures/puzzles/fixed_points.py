@@ -30,7 +30,9 @@ KINDS = ("nothing blank", "one blank", "as given", "disturbed at the end")
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPointsConfig(SolverConfig):
-    """Share of right boards over cycles: solved boards, one blank, as given, and disturbed."""
+    """Share of right boards over cycles, for four beginnings: the solved board, the solved
+    board with one blank, the puzzle as given, and a run whose state is disturbed at the end.
+    """
 
     puzzles: int = 100
     """Held-out puzzles to solve."""

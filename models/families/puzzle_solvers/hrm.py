@@ -12,7 +12,8 @@ from torch import nn
 
 from loopscope.models.basis.fields import MOST_BLOCKS, limits
 from loopscope.models.core.registry import family
-from loopscope.models.families.puzzle_solvers.solver import PuzzleConfig, PuzzleSolver
+from loopscope.models.families.puzzle_solvers.config import PuzzleConfig
+from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 
 
 @dataclass(frozen=True, kw_only=True)

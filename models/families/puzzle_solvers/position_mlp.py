@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loopscope.models.blocks.components import RMSNorm
-from loopscope.models.blocks.decoder_block import GatedMLP, Stream
+from loopscope.models.blocks.components import GatedMLP, RMSNorm
+from loopscope.models.blocks.decoder_block import Stream
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 

@@ -7,88 +7,28 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from loopscope.models.basis.fields import BASE_OF_ANGLES, MOST_BLOCKS, limits
-from loopscope.models.blocks.components import RMSNorm
+from loopscope.models.blocks.components import GatedMLP, RMSNorm
 from loopscope.models.blocks.decoder import stack
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
+from loopscope.models.blocks.decoder_block import Attention, Block
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Visible, every_key
 from loopscope.models.core.base import LoopedModel, stream_at
-from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.hooks import NO_TAPS, Taps, tap
 from loopscope.models.core.state import Slot, State, Visit, integers
+from loopscope.models.families.puzzle_solvers.config import PuzzleConfig
 from loopscope.models.families.puzzle_solvers.position_mlp import PositionBlock
 
 OPENING = ("hook_state_in", "hook_input", "hook_injected")
 GATES = ("hook_halt_logit", "hook_continue_logit")
 OTHER_LEVEL = {"low": "high", "high": "low"}
 LEARNED_SCALE = 0.707106781  # of tokens and learned positions together, as the releases write it
-
-
-@dataclass(frozen=True, kw_only=True)
-class PuzzleConfig(LoopedConfig):
-    """Sizes; n_loops counts supervision steps, n_layers the blocks of a low run, and n_ctx the
-    prefix and the cells together.
-
-    Attributes:
-        n_cycles: High cycles of each supervision step.
-        n_low_loops: Low runs of each high cycle.
-        n_prefix: Positions in front of the cells, which hold the puzzle's vector.
-        d_puzzle: Width of a puzzle's vector; 0 for none.
-        n_puzzles: Rows of the table of puzzle vectors.
-        positions: "rope" turns queries and keys, "learned" adds a vector to each position.
-        rope_theta: Base of the rotary frequencies.
-        d_pos_mlp: Inner width of the MLP along the positions that takes the place of attention; 0
-            for attention.
-    """
-
-    act_fn: ClassVar[str] = "silu"
-    normalization_type: ClassVar[str] = "RMS"
-    tied: ClassVar[bool] = False
-    TINY: ClassVar[Mapping[str, Any]] = {
-        "n_layers": 1,
-        "n_cycles": 2,
-        "n_low_loops": 2,
-        "n_prefix": 2,
-        "d_puzzle": 32,
-        "n_puzzles": 3,
-    }
-    n_cycles: int = field(metadata=limits(most=MOST_BLOCKS))
-    n_low_loops: int = field(metadata=limits(most=MOST_BLOCKS))
-    n_prefix: int = field(default=0, metadata=limits(least=0))
-    d_puzzle: int = field(default=0, metadata=limits(least=0))
-    n_puzzles: int = field(default=0, metadata=limits(least=0))
-    positions: Literal["rope", "learned", "none"] = "rope"
-    rope_theta: float | int = field(default=10000.0, metadata=BASE_OF_ANGLES)
-    d_pos_mlp: int = field(default=0, metadata=limits(least=0))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.d_puzzle == 0) != (self.n_puzzles == 0) or self.d_puzzle > self._prefix_width:
-            raise ValueError(
-                "d_puzzle and n_puzzles must both be 0, or both not, and n_prefix * d_model must"
-                f" hold d_puzzle, got d_puzzle={self.d_puzzle}, n_puzzles={self.n_puzzles} and"
-                f" n_prefix={self.n_prefix}"
-            )
-        if self.n_ctx is None and (self.positions == "learned" or self.d_pos_mlp):
-            raise ValueError(
-                "n_ctx must be given where positions are learned or an MLP runs along them"
-            )
-
-    @property
-    def _prefix_width(self) -> int:
-        return self.n_prefix * self.d_model
-
-    def width_of_head(self) -> int:
-        return max(1, self.d_model // self.n_heads)
 
 
 class PuzzleSolver(LoopedModel):
@@ -138,11 +78,8 @@ class PuzzleSolver(LoopedModel):
         self.low_init, self.high_init = (
             nn.Parameter(torch.empty(cfg.d_model), requires_grad=False) for _ in OTHER_LEVEL
         )
-        self.rotary = Rotary(cfg.d_head, cfg.rope_theta) if self._turns else None
-
-    @property
-    def _turns(self) -> bool:
-        return self.cfg.positions == "rope" and not self.cfg.d_pos_mlp
+        turns = cfg.positions == "rope" and not cfg.d_pos_mlp
+        self.rotary = Rotary(cfg.d_head, cfg.rope_theta) if turns else None
 
     @property
     @abstractmethod
@@ -208,15 +145,8 @@ class PuzzleSolver(LoopedModel):
         learned = ("hook_pos_embed",) if self.W_pos is not None else ()
         return (*learned, "hook_embed"), ()
 
-    def runs(self) -> Iterator[tuple[str, str]]:
-        """The runs of a supervision step in order: the prefix of their names, and their level."""
-        for h in range(self.cfg.n_cycles):
-            for run in range(self.cfg.n_low_loops):
-                yield f"cycles.{h}.low.{run}", "low"
-            yield f"cycles.{h}.high", "high"
-
     def plan(self, n_loops: int) -> list[Slot]:
-        slots, runs = [], list(self.runs())
+        slots, runs = [], list(runs_of(self.cfg))
         for s in range(n_loops):
             for name, level in runs:
                 ends = name == runs[-1][0]
@@ -265,7 +195,7 @@ class PuzzleSolver(LoopedModel):
         """
         words = F.embedding(tokens, self.embedding)
         if self.cfg.n_prefix:
-            prefix = self._prefix(puzzle, len(tokens)).to(words)
+            prefix = _prefix(self, puzzle, len(tokens)).to(words)
             words = torch.cat([prefix[:, : words.shape[1]], words[:, self.cfg.n_prefix :]], dim=1)
         if self.W_pos is not None:
             places = tap(taps, "hook_pos_embed", F.embedding(positions, self.W_pos))
@@ -327,21 +257,6 @@ class PuzzleSolver(LoopedModel):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         return F.linear(normalized, self.head)
 
-    def _prefix(self, puzzle: int | Tensor, n_rows: int) -> Float[Tensor, "batch prefix d_model"]:
-        """The puzzle's vector, filled up with zeros and cut into positions."""
-        shape = (n_rows, self.cfg.n_prefix, self.cfg.d_model)
-        if self.puzzles is None:
-            return self.embedding.new_zeros(shape)
-        ids = torch.as_tensor(puzzle, device=self.puzzles.device).expand(n_rows)
-        if int(ids.min()) < 0 or int(ids.max()) >= len(self.puzzles):
-            raise ValueError(
-                f"puzzle must be in 0..{len(self.puzzles) - 1}, got"
-                f" {int(ids.min())}..{int(ids.max())}"
-            )
-        vectors = F.embedding(ids, self.puzzles)
-        filling = shape[1] * shape[2] - vectors.shape[1]
-        return F.pad(vectors, (0, filling)).view(shape)
-
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         return self.embedding
@@ -355,6 +270,14 @@ class PuzzleSolver(LoopedModel):
         return self.head.new_zeros(self.cfg.d_vocab)
 
 
+def runs_of(cfg: PuzzleConfig) -> Iterator[tuple[str, str]]:
+    """The runs of a supervision step in order: the prefix of their names, and their level."""
+    for h in range(cfg.n_cycles):
+        for run in range(cfg.n_low_loops):
+            yield f"cycles.{h}.low.{run}", "low"
+        yield f"cycles.{h}.high", "high"
+
+
 def level_of(visit: Slot) -> str:
     """Which state a visit's run makes, "low" or "high"."""
     return visit.name.split(".")[4]
@@ -363,6 +286,23 @@ def level_of(visit: Slot) -> str:
 def own_sites(visit: Slot) -> str:
     """The beginning of the names of a run's own sites, below the visit's scope."""
     return visit.name.removeprefix(f"{visit.scope}.").partition("blocks.")[0]
+
+
+def _prefix(
+    model: PuzzleSolver, puzzle: int | Tensor, n_rows: int
+) -> Float[Tensor, "batch prefix d_model"]:
+    """The puzzle's vector, filled up with zeros and cut into positions."""
+    shape = (n_rows, model.cfg.n_prefix, model.cfg.d_model)
+    if model.puzzles is None:
+        return model.embedding.new_zeros(shape)
+    ids = torch.as_tensor(puzzle, device=model.puzzles.device).expand(n_rows)
+    if int(ids.min()) < 0 or int(ids.max()) >= len(model.puzzles):
+        raise ValueError(
+            f"puzzle must be in 0..{len(model.puzzles) - 1}, got {int(ids.min())}..{int(ids.max())}"
+        )
+    vectors = F.embedding(ids, model.puzzles)
+    filling = shape[1] * shape[2] - vectors.shape[1]
+    return F.pad(vectors, (0, filling)).view(shape)
 
 
 def _first_state(name: str, given: Tensor | None, own: Tensor, like: Tensor) -> Tensor:

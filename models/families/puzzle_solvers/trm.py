@@ -11,7 +11,8 @@ from typing import ClassVar
 from torch import nn
 
 from loopscope.models.core.registry import family
-from loopscope.models.families.puzzle_solvers.solver import PuzzleConfig, PuzzleSolver
+from loopscope.models.families.puzzle_solvers.config import PuzzleConfig
+from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopscope.models.basis.fields import BASE_OF_ANGLES, limits
-from loopscope.models.blocks.components import Norm, OffsetRMSNorm
+from loopscope.models.blocks.components import GatedMLP, Norm, OffsetRMSNorm
 from loopscope.models.blocks.decoder import LoopedDecoder
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
+from loopscope.models.blocks.decoder_block import Attention, Block
 from loopscope.models.blocks.normed_attention import HeadNormedAttention
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.attention import Scoring, softcapped

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from loopscope.models.blocks.components import GatedMLP
 from loopscope.models.blocks.decoder import LoopedDecoder
-from loopscope.models.blocks.decoder_block import Attention, Block, GatedMLP
+from loopscope.models.blocks.decoder_block import Attention, Block
 from loopscope.models.blocks.normed_attention import HeadNormedAttention
 from loopscope.models.core.attention import KeyValues, KeyValueStore, Rows
 from loopscope.models.core.base import LoopedModel

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from loopscope.models.blocks.components import LateCastRMSNorm, Norm
+from loopscope.models.blocks.components import GatedMLP, LateCastRMSNorm, Norm
 from loopscope.models.blocks.decoder import DecoderConfig, LoopedDecoder
-from loopscope.models.blocks.decoder_block import Block, GatedMLP
+from loopscope.models.blocks.decoder_block import Block
 from loopscope.models.blocks.normed_attention import WholeNormedAttention
 from loopscope.models.blocks.rotary import Rotary
 from loopscope.models.core.registry import family

@@ -65,7 +65,9 @@ def test_the_finding_says_edges_faithfulness_and_controls(record: FoundCircuit) 
         left=torch.tensor([0.0625], dtype=torch.float64),
     )
     said = page._found(small)
-    assert said.startswith(f"{len(record.circuit)} of {record.circuit.n_possible} edges")
+    assert said.startswith(
+        f"Over 3 pairs of inputs, {len(record.circuit)} of {record.circuit.n_possible} edges"
+    )
     assert "keep 0.50 of the difference" in said
     assert "all others together keep 0.06" in said
     assert "the change of their writers keep 0.25, random ones -0.12" in said

@@ -14,6 +14,7 @@ from torch import Tensor
 from loopscope.checkpoints.load import load
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.interp.dynamics.statistics import effective_rank
+from loopscope.interp.lens.lens import readout_lens
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.hooks import Taps
 from loopscope.models.families.recurrent_depth import RecurrentDepth
@@ -95,6 +96,17 @@ def test_running_in_pieces_gives_the_same(batch_size: int, plain: RecurrentDepth
         torch.testing.assert_close(
             pieces.states, whole.states, rtol=1e-9, atol=1e-9, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("batch_size", [2, 512])
+def test_the_answers_are_read_in_the_same_run(batch_size: int, model: RecurrentDepth) -> None:
+    path = dynamics(model, padded(), LOOPS, with_lens=True, batch_size=batch_size)
+    expected = readout_lens(model, padded(), LOOPS)
+    assert path.lens is not None
+    assert_close(path.lens.heads_input, expected.heads_input)
+    assert path.lens.names == expected.names
+    assert torch.equal(path.lens.position, expected.position)
+    assert dynamics(model, padded(), LOOPS).lens is None
 
 
 def test_positions(plain: RecurrentDepth) -> None:

@@ -1,0 +1,1 @@
+"""Families computed slowly, position by position, as their papers and releases say."""
