@@ -124,16 +124,36 @@ class FinalNorm(nn.Module):
 
 
 class Unembed(nn.Module):
-    """The head, with the weights that it is given."""
+    """The head of a looped model.
 
-    def __init__(
-        self, weight: Float[Tensor, "d_model d_vocab"], bias: Float[Tensor, " d_vocab"]
-    ) -> None:
+    Args:
+        source: The looped model.
+        folded: Weight and bias that take the place of the model's own.
+    """
+
+    _source: Flat
+
+    def __init__(self, source: Flat, folded: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
-        self.W_U, self.b_U = weight, bias
+        self.__dict__["_source"] = source  # no module of this one
+        self._folded = folded
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self._source.W_U if self._folded is None else self._folded[0]
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self._source.b_U.detach() if self._folded is None else self._folded[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.W_U + self.b_U
+
+
+@torch.no_grad()
+def folded_head(model: Flat) -> tuple[Tensor, Tensor]:
+    """The head's weight and bias with the final norm's folded into them."""
+    return model.final_norm.w[:, None] * model.W_U, model.b_U + model.final_norm.b @ model.W_U
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from loopscope.models.view_parts import (
     UnrolledCache,
     UnrolledConfig,
     folded,
+    folded_head,
 )
 
 
@@ -109,9 +110,7 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
             UnrolledBlock(cast(FlatBlock, visit.block)) for visit in self._visits
         )
         self.ln_final = FinalNorm(source.final_norm)
-        weight = (model.final_norm.w[:, None] * model.W_U).detach() if fold_ln else model.W_U
-        bias = model.final_norm.b @ model.W_U if fold_ln else model.b_U
-        self.unembed = Unembed(weight, bias.detach())
+        self.unembed = Unembed(source, folded_head(model) if fold_ln else None)
         self._edge = {name: self._point(name) for name in source.edge_sites()[0]}
         self._points = [
             {site: self._point(f"blocks.{v.index}.{site}") for site in v.sites}
@@ -141,12 +140,6 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
         self.watch = HookWatch()
         for point in found:
             self.watch.add(point)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # a copy views a copy of the model; folded weights are the view's own
-        if self.cfg.normalization_type != "LNPre":
-            return unrolled, (self._source, self._n_loops)
-        return super().__reduce_ex__(protocol)
 
     def _point(self, name: str) -> LoopHookPoint:
         """A new hook point of the view, at its place."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from loopscope.training.recipes import Recipe
 _WORTH_PACKING = (
     0.9  # above this share of rows that matter, leaving the others out costs more than it saves
 )
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,24 @@ class Answering(nn.Module):
         return self.model.readout(read, torch.zeros_like(batch.inputs.readout))
 
 
+@contextmanager
+def random_numbers(seed: int, device: torch.device = _CPU) -> Iterator[None]:
+    """Inside the `with` block PyTorch's random numbers are those of a seed; afterwards the caller's
+    own go on.
+
+    Args:
+        device: Where numbers are drawn besides the CPU; no other device is touched.
+    """
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    else:
+        with torch.random.fork_rng(devices=[device], device_type=device.type):
+            torch.manual_seed(seed)
+            yield
+
+
 def fresh_model(recipe: Recipe) -> RecurrentDepth:
     """A new model. With `zero_init` the loop is the identity: both output projections of every
     block are zero (c_scale = 0).
@@ -118,10 +138,10 @@ def fresh_model(recipe: Recipe) -> RecurrentDepth:
         positions=recipe.positions,
         dropout=recipe.dropout,
     )
-    torch.manual_seed(recipe.seed)
-    model = build(cfg)
-    assert isinstance(model, RecurrentDepth), "the config's family is recurrent-depth"
-    nn.init.normal_(model.embedding, std=recipe.d_model**-0.5)
+    with random_numbers(recipe.seed):
+        model = build(cfg)
+        assert isinstance(model, RecurrentDepth), "the config's family is recurrent-depth"
+        nn.init.normal_(model.embedding, std=recipe.d_model**-0.5)
     for block in model.blocks if recipe.zero_init else ():
         assert isinstance(block, FusedBlock), "a recurrent-depth model is made of these blocks"
         nn.init.zeros_(block.attn.W_O_flat)

@@ -36,6 +36,7 @@ from loopscope.training.setup import (
     fresh_model,
     fresh_optimizer,
     pack,
+    random_numbers,
 )
 from loopscope.training.shared_gradients import SharedGradients
 from loopscope.training.state import Progress, load_state, save_state
@@ -43,7 +44,6 @@ from loopscope.training.state import Progress, load_state, save_state
 _WIDE = 256  # from this width on it pays on a CPU to multiply the rows of all iterations at once
 
 
-@torch.random.fork_rng()
 def train(
     name: str,
     folder: Path | None = None,
@@ -210,8 +210,9 @@ class Trainer:
             FloatingPointError: The loss is not a number; the saved state is left as it was.
         """
         dropout_seed = self.recipe.seed + 1_000_003 * self.progress.update
-        torch.manual_seed(dropout_seed + self.accelerator.process_index)
-        value = self.update(self.batch(stage), stage.rate(self.progress.stage_update))
+        own_seed = dropout_seed + self.accelerator.process_index
+        with random_numbers(own_seed, self.accelerator.device):
+            value = self.update(self.batch(stage), stage.rate(self.progress.stage_update))
         self.progress.update += 1
         self.progress.stage_update += 1
         return value

@@ -39,8 +39,8 @@ MEASURES: dict[str, Callable[[], Numbers]] = {
 _HEAD = """# An atlas of claims about looped models
 
 Written by `loopscope atlas` from the shipped checkpoints. It tests claims of published papers on
-looped models on the miniatures, small models of 0.1 to 1 million weights that come with this
-package. Each claim has a control.
+looped models on the miniatures, the small models that come with this package. Each claim has a
+control.
 
 The rule that decides between yes, partly and no was fixed before the atlas was first run, in a
 commit of its own. Some numbers could be known then from other pages of this project; each section

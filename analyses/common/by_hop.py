@@ -15,7 +15,8 @@ from loopscope.analyses.common.configs import AnswersConfig
 from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, open_inputs
 from loopscope.analyses.common.look import ANSWERED
 from loopscope.analyses.common.subject import Subject
-from loopscope.interp.dynamics.states import Dynamics, dynamics, lens_of
+from loopscope.interp.dynamics.answered import dynamics_and_lens
+from loopscope.interp.dynamics.states import Dynamics
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
 
@@ -78,8 +79,8 @@ def follow_by_hop(subject: Subject, n_loops: int) -> dict[int, FollowedRun]:
     runs = {}
     for hops, questions in tqdm(subject.questions.items(), desc="questions by hops", leave=False):
         batch, answers = subject.encode(questions)
-        path = dynamics(subject.model, batch, n_loops, positions="readout", with_lens=True)
-        runs[hops] = FollowedRun(lens_of(path), answers, path)
+        path, lens = dynamics_and_lens(subject.model, batch, n_loops)
+        runs[hops] = FollowedRun(lens, answers, path)
     return runs
 
 

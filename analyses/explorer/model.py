@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.analyses.common.subject import answer_logits, words
 from loopscope.analyses.explorer.questions import Query
 from loopscope.interp.common.metrics import margin
-from loopscope.interp.common.places import in_range
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_tokens
 from loopscope.interp.lens.lens import logit_lens, readout_lens
@@ -154,7 +154,7 @@ def heads_of(model: LoopedModel, query: Query, n_loops: int, loop: int, block: i
     from 0.
     """
     visits = _visits(model, n_loops, loop)
-    in_range("blocks", [block], len(visits))
+    one_in_range("blocks", block, len(visits))
     pattern = _patterns(model, query, n_loops, [visits[block]])[0]
     return Patterns(tuple(f"head {head}" for head in range(len(pattern))), pattern)
 
@@ -251,7 +251,7 @@ def patch_cell(
         KeyError: No such visit.
         ValueError: No such column.
     """
-    in_range("positions", [position], len(a.tokens))
+    one_in_range("positions", position, len(a.tokens))
     name, batch = f"{block}.{SITE}", b.batch
     source = model.run_with_cache(
         batch.tokens, n_loops=n_loops, mask=batch.mask, names_filter=name

@@ -97,7 +97,7 @@ def search_circuit(
     Source:
         Conmy et al. 2023 (arXiv 2304.14997), algorithm 1 (ACDC).
     """
-    threshold = checked_number(threshold, "threshold", least=0)
+    threshold = checked_number(threshold, "threshold", least=0, infinite=True)
     together = checked_count(together, "together")
     job = _Search.of(model, Pair.of(model, clean, corrupted, readout), scores, metric, max_bytes)
     kept, falls = job.backwards(job.graph.mask(scores.edges), threshold, together)

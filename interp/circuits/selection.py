@@ -112,7 +112,7 @@ def smallest_circuit(
     Raises:
         ValueError: As for `evaluate_circuit`; or all the scored edges together are less faithful.
     """
-    checked_number(wanted, "wanted")
+    checked_number(wanted, "wanted", infinite=True)
     pair = Pair.of(model, clean, corrupted, readout)
     measured = Measured.of(
         masked_runs(model, pair, [scores], replace, seed, max_bytes), pair, metric

@@ -24,7 +24,7 @@ from loopscope.interp.common.ranking import top_token
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import loop_states
 from loopscope.interp.dictionaries.splice import FeatureEdit, splice
-from loopscope.models.basis.numbers import checked_integer
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 
@@ -87,7 +87,7 @@ def feature_effects(
             dictionary of another model.
     """
     dictionary.check(model)
-    n_loops = dictionary.n_loops
+    n_loops, k = dictionary.n_loops, checked_count(k, "k")
     at = n_loops - 1 if loop is None else one_in_range("loop", loop, n_loops)
     searched = list(range(n_loops)) if loop is None and _at_all_loops(dictionary) else [at]
     if feature is None:
@@ -97,17 +97,16 @@ def feature_effects(
     found = activations(model, dictionary, batch, feature)
     most = found[..., searched].nan_to_num(-1.0).flatten(1).max(1)
     live = (most.values > 0).nonzero().flatten()
-    k = checked_integer(k, "k")
-    if k < 1 or not len(live):
+    if not len(live):
         raise ValueError(
-            f"feature {feature} must be on in an input, and at least one input be shown, got"
-            f" {len(live)} of {len(batch)} inputs in which it is on, and k={k}"
+            f"feature {feature} is on in none of the {len(batch)} inputs, so its effects cannot be"
+            " measured; choose another feature, or inputs in which it is on"
         )
     rows = live[most.values[live].argsort(descending=True, stable=True)][:k]
     columns, turn = most.indices[rows] // len(searched), most.indices[rows] % len(searched)
     places = turn.new_tensor(searched)[turn]
     choices = [*([each] for each in loops), loops]
-    changes = ablation_effects(model, dictionary, batch[live], answers[live], feature, choices)
+    changes = ablation_effects(model, dictionary, batch, answers, feature, choices, live)
     return FeatureEffects(
         feature,
         on=live,
@@ -242,6 +241,7 @@ def ablation_effects(
     answers: Int[Tensor, " batch"],
     feature: int,
     loops: Sequence[Sequence[int]],
+    of: Int[Tensor, " row"] | None = None,
     batch_size: int = 512,
 ) -> tuple[Float[Tensor, " choice"], Float[Tensor, " choice"]]:
     """The changes of answers where a feature is taken out at some choices of iterations.
@@ -249,10 +249,14 @@ def ablation_effects(
     Args:
         answers: The token whose margin is measured in each row.
         loops: Each choice of iterations at which the feature is taken out, at all tokens.
+        of: The rows whose changes are averaged; None means all. The others are run only where rows
+            depend on one another.
 
     Returns:
         The mean change of the answers' margin, in logits; and the share of top tokens that change.
     """
+    if of is not None and model.batch_independent:
+        batch, answers, of = batch[of], answers[of], None
     margins, changed = [], []
     size = rows_at_once(model, batch, batch_size)
     for part, right in zip(in_chunks(batch, size, "ablations"), answers.split(size), strict=True):
@@ -267,7 +271,9 @@ def ablation_effects(
         away = margin(logits, right.expand(len(each), -1)) - margin(clean, right)
         margins.append(away)
         changed.append(top_token(logits) != top_token(clean))
-    return torch.cat(margins, 1).mean(1), torch.cat(changed, 1).to(margins[0]).mean(1)
+    kept = slice(None) if of is None else of
+    away, turned = torch.cat(margins, 1)[:, kept], torch.cat(changed, 1)[:, kept]
+    return away.mean(1), turned.to(away).mean(1)
 
 
 def _answers(model: LoopedModel, batch: Batch, n_loops: int) -> Float[Tensor, "batch d_vocab"]:

@@ -18,7 +18,7 @@ from loopscope.interp.common.places import in_range, one_in_range
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import loop_states
-from loopscope.models.basis.numbers import checked_integer
+from loopscope.models.basis.numbers import checked_count
 from loopscope.models.core.base import LoopedModel
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def top_examples(
             than there are, or a dictionary of another model.
     """
     dictionary.check(model)
+    k = checked_count(k, "k")
     batch, reading = as_batch(model, inputs, readout), dictionary.reading
     chosen = in_range("features", features, dictionary.n_features)
     if not chosen:
@@ -103,7 +104,6 @@ def top_examples(
     states = loop_states(model, batch, reading.n_loops, hook=reading.hook)
     codes = dictionary.encode(states)[..., chosen].expand(-1, reading.n_loops, -1)
     searched = codes[:, loops].flatten(0, 1)
-    k = checked_integer(k, "k")
     if not 1 <= k <= len(searched):
         raise ValueError(f"k must be in 1..{len(searched)}, the number of activations, got {k}")
     values, places = searched.T.topk(k, dim=1)

@@ -44,7 +44,7 @@ class Reading:
     mark: str = ""
 
     def __post_init__(self) -> None:
-        checked_loops(self.n_loops, None)
+        object.__setattr__(self, "n_loops", checked_loops(self.n_loops, None))
 
     @classmethod
     def of(

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import at_columns_of, checked_columns
-from loopscope.interp.common.inputs import Inputs, begin_batch, reference_batch
+from loopscope.interp.common.inputs import Inputs, reference_batch
 from loopscope.interp.common.modes import evaluating
 from loopscope.interp.common.places import Picked, in_range
 from loopscope.interp.dictionaries.dictionary import Dictionary
-from loopscope.models.basis.numbers import checked_number, given_tensor, is_bool
+from loopscope.models.basis.numbers import checked_factor, factor_like, given_tensor, is_bool
 from loopscope.models.core.base import LoopedModel
 
 _EMBED = "hook_embed"
@@ -36,7 +36,8 @@ class FeatureEdit:
         features: One feature, several, or for each row its own: Int[Tensor, "batch some"].
         loops: Iterations, from 0; "all" for every one.
         positions: Columns of the text; "all" for every one.
-        scale: Multiplies the activations; 0 takes the features out.
+        scale: Multiplies the activations; 0 takes the features out. A tensor may have one for each
+            feature.
         add: Is added to them afterwards, in units of the states.
         into: Features, as many as `features`, that are given the activations in addition to their
             own; with scale=0 they take them over.
@@ -45,13 +46,13 @@ class FeatureEdit:
     features: Features
     loops: Picked | int = "all"
     positions: Picked | int = "all"
-    scale: float = 0.0
-    add: float = 0.0
+    scale: float | Tensor = 0.0
+    add: float | Tensor = 0.0
     into: Features | None = None
 
     def __post_init__(self) -> None:
-        checked_number(self.scale, "scale")
-        checked_number(self.add, "add")
+        checked_factor(self.scale, "scale")
+        checked_factor(self.add, "add")
 
     def check(self, dictionary: Dictionary, chosen: Sequence[int]) -> None:
         """Refuse what cannot be applied where a dictionary is in place.
@@ -94,7 +95,8 @@ class FeatureEdit:
             return codes
         index = _index(self.features, codes)
         old = codes.gather(-1, index)
-        new = codes.scatter(-1, index, self.scale * old + self.add)
+        scaled = factor_like(self.scale, old) * old + factor_like(self.add, old)
+        new = codes.scatter(-1, index, scaled)
         if self.into is not None:
             new = new.scatter_add(-1, _index(self.into, codes), old)
         return at_columns_of(codes, new, checked_columns(self.positions))
@@ -237,12 +239,10 @@ class _Reference:
     Attributes:
         codes: Float[Tensor, "batch pos feature"], of all tokens.
         embedded: Float[Tensor, "batch pos d_model"], by which the inputs are known again.
-        real: Bool[Tensor, "batch pos"], False for padding.
     """
 
     codes: Float[Tensor, "batch pos feature"]
     embedded: Float[Tensor, "batch pos d_model"]
-    real: Bool[Tensor, "batch pos"]
 
     @classmethod
     @torch.no_grad()
@@ -253,8 +253,7 @@ class _Reference:
             run = recorded(model, batch, [_EMBED, *names], dictionary.n_loops)
         states = torch.stack([run[name] for name in names], dim=2)
         codes = dictionary.encode(states.flatten(0, 1))
-        real = begin_batch(model, batch, dictionary.n_loops).mask.bool()
-        return cls(codes[:, 0].view(*states.shape[:2], -1), run[_EMBED], real)
+        return cls(codes[:, 0].view(*states.shape[:2], -1), run[_EMBED])
 
     def check(self, value: Tensor, hook: HookPoint) -> None:
         """Refuse a run of other tokens; one of another shape is refused where codes are written.
@@ -264,7 +263,7 @@ class _Reference:
         """
         if value.shape != self.embedded.shape:
             return
-        other = (value.detach() != self.embedded).any(-1) & self.real
+        other = (value.detach() != self.embedded).any(-1)
         if bool(other.any()):
             row, column = other.nonzero()[0].tolist()
             raise ValueError(

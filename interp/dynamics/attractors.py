@@ -14,9 +14,10 @@ from loopscope.interp.common.columns import Shown
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.shown import OneScreen, tidy
+from loopscope.interp.dynamics.answered import dynamics_and_lens
 from loopscope.interp.dynamics.changes import Space, checked_space
 from loopscope.interp.dynamics.growth import auc
-from loopscope.interp.dynamics.states import Dynamics, dynamics, lens_of
+from loopscope.interp.dynamics.states import Dynamics
 from loopscope.interp.dynamics.statistics import median_of, norm_of
 from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.basis.numbers import checked_count, checked_number
@@ -128,14 +129,8 @@ def fixed_points(
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     tol = checked_number(tol, "tol", above=0)
-    path = dynamics(
-        model,
-        batch,
-        n_loops,
-        positions=positions,
-        part=part,
-        with_lens=True,
-        batch_size=batch_size,
+    path, lens = dynamics_and_lens(
+        model, batch, n_loops, positions=positions, part=part, batch_size=batch_size
     )
     whole = joint(path.directions() if checked_space(space) == "direction" else path)
     longest = (
@@ -145,7 +140,7 @@ def fixed_points(
     )
     period = whole.period(longest, tol)[:, 0]
     residual = whole.step_norm(relative=True)[1:, :, 0]
-    return FixedPoints(space, tol, period, _until(whole, period, tol), residual, lens_of(path))
+    return FixedPoints(space, tol, period, _until(whole, period, tol), residual, lens)
 
 
 def joint(path: Dynamics) -> Dynamics:

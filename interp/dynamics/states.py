@@ -7,7 +7,7 @@ iterations run before the state of a point, 0 for the state before the first ite
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,6 @@ from loopscope.interp.common.columns import (
     Shown,
     ShownColumns,
     at_positions,
-    read_columns,
     shown_columns,
 )
 from loopscope.interp.common.finite import refuse_nonfinite
@@ -36,8 +35,6 @@ from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.precision import widened
 from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dynamics.statistics import cosine_of, effective_rank, norm_of
-from loopscope.interp.lens.lens import heads_input_of, iterations_of
-from loopscope.interp.lens.record import Lens
 from loopscope.models.basis.numbers import checked_count, checked_integer, checked_number
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
@@ -95,7 +92,6 @@ class Dynamics(OneScreen):
         position: Int[Tensor, "batch pos"], the column of the input.
         shown: Bool[Tensor, "batch pos"], False where a column is padding.
         part: The name of the part of the state, or of the site.
-        lens: The answers after every iteration, where they were read in the same run.
     """
 
     states: Float[Tensor, "point batch pos d_model"]
@@ -103,7 +99,6 @@ class Dynamics(OneScreen):
     position: Int[Tensor, "batch pos"]
     shown: Bool[Tensor, "batch pos"]
     part: str
-    lens: Lens | None = None
 
     @classmethod
     def of(
@@ -112,7 +107,6 @@ class Dynamics(OneScreen):
         iterations: Sequence[int],
         chosen: ShownColumns,
         part: str,
-        lens: Lens | None = None,
     ) -> Dynamics:
         """The record of a trajectory at some columns, without the values at padding."""
         position, shown = chosen
@@ -122,7 +116,6 @@ class Dynamics(OneScreen):
             position,
             shown,
             part,
-            lens,
         )
 
     def directions(self) -> Dynamics:
@@ -271,7 +264,6 @@ def dynamics(
     readout: ReadoutColumn = None,
     positions: Shown = "real",
     part: str = "resid",
-    with_lens: bool = False,
     batch_size: int = 512,
 ) -> Dynamics:
     """The state before the first iteration and after every iteration, from one run.
@@ -282,8 +274,6 @@ def dynamics(
         positions: "real" for all tokens that are not padding, "readout" for the column at which
             answers are read (which may be padding), "all" for padding too, or columns.
         part: A part of the state, as `model.state_parts(state)` names it.
-        with_lens: Whether the run also reads the answers after every iteration, as `readout_lens`
-            does; `lens` holds them then.
         batch_size: Rows run at a time.
 
     Raises:
@@ -294,44 +284,52 @@ def dynamics(
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
+    return trajectory(model, batch, n_loops, positions, part, batch_size, lambda state, rows: None)
+
+
+def trajectory(
+    model: LoopedModel,
+    batch: Batch,
+    n_loops: int,
+    positions: Shown,
+    part: str,
+    batch_size: int,
+    ended: Callable[[State, Batch], object],
+) -> Dynamics:
+    """The record of `dynamics`.
+
+    Args:
+        ended: Is called with the state after every iteration and the rows that run, piece by piece
+            of the batch.
+    """
     size = rows_at_once(model, batch, batch_size)
-    chosen = shown_columns(batch, positions)
-    ends = model.iteration_ends(n_loops)
-    stops = [iteration_start(model, 0, n_loops), *ends]
-    collected, read = [], []
+    chosen, first = shown_columns(batch, positions), iteration_start(model, 0, n_loops)
+    collected = []
     for rows, columns in zip(
         in_chunks(batch, size, "dynamics"),
         chosen[0].split(size),
         strict=True,
     ):
-        state = begin_batch(model, rows, n_loops)
-        points, heads = [], []
-        for stop in stops:
-            state = model.advance(state, stop)
-            points.append(at_positions(widened(_part(model, state, part).flatten(2)), columns))
-            if with_lens and stop in ends:
-                heads.append(heads_input_of(model, state, rows))
+        state = model.advance(begin_batch(model, rows, n_loops), first)
+        points = [_shown_part(model, state, part, columns)]
+        for end in model.iteration_ends(n_loops):
+            state = model.advance(state, end)
+            points.append(_shown_part(model, state, part, columns))
+            ended(state, rows)
         collected.append(torch.stack(points))
-        read.append(heads)
-    lens = _lens(model, batch, n_loops, read) if with_lens else None
-    return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), chosen, part, lens)
-
-
-def lens_of(path: Dynamics) -> Lens:
-    """The answers of a trajectory that was made with them."""
-    assert path.lens is not None, "the run read the answers"
-    return path.lens
-
-
-def _lens(model: LoopedModel, batch: Batch, n_loops: int, read: Sequence[Sequence[Tensor]]) -> Lens:
-    """The answers after every iteration, of what was read of each piece of the batch."""
-    heads_input = torch.cat([torch.stack(list(heads)) for heads in read], dim=1)
-    return Lens.of(model, heads_input, iterations_of(n_loops), read_columns(batch, None))
+    return Dynamics.of(torch.cat(collected, dim=1), range(n_loops + 1), chosen, part)
 
 
 def iteration_start(model: LoopedModel, loop: int, n_loops: int) -> int:
     """The index in the schedule of the first visit of an iteration."""
     return min(visit.index for visit in model.schedule(n_loops) if visit.loop == loop)
+
+
+def _shown_part(
+    model: LoopedModel, state: State, part: str, columns: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch k d_model"]:
+    """A part of the state at some columns, its axes after pos joined into one."""
+    return at_positions(widened(_part(model, state, part).flatten(2)), columns)
 
 
 def _part(model: LoopedModel, state: State, part: str) -> Float[Tensor, "batch pos ..."]:

@@ -32,7 +32,7 @@ from loopscope.interp.common.places import (
     places_of,
 )
 from loopscope.interp.common.precision import widened
-from loopscope.models.basis.numbers import checked_number, given_tensor
+from loopscope.models.basis.numbers import checked_factor, factor_like, given_tensor
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import position_axis
 from loopscope.models.core.state import checked_loops
@@ -50,7 +50,7 @@ def steer(
     layers: Picked | int | None = None,
     visits: VisitNames | None = None,
     positions: Picked | int = "all",
-    scale: float | int = 1.0,
+    scale: float | int | Tensor = 1.0,
     n_loops: int | None = None,
 ) -> Iterator[LoopedModel]:
     """Inside the `with` block a vector is added at some iterations; afterwards, also after an
@@ -71,7 +71,7 @@ def steer(
             loops or layers, it narrows them further.
         positions: Columns of the text that are written, "all" for every one. They count from the
             beginning of the text in every step of a generation too.
-        scale: Multiplies the vectors.
+        scale: Multiplies the vectors; a tensor [batch, 1, 1] gives each row its own dose.
         n_loops: Iterations of the runs inside; None means what the checkpoint records.
 
     Raises:
@@ -82,10 +82,10 @@ def steer(
     Source:
         Turner et al. 2023 (arXiv 2308.10248), activation addition.
     """
-    checked_number(scale, "scale")
+    checked_factor(scale, "scale")
     with _writing(
         model,
-        lambda value, name: value + scale * _fitted(vectors, value, name),
+        lambda value, name: value + factor_like(scale, value) * _fitted(vectors, value, name),
         site,
         Where(loops, layers, visits),
         positions,

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from loopscope.interp.common.inputs import Inputs, ReadoutColumn, as_batch
 from loopscope.interp.common.modes import evaluated
-from loopscope.interp.dynamics.states import Dynamics, dynamics, lens_of
+from loopscope.interp.dynamics.answered import dynamics_and_lens
+from loopscope.interp.dynamics.states import Dynamics
 from loopscope.interp.exits.halting import Stops, check_iterations, first_stop
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens
 from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.state import checked_loops
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Thresholded(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checked_number(self.threshold, "threshold")
+        checked_number(self.threshold, "threshold", infinite=True)
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ def exits(
     batch = as_batch(model, inputs, readout)
     if not criterion.of_states:
         return apply_criterion(readout_lens(model, batch, n_loops), criterion)
-    states = dynamics(model, batch, n_loops, positions="readout", with_lens=True)
-    return apply_criterion(lens_of(states), criterion, states)
+    states, lens = dynamics_and_lens(model, batch, checked_loops(n_loops, model.cfg.n_loops))
+    return apply_criterion(lens, criterion, states)
 
 
 def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = None) -> Exits:

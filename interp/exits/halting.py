@@ -48,7 +48,7 @@ class HaltingRule:
     def __post_init__(self) -> None:
         for name, threshold in (("kl", self.kl), ("entropy", self.entropy)):
             if threshold is not None:
-                checked_number(threshold, name)
+                checked_number(threshold, name, infinite=True)
         checked_count(self.min_loops, "min_loops")
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from loopscope.interp.common.places import Where, heads_at, in_range, one_visit
+from loopscope.interp.common.places import Where, heads_at, one_in_range, one_visit
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.state import Visit
 
@@ -105,9 +105,9 @@ def end_of_path(
     if site not in visit.sites:
         raise ValueError(f"{visit.name} has no {site}, which {end} needs")
     if end.position is not None:
-        in_range("positions", [end.position], width)
+        one_in_range("positions", end.position, width)
     if end.head is not None and end.kind in ("head", "q"):
-        in_range("heads", [end.head], heads_at(visit))
+        one_in_range("heads", end.head, heads_at(visit))
     name, added = (f"{visit.name}.{point}" for point in (site, _ADDED.get(end.kind, site)))
     return PathEnd(name, added, visit, end.head, end.position)
 

@@ -22,7 +22,7 @@ from transformer_lens.hook_points import HookPoint
 from loopscope.interp.common.collecting import keeping, recorded
 from loopscope.interp.common.inputs import Metric, begin_batch, runs_side_by_side
 from loopscope.interp.common.metrics import measure
-from loopscope.interp.common.places import in_range
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.patching.path_ends import PathEnd
 from loopscope.models.basis.names import NamesFilter
 from loopscope.models.basis.tokens import Batch
@@ -199,7 +199,7 @@ def _put(
             columns = slice(None) if end.position is None else slice(end.position, end.position + 1)
             index: tuple[slice | int, ...] = (slice(None), columns)
             if end.head is not None:
-                in_range("heads", [end.head], value.shape[2])
+                one_in_range("heads", end.head, value.shape[2])
                 index = (*index, end.head)
             patched[part][index] = given[part][index]
     flat: Tensor = rearrange(patched, "part batch ... -> (part batch) ...")

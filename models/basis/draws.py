@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopscope.models.basis.numbers import is_bool
+from loopscope.models.basis.numbers import checked_integer
 
 
 def seeded(seed: SupportsIndex) -> torch.Generator:
@@ -28,12 +27,7 @@ def checked_seed(seed: SupportsIndex) -> int:
         TypeError: A seed that is no integer.
         ValueError: A seed that has more than 64 bits.
     """
-    try:
-        number = None if is_bool(seed) else operator.index(seed)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"a seed must be an integer, got {seed!r}")
+    number = checked_integer(seed, "a seed")
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"a seed must be in -2**63..2**64 - 1, got {number}")
     return number

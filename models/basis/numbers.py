@@ -64,14 +64,16 @@ def checked_number(
     least: float = -math.inf,
     most: float = math.inf,
     below: float = math.inf,
+    infinite: bool = False,
 ) -> float:
-    """A finite number within bounds, as Python's float.
+    """A number within bounds, as Python's float.
 
     Args:
         number: A number of Python or numpy, or a tensor that holds one.
         name: The argument's, for the error.
         above, below: Bounds that the number must not reach.
         least, most: Bounds that the number may reach.
+        infinite: Whether it may be infinite, as a threshold that is never met.
 
     Raises:
         TypeError: No number; True and False are none, and neither is a text.
@@ -84,11 +86,35 @@ def checked_number(
             value = float(held)  # type: ignore[arg-type]
     if value is None:
         raise TypeError(f"{name} must be a number, got {_shown(number)}")
-    if not (above < value < below and least <= value <= most):
+    inside = above < value < below and least <= value <= most
+    if not (inside or (infinite and math.isinf(value) and least <= value <= most)):
         bounds = {"above": above, "at least": least, "at most": most, "below": below}
         said = " and ".join(f"{word} {end:g}" for word, end in bounds.items() if math.isfinite(end))
-        raise ValueError(f"{name} must be finite{' and ' * bool(said)}{said}, got {value}")
+        kind = "a number" if infinite else "finite"
+        raise ValueError(f"{name} must be {kind}{' and ' * bool(said)}{said}, got {value}")
     return value
+
+
+def checked_factor(number: object, name: str) -> None:
+    """Refuse what is neither a finite number nor a tensor of finite numbers, such as one for each
+    row.
+
+    Args:
+        number, name: As for `checked_number`.
+
+    Raises:
+        TypeError: No number and no tensor of numbers.
+        ValueError: NaN or infinite.
+    """
+    if not isinstance(number, Tensor) or number.ndim == 0 or is_bool(number):
+        checked_number(number, name)
+    elif not bool(number.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got {number.tolist()}")
+
+
+def factor_like(factor: float | int | Tensor, value: Tensor) -> float | int | Tensor:
+    """A factor for a value: a tensor in the value's number format and on its device."""
+    return factor.to(value) if isinstance(factor, Tensor) else factor
 
 
 def given_tensor(values: Any) -> Tensor:

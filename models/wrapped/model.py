@@ -82,11 +82,14 @@ class Wrapped(LoopedModel):
         self.grow(cfg.n_loops or 1)
         self._checked = False
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # a class that is made for a module stands in no file from which pickle could import it
         kind = type(self)
-        name = kind.__name__.removeprefix(_PREFIX)
-        return _empty, (name, kind.causal, kind.batch_independent), self.__dict__
+        facts = kind.__name__.removeprefix(_PREFIX), kind.causal, kind.batch_independent
+        if kind is not wrapped_kind(*facts):
+            return super().__reduce_ex__(protocol)
+        state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _empty, facts, state
 
     @property
     def additive_residual(self) -> bool:

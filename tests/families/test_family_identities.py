@@ -15,7 +15,7 @@ from loopscope.checkpoints.load import load, save
 from loopscope.interp.attribution.gradients import gradients
 from loopscope.interp.common.cells import HEAD_AXIS
 from loopscope.interp.common.inputs import begin_batch
-from loopscope.interp.dynamics.states import dynamics, lens_of
+from loopscope.interp.dynamics.answered import dynamics_and_lens
 from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.models.basis.tokens import Batch
@@ -249,9 +249,7 @@ def test_causality_padding_and_batching_are_as_declared(toy: Toy, model: LoopedM
 def test_stopping_earlier_is_a_shorter_call_where_declared(toy: Toy, model: LoopedModel) -> None:
     batch = padded(toy, model)
     lens = readout_lens(model, batch, LOOPS, keep_logits=True)
-    assert_close(
-        lens_of(dynamics(model, batch, LOOPS, with_lens=True)).heads_input, lens.heads_input
-    )
+    assert_close(dynamics_and_lens(model, batch, LOOPS)[1].heads_input, lens.heads_input)
     assert lens.logits is not None
     same = [
         is_close(lens.logits[t], at_columns(run(model, batch, t + 1), batch.readout))

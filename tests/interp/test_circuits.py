@@ -224,7 +224,7 @@ def test_possible_pairs() -> None:
     for distance in (1, 5):
         assert found.possible(distance).all()
     assert found.possible(0).shape == found.values.shape
-    with pytest.raises(ValueError, match="0 or more iterations after the earlier one, got -1"):
+    with pytest.raises(ValueError, match="distance must be at least 0, got -1"):
         found.possible(-1)
 
 

@@ -96,6 +96,41 @@ def test_a_copy_is_a_model_of_its_own(kind: str, way: str) -> None:
     assert torch.equal(model(TOKENS), expected)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_a_copy_keeps_the_hooks_and_the_mode(kind: str) -> None:
+    model = MODELS[kind]()
+    site = "blocks.2.hook_resid_post" if kind in ("unrolled", "folded") else LAST
+    model.add_hook(site, doubled)
+    expected = model(TOKENS)
+    model.train()
+    other = copy.deepcopy(model)
+    assert other.training
+    assert torch.equal(other(TOKENS), expected)
+
+
+@torch.enable_grad()
+def test_a_view_of_weights_with_gradients_is_copied_with_them() -> None:
+    model = loopscope.unrolled(toy(), 2)
+    other = copy.deepcopy(model)
+    assert other.W_U.data_ptr() == other._source.W_U.data_ptr() != model.W_U.data_ptr()
+    other(TOKENS).sum().backward()
+    assert other._source.embedding.grad is not None
+    assert model._source.embedding.grad is None
+
+
+@torch.no_grad()
+def test_a_copy_of_a_compiled_module_runs_its_own_weights() -> None:
+    model = MODELS["wrapped"]()
+    model.compile(backend="eager")
+    expected = model(TOKENS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(TOKENS), expected)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not torch.equal(other(TOKENS), expected)
+
+
 def test_a_wrapped_copy_keeps_its_facts_and_its_parts() -> None:
     model = MODELS["wrapped"]()
     other = pickle.loads(pickle.dumps(model))

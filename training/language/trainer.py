@@ -22,7 +22,7 @@ from loopscope.training.language.data import PAD_ID, Batches, corpus_in
 from loopscope.training.language.recipes import LANGUAGE_RECIPES, LanguageRecipe, config_of
 from loopscope.training.language.scores import next_token_loss, sample_strings, score_passes, shares
 from loopscope.training.log import Log
-from loopscope.training.setup import descend, finite_loss, fresh_optimizer
+from loopscope.training.setup import descend, finite_loss, fresh_optimizer, random_numbers
 from loopscope.training.state import Progress, load_state, save_state
 
 _SAMPLES, _EXAMPLES = 200, 200
@@ -92,10 +92,10 @@ class LanguageTrainer:
             FloatingPointError: The loss is not a number; the saved state is left as it was.
         """
         update = self.progress.update
-        torch.manual_seed(self.recipe.seed + 1_000_003 * update)  # of the dropout
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.stages[0].rate(update)
-        loss = next_token_loss(self.model, self.batches(update))
+        with random_numbers(self.recipe.seed + 1_000_003 * update, self.model.device):  # dropout
+            loss = next_token_loss(self.model, self.batches(update))
         value = finite_loss(loss, update)
         descend(loss, self.optimizer, self.model.parameters(), self.recipe.clip)
         self.progress.update += 1
@@ -156,13 +156,12 @@ class LanguageTrainer:
 def fresh_language_model(recipe: LanguageRecipe) -> LoopedModel:
     """A new model with its vocabulary, read at the last token, with its family's fresh weights."""
     words = SmilesVocabulary()
-    torch.manual_seed(recipe.seed)
-    model = build(config_of(recipe, len(words)))
+    with random_numbers(recipe.seed):
+        model = build(config_of(recipe, len(words)))
     model.vocab, model.read_at = words, Readout("last_real")
     return model
 
 
-@torch.random.fork_rng()
 def train_language(
     recipe: LanguageRecipe, folder: Path, *, resume: bool = False, wandb: bool = False
 ) -> Path:

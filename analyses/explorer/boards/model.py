@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopscope.analyses.common.subject import Subject
-from loopscope.interp.common.places import in_range
+from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.precision import widened
 from loopscope.models.core.state import State
 from loopscope.models.families.puzzle_solvers.solver import PuzzleSolver
@@ -192,8 +192,8 @@ def patched(
         ValueError: No such loop or no such cell.
     """
     n_loops = len(own.boards)
-    in_range("loop", [loop], n_loops)
-    in_range("cell", [cell], len(question))
+    one_in_range("loop", loop, n_loops)
+    one_in_range("cell", cell, len(question))
     column = model.cfg.n_prefix + cell
     states = own.states[loop].clone()
     states[:, column] = other.states[loop, :, column]

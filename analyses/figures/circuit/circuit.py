@@ -75,7 +75,7 @@ MOST_EDGES = 100_000
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Sizes of the curve, as shares of all edges; the circuit's own size is put among them."""
 _PAIRS_OF_REPORT = 16
-"""So many pairs show which edges matter; a report with all of them takes twice as long."""
+"""So many pairs show which edges matter; the command measures all of them."""
 RANKINGS = ("score", "change", "random")
 
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from loopscope.analyses.cli import main
-from loopscope.analyses.common.configs import OutputConfig
+from loopscope.analyses.common.configs import OutputConfig, ReportConfig
 from loopscope.analyses.common.pairs_of import open_pairs
 from loopscope.analyses.common.records import files_of
+from loopscope.analyses.common.sections import Opened
+from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.circuit import circuit as page
 from loopscope.analyses.figures.circuit.circuit import RANKINGS, SHARES, CircuitConfig, FoundCircuit
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
@@ -46,6 +48,18 @@ def test_the_record_says_what_a_measurement_of_its_circuit_says(record: FoundCir
     assert row["faithfulness"] == pytest.approx(float(found.faithfulness[0]), abs=1e-5)
     assert row["left without them"] == pytest.approx(float(found.completeness[0]), abs=1e-5)
     assert prune_circuit(record.circuit) == record.circuit
+
+
+@pytest.mark.parametrize(("hops", "measured"), [(4, 16), (None, 16)])
+def test_the_report_measures_the_first_pairs(
+    hops: int | None, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ReportConfig(checkpoint="mini/multi_hop/r2", hops=hops)
+    opened = Opened(config, open_subject(config, needs_questions=False))
+    monkeypatch.setattr(page, "measure", lambda subject, pairs, config: pairs)
+    found = page.SECTION.measure(opened)
+    assert len(opened.pairs.clean) > measured == len(found.clean) == len(found.clean_batch)
+    assert found.clean == opened.pairs.clean[:measured]
 
 
 def test_sizes_are_the_shares_and_the_circuits_own(record: FoundCircuit) -> None:

@@ -31,7 +31,12 @@ from loopscope.interp.lens.record import Lens
 from loopscope.interp.patching.activation import activation_patch
 from loopscope.interp.patching.sweep import Sweep
 from loopscope.interp.store.reading import ActivationStore
-from loopscope.models.basis.numbers import checked_count, checked_integer, checked_number
+from loopscope.models.basis.numbers import (
+    checked_count,
+    checked_factor,
+    checked_integer,
+    checked_number,
+)
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.recurrent_depth import RecurrentDepth
 from toy import D_MODEL, D_VOCAB, padded, toy
@@ -312,9 +317,33 @@ def test_a_count_is_not_negative(name: str, argument: str) -> None:
     refused(name, argument, -1, ValueError)
 
 
+UNBOUNDED = {  # a threshold may be one that is never met, or always
+    ("search_circuit", "threshold"),
+    ("smallest_circuit", "wanted"),
+    ("HaltingRule", "kl"),
+    ("HaltingRule", "entropy"),
+    *((name, "threshold") for name in CALLS if name.endswith(("Below", "Above"))),
+}
+
+
+@pytest.mark.parametrize(("name", "argument"), sorted(UNBOUNDED))
+def test_a_threshold_may_be_infinite(name: str, argument: str) -> None:
+    CALLS[name](**with_circuit(name, {argument: -math.inf if argument == "wanted" else math.inf}))
+
+
+def test_a_scale_may_be_a_tensor_of_finite_numbers() -> None:
+    checked_factor(torch.tensor([0.0, 2.0]), "scale")
+    checked_factor(torch.tensor(2.0), "scale")
+    with pytest.raises(ValueError, match="scale must be finite, got "):
+        checked_factor(torch.tensor([0.0, math.nan]), "scale")
+    with pytest.raises(TypeError, match="scale must be a number, got str"):
+        checked_factor("2", "scale")
+
+
 @pytest.mark.parametrize(("name", "argument"), list(asked("float")))
 def test_a_number_is_finite(name: str, argument: str) -> None:
-    for value in (math.nan, math.inf, -math.inf, torch.tensor(math.nan)):
+    endless = () if (name, argument) in UNBOUNDED else (math.inf, -math.inf)
+    for value in (math.nan, torch.tensor(math.nan), *endless):
         refused(name, argument, value, ValueError)
     for other in (True, np.bool_(True), "0.5", 1j):
         refused(name, argument, other, TypeError)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loopscope.checkpoints.load import load
+from loopscope.interp.dynamics.answered import dynamics_and_lens
 from loopscope.interp.dynamics.states import Dynamics, dynamics
 from loopscope.interp.dynamics.statistics import effective_rank
 from loopscope.interp.lens.lens import readout_lens
@@ -100,13 +101,12 @@ def test_running_in_pieces_gives_the_same(batch_size: int, plain: RecurrentDepth
 
 @pytest.mark.parametrize("batch_size", [2, 512])
 def test_the_answers_are_read_in_the_same_run(batch_size: int, model: RecurrentDepth) -> None:
-    path = dynamics(model, padded(), LOOPS, with_lens=True, batch_size=batch_size)
+    path, lens = dynamics_and_lens(model, padded(), LOOPS, positions="real", batch_size=batch_size)
     expected = readout_lens(model, padded(), LOOPS)
-    assert path.lens is not None
-    assert_close(path.lens.heads_input, expected.heads_input)
-    assert path.lens.names == expected.names
-    assert torch.equal(path.lens.position, expected.position)
-    assert dynamics(model, padded(), LOOPS).lens is None
+    assert_close(lens.heads_input, expected.heads_input)
+    assert (lens.names, lens.loops) == (expected.names, expected.loops)
+    assert torch.equal(lens.position, expected.position)
+    assert_close(path.states[:, REAL], dynamics(model, padded(), LOOPS).states[:, REAL])
 
 
 def test_positions(plain: RecurrentDepth) -> None:
