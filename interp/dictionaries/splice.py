@@ -21,6 +21,7 @@ from loopscope.interp.common.modes import evaluating
 from loopscope.interp.common.places import Picked, in_range, is_bool
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import by_rows
 
 Features = int | Sequence[int] | Int[Tensor, "batch some"]
 
@@ -74,6 +75,12 @@ class FeatureEdit:
                 "into must name as many features as features does, got"
                 f" {' and '.join(map(str, sorted(widths)))}"
             )
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether the edit names features for each row."""
+        named = (self.features, self.features if self.into is None else self.into)
+        return any(torch.as_tensor(each).ndim > 1 for each in named)
 
     def apply(
         self, codes: Float[Tensor, "batch pos feature"], loop: int, n_loops: int
@@ -175,10 +182,11 @@ def splice(
             new = change.apply(new, loop, dictionary.n_loops)
         return _written(value, codes if error else None, new, dictionary, loop)
 
+    write = by_rows(write) if fixed is None and not any(e.of_rows for e in changes) else write
     # predicates, so that another n_loops is refused; what is read is read before it is written
     hooks = [(writing.__contains__, write)]
     if fixed is None:
-        hooks.insert(0, (reading.__contains__, read))  # type: ignore[arg-type]
+        hooks.insert(0, (reading.__contains__, by_rows(read)))  # type: ignore[arg-type]
     with model.hooks(hooks, n_loops=dictionary.n_loops):
         yield model
 

@@ -22,8 +22,8 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     begin_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.shown import OneScreen
@@ -131,7 +131,7 @@ def jacobian_spectrum(
         raise ValueError(f"loop must be in 0..{n_loops - 1}, got {loop}")
     if krylov is not None and krylov < 1:
         raise ValueError(f"krylov must be at least 1, got {krylov}")
-    batch_size = checked_batch_size(batch_size)
+    batch_size = rows_at_once(model, batch, batch_size)
     whole = varying(model, batch, positions, parts)
     found = []
     for rows, free in zip(

@@ -21,8 +21,8 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     begin_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.shown import OneScreen, tidy
@@ -161,7 +161,7 @@ def lyapunov_spectrum(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     whole = varying(model, batch, positions, parts)
     start = checked_start(model, batch, whole.names, start, n_loops)
-    batch_size = checked_batch_size(batch_size)
+    batch_size = rows_at_once(model, batch, batch_size)
     triangles, shares = [], []
     for rows, free in zip(
         in_chunks(batch, batch_size, "lyapunov"), whole.split(batch_size), strict=True

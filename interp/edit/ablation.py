@@ -30,6 +30,7 @@ from loopscope.interp.common.places import (
 )
 from loopscope.interp.edit.substitutes import How, substitute_of, zeros
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import by_rows
 from loopscope.models.core.state import Visit, checked_loops
 
 Kind = Literal["head", "attn", "mlp", "visit", "iteration"]
@@ -153,6 +154,7 @@ def ablate(
                 ablated = torch.where(others[:, None], value, ablated)
             return at_columns_of(value, ablated, columns)
 
+        act = act if how == "resample" else by_rows(act)
         names = written.keys() | entering.keys()
         stack.enter_context(
             model.hooks([(names.__contains__, act)], n_loops=n_loops)
