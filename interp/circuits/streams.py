@@ -182,7 +182,8 @@ class CarriedStreams:
     def _each(
         self, act: Callable[[Tensor, Parts, Parts], tuple[Tensor, Parts]], rows: Lanes
     ) -> tuple[Tensor, Parts]:
-        """What `act` makes of all streams, and of each by itself where rows depend on each other.
+        """All streams as `act` leaves them; each is acted on by itself where rows depend on each
+        other.
 
         Args:
             rows: The stream, the other parts, and what components add.

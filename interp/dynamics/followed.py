@@ -91,7 +91,7 @@ class Followed:
     def _pushed(
         self, state: State, vectors: Float[Tensor, "batch k n"], end: int
     ) -> tuple[Marks, Float[Tensor, "batch k n"]]:
-        """What `_through` gives for changes that are run beside each other."""
+        """The marks and the end of changes that are run beside each other."""
         model, k, marks = self.model, vectors.shape[1], Marks()
         values = self.free.values(model, state)
         visits = model.schedule(self.n_loops)[state.visit : end]
