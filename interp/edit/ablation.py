@@ -282,6 +282,7 @@ class _Entering(AbstractContextManager["_Entering"]):
         self._disarm()
         self._always.remove()
 
+    @by_rows
     def _arm(self, module: nn.Module, args: object) -> None:
         self._disarm()
         self._once = module.register_forward_hook(self._keep)

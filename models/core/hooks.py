@@ -128,10 +128,11 @@ class LoopHookPoint(HookPoint):
         """Whether a hook is attached that has not declared to only read, or to take each row by
         itself.
         """
-        apart = sum(
-            hasattr(handle.user_hook, "reads_only") or hasattr(handle.user_hook, "by_rows")
-            for handle in self.fwd_hooks
-        )
+        hooks = [
+            *(handle.user_hook for handle in self.fwd_hooks),
+            *self._forward_pre_hooks.values(),
+        ]
+        apart = sum(hasattr(hook, "reads_only") or hasattr(hook, "by_rows") for hook in hooks)
         return sum(map(len, _hook_dicts(self))) > apart
 
     def __call__(self, value: Tensor) -> Tensor:

@@ -214,6 +214,8 @@ def test_interventions_that_take_each_row_by_itself_leave_pieces_small(
         ablate(plain, Component("head", heads=1), n_loops=LOOPS),
     ):
         assert rows_at_once(plain, batch, 2) == 2
+    with ablate(plain, Component("visit", loops=1, layers=0), n_loops=LOOPS):
+        assert rows_at_once(plain, batch, 2) == 2
     with ablate(plain, Component("mlp"), how="resample", reference=full(), n_loops=LOOPS):
         assert rows_at_once(plain, batch, 2) == 3
 
