@@ -118,7 +118,8 @@ def generate(
         stop_at: Tokens after any of which a row stops: an id, the text of one token, or several
             of these.
         use_cache: False runs every step from the first token: slow, and for a family with one key
-            and value per visit the same.
+            and value per visit the same. Rows that depend on each other are always run so, since
+            their new tokens stand at different columns.
 
     Raises:
         TypeError: A `stop_at` that is neither a token nor a list of tokens.
@@ -200,7 +201,8 @@ class _Run:
                 f"what later tokens of a {type(model).__name__} read of earlier ones follows its"
                 " own schedule, so no text is generated in an edited one; pass use_cache=False"
             )
-        self.model, self.batch, self.n_loops, self.use_cache = model, batch, n_loops, use_cache
+        self.model, self.batch, self.n_loops = model, batch, n_loops
+        self.use_cache = use_cache and (own_rule or model.batch_independent)
         self.store: dict[str, KeyValues] = {}
 
     def logits(self) -> Float[Tensor, "batch d_vocab"]:

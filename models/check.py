@@ -145,6 +145,24 @@ def _rowwise(model: LoopedModel, tokens: Tokens, n_loops: int) -> Iterator[str]:
     yield from _differs("rowwise", row.resid, end.resid[:, last], why)
 
 
+def _extended(model: LoopedModel, tokens: Tokens, n_loops: int) -> Iterator[str]:
+    """Where rows need more than the keys and values of others: that generating keeps the rest."""
+    inherited = type(model).extend is LoopedModel.extend and model.runs_visits
+    if model.rowwise or not (model.causal and inherited) or tokens.shape[1] < 2:
+        return
+    begun = model.begin(tokens, n_loops=n_loops)
+    _, kept = model.extend(begun.rows(pos=slice(-1)), {})
+    if not kept:
+        return  # whole texts are run then
+    last, _ = model.extend(begun.rows(pos=slice(-1, None)), kept)
+    error = _error(last.resid, model.advance(begun).resid[:, -1:])
+    if error:
+        yield (
+            "`extend` is inherited, but a token that is run after the others has another result"
+            f" (by {error:.2g}); define `extend`, or generate with use_cache=False"
+        )
+
+
 def _additive(model: LoopedModel, tokens: Tokens, n_loops: int) -> Iterator[str]:
     """Where a block shows its two additions: that they are all that it adds."""
     if not model.additive_residual:
@@ -160,10 +178,16 @@ def _additive(model: LoopedModel, tokens: Tokens, n_loops: int) -> Iterator[str]
 
 def _differs(fact: str, one: Tensor, other: Tensor, why: str) -> Iterator[str]:
     """A sentence where two tensors differ by more than the arithmetic's error."""
+    error = _error(one, other)
+    if error:
+        yield f"{fact} is declared, but {why} (by {error:.2g}); write `{fact} = False` in the class"
+
+
+def _error(one: Tensor, other: Tensor) -> float:
+    """By how much two tensors differ; 0 for no more than the arithmetic's error."""
     error = float((one - other).abs().max())
     tolerance = 200 * torch.finfo(one.dtype).eps * (1 + float(other.abs().max()))
-    if not error <= tolerance:
-        yield f"{fact} is declared, but {why} (by {error:.2g}); write `{fact} = False` in the class"
+    return 0.0 if error <= tolerance else error
 
 
 PROBES: tuple[Probe, ...] = (
@@ -172,5 +196,6 @@ PROBES: tuple[Probe, ...] = (
     _batch_independent,
     _prefix_readout,
     _rowwise,
+    _extended,
     _additive,
 )

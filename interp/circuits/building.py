@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +13,16 @@ from torch import Tensor
 from loopscope.interp.circuits.graph import ADDED, HEAD_SITES, READ, Graph, Stage
 from loopscope.interp.circuits.names import EMBED, FINAL, HEAD_INPUTS, Positions, ScheduleEntry
 from loopscope.interp.circuits.record import Circuit
+from loopscope.interp.circuits.streams import Parts, watched
 from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.state import Visit
+from loopscope.models.core.hooks import NO_TAPS
+from loopscope.models.core.state import State, Visit
+
+Run = tuple[Tensor, Parts]
 
 
 def graph_of(
@@ -29,11 +36,13 @@ def graph_of(
         by_position: Whether nodes at different positions of the inputs are different nodes.
 
     Raises:
-        ValueError: A block whose attention and MLP cannot be told apart, heads that cannot, or
-            inputs whose positions do not match.
+        ValueError: A block whose attention and MLP cannot be told apart, components that read more
+            than the stream, heads that cannot be told apart, or inputs whose positions do not
+            match.
     """
     visits = model.schedule(n_loops)
     _check_sites(model, visits)
+    _check_parts(model, begin_batch(model, batch[:1], n_loops), visits)
     positions = positions_of(model, batch) if by_position else None
     if heads is False:
         return _graph(visits, n_loops, False, positions)
@@ -59,6 +68,70 @@ def _check_sites(model: LoopedModel, visits: list[Visit]) -> None:
             )
     if "hook_embed" not in model.edge_sites()[0]:
         raise ValueError(f"a circuit begins at 'hook_embed', which {type(model).__name__} lacks")
+
+
+@torch.no_grad()
+def _check_parts(model: LoopedModel, begin: State, visits: list[Visit]) -> None:
+    """Raise where what a component adds moves later ones by other ways than the stream.
+
+    A second run has other additions at the first visit, and the additions of the first run from
+    there on. So where a component is given the second run's stream, it must make nothing else of
+    the second run's other parts than of the first one's.
+
+    Args:
+        begin: The state of one row before the first visit.
+    """
+    if model.additive_residual:
+        return
+    kind = type(model).__name__
+    rows = Rows.make(begin, type(model).visible, None)
+    plain = moved = begin.resid, begin.parts
+    for visit in visits:
+        own = visit.acts_as or visit
+        if visit.opening:
+            plain, moved = (model.enter(own, *run, NO_TAPS) for run in (plain, moved))
+        made: list[dict[str, Tensor]] = [{}, {}, {}]
+        crossed = moved[0], plain[1]
+        plain = _blocked(model, own, plain, rows, {}, made[0])
+        held = {site: x + x.std() if visit is visits[0] else x for site, x in made[0].items()}
+        _blocked(model, own, crossed, rows, held, made[1])
+        moved = _blocked(model, own, moved, rows, held, made[2])
+        if not all(close(made[1][site], made[2][site]) for site in held):
+            raise ValueError(_read_more(kind, visit.name))
+        if visit.closing:
+            plain, moved = (model.leave(own, *run, NO_TAPS) for run in (plain, moved))
+    states = [
+        replace(begin, visit=len(visits), resid=moved[0], parts=run[1]) for run in (plain, moved)
+    ]
+    if not close(*map(model.read_state, states)):
+        raise ValueError(_read_more(kind, "the readout"))
+
+
+def _read_more(kind: str, reader: str) -> str:
+    return (
+        f"an edge of a circuit is what a component adds to the stream for another, but {reader} of"
+        f" this {kind} also reads earlier additions from elsewhere in the state; activation_patch"
+        " and path_patch work on it"
+    )
+
+
+def _blocked(
+    model: LoopedModel, visit: Visit, run: Run, rows: Rows, held: Parts, made: dict[str, Tensor]
+) -> Run:
+    """A run after a block.
+
+    Args:
+        run: The stream and the other parts.
+        held: What attention and MLP add in place of their own, by site; empty for their own.
+        made: Is given what they make.
+    """
+
+    def react(value: Tensor, site: str) -> Tensor | None:
+        made[site] = value
+        return held.get(site)
+
+    taps = {site: watched(site, partial(react, site=site)) for site in ADDED.values()}
+    return model.visit_block(visit, *run, rows, taps)
 
 
 def graph_with(model: LoopedModel, batch: Batch, circuits: Sequence[Circuit]) -> Graph:

@@ -19,7 +19,7 @@ from loopscope.interp.circuits.gradients import Written
 from loopscope.interp.circuits.graph import Graph, Stage
 from loopscope.interp.circuits.streams import CarriedStreams, Replacement, Streams, SummedStreams
 from loopscope.interp.common.columns import used_columns
-from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.inputs import begin_batch, rows_apart
 from loopscope.models.basis.draws import checked_seed, other_rows
 from loopscope.models.basis.numbers import checked_count
 from loopscope.models.basis.tokens import Batch
@@ -112,7 +112,7 @@ class MaskedRuns:
         """The runs of some examples each, so that the gradient of one circuit keeps about
         `max_bytes`; examples that depend on each other stay together.
         """
-        if not self.model.batch_independent or len(self.batch) == 1:
+        if not rows_apart(self.model) or len(self.batch) == 1:
             return [self]
         most = max(1, self.max_bytes // self._of_rows(slice(1))._kept_by_gradient())
         starts = range(0, len(self.batch), most)
@@ -145,7 +145,7 @@ class MaskedRuns:
     @property
     def side_by_side(self) -> int:
         """How many circuits are run at once."""
-        if not self.model.batch_independent:
+        if not rows_apart(self.model):
             return 1
         one = self.replacement.outputs
         streams = (

@@ -29,7 +29,7 @@ from loopscope.interp.circuits.gradients import (
 from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MAX_BYTES, MaskedRuns
 from loopscope.interp.circuits.record import Circuit, CircuitCall
-from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn
+from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, rows_apart
 from loopscope.interp.common.metrics import measure, metric_name, metric_or_kl, row_by_row
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.pairs import Direction, Pair, base_and_source
@@ -195,7 +195,7 @@ class _Job:
         """EAP-IG of activations; the steps of one stage are run side by side where rows do not
         depend on each other.
         """
-        if not self.model.batch_independent:
+        if not rows_apart(self.model):
             each = [self._activations([share]) for share in _midpoints(steps)]
             return self._with_readout(torch.stack(each).mean(0))
         return self._with_readout(self._activations(_midpoints(steps)))

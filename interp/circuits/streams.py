@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -23,6 +24,7 @@ from loopscope.models.core.hooks import NO_TAPS, Taps
 from loopscope.models.core.state import State, Visit
 
 Parts = Mapping[str, Tensor]
+Lanes = tuple[Tensor, Parts, Parts]
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,9 @@ class CarriedStreams:
         visit, count = stage.visit, stage.readers.stop - stage.readers.start
         if stage.kind == "attn":
             if visit.opening:
-                self.resid, self.parts = self.model.enter(
-                    _own(visit), self.resid, self.parts, NO_TAPS
+                self.resid, self.parts = self._each(
+                    lambda resid, parts, _: self.model.enter(_own(visit), resid, parts, NO_TAPS),
+                    (self.resid, self.parts, {}),
                 )
             mine = self.resid
         else:
@@ -145,9 +148,15 @@ class CarriedStreams:
         self.added[stage.kind] = total.flatten(0, 2).to(self.resid)
         if stage.kind == "mlp":
             visit = _own(stage.visit)
-            self.resid, self.parts = self._block(visit, self.resid, self.parts, held(self.added))
+            self.resid, self.parts = self._each(
+                lambda resid, parts, added: self._block(visit, resid, parts, held(added)),
+                (self.resid, self.parts, self.added),
+            )
             if visit.closing:
-                self.resid, self.parts = self.model.leave(visit, self.resid, self.parts, NO_TAPS)
+                self.resid, self.parts = self._each(
+                    lambda resid, parts, _: self.model.leave(visit, resid, parts, NO_TAPS),
+                    (self.resid, self.parts, {}),
+                )
             self.added = {}
 
     def last(self) -> Float[Tensor, "circuit batch pos d_model"]:
@@ -161,9 +170,31 @@ class CarriedStreams:
         )
         parts = {name: self._lanes(x)[:, :count].flatten(0, 2) for name, x in self.parts.items()}
         seen: list[Tensor] = []
-        taps = {**held({"attn": attn}), READ["mlp"]: watched(READ["mlp"], seen.append)}
-        self._block(_own(visit), resid, parts, taps)
-        return seen[0]
+        watch = {READ["mlp"]: watched(READ["mlp"], seen.append)}
+        self._each(
+            lambda resid, parts, added: self._block(
+                _own(visit), resid, parts, {**held(added), **watch}
+            ),
+            (resid, parts, {"attn": attn}),
+        )
+        return torch.cat(seen)
+
+    def _each(
+        self, act: Callable[[Tensor, Parts, Parts], tuple[Tensor, Parts]], rows: Lanes
+    ) -> tuple[Tensor, Parts]:
+        """All streams as `act` leaves them; each is acted on by itself where rows depend on each
+        other.
+
+        Args:
+            rows: The stream, the other parts, and what components add.
+        """
+        if self.model.batch_independent:
+            return act(*rows)
+        size = len(self.begin.resid)
+        lanes = [slice(at, at + size) for at in range(0, len(rows[0]), size)]
+        made = [act(rows[0][lane], _of(rows[1], lane), _of(rows[2], lane)) for lane in lanes]
+        parts = {name: torch.cat([own[name] for _, own in made]) for name in made[0][1]}
+        return torch.cat([resid for resid, _ in made]), parts
 
     def _block(self, visit: Visit, resid: Tensor, parts: Parts, taps: Taps) -> tuple[Tensor, Parts]:
         times = len(resid) // len(self.begin.resid)
@@ -224,6 +255,11 @@ def over_positions(
     batch, _, d_model = like.shape[-3:]
     each: Tensor = found.unflatten(3, (batch, -1, d_model))
     return each.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+
+
+def _of(parts: Parts, rows: slice) -> Parts:
+    """Some rows of every part."""
+    return {name: part[rows] for name, part in parts.items()}
 
 
 def _own(visit: Visit) -> Visit:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from loopscope.models.basis.numbers import checked_count, given_tensor
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import LoopHookPoint
 from loopscope.models.core.state import State, checked_tokens
 
 Inputs = Batch | str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -155,20 +156,30 @@ def checked_batch_size(size: int) -> int:
     return checked_count(size, "batch_size")
 
 
+def rows_apart(model: LoopedModel) -> bool:
+    """Whether each row's result is its own: neither the family nor a hook that is attached now may
+    look at other rows, or tell rows apart by their place in the batch.
+    """
+    return model.batch_independent and not any(
+        not isinstance(point, LoopHookPoint) or point.may_join_rows()
+        for point in model.hooked_points().values()
+    )
+
+
 def rows_at_once(model: LoopedModel, batch: Batch, batch_size: int) -> int:
     """How many rows of a batch are run at a time: at most `batch_size`, but all of them where rows
-    depend on each other.
+    may depend on each other.
 
     Raises:
         TypeError, ValueError: A size that is no integer of at least 1.
     """
     size = checked_batch_size(batch_size)
-    return size if model.batch_independent else max(size, len(batch))
+    return size if rows_apart(model) else max(size, len(batch))
 
 
 def runs_side_by_side(model: LoopedModel, batch: Batch, batch_size: int) -> int:
     """How many copies of a batch are run at once: as many as `batch_size` rows allow, but one where
-    rows depend on each other.
+    rows may depend on each other.
     """
     copies = max(1, checked_batch_size(batch_size) // len(batch))
-    return copies if model.batch_independent else 1
+    return copies if rows_apart(model) else 1

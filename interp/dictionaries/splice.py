@@ -23,6 +23,7 @@ from loopscope.interp.common.places import Picked, in_range
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.models.basis.numbers import checked_factor, factor_like, given_tensor, is_bool
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import by_rows
 
 _EMBED = "hook_embed"
 Features = int | Sequence[int] | Int[Tensor, "batch some"]
@@ -82,6 +83,13 @@ class FeatureEdit:
                 "into must name as many features as features does, got"
                 f" {' and '.join(map(str, sorted(widths)))}"
             )
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether the edit names features or scales for each row."""
+        into = self.features if self.into is None else self.into
+        named = self.features, into, self.scale, self.add
+        return any(given_tensor(each).ndim > 1 for each in named)
 
     def apply(
         self, codes: Float[Tensor, "batch pos feature"], loop: int, n_loops: int
@@ -185,8 +193,9 @@ def splice(
             new = change.apply(new, loop, dictionary.n_loops)
         return _written(value, codes if error else None, new, dictionary, loop)
 
+    write = by_rows(write) if fixed is None and not any(e.of_rows for e in changes) else write
     # predicates, so that another n_loops is refused; what is read is read before it is written
-    first = (reading.__contains__, read) if fixed is None else (_EMBED.__eq__, fixed.check)
+    first = (reading.__contains__, by_rows(read)) if fixed is None else (_EMBED.__eq__, fixed.check)
     hooks: list[Any] = [first, (writing.__contains__, write)]
     with model.hooks(hooks, n_loops=dictionary.n_loops):
         yield model

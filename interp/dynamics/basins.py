@@ -19,8 +19,8 @@ from loopscope.interp.common.inputs import (
     Inputs,
     ReadoutColumn,
     as_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.metrics import Answers
 from loopscope.interp.common.modes import evaluated
@@ -201,7 +201,7 @@ def basins(
     seed = checked_seed(seed)
     whole = varying(model, batch, positions, None)
     start = changed_start(model, batch, whole, None, n_loops)
-    stop, size = iteration_start(model, start, n_loops), checked_batch_size(batch_size)
+    stop, size = iteration_start(model, start, n_loops), rows_at_once(model, batch, batch_size)
     pieces: list[dict[str, Tensor]] = []
     for rows, free in zip(in_chunks(batch, size, "basins"), whole.split(size), strict=True):
         runs = starts(model, rows, free, n_starts, scale, n_loops, stop, seed)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.finite import refuse_nonfinite
+from loopscope.interp.common.inputs import rows_apart
 from loopscope.interp.dynamics.changes import (
     Space,
     Varying,
@@ -50,8 +51,8 @@ class Followed:
         with torch.no_grad():
             state = model.advance(state, iteration_start(model, start, n_loops))
         vectors = self._first(state, k, generator)
-        for loop, end in enumerate(model.iteration_ends(n_loops)[start:], start):
-            marks, pushed = self._through(state, vectors, loop, end)
+        for end in model.iteration_ends(n_loops)[start:]:
+            marks, pushed = self._through(state, vectors, end)
             vectors, triangle = _orthonormal(pushed, marks[-1][1])
             yield triangle, _shares(marks)
             with torch.no_grad():
@@ -74,9 +75,23 @@ class Followed:
             return _orthonormal(drawn, self.free.carried_by(made, k, self.space))[0]
 
     def _through(
-        self, state: State, vectors: Float[Tensor, "batch k n"], loop: int, end: int
+        self, state: State, vectors: Float[Tensor, "batch k n"], end: int
     ) -> tuple[Marks, Float[Tensor, "batch k n"]]:
-        """The changes at each mark of an iteration as they are measured, and those at its end."""
+        """The changes at each mark of an iteration as they are measured, and those at its end; they
+        are pushed one by one where rows may depend on each other.
+        """
+        size = vectors.shape[1] if rows_apart(self.model) else 1
+        pushed = [self._pushed(state, part, end) for part in vectors.split(size, dim=1)]
+        marks = [
+            (several[0][0], torch.cat([changes for _, changes in several], dim=1))
+            for several in zip(*(marks for marks, _ in pushed), strict=True)
+        ]
+        return marks, torch.cat([changes for _, changes in pushed], dim=1)
+
+    def _pushed(
+        self, state: State, vectors: Float[Tensor, "batch k n"], end: int
+    ) -> tuple[Marks, Float[Tensor, "batch k n"]]:
+        """The marks and the end of changes that are run beside each other."""
         model, k, marks = self.model, vectors.shape[1], Marks()
         values = self.free.values(model, state)
         visits = model.schedule(self.n_loops)[state.visit : end]

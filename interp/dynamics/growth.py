@@ -20,6 +20,8 @@ from loopscope.interp.common.inputs import (
     begin_batch,
     checked_batch_size,
     in_chunks,
+    rows_apart,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import differentiated, evaluated
 from loopscope.interp.common.precision import widened
@@ -269,7 +271,8 @@ def perturbation_growth(
     n_directions = checked_count(n_directions, "n_directions")
     whole = varying(model, batch, positions, None)
     start = changed_start(model, batch, whole, start, n_loops)
-    rows = max(1, checked_batch_size(batch_size) // (n_directions + 1))
+    share = max(1, checked_batch_size(batch_size) // (n_directions + 1))
+    rows, beside = rows_at_once(model, batch, share), n_directions + 1 if rows_apart(model) else 1
     stops = [iteration_start(model, start, n_loops), *model.iteration_ends(n_loops)[start:]]
     found = []
     for part, free in zip(in_chunks(batch, rows, "growth"), whole.split(rows), strict=True):
@@ -278,12 +281,16 @@ def perturbation_growth(
         values = free.values(model, state)
         changes = free.matched(values, free.draw(values, n_directions, generator), scale)
         unchanged = torch.zeros_like(changes[:, :1])
-        state = free.beside(state, values, torch.cat([unchanged, changes], dim=1), added)
+        runs = [
+            free.beside(state, values, some, added)
+            for some in torch.cat([unchanged, changes], dim=1).split(beside, dim=1)
+        ]
         distances = []
         for stop in stops:
-            state = model.advance(state, stop)
-            made = list(free.values(model, state).values())
-            points = free.measured(made, n_directions + 1, checked_space(space))
+            runs = [model.advance(run, stop) for run in runs]
+            made = [list(free.values(model, run).values()) for run in runs]
+            measured = [free.measured(each, beside, checked_space(space)) for each in made]
+            points = torch.cat(measured, dim=1)
             distances.append((points[:, 1:] - points[:, :1]).norm(dim=2))
         found.append(torch.stack(distances))
     return PerturbationGrowth(start, space, scale, torch.cat(found, dim=1))

@@ -22,8 +22,8 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     begin_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.places import one_in_range
@@ -131,7 +131,7 @@ def jacobian_spectrum(
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     loop = one_in_range("loop", loop, n_loops)
     krylov = None if krylov is None else checked_count(krylov, "krylov")
-    batch_size = checked_batch_size(batch_size)
+    batch_size = rows_at_once(model, batch, batch_size)
     whole = varying(model, batch, positions, parts)
     found = []
     for rows, free in zip(

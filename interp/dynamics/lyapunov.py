@@ -21,8 +21,8 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     begin_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.places import one_in_range
@@ -163,7 +163,7 @@ def lyapunov_spectrum(
     whole = varying(model, batch, positions, parts)
     k = checked_count(k, "k")
     start = checked_start(model, batch, whole.names, start, n_loops)
-    batch_size = checked_batch_size(batch_size)
+    batch_size = rows_at_once(model, batch, batch_size)
     triangles, shares = [], []
     for rows, free in zip(
         in_chunks(batch, batch_size, "lyapunov"), whole.split(batch_size), strict=True

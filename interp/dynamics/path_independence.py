@@ -17,8 +17,8 @@ from loopscope.interp.common.inputs import (
     ReadoutColumn,
     as_batch,
     begin_batch,
-    checked_batch_size,
     in_chunks,
+    rows_at_once,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.shown import OneScreen, tidy
@@ -105,7 +105,7 @@ def path_independence(
     whole = varying(model, batch, positions, None)
     start = checked_start(model, batch, whole.names, None, n_loops)
     stops = iteration_start(model, start, n_loops), model.iteration_ends(n_loops)[-1]
-    size = checked_batch_size(batch_size)
+    size = rows_at_once(model, batch, batch_size)
     _check_given(model, batch, whole.names, n_loops, stops[0])
     last: list[dict[str, Tensor]] = []
     for rows, free in zip(in_chunks(batch, size, "first runs"), whole.split(size), strict=True):

@@ -31,6 +31,7 @@ from loopscope.interp.common.places import (
 from loopscope.interp.edit.substitutes import How, substitute_of, zeros
 from loopscope.models.basis.draws import checked_seed
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import by_rows
 from loopscope.models.core.state import Visit, checked_loops
 
 Kind = Literal["head", "attn", "mlp", "visit", "iteration"]
@@ -155,6 +156,7 @@ def ablate(
                 ablated = torch.where(others[:, None], value, ablated)
             return at_columns_of(value, ablated, columns)
 
+        act = act if how == "resample" else by_rows(act)
         names = written.keys() | entering.keys()
         stack.enter_context(
             model.hooks([(names.__contains__, act)], n_loops=n_loops)
@@ -282,6 +284,7 @@ class _Entering(AbstractContextManager["_Entering"]):
         self._disarm()
         self._always.remove()
 
+    @by_rows
     def _arm(self, module: nn.Module, args: object) -> None:
         self._disarm()
         self._once = module.register_forward_hook(self._keep)

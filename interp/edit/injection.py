@@ -15,6 +15,7 @@ from loopscope.interp.common.inputs import Inputs, reference_batch
 from loopscope.interp.common.places import Picked, VisitNames, Where, in_range, places_of
 from loopscope.models.basis.numbers import checked_number
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import by_rows
 from loopscope.models.core.state import checked_loops
 
 
@@ -43,9 +44,12 @@ def attenuate_input(
     """
     checked_number(factor, "factor")
     names = _injections(model, loops, visits, checked_loops(n_loops, model.cfg.n_loops))
-    with model.hooks(
-        [(set(names).__contains__, lambda value, hook: factor * value)], n_loops=n_loops
-    ):
+
+    @by_rows
+    def weaken(value: Tensor, hook: HookPoint) -> Tensor:
+        return factor * value
+
+    with model.hooks([(set(names).__contains__, weaken)], n_loops=n_loops):
         yield model
 
 

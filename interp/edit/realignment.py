@@ -18,6 +18,7 @@ from loopscope.interp.common.precision import widened
 from loopscope.interp.common.ranking import top_tokens
 from loopscope.models.basis.numbers import checked_number, given_tensor
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import by_rows
 from loopscope.models.core.state import checked_loops
 
 Realigned = Literal["replace", "rescale", "blend"]
@@ -78,7 +79,8 @@ def realign(
         new = _moved(value, model.W_E[own].to(value), how, weight)
         return at_columns_of(value, new, columns)
 
-    with model.hooks([(name.__eq__, write)], n_loops=n_loops):
+    hook = by_rows(write) if given is None else write
+    with model.hooks([(name.__eq__, hook)], n_loops=n_loops):
         yield model
 
 

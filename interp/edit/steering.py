@@ -35,6 +35,7 @@ from loopscope.interp.common.precision import widened
 from loopscope.models.basis.numbers import checked_factor, factor_like, given_tensor
 from loopscope.models.core.base import LoopedModel, at_columns
 from loopscope.models.core.cache import position_axis
+from loopscope.models.core.hooks import by_rows
 from loopscope.models.core.state import checked_loops
 
 _CHUNK = 512  # rows run at a time
@@ -86,6 +87,7 @@ def steer(
     with _writing(
         model,
         lambda value, name: value + factor_like(scale, value) * _fitted(vectors, value, name),
+        given_tensor(vectors).ndim == 1 and given_tensor(scale).ndim == 0,
         site,
         Where(loops, layers, visits),
         positions,
@@ -110,6 +112,7 @@ def set_to(
     with _writing(
         model,
         lambda value, name: _fitted(vectors, value, name).expand_as(value),
+        torch.as_tensor(vectors).ndim == 1,
         site,
         Where(loops, layers, visits),
         positions,
@@ -167,6 +170,7 @@ def steering_vector(
 def _writing(
     model: LoopedModel,
     new: Callable[[Tensor, str], Tensor],
+    shared: bool,
     site: str,
     where: Where,
     positions: Picked | int,
@@ -179,7 +183,7 @@ def _writing(
         return at_columns_of(value, new(value, str(hook.name)), columns)
 
     with model.hooks(
-        [(names.__contains__, write)], n_loops=n_loops
+        [(names.__contains__, by_rows(write) if shared else write)], n_loops=n_loops
     ):  # a predicate, so that another n_loops is refused
         yield model
 

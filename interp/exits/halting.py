@@ -19,6 +19,7 @@ from loopscope.interp.lens.lens import readout_lens
 from loopscope.interp.lens.record import Lens, Targets
 from loopscope.models.basis.numbers import checked_count, checked_number
 from loopscope.models.core.base import LoopedModel
+from loopscope.models.core.hooks import by_rows
 from loopscope.models.core.state import checked_loops
 
 if TYPE_CHECKING:
@@ -193,5 +194,6 @@ def first_stop(
     return torch.where(halted, holds.int().argmax(0), len(holds) - 1), halted
 
 
+@by_rows
 def _nothing(value: Tensor, hook: HookPoint) -> Tensor:
     return torch.zeros_like(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.common.cells import HEAD_AXIS, Cell
-from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.inputs import begin_batch, rows_apart
 from loopscope.interp.patching.memory import run_bytes
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel, at_columns
@@ -28,7 +28,7 @@ def continued_groups(
     """The cells, by their index, that are run side by side: those of one hook point, as many as the
     memory holds.
     """
-    size = max(1, max_bytes // run_bytes(model, base, cells)) if model.batch_independent else 1
+    size = max(1, max_bytes // run_bytes(model, base, cells)) if rows_apart(model) else 1
     names = groupby(range(len(cells)), key=lambda index: cells[index].name)
     at_once = [list(group) for _, group in names]
     return [group[at : at + size] for group in at_once for at in range(0, len(group), size)]

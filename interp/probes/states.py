@@ -14,7 +14,7 @@ from torch import Tensor
 from loopscope.interp.common.collecting import collect
 from loopscope.interp.common.columns import at_positions, read_columns
 from loopscope.interp.common.finite import refuse_nonfinite
-from loopscope.interp.common.inputs import checked_batch_size
+from loopscope.interp.common.inputs import checked_batch_size, rows_apart
 from loopscope.interp.common.modes import ungraphed
 from loopscope.interp.common.places import Picked, Place, places_of
 from loopscope.interp.common.precision import widened
@@ -53,7 +53,7 @@ class ReadStates:
         columns: Int[Tensor, "batch k"].
         shown: Bool[Tensor, "batch k"], the reads that are not left out.
         n_loops: Iterations.
-        batch_size: Rows run at a time; all at once where rows depend on each other.
+        batch_size: Rows run at a time; all at once where rows may depend on each other.
     """
 
     model: LoopedModel
@@ -125,13 +125,13 @@ class ReadStates:
 
     def pieces(self, rows: Int[Tensor, " row"]) -> tuple[Int[Tensor, " _"], ...]:
         """The rows that are run at a time."""
-        size = self.batch_size if self.model.batch_independent else len(rows)
+        size = self.batch_size if rows_apart(self.model) else len(rows)
         parts: tuple[Tensor, ...] = rows.split(size)
         return parts
 
     def run(self, rows: Int[Tensor, " row"]) -> States:
         """The states of some rows at each place."""
-        alone = self.model.batch_independent
+        alone = rows_apart(self.model)
         run = rows if alone else torch.arange(len(self.batch), device=rows.device)
         columns, shown = self.columns[run], self.shown[rows].nonzero(as_tuple=True)
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from loopscope.interp.common import collecting
 from loopscope.interp.common.fingerprint import described, facts_of_model
-from loopscope.interp.common.inputs import ReadoutColumn, checked_batch_size
+from loopscope.interp.common.inputs import ReadoutColumn, checked_batch_size, rows_apart
 from loopscope.interp.common.modes import evaluated, ungraphed
 from loopscope.interp.common.places import Picked, VisitNames, Where
 from loopscope.interp.shards.manifest import Manifest
@@ -91,7 +91,7 @@ def collect(
         KeyError: A site, a visit or a column that is not there.
         ValueError: A folder of another call, `max_bytes` below one example, a position that no
             example has, visits that are no grid of loops and layers, or several pieces where rows
-            of the model depend on each other.
+            of the model depend on each other or a hook may tell them apart.
         OSError: A full disk; what was finished before is kept.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -104,10 +104,10 @@ def collect(
     per_file, batch_size = checked_count(per_file, "per_file"), checked_batch_size(batch_size)
     max_bytes = checked_count(max_bytes, "max_bytes")
     positions = checked_positions(source, positions, batch_size)
-    if not model.batch_independent and source.count > min(per_file, batch_size):
+    if not rows_apart(model) and source.count > min(per_file, batch_size):
         raise ValueError(
-            f"rows of this model depend on each other, so all {source.count} examples must be run"
-            f" at once; give per_file and batch_size of at least {source.count}"
+            f"{_joined(model)}, so all {source.count} examples must be run at once; give per_file"
+            f" and batch_size of at least {source.count}"
         )
     kind = next(model.parameters()).dtype if dtype is None else dtype
     if kind not in FLOATS:
@@ -144,6 +144,16 @@ def collect(
         for item in tqdm(todo, desc="collecting", leave=False, disable=len(todo) < 8):
             job.write(folder, item, manifest)
     return ActivationStore(folder, partial=shard is not None)
+
+
+def _joined(model: LoopedModel) -> str:
+    """Why rows must be run together."""
+    if not model.batch_independent:
+        return "rows of this model depend on each other"
+    return (
+        "a hook that is attached now may tell rows apart (mark it with by_rows of"
+        " loopscope.models.core.hooks where it does not)"
+    )
 
 
 @dataclass(frozen=True)
@@ -221,10 +231,10 @@ class _Job:
             batch = self.source.batches(range(start, min(start + self.batch_size, end)))
             columns, shown = reads_of(batch, self.positions)
             sizes = (shown.sum(1) * per_read).tolist()
-            if not self.model.batch_independent and sum(sizes) > self.max_bytes:
+            if not rows_apart(self.model) and sum(sizes) > self.max_bytes:
                 raise ValueError(
-                    "rows of this model depend on each other, so max_bytes must hold the"
-                    f" {sum(sizes)} bytes of all examples, got {self.max_bytes}"
+                    f"{_joined(self.model)}, so max_bytes must hold the {sum(sizes)} bytes of all"
+                    f" examples, got {self.max_bytes}"
                 )
             for rows in cut(sizes, start, self.max_bytes):
                 piece = Piece(batch[rows], columns[rows], shown[rows], read, start + rows.start)

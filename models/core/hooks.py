@@ -70,6 +70,14 @@ def reads_only(hook: AnyHook) -> AnyHook:
     return hook
 
 
+def by_rows(hook: AnyHook) -> AnyHook:
+    """Declare that a hook function gives each row what it would give that row alone, so that a
+    batch may be run in pieces, or several times beside itself.
+    """
+    hook.by_rows = True  # type: ignore[attr-defined]  # a mark on the function
+    return hook
+
+
 class LoopHookPoint(HookPoint):
     """A TransformerLens HookPoint that knows its iteration: `hook.loop()` and `hook.layer()`.
 
@@ -115,6 +123,17 @@ class LoopHookPoint(HookPoint):
         """Whether a forward hook is attached that has not declared to only read."""
         readers = sum(hasattr(handle.user_hook, "reads_only") for handle in self.fwd_hooks)
         return len(self._forward_hooks) + len(self._forward_pre_hooks) > readers
+
+    def may_join_rows(self) -> bool:
+        """Whether a hook is attached that has not declared to only read, or to take each row by
+        itself.
+        """
+        hooks = [
+            *(handle.user_hook for handle in self.fwd_hooks),
+            *self._forward_pre_hooks.values(),
+        ]
+        apart = sum(hasattr(hook, "reads_only") or hasattr(hook, "by_rows") for hook in hooks)
+        return sum(map(len, _hook_dicts(self))) > apart
 
     def __call__(self, value: Tensor) -> Tensor:
         passed: Tensor = super().__call__(value.clone() if self.may_be_written() else value)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopscope.interp.attribution.patching import attribution_patch
 from loopscope.interp.common.finite import first_nonfinite
+from loopscope.interp.common.inputs import rows_at_once
 from loopscope.interp.dynamics.attractors import fixed_points
 from loopscope.interp.dynamics.basins import basins
 from loopscope.interp.dynamics.growth import finite_time_exponent, perturbation_growth
@@ -20,6 +22,8 @@ from loopscope.interp.dynamics.layers import attention_dynamics, layer_dynamics
 from loopscope.interp.dynamics.lyapunov import lyapunov_spectrum
 from loopscope.interp.dynamics.states import dynamics
 from loopscope.interp.dynamics.statistics import effective_rank
+from loopscope.interp.edit.ablation import Component, ablate
+from loopscope.interp.edit.steering import steer
 from loopscope.interp.exits.exits import TopStable, exits
 from loopscope.interp.exits.halting import HaltingRule, halting
 from loopscope.interp.generation import generate
@@ -28,9 +32,14 @@ from loopscope.interp.lens.decoding import decodability, rank_trajectory
 from loopscope.interp.lens.lens import coda_lens, logit_lens, readout_lens
 from loopscope.interp.lens.tuned_lens import TunedLens
 from loopscope.interp.lens.tuned_training import train_tuned_lens
+from loopscope.interp.patching.activation import activation_patch
+from loopscope.interp.patching.path_ends import Receiver
+from loopscope.interp.patching.paths import path_patch_sweep
 from loopscope.interp.probes.probe import probe
+from loopscope.models.basis.tokens import Batch
+from loopscope.models.core.hooks import by_rows
 from loopscope.models.families.recurrent_depth import RecurrentDepth
-from toy import BatchCentred, odd_one, padded, toy
+from toy import BatchCentred, full, odd_one, padded, projection, toy
 
 LOOPS = 3
 ANSWERS = [1, 2, 3]
@@ -138,6 +147,77 @@ def test_rows_that_depend_on_one_another_stay_together(name: str) -> None:
             METHODS[name](centred)
     else:
         torch.testing.assert_close(METHODS[name](centred, batch_size=2), METHODS[name](centred))
+
+
+# A caller's hook that tells rows apart
+
+HOOKED = "loops.1.blocks.0.hook_resid_pre"
+OTHER = padded(1)
+SUMS: Mapping[str, Callable[[RecurrentDepth, Batch, Batch], Tensor]] = {
+    "activation_patch": lambda m, one, other: activation_patch(
+        m, one, other, projection(), LOOPS
+    ).values.sum(1),
+    "attribution_patch": lambda m, one, other: attribution_patch(
+        m, one, other, projection(), LOOPS, steps=3
+    ).values.sum(1),
+    "path_patch_sweep": lambda m, one, other: (
+        len(one)
+        * torch.tensor(
+            path_patch_sweep(m, one, other, projection(), Receiver("readout"), LOOPS)[
+                "value"
+            ].tolist()
+        )
+    ),
+    "perturbation_growth": lambda m, one, other: perturbation_growth(
+        m, one, LOOPS, n_directions=3
+    ).distance.sum(1),
+    "lyapunov_spectrum": lambda m, one, other: lyapunov_spectrum(m, one, 2, LOOPS).exponents.sum(1),
+}
+
+
+def larger(value: Tensor, hook: object) -> Tensor:
+    return 1.7 * value
+
+
+def first_row_larger(value: Tensor, hook: object) -> None:
+    value[0] *= 1.7
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_stay_together_where_a_hook_tells_them_apart(name: str, plain: RecurrentDepth) -> None:
+    with plain.hooks([(HOOKED, first_row_larger)], n_loops=LOOPS):
+        whole = METHODS[name](plain)
+        torch.testing.assert_close(METHODS[name](plain, batch_size=1), whole)
+    assert not torch.equal(METHODS[name](plain).nan_to_num(), whole.nan_to_num())
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_hook_finds_its_row_where_runs_could_stand_side_by_side(
+    name: str, plain: RecurrentDepth
+) -> None:
+    first, others = (
+        [batch[rows] for batch in (padded(), OTHER)] for rows in (slice(1), slice(1, 3))
+    )
+    with plain.hooks([(HOOKED, by_rows(larger))], n_loops=LOOPS):
+        expected = SUMS[name](plain, *first)
+    expected = expected + SUMS[name](plain, *others)
+    with plain.hooks([(HOOKED, first_row_larger)], n_loops=LOOPS):
+        torch.testing.assert_close(SUMS[name](plain, padded(), OTHER), expected)
+
+
+def test_interventions_that_take_each_row_by_itself_leave_pieces_small(
+    plain: RecurrentDepth,
+) -> None:
+    vector, batch = torch.ones(plain.cfg.d_model), padded()
+    with (
+        steer(plain, vector, loops=1, layers=0, n_loops=LOOPS),
+        ablate(plain, Component("head", heads=1), n_loops=LOOPS),
+    ):
+        assert rows_at_once(plain, batch, 2) == 2
+    with ablate(plain, Component("visit", loops=1, layers=0), n_loops=LOOPS):
+        assert rows_at_once(plain, batch, 2) == 2
+    with ablate(plain, Component("mlp"), how="resample", reference=full(), n_loops=LOOPS):
+        assert rows_at_once(plain, batch, 2) == 3
 
 
 # Lists and numpy's numbers

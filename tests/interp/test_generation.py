@@ -14,11 +14,11 @@ from transformer_lens.hook_points import HookPoint
 from family_toys import TOYS, Toy, padded, random_tokens
 from loopscope.checkpoints.load import load
 from loopscope.interp.generation import Sampling, generate
-from loopscope.models.basis.tokens import Batch
+from loopscope.models.basis.tokens import Batch, pad_right
 from loopscope.models.core.attention import KeyValues
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.families.training_free.cache import decode_bypass, decode_looped, prefill
-from toy import assert_close, hook_count, settling
+from toy import BatchCentred, assert_close, hook_count, odd_one, settling
 from toy import padded as padded_toy
 
 OWN_RULE = (
@@ -65,6 +65,17 @@ def test_cached_generation_of_ragged_prompts_equals_whole_runs(name: str) -> Non
         assert_close(found.logits[row], logits)
         assert torch.equal(found.tokens[row, length : length + 3], new)
         assert found.mask[row].sum() == length + 3
+
+
+def test_rows_that_depend_on_one_another_generate_as_in_whole_runs() -> None:
+    model, batch = odd_one(BatchCentred), padded_toy()
+    found = generate(model, batch, 3, n_loops=2)
+    rows = [row[:n].tolist() for row, n in zip(batch.tokens, batch.mask.sum(1), strict=True)]
+    for step in range(3):
+        tokens, mask = pad_right(rows, max(map(len, rows)))
+        logits = model(tokens, n_loops=2, mask=mask)[torch.arange(len(rows)), mask.sum(1) - 1]
+        assert_close(found.logits[:, step], logits)
+        rows = [[*row, int(top)] for row, top in zip(rows, logits.argmax(-1), strict=True)]
 
 
 def ragged(name: str) -> tuple[LoopedModel, Batch]:

@@ -16,8 +16,10 @@ from loopscope.analyses.pages.families import tiny
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.registry import FAMILIES
+from loopscope.models.core.state import Visit
+from loopscope.models.families.recurrent_depth import RecurrentDepth
 from paths import DOCS
-from toy import assert_close
+from toy import assert_close, odd_one
 
 BLOCKS = re.findall(
     r"```python\n(.*?)```", (DOCS / "your_model.md").read_text(encoding="utf-8"), flags=re.S
@@ -155,6 +157,20 @@ def test_a_declaration_that_does_not_hold_is_one_sentence(
         loopscope.check_family(model)
     assert not model.training
     assert not model.any_hook()
+
+
+class Neighbours(RecurrentDepth):
+    """Reads earlier positions outside attention."""
+
+    rowwise = False  # type: ignore[assignment]  # a fact for a property
+
+    def enter(self, visit: Visit, resid: Tensor, parts: Any, taps: Any) -> tuple[Tensor, Any]:
+        return super().enter(visit, resid + resid.cumsum(1), parts, taps)
+
+
+def test_a_family_that_must_say_how_it_generates_is_told() -> None:
+    with pytest.raises(ValueError, match="`extend` is inherited, but a token that is run"):
+        loopscope.check_family(odd_one(Neighbours))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

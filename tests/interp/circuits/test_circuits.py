@@ -41,6 +41,8 @@ from loopscope.interp.circuits.selection import (
 )
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.common.pairs import Pair
+from loopscope.interp.patching.path_ends import Receiver, Sender
+from loopscope.interp.patching.paths import path_patch
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
 from toy import CentredStream, assert_close, full, hook_count, odd_one, projection, toy
@@ -77,6 +79,26 @@ def test_a_score_is_the_finite_difference_of_one_edge(name: str) -> None:
         expected = (sides[0] - sides[1]) / 2e-4
         assert abs(scores.scores[number] - expected) <= 1e-6 * max(1, abs(expected))
     assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("name", ["hyperloop", "spiral", None])
+def test_an_exact_score_is_a_patched_path(name: str | None) -> None:
+    model: LoopedModel = odd_one(CentredStream) if name is None else TOYS[name].make()
+    given = [full(seed) if name is None else full_of(TOYS[name], model, seed) for seed in (1, 2)]
+    scores = circuit_scores(model, *given, difference, SHORT, method="eap", heads=False)
+    ends = [(end_of(edge.writer), end_of(edge.reader)) for edge in scores.edges]
+    mlps = [i for i, (a, b) in enumerate(ends) if (a.component, b.component) == ("mlp", "mlp")]
+    chosen = [*mlps[::3], len(ends) - 1]
+    exact = exact_scores(model, *given, scores.take(chosen, "some"), difference)
+    for number, score in zip(chosen, exact.scores, strict=True):
+        writer, reader = ends[number]
+        into = Receiver("mlp", visit=reader.visit) if reader.visit else Receiver("readout")
+        path = path_patch(
+            model, *given, difference, Sender("mlp", visit=writer.visit), into, SHORT,
+            direction="noise",
+        )  # fmt: skip
+        fall = float((path.clean - path.values).mean())
+        assert abs(score - fall) <= 1e-9 * max(1.0, abs(fall))
 
 
 @pytest.mark.parametrize(

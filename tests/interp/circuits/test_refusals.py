@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from circuits.by_hand import SHORT, difference
+from family_toys import TOYS
+from family_toys import full as full_of
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.circuits.scores import circuit_scores
@@ -20,7 +22,7 @@ from loopscope.interp.circuits.selection import select_circuit, smallest_circuit
 from loopscope.interp.common.inputs import begin_batch
 from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.models.basis.tokens import Batch
-from toy import assert_close, full, projection, random_tokens, toy
+from toy import assert_close, full, hook_count, projection, random_tokens, toy
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,15 @@ def scores() -> Circuit:
     """All edges of a toy without heads."""
     given = (toy("learned"), full(1), full(2), projection(), SHORT)
     return circuit_scores(*given, method="eap", heads=False, checkpoint="a toy")
+
+
+@pytest.mark.parametrize("name", ["inkling2_loop", "melt", "nanbeige_mhc"])
+def test_components_that_read_more_than_the_stream_have_no_circuit(name: str) -> None:
+    model = TOYS[name].make()
+    given = [full_of(TOYS[name], model, seed) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="also reads earlier additions from elsewhere"):
+        circuit_scores(model, *given, difference, SHORT, method="eap", heads=False)
+    assert hook_count(model) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -376,6 +376,18 @@ def test_rows_that_depend_on_each_other_are_run_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("cut/*.safetensors"))
 
 
+def test_rows_that_a_hook_may_tell_apart_are_not_cut(model: RecurrentDepth, tmp_path: Path) -> None:
+    def first_row(value: Tensor, hook: object) -> None:
+        value[0] = 0
+
+    with model.hooks([("loops.0.blocks.0.hook_resid_pre", first_row)], n_loops=2):
+        with pytest.raises(ValueError, match="a hook that is attached now may tell rows apart"):
+            collect(model, padded(), n_loops=2, to=tmp_path / "cut", batch_size=2)
+        store = collect(model, padded(), n_loops=2, to=tmp_path / "whole")
+        _, cache = model.run_with_cache(padded().tokens, n_loops=2, mask=padded().mask)
+    assert_close(store.read().values[:, 1, 1], cache["resid_post", 1, 1][padded().mask.bool()])
+
+
 def test_a_store_without_files_and_a_files_name_are_refused(
     model: RecurrentDepth, tmp_path: Path
 ) -> None:
