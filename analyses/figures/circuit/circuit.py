@@ -29,7 +29,8 @@ from loopscope.interp.circuits.scores import Method, circuit_scores
 from loopscope.interp.circuits.selection import ranked, select_circuit, smallest_circuit
 from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.pairs import Pair
-from loopscope.interp.dictionaries.graph import FeatureGraph, feature_graph
+from loopscope.interp.dictionaries.graphs.graph import feature_graph
+from loopscope.interp.dictionaries.graphs.record import FeatureGraph
 from loopscope.interp.dictionaries.sae_files import load_dictionary
 from loopscope.interp.drawing.circuit_page import circuit_page
 from loopscope.interp.drawing.circuits import MOST, add_folded, add_unrolled
