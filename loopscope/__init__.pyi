@@ -283,7 +283,7 @@ from .models.views import (
     untied as untied,
 )
 from .models.wrapped.wrap import wrap as wrap
-from .training.trainer import train as train
+from .training.runs import train as train
 
 __version__: str
 __all__: list[str]

@@ -5,27 +5,19 @@ Axes: batch, pos, loop, feature, d_in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
-from loopscope.interp.attribution.gradients import alone, logits_read
-from loopscope.interp.common.collecting import collect
+from loopscope.interp.attribution.gradients import alone
 from loopscope.interp.common.columns import used_columns
 from loopscope.interp.common.frozen_norm import held_divisors
-from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch, begin_batch
-from loopscope.interp.common.metrics import measure, metric_name
+from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, as_batch
+from loopscope.interp.common.metrics import metric_name
 from loopscope.interp.common.modes import differentiated
 from loopscope.interp.common.places import one_in_range
-from loopscope.interp.common.precision import widened
-from loopscope.interp.common.shown import OneScreen
 from loopscope.interp.dictionaries.attribution import FeatureAttribution, feature_attribution
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.graphs.local_run import LocalRun
@@ -167,5 +159,3 @@ def _at(
     if node.loop is None or node.feature is None:
         return None
     return float(values[node.loop][node.position, node.feature].detach())
-
-

@@ -24,7 +24,8 @@ from loopscope.interp.dictionaries.controls import random_dictionary
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import Reading, loop_states
 from loopscope.interp.dictionaries.sae_files import save_dictionary
-from loopscope.interp.drawing.circuits import components, folded_scores, moves, spots, strongest
+from loopscope.interp.drawing.circuit_places import components, moves, spots
+from loopscope.interp.drawing.circuits import folded_scores, strongest
 from loopscope.interp.drawing.labels import label
 from small_figures import SMALL, small_config, small_figure
 

@@ -12,7 +12,7 @@ from looks.colours import blend, contrast, rgb
 from looks.pages import dress, faint
 from loopscope.analyses.figures.circuit.circuit import FILES, FoundCircuit
 from loopscope.interp.drawing.circuit_page import circuit_page
-from loopscope.interp.drawing.circuits import moves
+from loopscope.interp.drawing.circuit_places import moves
 from small_figures import small_figure
 
 EDGES, SHOWN = "document.querySelectorAll('path.edge').length", "by('shown').textContent"
