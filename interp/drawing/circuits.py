@@ -53,8 +53,8 @@ def add_unrolled(
     """
     at, place = spots(record), {"row": row, "col": col}
     drawn = [record.edges[number] for number in strongest(record, MOST)]
-    ends = record.in_order(record.end(name).node for edge in drawn for name in edge)
-    nodes = {node: at[node] for node in ends}
+    shown = record.in_order(record.end(name).node for edge in drawn for name in edge)
+    nodes = {node: at[node] for node in shown}
     _add_moves(plot, record, nodes, place)
     for line in _lines(record, at):
         hover = _hover(record, line) if named else {"hoverinfo": "skip"}
@@ -69,8 +69,8 @@ def add_unrolled(
         (plot.update_yaxes, found.row, found.rows),
     ):
         ends = [min(ticks, default=0.0) - 0.6, max(ticks, default=0.0) + 0.6]
-        shown = {"tickvals": list(ticks), "ticktext": [*map(label, ticks.values())], "range": ends}
-        update(title=title, **shown, **place)
+        texts = {"tickvals": list(ticks), "ticktext": [*map(label, ticks.values())], "range": ends}
+        update(title=title, **texts, **place)
 
 
 def _add_nodes(
