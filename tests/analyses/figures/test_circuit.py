@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopscope.analyses.circuit_controls import RANKINGS, SHARES, FoundCircuit
 from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import OutputConfig
 from loopscope.analyses.common.pairs_of import open_pairs
 from loopscope.analyses.common.records import files_of
 from loopscope.analyses.figures.circuit import circuit as page
-from loopscope.analyses.figures.circuit.circuit import RANKINGS, SHARES, CircuitConfig, FoundCircuit
+from loopscope.analyses.figures.circuit.circuit import CircuitConfig
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.names import EMBED, FINAL, Edge
 from loopscope.interp.circuits.selection import prune_circuit
