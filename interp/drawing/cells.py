@@ -1,11 +1,12 @@
-"""Maps of cells: numbers in rows and columns, as colours.
+"""Maps of cells: numbers in rows and columns, or of the tokens of texts, as colours.
 
 A map takes plain numbers and words; a record's `plot` says what they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from loopscope.interp.drawing.look import (
 
 Table = Sequence[Sequence[float | int]]
 Words = Sequence[Sequence[str]]
+_WIDTH = 16  # tokens in a line of a map of tokens
 _WRITTEN = 32  # columns up to which a map's numbers are written into its cells
 
 
@@ -157,3 +159,60 @@ def _reach(maps: Sequence[CellMap]) -> dict[str, Any]:
         return {"zmin": min(values), "zmax": max(values)}
     most = max(map(abs, values)) or 1.0
     return {"zmin": -most, "zmax": most}
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Texts token by token, in lines, with a number for each token as its colour.
+
+    Attributes:
+        tokens: The tokens of each text.
+        values: One number for each token, text after text.
+    """
+
+    tokens: Sequence[Sequence[str]]
+    values: Sequence[float]
+
+    def lines(self) -> list[tuple[int, int, int]]:
+        """The lines, each text on lines of its own: the text, the position of the first token, and
+        its place among all tokens.
+        """
+        lines, spot = [], 0
+        for i, row in enumerate(self.tokens):
+            lines += [(i, start, spot + start) for start in range(0, len(row), _WIDTH)]
+            spot += len(row)
+        return lines
+
+    def add_to(self, plot: go.Figure, most: int, place: Mapping[str, int], **own: Any) -> None:
+        """Draw the first lines, at most so many, in a panel.
+
+        Args:
+            place: The row and the column of the panel.
+            own: Further settings of the map, in the words of plotly's heatmaps.
+        """
+        lines, width = self.lines()[:most], min(_WIDTH, max(map(len, self.tokens)))
+        z, text, hover = [], [], []
+        for i, start, spot in lines:
+            shown = self.tokens[i][start : start + width]
+            gaps = width - len(shown)
+            places = [f"input {i}, position {start + j}" for j in range(len(shown))]
+            z.append([*self.values[spot : spot + len(shown)], *[math.nan] * gaps])
+            text.append([*map(label, shown), *[""] * gaps])
+            hover.append([*places, *[""] * gaps])
+        plot.add_heatmap(
+            z=z,
+            text=text,
+            customdata=hover,
+            texttemplate="%{text}",
+            textfont=CELL_TEXT,
+            xgap=2,
+            ygap=2,
+            hoverongaps=False,
+            colorscale=ACCURACY_SCALE,
+            **own,
+            **place,
+        )
+        names = [f"input {i}" if start == 0 else "" for i, start, _ in lines]
+        rows = list(range(len(lines)))
+        plot.update_yaxes(autorange="reversed", tickvals=rows, ticktext=names, **place)
+        plot.update_xaxes(visible=False, **place)
