@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
 import torch
+from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
@@ -152,6 +153,44 @@ def plane(
     plot.update_yaxes(title=axes[1], showgrid=True, zeroline=False)
     plot.update_layout(showlegend=len(paths) > 1)
     return titled(styled(plot, 480), title)
+
+
+def arrows(
+    points: Float[Tensor, "point 2"], near: float, color: str, name: str, hover: str
+) -> go.Scatter:
+    """A path on a plane as a line with arrow heads.
+
+    Args:
+        points: After 1, 2, ... iterations.
+        near: The least distance from one arrow head to the next.
+        name: In the legend.
+        hover: What is shown of the path when it is pointed at, above the iterations and the place.
+    """
+    sizes, shown = [0.0] * len(points), points[0]
+    for i, point in enumerate(points[1:], start=1):
+        if float((point - shown).norm()) >= near:
+            sizes[i], shown = 9.0, point
+    return go.Scatter(
+        x=points[:, 0].tolist(),
+        y=points[:, 1].tolist(),
+        mode="lines+markers",
+        line={"color": color, "width": 1.6, "backoff": 0},
+        marker={
+            "symbol": "arrow",
+            "angleref": "previous",
+            "size": sizes,
+            "color": color,
+            "opacity": 1,
+            "line": {"width": 0},
+        },
+        name=name,
+        legendgroup=name,
+        customdata=list(range(1, len(points) + 1)),
+        hovertemplate=(
+            f"{hover}<br>after %{{customdata}} iterations<br>(%{{x:.3g}},"
+            " %{y:.3g})<extra></extra>"
+        ),
+    )
 
 
 def bars(groups: Sequence[Curve], y_title: str, x_title: str, title: str = "") -> go.Figure:
