@@ -58,7 +58,7 @@ from .interp.dictionaries.controls import (
 )
 from .interp.dictionaries.dictionary import Dictionary as Dictionary
 from .interp.dictionaries.examples import top_examples as top_examples
-from .interp.dictionaries.graph import feature_graph as feature_graph
+from .interp.dictionaries.graphs.graph import feature_graph as feature_graph
 from .interp.dictionaries.labels import feature_labels as feature_labels
 from .interp.dictionaries.quality import dictionary_quality as dictionary_quality
 from .interp.dictionaries.reading import (
@@ -283,7 +283,7 @@ from .models.views import (
     untied as untied,
 )
 from .models.wrapped.wrap import wrap as wrap
-from .training.trainer import train as train
+from .training.runs import train as train
 
 __version__: str
 __all__: list[str]

@@ -10,7 +10,7 @@ import torch
 from loopscope.checkpoints.locate import SHIPPED
 from loopscope.training.language.recipes import LANGUAGE_RECIPES
 from loopscope.training.language.trainer import train_language
-from loopscope.training.trainer import train
+from loopscope.training.runs import train
 
 _LAST = {"final": "."}
 PLACES: dict[str, dict[str, str]] = {

@@ -20,12 +20,9 @@ from tqdm.auto import tqdm
 
 from loopscope.checkpoints.load import save
 from loopscope.checkpoints.release import save_release
-from loopscope.training.catalog import RECIPES
 from loopscope.training.examination import accuracies, accuracy_table
 from loopscope.training.folder import claim, drafts_of, refuse_unless_resumed
 from loopscope.training.log import Log
-from loopscope.training.puzzles.recipes import PUZZLE_RECIPES
-from loopscope.training.puzzles.trainer import train_solver
 from loopscope.training.questions import questions_of
 from loopscope.training.recipes import Recipe, Stage
 from loopscope.training.setup import (
@@ -42,43 +39,6 @@ from loopscope.training.shared_gradients import SharedGradients
 from loopscope.training.state import Progress, load_state, save_state
 
 _WIDE = 256  # from this width on it pays on a CPU to multiply the rows of all iterations at once
-
-
-def train(
-    name: str,
-    folder: Path | None = None,
-    *,
-    resume: bool = False,
-    release: bool = False,
-    wandb: bool = False,
-) -> Path:
-    """Run a named recipe to its end.
-
-    Args:
-        name: The name of the recipe.
-        folder: The folder of the run; None means runs/<name>.
-        resume, release, wandb: As in `Trainer`.
-
-    Returns:
-        The folder of the finished checkpoint.
-
-    Raises:
-        ValueError: No recipe of that name, or `release` for a puzzle solver.
-    """
-    if name in PUZZLE_RECIPES:
-        if release:
-            raise ValueError(f"{name} has no released layout to write; leave release out")
-        return train_solver(
-            PUZZLE_RECIPES[name], folder or Path("runs") / name, resume=resume, wandb=wandb
-        )
-    if name not in RECIPES:
-        known = ", ".join((*RECIPES, *PUZZLE_RECIPES))
-        raise ValueError(f"there is no recipe {name!r}; the recipes are {known}")
-    trainer = Trainer(
-        RECIPES[name], folder or Path("runs") / name, resume=resume, release=release, wandb=wandb
-    )
-    trainer.run()
-    return trainer.folder / trainer.recipe.stages[-1].name
 
 
 class Trainer:

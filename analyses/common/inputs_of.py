@@ -139,6 +139,12 @@ def true_answers(subject: Subject, texts: Sequence[str]) -> tuple[str, ...]:
         return ()
 
 
+def entities(subject: Subject) -> list[str]:
+    """The entities of a graph task's vocabulary; none elsewhere."""
+    vocab = subject.model.vocab
+    return [word for word in (vocab.words if vocab else ()) if word.startswith("<e_")]
+
+
 def open_inputs(config: InputsConfig | TextConfig) -> Asked:
     """Load the checkpoint that a config names, and make what it is to be run on.
 

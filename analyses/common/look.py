@@ -1,10 +1,10 @@
-"""Colours and names of hop counts, groups and runs, and notes in figures."""
+"""Colours and names of hop counts, groups and runs; notes and marks of loops in figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 
@@ -32,6 +32,23 @@ def note(plot: go.Figure, text: str, **place: Any) -> None:
         place: Where and how, in the words of plotly's annotations.
     """
     plot.add_annotation(**{"text": text, "showarrow": False, "font": {"size": 11}} | place)
+
+
+def shade_loops(
+    plot: go.Figure, shape: tuple[int, int], axis: Literal["x", "y"], **place: int
+) -> None:
+    """Shade every second loop along an axis of effective depth, on which a block of width 1 lies
+    around each number.
+
+    Args:
+        shape: Iterations and layers.
+        place: The row and the column of the panel.
+    """
+    loops, layers = shape
+    shade = {"fillcolor": FAINT, "opacity": 0.18, "line_width": 0, "layer": "below"}
+    for loop in range(1, loops, 2):
+        ends = {f"{axis}{end}": (loop + end) * layers + 0.5 for end in (0, 1)}
+        (plot.add_vrect if axis == "x" else plot.add_hrect)(**ends, **shade, **place)
 
 
 def hop_colors(hops: Sequence[int], trained: int | None) -> dict[int, str]:

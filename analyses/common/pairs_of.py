@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from loopscope.analyses.common.configs import PairConfig
-from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, Group, true_answers
+from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, Group, entities, true_answers
 from loopscope.analyses.common.pair_files import PairRow
 from loopscope.analyses.common.subject import Subject, open_subject, token_id
 from loopscope.interp.common.inputs import Metric
@@ -154,14 +154,9 @@ def other_head(subject: Subject, text: str) -> str:
         ValueError: No entity of the vocabulary gives another answer that is known.
     """
     head, *relations = subject.model.to_str_tokens(text)
-    entities = [
-        word
-        for word in (subject.model.vocab.words if subject.model.vocab else ())
-        if word.startswith("<e_")
-    ]
-    wanted = true_answers(subject, [text])
-    start = entities.index(head) + 1 if head in entities else 0
-    for entity in entities[start:] + entities[:start]:
+    known, wanted = entities(subject), true_answers(subject, [text])
+    start = known.index(head) + 1 if head in known else 0
+    for entity in known[start:] + known[:start]:
         candidate = "".join([entity, *relations])
         found = true_answers(subject, [candidate])
         if wanted and found and found != wanted:

@@ -13,8 +13,8 @@ from loopscope.analyses.explorer.model import Answers, answers
 from loopscope.analyses.explorer.questions import Query
 from loopscope.analyses.explorer.sentences import iterations
 from loopscope.interp.circuits.building import graph_of
-from loopscope.interp.circuits.faithfulness import masked_runs, own_logits
 from loopscope.interp.circuits.masked import MAX_BYTES
+from loopscope.interp.circuits.measured import masked_runs, own_logits
 from loopscope.interp.circuits.names import Edge
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import circuit_scores

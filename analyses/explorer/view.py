@@ -19,7 +19,8 @@ from loopscope.analyses.explorer.model import (
 from loopscope.analyses.explorer.questions import Query
 from loopscope.interp.circuits.names import Edge
 from loopscope.interp.circuits.record import Circuit
-from loopscope.interp.drawing.circuits import MOST, add_unrolled, axes, curve, spots, strongest
+from loopscope.interp.drawing.circuit_places import axes, curve, spots
+from loopscope.interp.drawing.circuits import MOST, add_unrolled, strongest
 from loopscope.interp.drawing.labels import AXIS, label, spoken, tick, visible
 from loopscope.interp.drawing.look import (
     ACCURACY_SCALE,

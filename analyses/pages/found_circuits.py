@@ -12,13 +12,14 @@ from itertools import pairwise
 
 import pandas as pd
 
+from loopscope.analyses.circuit_controls import FoundCircuit
 from loopscope.analyses.common.configs import PairConfig, SourceConfig
 from loopscope.analyses.common.look import GROUP_NAMES
 from loopscope.analyses.common.pairs_of import TextPairs, make_pairs, rows_of
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.common.two_hop import GROUPS, ask, with_other_start
-from loopscope.analyses.figures.circuit.circuit import CircuitConfig, FoundCircuit, measure
+from loopscope.analyses.figures.circuit.circuit import CircuitConfig, measure
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.scores import Method, circuit_scores

@@ -118,32 +118,11 @@ class Circuit(OneScreen):
                 f"a circuit's edges must differ, got {len(self.edges) - len(set(self.edges))} twice"
             )
         ends = {name: end_of(name) for name in dict.fromkeys(chain.from_iterable(self.edges))}
-        self._check_visits(ends)
-        self._check_positions(ends)
-        order = sorted(range(len(self.edges)), key=self._when(ends).__getitem__)
+        _check_visits(self, ends)
+        _check_positions(self, ends)
+        order = sorted(range(len(self.edges)), key=_when(self, ends).__getitem__)
         for field_, values in (("edges", self.edges), ("scores", self.scores)):
             object.__setattr__(self, field_, tuple(values[number] for number in order))
-
-    def _check_visits(self, ends: Mapping[str, End]) -> None:
-        """Every node is at a visit of the schedule."""
-        known = {place.name for place in self.schedule} | {""}
-        for name, end in ends.items():
-            if end.visit not in known:
-                raise ValueError(
-                    f"a node's visit must be one of the schedule with n_loops={self.n_loops}, but"
-                    f" {name!r} is at none"
-                )
-
-    def _check_positions(self, ends: Mapping[str, End]) -> None:
-        """Both ends of an edge are at one of the positions, or at none where there are none."""
-        known = {None} if self.positions is None else set(range(self.positions.size))
-        at = {name: end.position for name, end in ends.items()}
-        for edge in self.edges:
-            if at[edge.writer] != at[edge.reader] or at[edge.writer] not in known:
-                where = "no position" if self.positions is None else f"one of {self.positions}"
-                raise ValueError(
-                    f"both ends of an edge must be at {where}, got {edge.writer} -> {edge.reader}"
-                )
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -329,11 +308,35 @@ class Circuit(OneScreen):
     def _visits(self) -> dict[str, int]:
         return {place.name: index for index, place in enumerate(self.schedule)}
 
-    def _when(self, ends: Mapping[str, End]) -> list[tuple[Order, Order]]:
-        """When each edge runs: the reader's order without the position, then the writer's."""
-        orders = {name: end.order(self._visits) for name, end in ends.items()}
-        readers = {name: (*order[:-1], 0) for name, order in orders.items()}
-        return [(readers[edge.reader], orders[edge.writer]) for edge in self.edges]
+
+def _check_visits(circuit: Circuit, ends: Mapping[str, End]) -> None:
+    """Every node is at a visit of the schedule."""
+    known = {place.name for place in circuit.schedule} | {""}
+    for name, end in ends.items():
+        if end.visit not in known:
+            raise ValueError(
+                f"a node's visit must be one of the schedule with n_loops={circuit.n_loops}, but"
+                f" {name!r} is at none"
+            )
+
+
+def _check_positions(circuit: Circuit, ends: Mapping[str, End]) -> None:
+    """Both ends of an edge are at one of the positions, or at none where there are none."""
+    known = {None} if circuit.positions is None else set(range(circuit.positions.size))
+    at = {name: end.position for name, end in ends.items()}
+    for edge in circuit.edges:
+        if at[edge.writer] != at[edge.reader] or at[edge.writer] not in known:
+            where = "no position" if circuit.positions is None else f"one of {circuit.positions}"
+            raise ValueError(
+                f"both ends of an edge must be at {where}, got {edge.writer} -> {edge.reader}"
+            )
+
+
+def _when(circuit: Circuit, ends: Mapping[str, End]) -> list[tuple[Order, Order]]:
+    """When each edge runs: the reader's order without the position, then the writer's."""
+    orders = {name: end.order(circuit._visits) for name, end in ends.items()}
+    readers = {name: (*order[:-1], 0) for name, order in orders.items()}
+    return [(readers[edge.reader], orders[edge.writer]) for edge in circuit.edges]
 
 
 def _loops(values: pd.Series) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ from transformer_lens.hook_points import HookPoint
 
 from loopscope.interp.attribution.gradients import gradients_with_metric
 from loopscope.interp.circuits.building import graph_of
-from loopscope.interp.circuits.faithfulness import check_whole
 from loopscope.interp.circuits.gates import gate_scores
 from loopscope.interp.circuits.gradients import (
     Skeleton,
@@ -28,6 +27,7 @@ from loopscope.interp.circuits.gradients import (
 )
 from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MAX_BYTES, MaskedRuns
+from loopscope.interp.circuits.measured import check_whole
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn, rows_apart
 from loopscope.interp.common.metrics import measure, metric_name, metric_or_kl, row_by_row

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopscope.interp.circuits.faithfulness import Measured, masked_runs
 from loopscope.interp.circuits.graph import Graph
 from loopscope.interp.circuits.masked import MAX_BYTES
+from loopscope.interp.circuits.measured import Measured, masked_runs
 from loopscope.interp.circuits.record import Circuit, CircuitCall
 from loopscope.interp.circuits.selection import prune_circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn

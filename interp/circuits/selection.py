@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from loopscope.interp.circuits.faithfulness import Measured, masked_runs
 from loopscope.interp.circuits.masked import MAX_BYTES, Replace
+from loopscope.interp.circuits.measured import Measured, masked_runs
 from loopscope.interp.circuits.names import EMBED, FINAL, end_of
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.common.inputs import Inputs, Metric, ReadoutColumn

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopscope.interp.drawing.circuits import EMBED, FINAL, axes, components, moves, spots
+from loopscope.interp.drawing.circuit_places import EMBED, FINAL, axes, components, moves, spots
 
 if TYPE_CHECKING:
     from loopscope.interp.circuits.record import Circuit

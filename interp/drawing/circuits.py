@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from loopscope.interp.drawing.labels import label, spoken, tick, visible
+from loopscope.interp.drawing.circuit_places import EMBED, Spot, axes, curve, moves, spots
+from loopscope.interp.drawing.labels import label, spoken
 from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, FAINT, INK, styled, titled
 
 if TYPE_CHECKING:
@@ -22,96 +22,8 @@ if TYPE_CHECKING:
 
 MOST = 150
 """Edges that are drawn; of more, those of largest absolute score."""
-EMBED, FINAL = "embed", "final"
 TOWARDS, AWAY = CATEGORIES[0], CATEGORIES[1]
 _WIDTHS = (0.6, 1.2, 2.2, 4.0)
-_STEPS = 12  # points of a curved line
-
-
-@dataclass(frozen=True)
-class Spot:
-    """The place of a node in the unrolled view.
-
-    Attributes:
-        x: The visit's number, with an MLP a little behind its attention; -1 for "embed". In a
-            circuit by position the position, with the components side by side.
-        y: The component's row. In a circuit by position the visit's number, with an MLP a little
-            above its attention; -1 for "embed".
-    """
-
-    x: float
-    y: float
-
-
-def components(circuit: Circuit) -> list[str]:
-    """The components of any one visit: heads (or attention) first, then the MLP."""
-    found = {end.component for end in map(circuit.end, circuit.nodes) if end.visit}
-    return sorted(found, key=lambda name: (name == "mlp", [len(name), name]))
-
-
-def spots(circuit: Circuit) -> dict[str, Spot]:
-    """The place of every node."""
-    rows = {name: row for row, name in enumerate(components(circuit))}
-    visits = {place.name: number for number, place in enumerate(circuit.schedule)}
-    middle = (len(rows) - 1) / 2
-    found = {}
-    for node in circuit.nodes:
-        end = circuit.end(node)
-        visit = float({EMBED: -1, FINAL: len(visits)}.get(end.component, visits.get(end.visit, 0)))
-        row = float(rows.get(end.component, middle))
-        if end.position is None:
-            found[node] = Spot(visit + 0.3 * (end.component == "mlp"), row)
-        else:
-            beside = 0.8 * (row - middle) / max(1, len(rows))
-            found[node] = Spot(end.position + beside, visit + 0.45 * (end.component == "mlp"))
-    return found
-
-
-def moves(circuit: Circuit) -> list[tuple[str, str]]:
-    """The moves of heads between positions inside: the node that reads keys or values, and each
-    node at another position that is fed by it and writes.
-    """
-    writers = {edge.writer for edge in circuit.edges}
-    pairs = [
-        (circuit.end(edge.reader).node, fed)
-        for edge in circuit.edges
-        for fed in circuit.passed_on(edge.reader)
-        if fed in writers
-    ]
-    at = {name: circuit.end(name).position for pair in pairs for name in pair}
-    return list(dict.fromkeys(pair for pair in pairs if at[pair[0]] != at[pair[1]]))
-
-
-@dataclass(frozen=True)
-class Axes:
-    """The ticks of the unrolled view.
-
-    Attributes:
-        columns, rows: The name of each tick, by where it is.
-        column, row: The axes' titles.
-    """
-
-    columns: dict[float, str]
-    rows: dict[float, str]
-    column: str
-    row: str
-
-
-def axes(circuit: Circuit, tokens: Sequence[str] = ()) -> Axes:
-    """The ticks of the unrolled view.
-
-    Args:
-        tokens: Names of the positions, where they are known.
-    """
-    ticks = ["embed", *(tick(place.name) for place in circuit.schedule), "final"]
-    visits = {float(number - 1): name for number, name in enumerate(ticks)}
-    if circuit.positions is None:
-        rows = {float(row): name for row, name in enumerate(components(circuit))}
-        return Axes(visits, rows, "visit (loop.block)", "")
-    count = circuit.positions.size
-    words = [f"{at} {visible(token)}" for at, token in enumerate(tokens)] or map(str, range(count))
-    columns = {float(at): word for at, word in enumerate(words)}
-    return Axes(columns, visits, "position", "visit (loop.block)")
 
 
 def circuit(record: Circuit, title: str) -> go.Figure:
@@ -141,41 +53,49 @@ def add_unrolled(
     """
     at, place = spots(record), {"row": row, "col": col}
     drawn = [record.edges[number] for number in strongest(record, MOST)]
-    nodes = list(record.in_order(record.end(name).node for edge in drawn for name in edge))
-    _add_moves(plot, record, {node: at[node] for node in nodes}, place)
+    shown = record.in_order(record.end(name).node for edge in drawn for name in edge)
+    nodes = {node: at[node] for node in shown}
+    _add_moves(plot, record, nodes, place)
     for line in _lines(record, at):
         hover = _hover(record, line) if named else {"hoverinfo": "skip"}
         plot.add_scatter(
             x=line.x, y=line.y, mode="lines", line={"color": line.color, "width": line.width},
             opacity=0.75, showlegend=False, **hover, **place,
         )  # fmt: skip
-    sums = _sums(record)
-    most, small = max(sums.values(), default=0.0) or 1.0, 3 if record.positions else 6
-    plot.add_scatter(
-        x=[at[node].x for node in nodes],
-        y=[at[node].y for node in nodes],
-        mode="markers",
-        marker={
-            "size": [small + 14 * math.sqrt(sums[node] / most) for node in nodes],
-            "color": INK,
-            "line": {"color": "white", "width": 1},
-            "opacity": 1,
-        },
-        customdata=[
-            f"{node}<br>{_said(record.end(node))}<br>score {sums[node]:.3g}" for node in nodes
-        ],
-        hovertemplate="%{customdata}<extra></extra>",
-        showlegend=False,
-        **place,
-    )
+    _add_nodes(plot, record, nodes, place)
     found = axes(record, tokens)
     for update, title, ticks in (
         (plot.update_xaxes, found.column, found.columns),
         (plot.update_yaxes, found.row, found.rows),
     ):
         ends = [min(ticks, default=0.0) - 0.6, max(ticks, default=0.0) + 0.6]
-        shown = {"tickvals": list(ticks), "ticktext": [*map(label, ticks.values())], "range": ends}
-        update(title=title, **shown, **place)
+        texts = {"tickvals": list(ticks), "ticktext": [*map(label, ticks.values())], "range": ends}
+        update(title=title, **texts, **place)
+
+
+def _add_nodes(
+    plot: go.Figure, record: Circuit, at: Mapping[str, Spot], place: Mapping[str, int]
+) -> None:
+    """A disc for each node, the larger the more score leaves it."""
+    sums = _sums(record)
+    most, small = max(sums.values(), default=0.0) or 1.0, 3 if record.positions else 6
+    plot.add_scatter(
+        x=[spot.x for spot in at.values()],
+        y=[spot.y for spot in at.values()],
+        mode="markers",
+        marker={
+            "size": [small + 14 * math.sqrt(sums[node] / most) for node in at],
+            "color": INK,
+            "line": {"color": "white", "width": 1},
+            "opacity": 1,
+        },
+        customdata=[
+            f"{node}<br>{_said(record.end(node))}<br>score {sums[node]:.3g}" for node in at
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
+        showlegend=False,
+        **place,
+    )
 
 
 def _add_moves(
@@ -284,27 +204,6 @@ def _lines(record: Circuit, at: Mapping[str, Spot]) -> Iterator[_Line]:
             part.append(None)
     for _, line in sorted(lines.items()):
         yield line
-
-
-def curve(record: Circuit, at: Mapping[str, Spot], number: int) -> list[tuple[float, float]]:
-    """The points of an edge's line from its writer to its reader.
-
-    Args:
-        at: The place of every node, from `spots`.
-        number: The edge's.
-    """
-    edge = record.edges[number]
-    start, end = at[edge.writer], at[record.end(edge.reader).node]
-    bow = 0.12 * math.sqrt(abs(end.x - start.x)) * (1 if start.y == end.y else 0.5)
-    aside = 0.05 * math.sqrt(abs(end.y - start.y)) if record.positions else 0.0
-    shares = [step / _STEPS for step in range(_STEPS + 1)]
-    return [
-        (
-            start.x + share * (end.x - start.x) + 4 * aside * share * (1 - share),
-            start.y + share * (end.y - start.y) + 4 * bow * share * (1 - share),
-        )
-        for share in shares
-    ]
 
 
 def _hover(record: Circuit, line: _Line) -> dict[str, Any]:

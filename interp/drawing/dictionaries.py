@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 import torch
 
-from loopscope.interp.drawing.shapes import CellMap, Curve, CurvePanel, cell_maps, curves
+from loopscope.interp.drawing.cells import CellMap, cell_maps
+from loopscope.interp.drawing.curves import Curve, CurvePanel, curves
 
 if TYPE_CHECKING:
     from loopscope.interp.dictionaries.attribution import FeatureAttribution

@@ -10,6 +10,7 @@ from loopscope.models.core.cache import coordinate
 
 AXIS = "loop.block"
 EMBED = "hook_embed"
+Name = str | float | int
 
 
 def label(text: str) -> str:
@@ -19,6 +20,11 @@ def label(text: str) -> str:
     change.
     """
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def on_axis(name: Name) -> Name:
+    """A name on an axis letter by letter; a number as it is."""
+    return label(name) if isinstance(name, str) else name
 
 
 def visible(token: str) -> str:

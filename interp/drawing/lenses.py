@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 import torch
 
+from loopscope.interp.drawing.cells import CellMap, cell_maps
+from loopscope.interp.drawing.curves import Curve, CurvePanel, curves, spread
 from loopscope.interp.drawing.labels import AXIS, tick
-from loopscope.interp.drawing.shapes import CellMap, Curve, CurvePanel, cell_maps, curves, spread
 
 if TYPE_CHECKING:
     from loopscope.interp.exits.exit_gate import ExitDistribution

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from torch import Tensor
 
-from loopscope.interp.drawing.shapes import (
-    CellMap,
-    Curve,
-    CurvePanel,
-    cell_maps,
-    curves,
-    plane,
-    spread,
-)
+from loopscope.interp.drawing.cells import CellMap, cell_maps
+from loopscope.interp.drawing.curves import Curve, CurvePanel, curves, plane, spread
 
 if TYPE_CHECKING:
     from loopscope.interp.dynamics.inference_stages import InferenceStages

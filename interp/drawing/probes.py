@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from loopscope.interp.drawing.cells import CellMap, cell_maps
+from loopscope.interp.drawing.curves import Curve, CurvePanel, curves
 from loopscope.interp.drawing.labels import AXIS, tick
-from loopscope.interp.drawing.shapes import CellMap, Curve, CurvePanel, cell_maps, curves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

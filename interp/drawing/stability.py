@@ -8,15 +8,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
-from loopscope.interp.drawing.shapes import (
-    CellMap,
-    Curve,
-    CurvePanel,
-    bars,
-    cell_maps,
-    curves,
-    spread,
-)
+from loopscope.interp.drawing.cells import CellMap, cell_maps
+from loopscope.interp.drawing.curves import Curve, CurvePanel, bars, curves, spread
 
 if TYPE_CHECKING:
     from loopscope.interp.dynamics.attractors import FixedPoints

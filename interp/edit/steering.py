@@ -112,7 +112,7 @@ def set_to(
     with _writing(
         model,
         lambda value, name: _fitted(vectors, value, name).expand_as(value),
-        torch.as_tensor(vectors).ndim == 1,
+        given_tensor(vectors).ndim == 1,
         site,
         Where(loops, layers, visits),
         positions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loopscope.interp.dictionaries.graph import FeatureGraph, FeatureNode
+from loopscope.interp.dictionaries.graphs.record import FeatureGraph, FeatureNode
 from loopscope.interp.viewer.parts import ViewerNode, ViewerParts, influences
 
 _KINDS = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loopscope.interp.circuits.record import Circuit
-from loopscope.interp.dictionaries.graph import FeatureGraph
+from loopscope.interp.dictionaries.graphs.record import FeatureGraph
 from loopscope.interp.viewer.circuits import circuit_parts
 from loopscope.interp.viewer.features import feature_parts
 

@@ -1,11 +1,11 @@
-"""Sudoku of any box size: a solver that counts its guesses, a generator of puzzles with one
-solution, and the symmetries that make two puzzles the same one.
+"""Sudoku of any box size: its rules, a generator of puzzles with one solution, and the symmetries
+that make two puzzles the same one.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations, product
@@ -14,27 +14,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from loopscope.tasks.puzzles.boards import SUDOKU_BLANKS, Puzzle
+from loopscope.tasks.puzzles.search import Search, Solutions
 
 _HELD_OUT_SHARE = 10  # one class of puzzles in so many is held out
 _DRAWS = 2000  # without a new puzzle, after which no more are expected
-
-
-@dataclass(frozen=True)
-class Solutions:
-    """The outcome of a search.
-
-    Attributes:
-        boards: The solutions that were found, each a text of digits.
-        guesses: Digits that were tried, where no cell had one candidate left, until the first
-            solution was found.
-    """
-
-    boards: tuple[str, ...]
-    guesses: int
-
-
-class SearchLimit(Exception):  # it ends a search that may take hours
-    """A search that was given up."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +104,7 @@ class Sudoku:
         """
         if most < 1:
             raise ValueError(f"most must be at least 1 solution, got {most}")
-        search = _Search(self, limit=guesses)
+        search = Search(self.side, self.peers, limit=guesses)
         found = []
         for solution in search.from_masks(self.masks(board)):
             found.append(solution)
@@ -191,7 +174,7 @@ class Sudoku:
         return zlib.crc32(self.canonical(board)) % _HELD_OUT_SHARE == 0
 
     def _random_solution(self, rng: np.random.Generator) -> str:
-        search = _Search(self, rng)
+        search = Search(self.side, self.peers, rng)
         return next(search.from_masks([(1 << self.side) - 1] * self.side**2))
 
     def masks(self, board: str) -> list[int]:
@@ -238,63 +221,6 @@ def make_sudokus(
                 f" {len(found)} found ones gave no new one; ask for fewer puzzles or fewer clues"
             )
     return list(found.values())
-
-
-class _Search:
-    """A depth-first search that fills cells with one candidate and tries digits elsewhere.
-
-    Args:
-        rng: Tries digits in random order; None in increasing order.
-        limit: The most guesses; None for any number.
-    """
-
-    def __init__(
-        self, rules: Sudoku, rng: np.random.Generator | None = None, limit: int | None = None
-    ) -> None:
-        self.rules, self.rng, self.limit = rules, rng, limit
-        self.guesses, self.guesses_at_first = 0, 0
-        self._found_one = False
-
-    def from_masks(self, masks: list[int]) -> Iterator[str]:
-        """The solutions within some candidates."""
-        if self._settle(masks, [c for c, mask in enumerate(masks) if mask.bit_count() == 1]):
-            yield from self._branch(masks)
-
-    def _branch(self, masks: list[int]) -> Iterator[str]:
-        open_cells = [c for c, mask in enumerate(masks) if mask.bit_count() > 1]
-        if not open_cells:
-            if not self._found_one:
-                self._found_one, self.guesses_at_first = True, self.guesses
-            yield "".join(str(mask.bit_length()) for mask in masks)
-            return
-        cell = min(open_cells, key=lambda c: masks[c].bit_count())
-        digits = [k for k in range(self.rules.side) if masks[cell] >> k & 1]
-        if self.rng is not None:
-            self.rng.shuffle(digits)
-        for k in digits:
-            self.guesses += 1
-            if self.limit is not None and self.guesses > self.limit:
-                raise SearchLimit(f"no answer after {self.limit} guesses")
-            tried = list(masks)
-            tried[cell] = 1 << k
-            if self._settle(tried, [cell]):
-                yield from self._branch(tried)
-
-    def _settle(self, masks: list[int], filled: list[int]) -> bool:
-        """Take the digits of filled cells from their peers until nothing changes; False where a
-        cell is left without a candidate.
-        """
-        while filled:
-            cell = filled.pop()
-            digit = masks[cell]
-            for peer in self.rules.peers[cell]:
-                if masks[peer] & digit:
-                    masks[peer] ^= digit
-                    if not masks[peer]:
-                        return False
-                    if masks[peer].bit_count() == 1:
-                        filled.append(peer)
-        return True
 
 
 def _orders(groups: int, size: int) -> list[list[int]]:

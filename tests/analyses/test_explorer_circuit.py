@@ -30,7 +30,8 @@ from loopscope.interp.circuits.scores import circuit_scores
 from loopscope.interp.circuits.search import exact_scores
 from loopscope.interp.circuits.selection import select_circuit
 from loopscope.interp.common.metrics import logit_margin, margin
-from loopscope.interp.drawing.circuits import MOST, spots
+from loopscope.interp.drawing.circuit_places import spots
+from loopscope.interp.drawing.circuits import MOST
 from loopscope.models.core.base import LoopedModel
 from toy import LOOPS, toy
 

@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
+from loopscope.analyses import trials
 from loopscope.analyses.common.claims import verdict
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.records import markdown_table
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.pages import families, findings, replication
-from loopscope.analyses.pages.findings import HOPS, Pairs
+from loopscope.analyses.pages.entity_path import HOPS, Pairs, steps
 from loopscope.models.core.registry import FAMILIES
 from paths import DOCS
 from shipped_pages import PAGE, assert_same_page, shipped
@@ -54,7 +55,7 @@ def test_the_page_of_families_is_what_its_own_table_and_facts_make() -> None:
 def test_every_family_runs_or_refuses_with_a_reason() -> None:
     support = shipped()
     runs = support.methods.set_index("method")
-    assert set(runs.index) == set(families.methods())
+    assert set(runs.index) == set(trials.methods())
     assert set(runs.columns) == set(support.facts["family"]) == set(FAMILIES)
     assert {key for key, said in runs.stack().items() if said == "no"} == set(support.reasons)
     of = {method: set(row.index[row == "yes"]) for method, row in runs.iterrows()}
@@ -112,7 +113,7 @@ def test_paired_questions_share_no_entity_on_the_way(pairs: Pairs) -> None:
 
 
 def test_the_front_moves_one_position_per_block(pairs: Pairs) -> None:
-    front = findings.steps(pairs)
+    front = steps(pairs)
     assert [step.loop * 2 + step.layer for step in front] == [0, 1, 2, 3, 4]
     assert all(step.before < 0.1 for step in front)
     text = (DOCS / "findings.md").read_text()

@@ -16,7 +16,7 @@ import loopscope
 from language_toys import ouro_folder
 from loopscope.analyses.cli import main
 from loopscope.models.core.registry import FAMILIES
-from loopscope.training.trainer import RECIPES
+from loopscope.training.catalog import RECIPES
 from shipped_pages import assert_same_page
 from tiny_run import TINY
 

@@ -13,8 +13,9 @@ from looks.marks import hard_to_see
 from loopscope.interp.attribution.direct_logit import direct_logit_attribution
 from loopscope.interp.circuits.edge_attribution import edge_attribution
 from loopscope.interp.common.metrics import logit_diff
+from loopscope.interp.drawing.cells import CellMap, cell_maps
+from loopscope.interp.drawing.curves import MOST, Curve, CurvePanel, curves
 from loopscope.interp.drawing.look import titled
-from loopscope.interp.drawing.shapes import MOST, CellMap, Curve, CurvePanel, cell_maps, curves
 from loopscope.interp.dynamics.attractors import fixed_points
 from loopscope.interp.dynamics.basins import basins, restart_vote
 from loopscope.interp.dynamics.growth import finite_time_exponent, perturbation_growth

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import loopscope
 from family_toys import position_solver
-from loopscope.analyses.pages.families import tiny
+from loopscope.analyses.trials import tiny
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.config import LoopedConfig
 from loopscope.models.core.registry import FAMILIES

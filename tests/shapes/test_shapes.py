@@ -31,10 +31,11 @@ from loopscope import (
     select_circuit,
     wrap,
 )
+from loopscope.analyses import trials
 from loopscope.analyses.common.configs import SourceConfig
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.pages import families
-from loopscope.analyses.pages.findings import Pairs
+from loopscope.analyses.pages.entity_path import Pairs
 from loopscope.interp.circuits.scores import Method
 from loopscope.interp.lens.record import Lens
 from loopscope.models.core.registry import FAMILIES
@@ -51,8 +52,8 @@ def test_shapes_are_checked() -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_method_on_every_family(family: str) -> None:
-    refused = families.refusals(family)
-    assert set(refused) == set(families.methods())
+    refused = trials.refusals(family)
+    assert set(refused) == set(trials.methods())
     assert not any("Type-check error" in why for why in refused.values())
     reasons = {
         method: families.sentence(why, method, family) for method, why in refused.items() if why
@@ -63,7 +64,7 @@ def test_every_method_on_every_family(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_view_of_the_weights(family: str) -> None:
-    model = families.tiny(family)
+    model = trials.tiny(family)
     views = {
         (type(module), name): getattr(module, name)
         for module in (model, *model.modules())

@@ -28,7 +28,7 @@ from loopscope.training.puzzles.supervision import (
     supervise,
 )
 from loopscope.training.puzzles.trainer import PuzzleTrainer, fresh_solver, train_solver
-from loopscope.training.trainer import train
+from loopscope.training.runs import train
 from toy import assert_close
 
 pytestmark = pytest.mark.shapes

@@ -19,9 +19,11 @@ from loopscope.checkpoints.load import load, read_card
 from loopscope.interp.exits.halting import HaltingRule, halting
 from loopscope.tasks.graphs import read_graph
 from loopscope.tasks.questions import by_hops, read_questions
+from loopscope.training.catalog import RECIPES
 from loopscope.training.examination import accuracies
+from loopscope.training.runs import train
 from loopscope.training.setup import fresh_model, fresh_optimizer, pack
-from loopscope.training.trainer import RECIPES, Trainer, train
+from loopscope.training.trainer import Trainer
 from paths import HELPERS
 from tiny_run import TINY
 

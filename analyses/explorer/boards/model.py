@@ -25,7 +25,8 @@ from loopscope.tasks.puzzles.boards import (
     sudoku_tokens,
 )
 from loopscope.tasks.puzzles.grades import grade
-from loopscope.tasks.puzzles.sudoku import SearchLimit, Sudoku
+from loopscope.tasks.puzzles.search import SearchLimit
+from loopscope.tasks.puzzles.sudoku import Sudoku
 from loopscope.training.puzzles.supervision import with_prefix
 
 SIDES = (4, 6, 9)

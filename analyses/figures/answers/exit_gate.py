@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -23,8 +22,8 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_a_text
 from loopscope.analyses.common.subject import words
 from loopscope.interp.common.ranking import top_token
-from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import ACCURACY_SCALE, CATEGORIES, CELL_TEXT, color_bar, styled
+from loopscope.interp.drawing.cells import TokenMap
+from loopscope.interp.drawing.look import CATEGORIES, color_bar, styled
 from loopscope.interp.exits.exit_gate import (
     GATE,
     exit_distribution,
@@ -54,7 +53,7 @@ _TITLES = (
     "same top token as the last",
     "expected exit of each token (iterations)",
 )
-_WIDTH, _LINES = 16, 24  # tokens in a line of the map, and lines of it
+_LINES = 24  # of the map of tokens
 
 
 @dataclass(frozen=True)
@@ -161,10 +160,10 @@ def figure(record: ExitGate) -> go.Figure:
     """Above: the gate over iterations, iterations used and agreement over thresholds. Below: the
     expected exit of each token.
     """
-    every = _lines(record)
-    lines = every[:_LINES]
-    cut = f", the first {_LINES} of {len(every)} lines" if len(every) > _LINES else ""
-    share = 16 * len(lines) + 60
+    tokens = TokenMap(record.tokens, record.expected().tolist())
+    count = len(tokens.lines())
+    cut = f", the first {_LINES} of {count} lines" if count > _LINES else ""
+    share = 16 * min(count, _LINES) + 60
     plot = make_subplots(
         rows=2,
         cols=3,
@@ -178,7 +177,16 @@ def figure(record: ExitGate) -> go.Figure:
     _over_thresholds(plot, record)
     plot.update_yaxes(showgrid=True, row=1)
     plot.update_annotations(font_size=13)
-    _token_map(plot, record, lines)
+    tokens.add_to(
+        plot,
+        _LINES,
+        {"row": 2, "col": 1},
+        zmin=1,
+        zmax=len(record.pdf),
+        colorbar=color_bar("exit", len=0.4, y=0, yanchor="bottom"),
+        hovertemplate="%{text}, %{customdata}<br>expected exit after %{z:.2f} iterations"
+        "<extra></extra>",
+    )
     place = {"orientation": "h", "x": 0, "y": 1 + 34 / (220 + share), "yanchor": "bottom"}
     plot.update_layout(legend=place)
     return styled(plot, 370 + share).update_layout(margin_t=90)
@@ -230,51 +238,6 @@ def _distribution(plot: go.Figure, record: ExitGate) -> None:
             col=1,
         )
     plot.update_yaxes(title="mean over tokens", range=[0, 1.04], title_standoff=6, row=1, col=1)
-
-
-def _lines(record: ExitGate) -> list[tuple[int, int, int]]:
-    """The lines of the map, each input on lines of its own: input, first position, and the first
-    one's place among all spots.
-    """
-    lines, spot = [], 0
-    for i, row in enumerate(record.tokens):
-        lines += [(i, start, spot + start) for start in range(0, len(row), _WIDTH)]
-        spot += len(row)
-    return lines
-
-
-def _token_map(plot: go.Figure, record: ExitGate, lines: list[tuple[int, int, int]]) -> None:
-    expected, width = record.expected().tolist(), min(_WIDTH, max(map(len, record.tokens)))
-    z, text, hover = [], [], []
-    for i, start, spot in lines:
-        shown = record.tokens[i][start : start + width]
-        gaps = width - len(shown)
-        places = [f"input {i}, position {start + j}" for j in range(len(shown))]
-        z.append([*expected[spot : spot + len(shown)], *[math.nan] * gaps])
-        text.append([*map(label, shown), *[""] * gaps])
-        hover.append([*places, *[""] * gaps])
-        at = {"row": 2, "col": 1}
-    plot.add_heatmap(
-        z=z,
-        text=text,
-        customdata=hover,
-        texttemplate="%{text}",
-        textfont=CELL_TEXT,
-        xgap=2,
-        ygap=2,
-        hoverongaps=False,
-        zmin=1,
-        zmax=len(record.pdf),
-        colorscale=ACCURACY_SCALE,
-        colorbar=color_bar("exit", len=0.4, y=0, yanchor="bottom"),
-        hovertemplate="%{text}, %{customdata}<br>expected exit after %{z:.2f} iterations"
-        "<extra></extra>",
-        **at,
-    )
-    names = [f"input {i}" if start == 0 else "" for i, start, _ in lines]
-    rows = list(range(len(lines)))
-    plot.update_yaxes(autorange="reversed", tickvals=rows, ticktext=names, **at)
-    plot.update_xaxes(visible=False, **at)
 
 
 def _found(record: ExitGate) -> str:

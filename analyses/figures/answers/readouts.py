@@ -17,9 +17,9 @@ from loopscope.analyses.common.inputs_of import OWN, AnswerTokens, Asked, Group,
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_a_text
 from loopscope.analyses.common.subject import words
+from loopscope.interp.drawing.cells import CellMap
 from loopscope.interp.drawing.labels import label, visible
 from loopscope.interp.drawing.look import CATEGORIES, color_bar, styled
-from loopscope.interp.drawing.shapes import CellMap
 from loopscope.interp.lens.lens import readout_lens
 
 

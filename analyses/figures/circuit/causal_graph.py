@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import TwoHopConfig
-from loopscope.analyses.common.look import GROUP_NAMES, model_label, note
+from loopscope.analyses.common.look import GROUP_NAMES, model_label, note, shade_loops
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import Subject, open_subject
 from loopscope.analyses.common.two_hop import (
@@ -379,11 +379,7 @@ def _frame(plot: go.Figure, panel: TwoHopPanel, row: int, col: int) -> None:
     labels = [tick(_hook(panel, depth)) for depth in range(loops * layers + 1)]
     for graph, title in ((col, "decodable"), (col + 1, "answered once restored")):
         at = {"row": row, "col": graph}
-        for loop in range(1, loops, 2):
-            plot.add_hrect(
-                y0=loop * layers + 0.5, y1=(loop + 1) * layers + 0.5, fillcolor=FAINT,
-                opacity=0.18, line_width=0, layer="below", **at,
-            )  # fmt: skip
+        shade_loops(plot, panel.shape, "y", **at)
         note(plot, title, font={"size": 12}, x=1, y=top, yanchor="bottom", **at)
         plot.update_xaxes(tickvals=[0, 1, 2], ticktext=list(COLUMNS), range=[-0.5, 2.5], **at)
         plot.update_yaxes(

@@ -24,9 +24,9 @@ from loopscope.interp.dictionaries.effects import feature_effects
 from loopscope.interp.dictionaries.sae_files import load_dictionary
 from loopscope.interp.dictionaries.trainer import DictionaryTraining
 from loopscope.interp.dictionaries.training import train_dictionary
+from loopscope.interp.drawing.cells import CellMap
 from loopscope.interp.drawing.labels import label, visible
 from loopscope.interp.drawing.look import CATEGORIES, MARK, styled
-from loopscope.interp.drawing.shapes import CellMap
 
 
 @dataclass(frozen=True, kw_only=True)

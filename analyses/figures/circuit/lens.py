@@ -18,9 +18,9 @@ from loopscope.analyses.common.inputs_of import OWN, AnswerTokens, Asked, Group,
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_inputs
 from loopscope.analyses.common.subject import Subject, token_id, words
+from loopscope.interp.drawing.cells import CellMap
 from loopscope.interp.drawing.labels import AXIS, label, loop_and_layer, spoken, tick, visible
 from loopscope.interp.drawing.look import INK, ORDER, color_bar, shades, styled
-from loopscope.interp.drawing.shapes import CellMap
 from loopscope.interp.lens.lens import logit_lens
 
 

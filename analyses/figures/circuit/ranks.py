@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopscope.analyses.common.configs import InputsConfig
-from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, Group, open_inputs
+from loopscope.analyses.common.inputs_of import AnswerTokens, Asked, Group, entities, open_inputs
 from loopscope.analyses.common.look import hop_name, note, spread
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Opened, Section, of_inputs
@@ -82,8 +82,16 @@ class Ranks(Record):
     top: Float[Tensor, "visit target"]
 
     def heading(self) -> str:
-        """The input, or how many there are, with the answer."""
-        return _title(self)
+        """The one input, or how many there are and of how many hops; with the answer where they are
+        no questions.
+        """
+        if self.hops is None:
+            count = len(self.texts)
+            asked = self.texts[0] if count == 1 else f"{count} inputs"
+            return f"{asked}; answer: {self.answer}" if ANSWER in self.targets else asked
+        if len(self.texts) == 1:
+            return self.texts[0]
+        return f"{len(self.texts)} questions of {hop_name(self.hops)}"
 
     def arrivals(self) -> list[int | None]:
         """For each target the first depth at which its mean rank is at most 0.05; None where it
@@ -167,12 +175,12 @@ def measure(
         track: Tokens to follow at the readout instead.
     """
     targets, tokens = _targets(asked, group, answers, track)
-    entities = (
+    columns = (
         [int(name.removeprefix("hop ")) for name in targets if name.startswith("hop ")]
         if own and not track
         else []
     )
-    rank = _ranks(asked, group, tokens, entities, n_loops)
+    rank = _ranks(asked, group, tokens, columns, n_loops)
     quartiles = torch.quantile(
         rank.double(), torch.tensor([0.25, 0.75], dtype=torch.float64), dim=1
     )
@@ -183,8 +191,8 @@ def measure(
         hops=group.hops,
         names=tuple(visit.name for visit in visits),
         targets=targets,
-        at=tuple(f"relation {column}" for column in entities)
-        + ("readout",) * (len(targets) - len(entities)),
+        at=tuple(f"relation {column}" for column in columns)
+        + ("readout",) * (len(targets) - len(columns)),
         mean=rank.double().log1p().mean(1).expm1(),
         low=quartiles[0],
         high=quartiles[1],
@@ -245,7 +253,7 @@ def _paths(asked: Asked, group: Group) -> list[list[str]]:
     """
     graph = asked.subject.graph
     if graph is None:
-        return [[answer] for answer in group.answers] if _entities(asked) else []
+        return [[answer] for answer in group.answers] if entities(asked.subject) else []
     paths = [graph.walk(text)[1:] for text in group.texts]
     lengths = sorted(set(map(len, paths)))
     if len(lengths) > 1:
@@ -253,16 +261,10 @@ def _paths(asked: Asked, group: Group) -> list[list[str]]:
     return paths
 
 
-def _entities(asked: Asked) -> list[str]:
-    """The entities of a graph task's vocabulary; none elsewhere."""
-    vocab = asked.subject.model.vocab
-    return [word for word in (vocab.words if vocab else ()) if word.startswith("<e_")]
-
-
 def _control(asked: Asked, text: str, path: Sequence[str], seed: int) -> str:
     """An entity that the question does not pass, drawn by its number."""
     head = asked.subject.model.to_str_tokens(text)[0]
-    others = [word for word in _entities(asked) if word not in (head, *path)]
+    others = [word for word in entities(asked.subject) if word not in (head, *path)]
     if not others:
         raise ValueError(
             f"no entity is left for a control: {text!r} passes all of the vocabulary; pass --track"
@@ -283,7 +285,7 @@ def figure(record: Ranks) -> go.Figure:
         plot.add_trace(_curve(record, j, color))
     _mark_loops(plot, record)
     _label(plot, record, colors)
-    title = {"text": label(_title(record)), "font": {"size": 14}, "x": 0.02, "y": 0.96}
+    title = {"text": label(record.heading()), "font": {"size": 14}, "x": 0.02, "y": 0.96}
     plot.update_layout(title=title)
     plot.update_xaxes(
         title="effective depth (blocks run)",
@@ -340,17 +342,6 @@ def _curve(record: Ranks, target: int, color: str) -> go.Scatter:
         hovertemplate=f"{label(name)}, read at the {record.at[target]}<br>"
         f"%{{customdata[0]}}.hook_resid_post, depth %{{x}}<br>{shown}<extra></extra>",
     )
-
-
-def _title(record: Ranks) -> str:
-    """The one input, or how many there are and of how many hops."""
-    if record.hops is None:
-        count = len(record.texts)
-        asked = record.texts[0] if count == 1 else f"{count} inputs"
-        return f"{asked}; answer: {record.answer}" if ANSWER in record.targets else asked
-    if len(record.texts) == 1:
-        return record.texts[0]
-    return f"{len(record.texts)} questions of {hop_name(record.hops)}"
 
 
 def _lowest(record: Ranks) -> float:

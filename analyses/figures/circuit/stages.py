@@ -17,12 +17,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopscope.analyses.common.configs import TwoHopConfig
-from loopscope.analyses.common.look import GROUP_COLORS, GROUP_NAMES, model_label, note
+from loopscope.analyses.common.look import (
+    GROUP_COLORS,
+    GROUP_NAMES,
+    model_label,
+    note,
+    shade_loops,
+)
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.common.two_hop import GROUPS, READ_AT, TARGETS, ask, shape_of
 from loopscope.interp.drawing.labels import label
-from loopscope.interp.drawing.look import FAINT, INK, styled
+from loopscope.interp.drawing.look import INK, styled
 from loopscope.interp.lens.decoding import decodability
 
 
@@ -181,7 +187,7 @@ def figure(record: StageDepths) -> go.Figure:
     for col in range(1, len(names) + 1):
         for row in (1, 2):
             _add_curves(plot, record, row, col)
-            _shade(plot, record.shapes[col - 1], row, col)
+            shade_loops(plot, record.shapes[col - 1], "x", row=row, col=col)
         _label_loops(plot, record.shapes[col - 1], col)
     plot.update_xaxes(dtick=1, tickangle=0)
     plot.update_yaxes(range=[-0.04, 1.12], tickvals=[0, 0.5, 1], showgrid=True)
@@ -216,22 +222,6 @@ def _add_curves(plot: go.Figure, record: StageDepths, row: int, col: int) -> Non
                 f"{TARGETS[row - 1]}, {name}<br>%{{customdata}}.hook_resid_post, depth"
                 " %{x}<br>read for %{y:.2f}<extra></extra>"
             ),
-            row=row,
-            col=col,
-        )
-
-
-def _shade(plot: go.Figure, shape: tuple[int, int], row: int, col: int) -> None:
-    """A shade for every second loop."""
-    loops, layers = shape
-    for loop in range(1, loops, 2):
-        plot.add_vrect(
-            x0=loop * layers + 0.5,
-            x1=(loop + 1) * layers + 0.5,
-            fillcolor=FAINT,
-            opacity=0.18,
-            line_width=0,
-            layer="below",
             row=row,
             col=col,
         )

@@ -24,6 +24,7 @@ from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section, of_inputs
 from loopscope.analyses.common.subject import words
 from loopscope.interp.common.columns import Shown
+from loopscope.interp.drawing.curves import arrows
 from loopscope.interp.drawing.labels import label
 from loopscope.interp.drawing.look import ORDER, shades, styled
 from loopscope.interp.dynamics.states import Dynamics, dynamics
@@ -255,7 +256,7 @@ def _draw(plot: go.Figure, record: OrbitPaths, space: int, component: int) -> No
     near = 0.025 * float((paths.flatten(0, 1).amax(0) - paths.flatten(0, 1).amin(0)).norm())
     for i, (path, kinds) in enumerate(zip(paths, record.kinds(), strict=True)):
         name, hover = _text(record, i, kinds[space])
-        trace = _path(path, near, colors[i], name, hover)
+        trace = arrows(path, near, colors[i], name, hover)
         plot.add_trace(trace.update(showlegend=(space, component) == (0, 1)), **place)
     for at, symbol, size, width in ((0, "circle-open", 9, 2), (-1, "square", 8, 0)):
         plot.add_scatter(
@@ -267,37 +268,6 @@ def _draw(plot: go.Figure, record: OrbitPaths, space: int, component: int) -> No
             showlegend=False,
             **place,
         )
-
-
-def _path(
-    points: Float[Tensor, "point 2"], near: float, color: str, name: str, hover: str
-) -> go.Scatter:
-    """A line with arrow heads, each at least `near` away from the arrow head before."""
-    sizes, shown = [0.0] * len(points), points[0]
-    for i, point in enumerate(points[1:], start=1):
-        if float((point - shown).norm()) >= near:
-            sizes[i], shown = 9.0, point
-    return go.Scatter(
-        x=points[:, 0].tolist(),
-        y=points[:, 1].tolist(),
-        mode="lines+markers",
-        line={"color": color, "width": 1.6, "backoff": 0},
-        marker={
-            "symbol": "arrow",
-            "angleref": "previous",
-            "size": sizes,
-            "color": color,
-            "opacity": 1,
-            "line": {"width": 0},
-        },
-        name=name,
-        legendgroup=name,
-        customdata=list(range(1, len(points) + 1)),
-        hovertemplate=(
-            f"{hover}<br>after %{{customdata}} iterations<br>(%{{x:.3g}},"
-            " %{y:.3g})<extra></extra>"
-        ),
-    )
 
 
 def _titles(record: OrbitPaths) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from loopscope.analyses.common.inputs_of import Asked, Group, open_inputs
 from loopscope.analyses.common.records import Record
 from loopscope.analyses.common.sections import Section
 from loopscope.analyses.common.subject import own_answers
-from loopscope.interp.drawing.shapes import CellMap, cell_maps
+from loopscope.interp.drawing.cells import CellMap, cell_maps
 from loopscope.interp.edit.schedule import Freeze, schedule_edit
 from loopscope.models.core.base import LoopedModel
 from loopscope.models.core.schedule import UnrunnableSchedule

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loopscope.analyses.circuit_controls import RANKINGS, SHARES, FoundCircuit
 from loopscope.analyses.cli import main
 from loopscope.analyses.common.configs import OutputConfig, ReportConfig
 from loopscope.analyses.common.pairs_of import open_pairs
@@ -18,7 +19,7 @@ from loopscope.analyses.common.records import files_of
 from loopscope.analyses.common.sections import Opened
 from loopscope.analyses.common.subject import open_subject
 from loopscope.analyses.figures.circuit import circuit as page
-from loopscope.analyses.figures.circuit.circuit import RANKINGS, SHARES, CircuitConfig, FoundCircuit
+from loopscope.analyses.figures.circuit.circuit import CircuitConfig
 from loopscope.interp.circuits.faithfulness import evaluate_circuit
 from loopscope.interp.circuits.names import EMBED, FINAL, Edge
 from loopscope.interp.circuits.selection import prune_circuit
@@ -26,7 +27,8 @@ from loopscope.interp.dictionaries.controls import random_dictionary
 from loopscope.interp.dictionaries.dictionary import Dictionary
 from loopscope.interp.dictionaries.reading import Reading, loop_states
 from loopscope.interp.dictionaries.sae_files import save_dictionary
-from loopscope.interp.drawing.circuits import components, folded_scores, moves, spots, strongest
+from loopscope.interp.drawing.circuit_places import components, moves, spots
+from loopscope.interp.drawing.circuits import folded_scores, strongest
 from loopscope.interp.drawing.labels import label
 from small_figures import SMALL, small_config, small_figure
 

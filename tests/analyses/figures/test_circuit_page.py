@@ -10,9 +10,10 @@ import pytest
 from browser import Tab, opened
 from looks.colours import blend, contrast, rgb
 from looks.pages import dress, faint
-from loopscope.analyses.figures.circuit.circuit import FILES, FoundCircuit
+from loopscope.analyses.circuit_controls import FoundCircuit
+from loopscope.analyses.figures.circuit.circuit import FILES
 from loopscope.interp.drawing.circuit_page import circuit_page
-from loopscope.interp.drawing.circuits import moves
+from loopscope.interp.drawing.circuit_places import moves
 from small_figures import small_figure
 
 EDGES, SHOWN = "document.querySelectorAll('path.edge').length", "by('shown').textContent"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 import loopscope
-from loopscope.analyses.pages import families
+from loopscope.analyses import trials
 from loopscope.checkpoints.load import load
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.exits.exits import StepBelow
@@ -91,7 +91,7 @@ def shown(record: Any) -> list[Any]:
 def outcome(method: Callable[..., Any], inputs: Any) -> Any:
     """What a method finds, or the sentence with which it refuses the family."""
     try:
-        found = families.ask(method, inputs)
+        found = trials.ask(method, inputs)
     except (ValueError, TypeError) as refusal:
         return str(refusal)
     if isinstance(found, loopscope.ActivationStore):  # its folder is gone
@@ -103,11 +103,11 @@ def outcome(method: Callable[..., Any], inputs: Any) -> Any:
 
 @cache
 def inputs_of(family: str) -> Any:
-    return families._inputs(families.tiny(family).float())
+    return trials.TrialInputs.of(trials.tiny(family).float())
 
 
 def check(family: str, method: str, default: Callable[[], Any]) -> None:
-    ask = partial(outcome, families.methods()[method], inputs_of(family))
+    ask = partial(outcome, trials.methods()[method], inputs_of(family))
     expected = ask()
     with default():
         found = ask()
@@ -115,7 +115,7 @@ def check(family: str, method: str, default: Callable[[], Any]) -> None:
 
 
 @DEFAULTS
-@pytest.mark.parametrize("method", sorted(families.methods()))
+@pytest.mark.parametrize("method", sorted(trials.methods()))
 def test_a_default_changes_no_method(method: str, default: Callable[[], Any]) -> None:
     check("recurrent_depth", method, default)
 
@@ -124,7 +124,7 @@ def test_a_default_changes_no_method(method: str, default: Callable[[], Any]) ->
 @DEFAULTS
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"recurrent_depth"}))
 def test_a_default_changes_no_method_of_a_family(family: str, default: Callable[[], Any]) -> None:
-    for method in families.methods():
+    for method in trials.methods():
         check(family, method, default)
 
 

@@ -19,7 +19,8 @@ from family_toys import TOYS
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.dictionaries.controls import random_dictionary
 from loopscope.interp.dictionaries.dictionary import Dictionary, Kind
-from loopscope.interp.dictionaries.graph import FeatureGraph, FeatureNode, feature_graph
+from loopscope.interp.dictionaries.graphs.graph import feature_graph
+from loopscope.interp.dictionaries.graphs.record import FeatureGraph, FeatureNode
 from loopscope.interp.dictionaries.reading import Reading, loop_states
 from loopscope.interp.viewer.graph import viewer_graph
 from loopscope.models.basis.tokens import Batch

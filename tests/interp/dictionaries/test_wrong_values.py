@@ -10,7 +10,7 @@ import torch
 from dictionary_toys import dictionary, model
 from loopscope.interp.common.metrics import logit_diff
 from loopscope.interp.dictionaries.controls import pca_dictionary, random_dictionary
-from loopscope.interp.dictionaries.graph import feature_graph
+from loopscope.interp.dictionaries.graphs.graph import feature_graph
 from loopscope.interp.dictionaries.reading import Reading
 from loopscope.interp.dictionaries.splice import FeatureEdit, splice
 from toy import padded

@@ -10,7 +10,7 @@ import pytest
 
 from loopscope.interp.circuits.names import Edge, Positions, ScheduleEntry
 from loopscope.interp.circuits.record import Circuit, CircuitCall
-from loopscope.interp.dictionaries.graph import FeatureGraph, FeatureLink, FeatureNode
+from loopscope.interp.dictionaries.graphs.record import FeatureGraph, FeatureLink, FeatureNode
 from loopscope.interp.viewer.graph import viewer_graph
 
 SCHEDULE = tuple(ScheduleEntry(f"loops.{t}.blocks.0", t, 0, "blocks.0") for t in range(2))
