@@ -51,8 +51,8 @@ class InferenceStages(OneScreen):
         mixing: Float[Tensor, " visit"], the entropy of each query's attention, over the largest
             entropy that its keys allow (in a causal model, the keys up to the query). It is 1 for
             even attention.
-        sink: Float[Tensor, " visit"], the attention that the first token receives from later
-            tokens, as a share of their attention.
+        sink: Float[Tensor, " visit"], the mean attention (0 to 1) that later tokens give to the
+            first one.
     """
 
     names: tuple[str, ...]
