@@ -39,8 +39,8 @@ class HaltingRule:
         inject_input: False runs an input-injected model without its injection, as the reference's
             evaluation during training does.
 
-    If both are None, every example runs all iterations. The rule of arXiv 2604.07822 is
-    HaltingRule(0.01, 3.0); the default of its inference script has kl=0.001.
+    If `kl` and `entropy` are None, every example runs all iterations. The rule of arXiv 2604.07822
+    is HaltingRule(0.01, 3.0); the default of its inference script has kl=0.001.
     """
 
     kl: float | None = 0.01
