@@ -82,8 +82,8 @@ def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) 
     """
     if not isinstance(model, Flat):
         raise TypeError(
-            f"unrolled serves flat causal families, got {type(model).__name__}; check it against"
-            " untied(model, n_loops)"
+            "unrolled needs a family whose blocks form one flat causal stack, got"
+            f" {type(model).__name__}; untied(model, n_loops) takes every family"
         )
     _refuse_edited(model)
     return Unrolled(model, checked_loops(n_loops, model.cfg.n_loops), fold_ln)

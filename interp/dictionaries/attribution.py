@@ -123,7 +123,7 @@ def feature_attribution(
     if not any(bool(grads[name].any()) for name in reading.written):
         raise ValueError(
             f"the metric does not depend on {reading.target!r}, so features written there have no"
-            " effect; train a dictionary of a hook that the run goes on from"
+            " effect; train a dictionary of a hook that the run uses later"
         )
     columns = read_columns(batch, positions)
 

@@ -154,10 +154,10 @@ def _with(state: State, values: Mapping[str, Tensor]) -> State:
 def _check_given(
     model: LoopedModel, batch: Batch, names: tuple[str, ...], n_loops: int, stop: int
 ) -> None:
-    """Refuse a model whose iterations are given nothing of the input but the state."""
+    """Refuse a model whose iterations receive nothing of the input except the state."""
     state = model.advance(begin_batch(model, batch[:1], n_loops), stop)
     if not set(floating(state)) - {"resid", *names}:
         raise ValueError(
-            f"the iterations of this {type(model).__name__} are given nothing of the input but the"
-            " state, so with another example's state they would run that example"
+            f"the iterations of this {type(model).__name__} receive nothing of the input except the"
+            " state, so a run from another example's state only repeats that example's run"
         )

@@ -75,7 +75,7 @@ class Orbits(OneScreen):
         )
 
     def plot(self, title: str = "") -> go.Figure:
-        """A picture: the trajectories on the first two components, with a star at the end of each."""
+        """A picture: the trajectories on the first two components, a star at the end of each."""
         from loopscope.interp.drawing.motion import orbits
 
         return orbits(self, title)

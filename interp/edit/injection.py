@@ -106,7 +106,8 @@ def _injections(
     injected = sorted({place.loop for place in places if place.loop is not None})
     if not injected:
         raise ValueError(
-            "nothing is injected into this model's iterations in such a call: it has no hook_input"
+            "nothing is injected into this model's iterations in such a call: it has no"
+            " 'hook_input'"
         )
     wanted = injected if isinstance(loops, str) else in_range("loops", loops, n_loops)
     missing = [f"at iteration {loop}" for loop in sorted(set(wanted) - set(injected))]

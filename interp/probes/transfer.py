@@ -164,8 +164,9 @@ def transfer_matrix(
     every iteration, and test it at every other one.
 
     Args:
-        inputs, targets, n_loops, positions, strength, held_out, readout, batch_size, seed, save_to,
-            shard: The reads and the fit, as `probe` describes them.
+        inputs, readout, targets, positions, n_loops, batch_size: The reads and the property, as
+            `probe` describes them.
+        strength, held_out, seed, save_to, shard: The fit, as `probe` describes it.
         site: The site of the blocks in the loop, such as "mlp_out"; None means the residual stream
             after each block.
 

@@ -118,7 +118,7 @@ class ActivationStore:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The labels of the sites that are stored, such as "resid_post" and "prelude.resid_post"."""
+        """The labels of the stored sites, such as "resid_post" and "prelude.resid_post"."""
         return tuple(group.label for group in self.groups)
 
     @cached_property

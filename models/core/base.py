@@ -401,7 +401,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         self._points.grow(n_loops)
 
     def hook_names(self, n_loops: int | None = None) -> list[str]:
-        """List every hook name of a call with `n_loops` iterations, in the order in which they run."""
+        """List every hook name of a call with `n_loops` iterations, in order of execution."""
         self._schedules.refresh()
         return list(self._points.names(checked_loops(n_loops, self.cfg.n_loops)))
 

@@ -120,7 +120,7 @@ class LoopHookPoint(HookPoint):
         raise ValueError(f"hook point {self.name!r} is in no block, so it has no layer")
 
     def may_be_written(self) -> bool:
-        """Whether the point holds a forward hook that may write into its value (see `reads_only`)."""
+        """Whether the point holds a forward hook that may write; see `reads_only`."""
         readers = sum(hasattr(handle.user_hook, "reads_only") for handle in self.fwd_hooks)
         return len(self._forward_hooks) + len(self._forward_pre_hooks) > readers
 
@@ -180,7 +180,7 @@ def existing_modules(module: nn.Module, points: bool = True) -> Iterator[nn.Modu
 
 
 def add_point(root: nn.Module, point: HookPoint) -> None:
-    """Put a hook point at its name in the tree, and make the places above it that do not exist yet."""
+    """Put a hook point at its name in the tree, and make the missing places above it."""
     node = root
     *path, last = str(point.name).split(".")
     for depth, step in enumerate(path, start=1):
