@@ -82,8 +82,8 @@ def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) 
     """
     if not isinstance(model, Flat):
         raise TypeError(
-            "unrolled needs a family whose blocks form one flat causal stack, got"
-            f" {type(model).__name__}; untied(model, n_loops) takes every family"
+            "unrolled needs a family whose blocks form one flat causal stack, as those of this"
+            f" {type(model).__name__} do not; untied(model, n_loops) takes every family"
         )
     _refuse_edited(model)
     return Unrolled(model, checked_loops(n_loops, model.cfg.n_loops), fold_ln)

@@ -135,12 +135,12 @@ class _Series:
 
 
 def choose(model: LoopedModel, n_loops: int, width: int, selection: Selection) -> list[Cell]:
-    """The cells that a caller chose, in the order of the schedule.
+    """List the cells that a caller chose, in the order of the schedule.
 
     Raises:
-        KeyError: A site or a visit that this model does not have.
-        ValueError: A position, head, loop or layer out of range, a window longer than the chosen
-            iterations, or nothing left.
+        KeyError: The model does not have a site or a visit.
+        ValueError: A position, head, loop or layer is out of range, the window is longer than the
+            chosen iterations, or nothing is left.
     """
     every = places_of(model, n_loops)
     labels = _labels(every, selection.called)

@@ -117,7 +117,7 @@ class Modulation(nn.Module):
 
 @family(SpiralConfig)
 class Spiral(LoopedModel):
-    """Spiral, a language model whose state is a position h and a velocity v. Each iteration adds the
+    """Spiral, whose state is a position h and a velocity v. Each iteration adds the
     input to the position and rotates it; shared blocks then act as a force on the velocity, which
     moves the position before it is rotated back.
 

@@ -131,7 +131,7 @@ def test_unrolled_refuses_what_is_not_a_flat_stack() -> None:
     with pytest.raises(
         TypeError,
         match=(
-            r"needs a family whose blocks form one flat causal stack, got Linear;"
+            r"blocks form one flat causal stack, as those of this Linear do not;"
             r" untied\(model, n_loops\) takes every family"
         ),
     ):

@@ -278,7 +278,9 @@ class TrainingFreeConfig(WindowConfig, ReachConfig):
 @family(TrainingFreeConfig)
 class TrainingFree(WindowLoops, LoopedDecoder):
     """A frozen Llama, Mistral, Qwen2 or Qwen3 in which a window of layers runs several times,
-    without training. `WindowLoops` has the rules.
+    without training.
+
+    `WindowLoops` has the rules of the loop.
 
     Source:
         arXiv 2605.23872; the base models are those of arXiv 2407.21783, arXiv 2310.06825, arXiv
