@@ -63,7 +63,12 @@ class Thresholded(Criterion):
 @dataclass(frozen=True)
 class KLBelow(Thresholded):
     """Exit when the answer hardly changes: KL(p_t || p_{t-1}) of successive answers is below a
-    threshold, in nats (arXiv 2502.05171).
+    threshold (arXiv 2502.05171).
+
+    Attributes:
+        threshold: The largest KL, in nats.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
     """
 
     threshold: float = 1e-3
@@ -74,7 +79,13 @@ class KLBelow(Thresholded):
 
 @dataclass(frozen=True)
 class EntropyBelow(Thresholded):
-    """Exit when the answer is certain: its entropy is below a threshold, in nats."""
+    """Exit when the answer is certain: its entropy is below a threshold.
+
+    Attributes:
+        threshold: The largest entropy, in nats.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
+    """
 
     threshold: float = 3.0
 
@@ -84,7 +95,12 @@ class EntropyBelow(Thresholded):
 
 @dataclass(frozen=True)
 class TopStable(Criterion):
-    """Exit when the most likely token has been the same in the last `hits` iterations."""
+    """Exit when the most likely token has been the same in the last `hits` iterations.
+
+    Attributes:
+        hits: How many iterations the token must stay.
+        min_loops: The number of iterations before which no example exits.
+    """
 
     hits: int = field(default=5, kw_only=True)
 
@@ -97,6 +113,11 @@ class TopStable(Criterion):
 class CosineAbove(Thresholded):
     """Exit when the state hardly turns: the cosine of h_t and h_{t-1} is above a threshold. h_0 is
     the input of the first iteration.
+
+    Attributes:
+        threshold: The smallest cosine.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
     """
 
     threshold: float = 0.999
@@ -110,6 +131,11 @@ class CosineAbove(Thresholded):
 class StepBelow(Thresholded):
     """Exit when the state hardly moves: ||h_t - h_{t-1}|| / ||h_{t-1}|| is below a threshold. h_0
     is the input of the first iteration.
+
+    Attributes:
+        threshold: The largest step, as a share of the state's length.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
     """
 
     threshold: float = 0.03
@@ -122,7 +148,12 @@ class StepBelow(Thresholded):
 @dataclass(frozen=True)
 class AccelerationBelow(Thresholded):
     """Exit when the steps of the state hardly change: ||h_t - 2 h_{t-1} + h_{t-2}|| is below a
-    threshold, in units of the state, twice in a row (arXiv 2509.23314).
+    threshold (arXiv 2509.23314).
+
+    Attributes:
+        threshold: The largest acceleration, in units of the state; it has no default.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
     """
 
     hits: int = field(default=2, kw_only=True)

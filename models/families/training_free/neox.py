@@ -50,7 +50,6 @@ class TrainingFreeNeoXConfig(WindowConfig, DecoderConfig):
 class TrainingFreeNeoX(WindowLoops, LoopedDecoder):
     """A frozen GPT-NeoX in which a window of layers runs several times, without training.
 
-
     `WindowLoops` has the rules of the loop.
 
     Source:
