@@ -61,9 +61,9 @@ def load(
             project's own format or is a release of a supported family: config.json with safetensors
             or pickles, in one file or in shards. An ordinary model to be looped may also be a GGUF
             file, whose numbers become float32.
-        n_heads, input_injection: The number of heads, and whether the input is injected. Some
-            released pickles lack these facts. If the config records them, the arguments must agree
-            with it.
+        n_heads: The number of heads, which some released pickles lack. If the config records it,
+            the argument must agree with it.
+        input_injection: Whether the input is injected, for pickles that lack this fact too.
         n_loops: The number of iterations to record in the model; None keeps the number that the
             checkpoint records.
         readout: Where answers are read: "last_real", "first_pad" or "column:K" (see `Readout`).

@@ -108,8 +108,8 @@ def direct_logit_attribution(
     unembedding. The final norm divides every term by the scale that it had in the run.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         answers: The token of each row whose logit is split; an int means the same token in all
             rows.
         against: Tokens whose logit is subtracted, so that the difference is split; None means no

@@ -37,8 +37,8 @@ def gradients(
     gradients of its own.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
             to one number per row, such as `logit_margin(answers)`.
         names: The activations to take: a hook name, a pattern, a list of both, or a function from a

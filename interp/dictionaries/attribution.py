@@ -98,8 +98,8 @@ def feature_attribution(
     Args:
         dictionary: A dictionary of this model. For a transcoder the gradient is taken at the hook
             that it writes.
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
             to one number per row, such as `logit_margin(answers)`.
         positions: The columns whose features are attributed to: "all", some columns, or None for

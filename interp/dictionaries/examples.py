@@ -88,8 +88,8 @@ def top_examples(
 
     Args:
         dictionary: A dictionary of this model.
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         features: The features to look at, from 0.
         k: How many activations to find for each feature.
         loop: The iteration to look at, from 0; None means all. It must be given for a per_iteration

@@ -155,9 +155,9 @@ def dictionary_quality(
 
     Args:
         dictionary: A dictionary of this model.
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read. Or a store of this model's activations, which is read in batches; then no
-            model is run, so `recovered` is NaN.
+        inputs: A `Batch`, texts, or token ids. Or a store of this model's activations, which is
+            read in batches; then no model is run, so `recovered` is NaN.
+        readout: For token ids, the column at which answers are read.
         positions: The tokens whose states are counted: "all" except padding, some columns, or None
             for the answer position. In the runs that give `recovered`, the reconstruction replaces
             the states of all tokens.

@@ -143,8 +143,8 @@ def loop_states(
     dictionary.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         hook: The hook, named within an iteration, such as "blocks.1.hook_mlp_out". None means the
             residual stream after the last block.

@@ -42,9 +42,9 @@ def train_dictionary(
     unchanged.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read. Or a store of this model's activations, which may be larger than memory and is
-            read in shuffled batches.
+        inputs: A `Batch`, texts, or token ids. Or a store of this model's activations, which may be
+            larger than memory and is read in shuffled batches.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number of the store, or else that which
             the checkpoint records.
         kind: "per_iteration", "shared", "crosscoder" or "transcoder"; `Dictionary` describes them.

@@ -120,8 +120,8 @@ def fixed_points(
     accuracy.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The columns of the state: "real" for all tokens except padding, "readout" for the
             answer position, "all" for padding too, or a list of columns. The columns of an example

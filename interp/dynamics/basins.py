@@ -181,8 +181,8 @@ def basins(
     """Run the same inputs from several first states, and compare the last states and the answers.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_starts: The number of runs, with the unchanged run (start 0).
         scale: The norm of the random change of the first state, as a share of that state's norm. If
             the first state is all zeros, the state before the second iteration is changed instead.

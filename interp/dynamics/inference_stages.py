@@ -90,8 +90,8 @@ def inference_stages(
     looks, to see stages that repeat in each cycle.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read. Each input needs at least two tokens.
+        inputs: A `Batch`, texts, or token ids. Each input needs at least two tokens.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         batch_size: How many rows run at a time.
 

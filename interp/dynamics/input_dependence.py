@@ -103,8 +103,9 @@ def input_dependence(
     iteration has a dependence of 0.
 
     Args:
-        first, second, readout: Two inputs of the same shape, row by row a pair: batches, texts, or
-            token ids together with the column at which answers are read.
+        first, second: Two inputs of the same shape, row by row a pair: batches, texts, or token
+            ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         after: How many iterations are run before the exchange, at least 1.
 

@@ -115,8 +115,8 @@ def jacobian_spectrum(
     converged. A Krylov space as large as the state gives the exact eigenvalues.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         loop: The iteration, from 0.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The columns whose states vary together: "real" for all tokens except padding,

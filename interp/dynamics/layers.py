@@ -92,8 +92,8 @@ def layer_dynamics(
     settle.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The columns to collect: "real" for all tokens except padding, "readout" for the
             answer position, "all" for padding too, or a list of columns.
@@ -188,8 +188,8 @@ def attention_dynamics(
     to see whether attention settles.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The query positions to average over: "real" for all tokens except padding,
             "readout" for the answer position, "all" for padding too, or a list of columns.

@@ -142,8 +142,8 @@ def lyapunov_spectrum(
     between the sublayers.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         k: The number of exponents, at most the dimension of the shortest example's state.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The columns whose states vary together: "real" for all tokens except padding,

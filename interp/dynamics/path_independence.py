@@ -86,8 +86,9 @@ def path_independence(
     The other example is the one before it; for the first example it is the last.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read. There must be at least two examples, all of one length.
+        inputs: A `Batch`, texts, or token ids. There must be at least two examples, all of one
+            length.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The columns that are compared: "real" for all tokens except padding, "readout"
             for the answer position, "all" for padding too, or a list of columns.

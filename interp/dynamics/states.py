@@ -282,8 +282,8 @@ def dynamics(
     """Collect the state before the first iteration and after every iteration, to see how it moves.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The columns to collect: "real" for all tokens except padding, "readout" for the
             answer position (which may be padding), "all" for padding too, or a list of columns.

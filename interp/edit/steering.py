@@ -154,9 +154,9 @@ def steering_vector(
     another.
 
     Args:
-        positive, negative, readout: The two sets of inputs: batches, texts, or token ids together
-            with the column at which answers are read. Their sizes may differ. Activations are taken
-            at the answer position.
+        positive, negative: The two sets of inputs: batches, texts, or token ids. Their sizes may
+            differ. Activations are taken at the answer position.
+        readout: For token ids, the column at which answers are read.
         site: The site, such as "resid_pre".
         loop, layer: The iteration and the block, from 0; `layer` is None for a site of a whole
             iteration.

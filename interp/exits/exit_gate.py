@@ -101,8 +101,8 @@ def gate_logits(
     """Read the logit of the model's exit gate after every iteration, at the answer position.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         batch_size: How many rows run at a time.
 
@@ -167,8 +167,8 @@ def readout_at_threshold(
     choice.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         threshold: The cumulative probability, from 0 to 1. A gate that is saturated in float32
             exits even at 1, as in the release.
         n_loops: The number of iterations; None means the number that the checkpoint records.
@@ -203,8 +203,8 @@ def readout_mixture(
     The released model returns this mixture if it is called with labels.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
 
     Returns:

@@ -188,8 +188,8 @@ def exits(
     To compare several criteria on one run, use `apply_criterion`.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         criterion: The rule, such as `KLBelow()` or `StepBelow(0.03)`.
         n_loops: The number of iterations that are run, after which an example that never exits is
             read. None means the number that the checkpoint records.

@@ -142,8 +142,8 @@ def halting(
     """Run all iterations once, and find after which one a halting rule stops each example.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         rule: The rule; None means that of arXiv 2604.07822, HaltingRule(0.01, 3.0).
         n_loops: The number of iterations that are run, after which an example that never stops is
             read; 16 in the paper. None means the number that the checkpoint records.

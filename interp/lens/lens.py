@@ -42,8 +42,8 @@ def logit_lens(
     Under `accelerate launch` the processes share the examples, and each returns the whole lens.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The columns to read instead of the answer position; "all" for every one.
         keep_logits: Whether the record keeps all logits.

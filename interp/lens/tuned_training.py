@@ -59,8 +59,8 @@ def train_tuned_lens(
     few at a time, and shards can train different ones.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         n_loops: The number of iterations; None means the number that the checkpoint records.
         positions: The columns to train on: "readout" for the answer position, "real" for all tokens
             except padding, or a list of columns.

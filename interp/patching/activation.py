@@ -79,8 +79,9 @@ def activation_patch(
     `accelerate launch` the processes share the cells, and each returns the whole sweep.
 
     Args:
-        clean, corrupted, readout: Two inputs of the same shape, row by row a pair: batches, texts,
-            or token ids together with the column at which answers are read.
+        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or token
+            ids.
+        readout: For token ids, the column at which answers are read.
         metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
             to one number per row, such as `logit_diff(right, wrong)`.
         n_loops: The number of iterations; None means the number that the checkpoint records.

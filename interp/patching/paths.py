@@ -122,8 +122,9 @@ def path_patch(
     change is part of the path. All rows run as one batch.
 
     Args:
-        clean, corrupted, readout: Two inputs of the same shape, row by row a pair: batches, texts,
-            or token ids together with the column at which answers are read.
+        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or token
+            ids.
+        readout: For token ids, the column at which answers are read.
         metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
             to one number per row, such as `logit_diff(right, wrong)`.
         sender: The component whose output comes from the source run (the clean run for "denoise").

@@ -108,8 +108,8 @@ def causal_tracing(
     The states are the embedding and the residual stream after every visit, at one position.
 
     Args:
-        clean, readout: A `Batch`, texts, or token ids together with the column at which answers are
-            read.
+        clean: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         corrupted: The same inputs with another token of the same kind at `position`, such that the
             answers differ.
         answers: The token id of each clean input's answer. Its margin in the same runs is in
@@ -157,8 +157,8 @@ def denoising_map(
     The states are the embedding and the residual stream after every visit, one position at a time.
 
     Args:
-        clean, readout: A `Batch`, texts, or token ids together with the column at which answers are
-            read.
+        clean: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         corrupted: The same inputs with some tokens replaced; in figure 11 the head entity and the
             first relation.
         answers: The token id of each clean input's answer.
@@ -207,8 +207,8 @@ def noising_map(
     The states are the embedding and the residual stream after every visit, one position at a time.
 
     Args:
-        clean, readout: A `Batch`, texts, or token ids together with the column at which answers are
-            read.
+        clean: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         corrupted: Other inputs of the same lengths; in figure 21 random ones.
         answers: The token id of each clean input's answer.
         positions: The columns whose state is replaced, one by one.

@@ -119,8 +119,9 @@ def difference_probe(
     A probe of single states is fitted beside each difference probe. Both are ridge regressions.
 
     Args:
-        first, second, readout: The inputs, row by row a pair: batches, texts, or token ids together
-            with the column at which answers are read. Their lengths may differ.
+        first, second: The inputs, row by row a pair: batches, texts, or token ids. Their lengths
+            may differ.
+        readout: For token ids, the column at which answers are read.
         preferred: Bool[Tensor, " batch"], whether the first input of each pair is the preferred
             one.
         places: The hook points by name, pattern or list; None means the residual stream after every

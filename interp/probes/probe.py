@@ -57,8 +57,8 @@ def probe(
     probes are fitted on the CPU from these files.
 
     Args:
-        inputs, readout: A `Batch`, texts, or token ids together with the column at which answers
-            are read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         targets: The property: one value per row, "batch", or one per column that is read, "batch
             k". Integers are classes, floats are numbers (for "ridge").
         places: The hook points by name, pattern or list; None means the residual stream after every
