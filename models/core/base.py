@@ -443,7 +443,8 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
             is_permanent: Whether `reset_hooks` leaves the hook in place.
             level, prepend: The level and the order of the hook, as in TransformerLens.
             n_loops: The number of iterations of the call whose names the filter is matched with;
-                None means the number that the checkpoint records.
+                None means the number that the checkpoint records, beyond which an exact name may
+                lie.
         """
         self._schedules.refresh()
         how: dict[str, Any] = {"is_permanent": is_permanent, "prepend": prepend}
