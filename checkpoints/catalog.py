@@ -18,12 +18,16 @@ _COLUMNS = ("name", "family", "size", "where", "at", "epoch", "sha256")
 
 
 def available() -> pd.DataFrame:
-    """The shipped checkpoints, the public releases that `fetch` brings, and unreleased families.
+    """List the checkpoints that can be loaded by name: those that this package ships, and the
+    public releases that `fetch` downloads.
+
+    Families of which nobody has published weights are listed too.
 
     Returns:
-        One row each: name, family, size (bytes, or "unknown"), where ("shipped", "remote", or
-        "unreleased" for a family of which nobody has published weights or code), at (a folder or an
-        address), epoch and sha256 ("unknown" where nobody has published them).
+        A table with one row per checkpoint or unreleased family. Its columns are name, family, size
+        (bytes, or "unknown"), where ("shipped", "remote" for a release to fetch, "unreleased"), at
+        (a folder or an address), epoch and sha256 (the hash of the file). A fact that nobody has
+        published is "unknown".
     """
     rows = [*_shipped(), *_remote(), *_unreleased()]
     return pd.DataFrame([{"epoch": _UNKNOWN, "sha256": _UNKNOWN, **row} for row in rows])[

@@ -12,26 +12,33 @@ from loopscope.checkpoints.remote import find_release
 
 
 def fetch(name: str, *, revision: str | None = None, folder: str | Path | None = None) -> Path:
-    """Bring a public release onto this machine, unless it is there already.
+    """Download a public release for `load`, unless it is on this machine already.
 
-    From the hub come configs, tokenizer files and safetensors; pickles only where a repository has
-    no safetensors. A folder is returned only when everything in it is whole. The folder that is
-    returned can be given to `load`. Where the folder holds several pickles (one per training
-    stage), `load` asks for one of the files. The download from Google Drive has not been tried
-    against the real folder.
+    From the Hugging Face hub it takes configs, tokenizer files and safetensors, and pickles only if
+    a repository has no safetensors. The release of arXiv 2604.07822 is on Google Drive; that
+    download has not been tried against the real folder. The folder is returned only when every file
+    in it is complete.
 
     Args:
-        name: A name that `available()` lists, or a Hugging Face repository id "owner/name".
-        revision: A branch, tag or commit of a Hugging Face repository; None means the main branch.
-        folder: Where downloads are kept, in place of the hub's own cache or, for Google Drive, of
-            $LOOPSCOPE_HOME or loopscope in $XDG_CACHE_HOME or ~/.cache.
+        name: A name that `available()` lists, or the id of a Hugging Face repository, "owner/name".
+        revision: A branch, tag or commit of the Hugging Face repository; None means its main
+            branch.
+        folder: Where downloads are kept. None means the hub's own cache, or for Google Drive
+            $LOOPSCOPE_HOME or else the folder loopscope in $XDG_CACHE_HOME or ~/.cache.
+
+    Returns:
+        The folder of the release, to be given to `load`. If the folder holds several pickles, one
+        per training stage, `load` asks for the path of one of them.
 
     Raises:
-        ValueError: No such name, with the nearest ones; or a revision of a release on Google Drive.
-        FileNotFoundError: No such repository, revision or run, or one without weights.
-        PermissionError: A repository that is not open to everyone.
-        ConnectionError: No network, or a connection that broke off; half a file is removed.
-        FileExistsError: A folder with other content where a release on Google Drive would go.
+        ValueError: No release has the name (the message lists the nearest names), or `revision` is
+            given for a release on Google Drive.
+        FileNotFoundError: The repository, the revision or the run does not exist, or holds no
+            weights.
+        PermissionError: The repository is not open to everyone.
+        ConnectionError: There is no network, or the connection broke off; partial files are
+            removed.
+        FileExistsError: The folder for a release on Google Drive already holds something else.
     """
     release = find_release(name)
     if not release.on_drive:

@@ -52,38 +52,44 @@ def load(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> LoopedModel:
-    """Load a model, in eval mode, with exactly the weights that the file holds unless an argument
+    """Load a model in eval mode, with exactly the weights of the file unless an argument below
     changes them.
 
     Args:
-        source: A shipped name ("ltg_trained"), a public release that has been fetched
-            ("Ouro-1.4B"), a file (checkpoint_epoch_<N>.pt), or a folder: the project's own format,
-            or a release of a supported family (config.json with safetensors or pickles, whole or in
-            shards). An ordinary model may also be a GGUF file, whose numbers become float32.
-        n_heads, input_injection: Facts that a released pickle lacks; where a config records them,
-            the arguments must agree with it.
-        n_loops: Iterations to record, in place of those that the checkpoint records.
-        readout: Where answers are read: "last_real", "first_pad" or "column:K".
-        vocab: The path of vocab.json; None means the tokenizer or the vocab.json beside the
-            weights, and False means no vocabulary. A tokenizer beside the weights that cannot be
-            used is a warning with the reason.
-        ignore: Fields of a release's config.json to read as if they were not there. A field that
-            the family does not compute with and that could change a result is refused by its name
-            unless it stands here.
-        adapter: The folder of a LoRA adapter of a release, in peft's layout (adapter_config.json
-            and adapter_model.safetensors), to merge into the weights as peft does.
-        dtype: The number format that all weights are converted to, such as torch.float32 or
-            "bfloat16"; tables of angles keep theirs. None means the format of the file, and float32
-            with a warning where a file mixes formats of 16 and 32 bits.
-        device: The device that the weights are brought to, straight from the file; None means the
-            CPU.
-        options: Facts that the release of a family lacks, such as the layers of an ordinary model
-            to loop; docs/families.md lists them.
+        source: A shipped name ("ltg_trained"), the name of a public release that has been fetched
+            ("Ouro-1.4B"), a file (checkpoint_epoch_<N>.pt), or a folder. A folder is in this
+            project's own format or is a release of a supported family: config.json with safetensors
+            or pickles, in one file or in shards. An ordinary model to be looped may also be a GGUF
+            file, whose numbers become float32.
+        n_heads: The number of heads, which some released pickles lack. If the config records it,
+            the argument must agree with it.
+        input_injection: Whether the input is injected, for pickles that lack this fact too.
+        n_loops: The number of iterations to record in the model; None keeps the number that the
+            checkpoint records.
+        readout: Where answers are read: "last_real", "first_pad" or "column:K" (see `Readout`).
+            None keeps what the checkpoint records.
+        vocab: The path of vocab.json. None means the tokenizer or the vocab.json beside the
+            weights, and False means no vocabulary. A tokenizer that cannot be used gives a warning
+            with the reason.
+        ignore: Fields of a release's config.json that are not to be read. A field that could change
+            a result, but that this family does not implement, is refused by its name unless it is
+            listed here.
+        adapter: The folder of a LoRA adapter in peft's layout (adapter_config.json and
+            adapter_model.safetensors). The adapter is merged into the weights, as peft merges it.
+        dtype: The number format of all weights, such as torch.float32 or "bfloat16"; only tables of
+            rotary angles keep theirs. None means the format of the file, or float32 with a warning
+            if the file mixes formats of 16 and 32 bits.
+        device: The device of the weights, which are read straight onto it; None means the CPU.
+        options: Facts that the release of a family lacks, such as which layers of an ordinary model
+            are looped; docs/families.md lists them.
+
+    Returns:
+        The model, of its family's class.
 
     Raises:
-        FileNotFoundError: No such checkpoint or adapter.
-        ValueError: A number format or device that there is not.
-        CheckpointError: A file that cannot be used; the message says why and what to do.
+        FileNotFoundError: The checkpoint or the adapter does not exist.
+        ValueError: The number format or the device does not exist.
+        CheckpointError: The file cannot be used; the message says why and what to do.
     """
     kind, place = checked_format(dtype), checked_device(device)
     located = Located(find(source))
@@ -112,18 +118,20 @@ def save(
     graph: Mapping[str, Any] | None = None,
     questions: Sequence[Question] = (),
 ) -> None:
-    """Write a model with its config, card and vocabulary into a new folder, whole or not at all.
+    """Write a model with its config, card and vocabulary into a new folder that `load` reads.
+
+    The folder is written whole, or not at all after an error.
 
     Args:
         folder: A folder that does not exist yet, or is empty.
-        card: Facts about the checkpoint for card.json: recipe, seed, accuracy, ...; the place where
-            answers are read is added.
-        graph: The content of graph.json: the knowledge graph that the model was trained on.
-        questions: The questions for test.json, which the analyses ask.
+        card: Facts about the checkpoint for card.json, such as recipe, seed and accuracy. The place
+            where answers are read is added to them.
+        graph: The knowledge graph that the model was trained on, for graph.json.
+        questions: The questions of test.json, which the analyses ask.
 
     Raises:
-        CheckpointError: The folder holds something already, or the weights are not those of a model
-            with this config, such as a copy with untied weights.
+        CheckpointError: The folder is not empty, or the weights do not fit the config, as in a copy
+            made by `untied`.
         ValueError: The card or the graph holds a number that is not finite.
     """
     folder = Path(folder)
@@ -172,7 +180,7 @@ def unwrapped(model: nn.Module) -> LoopedModel:
     """The looped model inside wrappers such as torch.compile or data-parallel training.
 
     Raises:
-        TypeError: No looped model.
+        TypeError: There is no looped model inside.
     """
     inner: Any = model
     while not isinstance(inner, LoopedModel) and isinstance(inner, nn.Module):

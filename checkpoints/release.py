@@ -100,14 +100,17 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def save_release(model: RecurrentDepth, path: str | Path, epoch: int | None = None) -> None:
-    """Write a model as a released pickle, whole or not at all.
+    """Write a model in the format of the released pickles of arXiv 2604.07822
+    (`checkpoint_epoch_<N>.pt`), whole or not at all.
 
     Args:
-        epoch: The epoch, counted from 0; checkpoint_epoch_<N>.pt holds the epoch N - 1, and
-            checkpoint_final.pt none (None).
+        path: The file to write.
+        epoch: The epoch of training that the file records, counted from 0. In the releases
+            checkpoint_epoch_<N>.pt holds epoch N - 1, and checkpoint_final.pt none (None).
 
     Raises:
-        TypeError: A family that has no such layout.
+        TypeError: The model is of another family than `recurrent_depth`, for which the format does
+            not exist.
     """
     if not isinstance(model, RecurrentDepth):
         raise TypeError(

@@ -30,12 +30,13 @@ StopAt = int | str | Sequence[int | str] | Int[Tensor, " token"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen from the logits.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the most probable token.
-        top_k: Only the k most probable tokens; None for all.
-        top_p: Only the most probable tokens that together reach this probability; 1 for all.
+        temperature: The number that divides the logits; 0 takes the most probable token.
+        top_k: How many of the most probable tokens may be drawn; None means all.
+        top_p: Only the most probable tokens that together reach this probability may be drawn; 1
+            means all.
         seed: The seed of the draws.
     """
 
@@ -54,10 +55,10 @@ class Sampling:
     def choose(
         self, logits: Float[Tensor, "batch d_vocab"], generator: torch.Generator
     ) -> Int[Tensor, " batch"]:
-        """One token for each row; ties are broken as in `Lens.rank`.
+        """Choose one token for each row. Ties are broken as in `Lens.rank`.
 
         Raises:
-            ValueError: Logits that are not finite have no order.
+            ValueError: A logit is not finite, so the tokens have no order.
         """
         if self.temperature == 0:
             return top_token(logits)
@@ -75,14 +76,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated(OneScreen):
-    """Prompts with what was generated after them.
+    """Prompts with the tokens that were generated after them.
 
     Attributes:
-        tokens: Int[Tensor, "batch pos"], each prompt and its new tokens, right-padded with 0.
-        mask: Int[Tensor, "batch pos"], ones for the prompt and what was generated.
+        tokens: Int[Tensor, "batch pos"], each prompt and its new tokens, padded on the right with
+            0.
+        mask: Int[Tensor, "batch pos"], 1 for tokens of the prompt and new tokens, 0 for padding.
         new: Int[Tensor, "batch new"], the new tokens alone; 0 after a row has stopped.
         logits: Float[Tensor, "batch new d_vocab"], from which each new token was chosen.
-        text: Each prompt with what was generated after it; empty without a vocabulary.
+        text: Each prompt with its new tokens as a text; empty if the model has no vocabulary.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -104,27 +106,33 @@ def generate(
     stop_at: StopAt | None = None,
     use_cache: bool = True,
 ) -> Generated:
-    """Generate tokens after each prompt; prompts of different lengths go side by side.
+    """Generate tokens after each prompt, with a key-value cache; prompts may have different
+    lengths.
 
-    Hooks that are on the model act on every step. With the cache a step's points see only the new
-    tokens, "batch 1 ..."; the first step's see the prompts. What later tokens read of earlier ones
-    is the family's rule (`LoopedModel.extend`).
+    Hooks that are on the model act in every step. With the cache a step computes only the new
+    tokens, so its activations have the shape "batch 1 ...", except in the first step, which
+    computes the prompts. The family decides which of the earlier tokens' values later tokens see
+    (`LoopedModel.extend`).
 
     Args:
-        inputs: A batch (its options go to every step), texts, or unpadded tokens.
-        max_new_tokens: At least 1.
-        n_loops: Iterations for every token; None means what the checkpoint records.
-        sampling: None takes the most probable token.
-        stop_at: Tokens after any of which a row stops: an id, the text of one token, or several
-            of these.
-        use_cache: False runs every step from the first token: slow, and for a family with one key
-            and value per visit the same. Rows that depend on each other are always run so, since
-            their new tokens stand at different columns.
+        inputs: A `Batch`, texts, or unpadded token ids. The options of a batch apply to every step.
+        max_new_tokens: The largest number of tokens to generate, at least 1.
+        n_loops: The number of iterations for every token; None means the number that the checkpoint
+            records.
+        sampling: How tokens are chosen; None takes the most probable one.
+        stop_at: The tokens after which a row stops: a token id, the text of one token, or a list of
+            these. None never stops early.
+        use_cache: False computes every step from the first token on. It is slow, and gives the same
+            tokens for a family with one key and value per visit. A family whose rows depend on each
+            other always runs so, since its new tokens stand at different columns.
+
+    Returns:
+        The prompts with their new tokens.
 
     Raises:
-        TypeError: A `stop_at` that is neither a token nor a list of tokens.
-        ValueError: A family that is not causal, more positions than the model has, a `stop_at`
-            outside the vocabulary, or logits that are not finite.
+        TypeError: `stop_at` is neither a token nor a list of tokens.
+        ValueError: The family is not causal, the model has fewer positions than are needed,
+            `stop_at` is outside the vocabulary, or a logit is not finite.
     """
     if not model.causal:
         raise ValueError(

@@ -28,21 +28,26 @@ _FITS: dict[str, type[ProbeFit | TransferFit]] = {
 def merge(
     folder: str | Path, model: LoopedModel | None = None
 ) -> Sweep | Lens | TunedLens | ActivationStore | Probe | TransferMatrix:
-    """Make the record of a whole call from the folder that its shards wrote.
+    """Join the results of all shards of a call, from the folder into which they wrote, to the
+    record of the whole call.
 
     The record is the one that the undivided call returns, to the last bit on machines that compute
-    alike. Probes are fitted here, on the states that the shards wrote. Tensors of a logit lens are
-    on the model's device, all others on the CPU.
+    alike. Probes are fitted here, on the states that the shards wrote. The tensors of a logit lens
+    are on the model's device, all others on the CPU.
 
     Args:
-        folder: The `save_to=` of a sweep, a lens, a training of a tuned lens or a probe, or the
-            `to=` of `collect`.
-        model: The model of a logit, readout or coda lens, whose record reads through the model's
-            head; not needed else.
+        folder: The folder that was given to the call: `save_to=` of a sweep, a lens, a probe or the
+            training of a tuned lens, or `to=` of `collect`.
+        model: The model; needed only for a logit, readout or coda lens, which uses the model's
+            unembedding.
+
+    Returns:
+        The record of the call.
 
     Raises:
         FileNotFoundError: The folder holds no results.
-        ValueError: Work items are missing, a file is cut off, or a lens without its model.
+        ValueError: Some of the work is missing, a file is cut off, or a lens is given without its
+            model.
     """
     manifest = Manifest.read(Path(folder))
     if manifest.method == "collect":

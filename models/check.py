@@ -21,15 +21,17 @@ Probe = Callable[[LoopedModel, Tokens, int], Iterator[str]]
 
 @torch.no_grad()
 def check_family(model: LoopedModel, n_loops: int | None = None) -> None:
-    """Try what a model's class declares, in a few short calls on random tokens.
+    """Test the facts that a model's class declares, in a few short calls on random tokens.
 
-    A declaration that holds on these tokens need not hold on all; one that fails is wrong.
+    A fact that fails here is wrong. A fact that holds on these tokens may still fail on others.
 
     Args:
-        n_loops: Iterations of the calls; None means what the model records, or two.
+        model: A model of the class.
+        n_loops: The number of iterations of the calls; None means the number that the model
+            records, or two.
 
     Raises:
-        ValueError: One sentence for each declaration that does not hold.
+        ValueError: A declared fact does not hold; the message has one sentence for each.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops or _LOOPS)
     longest = model.cfg.n_ctx or _WIDTH

@@ -39,15 +39,19 @@ from loopscope.models.view_parts import (
 
 
 def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
-    """The same schedule with one copy of the block weights per visit, as an oracle for everything
-    that sharing could break.
+    """Copy a model so that every visit has weights of its own, to test a method where nothing is
+    shared.
+
+    The copy has the same schedule and computes the same logits.
 
     Args:
-        n_loops: The only number of iterations that the copy runs.
+        model: The model to copy.
+        n_loops: The number of iterations of the copy, which runs no other number. None means the
+            number that the checkpoint records.
 
     Returns:
-        A model of the same class and hook names. `copy.visit_blocks[i]` holds the weights of visit
-        i.
+        A model of the same class with the same hook names. `copy.visit_blocks[i]` holds the weights
+        of visit i.
     """
     _refuse_edited(model)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -62,20 +66,25 @@ def untied(model: LoopedModel, n_loops: int | None = None) -> LoopedModel:
 
 
 def unrolled(model: Flat, n_loops: int | None = None, *, fold_ln: bool = False) -> Unrolled:
-    """The same computation under TransformerLens names: visit i of the schedule is `blocks.{i}`.
+    """View a looped model as one deep model under TransformerLens names: visit i of the schedule is
+    `blocks.{i}`.
 
     Args:
-        n_loops: Iterations; None means what the checkpoint records.
-        fold_ln: Fold the norms' weights into what reads them, in a copy of the weights; then the
-            attributions of all components plus the biases sum to the logit.
+        model: The model to view. Its family must be a flat stack of blocks over shared weights.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        fold_ln: Whether the norms' weights are folded into the weights that read them, in a copy.
+            Then the attributions of all components and the biases sum to the logit.
+
+    Returns:
+        A model for TransformerLens's tools, which shares the looped model's weights.
 
     Raises:
-        TypeError: A family that is not a flat stack of blocks over shared weights.
+        TypeError: The family is no flat stack of blocks over shared weights.
     """
     if not isinstance(model, Flat):
         raise TypeError(
-            f"unrolled serves flat causal families, got {type(model).__name__}; check it against"
-            " untied(model, n_loops)"
+            "unrolled needs a family whose blocks form one flat causal stack, as those of this"
+            f" {type(model).__name__} do not; untied(model, n_loops) takes every family"
         )
     _refuse_edited(model)
     return Unrolled(model, checked_loops(n_loops, model.cfg.n_loops), fold_ln)
@@ -90,8 +99,10 @@ def _refuse_edited(model: LoopedModel) -> None:
 
 
 class Unrolled(EagerWhileHooked, HookedRootModule):
-    """The model that `unrolled` returns. It shares the looped model's weights (folded copies with
-    fold_ln) and runs its steps.
+    """A looped model as one deep model under TransformerLens names; `unrolled` makes it.
+
+    It shares the looped model's weights, or has folded copies with `fold_ln`, and runs the looped
+    model's steps.
     """
 
     _source: Flat
@@ -179,8 +190,10 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
         )
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> tuple[Tensor, UnrolledCache]:
-        """As TransformerLens's, with an `ActivationCache` that refuses decompositions which would
-        be wrong.
+        """Run the model and keep activations, as in TransformerLens.
+
+        The cache is an `ActivationCache`. It refuses decompositions of the residual stream that
+        would be wrong for the model.
         """
         logits, cache = super().run_with_cache(*args, **kwargs)
         return logits, UnrolledCache(
@@ -210,13 +223,15 @@ class Unrolled(EagerWhileHooked, HookedRootModule):
         return self._source.to_single_token(text)
 
     def to_str_tokens(self, tokens: str | Tensor) -> list[str]:
-        """The tokens as strings."""
+        """The tokens of a text or of token ids, each as a string."""
         return self._source.to_str_tokens(tokens)
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Tensor
     ) -> Float[Tensor, "*tokens d_model"]:
-        """The unembedding vectors of some tokens."""
+        """The unembedding vectors of some tokens: the directions of the residual stream that raise
+        their logits.
+        """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         return self.W_U.T[torch.as_tensor(ids, device=self.W_U.device)]
 

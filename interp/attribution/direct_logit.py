@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogitComponent:
-    """One term of the residual stream.
+    """One term of the residual stream: the output of one component.
 
     Attributes:
-        name: The hook point at which it is read.
-        kind: "embed", "pos_embed", "head", "attn_bias", "attn" (all heads and the bias together) or
-            "mlp"; outside the loop with its stage in front ("prelude.mlp").
-        loop, layer, head: Where it is; None where it has no such coordinate.
+        name: The hook point at which the term is read.
+        kind: "embed", "pos_embed", "head", "attn_bias", "mlp", or "attn" for all heads and the bias
+            together. Outside the loop the stage stands in front ("prelude.mlp").
+        loop, layer, head: The iteration, block and head, from 0; None for a term without one.
     """
 
     name: str
@@ -54,14 +54,15 @@ class LogitComponent:
 
 @dataclass(frozen=True)
 class DirectLogits(OneScreen):
-    """A logit, or a difference of two, as a sum over components.
+    """The logit of an answer, or the difference of two logits, split into one term per component.
 
     Attributes:
-        components: In the order in which they run.
-        values: Float[Tensor, "component batch"], each component's term.
-        constant: Float[Tensor, " batch"], the final norm's bias through the unembedding, and the
-            unembedding's bias.
-        logits: Float[Tensor, " batch"], the model's own: the sum of the values and the constant.
+        components: The components, in the order in which they run.
+        values: Float[Tensor, "component batch"], the term of each component, in logits.
+        constant: Float[Tensor, " batch"], the part that no component writes: the biases of the
+            final norm (through the unembedding) and of the unembedding.
+        logits: Float[Tensor, " batch"], the model's own logit or difference: the sum of all terms
+            and the constant.
     """
 
     components: tuple[LogitComponent, ...]
@@ -70,8 +71,8 @@ class DirectLogits(OneScreen):
     logits: Float[Tensor, " batch"]
 
     def frame(self) -> pd.DataFrame:
-        """One row per component, and a last one for the constant: component, loop, layer, head,
-        value (mean over the batch).
+        """One row per component, and a last row for the constant. The columns are component, loop,
+        layer, head and value (in logits, a mean over the batch).
         """
         rows = [(c.kind, c.loop, c.layer, c.head) for c in self.components]
         frame = pd.DataFrame(
@@ -100,23 +101,31 @@ def direct_logit_attribution(
     heads: bool = True,
     batch_size: int = 512,
 ) -> DirectLogits:
-    """Compute the share of every component in the logit at the readout, through the final norm
-    frozen at its actual scale.
+    """Split the logit of an answer into one term per component and iteration: direct logit
+    attribution.
+
+    A component's term is its output at the answer position, through the final norm and the
+    unembedding. The final norm divides every term by the scale that it had in the run.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        answers: The token of each row whose logit is split up; an int for the same token in all
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        answers: The token of each row whose logit is split; an int means the same token in all
             rows.
-        against: Tokens whose logit is subtracted; None for the plain logit.
-        n_loops: Iterations; None means what the checkpoint records.
-        heads: Every head on its own and the attention's output bias as a row of its own; False
-            gives each attention whole.
-        batch_size: Rows run at a time.
+        against: Tokens whose logit is subtracted, so that the difference is split; None means no
+            token.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        heads: True gives each head a term of its own, and the attention's output bias another.
+            False gives each attention layer one term.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The terms, by component and row.
 
     Raises:
-        ValueError: A model whose residual stream is no sum of component outputs or whose logits
-            have a cap, tokens outside the vocabulary, or heads that are not linear in the residual
-            stream.
+        ValueError: The residual stream is not a plain sum of component outputs, the logits are
+            capped, a head's output is not linear in the stream, or a token is outside the
+            vocabulary.
 
     Source:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
@@ -154,11 +163,11 @@ def direct_logit_attribution(
 
 
 def require_additive(model: LoopedModel, method: str) -> None:
-    """Raise unless the residual stream is a plain sum of component outputs.
+    """Refuse a model whose residual stream is not a plain sum of component outputs.
 
     Raises:
-        ValueError: The family says that it is not; the message says what else happens to the
-            stream.
+        ValueError: The family declares that the stream is no such sum; the message says what else
+            happens to it.
     """
     if model.additive_residual:
         return

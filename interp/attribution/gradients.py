@@ -31,18 +31,22 @@ def gradients(
     *,
     readout: ReadoutColumn = None,
 ) -> tuple[LoopCache, LoopCache]:
-    """Activations at some sites, and the gradient of the metric's sum over the batch with respect
-    to each.
+    """Take activations from one run, and the gradient of a metric with respect to each of them.
+
+    The gradient is that of the metric's sum over the rows. Each iteration has activations and
+    gradients of its own.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
-            batch"].
-        names: A hook name, a pattern, a list or a predicate.
-        n_loops: Iterations; None means what the checkpoint records.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
+            to one number per row, such as `logit_margin(answers)`.
+        names: The activations to take: a hook name, a pattern, a list of both, or a function from a
+            name to a bool.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
 
     Returns:
-        Two caches under the same names: activations and gradients.
+        Two caches with the same hook names: the activations, and their gradients.
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -104,11 +108,12 @@ def gradients_with_metric(
 def alone(
     model: LoopedModel, batch: Batch, metric: Metric, row: int, n_loops: int
 ) -> tuple[Batch, Metric, int]:
-    """An example as a batch of its own, with its metric and its number there, so that nothing is
-    paid for the others.
+    """Make a batch of one example, with its metric and its row there, so that no other example is
+    run.
 
-    The metric is still of all examples' logits, of which the others' are held. Where rows depend on
-    each other, or hooks may be made for the whole batch, the batch stays whole.
+    The metric is still a function of all examples' logits; those of the other examples are held
+    fixed. The batch stays whole if its rows depend on each other, or if hooks may have been made
+    for the whole batch.
     """
     if len(batch) == 1 or not model.batch_independent or model.any_hook():
         return batch, metric, row

@@ -67,33 +67,39 @@ def attribution_patch(
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> Sweep:
-    """Estimate every cell of `activation_patch`: (source - base activation) times the metric's
-    gradient, summed over the cell.
+    """Estimate all values of a patching sweep from a few gradients, without running the patches.
+
+    The estimate of a cell is a first-order one: (source activation - base activation) times the
+    metric's gradient, summed over the cell. The base is the run that `activation_patch` would
+    patch, and the source is the run from which it would take the activation.
 
     Args:
-        clean, corrupted, metric, n_loops, readout: As for `activation_patch`.
-        sites, positions, heads, loops, layers, visits, direction: As for `activation_patch`.
-        steps: 0 takes the gradient of the base run. More average the gradients at the midpoints of
-            this many parts of the straight line from the base to the source activation (integrated
-            gradients), a hook point being moved along its line at all positions at once; every hook
-            point then needs runs of its own.
-        batch_size: Rows run side by side with steps.
-        save_to, shard: As for `activation_patch`; the cells of one hook point are computed
-            together.
+        clean, corrupted, metric, n_loops, readout: The pair of inputs, the metric and the run, as
+            `activation_patch` describes them.
+        sites, positions, heads, loops, layers, visits, direction: The cells, and which run is the
+            base, as `activation_patch` describes them.
+        steps: 0 takes the gradient in the base run. A larger number averages the gradients over so
+            many points on the straight line from the base to the source activation (integrated
+            gradients); the points are the midpoints of equal parts. All positions of a hook point
+            move along the line together, and every hook point needs runs of its own.
+        batch_size: How many rows run side by side, if `steps` is not 0.
+        save_to, shard: The folder of a divided call, as `activation_patch` describes it. The cells
+            of one hook point are computed together.
 
     Returns:
-        The record of `activation_patch`; a value is the base run's metric plus the estimated
-        effect. Where rows depend on each other, a row's effect is that of its own activation on the
-        metrics of all rows.
+        The record of `activation_patch`. Each value is the base run's metric plus the estimated
+        effect. If the rows of a batch depend on each other, the effect in a row is that of its own
+        activation on the metrics of all rows.
 
     Raises:
-        KeyError: A site or a visit that this model does not have.
-        ValueError: Inputs that do not match, a place out of range, or a negative number of steps.
+        KeyError: The model does not have a site or a visit.
+        ValueError: The two inputs have different shapes, a place is out of range, or `steps` is
+            negative.
 
     Source:
         Nanda 2023, "Attribution Patching: Activation Patching At Industrial Scale"; Sundararajan et
-        al. 2017 (arXiv 1703.01365), equation 1, at one site as in Marks et al. 2024 (arXiv
-        2403.19647).
+        al. 2017 (arXiv 1703.01365), equation 1, at one site as in Marks et al. 2024
+        (arXiv 2403.19647).
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     steps = checked_count(steps, "steps", least=0)

@@ -63,8 +63,8 @@ def _check_sites(model: LoopedModel, visits: list[Visit]) -> None:
         missing = [s for s in (*READ.values(), *ADDED.values()) if s not in visit.sites]
         if missing:
             raise ValueError(
-                f"every block must have the site {missing[0]!r} to tell its readers apart, but"
-                f" {visit.name} has none"
+                f"every block must have the site {missing[0]!r}, which shows what its components"
+                f" read or add, but {visit.name} has none"
             )
     if "hook_embed" not in model.edge_sites()[0]:
         raise ValueError(f"a circuit begins at 'hook_embed', which {type(model).__name__} lacks")

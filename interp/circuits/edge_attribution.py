@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 class ComponentEnd(NamedTuple):
-    """One end of an edge.
+    """One end of an edge: a component of one iteration that writes or reads.
 
     Attributes:
         kind: "embed", "attn" or "mlp" for a writer; "attn", "mlp" or "final" (the final norm) for a
-            reader; outside the loop with its stage in front ("prelude.mlp").
-        loop, layer: Where it is; None where it has no such coordinate.
+            reader. Outside the loop the stage stands in front ("prelude.mlp").
+        loop, layer: The iteration and the block, from 0; None for a component without one.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class ComponentEnd(NamedTuple):
 
 
 class EndPair(NamedTuple):
-    """A component's output as one later component reads it."""
+    """An edge: a component that writes, and a later component that reads its output."""
 
     writer: ComponentEnd
     reader: ComponentEnd
@@ -55,12 +55,12 @@ class EndPair(NamedTuple):
 
 @dataclass(frozen=True)
 class EdgeAttribution(OneScreen):
-    """The first-order effect of every edge between two visits, or within one.
+    """The estimated effect of every edge, within one visit or between two.
 
     Attributes:
-        edges: By reader, in the order in which they run.
-        by_position: Float[Tensor, "edge batch pos"], the effect of the change that the writer makes
-            at one position.
+        edges: The edges, sorted by reader in the order in which the readers run.
+        by_position: Float[Tensor, "edge batch pos"], the effect on the metric of replacing the
+            writer's output at one position.
         clean, corrupted: Float[Tensor, " batch"], the metric of the two runs.
         metric: The metric's name.
     """
@@ -73,12 +73,12 @@ class EdgeAttribution(OneScreen):
 
     @property
     def values(self) -> Float[Tensor, "edge batch"]:
-        """The effect of each edge: the sum over positions."""
+        """The effect of each edge, in the metric's unit: the sum over positions."""
         return self.by_position.sum(-1)
 
     def frame(self) -> pd.DataFrame:
-        """One row per edge: writer, writer_loop, writer_layer, reader, reader_loop, reader_layer,
-        value (mean over the batch).
+        """One row per edge. The columns are writer, writer_loop, writer_layer, reader, reader_loop,
+        reader_layer and value (in the metric's unit, a mean over the batch).
         """
         sides = [
             f"{side}{part}" for side in ("writer", "reader") for part in ("", "_loop", "_layer")
@@ -104,23 +104,32 @@ def edge_attribution(
     *,
     readout: ReadoutColumn = None,
 ) -> EdgeAttribution:
-    """The first-order effect of giving one component alone the clean output of one earlier
-    component, for all such pairs.
+    """Estimate how much each edge between two components matters, from gradients: edge attribution
+    patching.
 
-    Writers are the token embedding and every attention and MLP of every iteration; readers are
-    every later attention and MLP, and the final norm. An edge's value is (clean - corrupted output
-    of the writer) times the corrupted run's gradient through the reader alone, not through the
-    residual stream beside it. The edges that cross any one place of the residual stream sum to the
-    estimate that `attribution_patch` gives for that place. Position embeddings are the same in both
-    runs, so they have no edges.
+    Writers are the token embedding and every attention and MLP of every iteration. Readers are all
+    later attentions and MLPs, and the final norm. The effect of an edge is that of giving the
+    reader alone the writer's clean output. Its first-order estimate is (clean - corrupted output of
+    the writer) times the gradient of the corrupted run, taken through the reader but not through
+    the residual stream beside it.
+
+    All edges that cross one place of the residual stream sum to the estimate of `attribution_patch`
+    for that place. Position embeddings have no edges, because they are the same in both runs.
 
     Args:
-        clean, corrupted, metric, n_loops, readout: As for `activation_patch`; clean outputs are put
-            into the corrupted run.
+        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or token
+            ids.
+        readout: For token ids, the column at which answers are read.
+        metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
+            to one number per row, such as `logit_diff(right, wrong)`.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+
+    Returns:
+        The effect of each edge.
 
     Raises:
-        ValueError: A model whose residual stream is no sum of component outputs, or inputs that do
-            not match.
+        ValueError: The residual stream is not a plain sum of component outputs, or the two inputs
+            have different shapes.
 
     Source:
         Syed et al. 2023 (arXiv 2310.10348), edge attribution patching.

@@ -24,11 +24,12 @@ Order = tuple[int, int, int, int, int]
 
 
 class Edge(NamedTuple):
-    """The output of one component as one later component reads it.
+    """An edge of a circuit: the output of one component, as one later component reads it.
 
     Attributes:
         writer: The node that writes into the residual stream.
-        reader: The node that reads; for a head with the input behind it, ".q", ".k" or ".v".
+        reader: The node that reads. For a head its input stands behind the node: ".q", ".k" or
+            ".v".
     """
 
     writer: str
@@ -36,15 +37,15 @@ class Edge(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Both names in one text, as pages show and copy them."""
+        """Both names in one text with an arrow between them, as pages show and copy them."""
         return f"{self.writer} → {self.reader}"
 
     @classmethod
     def from_text(cls, text: str) -> Edge:
-        """The edge that such a text names; "->" may stand for the arrow.
+        """Make the edge from such a text; "->" may stand for the arrow.
 
         Raises:
-            ValueError: Other than two names with one arrow between them.
+            ValueError: The text is not two names with one arrow between them.
         """
         names = [name.strip() for name in text.replace("->", "→").split("→")]
         if len(names) != 2 or not all(names):
@@ -90,14 +91,14 @@ class ScheduleEntry(NamedTuple):
 
 
 class End(NamedTuple):
-    """A writer or a reader, taken apart.
+    """The parts of the name of a writer or a reader.
 
     Attributes:
         node: The node, with its position if it has one.
         visit: The visit's name; empty for "embed" and "final".
         component: "embed", "final", "mlp", "attn", "attn.3" or "attn.2-3".
         input: "q", "k" or "v" for a reader at a head, else empty.
-        position: Where it is; None in a circuit over all positions.
+        position: The position of the node; None in a circuit over all positions.
     """
 
     node: str

@@ -38,19 +38,23 @@ def exact_scores(
     readout: ReadoutColumn = None,
     max_bytes: int = MAX_BYTES,
 ) -> Circuit:
-    """Measure edges one by one: how far the metric of the whole model falls when that edge alone is
-    given what its writer adds in the corrupted run.
+    """Measure the effect of single edges exactly, by one patch for each.
+
+    The effect of an edge is how far the metric of the clean run falls if the edge alone carries its
+    writer's output in the corrupted run. Many edges are measured side by side.
 
     Args:
-        scores: The edges to measure, such as all those that `circuit_scores` gives.
-        model, clean, corrupted, metric, readout: As for `circuit_scores`.
-        max_bytes: As for `evaluate_circuit`.
+        model, clean, corrupted, metric, readout: The pair of inputs and the metric, as
+            `circuit_scores` describes them.
+        scores: The edges to measure, such as all those that `circuit_scores` returns.
+        max_bytes: About how many bytes the runs may take at a time; it decides how many run side by
+            side.
 
     Returns:
-        The same edges with the mean fall over the batch; many edges are measured in one run.
+        The same edges. The score of each is its effect in the metric's unit, a mean over the batch.
 
     Raises:
-        ValueError: As for `evaluate_circuit`, or no edge.
+        ValueError: There is no edge, or `evaluate_circuit` would refuse the call.
     """
     if not scores.edges:
         raise ValueError("at least one edge is needed to be measured, got none")
@@ -74,25 +78,29 @@ def search_circuit(
     together: int = 16,
     max_bytes: int = MAX_BYTES,
 ) -> Circuit:
-    """Find a circuit by exact patching: from the readout backwards, every edge whose exclusion
-    changes the metric by less than a threshold is excluded for good.
+    """Find a circuit by exact patching (ACDC): exclude each edge whose exclusion hardly changes the
+    metric.
 
-    A run measures the next `together` edges excluded one after the other, up to the first that must
-    stay; so the result is that of one run per edge.
+    The search goes from the readout backwards. An edge that changes the metric by less than the
+    threshold is excluded for good. One run tries the next `together` edges, excluded one after the
+    other, and stops at the first that must stay. So the result is that of one run per edge.
 
     Args:
-        scores: The edges to begin with, such as all those that `circuit_scores` gives.
-        threshold: In units of the metric; the change of the metric's mean that is too small to
-            keep an edge.
+        model, clean, corrupted, metric, readout: The pair of inputs and the metric, as
+            `circuit_scores` describes them.
+        scores: The edges to begin with, such as all those that `circuit_scores` returns.
+        threshold: An edge is excluded if the metric's mean over the batch changes by less than this
+            number, in the metric's unit.
         together: How many edges one run tries.
-        model, clean, corrupted, metric, readout: As for `circuit_scores`.
-        max_bytes: As for `evaluate_circuit`.
+        max_bytes: About how many bytes the runs may take at a time; it decides how many run side by
+            side.
 
     Returns:
-        The pruned circuit; an edge's score is the change when it was tried.
+        The circuit, pruned. The score of an edge is the change of the metric when the edge was
+        tried.
 
     Raises:
-        ValueError: As for `evaluate_circuit`, or a threshold below 0.
+        ValueError: The threshold is below 0, or `evaluate_circuit` would refuse the call.
 
     Source:
         Conmy et al. 2023 (arXiv 2304.14997), algorithm 1 (ACDC).
@@ -189,18 +197,20 @@ class _Search:
 def compare_scores(
     estimate: Circuit, exact: Circuit, sizes: tuple[int, ...] = (10, 30, 100)
 ) -> pd.DataFrame:
-    """How well one scoring of the edges agrees with another.
+    """Compare two scorings of the same edges, such as an estimate with exact scores.
 
     Args:
         estimate, exact: The same edges with two scores.
-        sizes: Numbers of edges of largest absolute score.
+        sizes: How many edges of largest absolute score to compare; one row of the table for each
+            number.
 
     Returns:
-        One row per size: edges, overlap (the share of the top edges that both have), rank
-        correlation (Spearman's, of the absolute scores of all edges).
+        A table with one row per size. Its columns are edges (the size), overlap (the share of the
+        top edges that both scorings have in common) and rank correlation (Spearman's, of the
+        absolute scores of all edges).
 
     Raises:
-        ValueError: They do not have the same edges, or none; or a size below 1.
+        ValueError: The two do not have the same edges, there is no edge, or a size is below 1.
     """
     if estimate.edges != exact.edges:
         raise ValueError(

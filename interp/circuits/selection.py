@@ -26,17 +26,21 @@ NEUTRAL: tuple[Replace, ...] = ("corrupted", "resample")
 def select_circuit(
     scores: Circuit, n_edges: int, rule: Rule = "greedy", prune: bool = True
 ) -> Circuit:
-    """Choose the edges of largest absolute score.
+    """Choose the edges of a circuit by their scores, largest absolute scores first.
 
     Args:
-        scores: Edges to choose from, with their scores.
-        n_edges: How many, before pruning.
-        rule: "top" takes the largest of all; "greedy" starts at "final" and takes at each step the
-            largest edge into a node that is there, so that every edge leads to the readout.
-        prune: Leave out the edges that `prune_circuit` leaves out.
+        scores: The edges to choose from, with their scores.
+        n_edges: How many edges to choose, before pruning.
+        rule: "top" takes the largest edges of all. "greedy" starts at "final" and at each step
+            takes the largest edge into a node that is already in the circuit, so that every edge
+            leads to the readout.
+        prune: Whether `prune_circuit` then removes the edges that lead nowhere.
+
+    Returns:
+        The circuit of the chosen edges.
 
     Raises:
-        ValueError: Another rule, or a number of edges that there is not.
+        ValueError: The rule is unknown, or there are not so many edges.
 
     Source:
         Hanna et al. 2024 (arXiv 2403.17806), section 3: greedy selection.
@@ -52,12 +56,13 @@ def select_circuit(
 
 
 def prune_circuit(circuit: Circuit) -> Circuit:
-    """The circuit without the edges whose writer has no path from "embed" and those whose reader
-    has no path to "final".
+    """Remove the edges of a circuit that are on no path from the embedding to the readout.
 
-    Such edges do nothing where excluded edges carry one run of the model ("corrupted",
-    "resample"). With "mean" or "zero" an edge whose writer hears nothing of the embedding still
-    carries what the writer makes of the replaced values, so that pruning can change the result.
+    An edge is removed if its writer has no path from "embed", or its reader has no path to "final".
+    If excluded edges carry one run of the model (`replace` "corrupted" or "resample" of
+    `evaluate_circuit`), the removed edges have no effect. With "mean" or "zero" they can have one:
+    a writer that receives nothing of the embedding still computes something from the replaced
+    values.
     """
     kept = _connected(circuit, range(len(circuit)))
     return circuit.take(kept, circuit.call.selection)
@@ -97,20 +102,25 @@ def smallest_circuit(
     readout: ReadoutColumn = None,
     max_bytes: int = MAX_BYTES,
 ) -> Circuit:
-    """The smallest circuit of a wanted faithfulness, by bisection on the number of edges.
+    """Find the smallest circuit that reaches a wanted faithfulness, by bisection on the number of
+    edges.
 
-    Faithfulness need not grow with every edge, so that a smaller circuit may have it too. The
-    circuit is pruned where excluded edges carry one run of the model; see `prune_circuit`.
+    Faithfulness need not grow with every edge, so a smaller circuit may reach it too. The circuit
+    is pruned if excluded edges carry one run of the model; see `prune_circuit`.
 
     Args:
+        model, clean, corrupted, metric, replace, seed, readout, max_bytes: The call that measures a
+            circuit, as `evaluate_circuit` describes it.
         scores: All edges with their scores.
-        wanted: The faithfulness, 1 for the whole model's.
-        rule: As for `select_circuit`.
-        model, clean, corrupted, metric, replace, seed, readout, max_bytes: As for
-            `evaluate_circuit`.
+        wanted: The faithfulness to reach: 0 for the replaced run, 1 for the whole model.
+        rule: How edges are chosen, as `select_circuit` describes it.
+
+    Returns:
+        The circuit that was found.
 
     Raises:
-        ValueError: As for `evaluate_circuit`; or all the scored edges together are less faithful.
+        ValueError: All edges together do not reach the faithfulness, or `evaluate_circuit` would
+            refuse the call.
     """
     checked_number(wanted, "wanted", infinite=True)
     pair = Pair.of(model, clean, corrupted, readout)

@@ -38,22 +38,23 @@ Together = Literal["loops", "positions"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One patch.
+    """The place of one patch in a sweep: its hook point, and the columns and the head that are
+    replaced.
 
     Attributes:
-        name: The hook point; for a patch at several iterations the first hook point.
-        site: The site as the caller called it, or its full name where the caller's word could mean
-            several sites; outside the loop's one stack with the stage before it
-            ("prelude.resid_pre").
-        loop, layer: The coordinates of the visit, from 0; None where the site has no such
-            coordinate, or all of the chosen iterations are patched together.
-        position: The column that is replaced (the query position for scores and patterns); None
-            where several are patched together.
-        head: The head that is replaced; None for all of the site.
-        also: The hook points patched together with `name`, at later iterations.
-        positions: The columns, where several are patched together.
-        visit: The visit at which `name` stands, or the run of a stack that the visit opens or
-            closes; empty before the first visit and after the last.
+        name: The hook point; if several iterations are patched together, the first hook point.
+        site: The site in the caller's word, or its full name if the word could mean several sites.
+            Outside the loop the stage stands in front ("prelude.resid_pre").
+        loop, layer: The iteration and the block, from 0. None if the site has none, or if all
+            chosen iterations are patched together.
+        position: The column that is replaced; for attention scores and patterns, the query
+            position. None if several columns are patched together.
+        head: The head that is replaced; None means the whole site.
+        also: The hook points at later iterations that are patched together with `name`.
+        positions: The columns, if several are patched together.
+        visit: The name of the visit to which the hook point belongs. At the start or end of an
+            iteration or cycle it is the name of that run of blocks. It is empty before the first
+            visit and after the last.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Cell:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every hook point that is patched, in the order of the schedule."""
+        """Every hook point that is patched, in the order in which they run."""
         return (self.name, *self.also)
 
     @property
@@ -87,7 +88,7 @@ def columns_of(cells: Sequence[Cell], width: int) -> Bool[Tensor, "cell column"]
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The patches that a caller chose; the fields are those of `activation_patch`."""
+    """The places that a caller chose to patch; `activation_patch` describes the fields."""
 
     sites: str | Sequence[str]
     where: Where = field(default_factory=Where)
@@ -134,12 +135,12 @@ class _Series:
 
 
 def choose(model: LoopedModel, n_loops: int, width: int, selection: Selection) -> list[Cell]:
-    """The cells that a caller chose, in the order of the schedule.
+    """List the cells that a caller chose, in the order of the schedule.
 
     Raises:
-        KeyError: A site or a visit that this model does not have.
-        ValueError: A position, head, loop or layer out of range, a window longer than the chosen
-            iterations, or nothing left.
+        KeyError: The model does not have a site or a visit.
+        ValueError: A position, head, loop or layer is out of range, the window is longer than the
+            chosen iterations, or nothing is left.
     """
     every = places_of(model, n_loops)
     labels = _labels(every, selection.called)

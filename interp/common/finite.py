@@ -18,10 +18,10 @@ _OF_KERNELS = ("attn.hook_attn_scores", "attn.hook_pattern")
 
 
 class NonFinite(NamedTuple):
-    """An activation that holds NaN or infinity.
+    """The place of an activation that holds NaN or infinity.
 
     Attributes:
-        name: The hook point, or "logits" for the answer of the head.
+        name: The hook point, or "logits" for the output of the head.
         row: The row of the batch, from 0.
         position: The column, from 0.
     """
@@ -40,19 +40,21 @@ def first_nonfinite(
     *,
     readout: ReadoutColumn = None,
 ) -> NonFinite | None:
-    """The first activation of a run that is NaN or infinite, in the order of the run.
+    """Find the first activation of a run that holds NaN or infinity.
 
-    Hooks that are on the model act. Padding counts too, as attention multiplies it by zero, which
-    leaves NaN as it is; -inf in attention scores is a mask. Scores and patterns are looked at where
-    they have a hook already: without one the run does not compute them.
+    Hooks that are on the model act. Padding is searched too, because attention multiplies it by
+    zero and leaves NaN as it is. A score of -inf is a mask and does not count. Attention scores and
+    patterns are searched only where they already have a hook, because the run does not compute them
+    otherwise.
 
     Args:
-        inputs: A batch, texts, or tokens.
-        n_loops: Iterations; None means what the checkpoint records.
-        readout: For tokens, the column at which the logits are read; None means the last.
+        inputs: A `Batch`, texts, or token ids.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        readout: The column at which the logits are read, for token ids; None means the last column.
 
     Returns:
-        The first hook point with its first row and position, or None where everything is finite.
+        The first hook point in the order of the run, with its first row and position. None if all
+        activations are finite.
     """
     if readout is None and isinstance(inputs, Tensor):
         readout = -1

@@ -24,18 +24,18 @@ LOGITS_AT_ONCE = 1 << 22  # numbers held at a time where logits are made in piec
 
 
 def as_batch(model: LoopedModel, inputs: Inputs, readout: ReadoutColumn = None) -> Batch:
-    """A `Batch` on the model's device.
+    """Bring inputs into the form of a `Batch` on the model's device.
 
     Args:
-        inputs: A batch, texts to encode, or unpadded tokens Int[Tensor, "batch pos"], also as
-            lists of one length.
-        readout: The column at which answers are read, one for all rows or one per row, for tokens
-            only; negative counts from the end.
+        inputs: A `Batch`, texts to encode, or unpadded token ids Int[Tensor, "batch pos"], also as
+            lists of equal length.
+        readout: For token ids only: the column at which answers are read, one for all rows or one
+            per row. A negative number counts from the end.
 
     Raises:
-        TypeError: A readout that is no integer.
-        ValueError: Tokens without a readout column, a column outside the input, or another number
-            of columns than rows.
+        TypeError: The readout is not an integer.
+        ValueError: Token ids have no readout, the readout is outside the input, or there is not one
+            readout per row.
     """
     if isinstance(inputs, Batch):
         if readout is not None:

@@ -36,10 +36,14 @@ def margin(
 
 
 def logit_margin(answers: Answers) -> Metric:
-    """The metric "logit of the answer minus the largest other logit".
+    """Make the metric "logit of the answer minus the largest other logit", in logits.
 
     Args:
-        answers: One token per row, or an int for the same token in all rows.
+        answers: The token id of each row's answer; an int means the same token in all rows.
+
+    Returns:
+        A function from logits Float[Tensor, "batch d_vocab"] to Float[Tensor, " batch"]. It is
+        above 0 exactly if the answer is the top token.
     """
 
     @of_many
@@ -50,10 +54,13 @@ def logit_margin(answers: Answers) -> Metric:
 
 
 def logit_diff(right: Answers, wrong: Answers) -> Metric:
-    """The metric "logit of the right token minus logit of the wrong one".
+    """Make the metric "logit of the right token minus logit of a wrong token", in logits.
 
     Args:
-        right, wrong: One token per row each, or an int for the same token in all rows.
+        right, wrong: The two token ids of each row; an int means the same token in all rows.
+
+    Returns:
+        A function from logits Float[Tensor, "batch d_vocab"] to Float[Tensor, " batch"].
     """
 
     @of_many

@@ -59,13 +59,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Where:
-    """The visits that a caller chose; what is given besides narrows the choice further.
+    """The visits that a caller chose. A visit must fit all fields that are given.
 
     Attributes:
-        loops: Iterations, from 0; "all" for every one; None also keeps what lies outside the loop.
-        layers: Layers of a stack, from 0; "all" for every one; None also keeps what has no layer.
-        visits: Names of visits or patterns of names ("loops.0.low.1.blocks.0", "loops.*.low.*"). A
-            name also means what stands inside ("loops.0.low.1" has all its blocks). None keeps all.
+        loops: The iterations, from 0; "all" for every one. None also keeps places outside the loop.
+        layers: The blocks of a stack, from 0; "all" for every one. None also keeps places without a
+            block.
+        visits: Names of visits, or patterns of names ("loops.0.low.1.blocks.0", "loops.*.low.*"). A
+            name also means all visits inside it ("loops.0.low.1" has all its blocks). None keeps
+            all.
     """
 
     loops: Picked | int | None = None
@@ -79,11 +81,11 @@ class Where:
         return ", ".join(f"{name}={value}" for name, value in given.items())
 
     def among(self, places: Sequence[Place], n_loops: int) -> list[Place]:
-        """The chosen ones of some places, in their order.
+        """The chosen places among some places, in their order.
 
         Raises:
-            KeyError: A name in `visits` that is none of their visits.
-            ValueError: An iteration or a layer out of range.
+            KeyError: No place has a visit that `visits` names.
+            ValueError: An iteration or a layer is out of range.
         """
         deepest = max((place.layer for place in places if place.layer is not None), default=-1)
         tests = [_within("loops", self.loops, n_loops), _within("layers", self.layers, deepest + 1)]
@@ -227,7 +229,9 @@ def one_visit(model: LoopedModel, n_loops: int, where: Where) -> Visit:
     """The one visit that a caller chose.
 
     Raises:
-        KeyError, ValueError: As for `Where.among`, or the choice means no visit or several.
+        KeyError: There is no such visit.
+        ValueError: The iteration or the layer is out of range, or the choice fits no visit or
+            several.
     """
     found = chosen_visits(model, n_loops, where)
     if len(found) != 1:

@@ -30,15 +30,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FeatureAttribution(OneScreen):
-    """First-order effects of features on a metric: what would be lost without them.
+    """The estimated effect of each feature on a metric: how much of the metric would be lost
+    without it.
 
     Attributes:
-        values: Float[Tensor, "batch column loop feature"], the activation times the metric's
-            gradient along the feature's direction, all that follows in the run included.
-        rest: Float[Tensor, "batch column loop"], the same of what the dictionary leaves out. With
-            the bias, `values` and `rest` sum to the gradient times the state.
-        bias: Float[Tensor, "batch column loop"], the same of the dictionary's bias.
-        columns: Int[Tensor, "batch column"], the column of each entry.
+        values: Float[Tensor, "batch column loop feature"], the feature's activation times the
+            gradient of the metric along the feature's direction, in the metric's unit. The gradient
+            goes through all that follows in the run.
+        rest: Float[Tensor, "batch column loop"], the effect of the part of the state that the
+            dictionary does not reconstruct. `values`, `rest` and `bias` sum to the gradient times
+            the state.
+        bias: Float[Tensor, "batch column loop"], the effect of the dictionary's bias.
+        columns: Int[Tensor, "batch column"], the position of each entry in the input.
     """
 
     values: Float[Tensor, "batch column loop feature"]
@@ -47,10 +50,11 @@ class FeatureAttribution(OneScreen):
     columns: Int[Tensor, "batch column"]
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The k largest effects: example, position, loop, feature, effect, by falling size.
+        """The k largest effects by absolute value, largest first. The columns are example,
+        position, loop, feature and effect.
 
         Raises:
-            ValueError: k outside 1..the number of effects.
+            ValueError: k is below 1 or larger than the number of effects.
         """
         flat = self.values.flatten()
         k = checked_integer(k, "k")
@@ -68,7 +72,7 @@ class FeatureAttribution(OneScreen):
         return pd.DataFrame(columns)
 
     def frame(self) -> pd.DataFrame:
-        """One row per effect that is not zero, as `top` gives it."""
+        """One row per effect that is not zero, in the columns of `top`."""
         return self.top(max(1, int((self.values != 0).sum())))
 
     def plot(self, title: str = "") -> go.Figure:
@@ -88,17 +92,25 @@ def feature_attribution(
     positions: Picked | int | None = "all",
     readout: ReadoutColumn = None,
 ) -> FeatureAttribution:
-    """The effect of every feature on a metric, by gradient times activation.
+    """Estimate the effect of every feature of a dictionary on a metric, by gradient times
+    activation.
 
     Args:
-        dictionary: Of this model. For a transcoder the gradient is that of what it writes.
-        inputs: A batch, texts, or tokens with `readout`.
-        metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
-            batch"].
-        positions: Columns whose features are attributed to; None means the readout.
+        dictionary: A dictionary of this model. For a transcoder the gradient is taken at the hook
+            that it writes.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
+            to one number per row, such as `logit_margin(answers)`.
+        positions: The columns whose features are attributed to: "all", some columns, or None for
+            the answer position.
+
+    Returns:
+        The effects by example, column, iteration and feature.
 
     Raises:
-        KeyError, ValueError: As for `splice`.
+        KeyError: The model does not have a hook of the dictionary.
+        ValueError: The dictionary is of another model, or the metric does not depend on its hook.
 
     Source:
         Marks et al. 2024 (arXiv 2403.19647), sparse feature circuits.
@@ -111,7 +123,7 @@ def feature_attribution(
     if not any(bool(grads[name].any()) for name in reading.written):
         raise ValueError(
             f"the metric does not depend on {reading.target!r}, so features written there have no"
-            " effect; train a dictionary of a hook that the run goes on from"
+            " effect; train a dictionary of a hook that the run uses later"
         )
     columns = read_columns(batch, positions)
 

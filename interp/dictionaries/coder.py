@@ -17,19 +17,21 @@ from loopscope.models.basis.numbers import checked_integer
 
 @dataclass(frozen=True)
 class Coder(OneScreen):
-    """A sparse autoencoder, or a transcoder where what it writes is not what it reads.
+    """The weights of a sparse autoencoder, or of a transcoder, which writes another hook than it
+    reads.
 
-    A code is c(W_enc^T (x - b_dec) + b_enc), and the sum that it stands for W_dec^T code + b_dec. c
-    keeps the `k` largest entries where they are positive, or those above the threshold.
+    The code of x is c(W_enc^T (x - b_dec) + b_enc), and its reconstruction is W_dec^T code + b_dec.
+    The function c keeps the `k` largest entries that are positive, or those above the threshold.
 
     Attributes:
-        W_enc: Float[Tensor, "d_in feature"].
-        b_enc: Float[Tensor, " feature"].
-        W_dec: Float[Tensor, "feature d_out"].
-        b_dec: Float[Tensor, " d_out"].
-        k: Features of a code; None where a threshold decides.
-        threshold: Float[Tensor, " feature"], above which a feature is on; None where k decides.
-        centred: Whether b_dec is taken from x before it is read.
+        W_enc: Float[Tensor, "d_in feature"], the encoder's weights.
+        b_enc: Float[Tensor, " feature"], the encoder's bias.
+        W_dec: Float[Tensor, "feature d_out"], the direction that each feature writes.
+        b_dec: Float[Tensor, " d_out"], the bias that is written.
+        k: How many features are on in a code; None if a threshold decides.
+        threshold: Float[Tensor, " feature"], the activation above which a feature is on; None if k
+            decides.
+        centred: Whether b_dec is subtracted from x before encoding.
     """
 
     W_enc: Float[Tensor, "d_in feature"]
@@ -57,17 +59,17 @@ class Coder(OneScreen):
 
     @property
     def d_in(self) -> int:
-        """The width of what is read."""
+        """The width of the vectors that are read."""
         return int(self.W_enc.shape[0])
 
     @property
     def n_features(self) -> int:
-        """Features."""
+        """The number of features."""
         return int(self.W_enc.shape[1])
 
     @property
     def d_out(self) -> int:
-        """The width of what is written."""
+        """The width of the vectors that are written."""
         return int(self.W_dec.shape[1])
 
     def to(self, device: torch.device | str) -> Coder:
@@ -85,7 +87,7 @@ class Coder(OneScreen):
         """The sparse code of each vector, in float32 or wider.
 
         Raises:
-            ValueError: Vectors of another width.
+            ValueError: The vectors have another width than the coder.
         """
         if x.shape[-1] != self.d_in:
             raise ValueError(
@@ -110,5 +112,5 @@ class Coder(OneScreen):
         return code @ self.W_dec.to(code.dtype)
 
     def decode(self, code: Float[Tensor, "*any feature"]) -> Float[Tensor, "*any d_out"]:
-        """The vector that a code stands for."""
+        """The reconstruction of a code, with the bias."""
         return self.written(code) + self.b_dec.to(code.dtype)

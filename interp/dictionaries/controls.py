@@ -14,14 +14,22 @@ from loopscope.models.basis.numbers import checked_count
 
 
 def pca_dictionary(states: Float[Tensor, "read loop d_in"], reading: Reading, k: int) -> Dictionary:
-    """The principal components of the states of all iterations, each in both directions, as a
-    dictionary of 2 * d_in features of which the k largest are on.
+    """Make a control dictionary from the principal components of the states, without training.
+
+    Each component gives two features, one for each direction, so there are 2 * d_in features. The
+    components are those of the states of all iterations together. The k largest features are on.
 
     Args:
-        k: Features of a code.
+        states: Float[Tensor, "read loop d_in"], the states, such as `loop_states` gives.
+        reading: The hook points of the states; see `Reading`.
+        k: How many features are on in each code.
+
+    Returns:
+        A dictionary of the kind "shared".
 
     Raises:
-        ValueError: States that are not finite, or of another number of iterations.
+        ValueError: A state is not finite, or the states have another number of iterations than
+            `reading`.
     """
     vectors, mean = _centred(states, reading)
     found = torch.linalg.eigh(vectors.T @ vectors).eigenvectors.T
@@ -35,15 +43,24 @@ def random_dictionary(
     k: int,
     seed: int = 0,
 ) -> Dictionary:
-    """Random directions as a dictionary, around the mean of the states of all iterations.
+    """Make a control dictionary from random directions, without training.
+
+    The directions start at the mean of the states of all iterations. The k largest features are on.
 
     Args:
-        n_features: Directions.
-        k: Features of a code.
-        seed: Of the directions.
+        states: Float[Tensor, "read loop d_in"], the states, such as `loop_states` gives.
+        reading: The hook points of the states; see `Reading`.
+        n_features: How many directions are drawn.
+        k: How many features are on in each code.
+        seed: The seed of the directions.
+
+    Returns:
+        A dictionary of the kind "shared".
 
     Raises:
-        TypeError, ValueError: As for `pca_dictionary`, and a seed that is no integer.
+        TypeError: The seed or a number of features is not an integer.
+        ValueError: A state is not finite, or the states have another number of iterations than
+            `reading`.
     """
     vectors, mean = _centred(states, reading)
     n_features, k = checked_count(n_features, "n_features"), checked_count(k, "k")

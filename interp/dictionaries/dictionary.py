@@ -28,18 +28,23 @@ KINDS: tuple[Kind, ...] = ("per_iteration", "shared", "crosscoder", "transcoder"
 
 @dataclass(frozen=True)
 class Dictionary(OneScreen):
-    """Sparse features of one hook over the iterations.
+    """A sparse dictionary: it turns the states at one hook over the iterations into features and
+    back.
+
+    A *code* holds the activations of all features for one token at one iteration; a crosscoder has
+    one code for all iterations of a token.
 
     Attributes:
-        kind: "per_iteration" has a coder for each iteration, so that a feature belongs to one of
-            them. "shared" reads every iteration with one coder. "crosscoder" reads and writes all
-            iterations of a token with one code: its coder is as wide as all of them together,
-            iteration by iteration. "transcoder" reads a block's input and writes its output with
-            one coder for all iterations.
-        coders: One, or one for each iteration.
-        reading: The hook points and the model.
-        losses: Float[Tensor, "coder step"], the share of the variance that each training step's
-            batch leaves unexplained; no steps where the dictionary was not trained here.
+        kind: "per_iteration" has one coder per iteration, so each feature belongs to one iteration.
+            "shared" has one coder for the states of every iteration. "crosscoder" has one coder for
+            all iterations of a token at once: it reads and writes their states joined into one
+            vector, iteration by iteration. "transcoder" reads the input of a block and writes its
+            output, with one coder for all iterations.
+        coders: The encoder and decoder weights: one coder, or one for each iteration.
+        reading: The hook points that are read and written, and the model.
+        losses: Float[Tensor, "coder step"], for each training step the share of its batch's
+            variance that the dictionary does not explain. The axis is empty if the dictionary was
+            not trained here.
     """
 
     kind: Kind
@@ -65,12 +70,12 @@ class Dictionary(OneScreen):
 
     @property
     def n_loops(self) -> int:
-        """Iterations that the dictionary reads."""
+        """The number of iterations that the dictionary reads."""
         return self.reading.n_loops
 
     @property
     def n_features(self) -> int:
-        """Features of a code."""
+        """The number of features of a code."""
         return self.coders[0].n_features
 
     @property
@@ -85,7 +90,7 @@ class Dictionary(OneScreen):
         return self.kind != "per_iteration"
 
     def to(self, device: torch.device | str) -> Dictionary:
-        """The same dictionary on a device."""
+        """This dictionary on another device."""
         moved = tuple(coder.to(device) for coder in self.coders)
         return replace(self, coders=moved, losses=self.losses.to(device))
 
@@ -94,10 +99,18 @@ class Dictionary(OneScreen):
         return self.coders[loop if self.kind == "per_iteration" else 0]
 
     def encode(self, states: Float[Tensor, "read loop d_in"]) -> Float[Tensor, "read code feature"]:
-        """The codes of tokens: one for each iteration, or one alone of a crosscoder.
+        """Turn the states of tokens into codes.
+
+        Args:
+            states: Float[Tensor, "read loop d_in"], one row per token.
+
+        Returns:
+            Float[Tensor, "read code feature"]. The axis `code` has one entry per iteration; a
+            crosscoder has a single one.
 
         Raises:
-            ValueError: States of another width, or of another number of iterations.
+            ValueError: The states have another width or another number of iterations than the
+                dictionary.
         """
         if states.ndim != 3:
             raise ValueError(
@@ -121,7 +134,7 @@ class Dictionary(OneScreen):
         return torch.stack(each, 1)
 
     def decode(self, codes: Float[Tensor, "read code feature"]) -> Float[Tensor, "read loop d_out"]:
-        """The states that codes stand for."""
+        """Turn codes back into states, the dictionary's reconstruction."""
         if self.kind == "crosscoder":
             whole = self.coders[0].decode(codes[:, 0])
             return whole.view(len(whole), self.n_loops, -1)
@@ -131,10 +144,10 @@ class Dictionary(OneScreen):
         return torch.stack(each, 1)
 
     def directions(self, loop: int) -> Float[Tensor, "feature d_out"]:
-        """The vector that each feature writes at one iteration.
+        """The vector that each feature adds to the state at one iteration.
 
         Raises:
-            ValueError: An iteration out of range.
+            ValueError: The iteration is out of range.
         """
         if not 0 <= loop < self.n_loops:
             raise ValueError(f"loop must be in 0..{self.n_loops - 1}, got {loop}")
@@ -142,7 +155,7 @@ class Dictionary(OneScreen):
         return W_dec.unflatten(1, (self.n_loops, -1))[:, loop] if self._all_at_once else W_dec
 
     def bias(self, loop: int) -> Float[Tensor, " d_out"]:
-        """The bias that is written at one iteration."""
+        """The bias that the dictionary adds to the state at one iteration."""
         b_dec = self.coder(loop).b_dec
         return b_dec.unflatten(0, (self.n_loops, -1))[loop] if self._all_at_once else b_dec
 
@@ -151,15 +164,18 @@ class Dictionary(OneScreen):
         return self.kind == "crosscoder"
 
     def check(self, model: LoopedModel) -> None:
-        """Refuse a model that the dictionary does not fit.
+        """Refuse a model that the dictionary was not trained on, or that it does not fit.
 
         Raises:
-            KeyError, ValueError: As for `Reading.check`.
+            KeyError: The model does not have a hook of the dictionary.
+            ValueError: The model has other weights, another configuration or another width.
         """
         self.reading.check(model)
 
     def frame(self) -> pd.DataFrame:
-        """One row per coder and training step: coder, step, unexplained."""
+        """One row per coder and training step. The columns are coder, step and unexplained (share
+        of the batch's variance).
+        """
         rows = [
             (coder, step, loss)
             for coder, losses in enumerate(self.losses.tolist())

@@ -33,21 +33,24 @@ _READS = 4096  # reads encoded at a time
 
 @dataclass(frozen=True)
 class FeatureEffects:
-    """One feature in some inputs.
+    """The strongest activations of one feature in some inputs, and the effect of removing it.
 
     Attributes:
-        feature: The feature.
-        on: Int[Tensor, " live"], the rows in which it is on.
-        rows: Int[Tensor, " input"], those in which it is strongest, by falling activation.
-        columns, loops: Int[Tensor, " input"], where it is strongest in each of them.
-        activation: Float[Tensor, "input pos"], at that iteration; NaN for padding.
-        profile: Float[Tensor, " loop"], the mean length over tokens of what the feature writes.
-        share: Float[Tensor, " loop"], the share of tokens in which it is on.
-        logits: Float[Tensor, " d_vocab"], its direct effect, as `direct_effect` says.
+        feature: The number of the feature.
+        on: Int[Tensor, " live"], the rows in which the feature is on.
+        rows: Int[Tensor, " input"], the rows in which it is strongest, by falling activation.
+        columns, loops: Int[Tensor, " input"], the column and the iteration of the largest
+            activation in each of these rows.
+        activation: Float[Tensor, "input pos"], the activation at that iteration; NaN at padding.
+        profile: Float[Tensor, " loop"], the mean length of the vector that the feature adds, over
+            tokens.
+        share: Float[Tensor, " loop"], the share of tokens in which the feature is on.
+        logits: Float[Tensor, " d_vocab"], the feature's direct effect on the logits; see
+            `direct_effect`.
         margin: Float[Tensor, " loop_and_all"], the mean change of the answers' margin, in logits,
-            where the feature is taken out at one iteration alone, and at all of them; of the rows
-            in which it is on. NaN where it is no feature of the iteration.
-        changed: Float[Tensor, " loop_and_all"], the share of their top tokens that change.
+            if the feature is removed at one iteration, and in the last entry at all iterations. The
+            mean is over the rows in which it is on. NaN if the iteration does not have the feature.
+        changed: Float[Tensor, " loop_and_all"], the share of these rows whose top token changes.
     """
 
     feature: int
@@ -73,18 +76,18 @@ def feature_effects(
     loop: int | None = None,
     k: int = 6,
 ) -> FeatureEffects:
-    """Find where a feature is strongest, and measure what it does.
+    """Find where a feature is strongest, and measure how the answers change without it.
 
     Args:
-        answers: The token whose margin is measured in each row.
-        feature: From 0; None means the one with the largest activation where it is looked for.
-        loop: The iteration at which it is looked for; None means all, and of a per_iteration
-            dictionary the last one.
-        k: Rows to show.
+        answers: The token id of each row's answer, whose margin is measured.
+        feature: The feature, from 0; None takes the one with the largest activation at `loop`.
+        loop: The iteration at which the feature is looked for. None means all iterations, or for a
+            per_iteration dictionary the last one.
+        k: How many rows to show.
 
     Raises:
-        ValueError: A feature or an iteration out of range, a feature that is on in no row, or a
-            dictionary of another model.
+        ValueError: A feature or an iteration is out of range, the feature is on in no row, or the
+            dictionary is of another model.
     """
     dictionary.check(model)
     n_loops, k = dictionary.n_loops, checked_count(k, "k")

@@ -30,13 +30,15 @@ class TopExamples(OneScreen):
     """The strongest activations of some features, over tokens and iterations.
 
     Attributes:
-        features: The features.
-        example, position, loop: Int[Tensor, "feature k"], where each activation is; the loop is 0
-            for a crosscoder, whose code belongs to all iterations, unless one was asked for.
-        activation: Float[Tensor, "feature k"], falling; 0 where a feature is on in fewer places.
-        profile: Float[Tensor, "feature loop"], the mean length over tokens of what each feature
-            writes at each iteration.
-        texts: The input of each example in words, where the model has words.
+        features: The features, from 0.
+        example, position, loop: Int[Tensor, "feature k"], the row, the column and the iteration of
+            each activation. The code of a crosscoder belongs to all iterations, so its loop is 0
+            unless one was asked for.
+        activation: Float[Tensor, "feature k"], largest first; 0 if a feature is on at fewer than k
+            places.
+        profile: Float[Tensor, "feature loop"], the mean length of the vector that each feature adds
+            at each iteration, over all tokens.
+        texts: The text of each example; empty if the model has no vocabulary.
     """
 
     features: tuple[int, ...]
@@ -48,7 +50,9 @@ class TopExamples(OneScreen):
     texts: tuple[str, ...]
 
     def frame(self) -> pd.DataFrame:
-        """One row per activation: feature, rank, example, position, loop, activation, text."""
+        """One row per activation. The columns are feature, rank (0 is the largest), example,
+        position, loop, activation and text.
+        """
         k = self.example.shape[1]
         columns = {
             "feature": [feature for feature in self.features for _ in range(k)],
@@ -80,19 +84,24 @@ def top_examples(
     loop: int | None = None,
     readout: ReadoutColumn = None,
 ) -> TopExamples:
-    """Find the tokens in which some features are strongest.
+    """Find the tokens at which some features are strongest.
 
     Args:
-        dictionary: Of this model.
-        inputs: A batch, texts, or tokens with `readout`.
-        features: Which, from 0.
-        k: Activations of each feature.
-        loop: The iteration to look at, from 0; None means all. Must be given for a per_iteration
-            dictionary, where a feature belongs to one iteration.
+        dictionary: A dictionary of this model.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        features: The features to look at, from 0.
+        k: How many activations to find for each feature.
+        loop: The iteration to look at, from 0; None means all. It must be given for a per_iteration
+            dictionary, in which a feature belongs to one iteration.
+
+    Returns:
+        The activations of each feature, largest first.
 
     Raises:
-        ValueError: No feature, a feature or an iteration out of range or missing, more activations
-            than there are, or a dictionary of another model.
+        ValueError: No feature is given, a feature or the iteration is out of range, `loop` is
+            missing, k is larger than the number of activations, or the dictionary is of another
+            model.
     """
     dictionary.check(model)
     k = checked_count(k, "k")

@@ -27,20 +27,19 @@ Best = tuple[Int[Tensor, " label"], Float[Tensor, " label"], Float[Tensor, " lab
 
 @dataclass(frozen=True)
 class FeatureLabels(OneScreen):
-    """The feature that tells each label from the others best, at every iteration.
+    """For each label and iteration, the feature that tells the label from the others best.
 
-    A feature says a label where its activation is above a threshold. Feature and threshold are
-    chosen on other reads than F1 is measured on.
+    A feature predicts a label at the reads where its activation is above a threshold. The feature
+    and the threshold are chosen on one set of reads, and F1 is measured on another.
 
     Attributes:
-        feature: Int[Tensor, "loop label"]; -1 for a label that the reads it was chosen on do not
-            hold.
-        threshold: Float[Tensor, "loop label"].
-        chosen: Float[Tensor, "loop label"], F1 on the reads that feature and threshold were chosen
-            on; NaN for a label that they do not hold.
-        f1: Float[Tensor, "loop label"], F1 on the other reads; NaN for a label that they, or those
-            of the choice, do not hold.
-        same_features: Whether a feature is the same at every iteration.
+        feature: Int[Tensor, "loop label"]; -1 if the reads of the choice do not hold the label.
+        threshold: Float[Tensor, "loop label"], in units of the activation.
+        chosen: Float[Tensor, "loop label"], F1 on the reads of the choice; NaN if they do not hold
+            the label.
+        f1: Float[Tensor, "loop label"], F1 on the other reads; NaN if either set of reads does not
+            hold the label.
+        same_features: Whether feature i is the same feature at every iteration.
     """
 
     feature: Int[Tensor, "loop label"]
@@ -54,8 +53,12 @@ class FeatureLabels(OneScreen):
         return self.f1.nanmean(1)
 
     def kept(self, first: int, second: int) -> float:
-        """The share of the labels that occur at both of two iterations that have the same feature
-        there; NaN where none does, or where iterations have features of their own.
+        """The share of labels whose best feature is the same at two iterations, among the labels
+        that both iterations have. NaN if there is no such label, or if each iteration has features
+        of its own.
+
+        Args:
+            first, second: The two iterations, from 0.
         """
         if not self.same_features:
             return float("nan")
@@ -63,7 +66,9 @@ class FeatureLabels(OneScreen):
         return float((self.feature[first] == self.feature[second])[both].double().mean())
 
     def frame(self) -> pd.DataFrame:
-        """One row per iteration and label: loop, label, feature, threshold, chosen, f1."""
+        """One row per iteration and label. The columns are loop, label, feature, threshold, chosen
+        and f1.
+        """
         names = ("feature", "threshold", "chosen", "f1")
         loops, labels = self.f1.shape
         columns = {name: getattr(self, name) for name in names}
@@ -84,16 +89,22 @@ def feature_labels(
     held_states: Float[Tensor, "held loop d_in"],
     held_labels: Int[Tensor, "_held _loop"],
 ) -> FeatureLabels:
-    """Find the best feature of each label on some reads, and its F1 on others.
+    """Find the feature that predicts each label best on some reads, and measure its F1 on other
+    reads.
 
     Args:
-        states: To choose features and thresholds on.
-        labels: One per read and iteration, from 0; -1 leaves a read out at that iteration.
-        held_states, held_labels: To measure F1 on.
+        dictionary: The dictionary whose features are tried.
+        states: Float[Tensor, "read loop d_in"], on which features and thresholds are chosen.
+        labels: Int[Tensor, "read loop"], the label of each read at each iteration, from 0; -1
+            leaves a read out at that iteration.
+        held_states, held_labels: States and labels of the same form, on which F1 is measured.
+
+    Returns:
+        The best feature of each label at each iteration, with its F1.
 
     Raises:
-        ValueError: Labels that are not one per read and iteration, or none at all; states that are
-            not finite.
+        ValueError: There is not one label per read and iteration, no label at all, or a state that
+            is not finite.
     """
     for x, y in ((states, labels), (held_states, held_labels)):
         if y.shape != x.shape[:2] or not bool((y >= 0).any()):

@@ -38,25 +38,28 @@ _READS = 4096  # reads encoded at a time
 
 @dataclass(frozen=True)
 class DictionaryQuality(OneScreen):
-    """How well a dictionary stands for states, iteration by iteration.
+    """How well a dictionary reconstructs states, iteration by iteration.
 
-    A crosscoder's feature counts as on at an iteration where it is on and writes at least a tenth
-    of what it writes at most.
+    A feature of a crosscoder counts as on at an iteration only if it writes there at least a tenth
+    of the most that it writes at any iteration.
 
     Attributes:
-        kind: Of the dictionary.
-        explained: Float[Tensor, " loop"], the share of the states' variance that is explained.
-        overall: The same share of all iterations together, around one mean.
+        kind: The kind of the dictionary.
+        explained: Float[Tensor, " loop"], the share of the states' variance that the dictionary
+            explains.
+        overall: The share of the variance of the states of all iterations together, around one
+            mean, that the dictionary explains.
         active: Float[Tensor, " loop"], the mean number of features that are on (L0).
-        recovered: Float[Tensor, " loop"], 1 - KL of the answers with the dictionary in place of
-            the states over their KL with the states' mean in that place, at this iteration alone:
-            1 where nothing is lost. NaN where the mean changes nothing, and for a store, of which
-            nothing is run.
-        recovered_all: The same with the dictionary at every iteration.
-        on: Float[Tensor, "loop feature"], the share of reads in which each feature is on.
-        first: Float[Tensor, "loop feature"], the share of reads in which a feature is on for the
+        recovered: Float[Tensor, " loop"], how much of the answers survives if the reconstruction
+            replaces the states of this iteration alone. It is 1 - KL(reconstruction) / KL(mean):
+            the KL of the answers with the reconstruction, over their KL with the states' mean in
+            its place. 1 means that nothing is lost. NaN if the mean changes nothing, and for a
+            store, because nothing is run.
+        recovered_all: The same ratio if the reconstruction replaces the states of every iteration.
+        on: Float[Tensor, "loop feature"], the share of reads at which each feature is on.
+        first: Float[Tensor, "loop feature"], the share of reads at which a feature is on for the
             first time at this iteration.
-        n_reads: Reads.
+        n_reads: The number of reads.
     """
 
     kind: str
@@ -70,21 +73,21 @@ class DictionaryQuality(OneScreen):
     n_reads: int
 
     def live(self) -> Bool[Tensor, "*loop_and_feature"]:
-        """The features that are on in at least one read: " feature", or "loop feature" where each
-        iteration has features of its own.
+        """Which features are on at one read or more. The axes are " feature", or "loop feature" if
+        each iteration has features of its own.
         """
         return self.on > 0 if self.kind == "per_iteration" else (self.on > 0).any(0)
 
     def dead(self) -> int:
-        """Features that are never on."""
+        """The number of features that are never on."""
         return int((~self.live()).sum())
 
     def shared(self, least: int = 2) -> float:
-        """The share of the live features that are on at several iterations; NaN where each
-        iteration has features of its own.
+        """The share of the live features that are on at several iterations; NaN if each iteration
+        has features of its own.
 
         Args:
-            least: Iterations that count as several.
+            least: How many iterations count as several.
         """
         least = checked_count(least, "least")
         if self.kind == "per_iteration":
@@ -92,8 +95,9 @@ class DictionaryQuality(OneScreen):
         return float(((self.on > 0).sum(0) >= least).double().sum() / self.live().sum())
 
     def frame(self) -> pd.DataFrame:
-        """One row per iteration: loop, explained, active, recovered, live and new (features that
-        are on, and that turn on, at this iteration in at least one read).
+        """One row per iteration. The columns are loop, explained, active, recovered, live and new.
+        The last two count the features that are on, and that turn on, at this iteration at one read
+        or more.
         """
         columns = {
             "loop": range(len(self.explained)),
@@ -106,10 +110,13 @@ class DictionaryQuality(OneScreen):
         return pd.DataFrame(columns)
 
     def features(self) -> pd.DataFrame:
-        """One row per live feature: feature, on (share of reads at the iteration of most), loops
-        (how many it is on at), peak (the iteration of most), turns_on (the mean iteration at which
-        it is on for the first time in a read). Where each iteration has features of its own, one
-        row per live pair of loop and feature: loop, feature, on.
+        """One row per live feature. The columns are feature, on (the largest share of reads at any
+        iteration), loops (at how many iterations the feature is on), peak (the iteration with the
+        largest share) and turns_on (the mean iteration at which it is on for the first time in a
+        read).
+
+        If each iteration has features of its own, there is one row per live pair of iteration and
+        feature, with the columns loop, feature and on.
         """
         if self.kind == "per_iteration":
             loop, feature = self.live().nonzero().unbind(1)
@@ -144,17 +151,23 @@ def dictionary_quality(
     positions: Picked | int | None = "all",
     readout: ReadoutColumn = None,
 ) -> DictionaryQuality:
-    """Measure a dictionary on inputs that it was not trained on.
+    """Measure how well a dictionary reconstructs states of inputs that it was not trained on.
 
     Args:
-        dictionary: Of this model.
-        inputs: A batch, texts, or tokens with `readout`; or a store of this model's activations,
-            which is read in batches, and for which no answers are recovered.
-        positions: The tokens whose states are counted, as for `train_dictionary`; in the runs the
-            dictionary stands in place of all of them.
+        dictionary: A dictionary of this model.
+        inputs: A `Batch`, texts, or token ids. Or a store of this model's activations, which is
+            read in batches; then no model is run, so `recovered` is NaN.
+        readout: For token ids, the column at which answers are read.
+        positions: The tokens whose states are counted: "all" except padding, some columns, or None
+            for the answer position. In the runs that give `recovered`, the reconstruction replaces
+            the states of all tokens.
+
+    Returns:
+        The measures of each iteration and feature.
 
     Raises:
-        KeyError, ValueError: As for `splice`, or a store of another model, tokenizer or number of
+        KeyError: The model does not have a hook of the dictionary.
+        ValueError: The dictionary or the store is of another model, tokenizer or number of
             iterations.
     """
     dictionary.check(model)

@@ -27,14 +27,14 @@ States = Float[Tensor, "read loop d_in"]
 
 @dataclass(frozen=True)
 class Reading:
-    """The hook points that a dictionary reads and writes, and the model that they belong to.
+    """The hook points that a dictionary reads and writes, and the model to which they belong.
 
     Attributes:
-        hook: The hook that is read, within an iteration, e.g. "blocks.1.hook_resid_post".
-        target: The hook that is written; `hook` itself except for a transcoder.
-        n_loops: Iterations of the runs.
+        hook: The hook that is read, named within an iteration: "blocks.1.hook_resid_post".
+        target: The hook that is written. It differs from `hook` for a transcoder only.
+        n_loops: The number of iterations of the runs.
         family: The model's family.
-        mark: A hash of the model's weights and configuration.
+        mark: A hash of the model's weights and configuration; empty if the model is unknown.
     """
 
     hook: str
@@ -54,14 +54,16 @@ class Reading:
         hook: str | None = None,
         target: str | None = None,
     ) -> Reading:
-        """The places of a model.
+        """The hook points of a model.
 
         Args:
-            hook: None means the residual after the last block of every iteration.
-            target: None means the same hook.
+            n_loops: The number of iterations; None means the number that the checkpoint records.
+            hook: The hook that is read; None means the residual stream after the last block of an
+                iteration.
+            target: The hook that is written; None means `hook`.
 
         Raises:
-            KeyError: A hook that an iteration does not have.
+            KeyError: An iteration does not have the hook.
         """
         n_loops = checked_loops(n_loops, model.cfg.n_loops)
         hook = _last_residual(model, n_loops) if hook is None else hook
@@ -81,12 +83,12 @@ class Reading:
         return [f"loops.{loop}.{self.target}" for loop in range(self.n_loops)]
 
     def check(self, model: LoopedModel) -> None:
-        """Refuse a model that a dictionary was not trained on; one without a mark takes any that
-        has its hooks.
+        """Refuse a model that the dictionary was not trained on. A reading without `mark` accepts
+        every model that has its hooks.
 
         Raises:
-            KeyError: A hook that the model does not have.
-            ValueError: Other weights, or another configuration.
+            KeyError: The model does not have a hook.
+            ValueError: The model has other weights or another configuration.
         """
         if self.mark:
             own = Reading.of(model, self.n_loops, self.hook, self.target)
@@ -137,22 +139,26 @@ def loop_states(
     readout: ReadoutColumn = None,
     batch_size: int = 512,
 ) -> Float[Tensor, "read loop d_in"]:
-    """The states of tokens at one hook, all iterations of a token together.
+    """Collect the states of tokens at one hook, over all iterations: the training data of a
+    dictionary.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        n_loops: Iterations; None means what the checkpoint records.
-        hook: A hook within an iteration, e.g. "blocks.1.hook_mlp_out"; None means the residual
-            after the last block.
-        positions: "all" tokens that are not padding, columns, or None for the readout.
-        batch_size: Rows run at a time.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        hook: The hook, named within an iteration, such as "blocks.1.hook_mlp_out". None means the
+            residual stream after the last block.
+        positions: The tokens to take: "all" except padding, some columns, or None for the answer
+            position.
+        batch_size: How many rows run at a time.
 
     Returns:
-        One row per token, example by example, in float32 or wider.
+        The states, one row per token, example by example, in float32 or wider. The axes are read,
+        loop and d_in (the width of the hook).
 
     Raises:
-        KeyError: A hook that an iteration does not have.
-        ValueError: States that are not finite, or a column out of range.
+        KeyError: An iteration does not have the hook.
+        ValueError: A state is not finite, or a column is out of range.
     """
     batch = as_batch(model, inputs, readout)
     reading = Reading.of(model, n_loops, hook)

@@ -34,15 +34,16 @@ _KNOWN = ("topk", *_BY_THRESHOLD)
 
 
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
-    """Write a dictionary as a new folder in SAELens's format, whole or not at all.
+    """Write a dictionary into a new folder in the format of SAELens, whole or not at all.
 
     Args:
-        folder: Holds cfg.json and sae_weights.safetensors, or one such folder for each iteration
-            (loop_0, loop_1, ...) where there are several coders.
+        dictionary: The dictionary to write.
+        folder: The folder to make. It holds cfg.json and sae_weights.safetensors, or for a
+            dictionary with several coders one such folder per iteration (loop_0, loop_1, ...).
 
     Raises:
-        FileExistsError: The folder is there.
-        ValueError: SAELens has no such coder (a transcoder by k).
+        FileExistsError: The folder exists already.
+        ValueError: SAELens has no such dictionary, as is so for a transcoder with a fixed k.
     """
     folder = Path(folder)
     if folder.exists():
@@ -63,15 +64,19 @@ def save_dictionary(dictionary: Dictionary, folder: str | Path) -> None:
 
 
 def load_dictionary(folder: str | Path, reading: Reading | None = None) -> Dictionary:
-    """Read a dictionary that `save_dictionary` or SAELens wrote.
+    """Read a dictionary from a folder that `save_dictionary` or SAELens wrote.
 
     Args:
-        reading: The hook points, for a folder that SAELens wrote; its one coder is then shared by
-            all iterations.
+        folder: The folder.
+        reading: The hook points. They must be given for a folder that SAELens wrote; its one coder
+            is then used at all iterations.
+
+    Returns:
+        The dictionary.
 
     Raises:
-        ValueError: A file that is not of the format, an architecture that is not known here, or no
-            reading where the files have none.
+        ValueError: A file is not of the format, the architecture is not supported, or `reading` is
+            missing.
     """
     folder = Path(folder)
     inside = list(takewhile(Path.exists, (folder / f"loop_{loop}" for loop in count())))

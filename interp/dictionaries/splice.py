@@ -31,17 +31,20 @@ Features = int | Sequence[int] | Int[Tensor, "batch some"]
 
 @dataclass(frozen=True)
 class FeatureEdit:
-    """A change of some features of a dictionary that is spliced into runs.
+    """A change of some features during a run, to be given to `splice`.
+
+    The new activation of a feature is scale * activation + add.
 
     Attributes:
-        features: One feature, several, or for each row its own: Int[Tensor, "batch some"].
-        loops: Iterations, from 0; "all" for every one.
-        positions: Columns of the text; "all" for every one.
-        scale: Multiplies the activations; 0 takes the features out. A tensor may have one for each
-            feature.
-        add: Is added to them afterwards, in units of the states.
-        into: Features, as many as `features`, that are given the activations in addition to their
-            own; with scale=0 they take them over.
+        features: One feature, several features, or other ones for each row:
+            Int[Tensor, "batch some"].
+        loops: The iterations to change, from 0; "all" for every one.
+        positions: The columns of the text to change; "all" for every one.
+        scale: The factor of the activations; 0 switches the features off. A tensor can hold one
+            factor for each feature.
+        add: The amount that is added after scaling, in units of the states.
+        into: As many features as `features`. Each also receives the activation of its partner in
+            `features`; with scale=0 the activation moves from one to the other.
     """
 
     features: Features
@@ -56,14 +59,15 @@ class FeatureEdit:
         checked_factor(self.add, "add")
 
     def check(self, dictionary: Dictionary, chosen: Sequence[int]) -> None:
-        """Refuse what cannot be applied where a dictionary is in place.
+        """Refuse an edit that cannot be applied to a dictionary.
 
         Args:
-            chosen: The iterations at which it is.
+            dictionary: The dictionary.
+            chosen: The iterations at which the dictionary is in place.
 
         Raises:
-            ValueError: An iteration where it is not, features out of range or that are no list or
-                table of numbers, or `into` of another size.
+            ValueError: The edit names an iteration at which the dictionary is not in place, a
+                feature out of range, features that are not numbers, or an `into` of another size.
         """
         outside = set(in_range("loops", self.loops, dictionary.n_loops)) - set(chosen)
         if outside and not isinstance(self.loops, str):
@@ -94,10 +98,11 @@ class FeatureEdit:
     def apply(
         self, codes: Float[Tensor, "batch pos feature"], loop: int, n_loops: int
     ) -> Float[Tensor, "batch pos feature"]:
-        """The codes of one iteration with the features changed.
+        """The codes of one iteration after the edit.
 
         Raises:
-            ValueError: A column out of range, or another number of rows.
+            ValueError: A column is out of range, or the features are given for another number of
+                rows.
         """
         if loop not in in_range("loops", self.loops, n_loops):
             return codes
@@ -141,25 +146,27 @@ def splice(
     error: bool = True,
     reference: Inputs | None = None,
 ) -> Iterator[LoopedModel]:
-    """Inside the `with` block every run of the model passes through a dictionary; afterwards, also
-    after an error, none does.
+    """Run a model with a dictionary in place of its states, and change features of the dictionary.
 
-    Runs inside must have the dictionary's number of iterations. Gradients reach the states.
+    Inside the `with` block every run is encoded by the dictionary, edited and decoded again at the
+    dictionary's hook. After the block, also after an error, the model is as before. The runs must
+    have the dictionary's number of iterations. Gradients pass through to the states.
 
     Args:
-        edits: Changes of features, one after another.
-        loops: Iterations at which the dictionary is in place, from 0; "all" for every one.
-        error: Keep what the dictionary leaves out of each state: without edits, runs are then
-            exactly as they were. False leaves the sum of the features alone.
-        reference: For a crosscoder only: the inputs of the runs inside. Its code of a token needs
-            the states of all iterations, which are taken from one run of these inputs when the
-            context is entered. A run of other tokens is refused; what a batch holds besides tokens
-            (`Batch.options`, such as a seed), and what hooks inside change, is not compared.
+        dictionary: A dictionary of this model.
+        edits: Changes of features, applied one after another.
+        loops: The iterations at which the dictionary is in place, from 0; "all" for every one.
+        error: True adds the part of each state that the dictionary does not reconstruct, so that
+            runs without edits are exactly those of the model. False leaves only the reconstruction.
+        reference: The inputs of the runs inside, for a crosscoder only. A crosscoder needs the
+            states of all iterations to encode a token, so these inputs are run once at the start of
+            the block. A run of other tokens is refused. Changes by `Batch.options` (such as a seed)
+            or by hooks inside are not noticed.
 
     Raises:
-        KeyError: A hook that the model does not have.
-        ValueError: A dictionary of another model or width, a feature or place out of range, a
-            reference that is missing or not needed; and from the runs inside: another n_loops, or
+        KeyError: The model does not have a hook of the dictionary.
+        ValueError: The dictionary is of another model or width, a feature or place is out of range,
+            or `reference` is missing or not needed. Runs inside raise it for another `n_loops` or
             other inputs than the reference.
     """
     dictionary.check(model)

@@ -24,22 +24,26 @@ _SETTLED = 0.1  # the share of the steps, the last ones, that the threshold is a
 
 @dataclass(frozen=True)
 class DictionaryTraining:
-    """How a dictionary is trained.
+    """The settings of a dictionary's training.
 
     Attributes:
-        n_features: Features of each coder.
-        k: Features of a code: exactly so many ("topk"), or so many on average ("batch_topk",
-            "jumprelu").
-        activation: "topk"; "batch_topk", whose threshold after training is the mean of the
-            smallest entries that were kept over the last tenth of the steps; or "jumprelu", whose
-            thresholds are trained by straight-through gradients, with a penalty on the distance of
-            the mean number of features from k.
-        steps: Updates.
-        batch_size: Reads in each update, each with the states of all its iterations.
-        lr: The learning rate of Adam, which falls linearly to zero over the last half.
-        sparsity: Weight of the penalty of "jumprelu", against the share of variance unexplained.
-        bandwidth: Of the straight-through gradients of "jumprelu", in units of the states' size.
-        seed: Of the first features and of the draws.
+        n_features: The number of features of each coder.
+        k: How many features are on in a code: exactly so many for "topk", so many on average for
+            "batch_topk" and "jumprelu".
+        activation: Which features are on. "topk" keeps the k largest. "batch_topk" keeps the
+            largest of a whole batch; after training a threshold takes its place, the mean of the
+            smallest entries that were kept over the last tenth of the steps. "jumprelu" has a
+            trained threshold per feature, learned by straight-through gradients, and a penalty on
+            the distance between k and the mean number of features that are on.
+        steps: The number of updates.
+        batch_size: How many reads (tokens) each update uses, each with the states of all its
+            iterations.
+        lr: The learning rate of Adam, which falls linearly to zero over the last half of the steps.
+        sparsity: The weight of the penalty of "jumprelu", where the share of unexplained variance
+            has weight 1.
+        bandwidth: The width of the straight-through gradients of "jumprelu", in units of the
+            states' size.
+        seed: The seed of the first features and of the batches.
     """
 
     n_features: int = 512

@@ -38,30 +38,35 @@ def train_dictionary(
     readout: ReadoutColumn = None,
     training: DictionaryTraining | None = None,
 ) -> Dictionary:
-    """Train a sparse dictionary of the states at one hook over the iterations; the model itself
-    stays as it is.
+    """Train a sparse dictionary of the states at one hook over the iterations. The model stays
+    unchanged.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`; or a store of this model's activations,
-            which may be larger than memory and is read in shuffled batches.
-        n_loops: Iterations; None means those of the store, or what the checkpoint records.
-        kind: "per_iteration", "shared", "crosscoder" or "transcoder", as `Dictionary` says.
-        hook: The hook that is read, within an iteration; None means the residual after the last
-            block.
-        target: The hook that is written, for a transcoder only.
-        positions: "all" tokens that are not padding, columns, or None for the readout; of a store
-            "all", which are those that were collected.
-        training: The settings; None means their defaults.
+        inputs: A `Batch`, texts, or token ids. Or a store of this model's activations, which may be
+            larger than memory and is read in shuffled batches.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number of the store, or else that which
+            the checkpoint records.
+        kind: "per_iteration", "shared", "crosscoder" or "transcoder"; `Dictionary` describes them.
+        hook: The hook that is read, named within an iteration, such as "blocks.1.hook_mlp_out".
+            None means the residual stream after the last block.
+        target: The hook that is written; for a transcoder only.
+        positions: The tokens to train on: "all" except padding, some columns, or None for the
+            answer position. For a store it must be "all", which are the tokens that were collected.
+        training: The settings; None means the defaults of `DictionaryTraining`.
+
+    Returns:
+        The trained dictionary.
 
     Raises:
-        KeyError: A hook that an iteration does not have.
-        ValueError: A target without a transcoder or the reverse, states that are not finite, or a
-            store of another model, tokenizer or number of iterations.
+        KeyError: An iteration does not have the hook.
+        ValueError: `target` is given without a transcoder or missing for one, a state is not
+            finite, or the store is of another model, tokenizer or number of iterations.
 
     Source:
-        TopK: Gao et al. 2024 (arXiv 2406.04093). BatchTopK: Bussmann et al. 2024 (arXiv
-        2412.06410). JumpReLU: Rajamanoharan et al. 2024 (arXiv 2407.14435). Crosscoders: Lindsey et
-        al. 2024 (Anthropic). Transcoders: Dunefsky et al. 2024 (arXiv 2406.11944).
+        TopK: Gao et al. 2024 (arXiv 2406.04093). BatchTopK: Bussmann et al. 2024
+        (arXiv 2412.06410). JumpReLU: Rajamanoharan et al. 2024 (arXiv 2407.14435). Crosscoders:
+        Lindsey et al. 2024 (Anthropic). Transcoders: Dunefsky et al. 2024 (arXiv 2406.11944).
     """
     _check_kind(kind, written=target is not None)
     if isinstance(inputs, ActivationStore):
@@ -90,19 +95,25 @@ def fit_dictionary(
     training: DictionaryTraining | None = None,
     targets: Batches | None = None,
 ) -> Dictionary:
-    """Train a dictionary on states that were collected before.
+    """Train a dictionary on states that were collected before, without running a model.
 
     Args:
-        states: Float[Tensor, "read loop d_in"], from which batches are drawn at random; or an
-            iterable of such batches in random order, which is gone through as often as needed, and
-            whose first batch alone gives the units in which errors count.
-        reading: Where the states come from.
-        targets: What a transcoder writes, for the same reads.
+        states: Float[Tensor, "read loop d_in"], from which batches are drawn at random. Or an
+            iterable of such batches in random order, which is repeated as often as needed. Errors
+            are measured in units of the states' size; for an iterable the first batch alone gives
+            these units.
+        reading: The hook points of the states; see `Reading`.
+        kind: "per_iteration", "shared", "crosscoder" or "transcoder"; `Dictionary` describes them.
+        training: The settings; None means the defaults of `DictionaryTraining`.
+        targets: The states that a transcoder is to write, for the same reads and in the same form.
+
+    Returns:
+        The trained dictionary.
 
     Raises:
-        ValueError: States that are not finite, all the same, or of another number of iterations;
-            targets without a transcoder or the reverse, or of another size; or an iterable that
-            cannot be gone through again.
+        ValueError: A state is not finite, all states are the same, the states have another number
+            of iterations than `reading`, `targets` does not fit the kind or the states, or the
+            iterable can be read only once.
     """
     training = training or DictionaryTraining()
     _check_kind(kind, written=targets is not None)

@@ -30,18 +30,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FixedPoints(OneScreen):
-    """Whether the state of each example settles, and where it does not.
+    """Whether the state of each example settles, and on a cycle of which length.
 
     Attributes:
-        space: "state", or "direction" for h / ||h|| at each column.
-        tol: The relative distance below which two states count as the same.
-        period: Float[Tensor, " batch"], the length of the cycle in which the state ends: 1 is a
-            fixed point; NaN where no length fits, so the state has not settled.
-        iterations: Float[Tensor, " batch"], the iterations run until the state is on its cycle;
-            NaN where it has not settled.
-        residual: Float[Tensor, "iteration batch"], ||h_t - h_{t-1}|| / ||h_{t-1}||, joint over the
-            columns, from the first iteration on.
-        lens: The family's own readout after every iteration.
+        space: "state" compares states h, "direction" compares h / ||h|| at each column.
+        tol: Two states count as the same if their relative distance is below this number.
+        period: Float[Tensor, " batch"], the length, in iterations, of the cycle on which the state
+            ends: 1 is a fixed point. NaN if no length fits, so the state has not settled.
+        iterations: Float[Tensor, " batch"], how many iterations are run until the state is on its
+            cycle; NaN if it has not settled.
+        residual: Float[Tensor, "iteration batch"], the relative step of each iteration, ||h_t -
+            h_{t-1}|| / ||h_{t-1}||, over all columns of an example together. The first entry
+            belongs to the first iteration.
+        lens: The model's own readout after every iteration.
     """
 
     space: Space
@@ -53,11 +54,13 @@ class FixedPoints(OneScreen):
 
     @property
     def settled(self) -> Bool[Tensor, " batch"]:
-        """Whether the state is on a cycle at the end."""
+        """Whether the last state of each example is on a cycle (or fixed point)."""
         return ~self.period.isnan()
 
     def frame(self) -> pd.DataFrame:
-        """One row per example: example, settled, period, iterations, residual (the last one)."""
+        """One row per example. The columns are example, settled, period, iterations and residual
+        (of the last iteration).
+        """
         columns = {
             "settled": self.settled,
             "period": self.period,
@@ -67,12 +70,15 @@ class FixedPoints(OneScreen):
         return tidy(columns, example=range(len(self.period)))
 
     def by_answer(self, answers: Targets) -> pd.DataFrame:
-        """Right and wrong answers side by side: answer, examples, settled (their share), iterations
-        (median of those that settled), residual (median), auc (of the residual for wrong answers
-        against right ones).
+        """Compare examples that are answered right with examples that are answered wrong, one row
+        each.
+
+        The columns are answer, examples (how many), settled (their share), iterations (the median
+        of those that settled), residual (the median of the last one) and auc: how well a large
+        residual tells a wrong answer from a right one.
 
         Args:
-            answers: The right token of each example.
+            answers: The token id of each example's right answer.
         """
         wrong = ~self.lens.correct(answers)[-1]
         rows = []
@@ -108,20 +114,34 @@ def fixed_points(
     max_period: int | None = None,
     batch_size: int = 512,
 ) -> FixedPoints:
-    """Whether each example's state settles, after how many iterations, and on a cycle of which
-    length; with the answers of the same run, for the residual against accuracy.
+    """Find whether the state of each example settles, after how many iterations, and on a cycle of
+    which length.
+
+    The record also holds the answers of the same run, so that the residual can be compared with
+    accuracy.
 
     Args:
-        inputs, n_loops, readout, positions, part, batch_size: As for `dynamics`; the columns of an
-            example are looked at jointly.
-        space: "state", or "direction" for h / ||h|| at each column, for a stream that grows along
-            its own direction without bound.
-        tol: The relative distance below which two states count as the same.
-        max_period: The longest cycle to look for, which must fit twice into the run; None means 4,
-            or as many as fit.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns of the state: "real" for all tokens except padding, "readout" for the
+            answer position, "all" for padding too, or a list of columns. The columns of an example
+            are taken as one long vector.
+        part: The part of the state, named as in `model.state_parts(state)`; "resid" is the residual
+            stream.
+        space: "state" compares states h. "direction" compares h / ||h|| at each column, for a
+            residual stream whose length grows without bound.
+        tol: Two states count as the same if their relative distance is below this number.
+        max_period: The longest cycle to look for, in iterations; it must fit twice into the run.
+            None means 4, or as many as fit.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        Period, iterations and residuals of each example.
 
     Raises:
-        ValueError: A cycle that does not fit twice into the run, and as for `dynamics`.
+        ValueError: A cycle of `max_period` does not fit twice into the run, or the state has no
+            such part of real numbers.
 
     Source:
         Residuals against accuracy: arXiv 2605.21488; cycles of blocks: arXiv 2604.11791.
@@ -144,7 +164,7 @@ def fixed_points(
 
 
 def joint(path: Dynamics) -> Dynamics:
-    """The trajectories of each example's columns as one trajectory."""
+    """The trajectory of each example, with its columns joined into one long vector."""
     states = path.states.masked_fill(~path.shown[..., None], 0.0).flatten(2)[:, :, None]
     first = path.position[:, :1]
     return replace(path, states=states, position=first, shown=torch.ones_like(first).bool())

@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RestartVote(OneScreen):
-    """The answers of one run, and of several runs together.
+    """The answer of the unchanged run, and the answers that several runs together give.
 
     Attributes:
-        single: Int[Tensor, " batch"], the answer of the unchanged run.
-        majority: Int[Tensor, " batch"], the answer of most runs; of equally frequent ones the one
-            that comes first among the runs.
-        steadiest: Int[Tensor, " batch"], the answer of the run whose last step was smallest.
+        single: Int[Tensor, " batch"], the answer (a token id) of the unchanged run.
+        majority: Int[Tensor, " batch"], the answer of most runs; of equally frequent answers, that
+            of the earliest run.
+        steadiest: Int[Tensor, " batch"], the answer of the run with the smallest last step.
         share: Float[Tensor, " batch"], the share of runs that give the majority's answer.
     """
 
@@ -56,7 +56,9 @@ class RestartVote(OneScreen):
     share: Float[Tensor, " batch"]
 
     def frame(self) -> pd.DataFrame:
-        """One row per example: example, single, majority, steadiest (tokens), share."""
+        """One row per example. The columns are example, single, majority, steadiest (token ids) and
+        share.
+        """
         columns = {
             "single": self.single,
             "majority": self.majority,
@@ -66,11 +68,11 @@ class RestartVote(OneScreen):
         return tidy(columns, example=range(len(self.single)))
 
     def accuracy(self, answers: Answers) -> pd.DataFrame:
-        """How often each rule is right: rule, accuracy, gained and lost (examples against the
-        single run).
+        """How often each rule is right. The columns are rule, accuracy, gained and lost: the
+        examples that a rule answers right and the single run wrong, and the reverse.
 
         Args:
-            answers: The right token of each example.
+            answers: The token id of each example's right answer.
         """
         tokens = torch.as_tensor(answers, device=self.single.device)
         if tokens.is_floating_point() or tokens.shape not in ((), self.single.shape):
@@ -86,7 +88,7 @@ class RestartVote(OneScreen):
         return pd.DataFrame(rows, columns=["rule", "accuracy", "gained", "lost"])
 
     def plot(self, title: str = "") -> go.Figure:
-        """A picture: the share of runs that agree, example by example."""
+        """A picture: the share of runs that give the majority's answer, example by example."""
         from loopscope.interp.drawing.stability import agreement
 
         return agreement(self, title)
@@ -94,19 +96,21 @@ class RestartVote(OneScreen):
 
 @dataclass(frozen=True)
 class Basins(OneScreen):
-    """The ends of runs of the same inputs from several first states.
+    """The last states and answers of runs of the same inputs from several first states.
 
     Attributes:
-        space: "state", or "direction" for h / ||h|| at each column.
-        tol: The relative distance below which two last states count as the same.
+        space: "state" compares states h, "direction" compares h / ||h|| at each column.
+        tol: Two last states count as the same if their relative distance is below this number.
         moved: Float[Tensor, "start batch"], how far the first state was moved, as a share of its
-            norm; 0 at start 0, which is the unchanged run.
-        distance: Float[Tensor, "start batch"], ||end - end of start 0|| / ||end of start 0||.
-        basin: Int[Tensor, "start batch"], the number of the last state among the distinct ones of
-            its example, in the order in which the starts find them; 0 is that of start 0.
-        residual: Float[Tensor, "start batch"], the last relative step, ||h_T - h_{T-1}|| /
-            ||h_{T-1}||.
-        answers: Int[Tensor, "start batch"], the top token at the readout.
+            norm. Start 0 is the unchanged run, so its entry is 0.
+        distance: Float[Tensor, "start batch"], the relative distance from the last state of start
+            0: ||end - end of start 0|| / ||end of start 0||.
+        basin: Int[Tensor, "start batch"], the number of the last state among the distinct last
+            states of its example, in the order in which the starts reach them. Start 0 has the
+            number 0.
+        residual: Float[Tensor, "start batch"], the relative step of the last iteration, ||h_T -
+            h_{T-1}|| / ||h_{T-1}||.
+        answers: Int[Tensor, "start batch"], the top token at the answer position.
     """
 
     space: Space
@@ -128,7 +132,7 @@ class Basins(OneScreen):
         return (self.answers[1:] == self.answers[0]).double().mean(0)
 
     def vote(self) -> RestartVote:
-        """The answers of all runs together."""
+        """Combine the answers of all runs, by majority and by the smallest last step."""
         same = (self.answers[:, None] == self.answers[None]).sum(1)
         winner, steady = same.argmax(0), self.residual.argmin(0)
         example = torch.arange(self.answers.shape[1], device=self.answers.device)
@@ -138,8 +142,8 @@ class Basins(OneScreen):
         )
 
     def frame(self) -> pd.DataFrame:
-        """One row per start and example: start, example, moved, distance, basin, residual, answer
-        (the token).
+        """One row per start and example. The columns are start, example, moved, distance, basin,
+        residual and answer (a token id).
         """
         runs, batch = self.answers.shape
         columns = {
@@ -174,23 +178,33 @@ def basins(
     seed: int = 0,
     batch_size: int = 128,
 ) -> Basins:
-    """Runs of the same input from several first states: where each ends, and with which answer.
+    """Run the same inputs from several first states, and compare the last states and the answers.
 
     Args:
-        inputs, n_loops, readout, positions: As for `dynamics`.
-        n_starts: Runs, the unchanged one (start 0) counted.
-        scale: The norm of a random change of the state before the first iteration (before the
-            second one where that state is zeros), as a share of the state's norm. None draws the
-            first states anew where the model draws one from a seed (Huginn and the like), and means
-            0.1 for every other model.
-        space, tol: As for `fixed_points`.
-        seed: Start i takes what seed + i draws; the seed of the unchanged run is left out, and
-            those after it move up.
-        batch_size: Rows run at a time.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_starts: The number of runs, with the unchanged run (start 0).
+        scale: The norm of the random change of the first state, as a share of that state's norm. If
+            the first state is all zeros, the state before the second iteration is changed instead.
+            None draws a new first state for models that draw it from a seed (such as Huginn), and
+            means 0.1 for all other models.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns of the state that are compared and changed: "real" for all tokens
+            except padding, "readout" for the answer position, "all" for padding too, or a list of
+            columns.
+        space: "state" compares states h. "direction" compares h / ||h|| at each column, for a
+            residual stream whose length grows without bound.
+        tol: Two last states count as the same if their relative distance is below this number.
+        seed: Start i is drawn with the seed `seed` + i. The seed of the unchanged run is left out,
+            so later starts use the next higher one.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The last states and answers by start and example.
 
     Raises:
-        ValueError: Fewer than two starts, a scale that is not above 0, a single iteration from a
-            state of zeros, or a model whose examples depend on one another.
+        ValueError: There are fewer than two starts, the scale is not above 0, a run from a state of
+            zeros has a single iteration, or the rows of the model depend on one another.
 
     Source:
         Many first states: arXiv 2605.21488 (breadth); spurious fixed points: arXiv 2601.10679.
@@ -244,12 +258,14 @@ def restart_vote(
     seed: int = 0,
     batch_size: int = 128,
 ) -> RestartVote:
-    """The answers of runs from several first states together: of most of them, and of the one that
-    settles best.
+    """Run the same inputs from several first states, and combine the answers: by majority, and by
+    the run that settles best.
+
+    It returns `basins(...).vote()`.
 
     Args:
-        inputs, n_starts, scale, n_loops, readout, positions, seed, batch_size: As for `basins`,
-            whose `vote()` this is.
+        inputs, n_starts, scale, n_loops, readout, positions, seed, batch_size: The runs, as
+            `basins` describes them.
 
     Source:
         Choosing among restarts by the residual: arXiv 2605.21488.

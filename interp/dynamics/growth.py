@@ -50,16 +50,17 @@ _AS_WELL = 0.01  # by how much one AUC may be below another and still be as good
 
 @dataclass(frozen=True)
 class Separation(OneScreen):
-    """How well two numbers of a run tell wrong answers from right ones.
+    """How well the exponent, and how well the margin, tells wrong answers from right ones.
 
     Attributes:
-        right, wrong: Examples whose last answer is right, and wrong.
-        iterations: Iterations run.
-        half: Iterations after which the margin is read.
-        exponent: AUC of the finite-time exponent: the share of pairs of a wrong and a right example
-            in which the wrong one has the larger exponent, ties counting half. NaN where all are
-            right or all are wrong.
-        margin: Likewise of the answer's margin at half depth; the wrong one has the smaller margin.
+        right, wrong: How many examples have a right and a wrong last answer.
+        iterations: The number of iterations of the run.
+        half: The number of iterations after which the margin is read (half depth).
+        exponent: The AUC of the finite-time exponent: among all pairs of a wrong and a right
+            example, the share in which the wrong one has the larger exponent. A tie counts half.
+            NaN if all answers are right or all are wrong.
+        margin: The AUC of the logit margin at half depth, where the wrong example should have the
+            smaller margin.
     """
 
     right: int
@@ -77,7 +78,7 @@ class Separation(OneScreen):
         wrong: Bool[Tensor, " batch"],
         n_loops: int,
     ) -> Separation:
-        """The comparison of both numbers of each example, the margin being read at half depth."""
+        """Compare both numbers of each example, with the margin at half depth."""
         counts = int((~wrong).sum()), int(wrong.sum())
         half = half_of(n_loops)
         return cls(*counts, n_loops, half, auc(exponent, wrong), auc(-margin, wrong))
@@ -103,7 +104,9 @@ class Separation(OneScreen):
         return f"{first} It is ahead of {halfway} ({self.margin:.3f})."
 
     def frame(self) -> pd.DataFrame:
-        """One row per number: predictor, iterations (run before it is known), auc, right, wrong."""
+        """One row for the exponent and one for the margin. The columns are predictor, iterations
+        (run before the number is known), auc, right and wrong.
+        """
         rows = [
             ("finite-time exponent", self.iterations, self.exponent, self.right, self.wrong),
             ("margin at half depth", self.half, self.margin, self.right, self.wrong),
@@ -116,11 +119,11 @@ class FiniteTimeExponent(OneScreen):
     """The leading finite-time Lyapunov exponent of each example, with its answers.
 
     Attributes:
-        start: The iteration before which the change begins, from 0.
-        space: Where changes are measured, "state" or "direction".
-        growth: Float[Tensor, "loop batch"], the logarithm of the change's growth in each iteration,
-            in nats. Entry 0 is that of `start`.
-        lens: The family's own readout after every iteration of the same run.
+        start: The iteration, from 0, before which the small change is made.
+        space: "state" measures changes of h, "direction" changes of h / ||h|| at each column.
+        growth: Float[Tensor, "loop batch"], the logarithm of the factor by which each iteration
+            makes the change longer, in nats. Entry 0 belongs to the iteration `start`.
+        lens: The model's own readout after every iteration of the same run.
     """
 
     start: int
@@ -130,23 +133,23 @@ class FiniteTimeExponent(OneScreen):
 
     @property
     def exponent(self) -> Float[Tensor, " batch"]:
-        """The mean growth over iterations, in nats per iteration; above 0 a change grows."""
+        """The mean growth over iterations, in nats per iteration; above 0 a small change grows."""
         return self.growth.mean(0)
 
     def separation(self, answers: Targets) -> Separation:
-        """Whether the exponent tells wrong last answers from right ones, and whether the margin at
-        half depth does so as well.
+        """How well the exponent tells wrong last answers from right ones, beside the logit margin
+        at half depth.
 
         Args:
-            answers: The right token of each example.
+            answers: The token id of each example's right answer.
         """
         wrong, n_loops = ~self.lens.correct(answers)[-1], len(self.lens.names)
         margin = self.lens.margin(answers)[half_of(n_loops) - 1]
         return Separation.of(self.exponent, margin, wrong, n_loops)
 
     def frame(self) -> pd.DataFrame:
-        """One row per iteration and example: loop, example, growth, exponent (the mean growth up to
-        and with this iteration), in nats.
+        """One row per iteration and example. The columns are loop, example, growth (nats) and
+        exponent: the mean growth up to this iteration, in nats per iteration.
         """
         loops, batch = self.growth.shape
         counts = torch.arange(1, loops + 1, device=self.growth.device)[:, None]
@@ -174,16 +177,26 @@ def finite_time_exponent(
     seed: int = 0,
     batch_size: int = 128,
 ) -> FiniteTimeExponent:
-    """The leading finite-time Lyapunov exponent of each example, from one random change of its
-    state, beside the answers of the same run.
+    """Measure for each example how fast a small change of its state grows: the leading finite-time
+    Lyapunov exponent.
+
+    One random change is followed through the iterations by derivatives. The answers of the same run
+    are kept.
 
     Args:
-        inputs, n_loops, readout, positions, space, start, seed: As for `lyapunov_spectrum`.
-        batch_size: Rows run at a time.
+        inputs, n_loops, readout, positions, space, start, seed: The run and the change, as
+            `lyapunov_spectrum` describes them.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The growth by iteration and example, in nats.
+
+    Raises:
+        ValueError: `lyapunov_spectrum` would refuse the call.
 
     Source:
-        Exponents of examples that fail were compared for small recursive models (TRM, HRM); the
-        method is that of `lyapunov_spectrum` with one direction.
+        The method is that of `lyapunov_spectrum` with one direction. Exponents of examples that
+        fail were compared for small recursive models (TRM, HRM).
     """
     batch = as_batch(model, inputs, readout)
     found = lyapunov_spectrum(
@@ -196,14 +209,14 @@ def finite_time_exponent(
 
 @dataclass(frozen=True)
 class PerturbationGrowth(OneScreen):
-    """The distance between a run and runs whose state was changed before one iteration.
+    """The distance between a run and runs whose state was changed a little before one iteration.
 
     Attributes:
-        start: The iteration before which the state is changed, from 0.
-        space: "state", or "direction" for distances of h / ||h|| at each column.
-        scale: The norm of each change, as a share of the norm of the state that varies.
-        distance: Float[Tensor, "point batch direction"], joint over all columns that vary; point 0
-            is the change itself, point t what it is after t more iterations.
+        start: The iteration, from 0, before which the state is changed.
+        space: "state" measures distances of h, "direction" distances of h / ||h|| at each column.
+        scale: The norm of each change, as a share of the norm of the parts and columns that vary.
+        distance: Float[Tensor, "point batch direction"], over all columns that vary together. Point
+            0 is the change itself, and point t follows t more iterations.
     """
 
     start: int
@@ -213,12 +226,12 @@ class PerturbationGrowth(OneScreen):
 
     @property
     def growth(self) -> Float[Tensor, "point batch direction"]:
-        """log(distance / first distance), in nats."""
+        """The logarithm of the distance over the first distance, in nats."""
         return (self.distance / self.distance[0]).log()
 
     def frame(self) -> pd.DataFrame:
-        """One row per point, example and direction: iterations (run since the change), example,
-        direction, distance, growth (nats).
+        """One row per point, example and direction. The columns are iterations (run since the
+        change), example, direction, distance and growth (nats).
         """
         points, batch, k = self.distance.shape
         columns = {"distance": self.distance, "growth": self.growth}
@@ -247,23 +260,28 @@ def perturbation_growth(
     seed: int = 0,
     batch_size: int = 128,
 ) -> PerturbationGrowth:
-    """How far a run moves away when its state is changed a little, by finite differences along
-    random directions of matched norm.
+    """Change the state a little before one iteration, and measure how far the run moves away.
 
-    This is `finite_time_exponent` without derivatives: it also shows where a change stops growing
-    because it is no longer small.
+    It compares whole runs (finite differences) along random directions. So, unlike
+    `finite_time_exponent`, it also shows where a change stops growing because it is no longer
+    small.
 
     Args:
-        inputs, n_loops, readout, positions, space, seed: As for `lyapunov_spectrum`.
-        start: As for `lyapunov_spectrum`; None means one iteration later where the first state is
+        inputs, n_loops, readout, positions, space, seed: The run and what varies, as
+            `lyapunov_spectrum` describes them.
+        start: The iteration, from 0, before which the state is changed. None means the first
+            iteration to which all varying parts are handed, or one later if the first state is all
             zeros.
-        scale: The norm of a change, as a share of the norm of the parts and columns that vary.
-        n_directions: Random directions, the same for every example.
-        batch_size: Rows run at a time, copies counted.
+        scale: The norm of each change, as a share of the norm of the parts and columns that vary.
+        n_directions: How many random directions are tried, the same for every example.
+        batch_size: How many rows run at a time, changed copies counted.
+
+    Returns:
+        The distances by point, example and direction.
 
     Raises:
-        ValueError: A scale that is not above 0, no direction, a state of zeros where the change
-            begins, and as for `lyapunov_spectrum`.
+        ValueError: The scale is not above 0, there is no direction, the state is all zeros where
+            the change is made, or `lyapunov_spectrum` would refuse the call.
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
@@ -297,7 +315,7 @@ def perturbation_growth(
 
 
 def half_of(n_loops: int) -> int:
-    """The iterations after which a run stands at half depth."""
+    """The number of iterations at half depth."""
     return (n_loops + 1) // 2
 
 

@@ -38,17 +38,21 @@ STATISTICS = ("entropy", "concentration", "mixing", "sink")
 
 @dataclass(frozen=True)
 class InferenceStages(OneScreen):
-    """Four statistics of every block of the loop at every iteration, means over examples and heads.
+    """Four statistics of every block of the loop at every iteration, each a mean over examples and
+    heads.
 
     Attributes:
         names: The name of each visit, e.g. "loops.3.blocks.0".
-        entropy: Float[Tensor, " visit"], of the shares of the squared singular values of an
-            example's states after the block (one row per token), in nats.
+        entropy: Float[Tensor, " visit"], how many directions the states after the block use. It is
+            the entropy, in nats, of the squared singular values of an example's states (one row per
+            token), each as a share of their sum.
         concentration: Float[Tensor, " visit"], 1 minus the entropy of the attention that each key
-            gets, over its largest possible value: 1 where all queries attend to one key.
-        mixing: Float[Tensor, " visit"], the entropy of each query's attention over the largest that
-            the keys before it (in a causal model) or all keys allow: 1 for even attention.
-        sink: Float[Tensor, " visit"], the attention that the first token gets from later ones.
+            receives, over the largest possible entropy. It is 1 if all queries attend to one key.
+        mixing: Float[Tensor, " visit"], the entropy of each query's attention, over the largest
+            entropy that its keys allow (in a causal model, the keys up to the query). It is 1 for
+            even attention.
+        sink: Float[Tensor, " visit"], the mean attention (0 to 1) that later tokens give to the
+            first one.
     """
 
     names: tuple[str, ...]
@@ -58,7 +62,9 @@ class InferenceStages(OneScreen):
     sink: Float[Tensor, " visit"]
 
     def frame(self) -> pd.DataFrame:
-        """One row per visit: visit, loop, layer, entropy, concentration, mixing, sink."""
+        """One row per visit. The columns are visit, loop, layer, entropy, concentration, mixing and
+        sink.
+        """
         loops, layers = zip(*map(loop_and_layer, self.names), strict=True)
         frame = pd.DataFrame({"visit": self.names, "loop": loops, "layer": layers})
         return frame.assign(**{name: getattr(self, name).cpu().numpy() for name in STATISTICS})
@@ -80,17 +86,21 @@ def inference_stages(
     readout: ReadoutColumn = None,
     batch_size: int = 64,
 ) -> InferenceStages:
-    """Entropy of the states, and concentration, mixing and sinks of the attention, for every block
-    of every cycle.
+    """Measure for every block of every iteration how spread its states are and how its attention
+    looks, to see stages that repeat in each cycle.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`; each of at least two tokens.
-        n_loops: Iterations; None means what the checkpoint records.
-        batch_size: Rows run at a time.
+        inputs: A `Batch`, texts, or token ids. Each input needs at least two tokens.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        Entropy of the states, and concentration, mixing and sink of the attention, by visit.
 
     Raises:
-        ValueError: No block of the loop has attention patterns, an input has a single token, or
-            states are not finite.
+        ValueError: No block of the loop has attention patterns, an input has a single token, or a
+            state is not finite.
 
     Source:
         Stages of inference that repeat in each cycle: arXiv 2604.11791.

@@ -29,16 +29,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InputDependence(OneScreen):
-    """Distances at the readout between runs of two inputs and a mixed run: the first input's run,
-    which goes on from the second one's state.
+    """The distances between three runs at the answer position: the runs of two inputs, and a mixed
+    run.
+
+    The mixed run has the tokens of the first input, but goes on from the state of the second. All
+    distances are divided by the distance of the two inputs' states at the exchange.
 
     Attributes:
-        iterations: How many iterations are run before each point; the first point is the exchange.
-        to_input: Float[Tensor, "point batch"], from the mixed run's state to that of the first
-            input, whose tokens it has, over the distance of the two inputs at the exchange.
-        to_start: Float[Tensor, "point batch"], from the mixed run's state to that of the second
-            input, with whose state it began, in the same unit.
-        apart: Float[Tensor, "point batch"], between the two inputs' states, in the same unit.
+        iterations: How many iterations are run before each point. The first point is the exchange.
+        to_input: Float[Tensor, "point batch"], from the state of the mixed run to that of the first
+            input.
+        to_start: Float[Tensor, "point batch"], from the state of the mixed run to that of the
+            second input.
+        apart: Float[Tensor, "point batch"], between the states of the two inputs.
     """
 
     iterations: tuple[int, ...]
@@ -47,14 +50,15 @@ class InputDependence(OneScreen):
     apart: Float[Tensor, "point batch"]
 
     def dependence(self) -> Float[Tensor, "point batch"]:
-        """to_start / (to_start + to_input): 1 where the mixed run ends where its input's own run
-        ends, 0 where it ends where its starting state leads; NaN where all runs are in one place.
+        """The ratio to_start / (to_start + to_input). It is 1 if the mixed run reaches the state of
+        the input whose tokens it has, and 0 if it reaches the state of the input whose state it
+        started from. NaN if all three states are the same.
         """
         return self.to_start / (self.to_start + self.to_input)
 
     def frame(self) -> pd.DataFrame:
-        """One row per point and example: iterations (run), example, to_input, to_start, apart,
-        dependence.
+        """One row per point and example. The columns are iterations (run), example, to_input,
+        to_start, apart and dependence.
         """
         points, rows = self.to_input.shape
         columns = {
@@ -89,22 +93,28 @@ def input_dependence(
     after: int = 1,
     readout: ReadoutColumn = None,
 ) -> InputDependence:
-    """Exchange the states of two inputs after some iterations, and see whether the run returns to
-    the end that its input reaches (reachability), or goes where the other state leads.
+    """Exchange the states of two inputs after some iterations, to see whether the end of a run
+    depends on its input or on its state.
 
-    What iterations hand on (`model.loop_parts`) is exchanged; what else the run holds of its input,
-    such as the embedding that is injected, stays. A model that looks at its input in the beginning
-    alone has a dependence of 0.
+    If the run returns to the state that its own input reaches, that state is reachable from
+    elsewhere. If not, the run goes where the foreign state leads. Only the parts that iterations
+    hand on (`model.loop_parts`) are exchanged. All else that a run holds of its input stays, such
+    as the embedding that is injected. So a model that reads its input only before the first
+    iteration has a dependence of 0.
 
     Args:
-        first, second: Two inputs of the same shape, row by row a pair: batches, texts, or tokens
-            with `readout`.
-        n_loops: Iterations; None means what the checkpoint records.
-        after: Iterations that are run before the exchange, at least 1.
+        first, second: Two inputs of the same shape, row by row a pair: batches, texts, or token
+            ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        after: How many iterations are run before the exchange, at least 1.
+
+    Returns:
+        The distances between the three runs after each iteration.
 
     Raises:
-        ValueError: Inputs that do not match, an exchange that no iteration follows, states that
-            are not finite, or states of both inputs that are equal at the exchange.
+        ValueError: The two inputs have different shapes, no iteration follows the exchange, a state
+            is not finite, or the states of both inputs are equal at the exchange.
 
     Source:
         Reachability and input dependence of fixed points: arXiv 2604.15259.

@@ -51,16 +51,16 @@ _ENOUGH = 1e-5  # residual of the leading eigenvalue at which it has settled
 
 @dataclass(frozen=True)
 class JacobianSpectrum(OneScreen):
-    """The leading eigenvalues of one iteration's map from state to state, estimated.
+    """Estimates of the leading eigenvalues of one iteration's map from state to state.
 
     Attributes:
         loop: The iteration, from 0.
-        eigenvalues: Complex[Tensor, "batch krylov"], Ritz values by falling magnitude; NaN where
-            an example's Krylov space is smaller than that of others.
-        residual: Float[Tensor, " batch"], how far the first is from being an eigenvalue: ||J v -
-            lambda v|| / |lambda| at its Ritz vector v of length 1, up to rounding.
-        change: Float[Tensor, " batch"], relative change of the radius with the last dimension of
-            the Krylov space.
+        eigenvalues: Complex[Tensor, "batch krylov"], Ritz values, largest magnitude first. NaN if
+            the Krylov space of an example is smaller than that of others.
+        residual: Float[Tensor, " batch"], how far the first value is from being an eigenvalue: ||J
+            v - lambda v|| / |lambda| for its Ritz vector v of length 1. It is exact up to rounding.
+        change: Float[Tensor, " batch"], the relative change of the spectral radius when the last
+            dimension was added to the Krylov space.
     """
 
     loop: int
@@ -74,8 +74,9 @@ class JacobianSpectrum(OneScreen):
         return self.eigenvalues[:, 0].abs()
 
     def frame(self) -> pd.DataFrame:
-        """One row per example: loop, example, radius, real, imag (of the conjugate pair's upper
-        one), residual, change; loop counts from 0.
+        """One row per example. The columns are loop (from 0), example, radius, real and imag (of
+        the first eigenvalue; of a conjugate pair the one with positive imaginary part), residual
+        and change.
         """
         leading = self.eigenvalues[:, 0]
         columns = {"radius": self.radius, "real": leading.real, "imag": leading.imag.abs()}
@@ -105,27 +106,35 @@ def jacobian_spectrum(
     krylov: int | None = None,
     batch_size: int = 32,
 ) -> JacobianSpectrum:
-    """Leading eigenvalues of the Jacobian of one iteration, at the state of the run there.
+    """Estimate the leading eigenvalues of the Jacobian of one iteration, to see whether it
+    contracts near the state of a run.
 
-    An estimate by Arnoldi iteration, which unlike a power iteration also settles where the leading
-    eigenvalues are a complex pair. Each product with the Jacobian is one run of the iteration in
-    forward mode. `residual` and `change` say how well it has settled; a Krylov space as large as
-    the state gives the eigenvalues themselves.
+    The method is Arnoldi iteration. It also converges if the leading eigenvalues are a complex
+    pair, where a power iteration does not. Each product with the Jacobian is one run of the
+    iteration in forward mode. `residual` and `change` of the record say how far the estimate has
+    converged. A Krylov space as large as the state gives the exact eigenvalues.
 
     Args:
-        inputs, n_loops, readout, batch_size: As for `dynamics`.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         loop: The iteration, from 0.
-        positions: The columns whose states vary, jointly; those of the others, and padding, are
-            held fixed.
-        parts: The parts of the state that vary, jointly; the others are held fixed. None means
-            those that this family's iterations hand on (`LoopedModel.loop_parts`).
-        krylov: Dimension of the Krylov space. None lets it grow, 32 dimensions at a time, until
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns whose states vary together: "real" for all tokens except padding,
+            "readout" for the answer position, "all" for padding too, or a list of columns. All
+            other columns, and padding, are held fixed.
+        parts: The parts of the state that vary together; the others are held fixed. None means the
+            parts that an iteration hands to the next (`LoopedModel.loop_parts`).
+        krylov: The dimension of the Krylov space. None adds 32 dimensions at a time until
             `residual` is at most 1e-5 for all rows that run together, or 256 dimensions are
             reached.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The estimated eigenvalues of each example, with measures of convergence.
 
     Raises:
-        ValueError: An iteration that the call does not have, a part that cannot vary, a part that
-            an iteration returns in another shape, or a model whose examples depend on one another.
+        ValueError: The run does not have the iteration, a part cannot vary, the iteration returns a
+            part in another shape, or the rows of the model depend on one another.
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)

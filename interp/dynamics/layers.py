@@ -40,26 +40,29 @@ if TYPE_CHECKING:
 class LayerDynamics(OneScreen):
     """The trajectory of every block's output over iterations.
 
-    Blocks may settle at different fixed points, which the state then visits in a cycle.
+    Each block may settle at a fixed point of its own; the state then visits these points in a
+    cycle.
 
     Attributes:
         names: The name of each block within an iteration, e.g. "blocks.0".
-        layers: Of each block, the residual stream that leaves it; its first point is after one
-            iteration.
+        layers: For each block the trajectory of the residual stream after it. The first point
+            follows one iteration.
     """
 
     names: tuple[str, ...]
     layers: tuple[Dynamics, ...]
 
     def between_layers(self, relative: bool = False) -> Float[Tensor, "layer other batch pos"]:
-        """Distance between the last states of two blocks; relative to the norm of the first."""
+        """The distance between the last outputs of each two blocks, at each column. With `relative`
+        it is divided by the norm of the first block's output.
+        """
         last = torch.stack([layer.states[-1] for layer in self.layers])
         distance: Tensor = torch.linalg.vector_norm(last[:, None] - last[None], dim=-1)
         return distance / torch.linalg.vector_norm(last, dim=-1)[:, None] if relative else distance
 
     def frame(self) -> pd.DataFrame:
-        """The frames of all blocks under one another; in front the block's name within an iteration
-        and its layer, from 0.
+        """The frames of all blocks, one below the other. The first columns are the block's name
+        within an iteration and its layer, from 0.
         """
         frames = [layer.frame() for layer in self.layers]
         for name, frame in zip(self.names, frames, strict=True):
@@ -85,13 +88,22 @@ def layer_dynamics(
     positions: Shown = "real",
     batch_size: int = 512,
 ) -> LayerDynamics:
-    """The output of every block of the loop, over iterations.
+    """Collect the output of every block of the loop over iterations, to see at which points blocks
+    settle.
 
     Args:
-        inputs, n_loops, readout, positions, batch_size: As for `dynamics`.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns to collect: "real" for all tokens except padding, "readout" for the
+            answer position, "all" for padding too, or a list of columns.
+        batch_size: How many rows run at a time.
 
     Returns:
-        One trajectory per block; a block that an iteration leaves out has no point there.
+        One trajectory per block. A block has no point at an iteration that leaves it out.
+
+    Raises:
+        ValueError: A column is out of range.
 
     Source:
         The cyclic fixed points of arXiv 2604.11791.
@@ -122,16 +134,18 @@ def layer_dynamics(
 
 @dataclass(frozen=True)
 class AttentionDynamics(OneScreen):
-    """The change of each head's attention from one iteration to the next.
+    """How much the attention of each head changes from one iteration to the next, and how even it
+    is.
 
-    Means over examples and query positions.
+    All values are means over examples and query positions.
 
     Attributes:
         names: The name of each block within an iteration, e.g. "blocks.0".
-        change: Float[Tensor, "loop layer head"], total variation (half the L1 distance, 0 to 1)
-            from the pattern one iteration earlier; NaN in the first iteration, and for heads that
-            a layer with fewer of them does not have.
-        entropy: Float[Tensor, "loop layer head"], of the pattern, in nats; NaN for such heads.
+        change: Float[Tensor, "loop layer head"], the total variation (half the L1 distance, 0 to 1)
+            between the pattern and that of one iteration earlier. NaN in the first iteration, and
+            for a head that the layer does not have.
+        entropy: Float[Tensor, "loop layer head"], of the pattern, in nats. NaN for a head that the
+            layer does not have.
     """
 
     names: tuple[str, ...]
@@ -139,8 +153,8 @@ class AttentionDynamics(OneScreen):
     entropy: Float[Tensor, "loop layer head"]
 
     def frame(self) -> pd.DataFrame:
-        """One row per visit and head: visit (its name), loop, layer, head, change, entropy; loop,
-        layer and head count from 0.
+        """One row per visit and head. The columns are visit (its name), loop, layer, head (all from
+        0), change and entropy.
         """
         loops, heads = range(self.change.shape[0]), range(self.change.shape[2])
         places = [
@@ -170,15 +184,25 @@ def attention_dynamics(
     positions: Shown = "real",
     batch_size: int = 64,
 ) -> AttentionDynamics:
-    """Change of the attention patterns between iterations, and their entropy (attention
-    stabilisation, arXiv 2604.11791).
+    """Measure how much each head's attention pattern changes between iterations, and its entropy,
+    to see whether attention settles.
 
     Args:
-        inputs, n_loops, readout, positions, batch_size: As for `dynamics`; positions are those of
-            the queries.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The query positions to average over: "real" for all tokens except padding,
+            "readout" for the answer position, "all" for padding too, or a list of columns.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        Change and entropy by iteration, layer and head.
 
     Raises:
         ValueError: No block of the loop has attention patterns.
+
+    Source:
+        Attention stabilisation: arXiv 2604.11791.
     """
     batch = as_batch(model, inputs, readout)
     n_loops = checked_loops(n_loops, model.cfg.n_loops)

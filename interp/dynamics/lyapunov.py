@@ -43,19 +43,21 @@ class LyapunovSpectrum(OneScreen):
     """The finite-time Lyapunov exponents of each example, by iteration.
 
     An exponent is the logarithm of a growth rate, in nats per iteration: above 0 a small change
-    grows. Exponents stand in falling order once the directions have settled, which takes a few
+    grows. The exponents are in falling order once the directions have settled, which takes a few
     iterations.
 
     Attributes:
-        start: The iteration before which the changes begin, from 0.
-        space: "state", or "direction" for changes of h / ||h|| at each column.
-        sublayers: What each block's parts are called within an iteration, such as "blocks.0.attn",
-            and "boundary" for what an iteration does between its blocks. A state of several parts
-            is seen between blocks only, so each block is one sublayer there.
+        start: The iteration, from 0, before which the small changes are made.
+        space: "state" measures changes of h, "direction" changes of h / ||h|| at each column.
+        sublayers: The names of the sublayers within an iteration, such as "blocks.0.attn".
+            "boundary" is everything that an iteration does between its blocks. If the state has
+            several parts, each block is one sublayer.
         triangles: Float[Tensor, "loop batch k k"], the upper triangular factor R of each
-            iteration's QR decomposition, with a diagonal of at least 0. Entry 0 is that of `start`.
-        shares: Float[Tensor, "loop sublayer batch k"], in nats; their sum over sublayers is the
-            iteration's exponent. 0 where an iteration does not have the sublayer.
+            iteration's QR decomposition, with a diagonal of at least 0. Entry 0 belongs to the
+            iteration `start`.
+        shares: Float[Tensor, "loop sublayer batch k"], how much each sublayer adds to the exponent,
+            in nats; the sum over sublayers is the iteration's exponent. 0 if the iteration does not
+            have the sublayer.
     """
 
     start: int
@@ -73,7 +75,7 @@ class LyapunovSpectrum(OneScreen):
         """The exponents as means over iterations, in nats per iteration.
 
         Args:
-            skip: Iterations to leave out at the beginning, in which the directions settle.
+            skip: How many iterations to leave out at the beginning, while the directions settle.
 
         Raises:
             ValueError: No iteration is left.
@@ -81,11 +83,12 @@ class LyapunovSpectrum(OneScreen):
         return self.exponents[one_in_range("skip", skip, len(self.triangles)) :].mean(0)
 
     def singular_rates(self) -> Float[Tensor, "batch k"]:
-        """The logarithms of the singular values of all iterations together, over their number, in
-        falling order; NaN where rounding hides them.
+        """The logarithms of the singular values of the product of all iterations, divided by their
+        number, in falling order. NaN where rounding hides a value.
 
-        With as many exponents as the state has dimensions these are those of the whole Jacobian;
-        with fewer, of its restriction to the directions that were followed.
+        With as many exponents as the state has dimensions, these are the singular values of the
+        whole Jacobian. With fewer, they are those of the Jacobian on the directions that were
+        followed.
         """
         product = torch.eye(self.triangles.shape[-1], device=self.triangles.device)
         product = product.to(self.triangles)
@@ -100,8 +103,8 @@ class LyapunovSpectrum(OneScreen):
         return rates.masked_fill(hidden, torch.nan)
 
     def frame(self) -> pd.DataFrame:
-        """One row per iteration, example and exponent: loop, example, rank (0 for the first
-        exponent), exponent, and one column for the share of each sublayer, in nats.
+        """One row per iteration, example and exponent. The columns are loop, example, rank (0 for
+        the first exponent), exponent, and one column per sublayer for what it adds, in nats.
         """
         loops, batch, k = self.exponents.shape
         columns = {"exponent": self.exponents}
@@ -110,7 +113,7 @@ class LyapunovSpectrum(OneScreen):
         return tidy(columns, loop=counted, example=range(batch), rank=range(k))
 
     def plot(self, title: str = "") -> go.Figure:
-        """A picture: the spectrum, and the share of each sublayer in the first exponent."""
+        """A picture: the spectrum, and how much each sublayer adds to the first exponent."""
         from loopscope.interp.drawing.stability import spectrum
 
         return spectrum(self, title)
@@ -131,28 +134,36 @@ def lyapunov_spectrum(
     seed: int = 0,
     batch_size: int = 32,
 ) -> LyapunovSpectrum:
-    """The k leading finite-time Lyapunov exponents of a run, per iteration and sublayer.
+    """Measure how fast small changes of the state grow or shrink per iteration: the k leading
+    finite-time Lyapunov exponents.
 
-    Random changes of the state are pushed through the iterations in forward mode
-    (Jacobian-vector products) and made orthonormal again after each of them (QR).
+    Random changes of the state are pushed through the iterations in forward mode (Jacobian-vector
+    products), and made orthonormal again after each iteration (QR). The growth is also split
+    between the sublayers.
 
     Args:
-        inputs, n_loops, readout: As for `dynamics`.
-        k: Exponents; at most as many as the shortest example's state has dimensions.
-        positions: The columns whose states vary, jointly. The states of the others, and of padding,
-            are held fixed where an iteration begins.
-        parts: The parts of the state that vary, jointly. None means those that this family's
-            iterations hand on (`LoopedModel.loop_parts`).
-        space: "state" measures changes of the state; "direction" those of h / ||h|| at each
-            column, for a stream that grows along its own direction without bound.
-        start: The iteration before which the changes begin, from 0. None means the first one to
-            which all these parts are handed.
-        seed: Of the first directions, which are the same for every example.
-        batch_size: Examples run at a time; each takes k rows.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        k: The number of exponents, at most the dimension of the shortest example's state.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns whose states vary together: "real" for all tokens except padding,
+            "readout" for the answer position, "all" for padding too, or a list of columns. All
+            other columns, and padding, are held fixed at the start of each iteration.
+        parts: The parts of the state that vary together. None means the parts that an iteration
+            hands to the next (`LoopedModel.loop_parts`).
+        space: "state" measures changes of the state h. "direction" measures changes of h / ||h|| at
+            each column, for a residual stream whose length grows without bound.
+        start: The iteration, from 0, before which the changes are made. None means the first
+            iteration to which all these parts are handed.
+        seed: The seed of the first directions, which are the same for every example.
+        batch_size: How many examples run at a time; each takes k rows.
+
+    Returns:
+        The exponents by iteration and example, and how much each sublayer adds to them.
 
     Raises:
-        ValueError: More exponents than dimensions, an iteration that the call does not have, a part
-            that cannot vary, or a model whose examples depend on one another.
+        ValueError: k is larger than the dimension of the state, the run does not have the
+            iteration, a part cannot vary, or the rows of the model depend on one another.
 
     Source:
         Benettin et al. 1980, "Lyapunov characteristic exponents for smooth dynamical systems"; for

@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PathIndependence(OneScreen):
-    """Whether an input's last state depends on the state from which its iterations start.
+    """Whether the last state of an input depends on the state from which its iterations start.
 
     Attributes:
         other: Int[Tensor, " batch"], the example from whose last state the second run starts.
-        cosine: Float[Tensor, " batch"], between the last states of both runs, joint over columns
-            and parts; 1 means that the path does not matter.
-        distance: Float[Tensor, " batch"], ||end' - end|| / ||end||.
+        cosine: Float[Tensor, " batch"], between the last states of the two runs, over all columns
+            and parts together. 1 means that the starting state does not matter.
+        distance: Float[Tensor, " batch"], the relative distance of the last states of the two runs,
+            ||end' - end|| / ||end||.
         same_answer: Bool[Tensor, " batch"], whether both runs give the same top token.
     """
 
@@ -52,7 +53,7 @@ class PathIndependence(OneScreen):
     same_answer: Bool[Tensor, " batch"]
 
     def frame(self) -> pd.DataFrame:
-        """One row per example: example, other, cosine, distance, same_answer."""
+        """One row per example. The columns are example, other, cosine, distance and same_answer."""
         columns = {
             "other": self.other,
             "cosine": self.cosine,
@@ -79,16 +80,26 @@ def path_independence(
     positions: Shown = "real",
     batch_size: int = 512,
 ) -> PathIndependence:
-    """The same input along two trajectories: from its own first state, and from the last state of
-    the example before it.
+    """Run each input twice, from its own first state and from the last state of another example,
+    and compare the ends.
+
+    The other example is the one before it; for the first example it is the last.
 
     Args:
-        inputs, n_loops, readout, positions, batch_size: As for `dynamics`; at least two examples of
-            one length. The first one takes the last state of the last one.
+        inputs: A `Batch`, texts, or token ids. There must be at least two examples, all of one
+            length.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns that are compared: "real" for all tokens except padding, "readout"
+            for the answer position, "all" for padding too, or a list of columns.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The agreement of the two runs of each example.
 
     Raises:
-        ValueError: A single example, examples of unequal length, or a model whose iterations are
-            given nothing of the input but the state.
+        ValueError: There is a single example, the examples have unequal lengths, or the iterations
+            of the model receive nothing of the input except the state.
 
     Source:
         The asymptotic alignment score of Anil et al. 2022 (arXiv 2211.09961).
@@ -144,10 +155,10 @@ def _with(state: State, values: Mapping[str, Tensor]) -> State:
 def _check_given(
     model: LoopedModel, batch: Batch, names: tuple[str, ...], n_loops: int, stop: int
 ) -> None:
-    """Refuse a model whose iterations are given nothing of the input but the state."""
+    """Refuse a model whose iterations receive nothing of the input except the state."""
     state = model.advance(begin_batch(model, batch[:1], n_loops), stop)
     if not set(floating(state)) - {"resid", *names}:
         raise ValueError(
-            f"the iterations of this {type(model).__name__} are given nothing of the input but the"
-            " state, so with another example's state they would run that example"
+            f"the iterations of this {type(model).__name__} receive nothing of the input except the"
+            " state, so a run from another example's state only repeats that example's run"
         )

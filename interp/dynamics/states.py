@@ -46,15 +46,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Orbits(OneScreen):
-    """Trajectories in the space of the first principal components of all their points.
+    """Trajectories of the state, projected on the first principal components of all their points.
 
     Attributes:
-        coordinates: Float[Tensor, "point batch pos component"]; NaN where a column is padding.
-        components: Float[Tensor, "component d_model"], of length 1, each with the sign that
-            makes its entry of largest magnitude positive.
-        mean: Float[Tensor, " d_model"], what is taken away before projecting.
-        explained: Float[Tensor, " component"], each component's share of the variance.
-        dynamics: The trajectories.
+        coordinates: Float[Tensor, "point batch pos component"]; NaN at padding.
+        components: Float[Tensor, "component d_model"], each of length 1. The sign makes the entry
+            of largest magnitude positive.
+        mean: Float[Tensor, " d_model"], which is subtracted before projecting.
+        explained: Float[Tensor, " component"], the share of the variance along each component.
+        dynamics: The trajectories that are projected.
     """
 
     coordinates: Float[Tensor, "point batch pos component"]
@@ -64,8 +64,8 @@ class Orbits(OneScreen):
     dynamics: Dynamics
 
     def frame(self) -> pd.DataFrame:
-        """One row per point, example and position: iterations (run), example, position, pc1, pc2,
-        ...
+        """One row per point, example and position. The columns are iterations (run), example,
+        position, pc1, pc2, ...
         """
         return self.dynamics._tidy(
             {f"pc{i + 1}": column for i, column in enumerate(self.coordinates.unbind(-1))}
@@ -80,17 +80,19 @@ class Orbits(OneScreen):
 
 @dataclass(frozen=True)
 class Dynamics(OneScreen):
-    """A part of the state along iterations.
+    """The trajectory of the state over iterations, with statistics of its motion.
 
-    A statistic is NaN where it is not defined, and where a column is padding.
+    Below, h_t is the state after t iterations and h_T the last one. A statistic is NaN if it is not
+    defined at a point, and at padding.
 
     Attributes:
-        states: Float[Tensor, "point batch pos d_model"]; NaN where a column is padding. Axes after
-            pos are joined into one.
+        states: Float[Tensor, "point batch pos d_model"], the state before the first iteration and
+            after each iteration; NaN at padding. Further axes of a site are joined into the last
+            one.
         iterations: How many iterations are run before each point; 0 is the state before the first
-            iteration.
+            one.
         position: Int[Tensor, "batch pos"], the column of the input.
-        shown: Bool[Tensor, "batch pos"], False where a column is padding.
+        shown: Bool[Tensor, "batch pos"], False at padding.
         part: The name of the part of the state, or of the site.
     """
 
@@ -108,7 +110,7 @@ class Dynamics(OneScreen):
         chosen: ShownColumns,
         part: str,
     ) -> Dynamics:
-        """The record of a trajectory at some columns, without the values at padding."""
+        """Make the record of a trajectory at some columns, with NaN at padding."""
         position, shown = chosen
         return cls(
             states.masked_fill(~shown[..., None], torch.nan),
@@ -119,49 +121,49 @@ class Dynamics(OneScreen):
         )
 
     def directions(self) -> Dynamics:
-        """The trajectories of h_t / ||h_t||, on the unit sphere."""
+        """The trajectories of h_t / ||h_t||, so that only the direction of the state counts."""
         return replace(self, states=self.states / norm_of(self.states)[..., None])
 
     def state_norm(self) -> Float[Tensor, "point batch pos"]:
-        """||h_t||."""
+        """The length of the state, ||h_t||."""
         return norm_of(self.states)
 
     def step_norm(self, relative: bool = False) -> Float[Tensor, "point batch pos"]:
-        """||h_t - h_{t-1}||, over ||h_{t-1}|| when relative."""
+        """The length of each step, ||h_t - h_{t-1}||; with `relative` divided by ||h_{t-1}||."""
         norm = norm_of(self.states.diff(dim=0))
         return self._from_later(norm / self.state_norm()[:-1] if relative else norm)
 
     def update_cosine(self) -> Float[Tensor, "point batch pos"]:
-        """Cosine between h_t - h_{t-1} and h_{t-1} - h_{t-2} (arXiv 2509.23314)."""
+        """The cosine between successive steps h_t - h_{t-1} and h_{t-1} - h_{t-2}
+        (arXiv 2509.23314).
+        """
         updates = self.states.diff(dim=0)
         return self._from_later(cosine_of(updates[1:], updates[:-1]))
 
     def second_difference(self) -> Float[Tensor, "point batch pos"]:
-        """||h_t - 2 h_{t-1} + h_{t-2}||, at the point t at which it can first be known (the
-        acceleration of arXiv 2509.23314).
-        """
+        """The acceleration ||h_t - 2 h_{t-1} + h_{t-2}||, at point t (arXiv 2509.23314)."""
         return self._from_later(norm_of(self.states.diff(dim=0).diff(dim=0)))
 
     def distance_to_last(self, relative: bool = False) -> Float[Tensor, "point batch pos"]:
-        """||h_t - h_T||, over ||h_T|| when relative."""
+        """The distance to the last state, ||h_t - h_T||; with `relative` divided by ||h_T||."""
         distance = norm_of(self.states - self.states[-1])
         return distance / self.state_norm()[-1] if relative else distance
 
     def state_cosine(self) -> Float[Tensor, "point batch pos"]:
-        """Cosine between h_t and h_{t-1}."""
+        """The cosine between successive states h_t and h_{t-1}."""
         return self._from_later(cosine_of(self.states[1:], self.states[:-1]))
 
     def effective_rank(self) -> Float[Tensor, " point"]:
-        """Effective rank of each point's states, a row being one position of one example; see
-        `effective_rank`.
+        """The effective rank of the states at each point, one row per position of each example; see
+        `loopscope.effective_rank`.
         """
         return torch.stack([effective_rank(point[self.shown]) for point in self.states])
 
     def orbits(self, k: int = 2) -> Orbits:
-        """The trajectories on the first k principal components, fitted over all their points.
+        """Project the trajectories on their first k principal components, fitted over all points.
 
         Raises:
-            ValueError: k is more than the points and d_model allow.
+            ValueError: k is larger than the number of points or d_model allows.
         """
         rows = self.states[:, self.shown].flatten(0, 1)
         refuse_nonfinite("the states", rows)
@@ -181,19 +183,22 @@ class Dynamics(OneScreen):
     def period(
         self, max_period: int = 4, tol: float = 1e-2, window: int | None = None
     ) -> Float[Tensor, "batch pos"]:
-        """The smallest p with ||h_{t+p} - h_t|| / ||h_t|| < tol all through the last points: 1 is a
-        fixed point, more an orbit.
+        """Find after how many iterations each state repeats: the smallest p with ||h_{t+p} - h_t||
+        / ||h_t|| < tol at all of the last points.
+
+        A period of 1 is a fixed point, a larger one is a cycle.
 
         Args:
-            max_period: The largest p that is tried.
-            window: How many of the last points are looked at; None means twice the largest period,
-                so that it is seen twice.
+            max_period: The largest p to try, in iterations.
+            tol: The relative distance below which two states count as the same.
+            window: How many of the last points are looked at. None means twice `max_period`, so
+                that each period is seen twice.
 
         Returns:
-            Float[Tensor, "batch pos"], NaN where no period fits.
+            Float[Tensor, "batch pos"], in iterations; NaN if no period fits.
 
         Raises:
-            ValueError: The window is shorter than two of the largest periods, or longer than the
+            ValueError: The window is shorter than twice `max_period`, or longer than the
                 trajectory.
         """
         max_period = checked_count(max_period, "max_period")
@@ -213,8 +218,8 @@ class Dynamics(OneScreen):
         return found
 
     def frame(self) -> pd.DataFrame:
-        """One row per point, example and position that is no padding: iterations (run), example,
-        position, then every statistic.
+        """One row per point, example and position, without padding. The columns are iterations
+        (run), example, position, and every statistic.
         """
         columns = {
             "state_norm": self.state_norm(),
@@ -266,18 +271,23 @@ def dynamics(
     part: str = "resid",
     batch_size: int = 512,
 ) -> Dynamics:
-    """The state before the first iteration and after every iteration, from one run.
+    """Collect the state before the first iteration and after every iteration, to see how it moves.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        n_loops: Iterations; None means what the checkpoint records.
-        positions: "real" for all tokens that are not padding, "readout" for the column at which
-            answers are read (which may be padding), "all" for padding too, or columns.
-        part: A part of the state, as `model.state_parts(state)` names it.
-        batch_size: Rows run at a time.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns to collect: "real" for all tokens except padding, "readout" for the
+            answer position (which may be padding), "all" for padding too, or a list of columns.
+        part: The part of the state, named as in `model.state_parts(state)`; "resid" is the residual
+            stream.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The states, with their statistics as methods.
 
     Raises:
-        ValueError: A part that the state does not have, or that is not made of real numbers.
+        ValueError: The state does not have the part, or the part is not made of real numbers.
 
     Source:
         The geometry of iterates: arXiv 2509.23314; orbits: figures of arXiv 2502.05171.

@@ -17,16 +17,19 @@ from loopscope.models.basis.numbers import given_tensor
 
 
 def effective_rank(rows: Float[Tensor, "row d"] | Sequence[Sequence[float]]) -> Float[Tensor, ""]:
-    """Exponential of the entropy of the singular values' shares, of the rows minus their mean.
+    """Measure how many directions some vectors use: the effective rank of the rows after their mean
+    is subtracted.
+
+    It is the exponential of the entropy of the singular values, each taken as a share of their sum.
 
     Args:
         rows: Float[Tensor, "row d"], or lists of numbers.
 
     Returns:
-        The effective rank, in float32 or wider; NaN where all rows are the same.
+        The effective rank, from 1 to the rank, in float32 or wider; NaN if all rows are the same.
 
     Raises:
-        ValueError: Fewer than two rows, or rows that are not finite.
+        ValueError: There are fewer than two rows, or a number is not finite.
 
     Source:
         Roy & Vetterli, "The effective rank", EUSIPCO 2007.

@@ -40,18 +40,20 @@ _SITES = {"head": "attn.hook_z", "attn": "hook_attn_out", "mlp": "hook_mlp_out"}
 
 @dataclass(frozen=True)
 class Component:
-    """A component to ablate, and its places.
+    """A component to be given to `ablate`, and the places at which it is ablated.
 
     Attributes:
-        kind: "head" (its weighted sum of values, attn.hook_z), "attn" or "mlp" (what it adds to the
-            residual stream), "visit" (a block at one iteration: its resid_post becomes its
-            resid_pre) or "iteration" (its state_out becomes its state_in).
-        loops: Iterations, from 0; "all" for every one.
-        layers: Blocks within an iteration, "all" for every one; an iteration takes all of them.
-        heads: Heads, "all" for every one; for kind "head" only.
-        visits: Visits by name or pattern, such as "loops.0.low.1.blocks.0"; for an iteration the
-            runs of stacks, such as "loops.0.low.1". None means every visit at the iterations and
-            layers, also where several share both.
+        kind: "head" (the head's weighted sum of values, attn.hook_z), "attn" or "mlp" (the output
+            that is added to the residual stream), "visit" (a block at one iteration is skipped: its
+            resid_post becomes its resid_pre) or "iteration" (a whole iteration is skipped: its
+            state_out becomes its state_in).
+        loops: The iterations, from 0; "all" for every one.
+        layers: The blocks within an iteration; "all" for every one. The kind "iteration" takes all
+            of them.
+        heads: The heads, "all" for every one; for the kind "head" only.
+        visits: The visits by name or pattern, such as "loops.0.low.1.blocks.0"; for the kind
+            "iteration" runs of blocks, such as "loops.0.low.1". None means every visit at `loops`
+            and `layers`, also if several visits share both.
     """
 
     kind: Kind
@@ -74,7 +76,7 @@ class Component:
 
     @property
     def where(self) -> Where:
-        """The visits that the component is ablated at."""
+        """The visits at which the component is ablated."""
         named = self.visits is not None  # then a visit outside the loop may be meant
         free = named or self.kind == "iteration"  # whose states have no layer
         loops: Picked | int | None = self.loops
@@ -101,31 +103,38 @@ def ablate(
     seed: int = 0,
     positions: Picked = "all",
 ) -> Iterator[LoopedModel]:
-    """Inside the `with` block every run of the model has the components ablated; afterwards, also
-    after an error, none has.
+    """Ablate components: inside the `with` block each run replaces their outputs at the chosen
+    iterations.
 
-    A visit and an iteration pass on what entered them after all other hooks at that point. Runs
-    inside must have `n_loops` iterations.
+    After the block, also after an error, the model is as before. Runs inside must have `n_loops`
+    iterations. A skipped visit or iteration passes on the state that entered it, after all other
+    hooks at that point.
 
     Args:
-        what: One component or several.
-        how: "zero" writes zeros; "mean" writes the site's mean over the reference at the same
-            iteration (over rows and over positions that are real or read); "mean_per_position" the
-            mean over rows only; "resample" lets row i take the value of reference row p(i mod N) at
-            the same positions, p being a random permutation that leaves no row in place. Visits and
-            iterations contribute nothing, so they take "zero" only.
-        n_loops: Iterations of the runs inside; None means what the checkpoint records.
-        reference: A batch, texts or tokens, for every `how` but "zero". It is run once, when the
-            context is entered, with the hooks that the model has then. For "mean_per_position" and
-            "resample" its rows must be of one length, and the runs inside as wide.
-        seed: Of the permutation.
-        positions: Columns of the text to ablate, "all" for every one. They count from the
-            beginning of the text in every step of a generation too.
+        what: One component or a list of components.
+        how: The values that replace the output. "zero": zeros. "mean": the mean over the reference
+            at the same iteration, over rows and over all positions that hold a token or are read.
+            "mean_per_position": the mean over the rows of the reference at each position.
+            "resample": for row i the values of the reference row p(i mod N) at the same positions,
+            where p is a random permutation of its N rows that leaves no row in place. Visits and
+            iterations take "zero" only, which skips them.
+        n_loops: The number of iterations of the runs inside; None means the number that the
+            checkpoint records.
+        reference: A `Batch`, texts or token ids, for every `how` except "zero". They are run once
+            at the start of the block, with the hooks that the model has then. For
+            "mean_per_position" and "resample" all rows must have one length, and the runs inside
+            must be as wide.
+        seed: The seed of the permutation.
+        positions: The columns of the text to ablate; "all" for every one. During generation columns
+            still count from the beginning of the text.
+
+    Yields:
+        The model.
 
     Raises:
-        ValueError: A component that this model does not have, a place out of range, a reference
-            that is missing, not needed or of unequal lengths; and from the runs inside: another
-            n_loops, another width, or a run continued inside a skipped iteration.
+        ValueError: The model does not have a component, a place is out of range, or `reference` is
+            missing, not needed or of unequal lengths. Runs inside raise it for another `n_loops` or
+            width, and if they start inside a skipped iteration.
     """
     n_loops, columns = checked_loops(n_loops, model.cfg.n_loops), checked_columns(positions)
     seed = checked_seed(seed)

@@ -28,19 +28,26 @@ def attenuate_input(
     *,
     visits: VisitNames | None = None,
 ) -> Iterator[LoopedModel]:
-    """Inside the `with` block the input that some iterations are injected is multiplied by a
-    factor.
+    """Weaken the input injection: inside the `with` block the input that some iterations receive is
+    multiplied by a factor.
+
+    After the block, also after an error, the model is as before.
 
     Args:
-        factor: 1 changes nothing, 0 injects zeros.
-        loops: Iterations at which something is injected, "all" for every such one. Where an
-            iteration is injected several times, as in nested cycles, every injection is meant.
-        visits: Runs of stacks by name or pattern, such as "loops.0.low.1"; narrows `loops`.
-        n_loops: Iterations of the runs inside; None means what the checkpoint records.
+        factor: The factor: 1 changes nothing, 0 injects zeros.
+        loops: The iterations to change, from 0; "all" for every one that has an injection. If an
+            iteration has several, as in nested cycles, all of them are changed.
+        n_loops: The number of iterations of the runs inside; None means the number that the
+            checkpoint records.
+        visits: Runs of blocks by name or pattern, such as "loops.0.low.1", to which the change is
+            limited; None means no limit.
+
+    Yields:
+        The model.
 
     Raises:
-        ValueError: A model, or an iteration, without injection; from the runs inside: another
-            n_loops.
+        ValueError: The model or a chosen iteration has no injection. Runs inside raise it for
+            another `n_loops`.
     """
     checked_number(factor, "factor")
     names = _injections(model, loops, visits, checked_loops(n_loops, model.cfg.n_loops))
@@ -62,16 +69,21 @@ def swap_input(
     *,
     visits: VisitNames | None = None,
 ) -> Iterator[LoopedModel]:
-    """Inside the `with` block another input is injected at some iterations; the state computed so
-    far stays.
+    """Exchange the input injection: inside the `with` block some iterations receive the input of
+    another question, while the state that was computed before stays.
+
+    After the block, also after an error, the model is as before.
 
     Args:
-        other: A batch, texts or tokens of the shape of the runs inside; it is run once, when the
-            context is entered.
-        loops, n_loops, visits: As for `attenuate_input`.
+        other: The other question: a `Batch`, texts or token ids of the same shape as the runs
+            inside. It is run once at the start of the block.
+        loops, n_loops, visits: The injections to change, as `attenuate_input` describes them.
+
+    Yields:
+        The model.
 
     Raises:
-        ValueError: As for `attenuate_input`, and a run inside of another shape.
+        ValueError: `attenuate_input` would refuse the call. Runs inside raise it for another shape.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     names = _injections(model, loops, visits, n_loops)
@@ -98,7 +110,8 @@ def _injections(
     injected = sorted({place.loop for place in places if place.loop is not None})
     if not injected:
         raise ValueError(
-            "nothing is injected into this model's iterations in such a call: it has no hook_input"
+            "nothing is injected into this model's iterations in such a call: it has no"
+            " 'hook_input'"
         )
     wanted = injected if isinstance(loops, str) else in_range("loops", loops, n_loops)
     missing = [f"at iteration {loop}" for loop in sorted(set(wanted) - set(injected))]

@@ -36,27 +36,32 @@ def realign(
     weight: float = 0.5,
     n_loops: int | None = None,
 ) -> Iterator[LoopedModel]:
-    """Inside the `with` block the state after one iteration is moved to the embedding of the token
-    that the logit lens reads there; afterwards, also after an error, it is not.
+    """Replace the state by a token's embedding: inside the `with` block the state after one
+    iteration is moved to the embedding of the token that the logit lens reads from it.
 
-    The state is the residual after the iteration's last visit; the embedding is the token's row of
-    `W_E`, without position or scale.
+    The state is the residual stream after the iteration's last visit. The embedding is the token's
+    row of `W_E`, without position and without a scale factor. After the block, also after an error,
+    the model is as before.
 
     Args:
         at: The iteration, from 0, after which the state is moved.
-        positions: Columns of the text that are written, "all" for every one.
-        how: "replace" puts the embedding in the state's place, "rescale" gives the state the
-            embedding's length alone, "blend" takes `weight` of the embedding and the rest of the
-            state.
-        rank: Which token of the lens, 0 for the top.
-        tokens: One token per row instead of the lens's own, e.g. random ones as a control.
-        weight: The embedding's share in a blend, 0 to 1.
-        n_loops: Iterations of the runs inside; None means what the checkpoint records.
+        positions: The columns of the text to change; "all" for every one.
+        how: "replace" writes the embedding, "rescale" gives the state the length of the embedding
+            but keeps its direction, "blend" writes weight * embedding + (1 - weight) * state.
+        rank: Which token of the lens to take; 0 is the top token.
+        tokens: One token id per row to take instead of the lens's, such as random ones as a
+            control.
+        weight: The weight of the embedding in "blend", from 0 to 1.
+        n_loops: The number of iterations of the runs inside; None means the number that the
+            checkpoint records.
+
+    Yields:
+        The model.
 
     Raises:
-        ValueError: An iteration out of range, another `how`, a weight outside 0 to 1, a rank
-            outside the vocabulary; from the runs inside: another n_loops or another number of rows
-            than tokens, or logits that have no order.
+        ValueError: The iteration, the rank or the weight is out of range, or `how` is unknown. Runs
+            inside raise it for another `n_loops`, for another number of rows than `tokens` has, and
+            for logits that are not finite.
 
     Source:
         DiscoLoop, arXiv 2607.00341.

@@ -25,13 +25,15 @@ _FROZEN_SITES = ("hook_resid_pre", "hook_resid_post")
 
 @dataclass(frozen=True)
 class Freeze:
-    """An entry of `schedule_edit`: blocks that are not run, but add to the stream what they added
-    at an earlier iteration.
+    """An entry of `schedule_edit`: blocks do not run, but their outputs at an earlier iteration are
+    added to the residual stream again.
 
     Attributes:
-        visit: A visit or an iteration, such as "loops.3.blocks.0" or "loops.3".
-        at: The earlier visit or iteration of the list, such as "loops.2.blocks.0" or "loops.2". Of
-            several that repeat it, the last one before this entry is meant.
+        visit: The visit or the iteration that does not run, such as "loops.3.blocks.0" or
+            "loops.3".
+        at: The earlier visit or iteration of the list whose outputs are added, such as
+            "loops.2.blocks.0" or "loops.2". If several entries repeat it, the last one before this
+            entry counts.
     """
 
     visit: str
@@ -57,36 +59,38 @@ class _Entry:
 def schedule_edit(
     model: LoopedModel, order: Sequence[str | Freeze], n_loops: int | None = None
 ) -> Iterator[LoopedModel]:
-    """Inside the `with` block every run goes through another list of visits: iterations and layers
-    skipped, repeated, reordered or frozen.
+    """Edit the schedule: inside the `with` block every run goes through another list of iterations
+    and blocks, so that some are skipped, repeated, reordered or frozen.
 
-    The list is in the words of the model's own schedule, and a visit does what it does there: it
-    keeps its weights, its injection and whatever depends on its iteration. The edited call counts
-    its iterations anew, in the order in which they run. So every visit has a name of its own, also
-    where one is repeated: after `["loops.0", "loops.1", "loops.1"]` the names are loops.0, loops.1
-    and loops.2, and `model.schedule(3)[-1].acts_as.name` says what the last one repeats. Visits of
-    one iteration that follow one another stay one iteration, until one of them comes again or an
-    iteration is named as a whole. An iteration opens before its first visit and closes after its
-    last, whichever these are. What lies outside the loop stays.
+    Each visit of the list keeps what it has in the model's own schedule: its weights, its injection
+    and all that depends on its iteration. The parts before and after the loop stay. After the
+    block, also after an error, the model is as before.
 
-    Runs inside must have as many iterations as the list, and other numbers are refused. A state
-    that was begun under another schedule, and hooks given by a pattern under another one, are
-    refused too. Compiled models run eagerly inside.
+    Inside, the iterations of the list are numbered anew, in the order in which they run, so that
+    every visit has a name of its own. After `["loops.0", "loops.1", "loops.1"]` the names are
+    loops.0, loops.1 and loops.2, and `model.schedule(3)[-1].acts_as.name` says which visit the last
+    one repeats. Successive visits of one iteration stay one iteration, until one of them comes
+    again or a whole iteration is named. An iteration opens before its first visit and closes after
+    its last one, whichever visits these are.
+
+    Runs inside must have as many iterations as the list. A state that was begun under another
+    schedule is refused, and so are hooks that were given by a pattern under another schedule.
+    Compiled models run without compilation inside.
 
     Args:
-        order: Names of iterations ("loops.2") and of visits ("loops.2.blocks.0"), and `Freeze`
-            entries. What is left out is skipped.
-        n_loops: Iterations of the call whose visits the list names; None means what the checkpoint
-            records.
+        order: The names of iterations ("loops.2") and of visits ("loops.2.blocks.0"), and `Freeze`
+            entries, in the order in which they run. Names that are left out are skipped.
+        n_loops: The number of iterations of the call in which the names are looked up; None means
+            the number that the checkpoint records.
 
     Yields:
         The model.
 
     Raises:
-        KeyError: A name that is no visit of the loop.
-        UnrunnableSchedule: A ValueError: an empty list, or one that the family cannot run.
-        ValueError: A freeze without an earlier visit, a model that calls its blocks by itself, or
-            an edit inside another.
+        KeyError: A name is not a visit or an iteration of the loop.
+        UnrunnableSchedule: The list is empty, or the family cannot run it. It is a ValueError.
+        ValueError: A `Freeze` has no earlier visit, the model calls its blocks by itself (`wrap`),
+            or another edit is on.
     """
     if not model.runs_visits:
         raise ValueError(

@@ -54,31 +54,38 @@ def steer(
     scale: float | int | Tensor = 1.0,
     n_loops: int | None = None,
 ) -> Iterator[LoopedModel]:
-    """Inside the `with` block a vector is added at some iterations; afterwards, also after an
-    error, it is not.
+    """Add a vector to activations: inside the `with` block every run is steered at the chosen
+    places.
 
-    Gradients reach `vectors`. Runs inside must have `n_loops` iterations.
+    After the block, also after an error, the model is as before. Runs inside must have `n_loops`
+    iterations. Gradients reach `vectors`.
 
     Args:
-        vectors: One for all rows, in the shape of the site without batch and pos (Float[Tensor, "
-            d_model"], at q, k, v and z Float[Tensor, "head d_head"]), or one for each row
-            (Float[Tensor, "batch d_model"], ...).
-        site: e.g. "resid_pre", "mlp_out", "z"; or an iteration's own site, e.g. "state_in".
-        loops: Iterations, from 0; "all" for every one.
-        layers: Blocks within an iteration, "all" for every one; None for an iteration's own site.
-            Where several visits share iteration and layer, the vector is added at each of them.
-        visits: Visits by name or pattern, such as "loops.0.low.1.blocks.0" or "prelude.0"; for an
-            iteration's own site the runs of stacks, such as "loops.0.low.1". Given together with
-            loops or layers, it narrows them further.
-        positions: Columns of the text that are written, "all" for every one. They count from the
-            beginning of the text in every step of a generation too.
-        scale: Multiplies the vectors; a tensor [batch, 1, 1] gives each row its own dose.
-        n_loops: Iterations of the runs inside; None means what the checkpoint records.
+        vectors: One vector for all rows, in the shape of the site without batch and pos:
+            Float[Tensor, " d_model"], or Float[Tensor, "head d_head"] at q, k, v and z. Or one
+            vector for each row, such as Float[Tensor, "batch d_model"].
+        site: A site of the blocks, such as "resid_pre", "mlp_out" or "z", or of a whole iteration,
+            such as "state_in".
+        loops: The iterations, from 0; "all" for every one.
+        layers: The blocks within an iteration, "all" for every one; None for a site of a whole
+            iteration. If several visits share iteration and block, each of them is steered.
+        visits: Visits by name or pattern, such as "loops.0.low.1.blocks.0" or "prelude.0"; for a
+            site of a whole iteration runs of blocks, such as "loops.0.low.1". If loops or layers
+            are given too, only visits that fit all of them are steered.
+        positions: The columns of the text to change; "all" for every one. During generation columns
+            still count from the beginning of the text.
+        scale: A factor of the vectors; a tensor [batch, 1, 1] gives each row a factor of its own.
+        n_loops: The number of iterations of the runs inside; None means the number that the
+            checkpoint records.
+
+    Yields:
+        The model.
 
     Raises:
-        KeyError: A site or a visit that this model does not have.
-        ValueError: No place or one out of range, a site whose second axis is not pos, and from the
-            runs inside: vectors that do not have the site's shape, or another n_loops.
+        KeyError: The model does not have the site or a visit.
+        ValueError: No place is chosen, a place is out of range, or the second axis of the site is
+            not pos. Runs inside raise it for another `n_loops`, and if the vectors do not have the
+            shape of the site.
 
     Source:
         Turner et al. 2023 (arXiv 2308.10248), activation addition.
@@ -108,7 +115,18 @@ def set_to(
     positions: Picked | int = "all",
     n_loops: int | None = None,
 ) -> Iterator[LoopedModel]:
-    """As `steer`, but the vector takes the activation's place instead of being added to it."""
+    """Replace activations by a vector inside the `with` block.
+
+    Args:
+        vectors, site, loops, layers, visits, positions, n_loops: The vector and the places, as
+            `steer` describes them. The vector is written instead of being added.
+
+    Yields:
+        The model.
+
+    Raises:
+        KeyError, ValueError: `steer` would refuse the call.
+    """
     with _writing(
         model,
         lambda value, name: _fitted(vectors, value, name).expand_as(value),
@@ -135,20 +153,26 @@ def steering_vector(
     *,
     visit: str | None = None,
 ) -> Float[Tensor, "*shape"]:
-    """Mean activation at the readout of one set of inputs, minus that of another.
+    """Compute a vector for `steer`: the mean activation over one set of inputs, minus the mean over
+    another.
 
     Args:
-        positive, negative: Batches, texts, or tokens with `readout`; they need not be equally many.
-        site, loop, layer: One place; layer is None for an iteration's own site.
-        visit: The visit by its name, in place of loop and layer; it must be given where several
-            visits share both.
-        n_loops: Iterations; None means what the checkpoint records.
+        positive, negative: The two sets of inputs: batches, texts, or token ids. Their sizes may
+            differ. Activations are taken at the answer position.
+        readout: For token ids, the column at which answers are read.
+        site: The site, such as "resid_pre".
+        loop, layer: The iteration and the block, from 0; `layer` is None for a site of a whole
+            iteration.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        visit: The name of the visit instead of loop and layer. It must be given if several visits
+            share both.
 
     Returns:
-        The site's shape without batch and pos, e.g. Float[Tensor, " d_model"]; what `steer` takes.
+        The vector, in the shape of the site without batch and pos, e.g. Float[Tensor, " d_model"].
 
     Raises:
-        KeyError, ValueError: As for `steer`.
+        KeyError: The model does not have the site or the visit.
+        ValueError: The place is missing or out of range, or the second axis of the site is not pos.
 
     Source:
         Rimsky et al. 2024 (arXiv 2312.06681), contrastive activation addition.

@@ -35,11 +35,13 @@ GATE = "hook_exit_logit"
 
 
 class ExitDistribution(NamedTuple):
-    """After which iteration a gate exits.
+    """The probability that a gate exits after each iteration.
 
     Attributes:
-        pdf: Float[Tensor, "loop ..."], the probability of each iteration; they add up to 1.
-        cdf: Float[Tensor, "loop ..."], the probability of that iteration or an earlier one.
+        pdf: Float[Tensor, "loop ..."], the probability of an exit after this iteration; over
+            iterations they sum to 1.
+        cdf: Float[Tensor, "loop ..."], the probability of an exit after this iteration or an
+            earlier one.
     """
 
     pdf: Float[Tensor, "loop ..."]
@@ -53,13 +55,21 @@ class ExitDistribution(NamedTuple):
 
 
 def exit_distribution(gate_logits: Float[Tensor, "loop ..."]) -> ExitDistribution:
-    """Probability of an exit after each iteration: lambda_t = sigmoid(logit_t), p_t = lambda_t
-    prod_{s<t} (1 - lambda_s).
+    """Turn the logits of an exit gate into the probability of an exit after each iteration.
 
-    The last iteration takes what is left, so its own logit is not used.
+    The gate exits with probability lambda_t = sigmoid(logit_t) if it has not done so before, so
+    that p_t = lambda_t prod_{s<t} (1 - lambda_s). The last iteration has the probability that is
+    left; its own logit is not used.
+
+    Args:
+        gate_logits: The logits of the gate, iterations along the first axis, such as `gate_logits`
+            returns.
+
+    Returns:
+        The probabilities, in the shape of the logits.
 
     Raises:
-        ValueError: A logit that is NaN.
+        ValueError: A logit is NaN.
 
     Source:
         Ouro (arXiv 2510.25741).
@@ -88,7 +98,16 @@ def gate_logits(
     readout: ReadoutColumn = None,
     batch_size: int = 512,
 ) -> Float[Tensor, "loop batch"]:
-    """The exit gate's logit after every iteration, at the column at which answers are read.
+    """Read the logit of the model's exit gate after every iteration, at the answer position.
+
+    Args:
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The logits by iteration and row.
 
     Raises:
         ValueError: The family has no exit gate.
@@ -116,10 +135,10 @@ def gate_logits(
 
 @dataclass(frozen=True)
 class GatedReadout(OneScreen):
-    """Logits at every position, read by the rule of an exit gate.
+    """Logits at every position, combined by an exit gate.
 
     Attributes:
-        logits: Float[Tensor, "batch pos d_vocab"].
+        logits: Float[Tensor, "batch pos d_vocab"], the logits at the exit, or the mixture.
         iterations: Int[Tensor, "batch pos"], how many iterations are run until the exit; for the
             mixture, all of them.
         pdf: Float[Tensor, "loop batch pos"], the exit distribution.
@@ -140,16 +159,25 @@ def readout_at_threshold(
     *,
     readout: ReadoutColumn = None,
 ) -> GatedReadout:
-    """Read each position once its cumulative exit probability reaches a threshold.
+    """Read each position after the iteration at which its cumulative exit probability reaches a
+    threshold.
 
-    A position that never reaches the threshold is read after the last iteration.
-
-    All iterations run; the exit only chooses which state is unembedded. Hooks at
-    `loops.{t}.hook_exit_logit` change the choice.
+    A position that never reaches it is read after the last iteration. All iterations run; the exit
+    only chooses the state that is unembedded. Hooks at `loops.{t}.hook_exit_logit` can change the
+    choice.
 
     Args:
-        threshold: In 0..1. As in the release, a gate that is saturated in float32 exits at once
-            even at 1.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        threshold: The cumulative probability, from 0 to 1. A gate that is saturated in float32
+            exits even at 1, as in the release.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+
+    Returns:
+        The logits at the exit of each position.
+
+    Raises:
+        ValueError: The family has no exit gate, or the threshold is outside 0 to 1.
 
     Source:
         Ouro (arXiv 2510.25741) and its released forward pass.
@@ -170,9 +198,20 @@ def readout_at_threshold(
 def readout_mixture(
     model: LoopedModel, inputs: Inputs, n_loops: int | None = None, *, readout: ReadoutColumn = None
 ) -> GatedReadout:
-    """The logits after every iteration, weighted by the exit distribution.
+    """Average the logits of all iterations, weighted by the probability of an exit after each.
 
-    The released model returns this mixture when labels are given.
+    The released model returns this mixture if it is called with labels.
+
+    Args:
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+
+    Returns:
+        The mixture at every position.
+
+    Raises:
+        ValueError: The family has no exit gate.
 
     Source:
         Ouro (arXiv 2510.25741) and its released forward pass.

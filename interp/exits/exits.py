@@ -24,12 +24,12 @@ from loopscope.models.core.state import checked_loops
 
 @dataclass(frozen=True)
 class Criterion(ABC):
-    """Exit once a condition has been met in `hits` iterations in a row.
+    """A rule for early exit: an example exits once a condition holds in `hits` iterations in a row.
 
     Attributes:
         hits: How many iterations in a row must meet the condition.
-        min_loops: No example exits before this many iterations.
-        of_states: Whether the condition reads states; otherwise it reads answers.
+        min_loops: The number of iterations before which no example exits.
+        of_states: Whether the condition looks at states; otherwise it looks at answers.
     """
 
     hits: int = field(default=1, kw_only=True)
@@ -42,8 +42,8 @@ class Criterion(ABC):
 
     @abstractmethod
     def met(self, lens: Lens, states: Dynamics | None) -> Bool[Tensor, "loop read"]:
-        """Whether each iteration meets the condition; False where there is no earlier iteration to
-        compare with.
+        """Whether each read meets the condition after each iteration. False if an earlier iteration
+        is needed and there is none.
         """
 
 
@@ -52,7 +52,7 @@ class Thresholded(Criterion):
     """A criterion that compares a number of each iteration with a threshold.
 
     Attributes:
-        threshold: In the number's unit.
+        threshold: The threshold, in the unit of the number.
     """
 
     threshold: float
@@ -64,7 +64,14 @@ class Thresholded(Criterion):
 
 @dataclass(frozen=True)
 class KLBelow(Thresholded):
-    """KL(p_t || p_{t-1}) of successive answers below a threshold, in nats (arXiv 2502.05171)."""
+    """Exit when the answer hardly changes: KL(p_t || p_{t-1}) of successive answers is below a
+    threshold (arXiv 2502.05171).
+
+    Attributes:
+        threshold: The largest KL, in nats.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
+    """
 
     threshold: float = 1e-3
 
@@ -74,7 +81,13 @@ class KLBelow(Thresholded):
 
 @dataclass(frozen=True)
 class EntropyBelow(Thresholded):
-    """Entropy of the answer below a threshold, in nats."""
+    """Exit when the answer is certain: its entropy is below a threshold.
+
+    Attributes:
+        threshold: The largest entropy, in nats.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
+    """
 
     threshold: float = 3.0
 
@@ -84,7 +97,12 @@ class EntropyBelow(Thresholded):
 
 @dataclass(frozen=True)
 class TopStable(Criterion):
-    """The most likely token has not changed in any of the last `hits` iterations."""
+    """Exit when the most likely token has been the same in the last `hits` iterations.
+
+    Attributes:
+        hits: How many iterations the token must stay.
+        min_loops: The number of iterations before which no example exits.
+    """
 
     hits: int = field(default=5, kw_only=True)
 
@@ -95,7 +113,14 @@ class TopStable(Criterion):
 
 @dataclass(frozen=True)
 class CosineAbove(Thresholded):
-    """Cosine of h_t and h_{t-1} above a threshold, h_0 being the first iteration's input."""
+    """Exit when the state hardly turns: the cosine of h_t and h_{t-1} is above a threshold. h_0 is
+    the input of the first iteration.
+
+    Attributes:
+        threshold: The smallest cosine.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
+    """
 
     threshold: float = 0.999
     of_states: ClassVar[bool] = True
@@ -106,7 +131,14 @@ class CosineAbove(Thresholded):
 
 @dataclass(frozen=True)
 class StepBelow(Thresholded):
-    """||h_t - h_{t-1}|| / ||h_{t-1}|| below a threshold, h_0 being the first iteration's input."""
+    """Exit when the state hardly moves: ||h_t - h_{t-1}|| / ||h_{t-1}|| is below a threshold. h_0
+    is the input of the first iteration.
+
+    Attributes:
+        threshold: The largest step, as a share of the state's length.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
+    """
 
     threshold: float = 0.03
     of_states: ClassVar[bool] = True
@@ -117,8 +149,13 @@ class StepBelow(Thresholded):
 
 @dataclass(frozen=True)
 class AccelerationBelow(Thresholded):
-    """||h_t - 2 h_{t-1} + h_{t-2}|| below a threshold, in units of the state, twice in a row (arXiv
-    2509.23314).
+    """Exit when the steps of the state hardly change: ||h_t - 2 h_{t-1} + h_{t-2}|| is below a
+    threshold (arXiv 2509.23314).
+
+    Attributes:
+        threshold: The largest acceleration, in units of the state; it has no default.
+        hits: How many iterations in a row must meet the condition.
+        min_loops: The number of iterations before which no example exits.
     """
 
     hits: int = field(default=2, kw_only=True)
@@ -130,7 +167,7 @@ class AccelerationBelow(Thresholded):
 
 @dataclass(frozen=True, kw_only=True)
 class Exits(Stops):
-    """Where a criterion lets each example exit.
+    """The iteration after which a criterion lets each example exit, and the answer there.
 
     Attributes:
         criterion: The criterion.
@@ -148,13 +185,19 @@ def exits(
     *,
     readout: ReadoutColumn = None,
 ) -> Exits:
-    """Run all iterations and find where a criterion lets each example exit. For several criteria
-    use `apply_criterion`.
+    """Run all iterations, and find after which one a criterion lets each example exit.
+
+    To compare several criteria on one run, use `apply_criterion`.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        n_loops: The cap, at which an example that never exits is read. None means what the
-            checkpoint records.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        criterion: The rule, such as `KLBelow()` or `StepBelow(0.03)`.
+        n_loops: The number of iterations that are run, after which an example that never exits is
+            read. None means the number that the checkpoint records.
+
+    Returns:
+        The exits of all examples.
     """
     batch = as_batch(model, inputs, readout)
     if not criterion.of_states:
@@ -164,18 +207,21 @@ def exits(
 
 
 def apply_criterion(lens: Lens, criterion: Criterion, states: Dynamics | None = None) -> Exits:
-    """Find where a criterion lets each read of a `readout_lens` exit.
-
-    One lens serves any number of criteria.
+    """Find after which iteration a criterion lets each read of a `readout_lens` exit; one lens
+    serves any number of criteria.
 
     Args:
-        lens: The answers after every iteration.
-        states: `dynamics(..., positions="readout")` of the same inputs and iterations, for the
-            criteria that read states.
+        lens: The answers after every iteration, from `readout_lens`.
+        criterion: The rule, such as `KLBelow()` or `StepBelow(0.03)`.
+        states: For criteria that look at states: `dynamics(..., positions="readout")` of the same
+            inputs and iterations.
+
+    Returns:
+        The exits of all reads.
 
     Raises:
-        ValueError: The criterion reads states, but the states of the lens's reads are not given;
-            or a lens of visits, such as a `logit_lens`.
+        ValueError: The criterion looks at states but `states` is missing or of other reads, or the
+            lens has visits instead of iterations, as a `logit_lens` has.
     """
     check_iterations(lens)
     met = criterion.met(lens, states)

@@ -28,17 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HaltingRule:
-    """Stop an example once all given conditions hold, after two iterations at the earliest.
+    """A rule for adaptive halting: an example stops once all conditions hold, after two iterations
+    at the earliest.
 
     Attributes:
-        kl: KL(p_t || p_{t-1}) must be below this, in nats; None leaves the condition out.
-        entropy: H(p_t) must be below this, in nats; None leaves the condition out.
-        min_loops: No example stops before this many iterations.
+        kl: KL(p_t || p_{t-1}) of successive answers must be below this number, in nats; None leaves
+            the condition out.
+        entropy: The entropy of the answer must be below this number, in nats; None leaves the
+            condition out.
+        min_loops: The number of iterations before which no example stops.
         inject_input: False runs an input-injected model without its injection, as the reference's
             evaluation during training does.
 
-    With neither threshold every example runs all iterations ("fixed"). The paper's rule is
-    HaltingRule(0.01, 3.0); its inference script's default has kl=0.001.
+    If `kl` and `entropy` are None, every example runs all iterations. The rule of arXiv 2604.07822
+    is HaltingRule(0.01, 3.0); the default of its inference script has kl=0.001.
     """
 
     kl: float | None = 0.01
@@ -54,9 +57,9 @@ class HaltingRule:
 
     @classmethod
     def while_training(cls, padded_length: int) -> HaltingRule:
-        """The rule of the evaluations during training of dynamic models.
+        """The rule of the reference's evaluations during training of dynamic models.
 
-        KL must be below 0.5 nats, and the entropy below 3 + 12 / padded_length.
+        KL must be below 0.5 nats, and the entropy below 3 + 12 / padded_length nats.
 
         Args:
             padded_length: The width of the padded inputs, in columns.
@@ -72,13 +75,13 @@ class HaltingRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Stops(OneScreen):
-    """Where each example of a run stops.
+    """The iteration after which each example of a run stops.
 
     Attributes:
         lens: The run's answers after every iteration.
-        iterations: Int[Tensor, " batch"], how many iterations each example runs; all of them where
-            the example never stops by itself.
-        halted: Bool[Tensor, " batch"], whether it stopped by itself.
+        iterations: Int[Tensor, " batch"], how many iterations each example runs; all of them if it
+            never stops by itself.
+        halted: Bool[Tensor, " batch"], whether the example stopped by itself.
         logits: Float[Tensor, "batch d_vocab"], after the iteration at which the example stopped.
     """
 
@@ -88,16 +91,21 @@ class Stops(OneScreen):
     logits: Float[Tensor, "batch d_vocab"]
 
     def correct(self, answers: Targets) -> Bool[Tensor, " batch"]:
-        """Whether the top token of each example at its stop is the answer.
+        """Whether the top token of each example at its stop is the answer. Ties are broken as in
+        `Lens.rank`.
 
-        The order of tokens is that of `Lens.rank`, and the errors too.
+        Args:
+            answers: The token id of each example's right answer.
+
+        Raises:
+            ValueError: A logit is not finite.
         """
         tokens = self.lens.targets(answers)
         return rank_of(self.logits, tokens, lambda index: f"example {index[0]}") == 0
 
     def frame(self, answers: Targets | None = None) -> pd.DataFrame:
-        """One row per example: example, iterations (run), halted, and correct when the answers are
-        given.
+        """One row per example. The columns are example, iterations (run) and halted, and correct if
+        the answers are given.
         """
         frame = pd.DataFrame({"iterations": self.iterations.cpu(), "halted": self.halted.cpu()})
         frame.insert(0, "example", range(len(frame)))
@@ -114,7 +122,7 @@ class Stops(OneScreen):
 
 @dataclass(frozen=True, kw_only=True)
 class Halting(Stops):
-    """Where a rule stops each example.
+    """The iteration after which a halting rule stops each example, and the answer there.
 
     Attributes:
         rule: The rule.
@@ -132,13 +140,20 @@ def halting(
     *,
     readout: ReadoutColumn = None,
 ) -> Halting:
-    """Run once and find where a rule stops each example.
+    """Run all iterations once, and find after which one a halting rule stops each example.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        rule: None means the paper's, HaltingRule(0.01, 3.0).
-        n_loops: The cap, at which an example that never halts is read; the paper's is 16. None
-            means what the checkpoint records.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        rule: The rule; None means that of arXiv 2604.07822, HaltingRule(0.01, 3.0).
+        n_loops: The number of iterations that are run, after which an example that never stops is
+            read; 16 in the paper. None means the number that the checkpoint records.
+
+    Returns:
+        The stops of all examples.
+
+    Source:
+        Figures 9 and 10 of arXiv 2604.07822.
     """
     rule = rule or HaltingRule()
     batch = as_batch(model, inputs, readout)
@@ -155,10 +170,11 @@ def halting(
 
 
 def apply_rule(lens: Lens, rule: HaltingRule) -> Halting:
-    """Find where a rule stops each read of a `readout_lens`; one lens serves any rules.
+    """Find after which iteration a rule stops each read of a `readout_lens`; one lens serves any
+    number of rules.
 
     Raises:
-        ValueError: A lens of visits, such as a `logit_lens`.
+        ValueError: The lens has visits instead of iterations, as a `logit_lens` has.
     """
     check_iterations(lens)
     holds = torch.ones(lens.heads_input.shape[:2], dtype=torch.bool, device=lens.heads_input.device)

@@ -32,16 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EmbeddingAlignment(OneScreen):
-    """The state after every visit beside the embedding of the token that the logit lens reads.
+    """How well the state after each visit matches the embedding of the token that the logit lens
+    reads from it.
 
     Attributes:
         names: The name of each visit, e.g. "loops.3.blocks.0".
         loops, layers: The iteration and block of each visit, from 0; None outside the loop.
-        example, position: Int[Tensor, " read"].
-        top: Int[Tensor, "visit read"], the token.
-        cosine: Float[Tensor, "visit read"], of the state and the token's row of `W_E`.
-        length: Float[Tensor, "visit read"], the state's length over the row's.
-        words: The token's words by id; None where there is no vocabulary.
+        example, position: Int[Tensor, " read"], the row and the column of each read.
+        top: Int[Tensor, "visit read"], the token id that the lens reads.
+        cosine: Float[Tensor, "visit read"], between the state and the token's row of `W_E`.
+        length: Float[Tensor, "visit read"], the length of the state over the length of that row.
+        words: The token of each id as a text; None if the model has no vocabulary.
     """
 
     names: tuple[str, ...]
@@ -55,8 +56,8 @@ class EmbeddingAlignment(OneScreen):
     words: tuple[str, ...] | None
 
     def frame(self) -> pd.DataFrame:
-        """One row per visit and read: visit, loop, layer, example, position, top (the token),
-        cosine, length.
+        """One row per visit and read. The columns are visit, loop, layer, example, position, top
+        (the token), cosine and length.
         """
         visits, reads = self.top.shape
         frame = visit_table(self.names, self.loops, self.layers, reads).assign(
@@ -71,7 +72,7 @@ class EmbeddingAlignment(OneScreen):
         return frame
 
     def plot(self, title: str = "") -> go.Figure:
-        """A picture: cosine and length over visits, for each position as means over examples."""
+        """A picture: cosine and length over visits, one curve per position, means over examples."""
         from loopscope.interp.drawing.lenses import alignment
 
         return alignment(self, title)
@@ -88,17 +89,22 @@ def embedding_alignment(
     readout: ReadoutColumn = None,
     batch_size: int = 512,
 ) -> EmbeddingAlignment:
-    """Cosine of the state after every visit with the embedding of the token that the logit lens
-    reads there.
+    """Compare the state after every visit with a token's embedding: the token is the one that the
+    logit lens reads from the state.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        n_loops: Iterations; None means what the checkpoint records.
-        positions: "real" for all tokens that are not padding, "readout", "all", or columns.
-        batch_size: Rows run at a time.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns to compare: "real" for all tokens except padding, "readout" for the
+            answer position, "all" for padding too, or a list of columns.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The cosine and the ratio of lengths, by visit and read.
 
     Raises:
-        ValueError: Logits that have no order, or a column out of range.
+        ValueError: A logit is not finite, or a column is out of range.
 
     Source:
         DiscoLoop, arXiv 2607.00341.

@@ -34,13 +34,13 @@ Columns = Int[Tensor, "batch target"] | Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class RankTrajectory(OneScreen):
-    """Ranks and probabilities of several tokens at every read and visit of a lens.
+    """Ranks and probabilities of several tokens at every visit and read of a lens.
 
     Attributes:
         lens: The lens.
-        tokens: Int[Tensor, "read target"].
+        tokens: Int[Tensor, "read target"], the token ids that are followed.
         rank: Int[Tensor, "visit read target"], how many tokens have a larger logit; 0 is the top.
-        prob: Float[Tensor, "visit read target"].
+        prob: Float[Tensor, "visit read target"], the probability.
     """
 
     lens: Lens
@@ -49,13 +49,12 @@ class RankTrajectory(OneScreen):
     prob: Float[Tensor, "visit read target"]
 
     def mean_reciprocal_rank(self) -> Float[Tensor, "visit target"]:
-        """Mean over the reads of 1 / (rank + 1): 1 where a target is always the top token."""
+        """The mean over the reads of 1 / (rank + 1); 1 if a target is always the top token."""
         return _reciprocal(self.rank).mean(1)
 
     def frame(self) -> pd.DataFrame:
-        """One row per visit, read and target.
-
-        Columns: example, position, visit, loop, layer, depth, target, token, rank, prob.
+        """One row per visit, read and target. The columns are example, position, visit, loop,
+        layer, depth (the number of visits run), target, token, rank and prob.
         """
         n_visits, n_reads, n_targets = self.rank.shape
         places = _visit_table(self.lens, n_reads * n_targets)
@@ -82,16 +81,20 @@ class RankTrajectory(OneScreen):
 
 
 def rank_trajectory(lens: Lens, tokens: Targets | Sequence[str]) -> RankTrajectory:
-    """Ranks and probabilities of several tokens per read, e.g. of bridge entities and the answer.
+    """Follow chosen tokens through a lens: their ranks and probabilities, e.g. of bridge entities
+    and the answer.
 
     Args:
-        lens: Any lens.
-        tokens: Int[Tensor, "read target"], one row per read; or a list of words, the same
-            targets for every read.
+        lens: A lens, from any of the lens functions.
+        tokens: Int[Tensor, "read target"], one row of token ids per read. Or a list of words, the
+            same targets for every read.
+
+    Returns:
+        The ranks and probabilities by visit, read and target.
 
     Raises:
-        ValueError: Not one row per read, no target, words that are not one token, or tokens outside
-            the vocabulary.
+        ValueError: There is not one row per read, no target, a word that is not one token, or a
+            token outside the vocabulary.
 
     Source:
         Trajectories of chosen tokens over the blocks of every iteration: arXiv 2507.02199.
@@ -117,15 +120,16 @@ def _for_every_read(lens: Lens, tokens: Targets | Sequence[str]) -> Int[Tensor, 
 
 @dataclass(frozen=True)
 class Decodability(OneScreen):
-    """How often each target is the top token of the logit lens at its own position.
+    """How often the logit lens reads each target at the target's own position, after every visit.
 
     Attributes:
-        accuracy: Float[Tensor, "visit target"], share of the examples.
-        mean_reciprocal_rank: Float[Tensor, "visit target"], mean over the examples of 1 / (rank +
-            1).
+        accuracy: Float[Tensor, "visit target"], the share of the examples in which the target is
+            the top token.
+        mean_reciprocal_rank: Float[Tensor, "visit target"], the mean over the examples of 1 / (rank
+            + 1).
         names: The name of each visit, e.g. "loops.3.blocks.0".
         loops, layers: The iteration and block of each visit, from 0; None outside the loop.
-        n_examples: How many examples the means are over.
+        n_examples: The number of examples.
     """
 
     accuracy: Float[Tensor, "visit target"]
@@ -136,14 +140,14 @@ class Decodability(OneScreen):
     n_examples: int
 
     def frame(self, targets: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row per visit and target: visit, loop, layer, depth, target, accuracy,
-        mean_reciprocal_rank.
+        """One row per visit and target. The columns are visit, loop, layer, depth (the number of
+        visits run), target, accuracy and mean_reciprocal_rank.
 
         Args:
-            targets: What to call the targets, e.g. ["bridge", "answer"]; None numbers them from 0.
+            targets: The names of the targets, e.g. ["bridge", "answer"]; None numbers them from 0.
 
         Raises:
-            ValueError: Not one name per target.
+            ValueError: There is not one name per target.
         """
         n_visits, n_targets = self.accuracy.shape
         called = list(range(n_targets)) if targets is None else list(targets)
@@ -174,20 +178,25 @@ def decodability(
     *,
     batch_size: int = 512,
 ) -> Decodability:
-    """How often the logit lens reads target k at position k, after every visit.
+    """Measure how often the logit lens reads known targets, such as bridge entities, each at a
+    position of its own.
 
     Args:
-        inputs: A batch, texts, or tokens without `readout`, since `positions` says what is read.
-        targets: Int[Tensor, "batch target"], e.g. the bridge entity and the answer of two-hop
-            questions.
-        positions: The column of each target, e.g. [1, 2] for the two relations; or Int[Tensor,
-            "batch target"], columns of each example.
-        n_loops: Iterations; None means what the checkpoint records.
-        batch_size: Rows run at a time.
+        inputs: A `Batch`, texts, or token ids. They need no `readout`, because `positions` says
+            where the lens reads.
+        targets: Int[Tensor, "batch target"], the token ids to find, e.g. the bridge entity and the
+            answer of two-hop questions.
+        positions: The column of each target, e.g. [1, 2] for the two relations. Or
+            Int[Tensor, "batch target"] for columns of each example.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        batch_size: How many rows run at a time.
+
+    Returns:
+        The share of examples and the mean reciprocal rank, by visit and target.
 
     Raises:
-        ValueError: Targets or positions of another shape than the inputs have, or outside the
-            vocabulary or the input.
+        ValueError: The shape of targets or positions does not fit the inputs, or a number is
+            outside the vocabulary or the input.
 
     Source:
         Figure 4 of arXiv 2604.07822; the mean reciprocal rank: arXiv 2405.15071.

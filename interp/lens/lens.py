@@ -36,21 +36,22 @@ def logit_lens(
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> Lens:
-    """Final norm and head of the running residual after every visit.
+    """Read a prediction from the residual stream after every visit, through the final norm and the
+    unembedding alone.
 
-    Under `accelerate launch` the examples are shared among the processes, and each returns the
-    whole lens.
+    Under `accelerate launch` the processes share the examples, and each returns the whole lens.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`, the column at which answers are read.
-        n_loops: Iterations; None means what the checkpoint records.
-        positions: Columns to show instead of the readout; "all" for every one.
-        keep_logits: Keep all logits on the record.
-        batch_size: Rows run at a time.
-        save_to: A folder in which results are kept: a lens that was interrupted and is called again
-            goes on from there, and `merge` makes one record of all shards.
-        shard: (i, n) reads the i-th of n shares of the pieces of `batch_size` examples; None reads
-            all.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns to read instead of the answer position; "all" for every one.
+        keep_logits: Whether the record keeps all logits.
+        batch_size: How many rows run at a time.
+        save_to: A folder that keeps results. If the call was interrupted, the same call goes on
+            from there. `merge` joins the results of all shards.
+        shard: (i, n) computes the i-th of n shares of the examples, cut into pieces of
+            `batch_size`; None computes all.
 
     Returns:
         A `Lens` with one entry per visit.
@@ -106,17 +107,17 @@ def readout_lens(
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> Lens:
-    """The family's own readout after each iteration, from one run.
+    """Read the model's own answer after every iteration, as if it stopped there, in one run.
 
-    The entry of loop t holds the answers of a call with n_loops=t+1, where the family declares
-    `prefix_readout`.
+    After each iteration the state goes through all that follows the loop: coda, final norm and
+    unembedding. If the family declares `prefix_readout`, the entry of loop t is the answer of a
+    call with n_loops=t+1.
 
-    Under `accelerate launch` the examples are shared among the processes, and each returns the
-    whole lens.
+    Under `accelerate launch` the processes share the examples, and each returns the whole lens.
 
     Args:
-        inputs, n_loops, readout, positions, keep_logits, batch_size, save_to, shard: As for
-            `logit_lens`.
+        inputs, n_loops, readout, positions, keep_logits, batch_size, save_to, shard: The run and
+            the reads, as `logit_lens` describes them.
 
     Returns:
         A `Lens` with one entry per iteration.
@@ -152,14 +153,15 @@ def coda_lens(
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> Lens:
-    """The state after every visit of the loop, run through the coda, the final norm and the head.
+    """Read a prediction from the state after every visit of the loop, through the coda, the final
+    norm and the unembedding.
 
-    After the last visit of an iteration it is the `readout_lens`; where no block follows the loop,
-    it is the `logit_lens` of what the iteration hands on.
+    After the last visit of an iteration it is the same as `readout_lens`. In a model without a coda
+    it is the `logit_lens` of the state that the iteration hands on.
 
     Args:
-        inputs, n_loops, readout, positions, keep_logits, batch_size, save_to, shard: As for
-            `logit_lens`.
+        inputs, n_loops, readout, positions, keep_logits, batch_size, save_to, shard: The run and
+            the reads, as `logit_lens` describes them.
 
     Returns:
         A `Lens` with one entry per visit of the loop.

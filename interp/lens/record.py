@@ -49,11 +49,11 @@ Statistic = Callable[[Tensor, Reads], Tensor]
 
 
 class TopTokens(NamedTuple):
-    """The most likely tokens.
+    """The most likely tokens at each visit and read, most likely first.
 
     Attributes:
-        tokens: Int[Tensor, "visit read k"].
-        probs: Float[Tensor, "visit read k"].
+        tokens: Int[Tensor, "visit read k"], token ids.
+        probs: Float[Tensor, "visit read k"], their probabilities.
     """
 
     tokens: Int[Tensor, "visit read k"]
@@ -62,18 +62,21 @@ class TopTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Lens(OneScreen):
-    """Distributions over the vocabulary at successive visits of a run.
+    """Predictions of a lens: one distribution over the vocabulary for each visit and read.
 
-    A read is one position of one example; by default each example has one read, at its readout.
-    Statistics are computed in chunks from the head's input, so that few logits are held at a time.
+    A read is one position of one example; by default each example has one read, at its answer
+    position. A visit is a block at one iteration, or for `readout_lens` a whole iteration. The
+    logits are computed when a method needs them, a few at a time.
 
     Attributes:
-        heads_input: Float[Tensor, "visit read d_model"], the head's input: the normalised residual.
-        loops, layers: The coordinates of each visit, from 0; a whole iteration has no layer.
+        heads_input: Float[Tensor, "visit read d_model"], the input of the unembedding: the
+            normalised residual stream.
+        loops, layers: The iteration and the block of each visit, from 0; a whole iteration has no
+            block (None).
         names: The name of each visit, e.g. "loops.3.blocks.0".
-        example, position: Int[Tensor, " read"].
-        model: The model whose head is used.
-        logits: Float[Tensor, "visit read d_vocab"], only with keep_logits=True.
+        example, position: Int[Tensor, " read"], the row and the column of each read.
+        model: The model whose unembedding is used.
+        logits: Float[Tensor, "visit read d_vocab"], kept only with keep_logits=True; else None.
     """
 
     heads_input: Float[Tensor, "visit read d_model"]
@@ -94,7 +97,7 @@ class Lens(OneScreen):
         columns: Int[Tensor, "batch k"],
         keep_logits: bool = False,
     ) -> Lens:
-        """The lens of some visits whose reads are some columns of each example, in that order."""
+        """Make the lens of some visits, whose reads are some columns of each example in order."""
         loops, layers, names = zip(*places, strict=True)
         rows = torch.arange(len(columns), device=columns.device)
         example = rows.repeat_interleave(columns.shape[1])
@@ -102,37 +105,39 @@ class Lens(OneScreen):
         return replace(lens, logits=lens._each(lambda logits, at: logits)) if keep_logits else lens
 
     def margin(self, answers: Targets) -> Float[Tensor, "visit read"]:
-        """Logit of the answer minus the largest other logit. `answers`: Int[Tensor, " read"]."""
+        """The logit of the answer minus the largest other logit, in logits. `answers` has one token
+        id per read.
+        """
         answers = self.targets(answers)
         return self._each(lambda logits, at: margin(logits, answers[at.rows]))
 
     def rank(self, tokens: Targets) -> Int[Tensor, "visit read"]:
-        """How many tokens come before one token per read; 0 is the top.
+        """The rank of one token per read: how many tokens come before it; 0 is the top.
 
         Tokens are ordered by falling logit, and tokens of equal logits by rising id.
 
         Args:
-            tokens: Int[Tensor, " read"].
+            tokens: Int[Tensor, " read"], one token id per read.
 
         Raises:
-            ValueError: Logits that are not finite have no order.
+            ValueError: A logit is not finite, so the tokens have no order.
         """
         tokens = self.targets(tokens)
         return self._each(lambda logits, at: rank_of(logits, tokens[at.rows], at.name))
 
     def prob(self, tokens: Targets) -> Float[Tensor, "visit read"]:
-        """Probability of one token per read. `tokens`: Int[Tensor, " read"]."""
+        """The probability of one token per read. `tokens` has one token id per read."""
         tokens = self.targets(tokens)
         return self._each(
             lambda logits, at: logits.softmax(-1).gather(-1, tokens[at.rows, None])[:, 0]
         )
 
     def correct(self, answers: Targets) -> Bool[Tensor, "visit read"]:
-        """Whether the top token is the answer; the order of tokens is that of `rank`."""
+        """Whether the top token is the answer. Ties are broken as in `rank`."""
         return self.rank(answers) == 0
 
     def first_hit(self, answers: Targets) -> Float[Tensor, " read"]:
-        """How many visits are run until the top token is the answer; NaN where it never is (t* of
+        """How many visits are run until the top token is the answer; NaN if it never is (t* of
         figure 8 of arXiv 2604.07822).
         """
         correct = self.correct(answers)
@@ -149,8 +154,8 @@ class Lens(OneScreen):
         return self._each(lambda logits, at: torch.special.entr(logits.softmax(-1)).sum(-1))
 
     def kl(self) -> Float[Tensor, "visit read"]:
-        """KL(p_t || p_{t-1}) in nats, where p_{t-1} is the same visit one iteration earlier; NaN in
-        the first iteration and outside the loop.
+        """KL(p_t || p_{t-1}) in nats, where p_{t-1} is the prediction at the same block one
+        iteration earlier. NaN in the first iteration and outside the loop.
         """
         earlier = self._one_loop_earlier()
         kind = torch.float64 if self.heads_input.dtype == torch.float64 else torch.float32
@@ -163,16 +168,16 @@ class Lens(OneScreen):
         )
 
     def logits_at(self, visits: Int[Tensor, " read"]) -> Float[Tensor, "read d_vocab"]:
-        """Logits of each read at a visit of its own."""
+        """The logits of each read at a visit that is chosen for it."""
         chosen = self.heads_input[visits, torch.arange(len(self.example), device=visits.device)]
         return self._head(chosen)
 
     def frame(self, answers: Targets | None = None) -> pd.DataFrame:
-        """One row per visit and read: visit (its name), loop, layer, example, position, top (the
-        most likely token), top_prob, entropy, kl.
+        """One row per visit and read. The columns are visit (its name), loop, layer, example,
+        position, top (the most likely token), top_prob, entropy (nats) and kl (nats).
 
-        With `answers` also margin, rank and prob of the answer. loop, layer, example, position and
-        rank count from 0.
+        With `answers`, one token per read, there are also margin (logits), rank and prob of the
+        answer. loop, layer, example, position and rank count from 0.
         """
         n_visits, n_reads = self.heads_input.shape[:2]
         top = self.top(1)
@@ -280,7 +285,8 @@ class Lens(OneScreen):
         """A picture: the top token of each read after each visit, coloured by its probability.
 
         Args:
-            answers: One token per read, whose margin and rank are drawn as curves instead.
+            answers: One token per read. If given, the answer's margin and rank are drawn as curves
+                instead.
             title: The title of the figure; empty for none.
         """
         from loopscope.interp.drawing.lenses import lens

@@ -42,16 +42,18 @@ _KIND = "tuned lens"
 
 @dataclass(frozen=True)
 class TunedLens(OneScreen):
-    """Affine translators h -> h + A h + b, one per visit, in front of the final norm and the head.
+    """A tuned lens: one trained affine translator h -> h + A h + b per visit, in front of the final
+    norm and the unembedding.
 
     Attributes:
         weights: Float[Tensor, "visit d_model d_model"], A; the last axis is summed over.
         biases: Float[Tensor, "visit d_model"], b.
         names: The name of each visit, e.g. "loops.3.blocks.0".
-        n_loops: Iterations of the runs that the lens reads.
+        n_loops: The number of iterations of the runs that the lens reads.
         family: The model's family.
         fingerprint: A hash of the model's weights and configuration.
-        losses: Float[Tensor, "step visit"], KL(final || lens) of each step's batch, in nats.
+        losses: Float[Tensor, "step visit"], KL(final || lens) of the batch of each training step,
+            in nats.
     """
 
     weights: Float[Tensor, "visit d_model d_model"]
@@ -64,10 +66,10 @@ class TunedLens(OneScreen):
 
     @classmethod
     def identity(cls, model: LoopedModel, n_loops: int | None = None) -> TunedLens:
-        """Translators that change nothing: the logit lens.
+        """Make translators that change nothing, so that the lens is the logit lens.
 
         Args:
-            n_loops: Iterations; None means what the checkpoint records.
+            n_loops: The number of iterations; None means the number that the checkpoint records.
         """
         n_loops = checked_loops(n_loops, model.cfg.n_loops)
         names = tuple(visit.name for visit in model.schedule(n_loops))
@@ -83,10 +85,11 @@ class TunedLens(OneScreen):
         return cls(weights, biases, names, n_loops, model.cfg.family, _mark(model), losses)
 
     def check(self, model: LoopedModel) -> None:
-        """Refuse a model that these translators were not made for.
+        """Refuse a model that the translators were not trained on.
 
         Raises:
-            ValueError: Another family, other sizes, other weights, or a shard's translators.
+            ValueError: The model has another family, other sizes or other weights, or the
+                translators are those of a single shard.
         """
         own, other = (self.family, self.weights.shape[-1]), (model.cfg.family, model.cfg.d_model)
         if own != other:
@@ -115,13 +118,17 @@ class TunedLens(OneScreen):
         positions: Literal["all"] | Sequence[int] | None = None,
         batch_size: int = 512,
     ) -> Lens:
-        """Final norm and head of the translated residual after every visit.
+        """Read a prediction from the translated residual stream after every visit.
 
         Args:
-            inputs, readout, positions, batch_size: As for `logit_lens`.
+            inputs, readout, positions, batch_size: The run and the reads, as `logit_lens` describes
+                them.
+
+        Returns:
+            A `Lens` with one entry per visit.
 
         Raises:
-            ValueError: A model that these translators were not made for.
+            ValueError: The translators were not trained on this model.
         """
         self.check(model)
         batch = as_batch(model, inputs, readout)
@@ -142,8 +149,8 @@ class TunedLens(OneScreen):
         return Lens.of(model, heads_input, visits_of(model, self.n_loops), columns)
 
     def frame(self) -> pd.DataFrame:
-        """One row per training step and visit: step, visit, loop, layer, loss; step, loop and layer
-        count from 0.
+        """One row per training step and visit. The columns are step, visit, loop, layer (all but
+        visit from 0) and loss (nats).
         """
         steps = range(len(self.losses))
         loops, layers = zip(*map(loop_and_layer, self.names), strict=True)
@@ -153,7 +160,7 @@ class TunedLens(OneScreen):
         return frame.assign(loss=self.losses.flatten().cpu().numpy())
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write the lens into one safetensors file, whole or not at all."""
         tensors = {
             name: getattr(self, name).detach().cpu().contiguous()
             for name in ("weights", "biases", "losses")
@@ -171,14 +178,14 @@ class TunedLens(OneScreen):
 
     @classmethod
     def load(cls, path: str | Path, model: LoopedModel | None = None) -> TunedLens:
-        """Read what `save` wrote.
+        """Read a lens from a file that `save` wrote.
 
         Args:
-            model: The model that the translators must have been made for; the translators are put
-                on its device. None leaves the check to `lens`.
+            model: The model on which the translators must have been trained; they are put on its
+                device. None checks the model only when `lens` is called.
 
         Raises:
-            ValueError: The file holds something else, or translators for another model.
+            ValueError: The file holds no tuned lens, or translators of another model.
         """
         try:
             with safe_open(str(path), "pt") as file:

@@ -50,36 +50,39 @@ def train_tuned_lens(
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> TunedLens:
-    """Train one translator per visit, from the identity, to minimise KL(final || lens); the model
-    itself stays as it is.
+    """Train a tuned lens: one translator per visit that makes the lens's prediction as close as
+    possible to the final one. The model stays unchanged.
 
-    The runs are made once; each step then draws reads at random. AdamW, with a learning rate that
-    falls linearly to zero. A translator's gradient depends on no other translator, so that they are
-    trained a few at a time, and shards share them out.
+    The loss is KL(final || lens), and the training starts from translators that change nothing. The
+    model is run once; each step then draws reads at random. The optimiser is AdamW with a learning
+    rate that falls linearly to zero. Translators do not depend on each other, so they are trained a
+    few at a time, and shards can train different ones.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        n_loops: Iterations; None means what the checkpoint records.
-        positions: "readout" for the column at which answers are read, "real" for all tokens that
-            are not padding, or columns.
-        steps: Updates.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        positions: The columns to train on: "readout" for the answer position, "real" for all tokens
+            except padding, or a list of columns.
+        steps: The number of updates.
         lr: The learning rate of the first update.
-        weight_decay: Pulls A and b to zero, that is to the logit lens. Of use for few reads.
-        batch_size: Reads in each update.
+        weight_decay: How strongly A and b are pulled to zero, that is to the logit lens. It helps
+            if there are few reads.
+        batch_size: How many reads each update uses.
         seed: The seed of the draws; the same seed gives the same lens.
-        shared: One translator for all iterations of a block instead of one per visit;
+        shared: True trains one translator per block for all iterations, instead of one per visit;
             `tuned_lens_kl` compares the two on other inputs.
-        save_to: A folder in which trained translators are kept: a training that was interrupted and
-            is called again goes on from there, and `merge` makes one lens of all shards.
-        shard: (i, n) trains the i-th of n shares of the translators, after runs of its own; None
-            trains all.
+        save_to: A folder that keeps trained translators. If the training was interrupted, the same
+            call goes on from there. `merge` joins the translators of all shards.
+        shard: (i, n) trains the i-th of n shares of the translators, after running the model
+            itself; None trains all.
 
     Returns:
-        The lens; of a shard, the translators of its visits.
+        The lens; for a shard only the translators of its visits.
 
     Raises:
-        ValueError: Fewer than one step or read, a learning rate that is not positive, runs that are
-            not finite, a shard without translators, or a folder of another call.
+        ValueError: There is no step or no read, the learning rate is not positive, an activation is
+            not finite, a shard has no translator, or the folder holds another call.
 
     Source:
         Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv
@@ -107,11 +110,11 @@ def _owners(model: LoopedModel, n_loops: int, shared: bool) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TunedLensKL(OneScreen):
-    """How far the answers of some lenses are from the model's, visit by visit.
+    """How far the predictions of some lenses are from the model's final ones, visit by visit.
 
     Attributes:
         names: The name of each visit, e.g. "loops.3.blocks.0".
-        lenses: What each lens is called.
+        lenses: The name of each lens.
         kl: Float[Tensor, "lens visit"], KL(final || lens) in nats, a mean over reads.
     """
 
@@ -144,18 +147,24 @@ def tuned_lens_kl(
     readout: ReadoutColumn = None,
     positions: Shown = "readout",
 ) -> TunedLensKL:
-    """KL(final || lens) at every visit, in nats, as a mean over reads of inputs that the lens was
-    not trained on; of several lenses beside one another, from one run.
+    """Measure how far the predictions of tuned lenses are from the final ones, on inputs that they
+    were not trained on.
+
+    The measure is KL(final || lens) at every visit. Several lenses are compared on one run.
 
     Args:
-        inputs, readout, positions: As for `train_tuned_lens`.
-        tuned: A lens, or lenses of one number of iterations by name, such as one translator for all
-            iterations against one per visit; None stands for the logit lens.
-        n_loops: Iterations of the logit lens; a tuned lens has its own.
+        inputs, readout, positions: The reads, as `train_tuned_lens` describes them.
+        tuned: A lens, or a dictionary of lenses by name, all with one number of iterations. None
+            stands for the logit lens.
+        n_loops: The number of iterations if only the logit lens is measured; a tuned lens has its
+            own.
+
+    Returns:
+        The mean KL by lens and visit, in nats.
 
     Raises:
-        ValueError: A model that a lens was not made for, another n_loops than a lens has, no lens,
-            or runs that are not finite.
+        ValueError: A lens was not trained on this model, `n_loops` differs from that of a lens,
+            there is no lens, or an activation is not finite.
     """
     asked = tuned if isinstance(tuned, Mapping) else {_word(tuned): tuned}
     if not asked:

@@ -73,51 +73,54 @@ def activation_patch(
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> Sweep:
-    """Patch every chosen cell on its own and measure the answer (arXiv 2604.07822, figures 11 and
-    21).
+    """Patch activations of one run into another, one place at a time, and measure the answer.
 
-    Under `accelerate launch` the cells are shared among the processes, and each returns the whole
-    sweep.
+    Each patch is a *cell*: one site at one iteration, block, position and, if wanted, head. Under
+    `accelerate launch` the processes share the cells, and each returns the whole sweep.
 
     Args:
-        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or tokens
-            with `readout`.
-        metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
-            batch"].
-        n_loops: Iterations; None means what the checkpoint records.
-        sites: Site names ("resid_pre", "z", "mlp_out", "pattern", "ln1.normalized", "state_in",
-            "embed", ...).
-        positions: Columns to patch, "all" for every one.
-        heads: Heads to patch one by one at sites that have heads, "all" for every one; None patches
-            all heads together.
-        loops, layers: Restrict the sweep to iterations and layers, from 0; None means all. Each
-            visit there has cells of its own, also where several visits share iteration and layer.
-        visits: Restrict the sweep to visits by name or pattern, such as "loops.0.low.1.blocks.0" or
+        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or token
+            ids.
+        readout: For token ids, the column at which answers are read.
+        metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
+            to one number per row, such as `logit_diff(right, wrong)`.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        sites: The sites to patch, such as "resid_pre", "z", "mlp_out", "pattern", "ln1.normalized",
+            "state_in" or "embed".
+        positions: The columns to patch; "all" for every one.
+        heads: The heads to patch one by one, at sites that have heads; "all" for every one. None
+            patches all heads together.
+        loops, layers: The iterations and the blocks to patch, from 0; None means all. If several
+            visits share both, each has cells of its own.
+        visits: The visits to patch, by name or pattern, such as "loops.0.low.1.blocks.0" or
             "loops.*.low.*"; None means all.
-        together: What is patched at once instead of one by one: "loops" (the site at all chosen
-            iterations), "positions" (all chosen columns).
-        window: Patch so many consecutive chosen iterations at once; a cell's loop is then the first
-            of them.
-        direction: "denoise" puts the clean activation into the corrupted run, "noise" the corrupted
-            one into the clean run.
+        together: What one patch covers at once: "loops" for the site at all chosen iterations,
+            "positions" for all chosen columns.
+        window: How many consecutive chosen iterations one patch covers; the loop of the cell is the
+            first of them. None means one.
+        direction: "denoise" puts clean activations into the corrupted run, "noise" puts corrupted
+            ones into the clean run.
         also: More metrics of the same patched runs, by name; their sweeps are in `Sweep.also`.
         group_by: A label for each column, or for each row and column, such as the index of the
-            relation or the distance in a graph; `Sweep.by_group` averages over the places of a
-            label. None as a label leaves the place out.
+            relation or the distance in a graph. `Sweep.by_group` averages over the places of one
+            label; the label None leaves a place out.
         max_bytes: How much memory the patched runs may take, in bytes; it decides how many run side
-            by side. One run is the least. The two runs without a patch are kept besides: the keys
-            and values and the residual stream of every visit, and what is put in.
-        save_to: A folder in which results are kept: a sweep that was interrupted and is called
-            again goes on from there, and `merge` makes one record of all shards.
-        shard: (i, n) does the i-th of n shares of the cells; None does all.
+            by side, at least one. The two runs without a patch need memory besides: for the keys,
+            values and residual stream of every visit, and for the activations that are patched in.
+        save_to: A folder that keeps results. If the call was interrupted, the same call goes on
+            from there. `merge` joins the results of all shards.
+        shard: (i, n) patches the i-th of n shares of the cells; None patches all.
 
     Returns:
-        The record; of a shard, that of its cells.
+        The metric of every cell; for a shard only that of its cells.
 
     Raises:
-        KeyError: A site or a visit that this model does not have.
-        ValueError: Inputs that do not match, a position, head, loop or layer out of range, or a
-            folder with results of another call.
+        KeyError: The model does not have a site or a visit.
+        ValueError: The two inputs have different shapes, a position, head, loop or layer is out of
+            range, or the folder holds results of another call.
+
+    Source:
+        Figures 11 and 21 of arXiv 2604.07822.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     max_bytes = checked_count(max_bytes, "max_bytes")

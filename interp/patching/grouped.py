@@ -36,16 +36,16 @@ Terms = tuple[Float[Tensor, "cell batch"], Float[Tensor, "cell batch"], Float[Te
 
 @dataclass(frozen=True)
 class GroupedEffects(OneScreen):
-    """The effect of all places that share a site, a visit, a head and a label.
+    """The mean effect of all places that share a site, a visit, a head and a label.
 
-    Effects are on the scale where 0 is the corrupted run and 1 the clean run of the same examples;
-    each place of each example counts once.
+    Effects are on a scale where 0 is the corrupted run and 1 the clean run of the same examples.
+    Each place of each example counts once.
 
     Attributes:
         keys: Site, visit, loop, layer and head of each group.
         labels: The label of each group.
-        value: Float[Tensor, " group"].
-        low, high: Float[Tensor, " group"], the ends of the interval over examples.
+        value: Float[Tensor, " group"], the mean effect.
+        low, high: Float[Tensor, " group"], the ends of its interval over examples.
         places: Int[Tensor, " group"], how many pairs of an example and a position are averaged.
     """
 
@@ -57,8 +57,8 @@ class GroupedEffects(OneScreen):
     places: Int[Tensor, " group"]
 
     def frame(self) -> pd.DataFrame:
-        """One row per group: site, visit, loop, layer, head, group (the label), value, low, high,
-        places.
+        """One row per group. The columns are site, visit, loop, layer, head, group (the label),
+        value, low, high and places.
         """
         frame = pd.DataFrame(self.keys, columns=["site", "visit", "loop", "layer", "head"])
         frame = frame.astype(dict.fromkeys(("loop", "layer", "head"), "Int64"))

@@ -17,15 +17,16 @@ RECEIVED = {"q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "mlp": "
 
 @dataclass(frozen=True)
 class Sender:
-    """Whose output is taken from the source run.
+    """The start of a path: the component whose output is taken from the source run.
 
     Attributes:
-        kind: "head" (at attn.hook_z), "attn" or "mlp" (what it adds to the residual stream).
-        loop, layer: The coordinates of its visit, from 0.
-        head: The head, for kind "head" only.
+        kind: "head" (at attn.hook_z), "attn" or "mlp" (the output that is added to the residual
+            stream).
+        loop, layer: The iteration and the block, from 0.
+        head: The head; for the kind "head" only.
         position: The column that is sent; None for all.
-        visit: The visit by its name ("loops.0.low.1.blocks.0", "prelude.0"), in place of loop and
-            layer; it must be given where several visits share both.
+        visit: The name of the visit ("loops.0.low.1.blocks.0", "prelude.0") instead of loop and
+            layer. It must be given if several visits share both.
     """
 
     kind: Literal["head", "attn", "mlp"]
@@ -48,16 +49,17 @@ class Sender:
 
 @dataclass(frozen=True)
 class Receiver:
-    """Whose input the path ends in.
+    """The end of a path: the component whose input is changed.
 
     Attributes:
-        kind: "q", "k" or "v" of attention, "mlp" (an MLP's input), or "readout" (the final logits;
-            it stands alone).
-        loop, layer: The coordinates of its visit, from 0; None for the readout.
-        head: The head (for k and v the key-value head); None for all, and where there are none.
+        kind: "q", "k" or "v" of attention, "mlp" (the MLP's input), or "readout" (the final logits,
+            which cannot be combined with other receivers).
+        loop, layer: The iteration and the block, from 0; None for the readout.
+        head: The head (for k and v the key-value head); None for all heads, and for kinds without
+            heads.
         position: The column that receives; None for all.
-        visit: The visit by its name, in place of loop and layer; it must be given where several
-            visits share both.
+        visit: The name of the visit instead of loop and layer. It must be given if several visits
+            share both.
     """
 
     kind: Literal["q", "k", "v", "mlp", "readout"]

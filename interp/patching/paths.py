@@ -46,17 +46,17 @@ _FROZEN: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class PathPatch(OneScreen):
-    """The metric with one path patched.
+    """The metric of each example with one path patched.
 
     Attributes:
-        sender: Where the path starts.
-        receivers: Where it ends.
+        sender: The component at which the path starts.
+        receivers: The components at which it ends.
         values: Float[Tensor, " batch"], the metric of the patched run.
         clean, corrupted: Float[Tensor, " batch"], the metric of the two runs without a patch.
         metric: The metric's name.
-        direction: "denoise": the corrupted run with the path of the clean one; "noise": the
+        direction: "denoise" is the corrupted run with the path of the clean run, "noise" the
             reverse.
-        freeze: What was held between sender and receivers.
+        freeze: The components that were held fixed between sender and receivers.
     """
 
     sender: Sender
@@ -69,11 +69,15 @@ class PathPatch(OneScreen):
     freeze: Freeze
 
     def effect(self) -> Float[Tensor, " batch"]:
-        """How far the path moves the metric from the run that it is patched into."""
+        """How far the path moves the metric, in the metric's unit: the patched run minus the run
+        that was patched.
+        """
         return self.values - (self.corrupted if self.direction == "denoise" else self.clean)
 
     def frame(self) -> pd.DataFrame:
-        """One row per example: sender, receivers, example, metric, clean, corrupted, value."""
+        """One row per example. The columns are sender, receivers, example, metric (its name),
+        clean, corrupted and value (of the patched run).
+        """
         columns = {"clean": self.clean, "corrupted": self.corrupted, "value": self.values}
         frame = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
         told = {
@@ -108,31 +112,37 @@ def path_patch(
     freeze: Freeze = "attention+mlp",
     readout: ReadoutColumn = None,
 ) -> PathPatch:
-    """Patch the path from one component to others and measure the answer; exact in every family,
-    norms are recomputed.
+    """Patch the path from one component to others, and measure the answer.
 
-    All receivers are patched in one run. Each gets its new input with the others frozen, so paths
-    through one receiver to another do not count. With a family that works on the residual stream
-    between blocks (an injected input, a norm at an iteration's end), that work belongs to the path.
-    The inputs are run as one batch.
+    Only the direct path changes: each receiver gets its input as if the sender had had the source
+    run's output, while the components between them are held fixed. All receivers are patched in one
+    run, each with the other receivers held fixed, so a path through one receiver to another does
+    not count. Norms are recomputed, so the result is exact in every family. If a family changes the
+    residual stream between blocks (by an injected input, or a norm at an iteration's end), that
+    change is part of the path. All rows run as one batch.
 
     Args:
-        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or tokens
-            with `readout`.
-        metric: Of the logits at the readout, Float[Tensor, "batch d_vocab"] to Float[Tensor, "
-            batch"].
-        sender: Takes its output from the source run (the clean one for "denoise").
-        receivers: One or several, each later than the sender; or Receiver("readout") alone.
-        n_loops: Iterations; None means what the checkpoint records.
-        direction: "denoise" patches the path of the clean run into the corrupted one, "noise" the
+        clean, corrupted: Two inputs of the same shape, row by row a pair: batches, texts, or token
+            ids.
+        readout: For token ids, the column at which answers are read.
+        metric: A function from the logits at the answer position, Float[Tensor, "batch d_vocab"],
+            to one number per row, such as `logit_diff(right, wrong)`.
+        sender: The component whose output comes from the source run (the clean run for "denoise").
+        receivers: One component or several, each later than the sender; or `Receiver("readout")`
+            alone.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        direction: "denoise" patches the path of the clean run into the corrupted run, "noise" the
             reverse.
-        freeze: What is held at the base run between sender and receivers: "attention+mlp" leaves
-            the residual stream alone as the path; "attention" lets MLPs recompute, so that paths
+        freeze: The components that are held fixed between sender and receivers. "attention+mlp"
+            leaves only the residual stream as the path. "attention" recomputes MLPs, so that paths
             through them count too, as in the IOI paper.
 
+    Returns:
+        The metric of the patched run, and of the two runs without a patch.
+
     Raises:
-        ValueError: Inputs that do not match, a place out of range, or a receiver that is not later
-            than the sender.
+        ValueError: The two inputs have different shapes, a place is out of range, or a receiver is
+            not later than the sender.
 
     Source:
         Wang et al. 2022 (arXiv 2211.00593); Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
@@ -168,21 +178,22 @@ def path_patch_sweep(
     readout: ReadoutColumn = None,
     batch_size: int = 1024,
 ) -> pd.DataFrame:
-    """Path patching from many senders, one by one, into the same receivers.
+    """Patch the paths from many senders, one by one, to the same receivers.
 
     Args:
-        senders: None means each head and each MLP of every iteration that is earlier than all
-            receivers.
-        batch_size: Rows run side by side.
-        clean, corrupted, metric, receivers, n_loops, direction, freeze, readout: As for
-            `path_patch`.
+        clean, corrupted, metric, receivers, n_loops, direction, freeze, readout: The runs and the
+            receivers, as `path_patch` describes them.
+        senders: The components to start from; None means each head and each MLP of every iteration
+            that is earlier than all receivers.
+        batch_size: How many rows run side by side.
 
     Returns:
-        One row per sender: kind, visit, loop, layer, head, position, receivers, metric, clean,
-        corrupted, value (means over the batch).
+        A table with one row per sender. Its columns are kind, visit, loop, layer, head, position,
+        receivers, metric (its name), clean, corrupted and value (of the patched run). The last
+        three are means over the batch.
 
     Raises:
-        ValueError: As for `path_patch`, or no sender is earlier than the receivers.
+        ValueError: No sender is earlier than the receivers, or `path_patch` would refuse the call.
     """
     paths = _Paths.of(
         model, Pair.of(model, clean, corrupted, readout), receivers, n_loops, direction, freeze

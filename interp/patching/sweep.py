@@ -31,10 +31,10 @@ _TOGETHER = 1024  # cells whose resamples are held at a time
 
 
 class Interval(NamedTuple):
-    """A confidence interval for each cell.
+    """A confidence interval for each cell, on the scale of `Sweep.normalized`.
 
     Attributes:
-        low, high: Float[Tensor, " cell"].
+        low, high: Float[Tensor, " cell"], the two ends.
     """
 
     low: Float[Tensor, " cell"]
@@ -43,11 +43,11 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid(OneScreen):
-    """The cells of one site on named axes.
+    """The cells of one site as a tensor with one axis per coordinate.
 
     Attributes:
-        values: Float[Tensor, "loop layer position head"], NaN where the sweep has no such cell.
-        loops, layers, positions, heads: What each index stands for; a single None where the site or
+        values: Float[Tensor, "loop layer position head"], NaN if the sweep has no such cell.
+        loops, layers, positions, heads: The coordinate of each index; a single None if the site or
             the sweep has no such axis.
     """
 
@@ -60,19 +60,19 @@ class Grid(OneScreen):
 
 @dataclass(frozen=True)
 class Sweep(OneScreen):
-    """The metric for every patch.
+    """The metric of every patch of a sweep.
 
     Attributes:
-        cells: One per patch, in the order of the schedule.
+        cells: The place of each patch, in the order in which the places run.
         values: Float[Tensor, "cell batch"], the metric of the patched run.
         clean, corrupted: Float[Tensor, " batch"], the metric of the two runs without a patch.
         metric: The metric's name.
         direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse.
-        also: Sweeps of other metrics of the same runs, by name.
-        present: Bool[Tensor, "cell batch"], False where an example does not have a cell's place,
-            because the column is padding or comes after the readout; None where all have all. Means
-            are over the examples that have the place.
-        groups: A label for each column, or for each example and column; None where none was given.
+        also: The sweeps of other metrics of the same runs, by name.
+        present: Bool[Tensor, "cell batch"], False if an example does not have the cell's place,
+            because the column is padding or comes after the answer position. None if all examples
+            have all places. Means are over the examples that have the place.
+        groups: A label for each column, or for each example and column; None if none was given.
     """
 
     cells: tuple[Cell, ...]
@@ -90,18 +90,18 @@ class Sweep(OneScreen):
         return self._present().sum(1)
 
     def mean(self, values: Float[Tensor, "cell batch"] | None = None) -> Float[Tensor, " cell"]:
-        """Mean over the examples that have a cell's place; NaN where none has it.
+        """The mean of each cell over the examples that have its place; NaN if no example has it.
 
         Args:
-            values: What is averaged; None means the metric of the patched runs.
+            values: The numbers to average; None means the metric of the patched runs.
         """
         shown = self._present()
         kept = torch.where(shown, self.values if values is None else values, 0.0)
         return kept.sum(1) / shown.sum(1)
 
     def normalized(self) -> Float[Tensor, " cell"]:
-        """Mean over the examples that have a cell's place, on the scale where 0 is the corrupted
-        run of these examples and 1 their clean run.
+        """The normalised effect of each cell: the mean metric on a scale where 0 is the corrupted
+        run and 1 the clean run. Only examples that have the cell's place count.
 
         Raises:
             ValueError: Both runs have the same mean metric, so there is no scale.
@@ -111,20 +111,26 @@ class Sweep(OneScreen):
         return self.mean(self.values - self.corrupted) / self.mean(whole)
 
     def standard_error(self) -> Float[Tensor, " cell"]:
-        """Standard error over the examples of the mean metric, in the metric's unit; NaN for a
-        single example.
+        """The standard error of each cell's mean metric over the examples, in the metric's unit;
+        NaN for a single example.
         """
         off, count = (self.values - self.mean()[:, None]) ** 2, self.examples()
         spread = torch.where(self._present(), off, 0.0).sum(1) / (count - 1).clamp(min=0)
         return (spread / count).sqrt()
 
     def bootstrap(self, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Interval:
-        """Percentile intervals of `normalized`, over examples drawn again with replacement (pairs
-        stay together). A draw in which clean and corrupted do not differ has no share and is left
-        out.
+        """Percentile intervals of `normalized`, from examples drawn again with replacement.
+
+        Pairs stay together. A draw in which the clean and the corrupted mean are equal is left out.
+
+        Args:
+            level: The share of the draws inside the interval, between 0 and 1.
+            resamples: The number of draws.
+            seed: The seed of the draws.
 
         Raises:
-            ValueError: A level outside 0 to 1, one example, or no scale.
+            ValueError: The level is outside 0 to 1, there is one example only, or there is no
+                scale.
         """
         self._check_bootstrap(level, resamples)
         drawn = _drawn(self.values.shape[1], resamples, seed).to(self.values)
@@ -155,17 +161,18 @@ class Sweep(OneScreen):
         resamples: int = 1000,
         seed: int = 0,
     ) -> GroupedEffects:
-        """The effects of all places that share a label, with percentile intervals over examples.
+        """The mean effect of all places that share a label, with percentile intervals over
+        examples.
 
         Args:
-            labels: One label per column, or a list of them per example, such as the index of the
-                relation or the distance in a graph; None as a label leaves the place out. Without
-                labels those of `activation_patch(..., group_by=)` hold.
-            level, resamples, seed: As for `bootstrap`.
+            labels: One label per column, or for each example a list of labels, such as the index of
+                the relation or the distance in a graph. The label None leaves a place out. Without
+                `labels`, those of `activation_patch(..., group_by=)` are used.
+            level, resamples, seed: The intervals, as `bootstrap` describes them.
 
         Raises:
-            ValueError: No labels, not one per column or per example and column, cells of several
-                columns, or what `bootstrap` raises.
+            ValueError: There are no labels, not one per column or per example and column, or a cell
+                has several columns; or `bootstrap` would refuse the call.
         """
         labels = self.groups if labels is None else labels
         if labels is None:
@@ -180,8 +187,9 @@ class Sweep(OneScreen):
         return grouped(self.cells, (effect * shown, whole, shown), labels, drawn, level)
 
     def frame(self) -> pd.DataFrame:
-        """One row per cell: site, visit, loop, layer, position, head, metric, value (mean over the
-        examples that have the place), standard_error, examples (how many have it); `also` below.
+        """One row per cell. The columns are site, visit, loop, layer, position, head, metric (its
+        name), value (a mean over the examples that have the place), standard_error and examples
+        (how many have the place). The rows of `also` follow below.
         """
         rows = [
             (cell.site, cell.visit, cell.loop, cell.layer, cell.position, cell.head)
@@ -198,14 +206,14 @@ class Sweep(OneScreen):
         )
 
     def grid(self, site: str | None = None, *, normalized: bool = True) -> Grid:
-        """The cells of one site on named axes.
+        """The cells of one site as a tensor with the axes loop, layer, position and head.
 
         Args:
-            site: As in `frame`; None where the sweep has only one.
-            normalized: Values as `normalized` gives them, or the mean metric.
+            site: The site, as `frame` names it; None if the sweep has only one.
+            normalized: True gives the values of `normalized`, False the mean metric.
 
         Raises:
-            ValueError: The sweep has no such site, or several and none is named.
+            ValueError: The sweep has no such site, or it has several and none is named.
         """
         site = self._one_site(site)
         values = self.normalized() if normalized else self.mean()
@@ -240,11 +248,11 @@ class Sweep(OneScreen):
             )
 
     def plot(self, site: str | None = None, title: str = "") -> go.Figure:
-        """A picture: one map per site of visits by positions or heads, on the scale of `normalized`
-        where the two runs differ.
+        """A picture: for each site a map of visits by positions or heads, on the scale of
+        `normalized` if the two runs differ.
 
         Args:
-            site: The one site to draw; None draws all of them.
+            site: The site to draw; None draws all of them.
             title: The title of the figure; empty for none.
         """
         from loopscope.interp.drawing.effects import sweep

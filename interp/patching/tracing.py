@@ -35,9 +35,11 @@ _SITES = ("embed", "resid_post")
 class Trace(OneScreen):
     """The effect of patching single states, by depth and position.
 
+    Depth counts visits: depth 0 is the embedding, and depth d the residual stream after d visits.
+
     Attributes:
-        effect: Float[Tensor, "depth position"], mean over the examples that have the position, in
-            the unit of the function that made the map; NaN where no example has it.
+        effect: Float[Tensor, "depth position"], a mean over the examples that have the position, in
+            the unit that the function that made the map says. NaN if no example has the position.
         names: The hook point of each depth.
         loops, layers: The iteration and block of each depth, from 0; None for the embedding.
         positions: The patched columns.
@@ -69,8 +71,8 @@ class Trace(OneScreen):
         )
 
     def frame(self) -> pd.DataFrame:
-        """One row per depth and position: depth (0 is the embedding), name, loop, layer, position,
-        effect, examples (how many have the position).
+        """One row per depth and position. The columns are depth (0 is the embedding), name, loop,
+        layer, position, effect and examples (how many have the position).
         """
         places = zip(range(len(self.names)), self.names, self.loops, self.layers, strict=True)
         rows = [(*place, position) for place in places for position in self.positions]
@@ -100,20 +102,24 @@ def causal_tracing(
     *,
     readout: ReadoutColumn = None,
 ) -> Trace:
-    """Put single states of the corrupted run into the clean run: the share of examples whose top
-    token at the readout changes.
+    """Put single states of the corrupted run into the clean run, and count how often the top token
+    changes.
+
+    The states are the embedding and the residual stream after every visit, at one position.
 
     Args:
-        clean: A batch, texts, or tokens with `readout`.
-        corrupted: The same inputs with another token of the same kind at the position, such that
-            the answers differ.
-        answers: The clean inputs' answers; their margin in the same runs is
+        clean: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        corrupted: The same inputs with another token of the same kind at `position`, such that the
+            answers differ.
+        answers: The token id of each clean input's answer. Its margin in the same runs is in
             `trace.sweep.also["logit_margin"]`.
         position: The column whose state is replaced.
-        n_loops: Iterations; None means what the checkpoint records.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
 
     Returns:
-        A `Trace` with one position; the effect is between 0 and 1.
+        A `Trace` with one position. Its effect is the share of examples whose top token at the
+        answer position changes, from 0 to 1.
 
     Source:
         Causal tracing of arXiv 2405.15071.
@@ -145,21 +151,24 @@ def denoising_map(
     *,
     readout: ReadoutColumn = None,
 ) -> Trace:
-    """Restore single states of the clean run in the corrupted run: how much of the answer's margin
-    comes back.
+    """Put single states of the clean run into the corrupted run, and measure how much of the
+    answer's margin comes back.
+
+    The states are the embedding and the residual stream after every visit, one position at a time.
 
     Args:
-        clean: A batch, texts, or tokens with `readout`.
-        corrupted: The same inputs, corrupted where the figure says: in figure 11 the head entity
-            and the first relation.
-        answers: The clean inputs' answers.
-        positions: The columns whose state is restored, one by one; in figure 11 only that of the
+        clean: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        corrupted: The same inputs with some tokens replaced; in figure 11 the head entity and the
+            first relation.
+        answers: The token id of each clean input's answer.
+        positions: The columns whose state is replaced, one by one; in figure 11 only that of the
             first relation, [1].
-        n_loops: Iterations; None means what the checkpoint records.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
 
     Returns:
-        A `Trace` whose effect is 0 where the mean margin stays that of the corrupted run and 1
-        where it is that of the clean run.
+        A `Trace`. Its effect is the mean margin on a scale where 0 is the corrupted run and 1 the
+        clean run.
 
     Raises:
         ValueError: Both runs have the same mean margin, so there is no scale.
@@ -192,17 +201,21 @@ def noising_map(
     *,
     readout: ReadoutColumn = None,
 ) -> Trace:
-    """Put single states of another run into the clean run: how much the answer's margin changes.
+    """Put single states of another run into the clean run, and measure how much the answer's margin
+    changes.
+
+    The states are the embedding and the residual stream after every visit, one position at a time.
 
     Args:
-        clean: A batch, texts, or tokens with `readout`.
+        clean: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
         corrupted: Other inputs of the same lengths; in figure 21 random ones.
-        answers: The clean inputs' answers.
+        answers: The token id of each clean input's answer.
         positions: The columns whose state is replaced, one by one.
-        n_loops: Iterations; None means what the checkpoint records.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
 
     Returns:
-        A `Trace` whose effect is the mean margin of the patched run minus that of the clean run, in
+        A `Trace`. Its effect is the mean margin of the patched run minus that of the clean run, in
         logits.
 
     Source:

@@ -28,18 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DifferenceProbe(OneScreen):
-    """Which of two inputs is the preferred one, read from the difference of their states.
+    """Probes that tell which of two inputs is the preferred one, from the difference of their
+    states.
 
     Attributes:
-        places: Where the states were read.
-        scores: Float[Tensor, "place test"], the probe's output for the held-out pairs: positive
-            where it prefers the first input.
+        places: The places at which the states were read.
+        scores: Float[Tensor, "place test"], the output of the difference probe for each held-out
+            pair; it is positive if the probe prefers the first input.
         flipped: Float[Tensor, "place test"], its output for the same pairs in the other order.
         alone: Float[Tensor, "place test"], the output of a probe of single states for the first
-            input minus that for the second.
-        separate: Float[Tensor, " place"], how often that probe is right about single inputs.
+            input, minus its output for the second.
+        separate: Float[Tensor, " place"], the share of held-out inputs for which the probe of
+            single states is right.
         preferred: Bool[Tensor, " test"], whether the first input is the preferred one.
-        n_train: Pairs that were fitted.
+        n_train: How many pairs were fitted.
     """
 
     places: tuple[Place, ...]
@@ -51,30 +53,32 @@ class DifferenceProbe(OneScreen):
     n_train: int
 
     def accuracy(self) -> Float[Tensor, " place"]:
-        """The share of held-out pairs whose preferred input the difference tells."""
+        """The share of held-out pairs for which the difference probe names the preferred input."""
         return ((self.scores > 0) == self.preferred).double().mean(1)
 
     def accuracy_alone(self) -> Float[Tensor, " place"]:
-        """The same by comparing the outputs of the probe of single states."""
+        """The share of held-out pairs for which the probe of single states gives the preferred
+        input the larger output.
+        """
         return ((self.alone > 0) == self.preferred).double().mean(1)
 
     def flips(self) -> Float[Tensor, " place"]:
-        """The share of held-out pairs whose score changes its sign when the pair is turned round; a
-        bias of the probe towards one order lowers it.
+        """The flip test: the share of held-out pairs whose score changes its sign if the pair is
+        reversed. A probe with a bias towards one order has a lower share.
         """
         return (self.scores.sign() == -self.flipped.sign()).double().mean(1)
 
     def antisymmetry(self) -> Float[Tensor, " place"]:
-        """The correlation of a pair's score with minus the score of the turned pair; 1 for a probe
-        that only compares.
+        """The correlation between the score of a pair and minus the score of the reversed pair. It
+        is 1 for a probe that only compares the two inputs.
         """
         both = torch.stack([self.scores, -self.flipped])
         off = both - both.mean(-1, keepdim=True)
         return (off[0] * off[1]).sum(-1) / off.square().sum(-1).prod(0).sqrt()
 
     def frame(self) -> pd.DataFrame:
-        """One row per place: place, visit, loop, layer, accuracy, accuracy_alone, separate, flips,
-        antisymmetry.
+        """One row per place. The columns are place, visit, loop, layer, accuracy, accuracy_alone,
+        separate, flips and antisymmetry.
         """
         rows = [(p.name, p.visit, p.loop, p.layer) for p in self.places]
         frame = pd.DataFrame(rows, columns=["place", "visit", "loop", "layer"])
@@ -109,18 +113,33 @@ def difference_probe(
     batch_size: int = 512,
     seed: int = 0,
 ) -> DifferenceProbe:
-    """Fit ridge probes of which of two inputs is preferred: to the difference of their states at
-    the readout, and to single states.
+    """Fit probes that tell which of two inputs is preferred, from the difference of their states at
+    the answer position.
+
+    A probe of single states is fitted beside each difference probe. Both are ridge regressions.
 
     Args:
-        first, second: Two inputs, row by row a pair: batches, texts, or tokens with `readout`;
-            their lengths may differ.
-        preferred: Whether the first input of each pair is the preferred one.
-        places, n_loops, strength, held_out, readout, batch_size, seed: As for `probe`.
+        first, second: The inputs, row by row a pair: batches, texts, or token ids. Their lengths
+            may differ.
+        readout: For token ids, the column at which answers are read.
+        preferred: Bool[Tensor, " batch"], whether the first input of each pair is the preferred
+            one.
+        places: The hook points by name, pattern or list; None means the residual stream after every
+            visit.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        strength: The weight of the squared length of the probe beside the squared error
+            (scikit-learn's alpha).
+        held_out: The share of the pairs to hold out at random, or which pairs.
+        batch_size: How many rows run at a time.
+        seed: The seed of the split.
+
+    Returns:
+        The outputs of the probes for the held-out pairs, with accuracies and the flip test.
 
     Raises:
-        KeyError, ValueError: As for `probe`; inputs that do not match, or pairs that all prefer the
-            same side.
+        KeyError: The run does not have a place.
+        ValueError: The numbers of first inputs, second inputs and preferences differ, all pairs
+            prefer the same side, or `probe` would refuse the call.
 
     Source:
         Pairwise-difference probes, probes of single states and the flip test: arXiv 2604.09870.

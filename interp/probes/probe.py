@@ -49,45 +49,49 @@ def probe(
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> Probe:
-    """Fit a linear probe of a property at every place, and score it on rows held out.
+    """Fit a linear probe of a property at every place of a run, and score it on rows that were held
+    out.
 
-    Every row is run once. "ridge" streams its sums, so that memory does not grow with the rows;
-    "logistic" keeps the states of all places.
-
-    With `save_to` the states of all places are kept in a folder, piece by piece, and the probes are
-    fitted on the CPU from what the folder holds.
+    Every row is run once. "ridge" needs memory that does not grow with the rows; "logistic" keeps
+    the states of all places. With `save_to` the states are kept in a folder piece by piece, and the
+    probes are fitted on the CPU from these files.
 
     Args:
-        inputs: A batch, texts, or tokens with `readout`.
-        targets: One per row, "batch", or one per column that is read, "batch k": integers are
-            classes, floats are numbers (for "ridge").
-        places: Hook points by name, pattern or list; None means the residual after every visit.
-        n_loops: Iterations; None means what the checkpoint records.
-        kind: "ridge" regression (of +1 and -1 for classes), or "logistic" regression.
-        positions: Columns to read instead of the readout; "all" for every token that is
-            not padding.
-        types: Integers in the form of `targets`, the types to which the control task gives random
-            values; None means the token that is read.
+        inputs: A `Batch`, texts, or token ids.
+        readout: For token ids, the column at which answers are read.
+        targets: The property: one value per row, "batch", or one per column that is read, "batch
+            k". Integers are classes, floats are numbers (for "ridge").
+        places: The hook points by name, pattern or list; None means the residual stream after every
+            visit.
+        n_loops: The number of iterations; None means the number that the checkpoint records.
+        kind: "ridge" regression (for classes, of +1 and -1), or "logistic" regression.
+        positions: The columns to read instead of the answer position; "all" for every token except
+            padding.
+        types: Integers in the shape of `targets`. The control task gives each type a random label;
+            None takes the token id that is read as the type.
         control: Whether to fit the control task too.
-        permutations: How often the rows' targets are shuffled and fitted, for a p value.
-        bits: Whether to measure the description length, for "logistic".
-        strength: The weight of the squared length of the probe beside the squared error ("ridge")
-            or the summed log loss times two ("logistic"): scikit-learn's alpha, and its 1 / C.
-        held_out: A share of the rows, drawn at random, or which rows.
-        batch_size: Rows run at a time.
-        seed: Of the split, the control task and the permutations.
-        save_to: A folder in which states are kept: a call that was interrupted and is made again
-            goes on from there, and `merge` fits the probes on what all shards wrote.
-        shard: (i, n) runs the i-th of n shares of the pieces of `batch_size` rows; None runs all.
+        permutations: How often the targets are shuffled and fitted again, for a p value.
+        bits: Whether to measure the description length; for "logistic" only.
+        strength: The weight of the squared length of the probe: beside the squared error for
+            "ridge" (scikit-learn's alpha), beside twice the summed log loss for "logistic" (its 1 /
+            C).
+        held_out: The share of the rows to hold out at random, or which rows.
+        batch_size: How many rows run at a time.
+        seed: The seed of the split, the control task and the permutations.
+        save_to: A folder that keeps states. If the call was interrupted, the same call goes on from
+            there. `merge` fits the probes on the states of all shards.
+        shard: (i, n) runs the i-th of n shares of the rows, cut into pieces of `batch_size`; None
+            runs all.
 
     Returns:
-        The probes; of a shard a record without places, since a probe is fitted on all rows.
+        The probes with their scores. For a shard the record has no places, because a probe is
+        fitted on all rows.
 
     Raises:
-        KeyError: A place that the call does not have.
-        ValueError: Targets or types that do not fit, too few rows or classes, states that are not
-            finite, something that the kind cannot do, a shard without a folder, or a folder of
-            another call.
+        KeyError: The run does not have a place.
+        ValueError: The shape of targets or types does not fit, there are too few rows or classes, a
+            state is not finite, the kind does not support an argument, a shard has no folder, or
+            the folder holds another call.
 
     Source:
         Control tasks: Hewitt & Liang, arXiv 1909.03368; description length: Voita & Titov, arXiv

@@ -21,22 +21,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probe(OneScreen):
-    """Linear probes of one property, one at each place.
+    """Linear probes of one property, one at each place of a run.
 
-    Scores are those of held-out rows: accuracy for classes, R2 for numbers.
+    Scores are measured on reads that were held out: accuracy for classes, R2 for numbers.
 
     Attributes:
-        places: Where the states were read, in the order of the run.
+        places: The places at which the states were read, in the order of the run.
         metric: "accuracy" or "R2".
-        score: Float[Tensor, " place"].
-        constant: The score of the best answer that looks at no state.
-        control: Float[Tensor, " place"], the score of the control task; None without one.
-        permuted: Float[Tensor, "permutation place"], scores for targets in a random order.
-        code: The description length of the fitted rows' classes; None where it was not asked for.
-        maps: The probe at each place: an affine map from the state to one output for each class, to
-            the one output of a number, or (logistic, two classes) to the log-odds of the second.
-        classes: Int[Tensor, " class"], the target of each output; None for numbers.
-        n_train, n_test: Reads that were fitted, and held out.
+        score: Float[Tensor, " place"], the score of each probe.
+        constant: The score of the best constant answer, which uses no state.
+        control: Float[Tensor, " place"], the score on the control task (random labels); None if it
+            was not fitted.
+        permuted: Float[Tensor, "permutation place"], the scores of probes that were fitted to
+            shuffled targets.
+        code: The description length of the classes of the fitted reads; None if it was not
+            measured.
+        maps: The probe at each place. It is an affine map from the state to one output per class,
+            to the one output of a number, or for a logistic probe of two classes to the log-odds of
+            the second class.
+        classes: Int[Tensor, " class"], the target that each output stands for; None for numbers.
+        n_train, n_test: How many reads were fitted, and how many held out.
     """
 
     places: tuple[Place, ...]
@@ -52,14 +56,19 @@ class Probe(OneScreen):
     n_test: int
 
     def selectivity(self) -> Float[Tensor, " place"]:
-        """Score minus the control task's score (Hewitt & Liang, arXiv 1909.03368)."""
+        """The selectivity: the score minus the score on the control task (Hewitt & Liang, arXiv
+        1909.03368).
+        """
         if self.control is None:
             raise ValueError("selectivity needs the control task; call probe(..., control=True)")
         return self.score - self.control
 
     def p_value(self) -> Float[Tensor, " place"]:
-        """(1 + permutations that score at least as well) / (1 + permutations); a permutation whose
-        score is NaN counts as one that does, and a score that is NaN has the p value NaN.
+        """The p value of the permutation test: (1 + n) / (1 + permutations), where n permutations
+        score at least as well as the probe.
+
+        A permutation whose score is NaN counts as one of the n. If the probe's score is NaN, so is
+        its p value.
         """
         if not len(self.permuted):
             raise ValueError("a p value needs permutations; call probe(..., permutations=99)")
@@ -67,9 +76,9 @@ class Probe(OneScreen):
         return ((1 + as_good) / (1 + len(self.permuted))).where(~self.score.isnan(), torch.nan)
 
     def frame(self) -> pd.DataFrame:
-        """One row per place: place (the hook point), visit, loop, layer, site, score, constant; and
-        what was asked for of control, selectivity, p_value, bits and compression (uniform bits over
-        bits).
+        """One row per place. The columns are place (the hook point), visit, loop, layer, site,
+        score and constant. Others are there if they were asked for: control, selectivity, p_value,
+        bits (of the description length) and compression (bits of uniform guessing over these bits).
         """
         rows = [(p.name, p.visit, p.loop, p.layer, p.site) for p in self.places]
         frame = pd.DataFrame(rows, columns=["place", "visit", "loop", "layer", "site"])

@@ -32,15 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TransferMatrix(OneScreen):
-    """Held-out scores of probes that were fitted at one iteration and tested at another.
+    """Scores of probes that were fitted at one iteration and tested at another, on reads that were
+    held out.
 
     Attributes:
         blocks: The name of each block within an iteration, e.g. "blocks.0".
-        score: Float[Tensor, "block fitted tested"], by block and by the two iterations, from 0; NaN
-            for an iteration that leaves the block out.
+        score: Float[Tensor, "block fitted tested"], by block, by the iteration of the fit and by
+            that of the test, from 0. NaN if an iteration leaves the block out.
         metric: "accuracy" or "R2".
-        constant: The score of the best answer that looks at no state.
-        n_train, n_test: Reads that were fitted, and held out.
+        constant: The score of the best constant answer, which uses no state.
+        n_train, n_test: How many reads were fitted, and how many held out.
     """
 
     blocks: tuple[str, ...]
@@ -51,13 +52,13 @@ class TransferMatrix(OneScreen):
     n_test: int
 
     def kept(self) -> Float[Tensor, " block"]:
-        """The share of their scores that probes keep at other iterations: score - constant, summed
-        over pairs of unequal iterations, over the same sum of the probes that were fitted where
-        they are tested. It is 1 for one code throughout, and at most 0 where each iteration has a
-        code of its own.
+        """How much of their scores probes keep at other iterations: 1 if the model has one code at
+        all iterations, at most 0 if each iteration has a code of its own.
 
-        Iterations whose own probe is not above the constant have nothing to keep and are left out
-        as tested ones; NaN where that leaves none.
+        It is a ratio of two sums over pairs of different iterations. The first sum takes the score
+        of the probe at the tested iteration, minus the constant. The second takes the same
+        difference for the probe that was fitted at the tested iteration. Tested iterations whose
+        own probe does not exceed the constant are left out; NaN if none is left.
         """
         above = self.score - self.constant
         at_home = above.diagonal(dim1=1, dim2=2)[:, None].expand_as(above)
@@ -66,8 +67,8 @@ class TransferMatrix(OneScreen):
         return above.where(counted, 0).sum((1, 2)) / at_home.where(counted, 0).sum((1, 2))
 
     def frame(self) -> pd.DataFrame:
-        """One row per block, fitted and tested iteration: block, fitted, tested, score,
-        constant.
+        """One row per block and pair of iterations. The columns are block, fitted, tested, score
+        and constant.
         """
         loops = self.score.shape[1]
         columns = {"score": self.score}
@@ -159,18 +160,22 @@ def transfer_matrix(
     save_to: str | Path | None = None,
     shard: Shard | None = None,
 ) -> TransferMatrix:
-    """Fit a ridge probe of each block at every iteration, and test it at every other one.
+    """Test whether the model keeps one code for a property: fit a ridge probe of each block at
+    every iteration, and test it at every other one.
 
     Args:
-        inputs, targets, n_loops, positions, strength, held_out: As for `probe`.
-        readout, batch_size, seed, save_to, shard: As for `probe`.
-        site: A site of the blocks in the loop; None means the residual after each.
+        inputs, readout, targets, positions, n_loops, batch_size: The reads and the property, as
+            `probe` describes them.
+        strength, held_out, seed, save_to, shard: The fit, as `probe` describes it.
+        site: The site of the blocks in the loop, such as "mlp_out"; None means the residual stream
+            after each block.
 
     Returns:
-        The matrix; of a shard a record without blocks, since a probe is fitted on all rows.
+        The scores. For a shard the record has no blocks, because a probe is fitted on all rows.
 
     Raises:
-        KeyError, ValueError: As for `probe`, or a site that no block of the loop has.
+        KeyError: No block of the loop has the site.
+        ValueError: `probe` would refuse the call.
     """
     check_strength(strength)
     batch = as_batch(model, inputs, readout)

@@ -60,39 +60,43 @@ def collect(
     readout: ReadoutColumn = None,
     shard: Shard | None = None,
 ) -> ActivationStore:
-    """Write the activations of many texts into a folder, which may be larger than memory.
+    """Write the activations of many texts into a folder, which may become larger than memory.
 
-    A call that was interrupted goes on where it was when it is made again. A folder of another
-    call is refused.
+    If the call was interrupted, the same call goes on from there.
 
     Args:
-        inputs: A `Batch`, texts, tokens, a data set of `datasets`, or the path of a file with one
-            example a line (JSON where its name ends with .jsonl, else text).
-        sites: Site names ("resid_post", "z", "mlp_out", "state_out", ...).
-        n_loops: Iterations; None means what the checkpoint records.
+        inputs: A `Batch`, texts, token ids, a data set of `datasets`, or the path of a file with
+            one example per line (JSON if the name ends with .jsonl, else text).
+        sites: Names of sites, such as "resid_post", "z", "mlp_out" or "state_out".
+        n_loops: The number of iterations; None means the number that the checkpoint records.
         to: The folder.
-        loops, layers, visits: Restrict the visits, as for `activation_patch`.
-        positions: "all" for every token that is not padding, columns, or None for the readout. A
-            column that an example does not have is not stored for it.
-        dtype: Of the stored numbers; None means that of the model.
-        max_bytes: Activations held in memory at a time, in bytes; longer runs are cut into fewer
-            rows.
-        batch_size: Rows run at a time, at most.
-        per_file: Examples whose activations share a file.
-        column: The column of a data set, or the field of a line of JSON; None where there is one.
-        context: Cuts texts and rows of ids after so many tokens; None leaves them whole.
-        readout: The column at which answers are read, for a tensor of tokens; None is the last.
+        loops, layers: The iterations and the blocks to store, from 0; None means all.
+        visits: The visits to store, by name or pattern, such as "loops.0.low.1.blocks.0"; None
+            means all.
+        positions: The tokens to store: "all" except padding, some columns, or None for the answer
+            position. A column that an example does not have is left out for it.
+        dtype: The number format in the files; None means that of the model.
+        max_bytes: How many bytes of activations may be in memory at a time; if necessary, fewer
+            rows run at a time.
+        batch_size: How many rows run at a time, at most.
+        per_file: How many examples share a file.
+        column: The column of a data set or the field of a JSON line that holds the text; None if
+            there is only one.
+        context: The number of tokens after which texts and rows of ids are cut; None does not cut
+            them.
+        readout: The column at which answers are read, for token ids; None means the last one.
         shard: (i, n) writes the i-th of n shares of the files; None writes all.
 
     Returns:
-        The store; of a shard, with what the folder holds so far.
+        The store; for a shard, with all that the folder holds so far.
 
     Raises:
-        KeyError: A site, a visit or a column that is not there.
-        ValueError: A folder of another call, `max_bytes` below one example, a position that no
-            example has, visits that are no grid of loops and layers, or several pieces where rows
-            of the model depend on each other or a hook may tell them apart.
-        OSError: A full disk; what was finished before is kept.
+        KeyError: The model does not have a site or a visit, or the data does not have the column.
+        ValueError: The folder holds another call, `max_bytes` is too small for one example, no
+            example has a position, the visits are no full grid of loops and layers, or rows may
+            depend on each other (the model's own do, or a hook could tell them apart) and do not
+            fit into one piece.
+        OSError: The disk is full; files that were finished before are kept.
     """
     n_loops = checked_loops(n_loops, model.cfg.n_loops)
     part = checked_shard(shard)

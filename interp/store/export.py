@@ -29,22 +29,27 @@ def export_dataset(
     loop: int | None = None,
     layer: int | None = None,
 ) -> Path:
-    """Write the activations of one visit as a `datasets` folder in the layout of SAELens's cached
-    activations: a column of the hook's name, "context d_model", and one of the token ids.
+    """Export the activations of one visit as a Hugging Face data set, in the layout of SAELens's
+    cached activations.
+
+    One column has the name of the hook and holds "context d_model" activations per row. Another
+    column holds the token ids.
 
     Args:
-        context: Tokens per row. Tokens of all examples follow each other in their order, and what
-            is left at the end of all is not written.
-        site: The label of a group; None where there is only one.
-        loop, layer: The visit; None where the site has only one.
+        store: The store to export.
+        folder: The folder to make.
+        context: How many tokens a row has. The tokens of all examples follow each other in order;
+            an incomplete last row is not written.
+        site: The label of the site, as in `store.sites`; None if there is only one.
+        loop, layer: The iteration and the block, from 0; None if the site has only one.
 
     Returns:
         The folder, which `datasets.load_from_disk` opens.
 
     Raises:
-        FileExistsError: The folder is there already.
+        FileExistsError: The folder exists already.
         ImportError: `datasets` is not installed (the extra `[data]`).
-        ValueError: Fewer tokens than one row has.
+        ValueError: The store has fewer tokens than one row needs.
 
     Source:
         SAELens, `CacheActivationsRunner`.
@@ -90,15 +95,21 @@ def export_dataset(
 
 
 def export_parquet(store: ActivationStore, path: str | Path, site: str | None = None) -> Path:
-    """Write a site as one parquet file with a row per token, loop and layer: example, position,
-    token, loop, layer, activation (a list of numbers).
+    """Export the activations of one site as a parquet file, one row per token, iteration and block.
+
+    The columns are example, position, token, loop, layer and activation (a list of numbers).
 
     Args:
-        site: The label of a group; None where there is only one.
+        store: The store to export.
+        path: The file to write.
+        site: The label of the site, as in `store.sites`; None if there is only one.
+
+    Returns:
+        The path of the file.
 
     Raises:
         ImportError: `pyarrow` is not installed (the extra `[data]`).
-        ValueError: A store without any file.
+        ValueError: The store holds no file.
     """
     import pyarrow as arrow
     from pyarrow import parquet

@@ -20,13 +20,14 @@ from loopscope.models.core.cache import position_axis
 
 @dataclass(frozen=True)
 class Group:
-    """The places of one site in one stack.
+    """The stored places of one site: its hook points at the chosen iterations and blocks.
 
     Attributes:
-        label: The site, after its stage where that is not the loop's one stack: "resid_post",
+        label: The site, with the stage in front outside the loop's one stack: "resid_post",
             "prelude.resid_post", "low.1.attn.z".
         names: The hook point at each loop and layer.
-        loops, layers: What the two axes stand for; a single None where the site has no such axis.
+        loops, layers: The iterations and the blocks of the two axes; a single None if the site has
+            no such axis.
         shape: The axes of one activation, such as (d_model,) or (head, d_head).
     """
 

@@ -34,8 +34,10 @@ class StoredReads:
     """Activations of some reads; a read is one token of one example.
 
     Attributes:
-        values: Float[Tensor, "read loop layer ..."], all chosen iterations of a token together.
-        tokens, example, position: Int[Tensor, " read"].
+        values: Float[Tensor, "read loop layer ..."], all chosen iterations and blocks of each
+            token.
+        tokens: Int[Tensor, " read"], the token ids.
+        example, position: Int[Tensor, " read"], the row and the column of each read.
     """
 
     values: Float[Tensor, "read loop layer ..."]
@@ -63,15 +65,15 @@ class StoredReads:
 
 
 class ActivationStore:
-    """The activations that `collect` wrote into a folder.
+    """The activations that `collect` wrote into a folder, read without loading whole files.
 
     Args:
         folder: The folder.
-        partial: Also open a store of which ranges of examples are missing, with what is there.
+        partial: True also opens a store that is not complete, with the examples that are there.
 
     Raises:
         FileNotFoundError: The folder holds no store.
-        ValueError: Ranges of examples are missing, or a file is cut off.
+        ValueError: Examples are missing, or a file is cut off.
     """
 
     def __init__(self, folder: str | Path, *, partial: bool = False) -> None:
@@ -116,18 +118,18 @@ class ActivationStore:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The labels of the groups, such as "resid_post" and "prelude.resid_post"."""
+        """The labels of the stored sites, such as "resid_post" and "prelude.resid_post"."""
         return tuple(group.label for group in self.groups)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the stored numbers."""
+        """The number format of the stored activations."""
         found: torch.dtype = getattr(torch, self.manifest.settings["dtype"])
         return found
 
     def group(self, site: str | None = None) -> Group:
-        """The group of a site by its label, or by the end of one ("z" for "attn.z") where no other
-        ends so; None where there is only one.
+        """The visits and the shape of one site. The label may be shortened to its end ("z" for
+        "attn.z") if no other label ends so; None if there is only one site.
         """
         found = [group for group in self.groups if site in (None, group.label)]
         found = found or [group for group in self.groups if group.label.endswith(f".{site}")]
@@ -136,7 +138,7 @@ class ActivationStore:
         return found[0]
 
     def frame(self) -> pd.DataFrame:
-        """One row per read: example, position, token."""
+        """One row per read. The columns are example, position and token."""
         return pd.DataFrame(
             {
                 "example": self.example.numpy(),
@@ -146,8 +148,10 @@ class ActivationStore:
         )
 
     def check(self, model: LoopedModel) -> None:
-        """Raise ValueError unless this model, with these weights and this vocabulary, made the
-        store.
+        """Refuse a model that did not make the store.
+
+        Raises:
+            ValueError: The model has other weights, or another vocabulary.
         """
         words = described(None if model.vocab is None else tuple(model.vocab.words))
         for what, mine, theirs in (
@@ -180,7 +184,7 @@ class ActivationStore:
         loops: Picked | int | None = None,
         layers: Picked | int | None = None,
     ) -> StoredReads:
-        """All reads at once, in the order of the examples; the arguments are those of `batches`."""
+        """All reads at once, in the order of the examples; `batches` describes the arguments."""
         return StoredReads.joined(list(self.files(site, loops, layers)))
 
     def files(
@@ -189,7 +193,7 @@ class ActivationStore:
         loops: Picked | int | None = None,
         layers: Picked | int | None = None,
     ) -> Iterator[StoredReads]:
-        """The reads of one file after the other; the arguments are those of `batches`."""
+        """The reads, one file after another; `batches` describes the arguments."""
         group = self.group(site)
         chosen = _index(loops, group.loops, "loops"), _index(layers, group.layers, "layers")
         self._refuse_empty()
@@ -209,16 +213,16 @@ class ActivationStore:
         """Every read once, in batches.
 
         Args:
-            size: StoredReads per batch; the last one may be smaller.
-            site: The label of a group; None where there is only one.
-            loops, layers: Which coordinates, as the model counts them; None means all.
-            seed: Shuffles: files are taken in a random order, and the reads of as many files as
-                fill the buffer are mixed. None keeps the order of the examples.
-            buffer: Activations that are mixed at a time, in bytes; at least those of a batch.
+            size: How many reads a batch has; the last one may be smaller.
+            site: The label of the site; None if there is only one.
+            loops, layers: The iterations and the blocks, from 0; None means all.
+            seed: The seed of the order: files are taken at random, and the reads of as many files
+                as fit into the buffer are mixed. None keeps the order of the examples.
+            buffer: How many bytes of activations are mixed at a time, at least those of one batch.
 
         Yields:
-            `StoredReads`, each with all chosen iterations of its tokens. A batch shares no memory
-            with the others.
+            `StoredReads` with all chosen iterations of each token. A batch shares no memory with
+            the others.
         """
         size, group = checked_count(size, "size"), self.group(site)
         buffer = checked_count(buffer, "buffer")

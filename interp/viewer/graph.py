@@ -14,34 +14,36 @@ from loopscope.interp.viewer.features import feature_parts
 def viewer_graph(
     graph: Circuit | FeatureGraph, tokens: Sequence[str], answer: str = "", slug: str = "circuit"
 ) -> dict[str, Any]:
-    """The graph of a circuit or of features as circuit-tracer and Neuronpedia's viewer read it:
-    `metadata`, `qParams`, `nodes` and `links`, to be written by `json.dump`.
+    """Convert a circuit or a graph of features to the JSON that circuit-tracer and Neuronpedia's
+    viewer read.
 
-    Of a circuit the viewer's layers are the visits of the run, from 0. Its features are the
-    components of a visit: the head's number, and for attention as a whole and MLPs the numbers
-    behind the heads'. In a circuit by position a node stands at the token of its position; else all
-    nodes stand at the last token, because scores are then sums over positions. An edge into keys or
-    values that several heads share, or that several positions read, is given to the heads at these
-    positions in equal parts. Components of the shared blocks that act in several iterations are the
-    viewer's groups (supernodes).
+    Of a circuit, the viewer's layers are the visits of the run, from 0. Its features are the
+    components of a visit: first the heads by their number, then attention as a whole and the MLP.
+    In a circuit by position a node stands at the token of its position. Otherwise all nodes stand
+    at the last token, because the scores are sums over positions. An edge into keys or values that
+    several heads or positions share is divided equally among them. Components of the shared blocks
+    that act in several iterations are the viewer's groups (supernodes).
 
-    Of a graph of features the viewer's layers are the iterations, from 0, and its features those of
-    the dictionary, with their activations. The two numbers behind them are the error and the other
-    features with the bias. Where a feature is the same at every iteration, its nodes at one token
-    are a group.
+    Of a graph of features, the viewer's layers are the iterations, from 0. Its features are those
+    of the dictionary, with their activations, and two more: the error of the dictionary, and all
+    other features together with the bias. If a feature is the same at every iteration, its nodes at
+    one token are a group.
 
-    The viewer has no words for some kinds of nodes, and gets its nearest ones: "cross layer
-    transcoder" for a feature of any dictionary, "mlp reconstruction error" for what the dictionary
-    leaves out, and "component" for heads, MLPs and the other features with the bias.
+    The viewer does not know some kinds of nodes, which get the nearest kind: "cross layer
+    transcoder" for a feature of any dictionary, "mlp reconstruction error" for the error of the
+    dictionary, and "component" for heads, MLPs and the other features with the bias.
 
     Args:
         graph: The circuit, or the graph that `feature_graph` made.
         tokens: The tokens of the input, or of one of the inputs, in words.
         answer: The answer in words.
-        slug: The graph's name in an address.
+        slug: The graph's name in the viewer's address.
+
+    Returns:
+        The entries `metadata`, `qParams`, `nodes` and `links`, to be written by `json.dump`.
 
     Raises:
-        ValueError: No token, or fewer than there are positions.
+        ValueError: There is no token, or there are fewer tokens than positions.
 
     Source:
         The JSON schema of Neuronpedia's attribution graphs (apps/webapp/app/api/graph in

@@ -45,22 +45,24 @@ Kind = Literal["Q", "K", "V"]
 def qk_circuit(
     model: LoopedModel, layer: int, head: int | None = None, *, fold_ln: bool = True
 ) -> FactoredMatrix:
-    """W_Q W_K^T: the keys (right) to which a query (left) attends.
+    """Compute the QK circuit of a head from its weights, W_Q W_K^T: to which keys a query attends.
 
-    The biases and the division by sqrt(d_head) are left out. Where keys are rotated, this is the
-    comparison at distance 0.
+    The left vector is what the query reads, the right vector what the key reads. The biases and the
+    division by sqrt(d_head) are left out. With rotary positions this is the comparison at distance
+    0.
 
     Args:
-        layer: A block of the shared stack; the circuit is the same in every iteration.
-        head: One head; None for all.
-        fold_ln: Read through the norm in front at divisor 1, weight and centring included; False
-            takes the bare matrices.
+        layer: The block of the shared stack, from 0. The circuit is the same at every iteration.
+        head: The head, from 0; None for all heads.
+        fold_ln: True includes the norm before the attention, with its weight and its centring, at a
+            divisor of 1. False takes the bare matrices.
 
     Returns:
-        [d_model d_model], or [head d_model d_model].
+        The matrix in factors, [d_model d_model], or [head d_model d_model] for all heads.
 
     Raises:
-        ValueError: A layer or head out of range, or no norm to fold in front of the attention.
+        ValueError: The layer or the head is out of range, or there is no norm before the attention
+            to include.
 
     Source:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
@@ -72,18 +74,28 @@ def qk_circuit(
 def ov_circuit(
     model: LoopedModel, layer: int, head: int | None = None, *, fold_ln: bool = True
 ) -> FactoredMatrix:
-    """W_V W_O: the vector that a head writes (right) for a vector it reads (left), without biases.
+    """Compute the OV circuit of a head from its weights, W_V W_O: which vector the head writes for
+    a vector that it reads.
 
-    A norm of the attention's output belongs to what is written. A norm of the stream after the
-    addition does not.
+    The left vector is read, the right vector is written. Biases are left out. A norm of the
+    attention's output is included, a norm of the stream after the addition is not.
 
     Args:
-        layer, head: As for `qk_circuit`.
-        fold_ln: As for `qk_circuit`; also take the mean out of what is written where the model's
-            norms centre, as then nothing can read it.
+        layer: The block of the shared stack, from 0. The circuit is the same at every iteration.
+        head: The head, from 0; None for all heads.
+        fold_ln: True includes the norm before the attention, at a divisor of 1. If the model's
+            norms subtract the mean, the mean of the written vector is removed too, because no later
+            component can read it. False takes the bare matrices.
 
     Returns:
-        [d_model d_model], or [head d_model d_model].
+        The matrix in factors, [d_model d_model], or [head d_model d_model] for all heads.
+
+    Raises:
+        ValueError: The layer or the head is out of range, or there is no norm before the attention
+            to include.
+
+    Source:
+        Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
     return of_head(ov_of(visit_of_layer(model, layer), model, fold_ln), model, head)
 
@@ -92,19 +104,24 @@ def ov_circuit(
 def full_qk(
     model: LoopedModel, layer: int, head: int | None = None, *, fold_ln: bool = True
 ) -> FactoredMatrix:
-    """W_E QK W_E^T: how much a query token attends to a key token, both as they were embedded.
+    """Compute the QK circuit between tokens, W_E QK W_E^T: how much a query token attends to a key
+    token.
 
-    Attention reads embeddings in the first iteration only; later the stream holds what earlier
-    visits wrote. A factor on the embeddings is included.
+    Both tokens are taken as embedded, with a factor on the embeddings if the model has one.
+    Attention reads embeddings in the first iteration only; later the stream also holds what earlier
+    visits wrote.
 
     Args:
-        layer, head, fold_ln: As for `qk_circuit`.
-
-    Raises:
-        ValueError: As for `qk_circuit`, or the loop does not read token embeddings.
+        layer, head, fold_ln: The head and the norm, as `qk_circuit` describes them.
 
     Returns:
-        [d_vocab d_vocab], or [head d_vocab d_vocab], in factors.
+        The matrix in factors, [d_vocab d_vocab], or [head d_vocab d_vocab] for all heads.
+
+    Raises:
+        ValueError: The loop does not read token embeddings, or `qk_circuit` would refuse the call.
+
+    Source:
+        Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
     W_E, circuit = embedded(model), qk_circuit(model, layer, head, fold_ln=fold_ln)
     return FactoredMatrix(W_E @ circuit.A, circuit.B @ W_E.T)
@@ -114,17 +131,22 @@ def full_qk(
 def full_ov(
     model: LoopedModel, layer: int, head: int | None = None, *, fold_ln: bool = True
 ) -> FactoredMatrix:
-    """W_E OV W_U: which logits a head raises when it attends to a token as it was embedded.
+    """Compute the OV circuit between tokens, W_E OV W_U: which logits a head raises if it attends
+    to a token as embedded.
 
     Args:
-        layer, head: As for `qk_circuit`.
-        fold_ln: As for `ov_circuit`, and also read the result through the final norm at divisor 1.
-
-    Raises:
-        ValueError: As for `full_qk`.
+        layer, head: The head, as `ov_circuit` describes it.
+        fold_ln: True includes the norms of `ov_circuit`, and the final norm at a divisor of 1.
+            False takes the bare matrices.
 
     Returns:
-        [d_vocab d_vocab], or [head d_vocab d_vocab], in factors.
+        The matrix in factors, [d_vocab d_vocab], or [head d_vocab d_vocab] for all heads.
+
+    Raises:
+        ValueError: `full_qk` would refuse the call.
+
+    Source:
+        Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
     W_E, circuit = embedded(model), ov_circuit(model, layer, head, fold_ln=fold_ln)
     unembed = widened(model.W_U)
@@ -135,16 +157,17 @@ def full_ov(
 
 @dataclass(frozen=True)
 class Composition(OneScreen):
-    """How strongly heads read what heads wrote before.
+    """How strongly each head reads what each earlier head wrote, from the weights.
 
     Weights are shared, so a score holds for every two visits at which it is possible: from an
-    earlier layer to a later one of the same iteration, and from any layer to any, its own head
-    included, of a later iteration.
+    earlier layer to a later one of the same iteration, and from any layer to any layer of a later
+    iteration, the head itself included.
 
     Attributes:
-        kind: What the later head makes of what it reads: "Q", "K" or "V".
-        values: Float[Tensor, "src_layer src_head dst_layer dst_head"], between 0 and 1.
-        fold_ln: Whether norms were folded in.
+        kind: The input through which the later head reads: "Q", "K" or "V".
+        values: Float[Tensor, "src_layer src_head dst_layer dst_head"], between 0 and 1; src is the
+            earlier head, dst the later one.
+        fold_ln: Whether norms were included.
     """
 
     kind: Kind
@@ -152,11 +175,11 @@ class Composition(OneScreen):
     fold_ln: bool
 
     def possible(self, distance: int) -> Bool[Tensor, "src_layer src_head dst_layer dst_head"]:
-        """Which pairs there are when the later head runs `distance` iterations after the earlier
+        """Which pairs of heads exist if the later head runs `distance` iterations after the earlier
         one.
 
         Raises:
-            ValueError: A negative distance.
+            ValueError: The distance is negative.
         """
         distance = checked_count(distance, "distance", least=0)
         layers = torch.arange(self.values.shape[0], device=self.values.device)
@@ -164,10 +187,11 @@ class Composition(OneScreen):
         return (earlier | (distance > 0)).expand(self.values.shape)
 
     def frame(self) -> pd.DataFrame:
-        """One row per pair: kind, src_layer, src_head, dst_layer, dst_head, least_distance, value.
+        """One row per pair. The columns are kind, src_layer, src_head, dst_layer, dst_head,
+        least_distance and value.
 
-        `least_distance` is the smallest number of iterations between the two: 0 where the same
-        iteration will do, else 1. All larger distances are possible too.
+        `least_distance` is the smallest number of iterations between the two heads: 0 if both can
+        be in the same iteration, else 1. All larger distances are possible too.
         """
         places = list(itertools.product(*map(range, self.values.shape)))
         frame = pd.DataFrame(places, columns=["src_layer", "src_head", "dst_layer", "dst_head"])
@@ -185,18 +209,22 @@ class Composition(OneScreen):
 
 @torch.no_grad()
 def composition_scores(model: LoopedModel, kind: Kind, *, fold_ln: bool = True) -> Composition:
-    """||OV C|| / (||OV|| ||C||) in Frobenius norms, for every earlier head's OV and every later
-    head's circuit C.
+    """Score how strongly each head can read what each earlier head writes, from the weights: ||OV
+    C|| / (||OV|| ||C||) in Frobenius norms.
 
-    C is QK for "Q" (the later head's queries read the earlier one), its transpose for "K", and OV
-    for "V". What a family does between two visits (a boundary norm, damping) is left out.
+    OV belongs to the earlier head. C belongs to the later head: QK for "Q", its transpose for "K",
+    OV for "V". The changes that a family makes to the stream between two visits (a boundary norm,
+    damping) are left out.
 
     Args:
-        kind: "Q", "K" or "V".
-        fold_ln: As for `ov_circuit`.
+        kind: The input through which the later head reads: "Q", "K" or "V".
+        fold_ln: Whether norms are included, as `ov_circuit` describes it.
+
+    Returns:
+        The score of each pair of heads.
 
     Raises:
-        ValueError: Another kind, or a norm to fold where attention reads the stream itself.
+        ValueError: The kind is unknown, or there is no norm before the attention to include.
 
     Source:
         Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", the section on

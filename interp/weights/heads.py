@@ -24,7 +24,7 @@ def visit_of_layer(model: LoopedModel, layer: int) -> Visit:
     if not model.heads_read_stream:
         raise ValueError(
             f"keys and values of this {type(model).__name__} are not made of the residual stream,"
-            " so weights alone are no circuit"
+            " so its weights alone give no circuit"
         )
     layers, layer = layers_of(model), checked_integer(layer, "layer")
     if layer not in layers:
@@ -34,8 +34,8 @@ def visit_of_layer(model: LoopedModel, layer: int) -> Visit:
     ]
     if len({visit.block for visit in found}) != 1:
         raise ValueError(
-            f"one block must be layer {layer} of an iteration, but this model has {len(found)}, so"
-            " a layer does not name one"
+            f"one block must be layer {layer} of an iteration, but in this model {len(found)}"
+            " blocks are, so a layer does not say whose weights to take"
         )
     return found[0]
 

@@ -46,11 +46,12 @@ class Words(Protocol):
 
 
 class Vocabulary:
-    """Whole-word tokens of the form `<...>`, written one after another without spaces.
+    """A vocabulary of whole-word tokens of the form `<...>`, written one after another without
+    spaces.
 
     Args:
-        words: The tokens in the order of their ids. `<pad>` is put in front (id 0) when absent, as
-            the releases do.
+        words: The tokens in the order of their ids. `<pad>` is put in front (id 0) if it is
+            missing, as the releases do.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -92,11 +93,11 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Readout:
-    """Where an answer is read.
+    """The rule that says at which column of an input the answer is read.
 
     Attributes:
         kind: "last_real" (the last token that is not padding), "first_pad" (the column after it,
-            clamped to the last column that positions allow), or "column" (one fixed column of the
+            but at most the last column that positions allow), or "column" (one fixed column of the
             padded input).
         column: The fixed column, from 0; None for the other kinds.
     """
@@ -121,7 +122,7 @@ class Readout:
 
     @classmethod
     def parse(cls, text: str) -> Readout:
-        """From "last_real", "first_pad" or "column:49"."""
+        """Make the rule from a text: "last_real", "first_pad" or "column:49"."""
         column = re.fullmatch(r"column:([0-9]+)", text)
         if column:
             return cls("column", int(column.group(1)))
@@ -137,11 +138,16 @@ class Readout:
     def place(
         self, lengths: Sequence[int], n_ctx: int | None, positional: bool
     ) -> tuple[list[int], int]:
-        """The column read in each row, and the padded width that holds it.
+        """Find the column that is read in each row, and the padded width that holds it.
 
-        Without positions every padding column carries the same state, so a fixed column far to the
-        right is read at the first column after the longest input; with positions the padded width
-        is the trained one.
+        A model without positions has the same state at every padding column. So a fixed column far
+        to the right is read at the first column after the longest input. With positions the padded
+        width is that of the training.
+
+        Args:
+            lengths: The number of tokens of each row.
+            n_ctx: The largest number of positions of the model; None means no limit.
+            positional: Whether the model has positions.
         """
         longest = max(lengths)
         if self.kind == "last_real":
@@ -161,14 +167,14 @@ class Readout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded inputs with the column at which each answer is read.
+    """Inputs that are padded on the right, with the column at which each answer is read.
 
     Attributes:
-        tokens: Int[Tensor, "batch pos"].
-        mask: Int[Tensor, "batch pos"], ones for real tokens, then zeros.
-        readout: Int[Tensor, " batch"], a column of each row.
-        options: What a family's `begin` takes besides: a seed or state of the latent, token types.
-            Tensors have a row per input.
+        tokens: Int[Tensor, "batch pos"], the token ids.
+        mask: Int[Tensor, "batch pos"], ones for real tokens, then zeros for padding.
+        readout: Int[Tensor, " batch"], the column at which the answer of each row is read, from 0.
+        options: Further inputs that the family takes, by name: a seed or state of the latent, token
+            types. A tensor has one row per input.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -187,7 +193,7 @@ class Batch:
         return self._map(lambda x: x.to(device))
 
     def repeat(self, times: int) -> Batch:
-        """The batch several times below itself."""
+        """The rows of the batch, repeated so many times."""
         times = checked_count(times, "times", least=0)
         return self._map(lambda x: x.repeat(times, *[1] * (x.ndim - 1)))
 

@@ -58,17 +58,18 @@ Pairs = Sequence[tuple[NamesFilter, Hook]]
 
 
 class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
-    """A looped transformer whose weights live once and whose hook points live once per iteration.
+    """A looped transformer: shared weights, with hook points of their own for every iteration.
 
-    A model runs in three steps, `begin`, `advance` and `readout`. What runs is declared by the
-    family; see `Family`. The schedules, the hook points and the hooks are looked after by a
-    collaborator each.
+    A run has three steps: `begin` makes the first state, `advance` runs visits, and `readout` reads
+    logits. `forward` makes all three. The family declares which blocks run in which order; see
+    `Family`.
 
     Attributes:
         cfg: The frozen configuration.
-        vocab: Set where the checkpoint has one; `encode` and `to_tokens` need it.
-        read_at: Where answers are read; None where the checkpoint does not say.
-        visit_blocks: One block per visit in a copy made by `untied`; None where the weights are
+        vocab: The vocabulary or tokenizer, which `encode` and `to_tokens` need; None if the
+            checkpoint has none.
+        read_at: The column at which answers are read; None if the checkpoint does not say it.
+        visit_blocks: One block per visit in a copy made by `untied`; None if the weights are
             shared.
     """
 
@@ -114,18 +115,23 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         n_loops: int | None = None,
         **options: Any,
     ) -> State:
-        """The state before the first visit.
+        """Make the state before the first visit of a run.
 
         Args:
-            tokens: Int[Tensor, "batch pos"], or a `Batch`, which has a mask and options of its own.
-            mask: "batch pos", ones for real tokens and then zeros; None means no padding.
-            n_loops: Iterations; None means the number that the checkpoint records.
-            options: What a family's `embed` takes besides (an initial state, a seed, token types).
+            tokens: Token ids Int[Tensor, "batch pos"], or a `Batch`, which has a mask and options
+                of its own.
+            mask: The mask, "batch pos", ones for real tokens and then zeros; None means no padding.
+            n_loops: The number of iterations; None means the number that the checkpoint records.
+            options: Further inputs that the family takes, such as an initial state, a seed or token
+                types.
+
+        Returns:
+            The state, to be given to `advance`.
 
         Raises:
-            ValueError: Tokens outside the vocabulary, a mask that is not ones then zeros, an input
-                longer than learned positions allow, fewer than one iteration, or a hook at an
-                iteration that this call does not have.
+            ValueError: A token is outside the vocabulary, the mask is not ones and then zeros, an
+                input is longer than learned positions allow, there is less than one iteration, or a
+                hook is at an iteration that this call does not have.
         """
         if isinstance(tokens, Batch):
             given = self.texts.given(tokens, mask, options, None)
@@ -142,7 +148,9 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
     def checked_inputs(
         self, tokens: Tensor, mask: Tensor | None, n_loops: int | None
     ) -> tuple[Tensor, Tensor, int]:
-        """Tokens, mask and iterations of a call in their checked form; raises what `begin` says."""
+        """Check the tokens, the mask and the number of iterations of a call, and return them in
+        their usual form. It raises the errors of `begin`.
+        """
         tokens = checked_tokens(tokens, self.cfg.d_vocab)
         if self.cfg.n_ctx is not None and tokens.shape[1] > self.cfg.n_ctx:
             raise ValueError(
@@ -161,16 +169,18 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         supplied: KeyValueStore | None = None,
         store: KeyValueStore | None = None,
     ) -> State:
-        """Run visits from where the state stands.
+        """Run visits from the one at which the state stands.
 
         Args:
-            state: From `begin`, `advance`, or rows of such a state.
-            until: The visit to stop before: its index, its name ("loops.3.blocks.0"), an iteration
-                ("loops.3"), or None for the end of the schedule.
-            supplied: Keys and values of other rows at each visit, by the visit's name, for a state
-                that holds a subset of the rows. `store` of an earlier run has the form that is
-                needed.
-            store: A dictionary that is given each visit's keys and values.
+            state: A state from `begin` or `advance`, or some rows of one.
+            until: The visit before which the run stops: its index, its name ("loops.3.blocks.0"),
+                or an iteration ("loops.3"). None means the end of the schedule.
+            supplied: Keys and values of other rows at each visit, by the visit's name, if the state
+                holds only some of the rows. `store` of an earlier run has the right form.
+            store: A dictionary to which each visit's keys and values are added.
+
+        Returns:
+            The state before the visit `until`.
         """
         schedule = self.schedule(state.n_loops)
         stop = self._schedules.index_of(until, state)
@@ -191,10 +201,12 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
     def run_visit(
         self, visit: Visit, resid: Tensor, parts: Mapping[str, Tensor], rows: Rows, hooked: bool
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Run one visit on any rows: what opens the iteration, the block, what closes it.
+        """Run one visit on some rows: the start of the iteration if the visit opens it, the block,
+        and the end of the iteration if the visit closes it.
 
         Args:
-            resid, parts: Of the rows, "batch row ...".
+            resid, parts: The residual stream and the other parts of the state of these rows, "batch
+                row ...".
             hooked: Whether any hook point may hold a hook.
         """
         boundary = live(visit.boundary) if hooked else NO_TAPS
@@ -225,8 +237,8 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return after, {**made, visit.keeps: after - resid}
 
     def finish(self, state: State) -> State:
-        """A state at the end of an iteration, run through the visits that follow the last iteration
-        of its call; a readout there reads the result.
+        """Take a state at the end of an iteration through the visits that follow the loop (the
+        coda), so that `readout` can read it.
         """
         self._schedules.check(state)
         end = self.iteration_ends(state.n_loops)[-1]
@@ -235,32 +247,33 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return self.advance(replace(state, visit=end))
 
     def state_parts(self, state: State) -> Mapping[str, Tensor]:
-        """The parts of a state that an analysis may read, by name: the residual stream, and the
-        family's other parts.
+        """The parts of a state that can be analysed, by name: the residual stream ("resid"), and
+        the family's other parts.
         """
         return {"resid": state.resid, **state.parts}
 
     def read_state(
         self, state: State, positions: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The stream that the head reads of a state after an iteration; the arguments are those of
-        `readout`.
+        """The residual stream from which the head would read the answer of a state, if the run
+        stopped there; `readout` describes the arguments.
         """
         taps = live(self.edge_points()) if self.any_hook() else NO_TAPS
         return self.normalize(stream_at(state, positions), taps)
 
     def readout(self, state: State, positions: Int[Tensor, " batch"] | None = None) -> Tensor:
-        """Logits of a state that has finished an iteration: the family's own readout.
+        """Read the logits of a state at the end of an iteration, as the family's own answer if the
+        run stopped there.
 
         Args:
-            state: At the end of the schedule, or of an iteration.
-            positions: Int[Tensor, " batch"], one column of each row; None for all of them.
+            state: A state at the end of the schedule or of an iteration.
+            positions: Int[Tensor, " batch"], the column of each row to read; None for all columns.
 
         Returns:
             Float[Tensor, "batch d_vocab"] at the positions, or Float[Tensor, "batch pos d_vocab"].
 
         Raises:
-            TypeError: Positions that are no integers.
+            TypeError: The positions are not integers.
         """
         columns = None if positions is None else integers(positions)
         if positions is not None and columns is None:
@@ -281,17 +294,19 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         prepend_bos: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Logits at all positions.
+        """Run the model and return its logits at all positions.
 
         Args:
-            tokens: Tokens, a `Batch`, a text or texts.
-            n_loops, mask, options: As in `begin`.
-            return_type: "logits"; "loss", the mean cross-entropy of each real token after the
-                first one in nats; "both", as a pair; None runs for the hooks alone.
-            prepend_bos: Of texts, as in `encode`.
+            tokens: Token ids, a `Batch`, a text or a list of texts.
+            n_loops: The number of iterations; None means the number that the checkpoint records.
+            mask, options: Padding and further inputs, as `begin` describes them.
+            return_type: "logits", "loss" (the mean cross-entropy of each real token after the first
+                one, in nats), "both" (the pair of them), or None, which returns None and is for
+                hooks alone.
+            prepend_bos: Whether texts begin with a special token, as `encode` describes it.
 
         Returns:
-            Float[Tensor, "batch pos d_vocab"], or what `return_type` says.
+            Float[Tensor, "batch pos d_vocab"], or the value that `return_type` names.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(
@@ -306,16 +321,17 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return loss if return_type == "loss" else (logits, loss)
 
     def extend(self, state: State, before: KeyValueStore) -> tuple[State, KeyValueStore]:
-        """Run the next tokens of sequences that are being generated, by the family's rule for what
-        they see of earlier ones.
+        """Run the next tokens of sequences that are being generated.
+
+        The family decides which keys and values of earlier tokens the new ones see.
 
         Args:
-            state: Of the new tokens, before the first visit.
-            before: What earlier tokens left; empty for the first ones.
+            state: The state of the new tokens before the first visit.
+            before: The keys and values of earlier tokens; empty for the first tokens.
 
         Returns:
-            The state at the end, and what these tokens leave for later ones; both in the form that
-            `advance` supplies and stores.
+            The state at the end, and the keys and values of these tokens for later ones, in the
+            form that `advance` takes as `supplied`.
         """
         new: KeyValueStore = {}
         return self.advance(state, supplied=before or None, store=new), new
@@ -324,13 +340,13 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
 
     @property
     def edited(self) -> EditedSchedule | None:
-        """The schedule that is on in the place of the model's own; None where there is none."""
+        """The edited schedule that is on at the moment; None if the model's own schedule is."""
         return self._schedules.edit
 
     @contextmanager
     def scheduled(self, visits: Sequence[Visit]) -> Iterator[Self]:
-        """Inside the `with` block other visits are run in the place of the model's own; see
-        `loopscope.schedule_edit`.
+        """Inside the `with` block other visits run instead of the model's own;
+        `loopscope.schedule_edit` is the call for users.
         """
         self._schedules.begin_edit(visits)
         try:
@@ -339,7 +355,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
             self._schedules.end_edit()
 
     def setup(self) -> None:
-        """Name the modules; a family calls it when its weights are made."""
+        """Give the modules their names; a family calls it once its weights are made."""
         with self._points.hidden():
             for name, module in self.named_modules():
                 module.name = name
@@ -359,7 +375,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return self._points.hooked()
 
     def hook_point(self, name: str) -> HookPoint:
-        """One hook point by its full name; see `resolve_names`."""
+        """The hook point of a full name, such as "loops.3.blocks.0.attn.hook_z"."""
         return self._points.point(name)
 
     def _named_members(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
@@ -369,37 +385,37 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return iter(members)
 
     def schedule(self, n_loops: int | None = None) -> list[Visit]:
-        """The visits of a call with `n_loops` iterations, in order."""
+        """List the visits of a call with `n_loops` iterations, in the order in which they run."""
         return self._schedules.of(checked_loops(n_loops, self.cfg.n_loops))
 
     def iteration_ends(self, n_loops: int) -> list[int]:
-        """For each iteration, the index in the schedule of the visit after its last one."""
+        """For each iteration, the index in the schedule of the visit that follows the iteration."""
         ends = {v.loop: v.index + 1 for v in self.schedule(n_loops)}
         return [ends[loop] for loop in range(n_loops)]
 
     def grow(self, n_loops: int) -> None:
-        """Allow hooks at the iterations of calls of up to `n_loops`; a point is made when a hook or
-        a look at the tree needs it.
+        """Allow hooks at the iterations of calls of up to `n_loops` iterations. A point is made
+        only when a hook or a walk through the modules needs it.
         """
         self._schedules.refresh()
         self._points.grow(n_loops)
 
     def hook_names(self, n_loops: int | None = None) -> list[str]:
-        """Every hook name of a call with `n_loops` iterations, in order of execution."""
+        """List every hook name of a call with `n_loops` iterations, in order of execution."""
         self._schedules.refresh()
         return list(self._points.names(checked_loops(n_loops, self.cfg.n_loops)))
 
     def resolve_names(self, names: NamesFilter, n_loops: int | None = None) -> list[str]:
-        """The hook names that a filter means in a call; see `HookPoints.resolve`."""
+        """List the hook names of a call that a filter matches; see `HookPoints.resolve`."""
         self._schedules.refresh()
         return self._points.resolve(names, n_loops, self.cfg.n_loops)
 
     def edge_points(self) -> dict[str, HookPoint]:
-        """The points outside the schedule's visits, by name."""
+        """The hook points before the first visit and after the last, by name."""
         return self._points.place("")
 
     def refuse_late_hooks(self, n_loops: int) -> None:
-        """Raise if a hook would silently never fire in a call; see `HookPoints.refuse_late`."""
+        """Refuse a call in which some hook would never fire; see `HookPoints.refuse_late`."""
         self._schedules.refresh()
         self._points.grow(n_loops)
         if self.any_hook():
@@ -417,8 +433,18 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         prepend: bool = False,
         n_loops: int | None = None,
     ) -> None:
-        """Attach a hook `fn(value, hook)` to every point that the filter means in a call of
-        `n_loops` iterations.
+        """Attach a hook `fn(value, hook)` to every point that a filter matches, until
+        `reset_hooks`.
+
+        Args:
+            name: A hook name, a pattern, a list, or a function from a name to a bool.
+            hook: The function. If it returns a tensor, the run goes on with it.
+            dir: "fwd" for activations, "bwd" for gradients.
+            is_permanent: Whether `reset_hooks` leaves the hook in place.
+            level, prepend: The level and the order of the hook, as in TransformerLens.
+            n_loops: The number of iterations of the call whose names the filter is matched with;
+                None means the number that the checkpoint records, beyond which an exact name may
+                lie.
         """
         self._schedules.refresh()
         how: dict[str, Any] = {"is_permanent": is_permanent, "prepend": prepend}
@@ -427,7 +453,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
     def add_perma_hook(
         self, name: NamesFilter, hook: Hook, dir: Direction = "fwd", n_loops: int | None = None
     ) -> None:
-        """Attach a hook that `reset_hooks` leaves in place."""
+        """Attach a hook that `reset_hooks` leaves in place; `add_hook` describes the arguments."""
         self.add_hook(name, hook, dir=dir, is_permanent=True, n_loops=n_loops)
 
     @contextmanager
@@ -439,15 +465,19 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         clear_contexts: bool = False,
         n_loops: int | None = None,
     ) -> Iterator[Self]:
-        """Hooks for the length of a `with` block; also after an error, exactly these are removed
-        and no others.
+        """Attach hooks for the length of a `with` block. At its end, also after an error, these
+        hooks are removed and no others.
 
         Args:
-            fwd_hooks, bwd_hooks: Pairs of a filter and a hook `fn(value, hook)`.
-            reset_hooks_end: Remove them at the end.
-            clear_contexts: Also clear the points' contexts at the end.
-            n_loops: Iterations of the calls inside. Patterns are resolved for it, and a call of
-                another length raises.
+            fwd_hooks, bwd_hooks: Pairs of a filter and a hook `fn(value, hook)`, for activations
+                and for gradients.
+            reset_hooks_end: Whether the hooks are removed at the end.
+            clear_contexts: Whether the points' contexts are cleared at the end too.
+            n_loops: The number of iterations of the calls inside, for which patterns are resolved.
+                A call of another number is refused.
+
+        Yields:
+            The model.
         """
         self._schedules.refresh()
         with self._hooking.during(
@@ -468,11 +498,20 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         clear_contexts: bool = False,
         **model_kwargs: Any,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Run the model with temporary hooks. Hooks are resolved for the call's own `n_loops`.
+        """Run the model once with hooks that are removed afterwards.
+
+        Args:
+            model_args, model_kwargs: The inputs, as `forward` describes them. Filters are matched
+                with the names of this call.
+            fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts: The hooks, as `hooks` describes
+                them.
+
+        Returns:
+            The logits at all positions.
 
         Raises:
-            KeyError: A name that this call does not have; nothing is attached then.
-            ValueError: Backward hooks that would be removed before any backward pass.
+            KeyError: The call does not have a name; then no hook is attached.
+            ValueError: Backward hooks would be removed before any backward pass.
         """
         if bwd_hooks and reset_hooks_end:
             raise ValueError(
@@ -495,8 +534,11 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         pos_slice: PosSlice = None,
         n_loops: int | None = None,
     ) -> tuple[dict[str, Tensor], list[tuple[NamesFilter, Hook]], list[tuple[NamesFilter, Hook]]]:
-        """Hooks that fill a dictionary; they are not attached yet. See `run_with_cache` for the
-        arguments.
+        """Make hooks that copy activations into a dictionary, without attaching them;
+        `run_with_cache` describes the arguments.
+
+        Returns:
+            The dictionary, the forward hooks and the backward hooks.
         """
         if incl_bwd:
             raise ValueError(
@@ -517,8 +559,11 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         cache: dict[str, Tensor] | None = None,
         n_loops: int | None = None,
     ) -> dict[str, Tensor]:
-        """Attach hooks that fill a dictionary until `reset_hooks`. See `run_with_cache` for the
-        arguments.
+        """Attach hooks that copy activations into a dictionary until `reset_hooks`;
+        `run_with_cache` describes the arguments.
+
+        Returns:
+            The dictionary, which each run fills.
         """
         store, fwd, _ = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, cache, n_loops=n_loops
@@ -542,29 +587,31 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         to: str | Path | None = None,
         **model_kwargs: Any,
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], LoopCache]:
-        """Run the model and keep activations, each under the name of its own iteration.
+        """Run the model and keep activations, each under a name with its iteration.
 
         Args:
-            names_filter: The activations to keep: a name, a pattern, a list or a predicate. None
-                keeps the residual stream (embedding, resid_pre, resid_mid, resid_post); `"**"`
-                keeps everything.
-            device: Where to keep them, e.g. "cpu".
-            remove_batch_dim: Drop the batch axis of a batch of one.
-            reset_hooks_end, clear_contexts: As in `hooks`.
-            pos_slice: Positions to keep (for scores and patterns: query positions), in any form of
-                TransformerLens's Slice; an int keeps an axis of one.
-            to: "cpu", where copies from a GPU are pinned and begin while the run goes on; or a
-                file: each activation is written there as it is computed, and the cache reads the
-                file memory-mapped, so that it may be larger than memory. `LoopCache.load` opens the
-                file again.
+            model_args, model_kwargs: The inputs, as `forward` describes them.
+            names_filter: The activations to keep: a hook name, a pattern, a list, or a function
+                from a name to a bool. None keeps the residual stream (embedding, resid_pre,
+                resid_mid, resid_post), and `"**"` keeps everything.
+            device: The device of the kept activations, e.g. "cpu"; None leaves them where they are.
+            remove_batch_dim: Whether the batch axis of a batch of one is removed.
+            incl_bwd: Not supported; it must be False.
+            reset_hooks_end, clear_contexts: The end of the hooks, as `hooks` describes it.
+            pos_slice: The positions to keep (for scores and patterns the query positions), in any
+                form of TransformerLens's Slice. An int keeps an axis of length one.
+            to: "cpu" copies activations from a GPU into pinned memory while the run goes on. A path
+                writes each activation into that file as it is computed, and the cache reads it
+                memory-mapped, so that it may be larger than memory. `LoopCache.load` opens the file
+                again.
 
         Returns:
-            The logits and a `LoopCache`.
+            The logits at all positions, and a `LoopCache`.
 
         Raises:
             KeyError: The filter matches nothing in this call.
-            ValueError: `remove_batch_dim` with a batch of more than one, `incl_bwd`, or both `to`
-                and `device`.
+            ValueError: `remove_batch_dim` is set for a batch of more than one, `incl_bwd` is set,
+                or both `to` and `device` are given.
         """
         n_loops = loops_of_call(model_args, model_kwargs, self.cfg.n_loops)
         if remove_batch_dim:
@@ -597,7 +644,7 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are: the first one, found without a walk through the whole model."""
+        """The device of the weights (of the first one)."""
         weights = (
             weight for part in existing_modules(self) for weight in part._parameters.values()
         )
@@ -605,21 +652,25 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
 
     @property
     def texts(self) -> TextInputs:
-        """How texts become inputs, by the model's vocabulary and readout."""
+        """The converter of texts to inputs, with the model's vocabulary and readout."""
         return TextInputs(self.vocab, self.read_at, self.cfg.n_ctx, self.positional, self.device)
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of transformers that the checkpoint came with; None where it has none."""
+        """The tokenizer of transformers that the checkpoint came with; None if it has none."""
         return getattr(self.vocab, "tokenizer", None)
 
     def encode(self, texts: Texts, prepend_bos: bool | None = None) -> Batch:
-        """Right-padded tokens, mask and readout column of some texts, with the padding that the
-        readout needs.
+        """Turn texts into a `Batch`: tokens padded on the right, a mask, and the column at which
+        each answer is read.
 
         Args:
+            texts: A text or a list of texts.
             prepend_bos: True puts the token that begins a text in front, False puts no special
-                token anywhere, None does what the checkpoint's tokenizer does by default.
+                token anywhere. None does what the checkpoint's tokenizer does by default.
+
+        Returns:
+            The batch, as wide as the readout needs.
 
         Raises:
             ValueError: The checkpoint has no vocabulary, or does not say where answers are read.
@@ -627,34 +678,45 @@ class LoopedModel(Family, EagerWhileHooked, HookedRootModule):
         return self.texts.encode(texts, prepend_bos)
 
     def to_tokens(self, texts: Texts, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-        """Token ids of some texts, padded on the right with id 0; `prepend_bos` as in `encode`."""
+        """Turn texts into token ids, padded on the right with id 0; `encode` describes the
+        arguments.
+        """
         return self.texts.to_tokens(texts, prepend_bos)
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is one token; ValueError for any other text."""
+        """The id of a text that is one token.
+
+        Raises:
+            ValueError: The text is not exactly one token.
+        """
         return self.texts.to_single_token(text)
 
     def to_string(self, tokens: Sequence[Any] | Tensor) -> str | list[str]:
-        """The text of one row of ids, or the texts of several rows, special tokens included.
+        """The text of one row of token ids, or the texts of several rows, special tokens included.
 
         Raises:
-            ValueError: No integers, or ids that the vocabulary does not have.
+            ValueError: The input is not made of integers, or an id is outside the vocabulary.
         """
         return self.texts.to_string(tokens)
 
     def to_str_tokens(
         self, tokens: str | Sequence[int] | Tensor, prepend_bos: bool | None = None
     ) -> list[str]:
-        """The tokens of one text (`prepend_bos` as in `encode`), or of one row of ids, as strings.
+        """The tokens of one text, or of one row of token ids, each as a string.
+
+        Args:
+            tokens: The text or the token ids.
+            prepend_bos: Whether the text begins with a special token, as `encode` describes it.
 
         Raises:
-            ValueError: No text and no row of integers, or ids that the vocabulary does not have.
+            ValueError: The input is neither a text nor a row of integers, or an id is outside the
+                vocabulary.
         """
         return self.texts.to_str_tokens(tokens, prepend_bos)
 
 
 def at_columns(x: Shaped[Tensor, "batch pos ..."], columns: Int[Tensor, " batch"]) -> Tensor:
-    """One position of each row."""
+    """The values of each row at one column of its own."""
     return x[torch.arange(x.shape[0], device=x.device), columns.to(x.device)]
 
 
@@ -668,5 +730,5 @@ def _supplied_first(visits: Sequence[Visit], supplied: KeyValueStore | None) -> 
 def stream_at(
     state: State, positions: Int[Tensor, " batch"] | None
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream of a state at one position of each row, or at all."""
+    """The residual stream of a state, at one column of each row or at all columns."""
     return state.resid if positions is None else at_columns(state.resid, positions)[:, None]

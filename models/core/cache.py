@@ -26,16 +26,17 @@ def position_axis(name: str) -> int:
 
 
 class LoopCache(Mapping[str, Tensor]):
-    """Cached activations by full hook name, or by (site, *coordinate, layer).
+    """Activations of a run, by hook name, with the iteration as a part of the name.
 
-    `cache["resid_post", 3, 0]` is `loops.3.blocks.0.hook_resid_post`; `cache["q", -1, 0]` counts
-    iterations from the end; `cache["resid_post", "prelude", 0]` is `prelude.0.hook_resid_post`;
-    `cache["ln1.scale", 2, 1]` names a norm.
+    An activation is named in full or by (site, iteration or stage, block): `cache["resid_post", 3,
+    0]` is `loops.3.blocks.0.hook_resid_post`, and `cache["resid_post", "prelude", 0]` is
+    `prelude.0.hook_resid_post`. `cache["q", -1, 0]` counts iterations from the end.
+    `cache["ln1.scale", 2, 1]` is the divisor of a norm.
 
     Args:
-        activations: Tensors by full hook name.
-        n_loops: Iterations of the run.
-        has_batch_dim: False after `remove_batch_dim`.
+        activations: The tensors by full hook name.
+        n_loops: The number of iterations of the run.
+        has_batch_dim: False if the batch axis was removed (`remove_batch_dim`).
     """
 
     def __init__(
@@ -65,18 +66,19 @@ class LoopCache(Mapping[str, Tensor]):
         return f"LoopCache({len(self)} activations of {self.n_loops} iterations)"
 
     def stack(self, site: str) -> Tensor:
-        """One site at every iteration and layer.
+        """Stack the activations of one site over iterations and blocks.
 
         Args:
-            site: e.g. "resid_post", "q", "ln1.scale"; or an iteration's own site, e.g. "state_in".
+            site: A site of the blocks, such as "resid_post", "q" or "ln1.scale", or of a whole
+                iteration, such as "state_in".
 
         Returns:
-            Float[Tensor, "loop layer batch pos ..."], or Float[Tensor, "loop batch pos ..."] for an
-            iteration's own site.
+            Float[Tensor, "loop layer batch pos ..."], or Float[Tensor, "loop batch pos ..."] for a
+            site of a whole iteration.
 
         Raises:
-            KeyError: The site is missing at some iteration or layer; the first missing one is
-                named.
+            KeyError: The cache lacks the site at some iteration or block; the message names the
+                first.
         """
         here = [name for name in self if is_site(name, site) and name.startswith("loops.")]
         if not here:
@@ -101,13 +103,13 @@ class LoopCache(Mapping[str, Tensor]):
         return torch.stack(rows)
 
     def to(self, device: torch.device | str) -> LoopCache:
-        """The cache with every tensor on a device."""
+        """The same cache with every tensor on a device."""
         return LoopCache(
             {k: v.to(device) for k, v in self.items()}, self.n_loops, self.has_batch_dim
         )
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write the cache into one safetensors file, whole or not at all."""
         separate = {
             name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.items()
         }
@@ -120,7 +122,7 @@ class LoopCache(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> LoopCache:
-        """Read what `save` wrote."""
+        """Read a cache from a file that `save` wrote."""
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
             if "n_loops" not in about:

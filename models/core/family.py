@@ -15,26 +15,27 @@ from loopscope.models.core.state import Slot, Visit
 
 
 class Family(nn.Module):
-    """The interface of a family, with defaults for what most families do not have.
+    """The interface of a family, with defaults for everything that most families do not have.
 
-    A family gives: `plan` (its schedule), `embed`, `enter` and `leave` (what happens where an
-    iteration opens and closes), `normalize` and `unembed` (final norm, head), the names of its
-    sites, and its facts.
+    A family defines `plan` (its schedule), `embed`, `enter` and `leave` (the computations at the
+    start and the end of an iteration), `normalize` and `unembed` (final norm and head), the names
+    of its sites, and its facts.
 
     Attributes:
-        causal: A later token never changes an earlier result.
-        prefix_readout: Stopping after t iterations and reading out equals a call with n_loops=t.
-        additive_residual: The residual stream is a plain sum of component outputs.
-        batch_independent: A row's result does not depend on the other rows.
-        heads_read_stream: A head's queries, keys and values are made of the residual stream at
-            their own visit.
-        runs_visits: A run goes through the schedule visit by visit, so that another schedule can be
-            run.
-        visible: Which keys a row may see.
-        lens_site: The site of a block whose value the final norm could read: what a logit lens
-            shows.
-        wide_weights: The parameters, as a regular expression on their names, that may be float32
-            beside others of 16 bits.
+        causal: Whether a later token never changes an earlier result.
+        prefix_readout: Whether a run that stops after t iterations has the logits of a call with
+            n_loops=t.
+        additive_residual: Whether the residual stream is a plain sum of component outputs.
+        batch_independent: Whether a row's result never depends on the other rows.
+        heads_read_stream: Whether a head's queries, keys and values are made of the residual stream
+            at their own visit.
+        runs_visits: Whether a run goes through the schedule visit by visit, so that another
+            schedule can be run.
+        visible: The rule that says which keys a row may see.
+        lens_site: The site of a block that a logit lens reads, because the final norm can read its
+            value.
+        wide_weights: A regular expression for the names of parameters that may be float32 beside
+            others of 16 bits.
     """
 
     causal: ClassVar[bool] = True

@@ -32,12 +32,13 @@ def _hook_dicts(point: HookPoint) -> tuple[Mapping[int, object], ...]:
 
 
 class HookWatch:
-    """Tells at the cost of a few nanoseconds per point whether any of many points holds a hook.
+    """A quick test whether any of many hook points holds a hook; it costs a few nanoseconds per
+    point.
 
     The watch looks at PyTorch's own dictionaries.
 
     Attributes:
-        may_hold: False only while no point holds a hook; set by every point that is given one.
+        may_hold: False only while no point holds a hook. Every point that is given a hook sets it.
     """
 
     def __init__(self) -> None:
@@ -46,18 +47,18 @@ class HookWatch:
         self.may_hold = False
 
     def add(self, point: LoopHookPoint) -> None:
-        """Watch a point."""
+        """Include a point in the watch."""
         self._dicts += _hook_dicts(point)
         point.watch = self
 
     def begin_edit(self) -> None:
-        """An edited schedule counts as a hook: code that was compiled for the model's own must not
-        run.
+        """Count the edited schedule that begins as a hook, so that code compiled for the model's
+        own schedule does not run.
         """
         self._edited = self.may_hold = True
 
     def end_edit(self) -> None:
-        """The model's own schedule is on again."""
+        """Note that the model's own schedule is on again."""
         self._edited = False
 
     def __bool__(self) -> bool:
@@ -65,7 +66,9 @@ class HookWatch:
 
 
 def reads_only(hook: AnyHook) -> AnyHook:
-    """Declare that a hook function never writes into its value, so that it needs no copy."""
+    """Declare that a hook function never writes into its value, so that the hook needs no copy of
+    it.
+    """
     hook.reads_only = True  # type: ignore[attr-defined]  # a mark on the function
     return hook
 
@@ -79,10 +82,11 @@ def by_rows(hook: AnyHook) -> AnyHook:
 
 
 class LoopHookPoint(HookPoint):
-    """A TransformerLens HookPoint that knows its iteration: `hook.loop()` and `hook.layer()`.
+    """A TransformerLens HookPoint that knows its iteration, `hook.loop()`, and its block,
+    `hook.layer()`.
 
-    A hook that may write is given a copy of the value, with which the run goes on. So a hook that
-    changes its value in place changes no tensor that was cached, stored or handed in before.
+    A hook that may write receives a copy of the value, and the run goes on with the copy. So a hook
+    that changes its value in place changes no tensor that was cached, stored or passed in before.
     """
 
     def __init__(self) -> None:
@@ -108,11 +112,15 @@ class LoopHookPoint(HookPoint):
         return handle
 
     def loop(self) -> int | None:
-        """The iteration in this point's name, counted from 0; None outside the loop."""
+        """The iteration in the point's name, from 0; None outside the loop."""
         return number_after("loops", self.name)
 
     def layer(self) -> int:
-        """The block's number in this point's name; ValueError for a point that is in no block."""
+        """The number of the block in the point's name, from 0.
+
+        Raises:
+            ValueError: The point is in no block.
+        """
         for stack in ("blocks", "prelude", "coda"):
             number = number_after(stack, self.name)
             if number is not None:
@@ -120,7 +128,7 @@ class LoopHookPoint(HookPoint):
         raise ValueError(f"hook point {self.name!r} is in no block, so it has no layer")
 
     def may_be_written(self) -> bool:
-        """Whether a forward hook is attached that has not declared to only read."""
+        """Whether the point holds a forward hook that may write; see `reads_only`."""
         readers = sum(hasattr(handle.user_hook, "reads_only") for handle in self.fwd_hooks)
         return len(self._forward_hooks) + len(self._forward_pre_hooks) > readers
 
@@ -141,15 +149,15 @@ class LoopHookPoint(HookPoint):
 
 
 class PointTree(nn.Module):
-    """A place in a tree of hook points, reachable as `model.loops[3].blocks[0].attn.hook_q`.
+    """A place in the tree of hook points, reached as `model.loops[3].blocks[0].attn.hook_q`.
 
     `children` and `apply` reach only the points that were made so far.
 
     Args:
         name: The full name of the place.
-        training: The model's mode.
-        show: Makes all points below, called where somebody looks for one; False where a walk looks
-            for weights alone, of which there are none here.
+        training: Whether the model is in training mode.
+        show: A function that makes all points below, called if someone looks for a point there. It
+            returns False if only weights are looked for, of which the tree has none.
     """
 
     def __init__(self, name: str, training: bool, show: Callable[[], bool] | None = None) -> None:
@@ -178,10 +186,11 @@ class PointTree(nn.Module):
 
 
 def existing_modules(module: nn.Module, points: bool = True) -> Iterator[nn.Module]:
-    """A module and all below it, without the hook points that nobody has asked for yet.
+    """All modules below a module and the module itself, without the hook points that nobody has
+    asked for yet.
 
     Args:
-        points: Whether the trees of the other hook points are walked.
+        points: Whether hook points that exist are included.
     """
     yield module
     for part in module._modules.values():
@@ -190,7 +199,7 @@ def existing_modules(module: nn.Module, points: bool = True) -> Iterator[nn.Modu
 
 
 def add_point(root: nn.Module, point: HookPoint) -> None:
-    """Hang a hook point at its name, and the places above it that do not exist yet."""
+    """Put a hook point at its name in the tree, and make the missing places above it."""
     node = root
     *path, last = str(point.name).split(".")
     for depth, step in enumerate(path, start=1):
@@ -207,8 +216,10 @@ _OWN = {name: type(x) for name, x in _BLANK.items() if isinstance(x, dict | list
 
 
 def new_point(name: str, training: bool) -> LoopHookPoint:
-    """A point with the attributes that the constructors of PyTorch and TransformerLens give it, at
-    a tenth of their time, since a model has hundreds of points.
+    """Make a hook point quickly, with the attributes that the constructors of PyTorch and
+    TransformerLens give it.
+
+    It takes a tenth of their time, which counts because a model has hundreds of points.
     """
     point = LoopHookPoint.__new__(LoopHookPoint)
     own = {attribute: empty() for attribute, empty in _OWN.items()}
@@ -217,20 +228,20 @@ def new_point(name: str, training: bool) -> LoopHookPoint:
 
 
 def is_hooked(point: HookPoint) -> bool:
-    """Whether anything, TransformerLens's or PyTorch's own, is attached to the point."""
+    """Whether the point holds any hook, of TransformerLens or of PyTorch."""
     return any(_hook_dicts(point))
 
 
 def live(points: Mapping[str, HookPoint]) -> Taps:
-    """The points that hold a hook now."""
+    """The points that hold a hook at the moment."""
     return {site: point for site, point in points.items() if is_hooked(point)}
 
 
 def tap(taps: Taps, site: str, value: Tensor) -> Tensor:
-    """Pass a value through its hook point if that point holds a hook.
+    """Pass a value through its hook point if the point holds a hook.
 
     Raises:
-        ValueError: A hook returned something else than a tensor of the value's shape, dtype and
+        ValueError: A hook returned something else than a tensor of the same shape, dtype and
             device.
     """
     point = taps.get(site)

@@ -17,17 +17,21 @@ Model = TypeVar("Model", bound=type[LoopedModel])
 
 
 def register(config: type[LoopedConfig]) -> Callable[[Model], Model]:
-    """A decorator that makes a model class a family, under its config's family name.
+    """Make a model class a family: a class decorator that registers it under the family name of its
+    config.
 
-    A family so made is built, saved and loaded by its name, and can be given to every method.
-    `check_family` tries whether its facts hold.
+    A registered family is built, saved and loaded by its name, and every method takes its models.
+    `check_family` tests the facts that the class declares.
 
     Args:
-        config: The family's config, a frozen dataclass that extends `LoopedConfig`.
+        config: The config of the family: a frozen dataclass that extends `LoopedConfig`.
+
+    Returns:
+        The decorator, which returns the class unchanged.
 
     Raises:
-        TypeError: A config or a class that lacks what a family must have.
-        ValueError: A family name that is empty or that another family has.
+        TypeError: The config or the class lacks something that a family must have.
+        ValueError: The family name is empty, or another family has it.
     """
 
     def add(model: Model) -> Model:

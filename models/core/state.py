@@ -22,17 +22,18 @@ PAD_ID = 0
 
 @dataclass(frozen=True)
 class Slot:
-    """One line of a family's schedule: which block comes next, and what its hook points are called.
+    """One entry of a family's schedule: the block that runs next, and the names of its hook points.
 
     Attributes:
-        name: Prefix of the block's hook names, e.g. "loops.3.blocks.0".
-        stage: "loops", "prelude", "coda" or what the family calls it.
+        name: The prefix of the block's hook names, e.g. "loops.3.blocks.0".
+        stage: "loops", "prelude", "coda" or the family's own word.
         loop: The iteration, from 0; None outside the loop.
-        layer: The block's number in its stack.
+        layer: The number of the block in its stack, from 0.
         block: The module that holds the weights.
-        sites: The block's hook points, in order of execution.
-        scope: Prefix of the names of the iteration that the block opens or closes, e.g. "loops.3".
-        opening, closing: The iteration's own hook points before this block, and after it.
+        sites: The hook points of the block, in order of execution.
+        scope: The prefix of the names of the iteration that the block opens or closes, e.g.
+            "loops.3".
+        opening, closing: The hook points of the iteration before this block, and after it.
     """
 
     name: str
@@ -64,15 +65,18 @@ class Visit(Slot):
     """A slot at its place in a schedule, with its hook points.
 
     Attributes:
-        index: Place in the schedule, from 0.
-        n_loops: Iterations of the schedule.
-        points: The block's hook points by site, as far as they were made.
-        boundary: The hook points of the iteration that the block opens or closes, likewise.
-        acts_as: In an edited schedule the visit of the model's own schedule that is run here; None
-            in the model's own. The hook points are this visit's, all else is that one's.
-        keeps: The part of the state in which what the block adds to the stream is kept; empty for
-            most.
-        frozen: The part that is added in place of running the block; empty for most.
+        index: The place in the schedule, from 0.
+        n_loops: The number of iterations of the schedule.
+        points: The hook points of the block by site, as far as they were made.
+        boundary: The hook points of the iteration that the block opens or closes, as far as they
+            were made.
+        acts_as: In an edited schedule, the visit of the model's own schedule that runs here. The
+            hook points are those of this visit; the block and all that depends on the iteration are
+            those of the other. None in the model's own schedule.
+        keeps: The part of the state that stores the output of the block for a later `Freeze`; empty
+            for most visits.
+        frozen: The part of the state that is added instead of running the block; empty for most
+            visits.
     """
 
     index: int = 0
@@ -86,20 +90,21 @@ class Visit(Slot):
 
 @dataclass(frozen=True)
 class State:
-    """A run stopped before a visit; with the model it is all that is needed to go on.
+    """A run that is stopped before a visit; with the model it is all that is needed to go on.
 
-    Every tensor is row-first (batch, then position), so a state can be sliced, joined and moved
-    without knowing the family.
+    The axes of every tensor begin with batch and position, so a state can be sliced, joined and
+    moved without knowing the family.
 
     Attributes:
-        visit: Index of the next visit in the schedule; its length when the schedule is done.
-        n_loops: Iterations of the schedule.
+        visit: The index of the next visit in the schedule; the length of the schedule if all visits
+            have run.
+        n_loops: The number of iterations of the schedule.
         resid: Float[Tensor, "batch pos d_model"], the residual stream.
-        positions: Int[Tensor, "batch pos"].
+        positions: Int[Tensor, "batch pos"], the position of each token in its text.
         mask: Bool[Tensor, "batch pos"], True for real tokens.
-        parts: What else the family carries, each "batch pos ...".
-        order: The visits of an edited schedule, each with what it runs; None for the model's own
-            schedule.
+        parts: The other tensors that the family carries, by name, each "batch pos ...".
+        order: The visits of an edited schedule, each with the visit that it runs; None for the
+            model's own schedule.
     """
 
     visit: int

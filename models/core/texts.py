@@ -62,14 +62,14 @@ def is_texts(inputs: object) -> bool:
 
 @dataclass(frozen=True)
 class TextInputs:
-    """How texts become a model's inputs.
+    """The converter of texts to a model's inputs.
 
     Attributes:
-        vocab: None where the checkpoint has no vocabulary.
-        read_at: Where answers are read; None where the checkpoint does not say.
+        vocab: The vocabulary or tokenizer; None if the checkpoint has none.
+        read_at: The column at which answers are read; None if the checkpoint does not say it.
         n_ctx: The longest input in tokens; None for no limit.
-        positional: Whether a token's position changes what the model computes for the token.
-        device: Where tensors are put.
+        positional: Whether a token's position changes the computation.
+        device: The device of the tensors.
     """
 
     vocab: Words | None
@@ -133,7 +133,7 @@ class TextInputs:
     def to_str_tokens(
         self, tokens: str | Sequence[int] | Tensor, prepend_bos: bool | None = None
     ) -> list[str]:
-        """The tokens of one text, or of one row of ids, as strings."""
+        """The tokens of one text, or of one row of ids, each as a string."""
         words = self._words().words
         if isinstance(tokens, str):
             return [words[i] for i in self._words().ids(tokens, prepend_bos)]

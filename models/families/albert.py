@@ -89,8 +89,8 @@ class AlbertConfig(LoopedConfig):
 
 @family(AlbertConfig)
 class Albert(LoopedModel):
-    """The n_layers blocks of a group applied n_loops times, with a LayerNorm of the stream after
-    every addition, and a masked-LM head.
+    """ALBERT, a bidirectional masked language model: a group of n_layers shared blocks applied
+    n_loops times. A LayerNorm of the stream follows every addition.
 
     Every row sees every real token. Token, position and type vectors of width d_factor are added,
     normed (`ln_embed`) and mapped to d_model; `hook_embed` is the mapped stream, and the

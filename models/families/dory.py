@@ -100,8 +100,8 @@ class DoryConfig(DecoderConfig):
 
 @family(DoryConfig)
 class Dory(CodaDecoder):
-    """Blocks before the loop, L recurrent blocks applied n_loops times, and blocks after it, on
-    streams whose direction alone counts.
+    """Nemotron-Labs Dory, a normalised transformer: blocks before the loop, L shared blocks applied
+    n_loops times, and blocks after it. Only the direction of a state has a meaning, not its length.
 
     With unit(x) = x / sqrt(sum(x^2) + eps) and e = unit(prelude output), every iteration computes
     state <- blocks(unit(state) + e); the state before the first one is the prelude's output. In the

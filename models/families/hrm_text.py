@@ -130,8 +130,9 @@ class GatedAttention(Attention):
 
 @family(HrmTextConfig)
 class HrmText(LoopedDecoder):
-    """A high state that begins as the token embedding and a low state that begins as `low_init`,
-    each with a stack of its own.
+    """HRM-Text, a language model with two states at two speeds: the low stack of blocks runs
+    several times for each run of the high stack. The high state begins as the token embedding, the
+    low state as `low_init`.
 
     In every high cycle the low stack runs n_low_loops times on low + high and its output is the new
     low state; then the high stack runs once on high + low and its output is the new high state.

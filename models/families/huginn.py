@@ -204,8 +204,9 @@ class HuginnAttention(Attention):
 
 @family(HuginnConfig)
 class Huginn(PreludeCoreCoda):
-    """Blocks whose stream is normed after each addition; the final norm is used before the coda
-    (`core_norm`) and again before the head.
+    """Huginn, a language model with a prelude, a core that is applied n_loops times to a latent
+    state, and a coda. The stream is normed after each addition. The final norm is used twice,
+    before the coda (`core_norm`) and before the head.
 
     Rotation of neighbouring channels follows the stored table. Logits are in float32 at least,
     whatever the weights are in.

@@ -119,8 +119,8 @@ class LoopMixing(nn.Module):
 
 @family(HyperloopConfig)
 class Hyperloop(CodaDecoder):
-    """Blocks before the loop, L shared middle blocks applied n_loops times to a mixture of n
-    residual streams, blocks after it.
+    """A Hyperloop transformer: blocks before the loop, L shared blocks applied n_loops times to a
+    mixture of n residual streams, and blocks after it.
 
     The streams y start as copies of what comes before the loop. Iteration t works out read, write
     and keep weights from y, and then y <- keep y + write (F(sum of read y) + e_t), F being the
@@ -132,8 +132,8 @@ class Hyperloop(CodaDecoder):
     shorter call runs the first of them and goes on as usual, which no training has given a meaning.
 
     Source:
-        arXiv 2604.21254; no reference code or weights were released, so this follows its equations,
-        and the paper's silences are options.
+        arXiv 2604.21254. No reference code and no weights were released, so this follows the
+        equations. Where the paper leaves something open, the config has an option.
     """
 
     cfg: HyperloopConfig

@@ -69,8 +69,8 @@ def checked_chunk(size: int, name: str) -> int:
 
 @family(MeltConfig)
 class Melt(Ouro):
-    """Ouro whose layer l keeps a latent h of each position over the iterations, of which its keys
-    and values are made.
+    """MELT, an Ouro whose keys and values are made of a latent: layer l keeps one latent h per
+    position, and changes it through a gate at every iteration.
 
     At iteration t, with x the input of attention in layer l:
 
@@ -92,8 +92,8 @@ class Melt(Ouro):
 
     Source:
         arXiv 2605.07721. No reference code and no weights were released. This follows the equations
-        as secondary sources give them, not checked against the paper's own method section; what
-        they leave open is an option of the config.
+        as secondary sources give them, not checked against the paper's own method section. Where
+        they leave something open, the config has an option.
     """
 
     heads_read_stream: ClassVar[bool] = False

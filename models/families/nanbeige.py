@@ -60,8 +60,8 @@ class NanbeigeConfig(DecoderConfig):
 
 @family(NanbeigeConfig)
 class Nanbeige(LoopedDecoder):
-    """L shared pre-norm blocks applied n_loops times; the final norm closes every iteration and its
-    output enters the next.
+    """Nanbeige4.2, a language model: L shared pre-norm blocks applied n_loops times. The final norm
+    closes every iteration, and its output enters the next.
 
     With `n_streams`, each iteration copies the state that enters it into n streams, and closes by
     taking their mean, so nothing but the mean is carried from one iteration to the next. Inside,
@@ -69,8 +69,8 @@ class Nanbeige(LoopedDecoder):
     changes one adds the change to every stream. `hook_streams_*` are the streams themselves.
 
     Source:
-        arXiv 2608.13987 describes the release's code; hyper-connections are a switch there which no
-        release turns on.
+        arXiv 2608.13987, which describes the release's code. The code has a switch for
+        hyper-connections (several residual streams), which no release turns on.
     """
 
     cfg: NanbeigeConfig

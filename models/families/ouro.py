@@ -37,8 +37,8 @@ class OuroConfig(DecoderConfig):
 
 @family(OuroConfig)
 class Ouro(LoopedDecoder):
-    """L shared sandwich-norm blocks applied n_loops times; the final norm closes every iteration
-    and its output enters the next.
+    """Ouro, a language model with an exit gate: L shared sandwich-norm blocks applied n_loops
+    times. The final norm closes every iteration, and its output enters the next.
 
     The gate reads the normed state; its logit is at `loops.{t}.hook_exit_logit`. Early exit changes
     only which state is unembedded, so it is a function of a run (`readout_at_threshold`,

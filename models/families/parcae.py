@@ -146,8 +146,9 @@ class ParcaeConfig(DecoderConfig):
 
 @family(ParcaeConfig)
 class Parcae(CodaDecoder):
-    """The prelude's normed output e enters every iteration: state <- blocks(injection(state, e)),
-    from a random latent; once, after the last, a matrix C takes the state to the coda.
+    """Parcae, a language model with a prelude, a core that is applied n_loops times to a random
+    latent, and a coda. The prelude's normed output e enters every iteration: state <-
+    blocks(injection(state, e)). After the last iteration a matrix C takes the state to the coda.
 
     Blocks add gated value embeddings, which are looked up from the token ids at every visit, so the
     ids are a part of the state (`ids`), beside `input` (e; before the end of the prelude the

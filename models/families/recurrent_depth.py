@@ -203,7 +203,8 @@ class FusedBlock(nn.Module):
 
 @family(RecurrentDepthConfig)
 class RecurrentDepth(LoopedModel):
-    """L shared blocks applied n_loops times.
+    """The recurrent-depth transformer of "Loop, Think, & Generalize" (arXiv 2604.07822): L shared
+    GPT-2 blocks applied n_loops times.
 
     Args:
         cfg: Its configuration. Weights start as GPT-2's do (normal, standard deviation 0.02);

@@ -48,8 +48,9 @@ class Retrofit(PreludeCoreCoda):
 
 @family(RetrofitLlamaConfig)
 class RetrofitLlama(Retrofit):
-    """Llama's blocks: norms of what attention and MLP read, so that an iteration's stream is a
-    plain sum from `hook_injected` on.
+    """A pretrained Llama that was cut into prelude, core and coda and trained to iterate the core.
+    Norms stand before attention and MLP, so an iteration's stream is a plain sum from
+    `hook_injected` on.
 
     Source:
         arXiv 2511.07384.
@@ -65,8 +66,8 @@ class RetrofitLlama(Retrofit):
 
 @family(RetrofitOlmoConfig)
 class RetrofitOlmo(Retrofit):
-    """OLMo-2's blocks: norms of what attention and MLP add, and of queries and keys (`attn.q_norm`,
-    `attn.k_norm`).
+    """A pretrained OLMo-2 that was cut into prelude, core and coda and trained to iterate the core.
+    Norms stand after attention and MLP, and on queries and keys (`attn.q_norm`, `attn.k_norm`).
 
     Source:
         arXiv 2511.07384; the blocks are those of arXiv 2501.00656.

@@ -105,8 +105,8 @@ class DropoutMLP(GatedMLP):
 
 @family(SMolLMConfig)
 class SMolLM(LoopedDecoder):
-    """One pre-LayerNorm block (n_layers of them in a fresh model) applied n_loops times, then a
-    final LayerNorm and the head.
+    """SMolLM, a small language model of molecules: one pre-LayerNorm block (n_layers of them in a
+    fresh model) applied n_loops times, then a final LayerNorm and the head.
 
     Attention is causal with rotary positions from stored tables, its three input projections are
     stored as one matrix, and no projection has a bias. Nothing happens between iterations, so

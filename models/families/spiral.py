@@ -117,8 +117,9 @@ class Modulation(nn.Module):
 
 @family(SpiralConfig)
 class Spiral(LoopedModel):
-    """Shared blocks as a force on a particle: iteration t adds the input, turns the stream, moves
-    it by its velocity, and turns it back.
+    """Spiral, whose state is a position h and a velocity v. Each iteration adds the
+    input to the position and rotates it; shared blocks then act as a force on the velocity, which
+    moves the position before it is rotated back.
 
     With e = inject(emb_in(tokens)), Q_t the rotation of neighbouring channels 2i and 2i + 1 by t *
     turn_theta^(-2i / d_model), and m the momentum:

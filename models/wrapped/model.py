@@ -58,12 +58,12 @@ class Layout:
 
 
 class Wrapped(LoopedModel):
-    """A module whose blocks are hooked for the length of each run; see `wrap`.
+    """A looped model around a module whose blocks are hooked during each run; `wrap` makes it.
 
     The state before a visit is the output of the visit before. A module cannot be entered in the
-    middle. So `advance` runs the module from the tokens, and at the state's visit puts the state's
-    residual stream in the place of the one that was computed. Hooks at earlier visits are run
-    again. What the module carries beside the stream is computed from the tokens too.
+    middle. So `advance` runs the module from the tokens, and at the state's visit replaces the
+    residual stream by that of the state. Hooks at earlier visits run again. All that the module
+    carries beside the stream is computed from the tokens too.
 
     Attributes:
         module: The wrapped module.
@@ -146,7 +146,7 @@ class Wrapped(LoopedModel):
         """The input of the first block.
 
         Args:
-            padding: "batch pos", ones for real tokens; None means no padding.
+            padding: The mask, "batch pos", ones for real tokens; None means no padding.
             options: Further arguments of the module, each a tensor "batch pos ...".
         """
         parts = {TOKENS: tokens}
@@ -267,8 +267,8 @@ class Wrapped(LoopedModel):
     def read_state(
         self, state: State, positions: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch pos d_read"]:
-        """The stream that the head reads at the end of a run; where no head was named, the module's
-        own logits, which `unembed` then returns as they are.
+        """The residual stream that the head reads at the end of a run. If no head was named, it is
+        the module's own logits, which `unembed` then returns unchanged.
         """
         if state.visit != len(self.schedule()):
             raise ValueError(

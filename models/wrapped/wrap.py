@@ -32,32 +32,39 @@ def wrap(
     batch_independent: bool = True,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Wrapped:
-    """A looped model around a module, by counting its calls of some submodules.
+    """Make a looped model of any PyTorch module that calls the same submodules several times.
 
-    The module is not changed: hooks of PyTorch's are put on its blocks for the length of a run, and
-    its own hooks and its mode stay. Each run is a whole run of the module, so a cell of
-    `activation_patch` costs one.
+    The calls of the blocks are counted, and become the visits. The module is not changed: hooks of
+    PyTorch are on its blocks only during a run, and its own hooks and its mode stay. Each run is a
+    whole run of the module, so each cell of `activation_patch` costs a whole run.
 
     Args:
-        module: A language model: from tokens to logits, alone, as `.logits`, or first of several.
-        blocks: The list of blocks that every iteration calls, by its name in the module
-            ("model.layers", or a piece of it, "model.layers[4:10]"). Or several lists, by stage, in
-            the order of their calls: "prelude" before the loop, "coda" after it, "blocks" in every
-            iteration, and any other word as a stack of that name in every iteration
+        module: A language model from tokens to logits. It returns the logits alone, as `.logits`,
+            or as the first of several values.
+        blocks: The list of blocks that every iteration calls, by its name in the module, such as
+            "model.layers" or a part of it, "model.layers[4:10]". Or a dictionary of several lists
+            by stage, in the order of their calls: "prelude" before the loop, "coda" after it,
+            "blocks" in every iteration. Any other word is a further stack in every iteration
             (`loops.3.high.blocks.0`). A pair (list, k) is a stack that every iteration calls k
             times (`loops.3.low.1.blocks.0`).
-        n_loops: Iterations that the module runs.
-        norm, head: What follows the last block, by name or as functions; lenses read through them.
-        embed: The token embedding's name, for `hook_embed`; None finds it.
-        sites: More hook points of each block, by site, as the output of a submodule of the block:
-            {"hook_attn_out": "self_attn", "hook_mlp_out": "mlp"}.
-        causal, batch_independent: Facts of the module; see `loopscope.models.core.family.Family`.
+        n_loops: The number of iterations that the module runs.
+        norm, head: The final norm and the unembedding that follow the last block, by name or as
+            functions. Lenses need them.
+        embed: The name of the token embedding, for `hook_embed`; None finds it.
+        sites: Further hook points of each block: the name of a site, and the submodule of the block
+            whose output it is. An example is {"hook_attn_out": "self_attn", "hook_mlp_out": "mlp"}.
+        causal: Whether a later token never changes an earlier result.
+        batch_independent: Whether the result of a row never depends on the other rows.
         kwargs: Further arguments of every call of the module.
 
+    Returns:
+        The looped model.
+
     Raises:
-        TypeError: No PyTorch module.
-        ValueError: A name that the module does not have. At the first run: a number or an order of
-            calls that is not the promised one, or a norm and a head that do not make the logits.
+        TypeError: `module` is not a PyTorch module.
+        ValueError: The module does not have a name. The first run raises it if the number or the
+            order of the calls differs from what was declared, or if norm and head do not give the
+            logits.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"wrap takes a PyTorch module, got a {type(module).__name__}")

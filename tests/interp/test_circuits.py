@@ -327,7 +327,7 @@ class TwoStacks(RecurrentDepth):
 
 def test_layers_that_name_several_blocks_are_refused() -> None:
     with pytest.raises(
-        ValueError, match="one block must be layer 0 of an iteration, but this model has 2"
+        ValueError, match="one block must be layer 0 of an iteration, but in this model 2 blocks"
     ):
         ov_circuit(odd_one(TwoStacks), 0)
 

@@ -131,8 +131,8 @@ def test_unrolled_refuses_what_is_not_a_flat_stack() -> None:
     with pytest.raises(
         TypeError,
         match=(
-            r"unrolled serves flat causal families, got Linear; check it against untied\(model,"
-            r" n_loops\)"
+            r"blocks form one flat causal stack, as those of this Linear do not;"
+            r" untied\(model, n_loops\) takes every family"
         ),
     ):
         inspect.unwrap(unrolled)(torch.nn.Linear(3, 5), 2)

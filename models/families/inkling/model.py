@@ -37,8 +37,8 @@ _MIXED = "hook_mixed_post"
 
 @family(InklingConfig)
 class Inkling(LoopedModel):
-    """A prelude, L shared layers whose every pass starts anew and reads messages of the pass
-    before, and a coda.
+    """Inkling-2-Mini, text part: a prelude, L shared layers applied n_loops times, and a coda. Each
+    pass starts from the same state and reads messages of the pass before.
 
     The stream is a list of finished block sums and an open sum; a layer reads a softmax mix of
     all of them. With h and B, the open sum and the blocks after the prelude:

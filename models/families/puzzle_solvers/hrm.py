@@ -31,7 +31,8 @@ class HrmConfig(PuzzleConfig):
 
 @family(HrmConfig)
 class Hrm(PuzzleSolver):
-    """A stack of post-norm blocks for the low state and another one for the high state.
+    """The Hierarchical Reasoning Model, a solver of puzzles with a low and a high state in nested
+    cycles. Each state has a stack of post-norm blocks of its own.
 
     See `PuzzleSolver` for the cycles, the names and the prefix. The language model of the same name
     is the family `hrm_text`.

@@ -24,7 +24,8 @@ class TrmConfig(PuzzleConfig):
 
 @family(TrmConfig)
 class Trm(PuzzleSolver):
-    """One stack of post-norm blocks that makes the new low state and the new high state.
+    """The Tiny Recursive Model, a solver of puzzles with a low and a high state in nested cycles.
+    One stack of post-norm blocks makes both states.
 
     A low run differs from a high run by its state and by the input embedding in what it adds; see
     `PuzzleSolver` for the cycles, the names and the prefix. With d_pos_mlp the blocks have an MLP

@@ -52,8 +52,10 @@ class TrainingFreeGemmaConfig(WindowConfig, ReachConfig):
 
 @family(TrainingFreeGemmaConfig)
 class TrainingFreeGemma(WindowLoops, LoopedDecoder):
-    """A frozen Gemma 2 or Gemma 3 with a window of its layers looped; see `WindowLoops`. Attention
-    and MLP each have a norm before and a norm after them.
+    """A frozen Gemma 2 or Gemma 3 in which a window of layers runs several times, without training.
+    Attention and MLP each have a norm before and a norm after them.
+
+    `WindowLoops` has the rules of the loop.
 
     Source:
         arXiv 2605.23872; the base models are those of arXiv 2408.00118 and arXiv 2503.19786.

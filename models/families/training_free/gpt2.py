@@ -38,8 +38,10 @@ class TrainingFreeGPT2Config(WindowConfig):
 
 @family(TrainingFreeGPT2Config)
 class TrainingFreeGPT2(WindowLoops):
-    """A frozen GPT-2 with a window of its layers looped; see `WindowLoops`. The blocks are those of
-    the recurrent-depth family.
+    """A frozen GPT-2 in which a window of layers runs several times, without training. The blocks
+    are those of the recurrent-depth family.
+
+    `WindowLoops` has the rules of the loop.
 
     Source:
         arXiv 2605.23872; GPT-2 is Radford et al. 2019, "Language Models are Unsupervised Multitask

@@ -35,18 +35,18 @@ class WindowLoops(LoopedModel):
     ordinary model.
 
     Layers keep their numbers: `prelude.{l}` before the window, `loops.{k}.blocks.{l}` in it,
-    `coda.{l}` after it. A pass of the whole window is an iteration: `loops.{k}.hook_state_in` is
-    x_k, `.hook_window_out` what the layers made of it, g(x_k), and `.hook_state_out` what the rule
-    moved to. In layer mode these sites belong to each layer, `loops.{k}.blocks.{l}.hook_state_in`,
-    and the K passes of a layer come right after one another; "after iteration k" is then after pass
-    k of the window's last layer.
+    `coda.{l}` after it. A pass of the whole window is an iteration. At `loops.{k}.hook_state_in` is
+    its state x_k, at `.hook_window_out` the output g(x_k) of the layers, and at `.hook_state_out`
+    the state to which the rule moves. In layer mode each layer has these sites,
+    `loops.{k}.blocks.{l}.hook_state_in`, and the K passes of a layer follow each other at once;
+    "after iteration k" is then after pass k of the window's last layer.
 
-    During a pass the state has the part `x_k`, and from the end of the first pass to the end of the
-    last one `g_0`, where the rule needs them. The keys and values that a generation cache gets come
-    from a pass of their own, whose points are `stash.blocks.{l}.…`; see
-    `models.training_free_cache`.
+    During a pass the state has the part `x_k`. If the rule needs it, the state also has the part
+    `g_0`, from the end of the first pass to the end of the last one. The keys and values that a
+    generation cache gets come from a pass of their own, whose points are `stash.blocks.{l}.…`; see
+    `loopscope.models.families.training_free.cache`.
 
-    `prefix_readout` is denied because a step is a share 1/K of the call's own K (the naive rule in
+    `prefix_readout` is False, because a step is a share 1/K of the call's own K (the naive rule in
     block mode would have it).
 
     Source:
@@ -277,8 +277,10 @@ class TrainingFreeConfig(WindowConfig, ReachConfig):
 
 @family(TrainingFreeConfig)
 class TrainingFree(WindowLoops, LoopedDecoder):
-    """A frozen Llama, Mistral, Qwen2 or Qwen3 model with a window of its layers looped; see
-    `WindowLoops`.
+    """A frozen Llama, Mistral, Qwen2 or Qwen3 in which a window of layers runs several times,
+    without training.
+
+    `WindowLoops` has the rules of the loop.
 
     Source:
         arXiv 2605.23872; the base models are those of arXiv 2407.21783, arXiv 2310.06825, arXiv

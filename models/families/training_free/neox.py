@@ -48,7 +48,9 @@ class TrainingFreeNeoXConfig(WindowConfig, DecoderConfig):
 
 @family(TrainingFreeNeoXConfig)
 class TrainingFreeNeoX(WindowLoops, LoopedDecoder):
-    """A frozen GPT-NeoX with a window of its layers looped; see `WindowLoops`.
+    """A frozen GPT-NeoX in which a window of layers runs several times, without training.
+
+    `WindowLoops` has the rules of the loop.
 
     Source:
         arXiv 2605.23872; the base models are those of arXiv 2204.06745 and arXiv 2304.01373.

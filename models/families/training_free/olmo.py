@@ -31,8 +31,11 @@ class TrainingFreeOlmoConfig(WindowConfig, DecoderConfig):
 
 @family(TrainingFreeOlmoConfig)
 class TrainingFreeOlmo(WindowLoops, LoopedDecoder):
-    """A frozen OLMo-2 with a window of its layers looped; see `WindowLoops`. Attention and MLP
-    have a norm after them and none before; queries and keys are normed over all heads together.
+    """A frozen OLMo-2 in which a window of layers runs several times, without training. Attention
+    and MLP have a norm after them and none before; queries and keys are normed over all heads
+    together.
+
+    `WindowLoops` has the rules of the loop.
 
     Source:
         arXiv 2605.23872; the base model is that of arXiv 2501.00656.

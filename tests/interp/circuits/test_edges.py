@@ -254,7 +254,7 @@ def test_edges_need_the_stream_between_attention_and_mlp(plain: RecurrentDepth) 
     with pytest.raises(
         ValueError,
         match=(
-            r"must have the site 'hook_resid_mid' to tell its readers apart, but"
+            r"must have the site 'hook_resid_mid', which shows what its components read or add, but"
             r" loops\.0\.blocks\.0 has none"
         ),
     ):

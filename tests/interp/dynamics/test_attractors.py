@@ -186,7 +186,7 @@ def test_the_path_does_not_matter_to_a_contraction_to_its_input() -> None:
 
 
 def test_what_has_no_attractor_is_refused(plain: RecurrentDepth) -> None:
-    with pytest.raises(ValueError, match="given nothing of the input but the state"):
+    with pytest.raises(ValueError, match="receive nothing of the input except the state"):
         path_independence(plain, padded(lengths=(5, 5, 5)), 3)
     with pytest.raises(ValueError, match="must have one length, got lengths from 2 to 5; run"):
         path_independence(plain, padded(lengths=(5, 2, 4)), 3)
