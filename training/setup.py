@@ -26,7 +26,7 @@ from loopscope.training.recipes import Recipe
 _WORTH_PACKING = (
     0.9  # above this share of rows that matter, leaving the others out costs more than it saves
 )
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Answering(nn.Module):
 
 
 @contextmanager
-def random_numbers(seed: int, device: torch.device = _CPU) -> Iterator[None]:
+def random_numbers(seed: int, device: torch.device = CPU) -> Iterator[None]:
     """Inside the `with` block PyTorch's random numbers are those of a seed; afterwards the caller's
     own go on.
 
@@ -118,8 +118,18 @@ def random_numbers(seed: int, device: torch.device = _CPU) -> Iterator[None]:
             yield
     else:
         with torch.random.fork_rng(devices=[device], device_type=device.type):
-            torch.manual_seed(seed)
+            _seed(seed, device)
             yield
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the CPU's numbers and those of one device."""
+    if device.type != "cuda":
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    with torch.cuda.device(device):
+        torch.cuda.manual_seed(seed)
 
 
 def fresh_model(recipe: Recipe) -> RecurrentDepth:
@@ -138,7 +148,7 @@ def fresh_model(recipe: Recipe) -> RecurrentDepth:
         positions=recipe.positions,
         dropout=recipe.dropout,
     )
-    with random_numbers(recipe.seed):
+    with random_numbers(recipe.seed), CPU:
         model = build(cfg)
         assert isinstance(model, RecurrentDepth), "the config's family is recurrent-depth"
         nn.init.normal_(model.embedding, std=recipe.d_model**-0.5)

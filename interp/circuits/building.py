@@ -15,7 +15,8 @@ from loopscope.interp.circuits.names import EMBED, FINAL, HEAD_INPUTS, Positions
 from loopscope.interp.circuits.record import Circuit
 from loopscope.interp.circuits.streams import Parts, watched
 from loopscope.interp.common.collecting import collect
-from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.inputs import begin_batch, sample_of
+from loopscope.models.basis.draws import seeded
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.attention import Rows
 from loopscope.models.core.base import LoopedModel
@@ -42,7 +43,7 @@ def graph_of(
     """
     visits = model.schedule(n_loops)
     _check_sites(model, visits)
-    _check_parts(model, begin_batch(model, batch[:1], n_loops), visits)
+    _check_parts(model, begin_batch(model, sample_of(model, batch), n_loops), visits)
     positions = positions_of(model, batch) if by_position else None
     if heads is False:
         return _graph(visits, n_loops, False, positions)
@@ -93,7 +94,7 @@ def _check_parts(model: LoopedModel, begin: State, visits: list[Visit]) -> None:
         made: list[dict[str, Tensor]] = [{}, {}, {}]
         crossed = moved[0], plain[1]
         plain = _blocked(model, own, plain, rows, {}, made[0])
-        held = {site: x + x.std() if visit is visits[0] else x for site, x in made[0].items()}
+        held = {site: _moved(x) if visit is visits[0] else x for site, x in made[0].items()}
         _blocked(model, own, crossed, rows, held, made[1])
         moved = _blocked(model, own, moved, rows, held, made[2])
         if not all(close(made[1][site], made[2][site]) for site in held):
@@ -105,6 +106,12 @@ def _check_parts(model: LoopedModel, begin: State, visits: list[Visit]) -> None:
     ]
     if not close(*map(model.read_state, states)):
         raise ValueError(_read_more(kind, "the readout"))
+
+
+def _moved(x: Tensor) -> Tensor:
+    """Something else of the same size, which no norm takes away."""
+    noise = torch.randn(x.shape, generator=seeded(0), dtype=torch.float32, device="cpu")
+    return x + x.std() * noise.to(x)
 
 
 def _read_more(kind: str, reader: str) -> str:
@@ -188,7 +195,9 @@ def positions_of(model: LoopedModel, batch: Batch) -> Positions:
             f" these have {sorted(set(batch.mask.sum(1).tolist()))} tokens and are read at"
             f" {sorted(set(batch.readout.tolist()))}; give those of one length"
         )
-    causal = model.causal and begin_batch(model, batch[:1], 1).tags is None  # no prefix both ways
+    causal = (
+        model.causal and begin_batch(model, sample_of(model, batch), 1).tags is None
+    )  # no prefix both ways
     return Positions(batch.tokens.shape[1], int(batch.readout[0]), causal)
 
 
@@ -260,7 +269,7 @@ def _heads_apart(model: LoopedModel, batch: Batch, visits: list[Visit], n_loops:
             return f"{stage.visit.name} has no {missing[0]}"
     names = [name for s in stages for name in (s.stream, s.added, *s.head_names())]
     with torch.no_grad():
-        seen = collect(model, batch[:1], names, n_loops).values
+        seen = collect(model, sample_of(model, batch), names, n_loops).values
         for stage in stages:
             q, k, v, z = (seen[name] for name in stage.head_names())
             n_readers = q.shape[2] + k.shape[2] + v.shape[2]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from loopscope.models.basis.numbers import checked_count, given_tensor
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.hooks import LoopHookPoint
+from loopscope.models.core.hooks import LoopHookPoint, existing_modules
 from loopscope.models.core.state import State, checked_tokens
 
 Inputs = Batch | str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -160,10 +160,22 @@ def rows_apart(model: LoopedModel) -> bool:
     """Whether each row's result is its own: neither the family nor a hook that is attached now may
     look at other rows, or tell rows apart by their place in the batch.
     """
-    return model.batch_independent and not any(
-        not isinstance(point, LoopHookPoint) or point.may_join_rows()
-        for point in model.hooked_points().values()
+    return (
+        model.batch_independent
+        and not any(
+            not isinstance(point, LoopHookPoint) or point.may_join_rows()
+            for point in model.hooked_points().values()
+        )
+        and not any(
+            part._forward_hooks or part._forward_pre_hooks
+            for part in existing_modules(model, points=False)
+        )
     )
+
+
+def sample_of(model: LoopedModel, batch: Batch) -> Batch:
+    """One row, to look at what a run of it holds; all rows where one cannot be run alone."""
+    return batch[:1] if rows_apart(model) else batch
 
 
 def rows_at_once(model: LoopedModel, batch: Batch, batch_size: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import read_columns
-from loopscope.interp.common.inputs import begin_batch, in_chunks, rows_at_once
+from loopscope.interp.common.inputs import begin_batch, in_chunks, rows_apart, rows_at_once
 from loopscope.interp.common.metrics import margin
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.places import one_in_range
@@ -119,8 +119,8 @@ def feature_effects(
         activation=found[rows, :, places],
         **_over_loops(dictionary, found, feature, loops),
         logits=direct_effect(
-            model, dictionary, batch[rows], feature, torch.stack([columns, places], 1),
-            most.values[rows],
+            model, dictionary, batch, feature, torch.stack([columns, places], 1),
+            most.values[rows], rows,
         ),
         **dict(zip(("margin", "changed"), _spread(changes, [*loops, n_loops]), strict=True)),
     )  # fmt: skip
@@ -189,6 +189,7 @@ def direct_effect(
     feature: int,
     places: Int[Tensor, "batch 2"],
     sizes: Float[Tensor, " batch"],
+    of: Int[Tensor, " row"] | None = None,
 ) -> Float[Tensor, " d_vocab"]:
     """The logits that a feature adds by itself: those of the final norm and head for the residual
     stream at a token, minus those without what the feature writes there; as a mean over the rows
@@ -197,6 +198,7 @@ def direct_effect(
     Args:
         places: The column and the iteration of each row.
         sizes: The activations there.
+        of: The rows that these belong to; None means all of the batch.
 
     Raises:
         ValueError: A dictionary that does not write into the residual stream.
@@ -207,12 +209,15 @@ def direct_effect(
             "a direct effect on the logits needs a dictionary that writes vectors as wide as the"
             f" residual stream, {model.cfg.d_model}, got {width} at {dictionary.reading.target!r}"
         )
+    if of is not None and rows_apart(model):
+        batch, of = batch[of], None
     names = _residuals(model, dictionary)
     run = recorded(model, batch, names, dictionary.n_loops)
+    rows = range(len(batch)) if of is None else of.tolist()
     found = []
-    for row, (column, loop) in enumerate(places.tolist()):
+    for row, (column, loop), size in zip(rows, places.tolist(), sizes, strict=True):
         resid = run[names[loop]][row, column]
-        added = sizes[row] * dictionary.directions(loop)[feature].to(sizes)
+        added = size * dictionary.directions(loop)[feature].to(sizes)
         without = widened(resid) - added.to(widened(resid))
         both = torch.stack([resid, without.to(resid.dtype)])[:, None]
         logits = widened(model.unembed(model.normalize(both)))[:, 0]
@@ -258,7 +263,7 @@ def ablation_effects(
     Returns:
         The mean change of the answers' margin, in logits; and the share of top tokens that change.
     """
-    if of is not None and model.batch_independent:
+    if of is not None and rows_apart(model):
         batch, answers, of = batch[of], answers[of], None
     margins, changed = [], []
     size = rows_at_once(model, batch, batch_size)

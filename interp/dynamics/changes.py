@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loopscope.interp.common.columns import Shown, shown_columns
 from loopscope.interp.common.finite import refuse_nonfinite
-from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.inputs import begin_batch, sample_of
 from loopscope.interp.common.places import one_in_range
 from loopscope.interp.common.precision import widened
 from loopscope.interp.dynamics.states import iteration_start
@@ -222,7 +222,7 @@ def checked_start(
     if start is not None:
         return one_in_range("start", start, n_loops)
     with torch.no_grad():
-        state = begin_batch(model, batch[:1], n_loops)
+        state = begin_batch(model, sample_of(model, batch), n_loops)
         for loop in range(n_loops):
             state = model.advance(state, iteration_start(model, loop, n_loops))
             if set(names) <= set(floating(state)):

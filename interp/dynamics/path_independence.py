@@ -19,6 +19,7 @@ from loopscope.interp.common.inputs import (
     begin_batch,
     in_chunks,
     rows_at_once,
+    sample_of,
 )
 from loopscope.interp.common.modes import evaluated
 from loopscope.interp.common.shown import OneScreen, tidy
@@ -156,7 +157,7 @@ def _check_given(
     model: LoopedModel, batch: Batch, names: tuple[str, ...], n_loops: int, stop: int
 ) -> None:
     """Refuse a model whose iterations receive nothing of the input except the state."""
-    state = model.advance(begin_batch(model, batch[:1], n_loops), stop)
+    state = model.advance(begin_batch(model, sample_of(model, batch), n_loops), stop)
     if not set(floating(state)) - {"resid", *names}:
         raise ValueError(
             f"the iterations of this {type(model).__name__} receive nothing of the input except the"

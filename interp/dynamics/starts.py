@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopscope.interp.common.inputs import begin_batch
+from loopscope.interp.common.inputs import begin_batch, sample_of
 from loopscope.interp.common.ranking import top_token
 from loopscope.interp.dynamics.changes import Space, Varying, added, checked_start
 from loopscope.interp.dynamics.states import iteration_start
@@ -44,7 +44,7 @@ def changed_start(
     first = checked_start(model, batch, free.names, start, n_loops)
     if start is not None or first + 1 == n_loops:
         return first
-    state = begin_batch(model, batch[:1], n_loops)
+    state = begin_batch(model, sample_of(model, batch), n_loops)
     state = model.advance(state, iteration_start(model, first, n_loops))
     return first + int(not any(bool(x.any()) for x in free.values(model, state).values()))
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from loopscope.interp.common.cells import HEAD_AXIS
 from loopscope.interp.common.collecting import recorded
 from loopscope.interp.common.columns import at_columns_of, checked_columns
 from loopscope.interp.common.inputs import (
@@ -32,9 +33,10 @@ from loopscope.interp.common.places import (
     places_of,
 )
 from loopscope.interp.common.precision import widened
+from loopscope.interp.exits.exit_gate import GATE
 from loopscope.models.basis.numbers import checked_factor, factor_like, given_tensor
 from loopscope.models.core.base import LoopedModel, at_columns
-from loopscope.models.core.cache import position_axis
+from loopscope.models.core.cache import position_axis, site_of
 from loopscope.models.core.hooks import by_rows
 from loopscope.models.core.state import checked_loops
 
@@ -94,7 +96,7 @@ def steer(
     with _writing(
         model,
         lambda value, name: value + factor_like(scale, value) * _fitted(vectors, value, name),
-        given_tensor(vectors).ndim == 1 and given_tensor(scale).ndim == 0,
+        lambda name: _shared(vectors, name) and given_tensor(scale).ndim < 2,
         site,
         Where(loops, layers, visits),
         positions,
@@ -130,7 +132,7 @@ def set_to(
     with _writing(
         model,
         lambda value, name: _fitted(vectors, value, name).expand_as(value),
-        given_tensor(vectors).ndim == 1,
+        lambda name: _shared(vectors, name),
         site,
         Where(loops, layers, visits),
         positions,
@@ -194,7 +196,7 @@ def steering_vector(
 def _writing(
     model: LoopedModel,
     new: Callable[[Tensor, str], Tensor],
-    shared: bool,
+    shared: Callable[[str], bool],
     site: str,
     where: Where,
     positions: Picked | int,
@@ -207,9 +209,17 @@ def _writing(
         return at_columns_of(value, new(value, str(hook.name)), columns)
 
     with model.hooks(
-        [(names.__contains__, by_rows(write) if shared else write)], n_loops=n_loops
+        [(names.__contains__, by_rows(write) if all(map(shared, names)) else write)],
+        n_loops=n_loops,
     ):  # a predicate, so that another n_loops is refused
         yield model
+
+
+def _shared(vectors: Tensor | Sequence[float], name: str) -> bool:
+    """Whether all rows are given the same vector at a hook point, by the vector's axes."""
+    site = site_of(name)
+    axes = 2 if HEAD_AXIS.get(site) == 2 else 0 if site == GATE else 1
+    return given_tensor(vectors).ndim == axes
 
 
 def _fitted(vectors: Tensor | Sequence[float], value: Tensor, name: str) -> Tensor:

@@ -129,19 +129,22 @@ class LoopHookPoint(HookPoint):
 
     def may_be_written(self) -> bool:
         """Whether the point holds a forward hook that may write; see `reads_only`."""
-        readers = sum(hasattr(handle.user_hook, "reads_only") for handle in self.fwd_hooks)
+        readers = sum(hasattr(hook, "reads_only") for hook in self._own_hooks())
         return len(self._forward_hooks) + len(self._forward_pre_hooks) > readers
 
     def may_join_rows(self) -> bool:
         """Whether a hook is attached that has not declared to only read, or to take each row by
         itself.
         """
-        hooks = [
-            *(handle.user_hook for handle in self.fwd_hooks),
-            *self._forward_pre_hooks.values(),
-        ]
+        hooks = [*self._own_hooks(), *self._forward_pre_hooks.values()]
         apart = sum(hasattr(hook, "reads_only") or hasattr(hook, "by_rows") for hook in hooks)
         return sum(map(len, _hook_dicts(self))) > apart
+
+    def _own_hooks(self) -> list[object]:
+        """The functions of the forward hooks that TransformerLens's calls attached and that are
+        still there.
+        """
+        return [each.user_hook for each in self.fwd_hooks if each.hook.id in self._forward_hooks]
 
     def __call__(self, value: Tensor) -> Tensor:
         passed: Tensor = super().__call__(value.clone() if self.may_be_written() else value)

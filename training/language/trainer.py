@@ -22,7 +22,7 @@ from loopscope.training.language.data import PAD_ID, Batches, corpus_in
 from loopscope.training.language.recipes import LANGUAGE_RECIPES, LanguageRecipe, config_of
 from loopscope.training.language.scores import next_token_loss, sample_strings, score_passes, shares
 from loopscope.training.log import Log
-from loopscope.training.setup import descend, finite_loss, fresh_optimizer, random_numbers
+from loopscope.training.setup import CPU, descend, finite_loss, fresh_optimizer, random_numbers
 from loopscope.training.state import Progress, load_state, save_state
 
 _SAMPLES, _EXAMPLES = 200, 200
@@ -156,7 +156,7 @@ class LanguageTrainer:
 def fresh_language_model(recipe: LanguageRecipe) -> LoopedModel:
     """A new model with its vocabulary, read at the last token, with its family's fresh weights."""
     words = SmilesVocabulary()
-    with random_numbers(recipe.seed):
+    with random_numbers(recipe.seed), CPU:
         model = build(config_of(recipe, len(words)))
     model.vocab, model.read_at = words, Readout("last_real")
     return model

@@ -26,7 +26,7 @@ from loopscope.training.puzzles.recipes import PuzzleRecipe, config_of
 from loopscope.training.puzzles.scores import examined, score
 from loopscope.training.puzzles.supervision import Carry, Draws, supervise
 from loopscope.training.recipes import Stage
-from loopscope.training.setup import descend, finite_loss, fresh_optimizer, random_numbers
+from loopscope.training.setup import CPU, descend, finite_loss, fresh_optimizer, random_numbers
 from loopscope.training.state import Progress, load_state, save_state
 
 
@@ -195,7 +195,7 @@ class PuzzleTrainer:
 
 def fresh_solver(recipe: PuzzleRecipe) -> PuzzleSolver:
     """A new model with its vocabulary, with its family's fresh weights."""
-    with random_numbers(recipe.seed):
+    with random_numbers(recipe.seed), CPU:
         model = build(config_of(recipe))
     assert isinstance(model, PuzzleSolver), "a puzzle recipe trains a puzzle solver"
     model.vocab, model.read_at = Vocabulary(sudoku_words(recipe.task.side)), Readout("last_real")
