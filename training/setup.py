@@ -112,24 +112,15 @@ def random_numbers(seed: int, device: torch.device = CPU) -> Iterator[None]:
     Args:
         device: Where numbers are drawn besides the CPU; no other device is touched.
     """
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
-    else:
-        with torch.random.fork_rng(devices=[device], device_type=device.type):
-            _seed(seed, device)
-            yield
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seed the CPU's numbers and those of one device."""
-    if device.type != "cuda":
-        torch.manual_seed(seed)
-        return
-    torch.default_generator.manual_seed(seed)
-    with torch.cuda.device(device):
-        torch.cuda.manual_seed(seed)
+    own = device.type == "cpu"
+    with torch.random.fork_rng([] if own else [device], device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif not own:
+            torch.get_device_module(device).manual_seed(seed)
+        yield
 
 
 def fresh_model(recipe: Recipe) -> RecurrentDepth:

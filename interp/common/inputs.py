@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from loopscope.models.basis.numbers import checked_count, given_tensor
 from loopscope.models.basis.tokens import Batch
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.hooks import LoopHookPoint, existing_modules
+from loopscope.models.core.hooks import LoopHookPoint, module_hooked
 from loopscope.models.core.state import State, checked_tokens
 
 Inputs = Batch | str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -166,10 +166,7 @@ def rows_apart(model: LoopedModel) -> bool:
             not isinstance(point, LoopHookPoint) or point.may_join_rows()
             for point in model.hooked_points().values()
         )
-        and not any(
-            part._forward_hooks or part._forward_pre_hooks
-            for part in existing_modules(model, points=False)
-        )
+        and not module_hooked(model)
     )
 
 

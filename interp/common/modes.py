@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from loopscope.models.core.base import LoopedModel
-from loopscope.models.core.hooks import existing_modules
+from loopscope.models.core.hooks import existing_modules, module_hooked
 
 _TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _MAKING = threading.Lock()  # of a model's turn
@@ -118,9 +118,7 @@ def ungraphed(model: LoopedModel) -> AbstractContextManager[None]:
     """A context for runs of which no tensor escapes: inference mode; or, where hooks of a caller
     see the tensors and may keep them, no gradients.
     """
-    watched = model.any_hook() or any(
-        part._forward_hooks or part._forward_pre_hooks for part in existing_modules(model)
-    )
+    watched = model.any_hook() or module_hooked(model)
     return torch.no_grad() if watched else torch.inference_mode()
 
 

@@ -96,7 +96,7 @@ def steer(
     with _writing(
         model,
         lambda value, name: value + factor_like(scale, value) * _fitted(vectors, value, name),
-        lambda name: _shared(vectors, name) and given_tensor(scale).ndim < 2,
+        given_tensor(vectors).ndim if given_tensor(scale).ndim < 2 else None,
         site,
         Where(loops, layers, visits),
         positions,
@@ -132,7 +132,7 @@ def set_to(
     with _writing(
         model,
         lambda value, name: _fitted(vectors, value, name).expand_as(value),
-        lambda name: _shared(vectors, name),
+        given_tensor(vectors).ndim,
         site,
         Where(loops, layers, visits),
         positions,
@@ -196,7 +196,7 @@ def steering_vector(
 def _writing(
     model: LoopedModel,
     new: Callable[[Tensor, str], Tensor],
-    shared: Callable[[str], bool],
+    axes: int | None,
     site: str,
     where: Where,
     positions: Picked | int,
@@ -208,18 +208,16 @@ def _writing(
     def write(value: Tensor, hook: HookPoint) -> Tensor:
         return at_columns_of(value, new(value, str(hook.name)), columns)
 
-    with model.hooks(
-        [(names.__contains__, by_rows(write) if all(map(shared, names)) else write)],
-        n_loops=n_loops,
-    ):  # a predicate, so that another n_loops is refused
+    hook = by_rows(write) if all(_axes(name) == axes for name in names) else write
+    # a predicate, so that another n_loops is refused
+    with model.hooks([(names.__contains__, hook)], n_loops=n_loops):
         yield model
 
 
-def _shared(vectors: Tensor | Sequence[float], name: str) -> bool:
-    """Whether all rows are given the same vector at a hook point, by the vector's axes."""
+def _axes(name: str) -> int:
+    """How many axes a vector has that all rows are given at a hook point."""
     site = site_of(name)
-    axes = 2 if HEAD_AXIS.get(site) == 2 else 0 if site == GATE else 1
-    return given_tensor(vectors).ndim == axes
+    return 2 if HEAD_AXIS.get(site) == 2 else 0 if site == GATE else 1
 
 
 def _fitted(vectors: Tensor | Sequence[float], value: Tensor, name: str) -> Tensor:

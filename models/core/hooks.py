@@ -201,6 +201,15 @@ def existing_modules(module: nn.Module, points: bool = True) -> Iterator[nn.Modu
             yield from existing_modules(part, points)
 
 
+def module_hooked(model: nn.Module) -> bool:
+    """Whether a forward hook of PyTorch's own is attached to a module that is no hook point."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks
+        for part in existing_modules(model, points=False)
+        if not isinstance(part, HookPoint)
+    )
+
+
 def add_point(root: nn.Module, point: HookPoint) -> None:
     """Put a hook point at its name in the tree, and make the missing places above it."""
     node = root
